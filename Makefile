@@ -1,0 +1,46 @@
+# Everything sets itself up: `make run` and `make test` need Python 3.11 or later and nothing else.
+PYTHON ?= python3
+EXPERIMENT ?= demo
+ARGS ?=
+BIN := .venv/bin
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+# On a machine with GPUs the demo takes them all, in bf16; on a CPU it runs as it is written.
+DEVICES := $(if $(filter-out 0,$(GPUS)),precision=bf16 launcher.nproc_per_node=$(GPUS))
+
+.PHONY: run test test-slow lint typecheck format setup clean
+
+run: .venv/run
+	$(BIN)/shardwright train experiment=$(EXPERIMENT) $(DEVICES) $(ARGS)
+
+test: .venv/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: .venv/dev
+	$(BIN)/mypy
+
+setup: .venv/dev
+
+.venv/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/run
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
