@@ -1,0 +1,1 @@
+"""What a rank does: from a run directory's config.yaml to final/."""

@@ -1,0 +1,865 @@
+"""RunConfig: every setting of a run with its type, unit, default and rules.
+
+Imports no torch, so the launcher validates in a tenth of a second, and reads no file but its own
+``config.yaml``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from train.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# YAML has lists, frozen sections need tuples.
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+Floats = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A frozen part of the config that refuses unknown keys and wrong types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# --- model --------------------------------------------------------------------------------------
+
+
+class ScratchModel(Section):
+    """What every architecture that is initialised from scratch has."""
+
+    vocab_size: PositiveInt
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    pad_vocab_to_multiple: PositiveInt | None = None
+    """Round ``vocab_size`` up to a multiple of this (64 suits tensor cores); null never pads."""
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt
+    max_position_embeddings: PositiveInt
+    """Longest sequence in tokens (RoBERTa spends two of these on its padding offset)."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    tie_word_embeddings: bool = True
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        multiple = self.pad_vocab_to_multiple or 1
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def max_sequence_length(self) -> int | None:
+        """Longest input in tokens, or None where only the weights' own config knows."""
+        return self.max_position_embeddings
+
+    @property
+    def causal(self) -> bool | None:
+        """Whether the architecture predicts the next token; None where it is not known yet."""
+        return False
+
+
+class BertModel(ScratchModel):
+    kind: Literal["bert"]
+    type_vocab_size: PositiveInt = 2
+    dropout: Fraction = 0.1
+    attention_dropout: Fraction = 0.1
+    layer_norm_epsilon: PositiveFloat = 1e-12
+
+
+class RobertaModel(ScratchModel):
+    kind: Literal["roberta"]
+    type_vocab_size: PositiveInt = 1
+    dropout: Fraction = 0.1
+    attention_dropout: Fraction = 0.1
+    layer_norm_epsilon: PositiveFloat = 1e-5
+
+    @property
+    def max_sequence_length(self) -> int:
+        # Positions start at padding_idx + 1 = 2.
+        return self.max_position_embeddings - 2
+
+
+class ModernBertModel(ScratchModel):
+    kind: Literal["modernbert"]
+    global_attention_every_layers: PositiveInt = 3
+    """Every n-th layer attends to the whole sequence, the others to a window."""
+    local_attention_window: PositiveInt = 128
+    """Window of the local layers in tokens."""
+    dropout: Fraction = 0.0
+    attention_dropout: Fraction = 0.0
+    layer_norm_epsilon: PositiveFloat = 1e-5
+
+
+class Gpt2Model(ScratchModel):
+    kind: Literal["gpt2"]
+    dropout: Fraction = 0.1
+    attention_dropout: Fraction = 0.1
+    layer_norm_epsilon: PositiveFloat = 1e-5
+
+    @property
+    def causal(self) -> bool:
+        return True
+
+
+class LlamaModel(ScratchModel):
+    kind: Literal["llama"]
+    num_key_value_heads: PositiveInt
+    """Heads of keys and values; fewer than ``num_attention_heads`` is grouped-query attention."""
+    head_dim: PositiveInt | None = None
+    """Size of one head; null is hidden_size / num_attention_heads."""
+    rope_theta: PositiveFloat = 500000.0
+    """Base of the rotary frequencies."""
+    rms_norm_epsilon: PositiveFloat = 1e-5
+    attention_dropout: Fraction = 0.0
+
+    @property
+    def causal(self) -> bool:
+        return True
+
+
+class PretrainedModel(Section):
+    """Weights to go on from: a hub name or a local directory, any MLM or CLM architecture."""
+
+    kind: Literal["pretrained"]
+    name: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    trust_remote_code: bool = False
+    """Run Python code that comes with the weights."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+    @property
+    def max_sequence_length(self) -> int | None:
+        return None
+
+    @property
+    def causal(self) -> bool | None:
+        return None
+
+
+ModelConfig = Annotated[
+    BertModel | RobertaModel | ModernBertModel | Gpt2Model | LlamaModel | PretrainedModel,
+    Field(discriminator="kind"),
+]
+
+
+# --- objective ----------------------------------------------------------------------------------
+
+
+class MlmObjective(Section):
+    """Masked language modelling."""
+
+    kind: Literal["mlm"]
+    masking_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of tokens to predict."""
+    mask_token_share: Fraction = 0.8
+    """Of these, replaced by the mask token."""
+    random_token_share: Fraction = 0.1
+    """Of these, replaced by a random token; the rest stay as they are."""
+    whole_word: bool = False
+    """Mask all tokens of a word together."""
+    prompts: Strings = ()
+    """Sentences with <mask>, filled by the trained model when the run ends."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> MlmObjective:
+        total = self.mask_token_share + self.random_token_share
+        if total > 1 + 1e-9:
+            raise ValueError(
+                f"mask_token_share={self.mask_token_share} and "
+                f"random_token_share={self.random_token_share} add up to {total:g}; "
+                "lower one so that they reach at most 1"
+            )
+        return self
+
+
+class ClmObjective(Section):
+    """Causal language modelling: predict the next token."""
+
+    kind: Literal["clm"]
+    prompts: Strings = ()
+    """Texts that the trained model continues when the run ends."""
+
+
+ObjectiveConfig = Annotated[MlmObjective | ClmObjective, Field(discriminator="kind")]
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+class DataSection(Section):
+    """What every corpus has."""
+
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens in one sample."""
+    line_by_line: bool = False
+    """One line is one (padded, cut) sample, instead of documents packed back to back."""
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of documents held out, chosen by a hash of their text; 0 holds out none."""
+    max_documents: PositiveInt | None = None
+    """Read only the first so many documents; null reads all."""
+    cache_dir: str | None = None
+    """Where packed tokens are cached; null is shardwright/ in the user's cache directory."""
+
+
+class StdlibData(DataSection):
+    """The Python sources of the interpreter's own standard library."""
+
+    kind: Literal["stdlib"]
+
+
+class TextData(DataSection):
+    """Local files: .txt, .jsonl, .csv, .parquet, also compressed as .gz where text."""
+
+    kind: Literal["text"]
+    paths: Annotated[Strings, Field(min_length=1)]
+    """Files or globs; ``**`` descends."""
+    weights: Floats | None = None
+    """For each path, how often its samples are seen in one epoch (0.5: half of them); null: once."""
+    text_field: str = "text"
+    """Column of .jsonl, .csv and .parquet files that holds the text."""
+
+    @model_validator(mode="after")
+    def _one_weight_for_each_path(self) -> TextData:
+        if self.weights is not None and len(self.weights) != len(self.paths):
+            raise ValueError(
+                f"weights has {len(self.weights)} values and paths has {len(self.paths)}; "
+                "give one weight for each path, or none at all"
+            )
+        return self
+
+
+class HubData(DataSection):
+    """A data set of the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    name: Annotated[str, Field(min_length=1)]
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = True
+    """Read over the network while tokenising, instead of downloading the data set first."""
+    text_field: str = "text"
+    revision: str | None = None
+
+
+class KantData(DataSection):
+    """Books by URL as plain text, a paragraph a document; Project Gutenberg's frame is cut off."""
+
+    kind: Literal["kant"]
+    urls: Annotated[Strings, Field(min_length=1)]
+
+
+DataConfig = Annotated[StdlibData | TextData | HubData | KantData, Field(discriminator="kind")]
+
+
+# --- tokenizer ----------------------------------------------------------------------------------
+
+
+class ByteBpeTokenizer(Section):
+    """A byte-level BPE trained on the run's own training documents."""
+
+    kind: Literal["byte_bpe"]
+    vocab_size: Annotated[int, Field(ge=261)] | None = None
+    """Tokens, 256 bytes and the special ones included; null is the model's vocabulary."""
+    min_frequency: PositiveInt = 2
+    """Pairs seen less often are not merged."""
+    special_tokens: Annotated[Strings, Field(min_length=5, max_length=5)] = (
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<mask>",
+    )
+    """Beginning, padding, end, unknown, mask; they get the first ids in this order."""
+    max_training_bytes: PositiveInt = 2**30
+    """Train on the first so many bytes of text."""
+
+    @model_validator(mode="after")
+    def _special_tokens_differ(self) -> ByteBpeTokenizer:
+        if len(set(self.special_tokens)) < len(self.special_tokens):
+            raise ValueError(
+                f"special_tokens={list(self.special_tokens)} has one token twice; "
+                "give each its own name"
+            )
+        return self
+
+
+class PretrainedTokenizer(Section):
+    """A fast tokenizer from the hub or a local directory."""
+
+    kind: Literal["pretrained"]
+    name: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+TokenizerConfig = Annotated[ByteBpeTokenizer | PretrainedTokenizer, Field(discriminator="kind")]
+
+
+# --- strategy -----------------------------------------------------------------------------------
+
+
+class SingleStrategy(Section):
+    """One rank, no process group."""
+
+    kind: Literal["single"]
+
+
+class DdpStrategy(Section):
+    """Each rank holds everything; gradients are all-reduced."""
+
+    kind: Literal["ddp"]
+    bucket_size_bytes: PositiveInt = 25 * 2**20
+    """Gradients are all-reduced in buckets of about this many bytes."""
+
+
+class ZeroStrategy(Section):
+    """DeepSpeed ZeRO."""
+
+    kind: Literal["zero"]
+    stage: Literal[0, 1, 2, 3]
+    """Sharded over ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+
+
+class FsdpStrategy(Section):
+    """PyTorch FSDP2: one unit for each transformer block, and the rest in the root unit."""
+
+    kind: Literal["fsdp"]
+    reshard_after_forward: bool = True
+    """Free gathered parameters after each forward (full shard); false keeps them (grad-op)."""
+
+
+StrategyConfig = Annotated[
+    SingleStrategy | DdpStrategy | ZeroStrategy | FsdpStrategy, Field(discriminator="kind")
+]
+
+
+# --- precision, trainer, tracking, launcher -----------------------------------------------------
+
+
+class PrecisionConfig(Section):
+    """Numbers of the forward and backward pass; master weights and optimizer state are fp32."""
+
+    compute_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    allow_tf32: bool = False
+    """Let fp32 matrix products run in TF32 on GPUs that have it."""
+    initial_loss_scale: PositiveFloat = 65536.0
+    """First factor on the loss under fp16; it halves on overflow."""
+    loss_scale_growth_steps: PositiveInt = 1000
+    """Steps without overflow after which the factor doubles, under fp16."""
+
+
+class TrainerConfig(Section):
+    """The loop: how much, how fast, and how often something happens besides."""
+
+    max_steps: PositiveInt | None = None
+    """Optimizer steps. Give exactly one of max_steps, max_epochs and max_tokens."""
+    max_epochs: PositiveFloat | None = None
+    """Passes over the training samples."""
+    max_tokens: PositiveInt | None = None
+    """Tokens to train on, rounded up to a whole step."""
+    global_batch_size: PositiveInt = 256
+    """Samples in one optimizer step, over all ranks."""
+    micro_batch_size: PositiveInt = 8
+    """Samples in one forward pass of one rank; accumulation steps follow from it."""
+    eval_micro_batch_size: PositiveInt | None = None
+    """Samples in one forward pass of one rank in evaluation; null is micro_batch_size."""
+
+    learning_rate: PositiveFloat = 6e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
+    """Course after the linear warm-up; linear and cosine end at 0."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up. Give this or warmup_fraction."""
+    warmup_fraction: Fraction = 0.0
+    """Warm-up as a share of all steps, rounded up to whole steps."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay of AdamW; biases and norms are spared."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this; 0 does not clip."""
+
+    log_every_steps: PositiveInt = 10
+    eval_every_steps: PositiveInt | None = None
+    """Evaluate so often; null evaluates once, at the end."""
+    eval_max_samples: PositiveInt | None = None
+    """Evaluate on the first so many held-out samples; null takes all."""
+    save_every_steps: PositiveInt | None = None
+    """Write a checkpoint so often; null writes one, at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each transformer block."""
+    dataloader_workers: NonNegativeInt = 0
+    """Processes of each rank that assemble batches; 0 does it in the rank."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainerConfig:
+        given = {k: getattr(self, k) for k in ("max_steps", "max_epochs", "max_tokens")}
+        given = {k: v for k, v in given.items() if v is not None}
+        if len(given) != 1:
+            found = ", ".join(f"{k}={v}" for k, v in given.items()) or "none of them"
+            raise ValueError(
+                f"give exactly one of max_steps, max_epochs and max_tokens (got {found}); "
+                "set the others to null"
+            )
+        if self.warmup_steps and self.warmup_fraction:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and warmup_fraction={self.warmup_fraction} "
+                "contradict each other; set one of them to 0"
+            )
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}; "
+                "warm up for fewer steps or train for more"
+            )
+        return self
+
+
+class NoTracking(Section):
+    """Only metrics.jsonl."""
+
+    kind: Literal["none"]
+
+
+class TensorboardTracking(Section):
+    """TensorBoard event files under the run directory."""
+
+    kind: Literal["tensorboard"]
+
+
+class WandbTracking(Section):
+    """Weights & Biases."""
+
+    kind: Literal["wandb"]
+    project: str = "shardwright"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """auto is online where an API key is found, else offline, and says which."""
+    tags: Strings = ()
+
+
+TrackingConfig = Annotated[
+    NoTracking | TensorboardTracking | WandbTracking, Field(discriminator="kind")
+]
+
+
+class LauncherSection(Section):
+    """What every launcher has."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where this machine has a GPU; resolved before config.yaml is written."""
+
+
+class LocalLauncher(LauncherSection):
+    """One rank in one process on this machine."""
+
+    kind: Literal["local"]
+
+    @property
+    def world_size(self) -> int:
+        return 1
+
+
+class TorchrunLauncher(LauncherSection):
+    """torchrun on one node."""
+
+    kind: Literal["torchrun"]
+    nproc_per_node: PositiveInt | Literal["auto"] = "auto"
+    """Ranks on this node; auto is one for each GPU, or 1 on a CPU."""
+    nodes: Literal[1] = 1
+
+    @property
+    def world_size(self) -> int:
+        assert self.nproc_per_node != "auto", "resolved before the config is frozen"
+        return self.nproc_per_node * self.nodes
+
+
+LauncherConfig = Annotated[LocalLauncher | TorchrunLauncher, Field(discriminator="kind")]
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+class RunConfig(Section):
+    """One run, whole. It round-trips through ``config.yaml``."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Names the run directory and the run in the tracker."""
+    run_dir: str | None = None
+    """Directory to create for the run; null is runs/<name>-<time>."""
+    sweep_dir: str | None = None
+    """With -m: the directory that holds one run directory for each job."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes initial weights, data order, masking and dropout."""
+
+    model: ModelConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    strategy: StrategyConfig
+    precision: PrecisionConfig
+    trainer: TrainerConfig
+    tracking: TrackingConfig
+    launcher: LauncherConfig
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        problems = list(_contradictions(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _contradictions(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each pair of values that cannot both be meant."""
+    model, objective, data = config.model, config.objective, config.data
+
+    if model.causal is not None and model.causal != (objective.kind == "clm"):
+        fit = "clm" if model.causal else "mlm"
+        yield (
+            f"objective={objective.kind} does not fit model.kind={model.kind}, which is trained "
+            f"with objective={fit}; choose objective={fit} or another model"
+        )
+    limit = model.max_sequence_length
+    if limit is not None and data.sequence_length > limit:
+        yield (
+            f"data.sequence_length={data.sequence_length} is longer than the {limit} positions of "
+            f"the model (model.max_position_embeddings={model.max_position_embeddings}); "  # type: ignore[union-attr]
+            "shorten the samples or lengthen the model"
+        )
+    if isinstance(model, ScratchModel):
+        if (
+            model.hidden_size % model.num_attention_heads
+            and getattr(model, "head_dim", None) is None
+        ):
+            yield (
+                f"model.hidden_size={model.hidden_size} is not a multiple of "
+                f"model.num_attention_heads={model.num_attention_heads}; change one of them"
+            )
+        wanted = getattr(config.tokenizer, "vocab_size", None)
+        if wanted is not None and wanted > model.padded_vocab_size:
+            yield (
+                f"tokenizer.vocab_size={wanted} is more than model.vocab_size={model.vocab_size}; "
+                "raise the model's or lower the tokenizer's"
+            )
+    if isinstance(model, LlamaModel) and model.num_attention_heads % model.num_key_value_heads:
+        yield (
+            f"model.num_attention_heads={model.num_attention_heads} is not a multiple of "
+            f"model.num_key_value_heads={model.num_key_value_heads}; change one of them"
+        )
+    if (
+        model.kind == "pretrained"
+        and config.tokenizer.kind == "byte_bpe"
+        and config.tokenizer.vocab_size is None
+    ):
+        yield (
+            "tokenizer.vocab_size=null takes the model's vocabulary, but model=pretrained brings "
+            "its own with its weights; choose tokenizer=pretrained or set tokenizer.vocab_size"
+        )
+
+    launcher = config.launcher
+    nproc = getattr(launcher, "nproc_per_node", 1)
+    if nproc != "auto":
+        world_size = launcher.world_size
+        if config.strategy.kind == "single" and world_size != 1:
+            yield (
+                f"strategy=single runs one rank, but launcher.nproc_per_node={nproc}; "
+                "choose strategy=ddp or launcher.nproc_per_node=1"
+            )
+        try:
+            accumulation_steps(config.trainer, world_size)
+        except UserError as error:
+            yield str(error)
+
+
+def accumulation_steps(trainer: TrainerConfig, world_size: int) -> int:
+    """Return micro-batches per rank and step: global batch / (micro-batch x world size).
+
+    Raises UserError where that is not a whole number.
+    """
+    per_pass = trainer.micro_batch_size * world_size
+    steps, rest = divmod(trainer.global_batch_size, per_pass)
+    if rest or not steps:
+        fitting = max(1, round(trainer.global_batch_size / per_pass)) * per_pass
+        raise UserError(
+            f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of "
+            f"trainer.micro_batch_size={trainer.micro_batch_size} x {world_size} rank(s) = "
+            f"{per_pass}; set trainer.global_batch_size={fitting} or another micro-batch"
+        )
+    return steps
+
+
+# --- from and to plain trees --------------------------------------------------------------------
+
+
+def from_tree(tree: Any) -> RunConfig:
+    """Validate a plain tree of values; raise UserError with one line for each problem."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_problems(error.errors()))) from None
+
+
+def load(run_dir: Path) -> RunConfig:
+    """Read the config that was frozen into a run directory."""
+    path = run_dir / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} is not a run directory: cannot read {path} ({error.strerror}); "
+            "give the directory that `shardwright train` printed"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged, it does not parse as YAML: {error}") from None
+    return from_tree(tree)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the config as YAML text that ``from_tree`` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# --- what to say about a key --------------------------------------------------------------------
+
+# Names that users of transformers, accelerate and DeepSpeed type, and what to write here.
+_ALIASES = {
+    "adam_eps": "trainer.adam_epsilon",
+    "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
+    "bf16": "precision=bf16",
+    "block_size": "data.sequence_length",
+    "clip_grad": "trainer.max_grad_norm",
+    "dataloader_num_workers": "trainer.dataloader_workers",
+    "dataset_config_name": "data=hub data.config=...",
+    "dataset_name": "data=hub data.name=...",
+    "deepspeed": "strategy=zero0, zero1, zero2 or zero3",
+    "epochs": "trainer.max_epochs",
+    "eval_steps": "trainer.eval_every_steps",
+    "fp16": "precision=fp16",
+    "gradient_accumulation_steps": (
+        "trainer.global_batch_size: the accumulation steps follow from it, from "
+        "trainer.micro_batch_size and from the number of ranks"
+    ),
+    "gradient_clipping": "trainer.max_grad_norm",
+    "logging_steps": "trainer.log_every_steps",
+    "lr": "trainer.learning_rate",
+    "lr_scheduler_type": "trainer.lr_scheduler",
+    "max_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "mlm_probability": "objective.masking_rate",
+    "model_name_or_path": "model=pretrained model.name=...",
+    "n_embd": "model.hidden_size",
+    "n_head": "model.num_attention_heads",
+    "n_layer": "model.num_hidden_layers",
+    "nnodes": "launcher.nodes",
+    "num_processes": "launcher.nproc_per_node",
+    "num_train_epochs": "trainer.max_epochs",
+    "num_warmup_steps": "trainer.warmup_steps",
+    "output_dir": "run_dir",
+    "per_device_eval_batch_size": "trainer.eval_micro_batch_size",
+    "per_device_train_batch_size": "trainer.micro_batch_size",
+    "report_to": "tracking=none, tensorboard or wandb",
+    "run_name": "name",
+    "save_steps": "trainer.save_every_steps",
+    "save_total_limit": "trainer.keep_checkpoints",
+    "tf32": "precision=tf32",
+    "tokenizer_name": "tokenizer=pretrained tokenizer.name=...",
+    "torch_compile": "trainer.compile",
+    "train_batch_size": "trainer.global_batch_size",
+    "train_file": "data=text data.paths=[...]",
+    "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
+    "warmup_ratio": "trainer.warmup_fraction",
+    "zero_optimization": "strategy=zero0, zero1, zero2 or zero3",
+    "zero_stage": "strategy=zero0, zero1, zero2 or zero3",
+}
+
+
+def known_keys() -> list[str]:
+    """Return every dotted key that some config can have, sections included."""
+
+    def walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            yield prefix + name
+            for inner in _sections_of(field.annotation):
+                yield from walk(inner, f"{prefix}{name}.")
+
+    return list(dict.fromkeys(walk(RunConfig, "")))
+
+
+def nearest_key(key: str) -> str | None:
+    """Return the known dotted key that looks most like ``key``, or None where none does.
+
+    A sibling comes before a key of the same or nearly the same name in another section.
+    """
+    known = known_keys()
+    section, _, leaf = key.rpartition(".")
+    by_leaf: dict[str, str] = {}
+    for candidate in known:
+        by_leaf.setdefault(candidate.rpartition(".")[2], candidate)
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    for names, cutoff in ((siblings, 0.7), (by_leaf, 0.8), (siblings, 0.5)):
+        if close := difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff):
+            return names[close[0]]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def unknown_key_message(key: str) -> str:
+    """Say what to write in place of an unknown dotted key."""
+    leaf = key.rpartition(".")[2]
+    if leaf in _ALIASES:
+        return f"unknown key {key}: use {_ALIASES[leaf]}"
+    near = nearest_key(key)
+    hint = f"did you mean {near}?" if near else "`shardwright train --cfg job` lists the known ones"
+    return f"unknown key {key}: {hint}"
+
+
+def _problems(errors: list[ErrorDetails]) -> list[str]:
+    """Return one line for each problem; the branches of a union make one line together."""
+    lines: list[str] = []
+    wanted: dict[str, list[str]] = {}
+    paths = [tuple(error["loc"]) for error in errors]
+    for error, path in zip(errors, paths, strict=True):
+        # A list whose items are wrong is counted without them.
+        if error["type"] == "too_short" and any(p[:-1] == path for p in paths):
+            continue
+        key = _dotted_key(error)
+        if (line := _structural_problem(key, error)) is not None:
+            lines.append(line)
+            continue
+        if key not in wanted:
+            lines.append(f"{key}={_shown(error['input'])}: must be ")
+        wanted.setdefault(key, []).append(_expectation(error))
+    return [
+        line + " or ".join(dict.fromkeys(wanted[line.partition("=")[0]]))
+        if line.endswith(": must be ")
+        else line
+        for line in dict.fromkeys(lines)
+    ]
+
+
+def _dotted_key(error: ErrorDetails) -> str:
+    parts = list(error["loc"])
+    # Behind a tagged union stands the tag, behind a plain one its branch ("constrained-int").
+    if len(parts) > 1 and parts[0] in _TAGGED:
+        del parts[1]
+    if error["type"] != "extra_forbidden":
+        parts = [p for p in parts if isinstance(p, int) or p.isidentifier()]
+    return ".".join(str(part) for part in parts)
+
+
+def _structural_problem(key: str, error: ErrorDetails) -> str | None:
+    """Explain an error of the tree's shape or of a rule; None where a value is to blame."""
+    group = str(error["loc"][0]) if error["loc"] else ""
+    match error["type"]:
+        case "extra_forbidden":
+            if key in known_keys():
+                return (
+                    f"{key} is no setting of {group}.kind={error['loc'][1]}; "
+                    f"leave it out or choose another option with {group}=NAME"
+                )
+            return unknown_key_message(key)
+        case "missing" if key in _SECTIONS:
+            return f"{key} is not set; choose an option with {key}=NAME"
+        case "missing":
+            return f"{key} is not set; give it with {key}=VALUE"
+        case "union_tag_invalid" | "union_tag_not_found":
+            kinds = ", ".join(_TAGGED[group])
+            found = error.get("ctx", {}).get("tag")
+            problem = f"{key}.kind={found} is not known" if found else f"{key}.kind is not set"
+            return f"{problem} (there are {kinds}); choose an option with {key}=NAME"
+        case "model_type" | "model_attributes_type" | "dict_type" if key:
+            return (
+                f"{key}={_shown(error['input'])}: {key} is a section, not a value; choose an "
+                f"option with {key}=NAME or set one of its keys"
+            )
+        case "model_type":
+            return "the config is not a mapping of sections to their settings"
+        case "value_error":
+            text = error["msg"].removeprefix("Value error, ")
+            return f"{key}: {text}" if key else text
+    return None
+
+
+def _expectation(error: ErrorDetails) -> str:
+    """Return what a value has to be, in words that follow "must be"."""
+    limits = error.get("ctx", {})
+    match error["type"]:
+        case "int_type" | "int_from_float" | "int_parsing":
+            return "a whole number"
+        case "float_type" | "float_parsing":
+            return "a number"
+        case "finite_number":
+            return "a finite number"
+        case "bool_type" | "bool_parsing":
+            return "true or false"
+        case "string_type":
+            return "text (a number stays text in two pairs of quotes: \"'7'\")"
+        case "string_too_short":
+            return "text that is not empty"
+        case "tuple_type":
+            return "a list, such as [a, b]"
+        case "too_short":
+            return f"a list of at least {limits['min_length']}"
+        case "too_long":
+            return f"a list of at most {limits['max_length']}"
+        case "greater_than_equal":
+            return f"at least {limits['ge']}"
+        case "greater_than":
+            return f"more than {limits['gt']}"
+        case "less_than_equal":
+            return f"at most {limits['le']}"
+        case "less_than":
+            return f"less than {limits['lt']}"
+        case "literal_error":
+            allowed = limits["expected"].replace("'", "")
+            names = allowed.replace(" or ", ", ").split(", ")
+            near = difflib.get_close_matches(str(error["input"]), names, n=1, cutoff=0.7)
+            return allowed + (f" (did you mean {near[0]}?)" if near else "")
+        case "string_pattern_mismatch":
+            return f"text of the form {limits['pattern']}"
+    return error["msg"][0].lower() + error["msg"][1:]
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it would be typed, cut to what fits a message."""
+    text = str(value) if isinstance(value, str) else json.dumps(value, default=str)
+    text = text if text and text.isprintable() else repr(text)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [s for arg in get_args(annotation) for s in _sections_of(arg)]
+
+
+_SECTIONS = {
+    name: sections
+    for name, field in RunConfig.model_fields.items()
+    if (sections := _sections_of(field.annotation))
+}
+# The kinds of each section that is a tagged union.
+_TAGGED = {
+    name: [get_args(section.model_fields["kind"].annotation)[0] for section in sections]
+    for name, sections in _SECTIONS.items()
+    if len(sections) > 1
+}

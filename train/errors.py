@@ -1,0 +1,14 @@
+"""The one exception whose message is written for the user."""
+
+
+class UserError(ValueError):
+    """Bad input: the message names the field, its value and the remedy.
+
+    Entry points print it without a traceback and exit with ``BAD_INPUT``.
+    """
+
+
+# Exit codes that scripts rely on (0 is success).
+FAILED = 1
+BAD_INPUT = 2
+RESUMABLE = 75
