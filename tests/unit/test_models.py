@@ -1,0 +1,456 @@
+"""Size presets and pretrained names become the models that they say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    ViTConfig,
+    pipeline,
+)
+
+from train.config import RunConfig, from_tree
+from train.errors import UserError
+from train.models import (
+    blocks,
+    build,
+    compile_blocks,
+    enable_gradient_checkpointing,
+    parameter_count,
+    transformers_config,
+)
+
+CONF = Path(__file__).parents[2] / "conf"
+PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")
+SHRUNK = (
+    "model.vocab_size=300",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=3",
+    "model.num_attention_heads=2",
+    "model.intermediate_size=64",
+    "model.max_position_embeddings=34",
+)
+BLOCK_CLASSES = {
+    "bert_base": "BertLayer",
+    "gpt2_tiny": "GPT2Block",
+    "llama_tiny": "LlamaDecoderLayer",
+    "modernbert_base": "ModernBertEncoderLayer",
+    "roberta_tiny": "RobertaLayer",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _conf() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base=None):
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """All bytes and the five special tokens, in the order that the trained tokenizer has them."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [])),
+        **dict(
+            zip(
+                ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"),
+                special,
+                strict=True,
+            )
+        ),
+        cls_token="<s>",
+        sep_token="</s>",
+    )
+
+
+def composed(model: str, *overrides: str, objective: str | None = None) -> RunConfig:
+    objective = objective or ("clm" if model.startswith(("gpt2", "llama")) else "mlm")
+    tree = compose(
+        "config",
+        [
+            f"model={model}",
+            f"objective={objective}",
+            "tokenizer.vocab_size=261",
+            "data.sequence_length=32",
+            *overrides,
+        ],
+    )
+    values = OmegaConf.to_container(tree, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return from_tree({str(key): value for key, value in values.items()})
+
+
+def built_on_meta(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    with torch.device("meta"):
+        return build(config, tokenizer)
+
+
+# --- presets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_has_as_many_parameters_as_its_first_line_says(
+    preset: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    first_line = (CONF / "model" / f"{preset}.yaml").read_text().splitlines()[0]
+    found = re.fullmatch(r"# .+: ([\d,]+) parameters\.", first_line)
+    assert found, first_line
+    model = built_on_meta(composed(preset), tokenizer)
+    assert f"{parameter_count(model):,}" == found[1]
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "pretrained"])
+def test_preset_spells_out_every_key_so_that_each_can_be_overridden(preset: str) -> None:
+    overrides = [] if preset != "pretrained" else ["model.name=some/name"]
+    objective = "clm" if preset.startswith(("gpt2", "llama")) else "mlm"
+    tree = compose("config", [f"model={preset}", f"objective={objective}", *overrides])
+    section = composed(preset, *overrides).model
+    assert set(tree.model) == set(type(section).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("roberta_base", 124_697_433),
+        ("roberta_large", 355_412_057),
+        ("bert_base", 109_514_298),
+        ("modernbert_base", 149_655_232),
+        ("gpt2_small", 124_439_808),
+        ("gpt2_medium", 354_823_168),
+        ("gpt2_large", 774_030_080),
+        ("gpt2_xl", 1_557_611_200),
+        ("llama_1b", 1_235_814_400),
+        ("llama_3b", 3_212_749_824),
+        ("llama_8b", 8_030_261_248),
+        ("llama_70b", 70_553_706_496),
+    ],
+)
+def test_preset_has_the_published_size(
+    preset: str, published: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert parameter_count(built_on_meta(composed(preset), tokenizer)) == published
+
+
+def test_kantaibert_is_the_published_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = composed("kantaibert")
+    model = built_on_meta(config, tokenizer)
+    assert parameter_count(model) == 83_504_416
+    assert len(list(model.parameters())) == 106
+    assert config.model.pad_vocab_to_multiple is None  # type: ignore[union-attr]
+    assert (model.config.vocab_size, model.config.max_position_embeddings) == (52_000, 514)
+
+
+@pytest.mark.parametrize(
+    ("override", "rows"),
+    [("model.pad_vocab_to_multiple=null", 50_257), ("model.pad_vocab_to_multiple=64", 50_304)],
+)
+def test_vocabulary_is_padded_only_where_asked(
+    override: str, rows: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = built_on_meta(composed("gpt2_small", override), tokenizer)
+    assert model.get_input_embeddings().weight.shape == (rows, 768)
+
+
+def test_dropout_and_special_tokens_reach_the_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    section = composed("gpt2_tiny", "model.dropout=0.3", "model.attention_dropout=0.2").model
+    config = transformers_config(section, tokenizer)
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.3, 0.3, 0.2)
+    assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (0, 1, 2)
+    assert transformers_config(composed("roberta_tiny").model, tokenizer).mask_token_id == 4
+
+
+def test_llama_never_takes_the_end_token_for_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    padded_with_end = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="</s>"
+    )
+    section = composed("llama_tiny").model
+    assert transformers_config(section, padded_with_end).pad_token_id is None
+    assert transformers_config(section, tokenizer).pad_token_id == tokenizer.pad_token_id
+
+
+def test_modernbert_attends_globally_in_every_third_layer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    config = transformers_config(composed("modernbert_base").model, tokenizer)
+    assert config.layer_types[:4] == [
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+    ]
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def test_weights_are_a_function_of_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    torch.manual_seed(1)
+    first = build(composed("gpt2_tiny", *SHRUNK, "seed=7"), tokenizer).state_dict()
+    torch.manual_seed(2)
+    again = build(composed("gpt2_tiny", *SHRUNK, "seed=7"), tokenizer).state_dict()
+    other = build(composed("gpt2_tiny", *SHRUNK, "seed=8"), tokenizer).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert not torch.equal(first[name], other[name])
+
+
+def test_building_draws_nothing_from_the_callers_generator(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    build(composed("llama_tiny", *SHRUNK), tokenizer)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("preset", BLOCK_CLASSES)
+def test_model_is_fp32_and_in_training_mode(
+    preset: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = build(composed(preset, *SHRUNK), tokenizer)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.training
+    assert not model.config.use_cache
+
+
+def test_generation_ends_at_the_last_position(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = build(composed("gpt2_tiny", *SHRUNK), tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    # Left alone, the pipeline would go on for 256 tokens, beyond the learned positions.
+    generator = pipeline("text-generation", str(tmp_path))
+    assert generator("def", eos_token_id=None)[0]["generated_text"].startswith("def")
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    prompt = torch.tensor([[5, 6]])
+    tokens = loaded.generate(prompt, eos_token_id=None)  # type: ignore[misc]
+    assert isinstance(tokens, torch.Tensor)
+    assert tokens.shape == (1, 34)
+    assert loaded.generation_config.use_cache
+
+
+# --- blocks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preset", "block_class"), BLOCK_CLASSES.items())
+def test_blocks_are_the_layers(
+    preset: str, block_class: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = blocks(built_on_meta(composed(preset, *SHRUNK), tokenizer))
+    assert [type(block).__name__ for block in found] == [block_class] * 3
+
+
+def test_model_without_blocks_is_an_error() -> None:
+    class Flat(PreTrainedModel):
+        config_class = BertConfig
+
+        def __init__(self) -> None:
+            super().__init__(BertConfig())
+            self.head = torch.nn.Linear(2, 2)
+
+    with pytest.raises(UserError, match="Flat has no list of equal transformer blocks"):
+        blocks(Flat())
+
+
+@pytest.mark.parametrize("preset", BLOCK_CLASSES)
+def test_gradient_checkpointing_recomputes_each_block_and_keeps_the_gradients(
+    preset: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # Dropout is on: the recomputed forward has to repeat its masks.
+    config = composed(preset, *SHRUNK, "model.attention_dropout=0.1")
+    tokens = torch.randint(5, 261, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def trained_once(recompute: bool) -> tuple[int, list[torch.Tensor | None]]:
+        model = build(config, tokenizer)
+        if recompute:
+            enable_gradient_checkpointing(model)
+        forwards: list[int] = []
+        for block in blocks(model):
+            # Hooks of the block itself stay outside of what is recomputed.
+            inner = next(block.children())
+            inner.register_forward_pre_hook(lambda *_: forwards.append(1))
+        torch.manual_seed(0)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        return len(forwards), [p.grad for p in model.parameters()]
+
+    forwards, gradients = trained_once(recompute=False)
+    forwards_recomputing, gradients_recomputing = trained_once(recompute=True)
+    assert (forwards, forwards_recomputing) == (3, 6)
+    torch.testing.assert_close(gradients_recomputing, gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_give_the_same_gradients_and_names(
+    recompute: bool, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = composed("gpt2_tiny", *SHRUNK)
+    tokens = torch.randint(5, 261, (2, 16))
+    plain, compiled = build(config, tokenizer), build(config, tokenizer)
+    if recompute:
+        enable_gradient_checkpointing(compiled)
+    compile_blocks(compiled)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for model in (plain, compiled):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(
+        [p.grad for p in compiled.parameters()], [p.grad for p in plain.parameters()]
+    )
+
+
+# --- pretrained ---------------------------------------------------------------------------------
+
+
+TINY_GPT2 = GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+
+
+def from_directory(directory: Path, objective: str, *overrides: str) -> RunConfig:
+    return composed("pretrained", f"model.name={directory}", *overrides, objective=objective)
+
+
+def test_pretrained_weights_are_loaded_in_fp32(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    saved = GPT2LMHeadModel(TINY_GPT2).bfloat16()
+    saved.save_pretrained(tmp_path)
+    model = build(from_directory(tmp_path, "clm"), tokenizer)
+    assert model.training
+    assert model.lm_head.weight.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight.float())
+
+
+def test_unknown_name_says_what_to_do_without_network(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = composed("pretrained", "model.name=nobody/nothing", objective="clm")
+    with pytest.raises(UserError, match=r"model\.name=nobody/nothing cannot be loaded") as error:
+        build(config, tokenizer)
+    assert "hf download nobody/nothing --local-dir DIR" in str(error.value)
+
+
+def test_directory_without_weights_is_an_error(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    TINY_GPT2.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no complete model directory"):
+        build(from_directory(tmp_path, "clm"), tokenizer)
+
+
+def test_code_that_comes_with_weights_is_not_run_unasked(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'
+    )
+    with pytest.raises(UserError, match=r"set model\.trust_remote_code=true"):
+        build(from_directory(tmp_path, "clm"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("saved", "objective", "message"),
+    [
+        (GPT2Config(), "mlm", "architecture gpt2, which has no head for objective=mlm; .*=clm"),
+        (BertConfig(), "clm", "architecture bert, which has no head for objective=clm; .*=mlm"),
+        (BertConfig(is_decoder=True), "mlm", "no head for objective=mlm; choose objective=clm"),
+        (T5Config(), "clm", "architecture t5, an encoder-decoder"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_architecture_without_the_objectives_head_is_an_error(
+    saved: GPT2Config | BertConfig | T5Config,
+    objective: str,
+    message: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        build(from_directory(tmp_path, objective), tokenizer)
+
+
+def test_model_of_another_kind_is_an_error(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"architecture vit, which has no head .* another model$"):
+        build(from_directory(tmp_path, "mlm"), tokenizer)
+
+
+def test_samples_longer_than_the_weights_positions_are_an_error(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    RobertaForMaskedLM(
+        RobertaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=66,
+        )
+    ).save_pretrained(tmp_path)
+    assert build(from_directory(tmp_path, "mlm", "data.sequence_length=64"), tokenizer)
+    with pytest.raises(UserError, match=r"data\.sequence_length=65 .* set .*=64 or less"):
+        build(from_directory(tmp_path, "mlm", "data.sequence_length=65"), tokenizer)
+
+
+def test_tokenizer_with_more_tokens_than_the_embedding_is_an_error(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    GPT2Config(vocab_size=100).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"261 tokens .* only 100 rows; choose the tokenizer that"):
+        build(from_directory(tmp_path, "clm"), tokenizer)
+
+
+# --- other bad input ----------------------------------------------------------------------------
+
+
+def test_foreign_tokenizer_larger_than_the_preset_names_the_size_to_set(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    config = composed("gpt2_tiny", "tokenizer.vocab_size=null", "model.vocab_size=260", *SHRUNK[1:])
+    with pytest.raises(UserError, match=r"set model\.vocab_size=261"):
+        build(config, tokenizer)
+
+
+def test_roberta_needs_a_padding_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    unpadded = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(UserError, match=r"model\.kind=roberta counts positions from its padding"):
+        build(composed("roberta_tiny"), unpadded)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be installed here")
+def test_flash_attention_on_a_cpu_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = composed("gpt2_tiny", "model.attention=flash_attention_2")
+    with pytest.raises(UserError, match=r"choose model\.attention=sdpa"):
+        build(config, tokenizer)
+
+
+def test_architecture_without_gradient_checkpointing_is_an_error(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = built_on_meta(composed("gpt2_tiny"), tokenizer)
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match=r"trainer\.gradient_checkpointing=true: GPT2LMHead"):
+        enable_gradient_checkpointing(model)

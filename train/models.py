@@ -1,0 +1,391 @@
+"""From a size preset or a pretrained name to an fp32 model with its objective's head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import is_flash_attn_2_available
+
+from train.config import (
+    BertModel,
+    Gpt2Model,
+    LlamaModel,
+    ModelConfig,
+    ModernBertModel,
+    ObjectiveConfig,
+    PretrainedModel,
+    RobertaModel,
+    RunConfig,
+    ScratchModel,
+)
+from train.errors import UserError
+
+_MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
+    "bert": BertForMaskedLM,
+    "roberta": RobertaForMaskedLM,
+    "modernbert": ModernBertForMaskedLM,
+    "gpt2": GPT2LMHeadModel,
+    "llama": LlamaForCausalLM,
+}
+
+# Their first token stands at position pad_token_id + 1, so that many positions are never used.
+_POSITIONS_START_AFTER_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+
+
+def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return the run's model in fp32, in training mode, compiled and recomputing if asked for.
+
+    From scratch, the weights are a function of the config and ``config.seed`` alone: the same on
+    every rank and under every strategy, whatever was drawn before. Under ZeRO-3 the model comes
+    partitioned, in the dtype that DeepSpeed computes in; `TrainingArguments` and DeepSpeed's own
+    process group must exist then, and one whole fp32 copy of the model passes through the first
+    rank's host memory.
+
+    Raises UserError where the tokenizer or the samples do not fit the model, a pretrained model
+    cannot be loaded or has no head for the objective, or flash attention is not installed.
+    """
+    section = config.model
+    if section.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(
+            "model.attention=flash_attention_2 needs a CUDA GPU and the flash-attn package; "
+            "install it or choose model.attention=sdpa"
+        )
+    model_config = transformers_config(section, tokenizer)
+    if isinstance(section, PretrainedModel):
+        _check_head(section, model_config, config.objective)
+    _check_sizes(config, model_config, tokenizer)
+    with _seeded(config.seed):
+        if isinstance(section, PretrainedModel):
+            model = _load_pretrained(section, model_config, config.objective)
+        else:
+            assert section.causal == (config.objective.kind == "clm"), "checked in RunConfig"
+            model = _initialize(_MODEL_CLASSES[section.kind], model_config)
+            if section.causal:
+                model.generation_config = _generation_config(model_config)
+    # A cache of keys and values is of no use to a forward pass over whole samples.
+    model.config.use_cache = False
+    if config.trainer.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    if config.trainer.compile:
+        compile_blocks(model)
+    return model.train()
+
+
+def transformers_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Map a model section to transformers' config; special token ids come from the tokenizer.
+
+    A pretrained model keeps its own config. Raises UserError where that cannot be read, or where
+    RoBERTa gets a tokenizer without a padding token.
+    """
+    match model:
+        case PretrainedModel():
+            return _pretrained_config(model)
+        case BertModel() | RobertaModel():
+            if isinstance(model, RobertaModel) and tokenizer.pad_token_id is None:
+                raise UserError(
+                    "model.kind=roberta counts positions from its padding token, and the tokenizer "
+                    "has none; choose another tokenizer or another model"
+                )
+            encoder_class = BertConfig if isinstance(model, BertModel) else RobertaConfig
+            config: PreTrainedConfig = encoder_class(
+                type_vocab_size=model.type_vocab_size,
+                hidden_dropout_prob=model.dropout,
+                attention_probs_dropout_prob=model.attention_dropout,
+                layer_norm_eps=model.layer_norm_epsilon,
+                **_shared(model, tokenizer),
+            )
+        case ModernBertModel():
+            config = ModernBertConfig(
+                layer_types=[
+                    "sliding_attention"
+                    if layer % model.global_attention_every_layers
+                    else "full_attention"
+                    for layer in range(model.num_hidden_layers)
+                ],
+                local_attention=model.local_attention_window,
+                embedding_dropout=model.dropout,
+                mlp_dropout=model.dropout,
+                attention_dropout=model.attention_dropout,
+                norm_eps=model.layer_norm_epsilon,
+                cls_token_id=tokenizer.cls_token_id,
+                sep_token_id=tokenizer.sep_token_id,
+                **_shared(model, tokenizer),
+            )
+        case Gpt2Model():
+            shared = _shared(model, tokenizer)
+            config = GPT2Config(
+                n_inner=shared.pop("intermediate_size"),
+                resid_pdrop=model.dropout,
+                embd_pdrop=model.dropout,
+                attn_pdrop=model.attention_dropout,
+                layer_norm_epsilon=model.layer_norm_epsilon,
+                **shared,
+            )
+        case LlamaModel():
+            shared = _shared(model, tokenizer)
+            # The padding row of the embedding gets no gradient, so a token that means something
+            # must not stand in for padding.
+            if shared["pad_token_id"] in (shared["bos_token_id"], shared["eos_token_id"]):
+                shared["pad_token_id"] = None
+            config = LlamaConfig(
+                num_key_value_heads=model.num_key_value_heads,
+                head_dim=model.head_dim,
+                rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+                rms_norm_eps=model.rms_norm_epsilon,
+                attention_dropout=model.attention_dropout,
+                **shared,
+            )
+    return config
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones counted once, partitioned ones whole."""
+    # ZeRO-3 leaves an empty tensor in place and the whole size in ds_numel.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the repeated transformer blocks in order: the units to shard, compile and recompute.
+
+    They are the biggest `ModuleList` (by modules within) whose members are all of one class, among
+    the classes that the model names as not to be split where it names any. Raises UserError where
+    there is none.
+    """
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(member) for member in module}) == 1
+        and not isinstance(module[0], nn.ModuleList)
+    ]
+    unsplit = set(model._no_split_modules or ())
+    named = [members for members in lists if type(members[0]).__name__ in unsplit]
+    if not lists:
+        raise UserError(
+            f"{type(model).__name__} has no list of equal transformer blocks to shard or compile; "
+            "choose another strategy than fsdp and trainer.compile=false, or another model"
+        )
+    return max(named or lists, key=lambda members: sum(1 for m in members for _ in m.modules()))
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """torch.compile each block in place: equal blocks compile once, and no name changes."""
+    for block in blocks(model):
+        block.compile()
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each block's activations in the backward pass; dropout repeats its masks.
+
+    Raises UserError where the architecture does not support it.
+    """
+    # transformers 5.17 has only the old name, later versions warn about it.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"trainer.gradient_checkpointing=true: {type(model).__name__} does not support it; "
+            "set it to false and lower trainer.micro_batch_size to save memory"
+        )
+    enable({"use_reentrant": False})
+
+
+# --- from scratch -------------------------------------------------------------------------------
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from a CPU generator at ``seed``, and leave the caller's as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _initialize(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    if not is_deepspeed_zero3_enabled():
+        return model_class(config)
+    # transformers' own initialisation under ZeRO-3 draws in another order and on the accelerator,
+    # and in 5.17 it misses weights that a parent module scales (the residual projections of
+    # GPT-2 and ModernBERT). So the first rank draws as everywhere else, and loading partitions.
+    with torch.device("cpu" if dist.get_rank() == 0 else "meta"):
+        whole = model_class(config)
+    weights = dict(whole.named_parameters(remove_duplicate=False))
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+
+
+def _shared(model: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what transformers calls by one name in every architecture."""
+    shared: dict[str, Any] = {
+        "vocab_size": model.padded_vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_hidden_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.intermediate_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "initializer_range": model.initializer_range,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "attn_implementation": model.attention,
+        "dtype": torch.float32,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if not model.causal:
+        shared["mask_token_id"] = tokenizer.mask_token_id
+    return shared
+
+
+def _generation_config(config: PreTrainedConfig) -> GenerationConfig:
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.eos_token_id if config.pad_token_id is None else config.pad_token_id,
+        # Learned positions end here; the pipelines' default length may lie beyond.
+        max_length=config.max_position_embeddings,
+        use_cache=True,
+    )
+
+
+# --- pretrained ---------------------------------------------------------------------------------
+
+
+def _pretrained_config(model: PretrainedModel) -> PreTrainedConfig:
+    with _loading(model):
+        return AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
+def _load_pretrained(
+    model: PretrainedModel, config: PreTrainedConfig, objective: ObjectiveConfig
+) -> PreTrainedModel:
+    auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
+    with _loading(model):
+        return auto_class.from_pretrained(
+            model.name,
+            config=config,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation=model.attention,
+            dtype=torch.float32,
+        )
+
+
+@contextmanager
+def _loading(model: PretrainedModel) -> Iterator[None]:
+    """Turn what `from_pretrained` raises into a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.name={model.name} cannot be loaded: it is no complete model directory here, "
+            f"and the Hugging Face hub does not have it or cannot be reached ({reason}). Check the "
+            f"name; without network, run `hf download {model.name} --local-dir DIR` where there is "
+            "one, copy DIR here and set model.name=DIR"
+        ) from None
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise UserError(f"model.name={model.name} cannot be loaded: {error}") from None
+        raise UserError(
+            f"model.name={model.name} brings Python code of its own, which is not run unless asked "
+            "for; read it, then set model.trust_remote_code=true, or choose another model"
+        ) from None
+
+
+def _check_head(
+    model: PretrainedModel, config: PreTrainedConfig, objective: ObjectiveConfig
+) -> None:
+    """Raise UserError where the architecture cannot be trained with the objective."""
+    own_code = getattr(config, "auto_map", None) or {}
+    masked = (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "AutoModelForMaskedLM" in own_code
+    )
+    causal = (
+        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own_code
+    )
+    what = f"model.name={model.name} is of the architecture {config.model_type}"
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{what}, an encoder-decoder, which fits no objective here; choose an encoder for "
+            "objective=mlm or a decoder for objective=clm"
+        )
+    if masked and causal:
+        # Encoders such as BERT can be switched to a decoder; only a flag in the config tells.
+        masked, causal = not config.is_decoder, bool(config.is_decoder)
+    if causal if objective.kind == "clm" else masked:
+        return
+    other = "mlm" if masked else "clm" if causal else None
+    remedy = f"choose objective={other} or another model" if other else "choose another model"
+    raise UserError(f"{what}, which has no head for objective={objective.kind}; {remedy}")
+
+
+def _check_sizes(
+    config: RunConfig, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise UserError where the tokenizer has more tokens or a sample more than the model takes."""
+    text_config = model_config.get_text_config()
+    rows = text_config.vocab_size
+    if len(tokenizer) > rows:
+        remedy = (
+            "choose the tokenizer that belongs to it"
+            if config.model.kind == "pretrained"
+            else f"set model.vocab_size={len(tokenizer)} or choose another tokenizer"
+        )
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding only {rows} "
+            f"rows; {remedy}"
+        )
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        return
+    if text_config.model_type in _POSITIONS_START_AFTER_PADDING:
+        positions = max(0, positions - text_config.pad_token_id - 1)
+    if config.data.sequence_length > positions:
+        raise UserError(
+            f"data.sequence_length={config.data.sequence_length} is longer than the {positions} "
+            f"positions of the model ({text_config.model_type}, with this tokenizer); "
+            f"set data.sequence_length={positions} or less, or choose another model"
+        )
