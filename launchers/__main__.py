@@ -1,0 +1,298 @@
+"""The `shardwright` command: compose a run, check it, start its ranks, tell what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from launchers import commands, completion, compose_errors, machine, preflight, report, start
+from launchers.machine import Machine
+from train.config import RunConfig, from_tree, to_yaml
+from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+USAGE = """\
+Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
+
+  shardwright train [--dry-run] [group=option] [key=value]
+      compose a run, check it and start it; --help lists groups, options and flags,
+      --dry-run shows config, engine settings and command, and starts nothing
+  shardwright sample RUN_DIR --prompt TEXT
+      fill masks or continue a text with a trained model
+  shardwright --version
+
+Examples
+  shardwright train experiment=demo
+  shardwright train model=gpt2_small strategy=zero2 precision=bf16 trainer.max_steps=2000
+  shardwright sample runs/demo-20260131-120000 --prompt 'def __init__(self'
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(report.error_text(str(error)), file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `shardwright train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    match arguments:
+        case []:
+            print(USAGE, end="", file=sys.stderr)
+            return BAD_INPUT
+        case ["-h" | "--help" | "help", *_]:
+            print(USAGE, end="")
+            return 0
+        case ["--version" | "-V"]:
+            print(f"shardwright {_version()}")
+            return 0
+        case ["-sc" | "--shell-completion" | "--shell_completion", *_]:
+            return _complete(arguments)
+        case ["train", *rest]:
+            return _train(rest)
+        case ["sample", *rest]:
+            return _sample(rest)
+    command = arguments[0]
+    if "=" in command:
+        raise UserError(f"{command} comes behind a command: shardwright train {command}")
+    near = difflib.get_close_matches(command, ("train", "sample"), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else "there are train and sample"
+    raise UserError(f"unknown command {command}: {hint}")
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composed run, before it is checked."""
+
+    tree: DictConfig
+    choices: Mapping[str, str]
+    """Option chosen of each group."""
+    number: int | None
+    """Place in a multirun; None in a single run."""
+
+
+def _train(arguments: list[str]) -> int:
+    dry_run = "--dry-run" in arguments
+    jobs = compose([argument for argument in arguments if argument != "--dry-run"])
+    here = machine.detect(os.environ)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    configs = [_resolved(job, here, stamp) for job in jobs]
+    if dry_run:
+        for config in configs:
+            _show(config, here)
+    for config in configs:
+        preflight.check(config, here)
+    if dry_run:
+        return 0
+    worst = 0
+    for job, config in zip(jobs, configs, strict=True):
+        code = launch(config, job.choices, here)
+        if code == RESUMABLE or code > 128:  # told to stop: the rest of a sweep does not start
+            return code
+        worst = worst or code
+    return worst
+
+
+def compose(arguments: list[str]) -> list[Job]:
+    """Return the runs that the arguments ask for; none where they ask Hydra itself for something.
+
+    Raises UserError on whatever does not compose.
+    """
+    jobs: list[Job] = []
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def collect(tree: DictConfig) -> None:
+        settings = HydraConfig.get()
+        number = settings.job.num if settings.mode == RunMode.MULTIRUN else None
+        choices = {str(k): str(v) for k, v in settings.runtime.choices.items()}
+        jobs.append(Job(tree, choices, number))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_hydra_process())
+        parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
+        if flags := [argument for argument in unknown if argument.startswith("-")]:
+            raise UserError(compose_errors.unknown_flag_message(flags[0]))
+        starts_runs = not (
+            parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
+        )
+        # Hydra's own parser takes no flag between overrides.
+        sys.argv += [argument for argument in arguments if argument not in parsed.overrides]
+        sys.argv += [compose_errors.qualify(override) for override in parsed.overrides]
+        if starts_runs:
+            # Hydra's sweeper writes a multirun.yaml of its own, wherever this points.
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            sys.argv.append(f"hydra.sweep.dir={_quoted(scratch)}")
+        try:
+            if starts_runs:
+                groups = {directory.name for directory in CONF.iterdir() if directory.is_dir()}
+                compose_errors.check_options(parsed.overrides, groups)
+            collect()
+        except UserError:
+            raise
+        except compose_errors.USER_CAUSED as error:
+            raise UserError(compose_errors.explain(error)) from error
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise SystemExit(BAD_INPUT) from None
+            if starts_runs:
+                raise
+    return jobs
+
+
+def launch(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
+    """Create the run directory, prepare the data, run the ranks; return the exit code."""
+    assert config.run_dir is not None, "resolved"
+    run_dir = Path(config.run_dir)
+    argv = commands.rank_command(config, run_dir)
+    environment = commands.rank_environment(config, here, os.environ)
+
+    made = preflight.create(config, run_dir)
+    print(report.header(config, choices, here, environment), flush=True)
+    try:
+        prepared = start.run(
+            commands.prepare_command(run_dir), commands.package_environment(os.environ)
+        )
+    except BaseException:
+        preflight.take_back(made)
+        raise
+    if prepared.code != 0:
+        if prepared.code == BAD_INPUT or prepared.stopped_by is not None:
+            preflight.take_back(made)
+        else:
+            print(f"preparing the data failed; {run_dir} is kept", file=sys.stderr)
+        if prepared.stopped_by is not None:
+            return 128 + prepared.stopped_by
+        return BAD_INPUT if prepared.code == BAD_INPUT else FAILED
+
+    # torchrun writes its own pages about a failed rank to stderr, the ranks the terminal's lines
+    # to stdout.
+    quiet = run_dir / "logs" / report.TORCHRUN_LOG if config.launcher.kind == "torchrun" else None
+    ended = start.run(argv, environment, stderr_file=quiet)
+    if ended.code == 0:
+        print(report.finish(run_dir))
+        return 0
+    failures = report.rank_failures(run_dir)
+    print(report.failure(ended.code, failures, run_dir, ended.stopped_by), file=sys.stderr)
+    return report.exit_code(ended.code, failures, ended.stopped_by)
+
+
+def _resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
+    """Return a job's config, valid and with nothing left open."""
+    try:
+        tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
+    except compose_errors.USER_CAUSED as error:
+        raise UserError(compose_errors.explain(error)) from error
+    config = from_tree(tree)
+    return machine.resolve(config, here, _run_dir(config, job.number, stamp))
+
+
+def _run_dir(config: RunConfig, number: int | None, stamp: str) -> str:
+    """Return the absolute run directory of a job; ``number`` is its place in a multirun."""
+    if number is None:
+        if config.sweep_dir is not None:
+            raise UserError(
+                f"sweep_dir={config.sweep_dir} is for several runs; add -m, or give run_dir"
+            )
+        return os.path.abspath(config.run_dir or Path("runs") / f"{config.name}-{stamp}")
+    if config.run_dir is not None:
+        raise UserError(
+            f"run_dir={config.run_dir} is one directory, and -m starts several runs; "
+            "give sweep_dir instead"
+        )
+    sweep_dir = Path(config.sweep_dir or Path("sweeps") / f"{config.name}-{stamp}")
+    return os.path.abspath(sweep_dir / str(number))
+
+
+def _show(config: RunConfig, here: Machine) -> None:
+    """Print what a run would be, as `--dry-run` does."""
+    from train.strategy import engine_settings
+
+    assert config.run_dir is not None, "resolved"
+    environment = commands.rank_environment(config, here, os.environ)
+    argv = commands.rank_command(config, Path(config.run_dir))
+    print(f"# {config.run_dir}/config.yaml\n{to_yaml(config)}")
+    print(f"# engine settings\n{json.dumps(engine_settings(config), indent=2)}\n")
+    print("# environment")
+    print("\n".join(f"{name}={shlex.quote(value)}" for name, value in environment.items()))
+    print(f"\n# command\n{shlex.join(argv)}", flush=True)
+
+
+@contextlib.contextmanager
+def _hydra_process() -> Iterator[None]:
+    """Have Hydra know the program by its name, and raise its errors instead of printing them."""
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["shardwright"]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        del os.environ["HYDRA_FULL_ERROR"]
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _quoted(text: str) -> str:
+    """Return a string literal of Hydra's override grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+# --- the other commands -------------------------------------------------------------------------
+
+
+def _sample(arguments: list[str]) -> int:
+    argv = [sys.executable, "-m", "train.sample", *arguments]
+    start.replace(argv, commands.package_environment(os.environ))
+    return FAILED  # not reached: this process is train.sample now
+
+
+def _complete(arguments: list[str]) -> int:
+    if any(argument.startswith("query=") for argument in arguments):
+        candidates = completion.complete(
+            os.environ.get("COMP_LINE", ""), ("train", "sample", "--help", "--version")
+        )
+        if isinstance(candidates, list):
+            print("\n".join(candidates))
+            return 0
+        os.environ["COMP_LINE"] = candidates
+    compose(arguments)
+    return 0
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("shardwright")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed, running from a checkout)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

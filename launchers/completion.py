@@ -1,0 +1,40 @@
+"""Shell completion below a subcommand, which Hydra's own does not know of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launchers.compose_errors import qualify
+
+TRAIN_FLAGS = (
+    "--cfg",
+    "--config-dir",
+    "--dry-run",
+    "--help",
+    "--hydra-help",
+    "--info",
+    "--multirun",
+    "--package",
+    "--resolve",
+)
+
+
+def complete(line: str, commands: Sequence[str]) -> list[str] | str:
+    """Return the candidates for a command line, or the line to put to Hydra.
+
+    Hydra's shell functions call ``shardwright -sc query=<shell>`` with the line in COMP_LINE, take
+    all behind the program's name for overrides, and cannot parse a subcommand or a flag of ours
+    among them.
+    """
+    program, *words = line.split()
+    if not line.endswith(" ") and not words:
+        return []
+    last = "" if line.endswith(" ") else words.pop()
+    if not words:
+        return [command for command in commands if command.startswith(last)]
+    if words[0] != "train":
+        return []
+    if last.startswith("-"):
+        return [flag for flag in TRAIN_FLAGS if flag.startswith(last)]
+    overrides = [qualify(word) for word in words[1:] if word != "--dry-run"]
+    return " ".join([program, *overrides, last])

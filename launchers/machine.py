@@ -1,0 +1,161 @@
+"""What this machine has, and what a config's `auto` values come to on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import netrc
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import PrecisionConfig, RunConfig, from_tree
+
+AMPERE = 8.0
+"""First compute capability with bf16 and TF32 arithmetic."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that a run depends on, found without torch."""
+
+    compute_capabilities: tuple[float | None, ...] = ()
+    """One for each GPU that this process may use, in its order; None where it is not known."""
+    cores: int = 1
+    """CPU cores that this process may use."""
+    has_loopback: bool = True
+    torch_has_cuda: bool = True
+    has_wandb_key: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return len(self.compute_capabilities)
+
+
+def detect(environment: Mapping[str, str]) -> Machine:
+    """Look at this machine, within what the environment lets a process see of it."""
+    return Machine(
+        compute_capabilities=visible(_gpus(), environment.get("CUDA_VISIBLE_DEVICES")),
+        cores=len(os.sched_getaffinity(0)),
+        has_loopback="lo" in (name for _, name in socket.if_nameindex()),
+        torch_has_cuda=not importlib.metadata.version("torch").endswith("+cpu"),
+        has_wandb_key=_has_wandb_key(environment),
+    )
+
+
+def visible(
+    gpus: list[tuple[str, float | None]], cuda_visible_devices: str | None
+) -> tuple[float | None, ...]:
+    """Return the compute capabilities of the (UUID, capability) GPUs that CUDA would show.
+
+    As in CUDA, the list of indices or UUID prefixes ends at the first that does not exist.
+    """
+    if cuda_visible_devices is None:
+        return tuple(capability for _, capability in gpus)
+    chosen = []
+    for name in cuda_visible_devices.split(","):
+        name = name.strip()
+        if name.isdecimal() and int(name) < len(gpus):
+            chosen.append(gpus[int(name)][1])
+        elif name.startswith("MIG-") and gpus:
+            chosen.append(None)
+        elif found := [c for uuid, c in gpus if name.startswith("GPU-") and uuid.startswith(name)]:
+            chosen.append(found[0])
+        else:
+            break
+    return tuple(chosen)
+
+
+def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
+    """Return the config with every `auto` replaced by what it comes to on this machine.
+
+    Raises UserError where the values contradict each other then.
+    """
+    tree = config.model_dump(mode="json")
+    tree["run_dir"] = run_dir
+    launcher = tree["launcher"]
+    if launcher["device"] == "auto":
+        launcher["device"] = "cuda" if machine.gpus and machine.torch_has_cuda else "cpu"
+    if launcher.get("nproc_per_node") == "auto":
+        one_rank = launcher["device"] == "cpu" or config.strategy.kind == "single"
+        launcher["nproc_per_node"] = 1 if one_rank else max(1, machine.gpus)
+    if tree["tracking"].get("mode") == "auto":
+        tree["tracking"]["mode"] = "online" if machine.has_wandb_key else "offline"
+    return from_tree(tree)
+
+
+def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machine) -> list[str]:
+    """Return a message for each thing asked for that this machine does not have."""
+    problems = []
+    if device == "cpu":
+        if precision.compute_dtype == "fp16":
+            problems.append(
+                "precision.compute_dtype=fp16 needs a GPU, but the ranks run on cpu; "
+                "choose precision=bf16 or precision=fp32"
+            )
+        if precision.allow_tf32:
+            problems.append(
+                "precision.allow_tf32=true needs a GPU, but the ranks run on cpu; "
+                "choose precision=fp32"
+            )
+        return problems
+
+    if not machine.gpus:
+        return [
+            "launcher.device=cuda, but this machine shows no NVIDIA GPU (CUDA_VISIBLE_DEVICES may "
+            "hide it); choose launcher.device=cpu"
+        ]
+    if not machine.torch_has_cuda:
+        return [
+            "launcher.device=cuda, but the installed torch is a CPU build; install one with CUDA "
+            "or choose launcher.device=cpu"
+        ]
+    if ranks > machine.gpus:
+        problems.append(
+            f"launcher.nproc_per_node={ranks} is more than the {machine.gpus} GPU(s) of this "
+            f"machine; choose launcher.nproc_per_node={machine.gpus} or launcher.device=cpu"
+        )
+    known = [c for c in machine.compute_capabilities[:ranks] if c is not None]
+    oldest = min(known, default=AMPERE)
+    if oldest < AMPERE and precision.compute_dtype == "bf16":
+        problems.append(
+            f"precision.compute_dtype=bf16 needs compute capability {AMPERE}, but a GPU here has "
+            f"{oldest}; choose precision=fp16 or precision=fp32"
+        )
+    if oldest < AMPERE and precision.allow_tf32:
+        problems.append(
+            f"precision.allow_tf32=true needs compute capability {AMPERE}, but a GPU here has "
+            f"{oldest}; choose precision=fp32"
+        )
+    return problems
+
+
+def _gpus() -> list[tuple[str, float | None]]:
+    query = ["nvidia-smi", "--query-gpu=uuid,compute_cap", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        devices = [p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdecimal()]
+        return [("", None)] * len(devices)
+    gpus: list[tuple[str, float | None]] = []
+    for line in output.splitlines():
+        uuid, _, capability = (part.strip() for part in line.partition(","))
+        try:
+            gpus.append((uuid, float(capability)))
+        except ValueError:
+            gpus.append((uuid, None))
+    return gpus
+
+
+def _has_wandb_key(environment: Mapping[str, str]) -> bool:
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = environment.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

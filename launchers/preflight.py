@@ -1,0 +1,121 @@
+"""What can go wrong before a rank starts, and the run directory that is made if nothing does."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from launchers.machine import Machine, lacking
+from train.config import RunConfig, to_yaml
+from train.errors import UserError
+
+
+def check(config: RunConfig, machine: Machine) -> None:
+    """Raise UserError, one line for each problem, where a resolved config cannot run here.
+
+    Creates nothing.
+    """
+    assert config.run_dir is not None, "resolved"
+    problems = [
+        *lacking(config.launcher.device, config.launcher.world_size, config.precision, machine),
+        *_run_dir_problems(Path(config.run_dir)),
+        *_missing_packages(config),
+        *_tracking_problems(config, machine),
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+    from train.data import check_corpus
+
+    check_corpus(config.data)
+
+
+def create(config: RunConfig, run_dir: Path) -> list[Path]:
+    """Make ``run_dir`` with config.yaml and logs/; return the directories made, outermost first.
+
+    Raises UserError, and leaves nothing, where that cannot be done.
+    """
+    made: list[Path] = []
+    try:
+        for directory in [*reversed(run_dir.parents), run_dir]:
+            # Another run that starts now may make a common parent, but not this very directory.
+            if directory == run_dir or not directory.exists():
+                directory.mkdir(exist_ok=directory != run_dir)
+                made.append(directory)
+        _write_atomically(run_dir / "config.yaml", to_yaml(config))
+        (run_dir / "logs").mkdir()
+    except OSError as error:
+        take_back(made)
+        if isinstance(error, FileExistsError):
+            raise UserError(_exists(run_dir)) from None
+        raise UserError(
+            f"run_dir={run_dir} cannot be created: {error.strerror} ({error.filename}); "
+            "give a directory that you may write to"
+        ) from None
+    return made
+
+
+def take_back(made: list[Path]) -> None:
+    """Remove a run directory that ``create`` made, and those of its parents that are empty."""
+    if not made:
+        return
+    *parents, run_dir = made
+    shutil.rmtree(run_dir, ignore_errors=True)
+    for directory in reversed(parents):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _exists(run_dir: Path) -> str:
+    return f"run_dir={run_dir} exists already; choose another, or remove it first"
+
+
+def _run_dir_problems(run_dir: Path) -> list[str]:
+    if "\0" in str(run_dir):
+        return ["run_dir holds a NUL character; choose another"]
+    if os.path.lexists(run_dir):
+        return [_exists(run_dir)]
+    nearest = next(parent for parent in run_dir.parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        return [f"run_dir={run_dir} cannot be created: {nearest} is not a directory"]
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [
+            f"run_dir={run_dir} cannot be created: no permission to write to {nearest}; "
+            "give a directory that you may write to"
+        ]
+    return []
+
+
+def _missing_packages(config: RunConfig) -> list[str]:
+    needed = {
+        "tracking=tensorboard": ("tensorboard", config.tracking.kind == "tensorboard"),
+        "tracking=wandb": ("wandb", config.tracking.kind == "wandb"),
+        f"strategy.kind={config.strategy.kind}": ("deepspeed", config.strategy.kind == "zero"),
+    }
+    return [
+        f"{setting} needs the package {package}, which is not installed; `pip install {package}`"
+        for setting, (package, wanted) in needed.items()
+        if wanted and importlib.util.find_spec(package) is None
+    ]
+
+
+def _tracking_problems(config: RunConfig, machine: Machine) -> list[str]:
+    mode = getattr(config.tracking, "mode", None)
+    if mode == "online" and not machine.has_wandb_key:
+        return [
+            "tracking.mode=online, but there is no API key; run `wandb login`, set WANDB_API_KEY, "
+            "or choose tracking.mode=offline"
+        ]
+    return []

@@ -1,0 +1,190 @@
+"""What the launcher tells its user: before a run, after it, and about who failed first."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launchers.machine import Machine
+from train.config import RunConfig, accumulation_steps
+from train.errors import BAD_INPUT, FAILED, RESUMABLE
+
+TRACEBACK_LINES = 8
+TORCHRUN_LOG = "torchrun.log"
+
+
+def error_text(message: str) -> str:
+    """Return a message for the user as it goes to stderr."""
+    return "error: " + message.replace("\n", "\n       ")
+
+
+def header(
+    config: RunConfig,
+    choices: Mapping[str, str],
+    machine: Machine,
+    environment: Mapping[str, str],
+) -> str:
+    """Return what a run is, in a few lines; ``choices`` are the options that it was composed of."""
+    ranks, trainer = config.launcher.world_size, config.trainer
+    length = next(
+        f"{value:,} {unit}"
+        for value, unit in (
+            (trainer.max_steps, "steps"),
+            (trainer.max_epochs, "epochs"),
+            (trainer.max_tokens, "tokens"),
+        )
+        if value is not None
+    )
+    precision = choices.get("precision", config.precision.compute_dtype)
+    tracking: str = config.tracking.kind
+    if mode := getattr(config.tracking, "mode", None):
+        tracking += f" ({mode})" if machine.has_wandb_key else f" ({mode}: no API key found)"
+    rows = {
+        "model": f"{choices.get('model', config.model.kind)}, {config.objective.kind}",
+        "data": f"{choices.get('data', config.data.kind)}, "
+        f"{config.data.sequence_length:,} tokens a sample",
+        "batch": f"{trainer.global_batch_size:,} samples = {trainer.micro_batch_size} x "
+        f"{accumulation_steps(trainer, ranks)} x {ranks} rank(s); {length}",
+        "strategy": f"{choices.get('strategy', config.strategy.kind)}, {precision}",
+        "ranks": f"{ranks} x {config.launcher.device} ({config.launcher.kind})",
+        "tracking": tracking,
+        "env": " ".join(f"{k}={v}" for k, v in environment.items() if not k.startswith("PYTHON")),
+        "run dir": str(config.run_dir),
+    }
+    return f"\nshardwright {config.name}\n" + "\n".join(
+        f"  {name:<10}{text}" for name, text in rows.items() if text != "none"
+    )
+
+
+def finish(run_dir: Path) -> str:
+    """Return where everything of a successful run lies."""
+    what = {
+        "model": run_dir / "final",
+        "metrics": run_dir / "metrics.jsonl",
+        "logs": run_dir / "logs",
+        "checkpoints": run_dir / "checkpoints",
+    }
+    rows = {name: str(path) for name, path in what.items() if path.exists()}
+    rows["try it"] = f"shardwright sample {shlex.quote(str(run_dir))} --prompt '...'"
+    return "\ndone\n" + "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
+
+
+# --- failure ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """One logs/rank-<N>.error.json, which a rank writes when it ends before its work is done.
+
+    ``kind`` is the class of its exception. "UserError" is bad input, "Resumable" a stop with a
+    checkpoint that is meant to be resumed.
+    """
+
+    time: float
+    rank: int
+    host: str
+    kind: str
+    message: str
+    traceback: str
+
+
+def rank_failures(run_dir: Path) -> list[RankFailure]:
+    """Read what the ranks left, the first to fail first; unreadable files are passed over."""
+    failures = []
+    for path in (run_dir / "logs").glob("rank-*.error.json"):
+        try:
+            note = json.loads(path.read_text(encoding="utf-8"))
+            failures.append(
+                RankFailure(
+                    time=float(note["time"]),
+                    rank=int(note["rank"]),
+                    host=str(note["host"]),
+                    kind=str(note["kind"]),
+                    message=str(note["message"]),
+                    traceback=str(note["traceback"]),
+                )
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return sorted(failures, key=lambda failure: failure.time)
+
+
+def exit_code(child_code: int, failures: Sequence[RankFailure], stopped_by: int | None) -> int:
+    """Return the launcher's exit code from its child's and from what the ranks left.
+
+    torchrun turns every code of a rank into 1, hence the files. 128 + signal where the launcher
+    was told to stop and the ranks did not say more.
+    """
+    if child_code == 0:
+        return 0
+    first = failures[0].kind if failures else None
+    if first == "Resumable" or child_code == RESUMABLE:
+        return RESUMABLE
+    if first == "UserError" or (child_code == BAD_INPUT and not failures):
+        return BAD_INPUT
+    if stopped_by is not None:
+        return 128 + stopped_by
+    return FAILED
+
+
+def failure(
+    child_code: int, failures: Sequence[RankFailure], run_dir: Path, stopped_by: int | None
+) -> str:
+    """Return who failed first, with the end of its traceback and the path of its log."""
+    code = exit_code(child_code, failures, stopped_by)
+    logs = run_dir / "logs"
+    if code == RESUMABLE:
+        message = failures[0].message if failures else "the ranks stopped with a checkpoint"
+        return f"stopped, and meant to be resumed: {message}"
+    if stopped_by is not None and code != BAD_INPUT:
+        return f"stopped by {signal.Signals(stopped_by).name}; logs are in {logs}"
+    if failures:
+        first = failures[0]
+        log = logs / f"rank-{first.rank}.log"
+        if first.kind == "UserError":
+            return f"{error_text(first.message)}\n  rank {first.rank} on {first.host}, log: {log}"
+        last_lines = "\n".join(first.traceback.rstrip().splitlines()[-TRACEBACK_LINES:])
+        later = [str(other.rank) for other in failures[1:]]
+        return (
+            f"rank {first.rank} on {first.host} failed first:\n"
+            f"{textwrap.indent(last_lines, '    ')}\n"
+            + (f"  ranks that failed after it: {', '.join(later)}\n" if later else "")
+            + f"  its whole log: {log}"
+        )
+    if child_code == BAD_INPUT:
+        return f"the ranks refused to start; logs are in {logs}"
+    return f"{_unreported_death(child_code, logs)}\n  logs are in {logs}"
+
+
+def _unreported_death(child_code: int, logs: Path) -> str:
+    """Say how ranks ended that could not report it themselves."""
+    torchrun_log = ""
+    if (logs / TORCHRUN_LOG).is_file():
+        torchrun_log = (logs / TORCHRUN_LOG).read_text(encoding="utf-8", errors="replace")
+    # torchrun lists each rank's exit code, negative for a signal, and the first to fail last.
+    if ended := re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", torchrun_log):
+        rank, code = ended[-1]
+        text = f"rank {rank} {_how_it_ended(int(code))} without a report"
+    else:
+        text = f"the ranks' process {_how_it_ended(child_code)} without a report"
+    if "SIGKILL" in text:
+        return f"{text}; the kernel does this when memory runs out (see dmesg)"
+    # What ranks wrote there before their own logs were open comes before torchrun's comments.
+    said = re.split(r"^[EWI]\d{4} .*torch/distributed/", torchrun_log, flags=re.MULTILINE)[0]
+    last_lines = "\n".join(said.rstrip().splitlines()[-TRACEBACK_LINES:])
+    return f"{text}:\n{textwrap.indent(last_lines, '    ')}" if last_lines else text
+
+
+def _how_it_ended(code: int) -> str:
+    if code < 0:
+        try:
+            return f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was killed by signal {-code}"
+    return f"ended with exit code {code}"

@@ -1,0 +1,247 @@
+"""Each bad input ends before any rank starts: exit code 2, one clear message, nothing created."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from launchers import machine
+from launchers.machine import Machine
+from tests.unit.launchers.fakes import Shardwright, make_shardwright
+
+shardwright = pytest.fixture(make_shardwright)
+
+TEXT = ("data=text", "model=gpt2_tiny", "data.sequence_length=32")
+
+
+def refused(shardwright: Shardwright, *arguments: str) -> str:
+    """Return the message of a run that must not start."""
+    before = sorted(os.listdir())
+    outcome = shardwright("train", *arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ")
+    assert "Traceback" not in outcome.err
+    assert sorted(os.listdir()) == before
+    return outcome.err.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_step=3", "unknown key trainer.max_step: did you mean trainer.max_steps?"),
+        ("max_steps=3", "unknown key max_steps: did you mean trainer.max_steps?"),
+        ("+model.hiden_size=8", "unknown key model.hiden_size: did you mean model.hidden_size?"),
+        ("strat=zero2", "unknown key strat: did you mean strategy?"),
+        ("trainer.max_steps.x=3", "unknown key trainer.max_steps.x: did you mean"),
+        ("foo/bar=1", "unknown key foo.bar"),
+        ("trainer.lr=1e-3", "unknown key trainer.lr: use trainer.learning_rate"),
+        ("+fp16=true", "unknown key fp16: use precision=fp16"),
+        ("gradient_accumulation_steps=2", "the accumulation steps follow from it"),
+        ("+data.paths=[a]", "data.paths is no setting of data.kind=stdlib"),
+    ],
+)
+def test_unknown_key(shardwright: Shardwright, override: str, message: str) -> None:
+    assert message in refused(shardwright, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_steps=many", "trainer.max_steps=many: must be a whole number"),
+        ("trainer.max_steps=1.5", "trainer.max_steps=1.5: must be a whole number"),
+        ("trainer.learning_rate=fast", "trainer.learning_rate=fast: must be a number"),
+        ("trainer.compile=1", "trainer.compile=1: must be true or false"),
+        ("name=123", "name=123: must be text"),
+        ("launcher.nproc_per_node=two", "launcher.nproc_per_node=two: must be a whole number or"),
+        ("model=[1]", "model=[1]: the option of a group is a name"),
+        ("trainer=3", "trainer=3: the option of a group is a name"),
+    ],
+)
+def test_wrong_type(shardwright: Shardwright, override: str, message: str) -> None:
+    assert message in refused(shardwright, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_steps=0", "trainer.max_steps=0: must be at least 1"),
+        ("model.dropout=1.5", "model.dropout=1.5: must be at most 1"),
+        ("trainer.adam_beta1=1.0", "trainer.adam_beta1=1.0: must be less than 1"),
+        ("trainer.learning_rate=0.0", "trainer.learning_rate=0.0: must be more than 0"),
+        ("trainer.lr_scheduler=cosin", "must be linear, cosine or constant (did you mean cosine?)"),
+        ("launcher.nproc_per_node=0", "launcher.nproc_per_node=0: must be at least 1 or auto"),
+        ("name=a/b", "name=a/b: must be text of the form"),
+        ("data.sequence_length=4096", "is longer than the 1024 positions of the model"),
+        ("trainer.max_epochs=1", "give exactly one of max_steps, max_epochs and max_tokens"),
+    ],
+)
+def test_value_out_of_range(shardwright: Shardwright, override: str, message: str) -> None:
+    assert message in refused(shardwright, override)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["strategy=zero9"], "did you mean zero0? there are zero0, zero1, zero2, zero3,"),
+        (["experiment=dmeo"], "did you mean demo? there are demo,"),
+        (["data=text"], "data.paths is not set; give it with data.paths=VALUE"),
+        (["~model"], "model is not set; choose an option with model=NAME"),
+        (["strategy.kind=zeor"], "strategy.kind=zeor is not known (there are single, ddp, zero"),
+        (["strategy=zero2", "strategy.kind=fsdp"], "strategy.stage is no setting of strategy.kind"),
+        (["trainer.max_steps=[1,2"], "cannot read the override 'trainer.max_steps=[1,2'"),
+        (["seed=1,2"], "add -m for a run with each value"),
+        (["name=${nmae}"], "name: Interpolation key 'nmae' not found"),
+        (["--lr", "3"], "unknown flag --lr; settings are given as key=value, without dashes"),
+        (["+model=gpt2_tiny"], "this group has an option already; write model=NAME"),
+        (["--config-dir", "nowhere"], "nowhere' not found"),
+        (["-m", "seed=1,2", "run_dir=one"], "run_dir=one is one directory, and -m starts several"),
+        (["sweep_dir=s"], "sweep_dir=s is for several runs; add -m"),
+    ],
+)
+def test_composition(shardwright: Shardwright, arguments: list[str], message: str) -> None:
+    assert message in refused(shardwright, *arguments)
+
+
+def test_config_file_that_is_no_yaml(shardwright: Shardwright, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "bad.yaml").write_text("seed: [1\nname: x\n")
+    message = refused(shardwright, "--config-dir", "mine", "experiment=bad")
+    assert re.search(r"cannot read .*bad\.yaml, line \d", message)
+
+
+def test_mlm_with_a_causal_model(shardwright: Shardwright) -> None:
+    message = refused(shardwright, "model=gpt2_tiny", "objective=mlm", "data.sequence_length=64")
+    assert message.startswith("objective=mlm does not fit model.kind=gpt2")
+
+
+def test_batch_that_does_not_divide(shardwright: Shardwright) -> None:
+    message = refused(shardwright, "trainer.global_batch_size=12", "launcher.nproc_per_node=1")
+    assert "trainer.global_batch_size=12 is not a multiple of trainer.micro_batch_size=8" in message
+
+
+def on(monkeypatch: pytest.MonkeyPatch, here: Machine) -> None:
+    monkeypatch.setattr(machine, "detect", lambda environment: here)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_precision_that_the_cpu_lacks(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    on(monkeypatch, Machine())
+    assert "needs a GPU, but the ranks run on cpu" in refused(shardwright, f"precision={precision}")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_precision_that_an_old_gpu_lacks(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    on(monkeypatch, Machine(compute_capabilities=(7.5,)))
+    message = refused(shardwright, f"precision={precision}")
+    assert "needs compute capability 8.0, but a GPU here has 7.5" in message
+
+
+def test_more_ranks_than_gpus(shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, Machine(compute_capabilities=(9.0, 9.0)))
+    message = refused(shardwright, "launcher.nproc_per_node=4")
+    assert message.startswith("launcher.nproc_per_node=4 is more than the 2 GPU(s)")
+
+
+def test_gpu_asked_for_where_there_is_none(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, Machine())
+    assert "shows no NVIDIA GPU" in refused(shardwright, "launcher.device=cuda")
+    on(monkeypatch, Machine(compute_capabilities=(9.0,), torch_has_cuda=False))
+    assert "torch is a CPU build" in refused(shardwright, "launcher.device=cuda")
+
+
+def test_existing_run_directory(shardwright: Shardwright, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    message = refused(shardwright, "run_dir=run", "launcher.device=cpu")
+    assert message == f"run_dir={tmp_path}/run exists already; choose another, or remove it first"
+
+
+def test_run_directory_below_a_file(shardwright: Shardwright, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = refused(shardwright, "run_dir=file/run", "launcher.device=cpu")
+    assert message.endswith(f"cannot be created: {tmp_path}/file is not a directory")
+
+
+def test_run_directory_on_a_read_only_file_system(shardwright: Shardwright) -> None:
+    if os.access("/proc/self", os.W_OK) and os.access("/sys", os.W_OK):
+        pytest.skip("no read-only file system at hand")
+    where = "/sys" if not os.access("/sys", os.W_OK) else "/proc/self"
+    message = refused(shardwright, f"run_dir={where}/run", "launcher.device=cpu")
+    assert f"no permission to write to {where}" in message
+
+
+def test_run_directory_in_proc_cannot_be_made(shardwright: Shardwright) -> None:
+    # access(2) says yes to root here, mkdir(2) says no.
+    message = refused(shardwright, "run_dir=/proc/run", "launcher.device=cpu")
+    assert "run_dir=/proc/run cannot be created" in message
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="permission bits do not bind root")
+def test_run_directory_without_permission(shardwright: Shardwright, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    message = refused(shardwright, "run_dir=locked/run", "launcher.device=cpu")
+    assert f"no permission to write to {tmp_path}/locked" in message
+
+
+def test_tracker_that_is_not_installed(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib import util
+
+    found = util.find_spec
+    monkeypatch.setattr(
+        util, "find_spec", lambda name: None if name == "tensorboard" else found(name)
+    )
+    message = refused(shardwright, "tracking=tensorboard", "launcher.device=cpu")
+    assert message.startswith("tracking=tensorboard needs the package tensorboard, which is not")
+
+
+def test_online_tracking_without_a_key(shardwright: Shardwright) -> None:
+    message = refused(
+        *(shardwright, "tracking=wandb", "tracking.mode=online", "launcher.device=cpu")
+    )
+    assert message.startswith("tracking.mode=online, but there is no API key")
+
+
+def test_missing_corpus_file(shardwright: Shardwright, tmp_path: Path) -> None:
+    message = refused(shardwright, *TEXT, "data.paths=[nowhere.txt]", "launcher.device=cpu")
+    assert "nowhere.txt" in message
+
+
+def test_empty_corpus_file(shardwright: Shardwright, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    message = refused(shardwright, *TEXT, "data.paths=[empty.txt]", "launcher.device=cpu")
+    assert "empty.txt" in message
+    assert "empty" in message.replace("empty.txt", "")
+
+
+def test_undecodable_corpus_file(shardwright: Shardwright, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Königsberg ".encode("latin-1") * 100)
+    message = refused(shardwright, *TEXT, "data.paths=[latin.txt]", "launcher.device=cpu")
+    assert "latin.txt" in message
+    assert "UTF-8" in message
+
+
+def test_corpus_too_small_for_one_batch(
+    shardwright: Shardwright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "small.txt").write_text("a few words " * 20)
+    outcome = shardwright(
+        *("train", *TEXT, "data.paths=[small.txt]", "data.eval_fraction=0.0", "run_dir=run"),
+        *("launcher.device=cpu", f"data.cache_dir={tmp_path}/cache"),
+    )
+    assert outcome.code == 2
+    assert "error: " in outcome.err
+    assert "Traceback" not in outcome.err
+    assert "trainer.global_batch_size" in outcome.err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,137 @@
+"""What `shardwright` prints and where it finds things."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
+from train.config import from_tree
+
+shardwright = pytest.fixture(make_shardwright)
+
+
+def test_help_names_the_commands(shardwright: Shardwright) -> None:
+    outcome = shardwright("--help")
+    assert outcome.code == 0
+    assert "shardwright train [--dry-run]" in outcome.out
+    assert "shardwright sample RUN_DIR" in outcome.out
+
+
+def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
+    assert shardwright().code == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("trian", "error: unknown command trian: did you mean train?\n"),
+        ("xyz", "error: unknown command xyz: there are train and sample\n"),
+        (
+            "seed=1",
+            "error: seed=1 comes behind a command: shardwright train seed=1\n",
+        ),
+    ],
+)
+def test_unknown_command_names_the_nearest(
+    shardwright: Shardwright, word: str, message: str
+) -> None:
+    outcome = shardwright(word)
+    assert (outcome.code, outcome.err) == (2, message)
+
+
+def test_train_help_lists_groups_and_options(shardwright: Shardwright) -> None:
+    outcome = shardwright("train", "--help")
+    assert outcome.code == 0
+    assert "strategy: ddp, fsdp, single, zero0, zero1, zero2, zero3" in outcome.out
+    assert "shardwright train experiment=demo" in outcome.out
+
+
+def test_cfg_prints_the_composed_config(shardwright: Shardwright) -> None:
+    outcome = shardwright("train", "--cfg", "job", "strategy=zero3", "trainer.max_steps=7")
+    tree = yaml.safe_load(outcome.out)
+    assert tree["strategy"] == {"kind": "zero", "stage": 3}
+    assert tree["trainer"]["max_steps"] == 7
+
+
+def test_dry_run_prints_config_engine_environment_and_command(
+    shardwright: Shardwright, tmp_path: Path
+) -> None:
+    outcome = shardwright(
+        *("train", "--dry-run", "experiment=demo", "run_dir=my run", "launcher.device=cpu")
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    parts = re.split(r"^# .*\n", outcome.out, flags=re.MULTILINE)[1:]
+    config, engine, environment, command = parts
+    run = from_tree(yaml.safe_load(config))
+    assert run.run_dir == str(tmp_path / "my run")
+    assert run.launcher.device == "cpu"
+    assert json.loads(engine)["zero_optimization"]["stage"] == 2
+    assert "DS_ACCELERATOR=cpu\n" in environment
+    assert shlex.split(command)[-3:] == ["-m", "train", str(tmp_path / "my run")]
+    assert os.listdir(tmp_path) == []
+
+
+def test_dry_run_of_a_multirun_shows_each_job(shardwright: Shardwright, tmp_path: Path) -> None:
+    outcome = shardwright(
+        "train", "--dry-run", "seed=1,2", "-m", "sweep_dir=sweep", "launcher.device=cpu"
+    )
+    assert outcome.code == 0
+    assert re.findall(r"^run_dir: (.*)$", outcome.out, re.MULTILINE) == [
+        str(tmp_path / "sweep" / number) for number in "01"
+    ]
+    assert os.listdir(tmp_path) == []
+
+
+def test_dry_run_shows_what_cannot_run_here_and_says_so(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    outcome = shardwright("train", "--dry-run", "experiment=gpt2_small_clm")
+    assert outcome.code == 2
+    assert "--nproc-per-node=8" in outcome.out
+    assert outcome.err.startswith("error: launcher.device=cuda, but this machine shows no NVIDIA")
+
+
+def test_launcher_side_imports_no_torch(tmp_path: Path) -> None:
+    program = """
+import sys
+from launchers.__main__ import main
+code = main(["train", "--dry-run", "experiment=demo", "launcher.device=cpu"])
+heavy = {"torch", "transformers", "deepspeed", "accelerate", "datasets"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+    done = python(tmp_path, "-c", program)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_info_shows_where_values_come_from(tmp_path: Path) -> None:
+    # Hydra sets up logging for it, which lasts as long as the process.
+    done = python(tmp_path, "-m", "launchers", "train", "--info", "defaults-tree")
+    assert done.returncode == 0
+    assert "strategy: ddp" in done.stdout
+
+
+def test_sample_passes_everything_on(tmp_path: Path) -> None:
+    done = python(tmp_path, "-m", "launchers", "sample", "no such run", "--prompt", "a 'b'")
+    assert done.returncode == 2
+    assert "error: no such run holds no model" in done.stderr
+
+
+def python(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

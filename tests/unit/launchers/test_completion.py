@@ -1,0 +1,77 @@
+"""Shell completion knows the subcommand, in bash itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers.completion import complete
+from tests.unit.launchers.fakes import ROOT
+
+COMMANDS = ("train", "sample")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("shardwright ", ["train", "sample"]),
+        ("shardwright tr", ["train"]),
+        ("shardwright sample runs/", []),
+        ("shardwright train --dr", ["--dry-run"]),
+        ("shardwright train ", "shardwright "),
+        ("shardwright train strat", "shardwright strat"),
+        ("shardwright train --dry-run seed=1 na", "shardwright seed=1 na"),
+        (
+            "shardwright train experiment=demo trainer.",
+            "shardwright experiment@_global_=demo trainer.",
+        ),
+        ("shardwright train experiment=de", "shardwright experiment=de"),
+    ],
+)
+def test_line_that_hydra_gets(line: str, expected: list[str] | str) -> None:
+    assert complete(line, COMMANDS) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("shardwright tra", "train"),
+        ("shardwright train strat", "strategy."),
+        ("shardwright train strategy=ze", "strategy=zero0 strategy=zero1 strategy=zero2"),
+        ("shardwright train experiment=demo_", "experiment=demo_mlm"),
+        ("shardwright train strategy=zero3 experiment=demo trainer.max_s", "trainer.max_steps="),
+    ],
+)
+def test_tab_in_bash(tmp_path: Path, line: str, expected: str) -> None:
+    program = tmp_path / "shardwright"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m launchers "$@"\n')
+    program.chmod(0o755)
+    # What bash does on TAB: call the function that is registered for the program's name.
+    script = f"""
+eval "$(shardwright train -sc install=bash)"
+function=$(complete -p shardwright | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
+COMP_LINE='{line}'
+COMP_POINT=${{#COMP_LINE}}
+COMP_WORDS=($COMP_LINE)
+COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+$function
+echo "${{COMPREPLY[@]}}"
+"""
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(expected)
+    assert done.stderr == ""

@@ -1,0 +1,102 @@
+"""What `auto` comes to on a machine, and which GPUs CUDA would show."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from launchers.machine import Machine, detect, resolve, visible
+from train.config import RunConfig, from_tree
+from train.errors import UserError
+
+TREE = {
+    "model": {
+        "kind": "gpt2",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "max_position_embeddings": 128,
+    },
+    "objective": {"kind": "clm"},
+    "data": {"kind": "stdlib", "sequence_length": 64},
+    "tokenizer": {"kind": "byte_bpe"},
+    "strategy": {"kind": "ddp"},
+    "precision": {},
+    "trainer": {"max_steps": 10, "global_batch_size": 64, "micro_batch_size": 8},
+    "tracking": {"kind": "none"},
+    "launcher": {"kind": "torchrun"},
+}
+
+
+def config(**sections: object) -> RunConfig:
+    return from_tree({**TREE, **sections})
+
+
+def test_auto_is_one_rank_for_each_gpu() -> None:
+    resolved = resolve(config(), Machine(compute_capabilities=(9.0, 9.0)), "/runs/a")
+    assert resolved.launcher.device == "cuda"
+    assert resolved.launcher.world_size == 2
+    assert resolved.run_dir == "/runs/a"
+
+
+def test_auto_is_one_rank_on_a_cpu() -> None:
+    resolved = resolve(config(), Machine(cores=64), "/runs/a")
+    assert (resolved.launcher.device, resolved.launcher.world_size) == ("cpu", 1)
+
+
+def test_auto_is_one_rank_under_strategy_single() -> None:
+    single = config(strategy={"kind": "single"})
+    resolved = resolve(single, Machine(compute_capabilities=(9.0, 9.0)), "/runs/a")
+    assert (resolved.launcher.device, resolved.launcher.world_size) == ("cuda", 1)
+
+
+def test_auto_takes_the_cpu_where_torch_has_no_cuda() -> None:
+    here = Machine(compute_capabilities=(9.0,), torch_has_cuda=False)
+    assert resolve(config(), here, "/runs/a").launcher.device == "cpu"
+
+
+def test_batch_is_checked_once_the_ranks_are_known() -> None:
+    three = Machine(compute_capabilities=(9.0, 9.0, 9.0))
+    with pytest.raises(UserError, match=r"not a multiple of trainer.micro_batch_size=8 x 3 rank"):
+        resolve(config(), three, "/runs/a")
+
+
+@pytest.mark.parametrize(("has_key", "mode"), [(True, "online"), (False, "offline")])
+def test_wandb_is_offline_where_there_is_no_key(has_key: bool, mode: str) -> None:
+    tracked = config(tracking={"kind": "wandb"})
+    resolved = resolve(tracked, Machine(has_wandb_key=has_key), "/runs/a")
+    assert resolved.tracking.kind == "wandb"
+    assert resolved.tracking.mode == mode
+
+
+GPUS: list[tuple[str, float | None]] = [("GPU-aaaa", 9.0), ("GPU-bbbb", 8.0), ("GPU-cccc", 7.5)]
+
+
+@pytest.mark.parametrize(
+    ("variable", "seen"),
+    [
+        (None, (9.0, 8.0, 7.5)),
+        ("", ()),
+        ("-1", ()),
+        ("2,0", (7.5, 9.0)),
+        ("1", (8.0,)),
+        ("0,7,1", (9.0,)),
+        ("0,-1,1", (9.0,)),
+        ("GPU-b", (8.0,)),
+        ("MIG-1234", (None,)),
+    ],
+)
+def test_cuda_visible_devices_is_honoured(
+    variable: str | None, seen: tuple[float | None, ...]
+) -> None:
+    assert visible(GPUS, variable) == seen
+
+
+def test_detect_looks_at_this_machine() -> None:
+    here = detect({"CUDA_VISIBLE_DEVICES": "", "WANDB_API_KEY": "a key"})
+    assert here.gpus == 0
+    assert here.cores == len(os.sched_getaffinity(0))
+    assert here.has_wandb_key

@@ -1,0 +1,58 @@
+"""The run directory is made whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from launchers import preflight
+from launchers.machine import Machine, resolve
+from tests.unit.launchers.test_machine import config
+from train import config as run_config
+from train.config import RunConfig
+from train.errors import UserError
+
+
+def resolved(run_dir: Path) -> RunConfig:
+    return resolve(config(), Machine(), str(run_dir))
+
+
+def test_run_directory_holds_the_config(tmp_path: Path) -> None:
+    run = resolved(tmp_path / "a" / "run")
+    preflight.create(run, tmp_path / "a" / "run")
+    assert run_config.load(tmp_path / "a" / "run") == run
+    assert sorted(os.listdir(tmp_path / "a" / "run")) == ["config.yaml", "logs"]
+
+
+def test_taking_back_removes_only_what_was_made(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    made = preflight.create(resolved(tmp_path / "runs/x/run"), tmp_path / "runs/x/run")
+    preflight.take_back(made)
+    assert os.listdir(tmp_path / "runs") == []
+
+
+def test_taking_back_spares_a_parent_that_others_use(tmp_path: Path) -> None:
+    made = preflight.create(resolved(tmp_path / "runs/one"), tmp_path / "runs/one")
+    preflight.create(resolved(tmp_path / "runs/two"), tmp_path / "runs/two")
+    preflight.take_back(made)
+    assert os.listdir(tmp_path / "runs") == ["two"]
+
+
+def test_run_directory_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "theirs").touch()
+    with pytest.raises(UserError, match="exists already"):
+        preflight.create(resolved(tmp_path / "run"), tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == ["theirs"]
+
+
+def test_run_directory_that_cannot_be_made_leaves_nothing() -> None:
+    with pytest.raises(UserError, match=r"run_dir=/proc/a/run cannot be created"):
+        preflight.create(resolved(Path("/proc/a/run")), Path("/proc/a/run"))
+
+
+def test_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="NUL"):
+        preflight.check(resolve(config(), Machine(), "/tmp/a\0b"), Machine())

@@ -1,0 +1,71 @@
+"""Who failed first, and what exit code follows."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from launchers.report import RankFailure, exit_code, failure, rank_failures
+
+
+def note(logs: Path, rank: int, time: float, kind: str = "RuntimeError") -> None:
+    logs.mkdir(exist_ok=True)
+    text = {
+        "time": time,
+        "rank": rank,
+        "host": f"node-{rank}",
+        "kind": kind,
+        "message": "boom",
+        "traceback": f"Traceback\nRuntimeError: rank {rank}",
+    }
+    (logs / f"rank-{rank}.error.json").write_text(json.dumps(text))
+
+
+def test_first_to_fail_comes_first(tmp_path: Path) -> None:
+    for rank, time in ((0, 12.5), (1, 12.25), (10, 12.75)):
+        note(tmp_path / "logs", rank, time)
+    failures = rank_failures(tmp_path)
+    assert [found.rank for found in failures] == [1, 0, 10]
+    text = failure(1, failures, tmp_path, None)
+    assert text.startswith("rank 1 on node-1 failed first:")
+    assert "RuntimeError: rank 1" in text
+    assert "ranks that failed after it: 0, 10" in text
+    assert str(tmp_path / "logs" / "rank-1.log") in text
+
+
+def test_half_written_note_is_passed_over(tmp_path: Path) -> None:
+    note(tmp_path / "logs", 3, 1.0)
+    (tmp_path / "logs" / "rank-4.error.json").write_text('{"time": 0.5, ')
+    assert [found.rank for found in rank_failures(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize(
+    ("child_code", "kinds", "stopped_by", "code"),
+    [
+        (0, [], None, 0),
+        (1, [], None, 1),
+        (-signal.SIGKILL, [], None, 1),
+        (1, ["RuntimeError"], None, 1),
+        (1, ["UserError", "RuntimeError"], None, 2),
+        (1, ["RuntimeError", "UserError"], None, 1),
+        (2, [], None, 2),
+        (75, [], None, 75),
+        (1, ["Resumable", "Resumable"], signal.SIGTERM, 75),
+        (1, [], signal.SIGTERM, 143),
+        (1, ["KeyboardInterrupt"], signal.SIGINT, 130),
+        (0, [], signal.SIGTERM, 0),
+    ],
+)
+def test_exit_code(child_code: int, kinds: list[str], stopped_by: int | None, code: int) -> None:
+    failures = [RankFailure(float(n), n, "host", kind, "", "") for n, kind in enumerate(kinds)]
+    assert exit_code(child_code, failures, stopped_by) == code
+
+
+def test_message_of_bad_input_stands_alone(tmp_path: Path) -> None:
+    note(tmp_path / "logs", 0, 1.0, kind="UserError")
+    text = failure(1, rank_failures(tmp_path), tmp_path, None)
+    assert text.startswith("error: boom\n")
+    assert "Traceback" not in text

@@ -1,0 +1,192 @@
+"""RunConfig: its rules, what it says about wrong keys and values, and its round trip."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train import config
+from train.config import (
+    TrainerConfig,
+    accumulation_steps,
+    from_tree,
+    known_keys,
+    load,
+    nearest_key,
+    to_yaml,
+    unknown_key_message,
+)
+from train.errors import UserError
+
+TREE: dict[str, Any] = {
+    "run_dir": "/runs/a",
+    "model": {
+        "kind": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "max_position_embeddings": 128,
+    },
+    "objective": {"kind": "clm", "prompts": ["def f(", "'quoted': # no comment"]},
+    "data": {"kind": "text", "paths": ["a/**/*.txt"], "sequence_length": 64},
+    "tokenizer": {"kind": "byte_bpe"},
+    "strategy": {"kind": "zero", "stage": 2},
+    "precision": {},
+    "trainer": {"max_steps": 10, "adam_epsilon": 1e-8},
+    "tracking": {"kind": "wandb"},
+    "launcher": {"kind": "torchrun", "nproc_per_node": 2},
+}
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """Return the tree with values put at dotted keys, written with two underscores for a dot."""
+    tree = copy.deepcopy(TREE)
+    for key, value in values.items():
+        *sections, leaf = key.split("__")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[leaf] = value
+    return tree
+
+
+def problem(**values: Any) -> str:
+    with pytest.raises(UserError) as raised:
+        from_tree(changed(**values))
+    return str(raised.value)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    run = from_tree(TREE)
+    (tmp_path / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
+    assert load(tmp_path) == run
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        from_tree(TREE).seed = 3  # type: ignore[misc]
+
+
+def test_load_names_a_directory_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run directory: cannot read"):
+        load(tmp_path)
+
+
+def test_load_names_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match=r"config.yaml is damaged"):
+        load(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="not a mapping of sections"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": "one"}, "seed=one: must be a whole number"),
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"seed": 2**32}, "seed=4294967296: must be less than 4294967296"),
+        ({"data__paths": "a.txt"}, "data.paths=a.txt: must be a list, such as [a, b]"),
+        ({"data__paths": []}, "data.paths=[]: must be a list of at least 1"),
+        ({"data__weights": [1.0, 2.0]}, "data: weights has 2 values and paths has 1"),
+        ({"data__sequence_length": None}, "data.sequence_length=null: must be a whole number"),
+        ({"strategy__stage": 4}, "strategy.stage=4: must be 0, 1, 2 or 3"),
+        ({"strategy": "zero2"}, "strategy=zero2: strategy is a section, not a value"),
+        ({"strategy": {}}, "strategy.kind is not set (there are single, ddp, zero, fsdp)"),
+        ({"launcher__nproc_per_node": 1.5}, "nproc_per_node=1.5: must be a whole number or auto"),
+        ({"tracking__mode": "of"}, "tracking.mode=of: must be auto, online or offline"),
+        ({"trainer__learning_rate": float("inf")}, "trainer.learning_rate=Infinity: must be a fin"),
+        ({"trainer__warmup_steps": 11}, "warmup_steps=11 is more than max_steps=10"),
+        ({"objective": {"kind": "mlm"}}, "objective=mlm does not fit model.kind=llama"),
+        ({"model__num_key_value_heads": 3}, "is not a multiple of model.num_key_value_heads=3"),
+        ({"model__hidden_size": 66}, "model.hidden_size=66 is not a multiple of"),
+        ({"tokenizer__vocab_size": 999}, "tokenizer.vocab_size=999 is more than model.vocab_size"),
+        ({"strategy": {"kind": "single"}}, "strategy=single runs one rank, but launcher.nproc_per"),
+        ({"trainer__lr": 1.0}, "unknown key trainer.lr: use trainer.learning_rate"),
+        (
+            {"strategy__bucket_size_bytes": 1},
+            "strategy.bucket_size_bytes is no setting of strategy",
+        ),
+    ],
+)
+def test_wrong_values_are_named_with_the_remedy(values: dict[str, Any], message: str) -> None:
+    text = problem(**values)
+    assert message in text
+    assert "\n" not in text
+
+
+def test_each_problem_has_a_line_of_its_own() -> None:
+    lines = problem(seed=-1, trainer__max_steps=0, data__path=["a"]).splitlines()
+    assert lines == [
+        "seed=-1: must be at least 0",
+        "unknown key data.path: did you mean data.paths?",
+        "trainer.max_steps=0: must be at least 1",
+    ]
+
+
+def test_a_section_that_is_left_out_is_named() -> None:
+    tree = changed()
+    del tree["model"]
+    with pytest.raises(UserError, match="model is not set; choose an option with model=NAME"):
+        from_tree(tree)
+
+
+def test_long_values_are_cut() -> None:
+    assert len(problem(trainer__max_steps="x" * 1000)) < 150
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("trainer.max_step", "trainer.max_steps"),
+        ("max_steps", "trainer.max_steps"),
+        ("trainer.sequence_length", "data.sequence_length"),
+        ("modle.hidden_size", "model.hidden_size"),
+        ("model.hiden_size", "model.hidden_size"),
+        ("stategy", "strategy"),
+        ("launcher.nproc", "launcher.nproc_per_node"),
+        ("qqqq", None),
+    ],
+)
+def test_nearest_key(key: str, nearest: str | None) -> None:
+    assert nearest_key(key) == nearest
+
+
+def test_aliases_lead_to_keys_and_groups_that_exist() -> None:
+    known = set(known_keys())
+    for alias, remedy in config._ALIASES.items():
+        assert alias not in {key.rpartition(".")[2] for key in known}
+        named = re.findall(r"\b([a-z_]+(?:\.[a-z_]+)?)\b(?==|\b)", remedy.partition(":")[0])
+        assert known & set(named), f"{alias}: {remedy}"
+        for key in re.findall(r"\b[a-z]+\.[a-z_]+\b", remedy):
+            assert key in known, f"{alias}: {remedy}"
+
+
+def test_unknown_key_without_a_likeness_says_where_to_look() -> None:
+    assert unknown_key_message("qqqq") == (
+        "unknown key qqqq: `shardwright train --cfg job` lists the known ones"
+    )
+
+
+def test_accumulation_follows_from_the_batch() -> None:
+    trainer = TrainerConfig(max_steps=1, global_batch_size=64, micro_batch_size=4)
+    assert accumulation_steps(trainer, world_size=8) == 2
+    with pytest.raises(UserError, match=r"global_batch_size=64 is not a multiple of .* 3 rank"):
+        accumulation_steps(trainer, world_size=3)
+    with pytest.raises(UserError, match=r"set trainer.global_batch_size=128"):
+        accumulation_steps(trainer, world_size=32)
+
+
+def test_importing_the_config_needs_no_torch() -> None:
+    check = "import sys, train.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
