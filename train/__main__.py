@@ -1,0 +1,42 @@
+"""A rank's entry: `python -m train RUN_DIR`, alone or under torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from train.errors import BAD_INPUT, FAILED, UserError
+
+
+def main(argv: list[str]) -> int:
+    """Run one rank; return 0, 1 where it failed, or 2 on bad input."""
+    if len(argv) != 1:
+        print("usage: python -m train RUN_DIR", file=sys.stderr)
+        return BAD_INPUT
+    run_dir = Path(argv[0])
+
+    from train import config, logs
+    from train.rank import join, rank_from_environment
+
+    rank = rank_from_environment()
+    try:
+        settings = config.load(run_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    console = logs.open_rank_log(run_dir, rank.index)
+    try:
+        with join(settings, rank):
+            from train.run import run
+
+            run(run_dir, rank, console)
+    except Exception as error:
+        logs.log.exception("rank %d failed", rank.index)
+        logs.note_failure(run_dir, rank.index, error)
+        print(f"rank {rank.index} failed: {type(error).__name__}: {error}", file=console)
+        return BAD_INPUT if isinstance(error, UserError) else FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What happens beside the loop; each module holds one concern."""

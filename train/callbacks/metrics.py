@@ -1,0 +1,86 @@
+"""metrics.jsonl: one line for each logged step, losses unrounded."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from train.trainer import Trainer
+
+# What the Trainer logs that is written down as it is; its own summary of the whole run is left out.
+_KEPT = ("loss", "grad_norm", "learning_rate")
+
+
+class Metrics(TrainerCallback):
+    """Adds throughput and memory to what the Trainer logs, and writes it down."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._training_seconds = 0.0
+        self._resumed_at = 0.0
+        self._tokens_logged = 0
+
+    # Evaluation and saves are left out of the throughput: the clock runs from the end of one
+    # interruption to the beginning of the next.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tokens_logged = self.trainer.tokens_seen
+        self._resumed_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self._training_seconds += now - self._resumed_at
+        self._resumed_at = now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resumed_at = time.monotonic()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resumed_at = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        taken = {
+            key: value
+            for key, value in logs.items()
+            if key in _KEPT or (key.startswith("eval_") and not key.endswith(_SPEEDS))
+        }
+        if not taken:
+            return
+        trainer = self.trainer
+        if "loss" in taken:
+            tokens = trainer.tokens_seen - self._tokens_logged
+            taken["tokens_per_second"] = tokens / max(self._training_seconds, 1e-9)
+            taken["peak_memory_bytes"] = self._peak_memory_bytes()
+            self._tokens_logged = trainer.tokens_seen
+            self._training_seconds = 0.0
+        if state.is_world_process_zero:
+            # Trackers are called after this one and read the same dictionary.
+            logs.update({k: v for k, v in taken.items() if k not in logs})
+            line = {
+                "step": state.global_step,
+                "samples": trainer.samples_seen,
+                "tokens": trainer.tokens_seen,
+                "time": time.time(),
+                **taken,
+            }
+            with (trainer.run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _peak_memory_bytes(self) -> int:
+        """Return the highest peak of any rank: the GPU allocator's, or on a CPU the process's."""
+        if self.trainer.args.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        mine = torch.tensor([peak], device=self.trainer.args.device)
+        return int(self.trainer.accelerator.gather(mine).max())
+
+
+_SPEEDS = ("_runtime", "_per_second", "_preparation_time")

@@ -1,0 +1,70 @@
+"""The model card of final/: what was trained, on what, how, and how well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from train.models import parameter_count
+
+if TYPE_CHECKING:
+    from train.trainer import Trainer
+
+
+def model_card(trainer: Trainer, evaluation: dict[str, Any]) -> str:
+    """Return README.md with the hub's metadata header."""
+    config = trainer.config
+    parameters = parameter_count(trainer.model)
+    task = "text-generation" if config.objective.kind == "clm" else "fill-mask"
+    settings = config.trainer
+    rows = {
+        "Architecture": f"{config.model.kind}, {parameters:,} parameters",
+        "Objective": config.objective.kind,
+        "Data": config.data.kind,
+        "Tokenizer": config.tokenizer.kind,
+        "Sequence length": f"{config.data.sequence_length} tokens",
+        "Seen": f"{trainer.samples_seen:,} samples, {trainer.tokens_seen:,} tokens, "
+        f"{trainer.state.global_step:,} steps",
+        "Batch": f"{settings.global_batch_size} samples",
+        "Optimizer": f"AdamW, peak learning rate {settings.learning_rate:g}, "
+        f"{settings.lr_scheduler} schedule, weight decay {settings.weight_decay:g}",
+        "Precision": f"{config.precision.compute_dtype} compute, fp32 master weights",
+        "Strategy": f"{config.strategy.kind} on {trainer.args.world_size} rank(s)",
+    }
+    measured = {
+        name.removeprefix("eval_").replace("_", " "): value
+        for name, value in evaluation.items()
+        if name in ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
+    }
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "tags: [shardwright]",
+        "---",
+        "",
+        f"# {config.name}",
+        "",
+        "Trained from scratch with Shardwright."
+        if config.model.kind != "pretrained"
+        else f"Trained with Shardwright from `{config.model.name}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+    ]
+    if measured:
+        lines += ["## On held-out documents", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in measured.items()]
+        lines += [""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'pipeline("{task}", model="PATH")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: layout and manifest, engine state, and the final model."""

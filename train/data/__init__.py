@@ -1,0 +1,10 @@
+"""Text to training batches: corpus -> tokenizer -> packed tokens -> samples -> sampler -> collator.
+
+Importing this package costs next to nothing and no torch; the loaders, which need it, are in
+``train.data.loader``.
+"""
+
+from train.data.corpus import check_corpus
+from train.data.prepare import Prepared, prepare
+
+__all__ = ["Prepared", "check_corpus", "prepare"]

@@ -1,0 +1,28 @@
+"""Prepare a run's tokenizer and tokens before its ranks start: python -m train.data RUN_DIR."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from train import config
+from train.data.prepare import prepare
+from train.errors import BAD_INPUT, UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="directory that holds the run's config.yaml")
+    run_dir = parser.parse_args().run_dir
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("train").setLevel(logging.INFO)
+    try:
+        prepare(config.load(run_dir), run_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

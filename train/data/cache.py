@@ -1,0 +1,129 @@
+"""Directories that are built once under a fingerprint, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+
+from train.config import DataConfig
+from train.errors import UserError
+
+INDEX = "index.json"
+log = logging.getLogger(__name__)
+
+NO_ROOM = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
+
+
+class Entry(NamedTuple):
+    """A whole directory of the cache, and what its builder said of it."""
+
+    path: Path
+    details: dict[str, Any]
+    built: bool
+    """By this call; otherwise it was there."""
+
+
+def cache_root(data: DataConfig) -> Path:
+    """Return the directory that holds tokens/, tokenizers/ and downloads/."""
+    if data.cache_dir is not None:
+        return Path(data.cache_dir).expanduser()
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user_cache) / "shardwright"
+
+
+def fingerprint(value: Any) -> str:
+    """Return a hash of a tree of plain values, as 32 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def find(parent: Path, name: str) -> Entry | None:
+    """Return the entry of that name where there is a whole one."""
+    path = parent / name
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        whole = all((path / f).stat().st_size == size for f, size in index["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return Entry(path, index["details"], built=False) if whole else None
+
+
+def build_once(parent: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
+    """Return the entry of that name, letting ``build`` fill it where there is no whole one.
+
+    Of several processes on a node one builds while the others wait. ``build`` gets an empty
+    directory with a temporary name and returns details (plain values) to keep. The index is
+    written last and one rename publishes all, so what a crash leaves behind is never taken for an
+    entry; the next builder removes it. Raises UserError where the disk does not let it.
+    """
+    if entry := find(parent, name):
+        return entry
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(parent / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            log.info("waiting for another process that prepares %s", parent / name)
+            lock.acquire()
+        try:
+            return find(parent, name) or _build(parent, name, build)
+        finally:
+            lock.release()
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"data.cache_dir: cannot write {parent / name} ({error.strerror}); "
+            "set data.cache_dir to a directory with room that you may write to"
+        ) from None
+
+
+def _build(parent: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
+    # Only the lock's holder writes these, so whatever is there was left by a crash.
+    for stale in parent.glob(f"{name}.tmp-*"):
+        shutil.rmtree(stale)
+    if (parent / name).exists():
+        shutil.rmtree(parent / name)
+    temporary = parent / f"{name}.tmp-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        details = build(temporary)
+        files = sorted(p for p in temporary.iterdir())
+        for path in files:
+            flush(path)
+        index = {"files": {p.name: p.stat().st_size for p in files}, "details": details}
+        (temporary / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        flush(temporary / INDEX)
+        temporary.rename(parent / name)
+        flush(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Entry(parent / name, details, built=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,172 @@
+"""Tokenise a corpus into token stores, in batches, with the Rust tokenizer's threads."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from train.data.corpus import Piece
+from train.data.store import StoreWriter
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+# An encoding takes a few hundred bytes a token, so this bounds memory, at about 100 MB.
+BATCH_CHARACTERS = 2**20
+BATCH_TEXTS = 4096
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become tokens."""
+
+    vocabulary_size: int
+    """Highest id plus one."""
+    prefix: tuple[int, ...]
+    """Ids that begin each document (each line, under ``by_line``)."""
+    end: int
+    """Id that ends it."""
+    words: bool
+    """Keep where words begin."""
+    by_line: bool
+    """Keep where lines end, and leave out empty ones."""
+
+
+@dataclass
+class _Tokens:
+    """What a batch adds to one store."""
+
+    ids: list[int] = field(default_factory=list)
+    word_starts: list[int] = field(default_factory=list)
+    line_ends: list[int] = field(default_factory=list)
+
+
+def store_name(held_out: bool, source: int) -> str:
+    return f"{'heldout' if held_out else 'train'}-{source}"
+
+
+def pack(
+    pieces: Iterable[Piece],
+    sources: int,
+    tokenizer: Tokenizer,
+    packing: Packing,
+    directory: Path,
+) -> dict[str, int]:
+    """Write a store for each source and split; return counts of documents and tokens.
+
+    Memory is bounded by a batch of pieces.
+    """
+    from tqdm import tqdm
+
+    backend = _corpus_tokenizer(tokenizer)
+    counts: Counter[str] = Counter(documents=0, tokens=0, heldout_documents=0, heldout_tokens=0)
+    bar = tqdm(
+        desc="tokenising",
+        unit=" characters",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )
+    with ExitStack() as opened, bar:
+        writers = {
+            (held_out, source): opened.enter_context(
+                StoreWriter(
+                    directory,
+                    store_name(held_out, source),
+                    packing.vocabulary_size,
+                    packing.words,
+                    packing.by_line,
+                )
+            )
+            for held_out in (False, True)
+            for source in range(sources)
+        }
+        for batch in _batches(_counted(pieces, counts), packing.by_line):
+            for key, added in _encode(batch, backend, packing).items():
+                writers[key].append(added.ids, added.word_starts, added.line_ends)
+            bar.update(sum(len(piece.text) for piece in batch))
+        for (held_out, _), writer in writers.items():
+            counts["heldout_tokens" if held_out else "tokens"] += writer.token_count
+    return dict(counts)
+
+
+def word_starts(text: str, encoding: Encoding) -> list[int]:
+    """Return 1 for each token that begins a word, else 0.
+
+    A word is what the pre-tokenizer made one, or what white space sets apart: sentencepiece models
+    often come without a pre-tokenizer that splits, and would be one word throughout.
+    """
+    words = np.array([-1 if word is None else word for word in encoding.word_ids])
+    if not len(words):
+        return []
+    starts_at, ends_at = np.array(encoding.offsets).T
+    ends_before = np.concatenate(([0], ends_at[:-1]))
+    space = np.fromiter(map(str.isspace, text + "."), dtype=bool)
+    # The space before a word either belongs to the word's first token or is in no token; and a
+    # character of several bytes may be several tokens, all with its offsets.
+    opens_with_space = space[starts_at] & ~space[starts_at - 1] & (starts_at >= ends_before)
+    skips_space = space[ends_before] & ~space[ends_before - 1] & (starts_at > ends_before)
+    new_word = np.diff(words, prepend=-2) != 0
+    return (new_word | opens_with_space | skips_space).astype(int).tolist()
+
+
+def _corpus_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy to which "</s>" in a corpus is plain text, so none can fake a document end."""
+    copy = type(tokenizer).from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _counted(pieces: Iterable[Piece], counts: Counter[str]) -> Iterator[Piece]:
+    for piece in pieces:
+        counts["heldout_documents" if piece.held_out else "documents"] += piece.begins
+        yield piece
+
+
+def _batches(pieces: Iterable[Piece], by_line: bool) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    characters = 0
+    for piece in _by_line(pieces) if by_line else pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_TEXTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _by_line(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    for piece in pieces:
+        assert (piece.begins, piece.ends) == (True, True), (
+            "read_corpus cuts no document under line_by_line"
+        )
+        yield from (piece._replace(text=s) for s in piece.text.split("\n") if s.strip())
+
+
+def _encode(
+    batch: list[Piece], backend: Tokenizer, packing: Packing
+) -> dict[tuple[bool, int], _Tokens]:
+    # The fast way keeps neither offsets nor words.
+    encode = backend.encode_batch if packing.words else backend.encode_batch_fast
+    encodings = encode([piece.text for piece in batch], add_special_tokens=False)
+    stores: defaultdict[tuple[bool, int], _Tokens] = defaultdict(_Tokens)
+    for piece, encoding in zip(batch, encodings, strict=True):
+        store = stores[piece.held_out, piece.source]
+        before, after = packing.prefix * piece.begins, (packing.end,) * piece.ends
+        store.ids += [*before, *encoding.ids, *after]
+        if packing.words:
+            inside = word_starts(piece.text, encoding)
+            store.word_starts += [*(1 for _ in before), *inside, *(1 for _ in after)]
+        if packing.by_line:
+            store.line_ends.append(len(store.ids))
+    return stores

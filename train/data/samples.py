@@ -1,0 +1,103 @@
+"""Fixed-length samples out of token stores, by arithmetic: nothing is copied or listed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.data.sampler import permuted
+from train.data.store import TokenStore
+
+
+class Window(NamedTuple):
+    """Some consecutive tokens of a store."""
+
+    tokens: NDArray[np.int64]
+    """Ids, shape (n,)."""
+    word_starts: NDArray[np.uint8] | None
+    """1 where a token begins a word, shape (n,)."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One store's samples.
+
+    For clm a sample is ``sequence_length`` + 1 tokens at a stride of ``sequence_length``, so that
+    each token is predicted once; for mlm it is the ``sequence_length`` - 2 tokens that a frame of
+    two special tokens leaves room for. Of a line store a sample is a line, cut to that length.
+    """
+
+    store: TokenStore
+    sequence_length: int
+    causal: bool
+
+    @cached_property
+    def _stride(self) -> int:
+        return self.sequence_length if self.causal else self.sequence_length - 2
+
+    def __len__(self) -> int:
+        if self.store.line_ends is not None:
+            return len(self.store.line_ends)
+        return max(0, len(self.store.tokens) - self.causal) // self._stride
+
+    def __getitem__(self, index: int) -> Window:
+        assert 0 <= index < len(self)
+        ends = self.store.line_ends
+        if ends is None:
+            start = index * self._stride
+            stop = start + self._stride + self.causal
+        else:
+            start = int(ends[index - 1]) if index else 0
+            # A line's end token is to be predicted; for mlm the frame takes its place.
+            stop = int(ends[index]) - (not self.causal)
+            stop = min(stop, start + self._stride + self.causal)
+        starts = self.store.word_starts
+        return Window(
+            np.asarray(self.store.tokens[start:stop], dtype=np.int64),
+            None if starts is None else np.asarray(starts[start:stop]),
+        )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What one epoch is made of: of each source its weight times its number of samples.
+
+    Where a weight is no whole number the source's samples go round in a fixed random order, so
+    that the next epoch goes on where the last one stopped.
+    """
+
+    sources: Sequence[Any]
+    """For each source its samples."""
+    weights: tuple[float, ...]
+    seed: int
+
+    @cached_property
+    def quotas(self) -> tuple[int, ...]:
+        """Samples of each source in one epoch; at least 1 of one that has any."""
+        pairs = zip(self.sources, self.weights, strict=True)
+        return tuple(max(1, round(len(s) * w)) if len(s) else 0 for s, w in pairs)
+
+    def __len__(self) -> int:
+        return sum(self.quotas)
+
+    def locate(self, epoch: int, index: int) -> tuple[int, int]:
+        """Return source and number of the sample that is ``index`` in an epoch, unshuffled."""
+        assert 0 <= index < len(self)
+        source = 0
+        while index >= self.quotas[source]:
+            index -= self.quotas[source]
+            source += 1
+        size, quota = len(self.sources[source]), self.quotas[source]
+        if quota % size == 0:
+            return source, index % size
+        turn = (epoch * quota + index) % size
+        return source, permuted((self.seed, -1 - source), size, turn)
+
+    def get(self, epoch: int, index: int) -> Any:
+        source, number = self.locate(epoch, index)
+        return self.sources[source][number]

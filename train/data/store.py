@@ -1,0 +1,89 @@
+"""Token stores: flat arrays on disk, appended to once and memory-mapped ever after."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class TokenStore:
+    """The tokens of one source's training or held-out documents, memory-mapped.
+
+    ``tokens``: ids, uint16 or uint32, shape (n,). ``word_starts``: uint8, shape (n,), 1 where a
+    token begins a word, or None where they were not wanted. ``line_ends``: int64, shape (lines,),
+    the index after each line's last token, or None where documents are packed.
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory = directory
+        self.name = name
+
+    @cached_property
+    def tokens(self) -> NDArray[Any]:
+        path = next(p for p in _token_paths(self.directory, self.name).values() if p.exists())
+        return _mapped(path, np.dtype(path.suffix[1:]))
+
+    @cached_property
+    def word_starts(self) -> NDArray[np.uint8] | None:
+        path = self.directory / f"{self.name}.words"
+        return _mapped(path, np.dtype(np.uint8)) if path.exists() else None
+
+    @cached_property
+    def line_ends(self) -> NDArray[np.int64] | None:
+        path = self.directory / f"{self.name}.lines"
+        return _mapped(path, np.dtype(np.int64)) if path.exists() else None
+
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, str]]:
+        # A worker process maps the files anew; pickled arrays would travel whole.
+        return TokenStore, (self.directory, self.name)
+
+
+class StoreWriter:
+    """Appends to a store's files; a context manager."""
+
+    def __init__(
+        self, directory: Path, name: str, vocabulary_size: int, words: bool, lines: bool
+    ) -> None:
+        self.dtype = np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.uint32)
+        self.token_count = 0
+        self._line_ends: list[int] = []
+        self._closing = ExitStack()
+
+        def create(path: Path) -> Any:
+            return self._closing.enter_context(path.open("wb"))
+
+        self._tokens = create(_token_paths(directory, name)[self.dtype.name])
+        self._words = create(directory / f"{name}.words") if words else None
+        self._lines = create(directory / f"{name}.lines") if lines else None
+
+    def append(self, ids: list[int], word_starts: list[int], line_ends: list[int]) -> None:
+        """Append tokens; ``line_ends`` are counted from the first of these tokens."""
+        self._tokens.write(np.array(ids, dtype=self.dtype).data)
+        if self._words is not None:
+            assert len(word_starts) == len(ids)
+            self._words.write(np.array(word_starts, dtype=np.uint8).data)
+        if self._lines is not None:
+            self._lines.write((np.array(line_ends, dtype=np.int64) + self.token_count).data)
+        self.token_count += len(ids)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.close()
+
+
+def _token_paths(directory: Path, name: str) -> dict[str, Path]:
+    return {dtype: directory / f"{name}.{dtype}" for dtype in ("uint16", "uint32")}
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if path.stat().st_size == 0:
+        # An empty file cannot be mapped.
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -1,0 +1,297 @@
+"""The run's tokenizer: trained on its corpus, or a fast one from the hub; saved with the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from train.config import ByteBpeTokenizer, PretrainedTokenizer, RunConfig, ScratchModel
+from train.data.cache import build_once, cache_root, fingerprint, flush
+from train.data.corpus import read_corpus
+from train.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+PROBE_TIMEOUT_SECONDS = 20.0
+
+
+class SpecialIds(NamedTuple):
+    """Ids that frame a sample."""
+
+    begin: int
+    """Put before a masked sample: CLS, or else BOS."""
+    end: int
+    """Ends a document, and a masked sample: SEP for mlm, EOS for clm."""
+    pad: int
+    mask: int | None
+
+
+def ensure_tokenizer(
+    config: RunConfig, directory: Path, identity: dict[str, Any]
+) -> PreTrainedTokenizerFast:
+    """Return the tokenizer saved in ``directory``, putting it there first if it is not.
+
+    ``identity`` is the corpus's, under which a trained one is cached. What trains is always what
+    was saved. Raises UserError where the tokenizer does not fit the objective or the model.
+    """
+    if not directory.exists():
+        settings = config.tokenizer
+        if settings.kind == "byte_bpe":
+            tokenizer = _wrap(_trained(config, settings, identity), config, settings)
+        else:
+            tokenizer = _pretrained(settings)
+        check_fits(tokenizer, config)
+        _publish(tokenizer, directory)
+    return load_tokenizer(config, directory)
+
+
+def load_tokenizer(config: RunConfig, directory: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that a run directory holds."""
+    if config.tokenizer.kind == "byte_bpe":
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    # The one place that loads torch: AutoTokenizer knows models.
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        directory, trust_remote_code=config.tokenizer.trust_remote_code
+    )
+    assert tokenizer.is_fast, "none else is saved"
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def content_hash(directory: Path) -> str:
+    """Return a hash of what a saved tokenizer does, whatever the order of its JSON keys."""
+    return fingerprint(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the highest id plus one: rows that an embedding needs."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> SpecialIds:
+    """Return the ids that frame samples; raise UserError where the tokenizer lacks one."""
+    mlm = config.objective.kind == "mlm"
+    first = [tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    last = [tokenizer.sep_token_id, tokenizer.eos_token_id]
+    end = _first_of(last if mlm else last[::-1])
+    if end is None:
+        raise UserError(
+            f"tokenizer={_name(config)}: it has neither an EOS nor a SEP token to end documents "
+            "with; choose another tokenizer"
+        )
+    if mlm and tokenizer.mask_token_id is None:
+        raise UserError(
+            f"tokenizer={_name(config)}: it has no mask token, which objective=mlm needs; choose "
+            "a tokenizer of a masked model, tokenizer=byte_bpe or objective=clm"
+        )
+    begin, pad = _first_of(first), tokenizer.pad_token_id
+    return SpecialIds(
+        begin=end if begin is None else begin,
+        end=end,
+        pad=end if pad is None else pad,
+        mask=tokenizer.mask_token_id,
+    )
+
+
+def document_prefix(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> tuple[int, ...]:
+    """Return the ids that the tokenizer puts before a prompt, so that documents begin alike.
+
+    None for mlm, where each sample has its frame.
+    """
+    if config.objective.kind == "mlm":
+        return ()
+    frame: list[int] = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+    while frame and frame[-1] in ends:
+        frame.pop()
+    return tuple(frame)
+
+
+def check_fits(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
+    """Raise UserError where the tokenizer cannot serve the objective or the model's embedding."""
+    special_ids(tokenizer, config)
+    if not isinstance(config.model, ScratchModel):
+        # The embedding comes with the weights; whoever loads them compares.
+        return
+    rows, wanted = config.model.padded_vocab_size, vocabulary_size(tokenizer)
+    if wanted > rows:
+        raise UserError(
+            f"tokenizer={_name(config)} has {wanted} tokens, but model.vocab_size="
+            f"{config.model.vocab_size} gives the embedding {rows} rows; "
+            f"set model.vocab_size={wanted} or choose a smaller tokenizer"
+        )
+
+
+def train_byte_bpe(
+    texts: Iterable[str], vocab_size: int, min_frequency: int, special_tokens: tuple[str, ...]
+) -> Tokenizer:
+    """Train a byte-level BPE: special tokens get the first ids, then come the 256 bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    *others, mask = special_tokens
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        # As in RoBERTa: the mask swallows the space before it, as word tokens hold theirs.
+        special_tokens=[*others, AddedToken(mask, lstrip=True, special=True)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _trained(config: RunConfig, settings: ByteBpeTokenizer, identity: dict[str, Any]) -> Path:
+    """Return the cached tokenizer.json, training it where there is none."""
+    import tokenizers
+
+    vocab_size = settings.vocab_size
+    if vocab_size is None:
+        assert isinstance(config.model, ScratchModel), "RunConfig demands a vocab_size otherwise"
+        vocab_size = config.model.vocab_size
+        smallest = 256 + len(settings.special_tokens)
+        if vocab_size < smallest:
+            raise UserError(
+                f"tokenizer.vocab_size=null takes model.vocab_size={vocab_size}, but 256 bytes "
+                f"and the special tokens need {smallest}; raise model.vocab_size"
+            )
+
+    def build(directory: Path) -> dict[str, Any]:
+        texts = (p.text for p in read_corpus(config.data, root) if not p.held_out)
+        trained = train_byte_bpe(
+            _first_bytes(texts, settings.max_training_bytes),
+            vocab_size,
+            settings.min_frequency,
+            settings.special_tokens,
+        )
+        trained.save(str(directory / "tokenizer.json"))
+        return {"tokens": trained.get_vocab_size()}
+
+    root = cache_root(config.data)
+    what = {
+        "format": 1,
+        "corpus": identity,
+        "vocab_size": vocab_size,
+        "settings": settings.model_dump(mode="json", exclude={"vocab_size"}),
+        "tokenizers": tokenizers.__version__,
+    }
+    return build_once(root / "tokenizers", fingerprint(what), build).path / "tokenizer.json"
+
+
+def _first_bytes(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
+    left = limit_bytes
+    for text in texts:
+        encoded = text.encode()
+        if len(encoded) >= left:
+            yield encoded[:left].decode(errors="ignore")
+            return
+        left -= len(encoded)
+        yield text
+
+
+def _wrap(path: Path, config: RunConfig, settings: ByteBpeTokenizer) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(path))
+    begin, pad, end, unknown, mask = settings.special_tokens
+    mlm = config.objective.kind == "mlm"
+    if mlm:
+        first, last = settings.special_tokens.index(begin), settings.special_tokens.index(end)
+        tokenizer.post_processor = processors.RobertaProcessing(
+            (end, last), (begin, first), add_prefix_space=False
+        )
+    else:
+        # A prompt is the beginning of a document, and documents are trained on without a frame.
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=begin,
+        cls_token=begin,
+        pad_token=pad,
+        eos_token=end,
+        sep_token=end,
+        unk_token=unknown,
+        mask_token=mask,
+        model_max_length=config.model.max_sequence_length or config.data.sequence_length,
+        # Token types would reach GPT-2's word embedding, and ModernBERT knows none.
+        model_input_names=["input_ids", "attention_mask"],
+        # Prompts of different lengths have to end together to be continued together.
+        padding_side="right" if mlm else "left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    local = Path(settings.name).is_dir()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.name,
+            revision=settings.revision or "main",
+            trust_remote_code=settings.trust_remote_code,
+            local_files_only=local or not _hub_has(settings),
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"tokenizer.name={settings.name}: cannot load it ({reason}); correct the name. Without "
+            "a network give a directory that holds tokenizer.json, or download the tokenizer where "
+            "there is one and copy that machine's HF_HOME directory here"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer.name={settings.name}: {type(tokenizer).__name__} is not a fast tokenizer "
+            "(there is no tokenizer.json); choose one that is"
+        )
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _hub_has(settings: PretrainedTokenizer) -> bool:
+    """Whether the hub answers; asked first, as loading tries again for a minute."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().model_info(
+            settings.name, revision=settings.revision, timeout=PROBE_TIMEOUT_SECONDS
+        )
+    except Exception:  # the HTTP client's errors share no base class
+        return False
+    return True
+
+
+def _publish(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Save under a temporary name, then rename; where another rank was first, keep its copy."""
+    temporary = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+    try:
+        tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():
+            flush(path)
+        temporary.rename(directory)
+    except OSError:
+        if not directory.exists():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _first_of(ids: list[int | None]) -> int | None:
+    return next((i for i in ids if i is not None), None)
+
+
+def _name(config: RunConfig) -> str:
+    return getattr(config.tokenizer, "name", config.tokenizer.kind)

@@ -1,0 +1,160 @@
+"""Leave the process group so that none of its threads outlives the training."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import os
+import sys
+import threading
+import traceback
+import types
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+logger = logging.getLogger(__name__)
+
+# accelerate and transformers say through the environment which engine the next Accelerator uses.
+_ENGINE_CHOICES = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING",
+    "ACCELERATE_DYNAMO_BACKEND",
+    "ACCELERATE_DYNAMO_MODE",
+)
+_PF_EXITING = 0x4  # linux/sched.h
+
+
+def leave_process_group(timeout_seconds: float = 60.0) -> None:
+    """Destroy every process group, join its worker threads and forget what the libraries kept.
+
+    Call it once, last, after success and after failure alike, from a frame that no longer holds
+    the trainer, the model or the engine; nothing else needs to call `destroy_process_group`. It is
+    no collective: it never waits for a peer that has nothing in flight with this rank. A rank that
+    fails half-way through a collective waits until its peers have left too, at most
+    `timeout_seconds`. Afterwards a new group can be made in the same process, for any strategy.
+
+    Why destroying alone is not enough: a gloo worker drops its reference to a finished collective
+    some time after the waiting main thread has gone on. If a tensor of it has a Python wrapper, the
+    drop takes the GIL (`ConcretePyInterpreterVTable::decref`), which ends the thread by
+    `pthread_exit` once the interpreter finalises; unwinding through C++ then aborts the process.
+    Only `~ProcessGroupGloo` joins the workers, and it runs when the last reference is gone.
+    """
+    _release_frames(sys.exception())
+    _release_objects()
+    _release_libraries()
+
+    # Held here, so that the last reference is dropped below. Dropped by a C++ owner (DDP's reducer)
+    # it would join the workers with the GIL held, while a worker waits for the GIL.
+    groups: list[dist.ProcessGroup] = []
+    if dist.is_available() and dist.is_initialized():
+        groups.extend(distributed_c10d._world.pg_map)
+        dist.destroy_process_group()
+    gc.collect()
+
+    # In a thread, as the destructor waits for collectives in flight and cannot be interrupted.
+    # Daemonic, as a peer that never answers must not keep a failed rank alive.
+    release = threading.Thread(target=groups.clear, name="leave_process_group", daemon=True)
+    release.start()
+    release.join(timeout_seconds)
+    if release.is_alive():
+        logger.warning(
+            "a collective is still in flight %g s after training ended: a peer never joined it",
+            timeout_seconds,
+        )
+    elif left := gloo_worker_count():
+        logger.warning(
+            "%d gloo threads outlive training, which can abort the process as it exits: "
+            "something still holds the model, the trainer or a process group",
+            left,
+        )
+
+
+def gloo_worker_count() -> int:
+    """Count this process's gloo worker threads that have run; 0 where there is no /proc."""
+    count = 0
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        try:
+            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # the thread ended while we looked
+            continue
+        # A joined thread stays listed for a moment, marked as exiting (field 9, the flags).
+        exiting = int(fields.split()[6]) & _PF_EXITING
+        count += name == "pt_gloo_runloop" and not exiting
+    return count
+
+
+def _release_frames(error: BaseException | None) -> None:
+    """Clear the locals of the frames that an error being handled keeps alive, trainer included."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _release_libraries() -> None:
+    """Forget what deepspeed, transformers and accelerate keep for the process, where loaded."""
+    if offload := sys.modules.get("deepspeed.runtime.zero.parameter_offload"):
+        offload.FWD_MODULE_STACK.clear()
+    if partition := sys.modules.get("deepspeed.runtime.zero.partition_parameters"):
+        partition.shutdown_init_context()  # no-op unless a failure left zero.Init's patches behind
+        vars(partition).update(top_level_context=None, zero_init_context=0)
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        groups._release_process_group_references()
+    if comm := sys.modules.get("deepspeed.comm.comm"):
+        vars(comm).update(cdb=None)
+    if integration := sys.modules.get("transformers.integrations.deepspeed"):
+        integration.unset_hf_deepspeed_config()
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+        for name in _ENGINE_CHOICES:
+            os.environ.pop(name, None)
+    if redistribute := sys.modules.get("torch.distributed.tensor._redistribute"):
+        redistribute.clear_redistribute_planner_cache()
+        torch._C._clear_DTensor_sharding_propagator_cache()
+
+
+def _release_objects() -> None:
+    """Release the live objects, wherever they are, that hold a group from outside of any cycle."""
+    engine_module = sys.modules.get("deepspeed.runtime.engine")
+    engine_type = engine_module.DeepSpeedEngine if engine_module else ()
+    for found in gc.get_objects():  # by `type`, as isinstance runs the code of lazy proxies
+        if type(found) is types.FunctionType:
+            _forget_default_groups(found)
+        elif type(found) is functools._lru_cache_wrapper:
+            # DTensor's are keyed by device meshes, ZeRO-3's `__params_to_release` by modules.
+            if str(getattr(found, "__module__", "")).startswith(("torch.distributed", "deepspeed")):
+                found.cache_clear()
+        elif issubclass(type(found), engine_type):
+            try:  # its hooks on the gradient accumulators are cycles through C++, unseen by gc
+                found.destroy()
+            except Exception:  # a half-built engine; the rest has to be released all the same
+                logger.exception("DeepSpeed's engine could not be taken apart")
+
+
+def _forget_default_groups(function: types.FunctionType) -> None:
+    """Replace process groups among default arguments by None, which means the same to torch.
+
+    `group=GroupMember.WORLD` is evaluated at import: None before a group exists, but that very
+    group after (deepspeed.comm.torch, torch.distributed.nn.functional). The Trainer imports
+    deepspeed when it is built, so that even a DDP run's group was held for ever.
+    """
+    if function.__defaults__ and any(map(_is_group, function.__defaults__)):
+        function.__defaults__ = tuple(
+            None if _is_group(value) else value for value in function.__defaults__
+        )
+    if function.__kwdefaults__ and any(map(_is_group, function.__kwdefaults__.values())):
+        function.__kwdefaults__ = {
+            name: None if _is_group(value) else value
+            for name, value in function.__kwdefaults__.items()
+        }
+
+
+def _is_group(value: object) -> bool:
+    return issubclass(type(value), dist.ProcessGroup)

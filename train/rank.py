@@ -1,0 +1,79 @@
+"""Who this process is among its peers, and its membership of the process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from train.config import RunConfig
+from train.distributed import leave_process_group
+from train.errors import UserError
+from train.strategy import engine_of
+
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of ``world_size`` processes; ``index`` counts over all nodes, ``local_index`` on its own."""
+
+    index: int
+    local_index: int
+    world_size: int
+
+
+def rank_from_environment() -> Rank:
+    """Read what torchrun and its like set; without it this is the only rank."""
+    return Rank(
+        index=int(os.environ.get("RANK", "0")),
+        local_index=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+
+
+@contextmanager
+def join(config: RunConfig, rank: Rank) -> Iterator[None]:
+    """Be a member of the process group inside the block; leave it and its threads behind after.
+
+    strategy=single has no group. Raises UserError where the number of ranks is not the config's.
+    """
+    if rank.world_size != config.launcher.world_size:
+        raise UserError(
+            f"the config asks for {config.launcher.world_size} rank(s) "
+            f"(launcher={config.launcher.kind}) but {rank.world_size} were started; start as many, "
+            "or make a run with another launcher.nproc_per_node"
+        )
+    on_gpu = config.launcher.device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(rank.local_index)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    if config.strategy.kind == "single":
+        # accelerate makes a group wherever it finds a local rank, even a group of one.
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        yield
+        return
+
+    if "RANK" not in os.environ:
+        # Started by hand: a group of one still wants its address, and accelerate its rank.
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        )
+    dist.init_process_group(
+        # CPU tensors of GPU runs (checkpoints, objects) travel over gloo.
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
+        device_id=torch.device("cuda", rank.local_index) if on_gpu else None,
+    )
+    try:
+        engine_of(config).adopt_process_group()
+        yield
+    finally:
+        leave_process_group()

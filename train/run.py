@@ -1,0 +1,77 @@
+"""The story of one rank, from the frozen config to final/."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TextIO
+
+from train import config as run_config
+from train import data, models, sample
+from train.callbacks.engine import EngineReady
+from train.callbacks.metrics import Metrics
+from train.callbacks.progress import Progress
+from train.callbacks.tracking import tracker_callbacks
+from train.card import model_card
+from train.checkpoint.export import export
+from train.config import RunConfig
+from train.data.loader import eval_loader, train_loader
+from train.rank import Rank
+from train.provenance import write_provenance
+from train.strategy import engine_of
+from train.trainer import Trainer, training_arguments
+
+
+def run(run_dir: Path, rank: Rank, console: TextIO) -> Path:
+    """Train what ``run_dir/config.yaml`` says as one of the ranks; return final/."""
+    trainer = assemble(run_dir, rank, console)
+    trainer.train()
+    trainer.save_if_not_saved()
+    final = export(trainer, model_card(trainer, trainer.last_evaluation()))
+    if rank.index == 0 and trainer.config.objective.prompts:
+        sample.show(final, trainer.config.objective.prompts, console)
+    return final
+
+
+def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
+    """Build data, model, engine settings and callbacks into a trainer that is ready to train."""
+    config = run_config.load(run_dir)
+    prepared = data.prepare(config, run_dir)
+    steps = total_steps(config, prepared.samples_per_epoch)
+
+    # The arguments come before the model, which ZeRO-3 shards by them while it is built.
+    args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=steps)
+    model = engine_of(config).shard(models.build(config, prepared.tokenizer), config)
+    place = {"rank": rank.index, "world_size": rank.world_size}
+    trainer = Trainer(
+        config,
+        args,
+        model,
+        prepared.tokenizer,
+        train_loader(prepared, config, total_steps=steps, **place),
+        eval_loader(prepared, config, **place) if prepared.eval_samples else None,
+    )
+
+    trackers, tracked_at = tracker_callbacks(config, run_dir) if rank.index == 0 else ([], None)
+    for callback in [EngineReady(trainer), Metrics(trainer), Progress(console), *trackers]:
+        trainer.add_callback(callback)
+    if rank.index == 0:
+        parameters = models.parameter_count(model)
+        write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
+        print(f"{parameters:,} parameters, {steps:,} steps", file=console)
+        if tracked_at:
+            print(tracked_at, file=console)
+    return trainer
+
+
+def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
+    """Return optimizer steps from max_steps, max_epochs or max_tokens, rounded up to whole ones."""
+    trainer = config.trainer
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    if trainer.max_epochs is not None:
+        samples = trainer.max_epochs * samples_per_epoch
+    else:
+        assert trainer.max_tokens is not None
+        samples = trainer.max_tokens / config.data.sequence_length
+    return max(1, math.ceil(samples / trainer.global_batch_size))

@@ -1,0 +1,103 @@
+"""The only place that knows the engines: config -> settings, live engine -> facts and weights.
+
+Each module is one engine and gives the functions of `Engine`. Nothing outside this folder and
+train/checkpoint/ asks which strategy it is. Importing it needs no torch, so that a dry run can
+print the settings.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from train.config import RunConfig
+from train.strategy import fsdp, replicated, zero
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from train.trainer import Trainer
+
+
+class Engine(Protocol):
+    """What each engine's module gives."""
+
+    def settings(self, config: RunConfig, world_size: int) -> dict[str, Any]:
+        """Return the engine's own settings, every derived field written out. Pure."""
+
+    def training_arguments(self, config: RunConfig, world_size: int) -> dict[str, Any]:
+        """Return what `transformers.TrainingArguments` must be told. Pure."""
+
+    def shard(self, model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+        """Return the model as the Trainer is to get it."""
+
+    def adopt_process_group(self) -> None:
+        """Make the engine take torch's process group as its own, before anything is built."""
+
+    def complete(self, trainer: Trainer) -> None:
+        """Add to the live engine what the other engines have and this one lacks."""
+
+    def expected(self, config: RunConfig, world_size: int) -> dict[str, Any]:
+        """Return the facts that `read_back` must find. Pure."""
+
+    def read_back(self, trainer: Trainer) -> dict[str, Any]:
+        """Return facts read off the live engine, after it is built."""
+
+    def after_evaluation(self, trainer: Trainer) -> None:
+        """Bring back the state between two steps, after forward passes without a backward."""
+
+    def full_parameters(self, trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Yield each parameter's name and whole fp32 master weight, one at a time.
+
+        Collective: every rank iterates in step. Rank 0 gets the tensor on the CPU, others None.
+        Tied parameters come once.
+        """
+
+    def release(self) -> None:
+        """Undo what keeps models from being loaded the usual way in this process."""
+
+    def save_state(self, trainer: Trainer, directory: Path) -> None:
+        """Write model and optimizer state in the engine's own sharded files. Collective."""
+
+
+def engine_of(config: RunConfig) -> Engine:
+    """Return the module of the engine that the config asks for."""
+    engines: dict[str, Engine] = {
+        "single": replicated,
+        "ddp": replicated,
+        "zero": zero,
+        "fsdp": fsdp,
+    }
+    return engines[config.strategy.kind]
+
+
+def engine_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the engine settings that result from a resolved config. Pure."""
+    return engine_of(config).settings(config, config.launcher.world_size)
+
+
+def verify(trainer: Trainer, config: RunConfig, world_size: int) -> dict[str, Any]:
+    """Compare the live engine with the config and return what was read back.
+
+    Raises EngineMismatch naming every fact that differs, with both values.
+    """
+    engine = engine_of(config)
+    expected, live = engine.expected(config, world_size), engine.read_back(trainer)
+    differences = [
+        f"{fact}: the config asks for {value!r}, the live engine has {live.get(fact)!r}"
+        for fact, value in expected.items()
+        if live.get(fact) != value
+    ]
+    if differences:
+        raise EngineMismatch(
+            f"strategy={config.strategy.kind} is not what runs; nothing was trained\n"
+            + "\n".join(differences)
+        )
+    return live
+
+
+class EngineMismatch(RuntimeError):
+    """The live engine is not the one that was asked for."""

@@ -1,0 +1,251 @@
+"""The one training loop: transformers' Trainer with our data order, loss, evaluation and saves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from train.checkpoint.save import save
+from train.config import RunConfig, accumulation_steps
+from train.strategy import engine_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate.utils import KwargsHandler
+
+IGNORED = -100
+"""Label of a position that is not predicted."""
+
+
+def training_arguments(
+    config: RunConfig, run_dir: Path, *, world_size: int, total_steps: int
+) -> transformers.TrainingArguments:
+    """Derive `TrainingArguments`; ZeRO-3 needs them to exist before the model is built."""
+    trainer, precision = config.trainer, config.precision
+    args = transformers.TrainingArguments(
+        output_dir=str(run_dir),
+        run_name=config.name,
+        seed=config.seed,
+        use_cpu=config.launcher.device == "cpu",
+        ddp_backend=dist.get_backend() if dist.is_initialized() else None,
+        max_steps=total_steps,
+        per_device_train_batch_size=trainer.micro_batch_size,
+        per_device_eval_batch_size=trainer.eval_micro_batch_size or trainer.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps(trainer, world_size),
+        average_tokens_across_devices=True,
+        optim="adamw_torch_fused",
+        learning_rate=trainer.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
+            trainer.lr_scheduler, trainer.lr_scheduler
+        ),
+        warmup_steps=trainer.warmup_steps or math.ceil(trainer.warmup_fraction * total_steps),
+        weight_decay=trainer.weight_decay,
+        adam_beta1=trainer.adam_beta1,
+        adam_beta2=trainer.adam_beta2,
+        adam_epsilon=trainer.adam_epsilon,
+        max_grad_norm=trainer.max_grad_norm,
+        bf16=precision.compute_dtype == "bf16",
+        fp16=precision.compute_dtype == "fp16",
+        tf32=precision.allow_tf32 if config.launcher.device == "cuda" else None,
+        logging_strategy="steps",
+        logging_steps=trainer.log_every_steps,
+        # The Trainer would otherwise write the mean of earlier losses where one is NaN.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if trainer.eval_every_steps else "no",
+        eval_steps=trainer.eval_every_steps,
+        save_strategy="steps" if trainer.save_every_steps else "no",
+        save_steps=trainer.save_every_steps or 500,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        **engine_of(config).training_arguments(config, world_size),
+    )
+    # One process is one GPU: with several in sight the Trainer would take DataParallel unasked.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+class Trainer(transformers.Trainer):
+    """Trains on batches whose labels are aligned with the logits."""
+
+    model: transformers.PreTrainedModel
+    model_wrapped: Any
+    """The live engine: DDP's or DeepSpeed's wrapper, or the model itself."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        args: transformers.TrainingArguments,
+        model: transformers.PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        train_loader: DataLoader,
+        eval_loader: DataLoader | None,
+    ) -> None:
+        self.config = config
+        assert args.output_dir is not None
+        self.run_dir = Path(args.output_dir)
+        self._train_loader, self._eval_loader = train_loader, eval_loader
+        self._saved_step: int | None = None
+        self.tokens_seen = 0
+        """Tokens trained on by all ranks, padding left out."""
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=train_loader.dataset,
+            eval_dataset=eval_loader.dataset if eval_loader else None,
+            compute_loss_func=self.loss,
+        )
+        # The loss is ours: the model needs neither labels nor their number.
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(transformers.PrinterCallback)
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples trained on by all ranks: the position in the data."""
+        return self.state.global_step * self.config.trainer.global_batch_size
+
+    # --- data: our loaders already give each rank its own part --------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._train_loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        assert self._eval_loader is not None
+        return self._eval_loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """Return one step's micro-batches and the number of labels in them, over all ranks."""
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        labels = sum(int(b["labels"].ne(IGNORED).sum()) for b in batches)
+        tokens = sum(
+            int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel()
+            for b in batches
+        )
+        counts = torch.tensor([labels, tokens], device=device)
+        counts = self.accelerator.reduce(counts, "sum")
+        self.tokens_seen += int(counts[1])
+        return batches, counts[0].clamp(min=1)
+
+    # --- loss and evaluation ------------------------------------------------------------------
+
+    @staticmethod
+    def loss(
+        outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return summed cross entropy over ``num_items_in_batch`` labels of the whole step.
+
+        Every rank divides by the same global number, so that neither accumulation nor the world
+        size changes what a label weighs. ``logits`` (batch, sequence, vocabulary), ``labels``
+        (batch, sequence).
+        """
+        total = cross_entropy(
+            outputs.logits.flatten(0, 1).float(),
+            labels.flatten().to(outputs.logits.device),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+        count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / count
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return loss and perplexity over all held-out labels, and accuracy for masked ones.
+
+        Only four sums are kept and reduced, never logits. Every rank makes the same number of
+        forward passes, as sharded engines need.
+        """
+        model = self.model_wrapped
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                labels = batch.pop("labels")
+                logits = model(**batch).logits
+                kept = labels.ne(IGNORED)
+                sums[0] += cross_entropy(
+                    logits.flatten(0, 1).float(),
+                    labels.flatten(),
+                    ignore_index=IGNORED,
+                    reduction="sum",
+                )
+                sums[1] += (logits.argmax(-1).eq(labels) & kept).sum()
+                sums[2] += kept.sum()
+                sums[3] += kept.any(-1).sum()
+        model.train()
+        engine_of(self.config).after_evaluation(self)
+        total, correct, count, samples = self.accelerator.reduce(sums, "sum").tolist()
+        loss = total / max(count, 1)
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if self.config.objective.kind == "mlm":
+            metrics["masked_accuracy"] = correct / max(count, 1)
+        return EvalLoopOutput(
+            predictions=(),  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=int(samples),
+        )
+
+    # --- engine -------------------------------------------------------------------------------
+
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer behind accelerate's wrapper."""
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        if self.args.fp16:
+            from accelerate.utils import GradScalerKwargs
+
+            handlers: list[KwargsHandler] = list(built.get("kwargs_handlers") or [])
+            scaler = GradScalerKwargs(
+                init_scale=self.config.precision.initial_loss_scale,
+                growth_interval=self.config.precision.loss_scale_growth_steps,
+            )
+            built["kwargs_handlers"] = [*handlers, scaler]
+        return built
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float | None:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if hasattr(norm, "full_tensor"):  # a DTensor holds only this rank's part
+            norm = norm.full_tensor()
+        return float(norm) if norm is not None else None
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        save(self)
+        self._saved_step = self.state.global_step
+
+    def save_if_not_saved(self) -> None:
+        """Write a checkpoint of the last step, where the cadence has not written it."""
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, None)
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Return the metrics of the last step; evaluate where the cadence has not done it."""
+        if self._eval_loader is None:
+            return {}
+        for entry in self.state.log_history:
+            if "eval_loss" in entry and entry["step"] == self.state.global_step:
+                return entry
+        return self.evaluate()
