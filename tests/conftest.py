@@ -1,0 +1,93 @@
+"""A small real corpus and a small valid config, for every test to start from."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+# A few modules of the standard library, each large enough to be a document of its own.
+_MODULES = ("argparse", "ast", "calendar", "cmd", "csv", "dis", "enum", "glob", "heapq", "inspect")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a jsonl file of real text: one function or class of the standard library a row."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    with path.open("w") as file:
+        for module in _MODULES:
+            for text in (stdlib / f"{module}.py").read_text().split("\n\n\n"):
+                file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where all tests of a session share prepared data."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny_tree(corpus: Path, cache_dir: Path) -> Callable[[str], dict[str, Any]]:
+    """Return a function from an objective to the tree of a run that trains in seconds."""
+
+    def tree(objective: str) -> dict[str, Any]:
+        model: dict[str, Any] = {
+            "vocab_size": 384,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 66,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "kind": "gpt2" if objective == "clm" else "roberta",
+        }
+        return {
+            "model": model,
+            "objective": {"kind": objective},
+            "data": {
+                "kind": "text",
+                "paths": [str(corpus)],
+                "sequence_length": 32,
+                "eval_fraction": 0.1,
+                "cache_dir": str(cache_dir),
+            },
+            "tokenizer": {"kind": "byte_bpe"},
+            "strategy": {"kind": "ddp"},
+            "precision": {},
+            "trainer": {
+                "max_steps": 20,
+                "global_batch_size": 16,
+                "micro_batch_size": 4,
+                "learning_rate": 1e-3,
+                "log_every_steps": 1,
+                "eval_max_samples": 13,
+            },
+            "tracking": {"kind": "none"},
+            "launcher": {"kind": "torchrun", "device": "cpu", "nproc_per_node": 2},
+        }
+
+    return tree
+
+
+@pytest.fixture
+def frozen_run(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Path]]:
+    """Return a function that freezes a tree into a new run directory, as the launcher does."""
+    count = 0
+
+    def freeze(tree: dict[str, Any]) -> Path:
+        nonlocal count
+        count += 1
+        run_dir = tmp_path / f"run-{count}"
+        run_dir.mkdir()
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
+        return run_dir
+
+    yield freeze

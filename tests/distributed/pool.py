@@ -1,0 +1,109 @@
+"""Worker processes that stay alive between tests and are the ranks of one group after another.
+
+Importing torch, transformers and deepspeed costs seconds; a test costs only what it trains.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_SECONDS = 240
+
+
+class RanksFailed(AssertionError):
+    """Some ranks raised; the message holds each one's traceback."""
+
+
+class Ranks:
+    """``ranks(function, *arguments)`` calls the function in every rank and returns their results.
+
+    The function is given as torchrun would: RANK, WORLD_SIZE, MASTER_PORT and so on stand in the
+    environment. It must be importable, and what it takes and returns must pickle.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        if not self._workers:
+            self._start()
+        port = free_port()
+        for rank, (_, pipe) in enumerate(self._workers):
+            pipe.send((function, arguments, _environment(rank, self.world_size, port)))
+        results: list[Any] = []
+        failures: list[str] = []
+        for rank, (process, pipe) in enumerate(self._workers):
+            # A rank that fails leaves its peers waiting in a collective: they get no time then.
+            if not pipe.poll(5 if failures else TIMEOUT_SECONDS):
+                failures.append(f"rank {rank} did not answer")
+                continue
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                process.join()
+                failures.append(f"rank {rank} died with exit code {process.exitcode}")
+                continue
+            if ok:
+                results.append(value)
+            else:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            self.stop()
+            raise RanksFailed("\n".join(failures))
+        return results
+
+    def stop(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.join(5)
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self.world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _work(pipe: Connection) -> None:
+    while True:
+        try:
+            function, arguments, environment = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        try:
+            pipe.send((True, function(*arguments)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))

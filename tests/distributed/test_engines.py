@@ -1,0 +1,131 @@
+"""What was asked for is what runs: asserted on the live engine, and a difference stops the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.jobs import trained, trained_with_broken_engine
+from tests.distributed.pool import RanksFailed
+from train.trainer import Trainer
+
+pytestmark = pytest.mark.distributed
+
+Tree = Callable[[str], dict[str, Any]]
+Freeze = Callable[[dict[str, Any]], Path]
+Pools = Callable[[int], Any]
+
+
+def run_dir_of(strategy: dict[str, Any], tiny_tree: Tree, frozen_run: Freeze) -> Path:
+    tree = tiny_tree("clm")
+    tree["strategy"] = strategy
+    tree["trainer"]["max_steps"] = 2
+    return frozen_run(tree)
+
+
+def look_at_fsdp(trainer: Trainer) -> dict[str, Any]:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Shard
+
+    parameters = list(trainer.model.parameters())
+    states = trainer.torch_optimizer().state.values()
+    return {
+        "all_dtensor": all(isinstance(p, DTensor) for p in parameters),
+        "placements": {str(p.placements) for p in parameters if isinstance(p, DTensor)},
+        "expected": str((Shard(0),)),
+        "units": sum(isinstance(m, FSDPModule) for m in trainer.model.modules()),
+        "local": sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor)),
+        "whole": sum(p.numel() for p in parameters),
+        "moments_are_sharded": all(isinstance(s["exp_avg"], DTensor) for s in states),
+    }
+
+
+def test_fsdp_has_dtensor_parameters_and_moments(
+    tiny_tree: Tree, frozen_run: Freeze, ranks: Pools
+) -> None:
+    run_dir = run_dir_of({"kind": "fsdp"}, tiny_tree, frozen_run)
+    seen = ranks(2)(trained, run_dir, look_at_fsdp)
+    for facts in seen:
+        assert facts["all_dtensor"]
+        assert facts["placements"] == {facts["expected"]}
+        assert facts["units"] == 3  # two blocks and the root
+        assert facts["moments_are_sharded"]
+    assert sum(facts["local"] for facts in seen) == seen[0]["whole"]
+
+
+def look_at_zero(trainer: Trainer) -> dict[str, Any]:
+    engine = trainer.model_wrapped
+    parameters = list(engine.module.parameters())
+    return {
+        "class": type(engine).__name__,
+        "stage": engine.zero_optimization_stage(),
+        "optimizer": type(engine.optimizer).__name__,
+        "partitioned": all(p.numel() == 0 and p.ds_numel > 0 for p in parameters)
+        if hasattr(parameters[0], "ds_id")
+        else False,
+        "inner_optimizer": type(trainer.torch_optimizer()).__name__,
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "partitioned"),
+    [
+        (0, "AdamW", False),
+        (1, "DeepSpeedZeroOptimizer", False),
+        (2, "DeepSpeedZeroOptimizer", False),
+        (3, "DeepSpeedZeroOptimizer_Stage3", True),
+    ],
+)
+def test_each_zero_stage_is_the_one_asked_for(
+    stage: int,
+    optimizer: str,
+    partitioned: bool,
+    tiny_tree: Tree,
+    frozen_run: Freeze,
+    ranks: Pools,
+) -> None:
+    run_dir = run_dir_of({"kind": "zero", "stage": stage}, tiny_tree, frozen_run)
+    for facts in ranks(2)(trained, run_dir, look_at_zero):
+        assert facts["class"] == "DeepSpeedEngine"
+        assert facts["stage"] == stage
+        assert facts["optimizer"] == optimizer
+        assert facts["partitioned"] is partitioned
+    assert json.loads((run_dir / "engine.json").read_text())["stage"] == stage
+
+
+@pytest.mark.parametrize(
+    ("strategy", "damage", "message"),
+    [
+        (
+            {"kind": "zero", "stage": 1},
+            "stage",
+            "stage: the config asks for 1, the live engine has 2",
+        ),
+        (
+            {"kind": "fsdp"},
+            "fall_back_to_ddp",
+            "engine: the config asks for 'FSDP2', the live engine has 'DistributedDataParallel'",
+        ),
+        (
+            {"kind": "ddp"},
+            "dtype",
+            r"parameter_dtypes: the config asks for \['float32'\], the live engine has \['bfloat16'",
+        ),
+    ],
+)
+def test_an_engine_that_differs_from_the_config_stops_the_run(
+    strategy: dict[str, Any],
+    damage: str,
+    message: str,
+    tiny_tree: Tree,
+    frozen_run: Freeze,
+    ranks: Pools,
+) -> None:
+    run_dir = run_dir_of(strategy, tiny_tree, frozen_run)
+    with pytest.raises(RanksFailed, match=message):
+        ranks(2)(trained_with_broken_engine, run_dir, damage)
+    assert not (run_dir / "metrics.jsonl").exists(), "a step was trained"

@@ -1,0 +1,202 @@
+"""Ranks leave their process group: no gloo thread is left, no exit aborts, a new group works."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from train.distributed import gloo_worker_count, leave_process_group
+
+pytestmark = pytest.mark.distributed
+
+TOKENS = torch.arange(8)
+
+
+def torchrun(*arguments: str, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run this file as two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__, *arguments]
+    root = Path(__file__).parents[2]
+    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        command,
+        env=os.environ | environment | {"HF_HUB_OFFLINE": "1"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=timeout_seconds,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_strategies_follow_each_other_in_the_same_processes() -> None:
+    strategies = ["ddp", "zero2", "zero3", "fsdp", "zero1", "ddp"]
+
+    ended = torchrun("train", *(f"{strategy}:{free_port()}" for strategy in strategies))
+
+    assert ended.returncode == 0, ended.stderr
+    for rank in range(2):
+        lines = [line for line in ended.stdout.splitlines() if line.startswith(f"rank {rank}:")]
+        assert lines == [f"rank {rank}: {name} left 0 threads" for name in strategies]
+
+
+def test_a_default_argument_that_captured_the_group_lets_it_go() -> None:
+    ended = torchrun("capture")
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("held after destroy: True, after leaving: False") == 2
+
+
+def test_a_failed_rank_leaves_without_a_peer_that_never_answers() -> None:
+    ended = torchrun("fail", timeout_seconds=90)
+
+    assert ended.returncode == 1
+    assert "ValueError: rank 0 gives up" in ended.stderr
+    assert "a collective is still in flight 2 s after training ended" in ended.stderr
+    assert "exitcode  : 1 " in ended.stderr
+
+
+def test_no_exit_aborts_when_the_workers_are_late_to_drop_their_collectives() -> None:
+    for _ in range(3):  # without leaving, about two of three such runs abort
+        ended = torchrun("late")
+        assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("strategy", "runs"), [("ddp", 100), ("zero2", 40), ("fsdp", 40)])
+def test_short_runs_never_abort_as_they_exit(strategy: str, runs: int) -> None:
+    failed = []
+    for _ in range(runs):
+        ended = torchrun("train", f"{strategy}:{free_port()}")
+        if ended.returncode != 0:
+            failed.append(ended.stderr)
+
+    assert not failed, f"{len(failed)} of {runs} runs: {failed[0]}"
+
+
+# What follows runs in the ranks.
+
+
+def run_two_steps(strategy: str) -> None:
+    """Build and train a GPT-2 of a few thousand weights; all that it holds dies with this frame."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=2, n_head=2))
+    if strategy == "fsdp":
+        run_fully_sharded(model)
+    else:
+        run_trainer(model, strategy)
+
+
+def run_fully_sharded(model: torch.nn.Module) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        model(input_ids=TOKENS[None], labels=TOKENS[None]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run_trainer(model: torch.nn.Module, strategy: str) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    stage = None if strategy == "ddp" else int(strategy.removeprefix("zero"))
+    zero = {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=2,
+            per_device_train_batch_size=1,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            deepspeed=None if stage is None else zero,
+        )
+        samples = [{"input_ids": TOKENS, "labels": TOKENS}] * 4
+        trainer = Trainer(model=model, args=arguments, train_dataset=samples)
+        trainer.train()
+    engine: Any = trainer.model_wrapped
+    if stage is None:
+        assert type(engine).__name__ == "DistributedDataParallel"
+    else:
+        assert engine.zero_optimization_stage() == stage
+
+
+def train_one_after_another(runs: list[str]) -> None:
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # each group has a store of its own
+    for run in runs:
+        strategy, os.environ["MASTER_PORT"] = run.split(":")
+        run_two_steps(strategy)
+        assert gloo_worker_count() > 0
+        leave_process_group()
+        left = gloo_worker_count()
+        sys.stdout.write(f"rank {os.environ['RANK']}: {strategy} left {left} threads\n")
+
+
+def capture_the_group_in_a_default_argument() -> None:
+    dist.init_process_group("gloo")
+    import torch.distributed.nn.functional as captures  # its defaults are evaluated right here
+
+    dist.barrier()  # a worker that has not run yet has no name to count it by
+    dist.destroy_process_group()
+    held = gloo_worker_count() > 0
+    leave_process_group()
+    assert captures.broadcast.__defaults__ == (None,)
+    sys.stdout.write(f"held after destroy: {held}, after leaving: {gloo_worker_count() > 0}\n")
+
+
+def end_while_workers_wait_for_the_gil() -> None:
+    dist.init_process_group("gloo")
+    import torch.distributed.nn.functional  # holds the group, as deepspeed.comm does
+
+    sys.setswitchinterval(10)
+    tensors = [torch.ones(4) for _ in range(64)]
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        work.wait()
+    del work
+    leave_process_group()
+
+
+def fail_with_a_collective_in_flight() -> None:
+    dist.init_process_group("gloo")
+    if os.environ["RANK"] == "1":
+        dist.recv(torch.zeros(1), src=0)  # never sent: this rank takes no part in anything else
+    try:
+        dist.all_reduce(torch.zeros(1), async_op=True)
+        raise ValueError("rank 0 gives up")
+    finally:
+        leave_process_group(timeout_seconds=2)
+
+
+if __name__ == "__main__":
+    match sys.argv[1]:
+        case "train":
+            train_one_after_another(sys.argv[2:])
+        case "capture":
+            capture_the_group_in_a_default_argument()
+        case "late":
+            end_while_workers_wait_for_the_gil()
+        case "fail":
+            fail_with_a_collective_in_flight()

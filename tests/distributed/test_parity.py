@@ -1,0 +1,89 @@
+"""Every strategy learns the same: one config, the same losses, on two ranks and on one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.jobs import whole_run
+
+pytestmark = pytest.mark.distributed
+
+STRATEGIES = {
+    "ddp": {"kind": "ddp"},
+    "zero0": {"kind": "zero", "stage": 0},
+    "zero1": {"kind": "zero", "stage": 1},
+    "zero2": {"kind": "zero", "stage": 2},
+    "zero3": {"kind": "zero", "stage": 3},
+    "fsdp": {"kind": "fsdp"},
+    "fsdp_grad_op": {"kind": "fsdp", "reshard_after_forward": False},
+}
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path, key: str = "loss") -> list[float]:
+    return [line[key] for line in lines(run_dir) if key in line]
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, dict[str, list[float]]]:
+    """Return the curves of one rank alone, filled in by the first test that needs them."""
+    return {}
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_learn_what_one_rank_learns(
+    strategy: str,
+    objective: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    reference: dict[str, dict[str, list[float]]],
+) -> None:
+    if objective not in reference:
+        tree = tiny_tree(objective)
+        tree["strategy"] = {"kind": "single"}
+        tree["launcher"]["nproc_per_node"] = 1
+        alone = frozen_run(tree)
+        ranks(1)(whole_run, alone)
+        reference[objective] = {k: curve(alone, k) for k in ("loss", "eval_loss", "grad_norm")}
+
+    tree = tiny_tree(objective)
+    tree["strategy"] = STRATEGIES[strategy]
+    run_dir = frozen_run(tree)
+    ranks(2)(whole_run, run_dir)
+
+    expected = reference[objective]
+    assert len(expected["loss"]) == 20
+    assert expected["loss"][-1] < expected["loss"][0] - 0.1, "nothing was learned"
+    assert curve(run_dir) == pytest.approx(expected["loss"], abs=1e-4)
+    assert curve(run_dir, "eval_loss") == pytest.approx(expected["eval_loss"], abs=1e-4)
+    assert curve(run_dir, "grad_norm") == pytest.approx(expected["grad_norm"], abs=1e-3)
+    assert lines(run_dir)[-1]["samples"] == 20 * 16
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 8])
+def test_accumulation_does_not_change_what_is_learned(
+    micro_batch_size: int,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    curves = []
+    for size in (4, micro_batch_size):
+        tree = tiny_tree("mlm")
+        tree["strategy"] = STRATEGIES["zero2"]
+        tree["trainer"]["micro_batch_size"] = size
+        tree["trainer"]["max_steps"] = 5
+        run_dir = frozen_run(tree)
+        ranks(2)(whole_run, run_dir)
+        curves.append(curve(run_dir))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)

@@ -1,0 +1,148 @@
+"""Batches: aligned labels for clm; for mlm what is masked, with what, and how reproducibly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from train.config import MlmObjective
+from train.data.collator import IGNORED, Collator, Masking
+from train.data.sampler import SampleKey
+from train.data.samples import Window
+from train.data.tokenizer import SpecialIds
+
+BOS, PAD, EOS, UNK, MASK = range(5)
+SPECIAL = np.arange(5)
+VOCABULARY = 1000
+IDS = SpecialIds(begin=BOS, end=EOS, pad=PAD, mask=MASK)
+
+
+def masking(seed: int = 0, **objective: object) -> Masking:
+    return Masking(
+        MlmObjective.model_validate({"kind": "mlm", **objective}),
+        mask=MASK,
+        special=SPECIAL,
+        ordinary=np.arange(5, VOCABULARY),
+        seed=seed,
+    )
+
+
+def window(length: int, seed: int = 0, word_starts: list[int] | None = None) -> Window:
+    tokens = np.random.default_rng(seed).integers(5, VOCABULARY, size=length)
+    return Window(tokens, None if word_starts is None else np.array(word_starts, dtype=np.uint8))
+
+
+def test_causal_labels_are_the_next_tokens() -> None:
+    collator = Collator(sequence_length=4, padded=False, ids=IDS, masking=None)
+    batch = collator([(Window(np.arange(10, 15), None), SampleKey(0, 0))])
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13]]
+    assert batch["labels"].tolist() == [[11, 12, 13, 14]]
+    assert set(batch) == {"input_ids", "labels"}
+
+
+def test_short_causal_samples_are_padded() -> None:
+    collator = Collator(sequence_length=8, padded=True, ids=IDS, masking=None)
+    short, long = Window(np.array([7, 8, EOS]), None), Window(np.arange(10, 19), None)
+    batch = collator([(short, SampleKey(0, 0)), (long, SampleKey(0, 1))])
+    assert batch["input_ids"].tolist() == [[7, 8] + [PAD] * 6, list(range(10, 18))]
+    assert batch["labels"].tolist() == [[8, EOS] + [IGNORED] * 6, list(range(11, 19))]
+    assert batch["attention_mask"].tolist() == [[1, 1] + [0] * 6, [1] * 8]
+
+
+def test_masked_samples_are_framed() -> None:
+    collator = Collator(sequence_length=10, padded=False, ids=IDS, masking=masking())
+    batch = collator([(window(8, seed=i), SampleKey(0, i)) for i in range(50)])
+    assert set(batch["input_ids"][:, 0].tolist()) == {BOS}
+    assert set(batch["input_ids"][:, -1].tolist()) == {EOS}
+    assert (batch["labels"][:, [0, -1]] == IGNORED).all()
+    assert (batch["labels"] != IGNORED).any()
+
+
+def test_short_masked_samples_are_padded_and_padding_is_never_predicted() -> None:
+    collator = Collator(10, padded=True, ids=IDS, masking=masking(masking_rate=0.9))
+    batch = collator([(window(3), SampleKey(0, i)) for i in range(50)])
+    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 5] * 50
+    assert (batch["input_ids"][:, 5:] == PAD).all()
+    assert (batch["labels"][:, 5:] == IGNORED).all()
+
+
+def test_a_sample_that_only_fills_up_has_no_labels() -> None:
+    for collator in (
+        Collator(8, padded=False, ids=IDS, masking=None),
+        Collator(11, padded=False, ids=IDS, masking=masking(masking_rate=0.9)),
+    ):
+        batch = collator(
+            [(window(9), SampleKey(0, 0)), (window(9), SampleKey(0, 0, counted=False))]
+        )
+        assert (batch["labels"][0] != IGNORED).any()
+        assert (batch["labels"][1] == IGNORED).all()
+
+
+def test_labels_are_what_was_there() -> None:
+    sample = window(500)
+    ids, labels = masking()(sample, SampleKey(0, 0))
+    chosen = labels != IGNORED
+    assert (labels[chosen] == sample.tokens[chosen]).all()
+    assert (ids[~chosen] == sample.tokens[~chosen]).all()
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.4])
+def test_rate_and_split_are_as_asked_for(rate: float) -> None:
+    sample = window(200_000)
+    mask = masking(masking_rate=rate, mask_token_share=0.7, random_token_share=0.2)
+    ids, labels = mask(sample, SampleKey(0, 0))
+    chosen = labels != IGNORED
+    masked, kept = ids[chosen] == MASK, ids[chosen] == sample.tokens[chosen]
+    # Four standard deviations of a share of 200,000, and of 30,000, draws.
+    assert chosen.mean() == pytest.approx(rate, abs=0.005)
+    assert masked.mean() == pytest.approx(0.7, abs=0.012)
+    # One of a thousand random tokens is the one that was there.
+    assert kept.mean() == pytest.approx(0.1, abs=0.009)
+    random = ids[chosen & (ids != MASK) & (ids != sample.tokens)]
+    assert random.min() >= 5
+    assert random.max() < VOCABULARY
+    assert random.mean() == pytest.approx((5 + VOCABULARY) / 2, rel=0.03)
+
+
+def test_special_tokens_are_never_masked_and_never_put_in() -> None:
+    tokens = np.where(np.arange(10_000) % 2, EOS, 500)
+    ids, labels = masking(masking_rate=0.9, random_token_share=0.2)(
+        Window(tokens, None), SampleKey(0, 0)
+    )
+    assert (labels[tokens == EOS] == IGNORED).all()
+    assert (ids[tokens == EOS] == EOS).all()
+    assert not np.isin(ids[tokens == 500], [BOS, PAD, EOS, UNK]).any()
+
+
+def test_whole_words_are_masked_together_at_the_same_rate() -> None:
+    starts = [1, 0, 0, 1, 1, 0] * 20_000
+    _, labels = masking(whole_word=True)(window(len(starts), word_starts=starts), SampleKey(0, 0))
+    chosen = labels != IGNORED
+    assert chosen.mean() == pytest.approx(0.15, abs=0.006)
+    for word in np.split(chosen, np.flatnonzero(starts)[1:]):
+        assert word.all() or not word.any()
+
+
+def test_a_word_cut_by_the_windows_edge_is_a_word() -> None:
+    starts = [0, 0, 1, 0]
+    patterns = {
+        tuple(masking(masking_rate=0.5)(window(4, word_starts=starts), SampleKey(0, i))[1] >= 0)
+        for i in range(50)
+    }
+    assert patterns == {(a, a, b, b) for a in (True, False) for b in (True, False)}
+
+
+def test_masks_depend_on_seed_epoch_and_sample_alone() -> None:
+    sample = window(100)
+
+    def mask_of(seed: int, epoch: int, number: int) -> bytes:
+        return masking(seed)(sample, SampleKey(epoch, number))[0].tobytes()
+
+    keys = [(s, e, n) for s in (0, 1, 2**32) for e in range(3) for n in range(3)]
+    assert len({mask_of(*key) for key in keys}) == len(keys)
+    assert [mask_of(*key) for key in keys] == [mask_of(*key) for key in keys]
+
+    collator = Collator(102, padded=False, ids=IDS, masking=masking())
+    alone = collator([(sample, SampleKey(2, 7))])["input_ids"][0]
+    among = collator([(sample, SampleKey(2, n)) for n in range(10)])["input_ids"]
+    assert (among[7] == alone).all()

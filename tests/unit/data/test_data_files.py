@@ -1,0 +1,251 @@
+"""Local files: what is read of each format, and the message for each way of being unreadable."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from train.data.files import check_file, expand, identity, read_file
+from train.errors import UserError
+
+
+def texts(path: Path, field: str = "text", by_line: bool = False) -> list[str]:
+    """Return the documents of a file, the pieces of each joined."""
+    documents: list[str] = []
+    for text, begins, _ in read_file(path, field, by_line):
+        if begins:
+            documents.append(text)
+        else:
+            documents[-1] += text
+    return documents
+
+
+@contextmanager
+def as_ordinary_user() -> Iterator[None]:
+    """Give up root's right to read everything for a while."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffzwölf\r\nBoxkämpfer\n".encode())
+    assert texts(tmp_path / "a.txt") == ["zwölf\nBoxkämpfer\n"]
+
+
+def test_each_line_of_a_txt_file_is_a_document_by_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    assert texts(tmp_path / "a.txt", by_line=True) == ["one", "", "two"]
+
+
+def test_each_row_of_a_jsonl_file_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"body": "one\\ntwo"}\n\n{"body": null}\n{"body": "\\ud83d"}'
+    )
+    assert texts(tmp_path / "a.jsonl", "body") == ["one\ntwo", "\ufffd"]
+
+
+def test_each_row_of_a_csv_file_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,"one\ntwo, ""quoted"""\n2,three\n')
+    assert texts(tmp_path / "a.csv") == ['one\ntwo, "quoted"', "three"]
+
+
+def test_each_row_of_a_parquet_file_is_a_document(tmp_path: Path) -> None:
+    table = pyarrow.table({"id": [1, 2, 3], "text": ["one", None, "two"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt.gz", "one"), ("a.jsonl.gz", '{"text": "one"}'), ("a.csv.gz", "text\none\n")],
+)
+def test_text_files_may_be_compressed(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+    check_file(tmp_path / name, "text")
+    assert texts(tmp_path / name) == ["one"]
+
+
+def test_a_long_document_comes_in_pieces_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    lines = 200_000
+    path.write_text(
+        "".join(f"line {i} of a text that is longer than memory\n" for i in range(lines))
+    )
+    tracemalloc.start()
+    pieces = count = 0
+    for text, begins, ends in read_file(path, "text", by_line=False):
+        assert begins == (pieces == 0)
+        assert ends or text.endswith("\n")
+        pieces += 1
+        count += text.count("\n")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == lines
+    assert pieces > 20
+    assert peak_bytes < 4 * 2**20 < path.stat().st_size / 2
+
+
+def test_a_document_without_lines_is_cut_before_a_space(tmp_path: Path) -> None:
+    text = "word " * 200_000
+    (tmp_path / "a.txt").write_text(text)
+    pieces = [piece.text for piece in read_file(tmp_path / "a.txt", "text", by_line=False)]
+    assert "".join(pieces) == text
+    assert all(piece.startswith(" word") for piece in pieces[1:])
+
+
+def test_globs_descend_and_sort(tmp_path: Path) -> None:
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    for name in ("b/c/2.txt", "b/1.txt", "[x].txt"):
+        (tmp_path / name).write_text("text")
+    assert expand(f"{tmp_path}/b/**/*.txt") == [tmp_path / "b/1.txt", tmp_path / "b/c/2.txt"]
+    assert expand(f"{tmp_path}/[x].txt") == [tmp_path / "[x].txt"]
+
+
+def test_a_copy_of_a_file_is_the_same_and_an_edited_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    for path in (tmp_path / "a.txt", tmp_path / "copy" / "b.txt"):
+        path.write_text("text")
+    before = identity(tmp_path / "a.txt")
+    assert identity(tmp_path / "copy" / "b.txt") == before
+    (tmp_path / "a.txt").write_text("tExt")
+    assert identity(tmp_path / "a.txt") != before
+
+
+def test_a_glob_without_match_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.paths: no file matches .*\*\.txt .* correct the p"):
+        expand(f"{tmp_path}/*.txt")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"data\.paths: .*a\.txt does not exist .* correct the path"
+    ):
+        check_file(tmp_path / "a.txt", "text")
+
+
+def test_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").mkdir()
+    with pytest.raises(UserError, match=r"is a directory; name its files, for example .*/\*\*/"):
+        check_file(tmp_path / "d.txt", "text")
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a", "a.parquet.gz"])
+def test_an_unknown_ending_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("text")
+    with pytest.raises(
+        UserError, match=r"does not end in one of \.txt, \.jsonl, .* convert or ren"
+    ):
+        check_file(tmp_path / name, "text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b""),
+        ("a.txt", b" \n\n"),
+        ("a.jsonl", b""),
+        ("a.csv", b"text\n"),
+        ("a.parquet", b""),
+        ("a.txt.gz", gzip.compress(b"")),
+    ],
+)
+def test_an_empty_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"data\.paths: .*{name} is empty; fill it or leave it out"
+    ):
+        check_file(tmp_path / name, "text")
+
+
+def test_an_undecodable_byte_in_the_first_mebibyte_is_found_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * 700_000 + b"\xff" + b"x" * 700_000)
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 at byte 700000 \(0xff\); convert it"):
+        check_file(tmp_path / "a.txt", "text")
+
+
+@pytest.mark.parametrize("position", [262_143, 262_144, 3_000_001])
+def test_an_undecodable_byte_is_named_wherever_it_is(tmp_path: Path, position: int) -> None:
+    good = ("é" * (position // 2) + "x").encode()[:position]
+    good = good if good.decode(errors="ignore").encode() == good else good[:-1] + b"x"
+    (tmp_path / "a.txt").write_bytes(good + b"\xc3(" + b"x" * 10)
+    with pytest.raises(UserError, match=rf"a\.txt is not UTF-8 at byte {position} \(0xc3\)"):
+        texts(tmp_path / "a.txt")
+
+
+def test_a_character_cut_at_the_end_of_a_file_is_undecodable(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("né".encode()[:-1])
+    with pytest.raises(UserError, match="is not UTF-8 at byte 1"):
+        check_file(tmp_path / "a.txt", "text")
+
+
+def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.txt").chmod(0)
+    with (
+        as_ordinary_user(),
+        pytest.raises(UserError, match=r"cannot read .*a\.txt \(Permission denied\); make it read"),
+    ):
+        check_file(tmp_path / "a.txt", "text")
+
+
+def test_a_cut_gzip_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(os.urandom(1000).hex().encode())[:-20])
+    with pytest.raises(UserError, match=r"cannot read .*a\.txt\.gz \(Compressed file ended before"):
+        check_file(tmp_path / "a.txt.gz", "text")
+
+
+def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no parquet")
+    with pytest.raises(UserError, match=r"cannot read .*a\.parquet \(.+\); make it readable"):
+        check_file(tmp_path / "a.parquet", "text")
+
+
+def test_a_missing_column_is_refused_with_the_columns_there_are(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"title": "x", "body": "y"}))
+    (tmp_path / "a.csv").write_text("title,body\nx,y\n")
+    table = pyarrow.table({"title": ["x"], "body": ["y"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        with pytest.raises(
+            UserError,
+            match=rf"data\.text_field=text: .*{name}.* no such column \(it has: body, title\); set",
+        ):
+            check_file(tmp_path / name, "text")
+
+
+def test_a_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": [1, 2]}')
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match=r"a\.jsonl, line 1 holds list there, not text; set data\.t"
+    ):
+        check_file(tmp_path / "a.jsonl", "text")
+    with pytest.raises(UserError, match=r"a\.parquet holds int64 there, not text"):
+        check_file(tmp_path / "a.parquet", "text")
+
+
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n"text"\n')
+    (tmp_path / "a.csv").write_text("id,text\n1,x\n2\n")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2 is not JSON"):
+        texts(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl, line 2 is no JSON object; write each row as"):
+        texts(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match=r"a\.csv, line 3 has 1 fields and no text"):
+        texts(tmp_path / "a.csv")

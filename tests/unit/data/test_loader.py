@@ -1,0 +1,147 @@
+"""Loaders: what each rank gets to train on and to evaluate, from text to tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.config import RunConfig
+from train.data import Prepared, prepare
+from train.data.loader import eval_loader, train_loader
+
+MakeConfig = Callable[..., RunConfig]
+Batch = dict[str, torch.Tensor]
+
+
+def rows(batches: Iterable[object]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return (input_ids, labels) of each sample."""
+    found = []
+    for batch in batches:
+        assert isinstance(batch, dict)
+        pairs = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+        found += [(tuple(ids), tuple(labels)) for ids, labels in pairs]
+    return found
+
+
+@pytest.fixture(params=["clm", "mlm", "mlm whole words", "mlm lines"])
+def config(request: pytest.FixtureRequest, corpus: Path, make_config: MakeConfig) -> RunConfig:
+    kind = request.param
+    if kind == "mlm lines":
+        for path in corpus.iterdir():
+            path.write_text(path.read_text().replace(". ", ".\n"))
+    return make_config(
+        mlm=kind != "clm",
+        objective={"whole_word": True} if "words" in kind else {},
+        data={"line_by_line": "lines" in kind},
+    )
+
+
+@pytest.fixture
+def prepared(config: RunConfig, run_dir: Path) -> Prepared:
+    return prepare(config, run_dir)
+
+
+def test_a_step_is_the_same_for_every_world_size(config: RunConfig, prepared: Prepared) -> None:
+    alone = rows(train_loader(prepared, config, rank=0, world_size=1, total_steps=3))
+    for world_size in (2, 4):
+        loaders = [
+            list(train_loader(prepared, config, rank=r, world_size=world_size, total_steps=3))
+            for r in range(world_size)
+        ]
+        accumulation = 4 // world_size
+        for step in range(3):
+            inside = slice(step * accumulation, (step + 1) * accumulation)
+            together = [row for loader in loaders for row in rows(loader[inside])]
+            assert sorted(together) == sorted(alone[16 * step : 16 * step + 16])
+
+
+def test_training_goes_on_where_it_stopped(config: RunConfig, prepared: Prepared) -> None:
+    def steps(count: int, start: int = 0) -> list[object]:
+        loader = train_loader(
+            prepared, config, rank=1, world_size=2, start_sample=start, total_steps=count
+        )
+        assert len(loader) == 2 * count
+        return list(rows(loader))
+
+    epochs = 2 * prepared.samples_per_epoch // 16 + 3
+    assert steps(epochs)[8 * (epochs - 2) :] == steps(2, start=16 * (epochs - 2))
+
+
+def test_workers_change_nothing(
+    prepared: Prepared, config: RunConfig, make_config: MakeConfig
+) -> None:
+    trainer = config.trainer.model_copy(update={"dataloader_workers": 2})
+    with_workers = config.model_copy(update={"trainer": trainer})
+    one, two = (
+        rows(train_loader(prepared, c, rank=0, world_size=1, total_steps=2))
+        for c in (config, with_workers)
+    )
+    assert one == two
+
+
+def test_loading_leaves_torchs_random_state_alone(config: RunConfig, prepared: Prepared) -> None:
+    before = torch.get_rng_state()
+    list(train_loader(prepared, config, rank=0, world_size=1, total_steps=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_evaluation_sees_each_held_out_sample_once(
+    config: RunConfig, prepared: Prepared, limit: int | None
+) -> None:
+    trainer = config.trainer.model_copy(
+        update={"eval_max_samples": limit, "eval_micro_batch_size": 3}
+    )
+    config = config.model_copy(update={"trainer": trainer})
+    alone = Counter(rows(eval_loader(prepared, config, rank=0, world_size=1)))
+    for world_size in (1, 2, 4):
+        loaders = [
+            list(eval_loader(prepared, config, rank=r, world_size=world_size))
+            for r in range(world_size)
+        ]
+        assert len({len(loader) for loader in loaders}) == 1
+        shapes = {t.shape for loader in loaders for batch in loader for t in batch.values()}
+        assert shapes == {(3, config.data.sequence_length)}
+        counted = Counter(
+            row for loader in loaders for row in rows(loader) if set(row[1]) != {-100}
+        )
+        assert counted == Counter({k: n for k, n in alone.items() if set(k[1]) != {-100}})
+        slots = sum(len(loader) for loader in loaders) * 3
+        samples = limit or prepared.eval_samples
+        assert 0 <= slots - samples < 3 * world_size
+
+
+def test_evaluation_masks_alike_for_every_seed(
+    corpus: Path, make_config: MakeConfig, run_dir: Path
+) -> None:
+    evaluations = []
+    trainings = []
+    for seed in (0, 1):
+        config = make_config(mlm=True, seed=seed)
+        prepared = prepare(config, run_dir)
+        evaluations.append(rows(eval_loader(prepared, config, rank=0, world_size=1)))
+        trainings.append(rows(train_loader(prepared, config, rank=0, world_size=1, total_steps=1)))
+    assert evaluations[0] == evaluations[1]
+    assert trainings[0] != trainings[1]
+
+
+def test_an_epoch_of_clm_is_the_text(corpus: Path, make_config: MakeConfig, run_dir: Path) -> None:
+    config = make_config(data={"eval_fraction": 0.0})
+    prepared = prepare(config, run_dir)
+    stream = "</s>".join(path.read_text() for path in sorted(corpus.iterdir())) + "</s>"
+    steps = -(-prepared.samples_per_epoch // 16)
+    loader = train_loader(prepared, config, rank=0, world_size=1, total_steps=steps)
+    texts = {str(prepared.tokenizer.decode(list(labels))) for _, labels in rows(loader)}
+    assert len(texts) > 0.9 * prepared.samples_per_epoch
+    assert all(text in stream for text in texts)
+
+
+def test_no_held_out_samples_make_no_batches(
+    corpus: Path, make_config: MakeConfig, run_dir: Path
+) -> None:
+    config = make_config(data={"eval_fraction": 0.0})
+    assert list(eval_loader(prepare(config, run_dir), config, rank=0, world_size=2)) == []
