@@ -69,12 +69,18 @@ def visible(
 
 
 def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
-    """Return the config with every `auto` replaced by what it comes to on this machine.
+    """Return the config with every `auto` and relative path replaced by what it comes to here.
 
     Raises UserError where the values contradict each other then.
     """
     tree = config.model_dump(mode="json")
     tree["run_dir"] = run_dir
+    # The frozen config must mean the same from any working directory.
+    data = tree["data"]
+    if "paths" in data:
+        data["paths"] = [os.path.abspath(os.path.expanduser(path)) for path in data["paths"]]
+    if data["cache_dir"] is not None:
+        data["cache_dir"] = os.path.abspath(os.path.expanduser(data["cache_dir"]))
     launcher = tree["launcher"]
     if launcher["device"] == "auto":
         launcher["device"] = "cuda" if machine.gpus and machine.torch_has_cuda else "cpu"

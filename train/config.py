@@ -227,7 +227,7 @@ class TextData(DataSection):
     paths: Annotated[Strings, Field(min_length=1)]
     """Files or globs; ``**`` descends."""
     weights: Floats | None = None
-    """For each path, how often its samples are seen in one epoch (0.5: half of them); null: once."""
+    """For each path, how often an epoch sees its samples (0.5: half of them); null: once."""
     text_field: str = "text"
     """Column of .jsonl, .csv and .parquet files that holds the text."""
 

@@ -54,9 +54,12 @@ def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
 
 
 def adopt_process_group() -> None:
-    # Without it deepspeed 0.19 takes the world size for 1 while ZeRO-3 builds the model.
+    """Without it deepspeed 0.19 takes the world size for 1 while ZeRO-3 builds the model."""
     import deepspeed
 
+    # On a CPU it would compile a shared-memory all-reduce first: a minute, or a crash where there
+    # is no compiler (deepspeed 0.19 comm/torch.py, build_shm_op). gloo serves every strategy.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +101,14 @@ def test_detect_looks_at_this_machine() -> None:
     assert here.gpus == 0
     assert here.cores == len(os.sched_getaffinity(0))
     assert here.has_wandb_key
+
+
+def test_relative_paths_are_frozen_as_absolute_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = {"kind": "text", "sequence_length": 64, "paths": ["corpus/*.txt"], "cache_dir": "cache"}
+    data = resolve(config(data=text), Machine(cores=2), "/runs/a").data
+    assert data.kind == "text"
+    assert data.paths == (str(tmp_path / "corpus/*.txt"),)
+    assert data.cache_dir == str(tmp_path / "cache")
