@@ -116,8 +116,12 @@ def _release_libraries() -> None:
         for name in _ENGINE_CHOICES:
             os.environ.pop(name, None)
     if redistribute := sys.modules.get("torch.distributed.tensor._redistribute"):
-        redistribute.clear_redistribute_planner_cache()
-        torch._C._clear_DTensor_sharding_propagator_cache()
+        # torch 2.11 may lack either cache, and then holds nothing in it.
+        for module, clear in (
+            (redistribute, "clear_redistribute_planner_cache"),
+            (torch._C, "_clear_DTensor_sharding_propagator_cache"),
+        ):
+            getattr(module, clear, lambda: None)()
 
 
 def _release_objects() -> None:
