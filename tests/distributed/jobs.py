@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import load
-from train.rank import join, rank_from_environment
+from train.rank import Rank, join, rank_from_environment
 from train.run import assemble, run
 from train.trainer import Trainer
 
@@ -24,9 +24,14 @@ def trained(run_dir: Path, look: Callable[[Trainer], Any]) -> Any:
     """Train, then return what ``look`` finds on the live engine of this rank."""
     rank = rank_from_environment()
     with join(load(run_dir), rank):
-        trainer = assemble(run_dir, rank, io.StringIO())
-        trainer.train()
-        return look(trainer)
+        return _train_and_look(run_dir, rank, look)
+
+
+def _train_and_look(run_dir: Path, rank: Rank, look: Callable[[Trainer], Any]) -> Any:
+    # Its own frame, so that nothing holds the trainer when the group is left.
+    trainer = assemble(run_dir, rank, io.StringIO())
+    trainer.train()
+    return look(trainer)
 
 
 def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
@@ -43,8 +48,7 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
         values = sound_settings(config, world_size)
         return {**values, "zero_optimization": {"stage": 2}}
 
-    rank = rank_from_environment()
-    with join(load(run_dir), rank):
+    def assemble_and_train() -> None:
         if damage == "stage":
             arguments = {"training_arguments": lambda c, w: {"deepspeed": other_stage(c, w)}}
             with mock.patch.multiple(zero, **arguments):
@@ -56,3 +60,7 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
             trainer = assemble(run_dir, rank, io.StringIO())
             trainer.model.to(torch.bfloat16)
         trainer.train()
+
+    rank = rank_from_environment()
+    with join(load(run_dir), rank):
+        assemble_and_train()

@@ -68,6 +68,8 @@ class Ranks:
         self._workers = []
 
     def _start(self) -> None:
+        # Read when torch and its like are imported, which unpickling a job does.
+        os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
         context = multiprocessing.get_context("spawn")
         for _ in range(self.world_size):
             here, there = context.Pipe()
@@ -91,8 +93,6 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
     }
 
 
