@@ -1,0 +1,139 @@
+"""One timed training in a process of its own: python -m benchmarks.timed_run ours|stock RUN_DIR N.
+
+It trains what RUN_DIR/config.yaml says, the first N steps uncounted, and writes
+RUN_DIR/figures.json. ``stock`` is what one would write with transformers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import Dataset
+
+from benchmarks.flops import matmul_parameters
+from train import config as run_config
+from train import data, models
+from train.config import RunConfig, accumulation_steps
+from train.data.loader import train_loader
+from train.rank import join, rank_from_environment
+from train.run import assemble, total_steps
+
+
+class Clock(transformers.TrainerCallback):
+    """Notes the time at the end of the last warm-up step and of the last step."""
+
+    def __init__(self, warmup_steps: int) -> None:
+        self.warmup_steps = warmup_steps
+        self.times: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (self.warmup_steps, state.max_steps):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # what was launched has to have run
+            self.times.append(time.perf_counter())
+
+
+def timed(trainer: transformers.Trainer, warmup_steps: int) -> dict[str, Any]:
+    """Train and return what was measured."""
+    clock = Clock(warmup_steps)
+    trainer.add_callback(clock)
+    assert isinstance(trainer.model, transformers.PreTrainedModel)
+    parameters = matmul_parameters(trainer.model)
+    trainer.train()
+    started, ended = clock.times
+    on_gpu = trainer.args.device.type == "cuda"
+    return {
+        "seconds": ended - started,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "peak_memory_bytes": torch.cuda.max_memory_allocated()
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "matmul_parameters": parameters,
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
+        "cuda": torch.version.cuda if on_gpu else None,
+    }
+
+
+class StockSamples(Dataset[Any]):
+    """The very samples that ours trains on, in its order, as a map-style dataset."""
+
+    def __init__(self, samples: Dataset[Any], keys: list[Any]) -> None:
+        self.samples, self.keys = samples, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[self.keys[index]]
+
+
+def stock_trainer(config: RunConfig, run_dir: Path) -> transformers.Trainer:
+    """Return a plain Trainer of the same model on the same batches, with the model's own loss."""
+    prepared = data.prepare(config, run_dir)
+    steps = total_steps(config, prepared.samples_per_epoch)
+    loader = train_loader(prepared, config, rank=0, world_size=1, total_steps=steps)
+    assert loader.batch_sampler is not None
+
+    def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
+        batch = loader.collate_fn(samples)
+        if config.objective.kind == "clm":
+            batch["labels"] = batch["input_ids"]  # the model shifts them itself
+        return batch
+
+    trainer = config.trainer
+    args = transformers.TrainingArguments(
+        output_dir=str(run_dir),
+        seed=config.seed,
+        use_cpu=config.launcher.device == "cpu",
+        bf16=config.precision.compute_dtype == "bf16",
+        max_steps=steps,
+        per_device_train_batch_size=trainer.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps(trainer, world_size=1),
+        dataloader_num_workers=trainer.dataloader_workers,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,  # the samples are no dictionaries yet
+        optim="adamw_torch_fused",
+        learning_rate=trainer.learning_rate,
+        lr_scheduler_type=trainer.lr_scheduler,
+        weight_decay=trainer.weight_decay,
+        adam_beta1=trainer.adam_beta1,
+        adam_beta2=trainer.adam_beta2,
+        adam_epsilon=trainer.adam_epsilon,
+        max_grad_norm=trainer.max_grad_norm,
+        logging_steps=trainer.log_every_steps,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return transformers.Trainer(
+        model=models.build(config, prepared.tokenizer),
+        args=args,
+        train_dataset=StockSamples(
+            loader.dataset, [key for batch in loader.batch_sampler for key in batch]
+        ),
+        data_collator=collate,
+    )
+
+
+def main(argv: list[str]) -> None:
+    side, run_dir, warmup_steps = argv[0], Path(argv[1]), int(argv[2])
+    config = run_config.load(run_dir)
+    if side == "ours":
+        rank = rank_from_environment()
+        with join(config, rank):
+            figures = timed(assemble(run_dir, rank, sys.stdout), warmup_steps)
+    else:
+        figures = timed(stock_trainer(config, run_dir), warmup_steps)
+    (run_dir / "figures.json").write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
