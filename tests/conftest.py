@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def tiny_tree(corpus: Path, cache_dir: Path) -> Callable[[str], dict[str, Any]]:
 
 
 @pytest.fixture
-def frozen_run(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Path]]:
+def frozen_run(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
     """Return a function that freezes a tree into a new run directory, as the launcher does."""
     count = 0
 
@@ -90,4 +90,4 @@ def frozen_run(tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], Path]]:
         (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
         return run_dir
 
-    yield freeze
+    return freeze

@@ -21,7 +21,7 @@ COLLECTIVE_TIMEOUT_SECONDS = 1800
 
 @dataclass(frozen=True)
 class Rank:
-    """One of ``world_size`` processes; ``index`` counts over all nodes, ``local_index`` on its own."""
+    """One of ``world_size`` processes: ``index`` over all nodes, ``local_index`` on its own."""
 
     index: int
     local_index: int

@@ -16,8 +16,8 @@ from train.card import model_card
 from train.checkpoint.export import export
 from train.config import RunConfig
 from train.data.loader import eval_loader, train_loader
-from train.rank import Rank
 from train.provenance import write_provenance
+from train.rank import Rank
 from train.strategy import engine_of
 from train.trainer import Trainer, training_arguments
 
@@ -38,6 +38,10 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     config = run_config.load(run_dir)
     prepared = data.prepare(config, run_dir)
     steps = total_steps(config, prepared.samples_per_epoch)
+    # Not only when the model is trained and is to answer them.
+    sample.check_prompts(
+        config.objective.prompts, prepared.tokenizer, masked=config.objective.kind == "mlm"
+    )
 
     # The arguments come before the model, which ZeRO-3 shards by them while it is built.
     args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=steps)
@@ -74,4 +78,5 @@ def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
     else:
         assert trainer.max_tokens is not None
         samples = trainer.max_tokens / config.data.sequence_length
-    return max(1, math.ceil(samples / trainer.global_batch_size))
+    # The product of a fraction may lie a hair above a whole number of steps.
+    return max(1, math.ceil(round(samples / trainer.global_batch_size, 6)))

@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from train.errors import BAD_INPUT, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def sample(
@@ -17,37 +20,40 @@ def sample(
 ) -> list[list[str]]:
     """Return completions of each prompt by the model in a Hugging Face directory.
 
-    A causal model gives one continuation of at most ``new_tokens`` tokens, drawn with temperature
-    0.7 from the 50 likeliest; a masked one the ``top`` likeliest fillings as "token (probability)".
+    A causal model gives one continuation of at most ``new_tokens`` tokens (fewer where the model's
+    positions end), drawn with temperature 0.7 from the 50 likeliest; a masked one the ``top``
+    likeliest fillings as "token (probability)".
 
-    Raises UserError where a masked model gets a prompt without exactly one mask.
+    Raises UserError where a prompt does not suit the model.
     """
     from transformers import pipeline, set_seed
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its advice is meant for who writes the calls
     set_seed(seed)
     architecture = json.loads((model_dir / "config.json").read_text())["architectures"][0]
     if architecture.endswith("ForMaskedLM"):
-        fill = pipeline("fill-mask", model=str(model_dir), top_k=top)
+        fill = pipeline("fill-mask", model=str(model_dir))
         assert fill.tokenizer is not None
-        mask = fill.tokenizer.mask_token
-        for prompt in prompts:
-            if prompt.count(mask) != 1:
-                raise UserError(
-                    f"prompt {prompt!r} has {prompt.count(mask)} masks; this model fills exactly "
-                    f"one {mask}"
-                )
+        check_prompts(prompts, fill.tokenizer, masked=True)
+        top = min(top, fill.model.config.vocab_size)
         return [
-            [f"{found['token_str'].strip()} ({found['score']:.0%})" for found in fill(prompt)]
+            [
+                f"{found['token_str'].strip() or repr(found['token_str'])} ({found['score']:.0%})"
+                for found in fill(prompt, top_k=top)
+            ]
             for prompt in prompts
         ]
     generate = pipeline("text-generation", model=str(model_dir))
+    assert generate.tokenizer is not None
+    check_prompts(prompts, generate.tokenizer, masked=False)
     completions = []
     for prompt in prompts:
+        room = generate.tokenizer.model_max_length - _length(prompt, generate.tokenizer)
         (generated,) = generate(
             prompt,
-            max_new_tokens=new_tokens,
+            max_new_tokens=min(new_tokens, room),
             max_length=None,
             do_sample=True,
             temperature=0.7,
@@ -56,6 +62,29 @@ def sample(
         )
         completions.append([generated["generated_text"]])
     return completions
+
+
+def check_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, masked: bool
+) -> None:
+    """Raise UserError for a prompt that is too long, or for a masked model without one mask."""
+    for prompt in prompts:
+        shown = repr(prompt if len(prompt) <= 60 else f"{prompt[:57]}...")
+        if masked and prompt.count(str(tokenizer.mask_token)) != 1:
+            raise UserError(
+                f"prompt {shown} has {prompt.count(str(tokenizer.mask_token))} masks; this model "
+                f"fills exactly one {tokenizer.mask_token}"
+            )
+        length, longest = _length(prompt, tokenizer), tokenizer.model_max_length - (not masked)
+        if length > longest:
+            raise UserError(
+                f"prompt {shown} has {length:,} tokens; this model takes at most {longest:,}, "
+                "shorten it"
+            )
+
+
+def _length(prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    return len(tokenizer(prompt, verbose=False)["input_ids"])
 
 
 def show(model_dir: Path, prompts: Sequence[str], out: TextIO, **options: int) -> None:
@@ -83,6 +112,12 @@ def model_directory(path: Path) -> Path:
     )
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="shardwright sample", description=__doc__)
     parser.add_argument(
@@ -91,8 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--prompt", action="append", required=True, help="may be given several times"
     )
-    parser.add_argument("--new-tokens", type=int, default=40, help="of a continuation (default 40)")
-    parser.add_argument("--top", type=int, default=5, help="fillings of a mask (default 5)")
+    parser.add_argument(
+        "--new-tokens", type=_positive, default=40, help="of a continuation (default 40)"
+    )
+    parser.add_argument("--top", type=_positive, default=5, help="fillings of a mask (default 5)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     try:

@@ -50,15 +50,16 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
 
     def assemble_and_train() -> None:
         if damage == "stage":
-            arguments = {"training_arguments": lambda c, w: {"deepspeed": other_stage(c, w)}}
-            with mock.patch.multiple(zero, **arguments):
+            with mock.patch.object(
+                zero, "training_arguments", lambda c, w: {"deepspeed": other_stage(c, w)}
+            ):
                 trainer = assemble(run_dir, rank, io.StringIO())
         elif damage == "fall_back_to_ddp":
             with mock.patch.object(fsdp, "shard", lambda model, config: model):
                 trainer = assemble(run_dir, rank, io.StringIO())
         else:
             trainer = assemble(run_dir, rank, io.StringIO())
-            trainer.model.to(torch.bfloat16)
+            torch.nn.Module.to(trainer.model, torch.bfloat16)
         trainer.train()
 
     rank = rank_from_environment()

@@ -24,7 +24,8 @@ def tracker_callbacks(config: RunConfig, run_dir: Path) -> tuple[list[TrainerCal
         os.environ["WANDB_PROJECT"] = tracking.project
         os.environ["WANDB_DIR"] = str(run_dir)
         os.environ["WANDB_NAME"] = config.name
-        os.environ["WANDB_TAGS"] = ",".join(tracking.tags)
+        if tracking.tags:  # wandb takes an empty variable for one empty tag, and refuses it
+            os.environ["WANDB_TAGS"] = ",".join(tracking.tags)
         if tracking.entity is not None:
             os.environ["WANDB_ENTITY"] = tracking.entity
         from transformers.integrations import WandbCallback

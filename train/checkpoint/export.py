@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -38,7 +39,7 @@ def export(trainer: Trainer, card: str, max_shard_bytes: int = MAX_SHARD_BYTES) 
         with atomic_directory(final) as directory:
             _write_shards(tensors, directory, max_shard_bytes)
             config = trainer.model.config
-            config.architectures = [type(trainer.model).__name__]
+            config.architectures = [_architecture(trainer.model)]
             config.dtype = torch.float32
             # transformers switches the cache off for training; who samples wants it.
             config.use_cache = True
@@ -69,6 +70,11 @@ def check_loads(directory: Path, *, causal: bool) -> None:
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
     if wrong or info.get("error_msgs"):
         raise RuntimeError(f"{directory} does not load: {wrong or info['error_msgs']}")
+
+
+def _architecture(model: PreTrainedModel) -> str:
+    """Return the name of the model's class, without the one that `fully_shard` puts before it."""
+    return next(c.__name__ for c in type(model).__mro__ if not c.__module__.startswith("torch."))
 
 
 def _whole_tensors(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None]]:

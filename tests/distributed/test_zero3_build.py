@@ -1,0 +1,83 @@
+"""A model that ZeRO-3 shards while it is built has the weights that it has under every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from train import data, models
+from train.config import load
+from train.rank import join, rank_from_environment
+from train.trainer import training_arguments
+
+pytestmark = pytest.mark.distributed
+
+CAUSAL = {"gpt2", "llama"}
+
+
+def compare_builds(run_dir: Path) -> dict[str, Any]:
+    """Build the run's model whole, then sharded by ZeRO-3, and say how the two differ."""
+    import deepspeed
+
+    config, rank = load(run_dir), rank_from_environment()
+    with join(config, rank):
+        tokenizer = data.prepare(config, run_dir).tokenizer
+        whole = models.build(config, tokenizer)
+        # From here on, and as long as these live, transformers builds into shards.
+        args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=1)
+        torch.manual_seed(100 + rank.index)  # what was drawn before must not matter
+        sharded = models.build(config, tokenizer)
+        del args
+
+        differing = []
+        parameters: dict[str, Any] = dict(sharded.named_parameters())
+        for name, expected in whole.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameters[name]]):
+                if not torch.equal(parameters[name], expected):
+                    differing.append(name)
+        return {
+            "names": list(parameters) == [name for name, _ in whole.named_parameters()],
+            "differing": differing,
+            "sharded": all(hasattr(p, "ds_id") for p in parameters.values()),
+            "sharded_elements": sum(p.ds_tensor.numel() for p in parameters.values()),
+            "elements": models.parameter_count(whole),
+            "counted": models.parameter_count(sharded),
+            "training": sharded.training,
+        }
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [("gpt2", True), ("llama", True), ("llama", False), ("roberta", True), ("modernbert", True)],
+)
+def test_weights_are_the_same_bit_for_bit(
+    kind: str,
+    tied: bool,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    tree = tiny_tree("clm" if kind in CAUSAL else "mlm")
+    tree["model"] |= {"kind": kind, "tie_word_embeddings": tied}
+    if kind == "llama":
+        tree["model"]["num_key_value_heads"] = 1
+        del tree["model"]["dropout"]
+    tree["strategy"] = {"kind": "zero", "stage": 3}
+    tree["seed"] = 5
+
+    found = ranks(2)(compare_builds, frozen_run(tree))
+
+    for facts in found:
+        assert facts["names"]
+        assert facts["differing"] == []
+        assert facts["sharded"]
+        assert facts["counted"] == facts["elements"]
+        assert facts["training"]
+    # Each rank pads its last shard of an odd tensor by at most one element.
+    kept = [facts["sharded_elements"] for facts in found]
+    assert kept[0] == kept[1]
+    assert 0 <= sum(kept) - found[0]["elements"] < 100

@@ -1,0 +1,104 @@
+"""A rank that fails is named, the exit code says how, and no process is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cli import finish, on_one_rank, processes, shardwright, start, start_python, wait_for
+from tests.e2e.conftest import Run
+from train.checkpoint import layout
+
+pytestmark = pytest.mark.distributed
+
+Tiny = Callable[[str], tuple[str, ...]]
+
+
+def assert_all_gone(cwd: Path) -> None:
+    """A process that was killed takes a moment to leave /proc."""
+    deadline = time.monotonic() + 10
+    while left := list(processes(cwd)):
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+
+
+def test_weights_that_diverge_fail_the_run_and_keep_the_checkpoint(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Rank 0 finds it out as it writes final/, while rank 1 waits for it in a collective."""
+    ended = shardwright("train", *tiny("clm"), "trainer.learning_rate=1e30", cwd=tmp_path)
+
+    assert ended.returncode == 1
+    assert re.match(r"rank 0 on .+ failed first:\n", ended.stderr.partition("\n")[2])
+    assert "in export\n" in ended.stderr
+    assert "FloatingPointError: transformer.wte.weight holds NaN or infinity" in ended.stderr
+    log = tmp_path / "run" / "logs" / "rank-0.log"
+    assert ended.stderr.rstrip().endswith(f"its whole log: {log}")
+    assert "Traceback (most recent call last)" in log.read_text()
+    assert not (tmp_path / "run" / "final").exists()
+    assert [step for step, _ in layout.whole_checkpoints(tmp_path / "run" / "checkpoints")] == [4]
+    assert_all_gone(tmp_path)
+
+
+def test_rank_that_cannot_open_its_log_is_shown_all_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    process = start("train", *tiny("clm"), cwd=tmp_path)
+    wait_for(tmp_path / "run" / "logs", process)
+    (tmp_path / "run" / "logs" / "rank-1.log").mkdir()
+    ended = finish(process)
+
+    assert ended.returncode == 1
+    assert "rank 1 ended with exit code 1 without a report" in ended.stderr
+    assert "IsADirectoryError" in ended.stderr
+    assert_all_gone(tmp_path)
+
+
+def test_bad_input_that_only_a_rank_can_see_ends_with_code_2(tiny: Tiny, tmp_path: Path) -> None:
+    one_rank = on_one_rank(tiny("mlm"))
+    ended = shardwright("train", *one_rank, "objective.prompts=['no mask']", cwd=tmp_path)
+
+    assert ended.returncode == 2
+    message = "error: prompt 'no mask' has 0 masks; this model fills exactly one <mask>\n"
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr + ended.stdout
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert_all_gone(tmp_path)
+
+
+@pytest.mark.parametrize("run", ["mlm"], indirect=True)
+def test_other_number_of_ranks_than_the_config_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((run.directory / "config.yaml").read_text())
+    ended = finish(start_python("-m", "train", str(tmp_path), cwd=tmp_path))
+    assert ended.returncode == 2
+    assert "the config asks for 2 rank(s) (launcher=torchrun) but 1 were started" in ended.stdout
+
+
+def test_killed_rank_is_named_and_takes_the_others_along(tiny: Tiny, tmp_path: Path) -> None:
+    process = start("train", *tiny("clm"), "trainer.max_steps=100000", cwd=tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    (rank_1,) = processes(tmp_path, RANK="1")
+    os.kill(rank_1, signal.SIGKILL)
+    ended = finish(process)
+
+    assert ended.returncode == 1
+    assert "rank 1 was killed by SIGKILL without a report" in ended.stderr
+    assert_all_gone(tmp_path)
+
+
+def test_sigterm_to_the_launcher_ends_every_rank(tiny: Tiny, tmp_path: Path) -> None:
+    process = start("train", *tiny("clm"), cwd=tmp_path)
+    for rank in range(2):
+        wait_for(tmp_path / "run" / "logs" / f"rank-{rank}.log", process)
+    assert len(list(processes(tmp_path, WORLD_SIZE="2"))) == 2
+    process.send_signal(signal.SIGTERM)
+    ended = finish(process)
+
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in ended.stderr
+    assert not (tmp_path / "run" / "final").exists()
+    assert_all_gone(tmp_path)

@@ -1,0 +1,237 @@
+"""Everything that a run must give exists, holds what it should, and nothing that it should not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from launchers import machine
+from launchers.__main__ import compose
+from tests.e2e.cli import ROOT, SECRETS, finish, processes, shardwright, start_python
+from tests.e2e.conftest import PROMPTS, Run
+from train.checkpoint import layout
+from train.config import from_tree, load, to_yaml
+
+pytestmark = pytest.mark.distributed
+
+STEPS, SAMPLES_A_STEP, SEQUENCE_LENGTH = 4, 16, 32
+
+
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_terminal_tells_what_runs_how_well_and_where_it_lies(run: Run) -> None:
+    out = run.ended.stdout
+    assert "2 x cpu (torchrun)" in out
+    assert f"step {STEPS}/{STEPS}  held-out loss " in out
+    assert ("masked accuracy" in out) == (run.objective == "mlm")
+    assert PROMPTS[run.objective] in out
+    assert f"model       {run.directory}/final\n" in out
+    assert f"shardwright sample {run.directory} --prompt '...'\n" in out
+    assert "Traceback" not in run.ended.stderr
+
+
+def test_no_process_is_left(run: Run) -> None:
+    assert list(processes(run.directory.parent)) == []
+
+
+def test_the_directory_holds_what_is_documented_and_nothing_else(run: Run) -> None:
+    documented = "config.yaml provenance.json engine.json data.json metrics.jsonl"
+    folders = "logs tokenizer checkpoints final"
+    tracker = "tensorboard" if run.objective == "clm" else "wandb"
+    found = sorted(path.name for path in run.directory.iterdir())
+    assert found == sorted([*documented.split(), *folders.split(), tracker])
+    logs = sorted(path.name for path in (run.directory / "logs").iterdir())
+    assert logs == ["rank-0.log", "rank-1.log", "torchrun.log"]
+    checkpoints = layout.whole_checkpoints(run.directory / "checkpoints")
+    assert [step for step, _ in checkpoints] == [3, STEPS]
+
+
+def test_config_is_what_was_asked_for_with_nothing_left_open(run: Run) -> None:
+    frozen = load(run.directory)
+    (job,) = compose(list(run.overrides))
+    asked = from_tree(OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True))
+    assert frozen == machine.resolve(asked, machine.detect(os.environ), str(run.directory))
+    assert frozen.trainer.max_steps == STEPS
+    assert frozen.strategy.kind == ("fsdp" if run.objective == "clm" else "zero")
+    assert "auto" not in re.findall(r": (\w+)$", to_yaml(frozen), re.MULTILINE)
+    text = (run.directory / "config.yaml").read_text()
+    assert text == to_yaml(from_tree(yaml.safe_load(text)))
+
+
+def test_provenance_tells_versions_commit_command_and_hardware(run: Run) -> None:
+    facts = json.loads((run.directory / "provenance.json").read_text())
+    assert facts["versions"]["torch"] == torch.__version__
+    packages = {"transformers", "accelerate", "deepspeed", "datasets", "hydra-core"}
+    assert packages <= {name for name, version in facts["versions"].items() if version}
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", facts["commit"])
+    assert facts["argv"][-3:] == ["-m", "train", str(run.directory)]
+    assert facts["world_size"] == 2
+    weights = load_file(run.directory / "final" / "model.safetensors")
+    assert facts["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert facts["hardware"]["cores"] == len(os.sched_getaffinity(0))
+    assert facts["hardware"]["memory_bytes"] > 2**28
+
+
+def test_no_file_holds_a_secret_or_another_variable_of_the_environment(run: Run) -> None:
+    files = [path for path in run.directory.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        content = path.read_bytes()
+        for name, value in SECRETS.items():
+            assert value.encode() not in content, f"{path} holds the value of {name}"
+    assert not any(value in run.ended.stdout + run.ended.stderr for value in SECRETS.values())
+
+
+def test_each_rank_has_a_log(run: Run) -> None:
+    for rank in range(2):
+        assert f"rank {rank} INFO train" in (run.directory / f"logs/rank-{rank}.log").read_text()
+
+
+def test_engine_is_the_one_asked_for(run: Run) -> None:
+    facts = json.loads((run.directory / "engine.json").read_text())
+    assert facts["world_size"] == 2
+    if run.objective == "clm":
+        assert facts["engine"] == "FSDP2"
+        assert facts["compute_dtypes"] == ["bfloat16"]
+    else:
+        assert facts["stage"] == 3
+
+
+def test_each_step_is_a_line_of_metrics(run: Run) -> None:
+    lines = metrics_of(run.directory)
+    trained = [line for line in lines if "loss" in line]
+    evaluated = [line for line in lines if "eval_loss" in line]
+    assert len(lines) == len(trained) + len(evaluated)
+
+    assert [line["step"] for line in trained] == [1, 2, 3, 4]
+    assert [line["step"] for line in evaluated] == [2, 4]
+    position = {"step", "samples", "tokens", "time"}
+    speed = {"tokens_per_second", "peak_memory_bytes"}
+    for line in trained:
+        assert set(line) == position | speed | {"loss", "learning_rate", "grad_norm"}
+        assert line["tokens_per_second"] > 0
+        assert 2**26 < line["peak_memory_bytes"] < 2**34
+    accuracy = {"eval_masked_accuracy"} if run.objective == "mlm" else set()
+    for line in evaluated:
+        assert set(line) == position | accuracy | {"eval_loss", "eval_perplexity"}
+    for line in lines:
+        assert line["samples"] == line["step"] * SAMPLES_A_STEP
+        assert line["tokens"] == line["samples"] * SEQUENCE_LENGTH
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    assert all(line["loss"] != round(line["loss"], 4) for line in trained), "losses are rounded"
+    # The cosine's end is 0, and the step before it still learned.
+    assert trained[0]["learning_rate"] > trained[-1]["learning_rate"] > 0
+
+
+def test_checkpoints_are_whole_to_the_last_byte(run: Run) -> None:
+    for step in (3, STEPS):
+        checkpoint = run.directory / "checkpoints" / f"checkpoint-{step}"
+        assert layout.what_is_wrong(checkpoint) is None
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        assert manifest["step"] == step
+        for name, described in manifest["files"].items():
+            assert layout.hash_file(checkpoint / name) == described["xxh3_128"], name
+
+
+def test_final_is_a_model_directory_in_fp32(run: Run) -> None:
+    final = run.directory / "final"
+    generation = {"generation_config.json"} if run.objective == "clm" else set()
+    assert {path.name for path in final.iterdir()} == generation | {
+        *("README.md", "config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    assert {t.dtype for t in load_file(final / "model.safetensors").values()} == {torch.float32}
+    config = json.loads((final / "config.json").read_text())
+    head = {"clm": "GPT2LMHeadModel", "mlm": "RobertaForMaskedLM"}[run.objective]
+    assert config["architectures"] == [head]
+    assert config["dtype"] == "float32"
+    tokenizer = (run.directory / "tokenizer" / "tokenizer.json").read_text()
+    assert (final / "tokenizer.json").read_text() == tokenizer
+    if run.objective == "clm":
+        settings = json.loads((final / "generation_config.json").read_text())
+        tokens = {t["content"]: t["id"] for t in json.loads(tokenizer)["added_tokens"]}
+        assert settings["eos_token_id"] == tokens["</s>"]
+        assert settings["pad_token_id"] == tokens["<pad>"]
+
+
+def test_model_card_has_a_metadata_header_and_the_measured_loss(run: Run) -> None:
+    card = (run.directory / "final" / "README.md").read_text()
+    _, header, text = card.split("---\n", maxsplit=2)
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation" if run.objective == "clm" else "fill-mask",
+        "tags": ["shardwright"],
+    }
+    assert f"# tiny_{run.objective}\n" in text
+    (last,) = [x for x in metrics_of(run.directory) if "eval_loss" in x and x["step"] == STEPS]
+    assert f"| loss | {last['eval_loss']:.4f} |" in text
+    assert f"{last['samples']:,} samples, {last['tokens']:,} tokens, {STEPS} steps" in text
+
+
+PIPELINE = """
+import sys
+task, model, prompt = sys.argv[1:]
+from transformers import pipeline
+answer = pipeline(task, model=model)(prompt)[0]
+print(answer["generated_text"] if task == "text-generation" else answer["sequence"])
+ours = {"train", "launchers", "deepspeed"} & {name.partition(".")[0] for name in sys.modules}
+assert not ours, ours
+"""
+
+
+def test_transformers_alone_loads_the_model(run: Run) -> None:
+    task = "text-generation" if run.objective == "clm" else "fill-mask"
+    prompt = PROMPTS[run.objective]
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", PIPELINE, task, str(run.directory / "final"), prompt],
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(prompt.removesuffix(" <mask>"))
+    assert "<mask>" not in ended.stdout
+
+
+def test_sample_lets_the_model_speak(run: Run) -> None:
+    prompt = PROMPTS[run.objective]
+    ended = shardwright(
+        *("sample", str(run.directory), "--prompt", prompt, "--top", "3", "--new-tokens", "5"),
+        cwd=run.directory.parent,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert prompt in ended.stdout
+    if run.objective == "mlm":
+        assert len(re.findall(r"\(\d+%\)", ended.stdout)) == 3
+
+
+@pytest.mark.parametrize("run", ["clm"], indirect=True)
+def test_torchrun_by_hand_on_the_frozen_config_does_the_same(run: Run, tmp_path: Path) -> None:
+    tree = yaml.safe_load((run.directory / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = finish(start_python(*torchrun, "-m", "train", str(tmp_path), cwd=tmp_path))
+    assert ended.returncode == 0, ended.stderr
+
+    def losses(directory: Path) -> list[float]:
+        return [x["loss" if "loss" in x else "eval_loss"] for x in metrics_of(directory)]
+
+    assert losses(tmp_path) == losses(run.directory)
+    by_hand = load_file(tmp_path / "final" / "model.safetensors")
+    launched = load_file(run.directory / "final" / "model.safetensors")
+    torch.testing.assert_close(by_hand, launched, rtol=0, atol=0)
+    assert list(processes(tmp_path)) == []

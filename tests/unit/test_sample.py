@@ -1,0 +1,152 @@
+"""A trained model fills masks or continues prompts; what it cannot answer is explained."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from train.errors import UserError
+from train.sample import main, model_directory, sample, show
+
+POSITIONS = 64
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+
+
+def save(model: PreTrainedModel, directory: Path) -> Path:
+    """Write a model with a tokenizer of single bytes."""
+    bytes_only = Tokenizer(models.BPE({token: i for i, token in enumerate(TOKENS)}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    names = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only,
+        model_max_length=POSITIONS,
+        **dict(zip(names, SPECIAL, strict=True)),
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a GPT-2 of random weights."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(TOKENS), n_positions=POSITIONS, n_embd=16, n_layer=1, n_head=1,
+        bos_token_id=0, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    return save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a RoBERTa that fills in one letter only: x."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(TOKENS), max_position_embeddings=POSITIONS + 2, hidden_size=16,
+        num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, type_vocab_size=1,
+    )  # fmt: skip
+    model = RobertaForMaskedLM(config)
+    with torch.no_grad():
+        model.lm_head.bias[TOKENS.index("x")] = 10
+    return save(model, tmp_path_factory.mktemp("roberta"))
+
+
+def test_a_seed_fixes_the_continuation(causal: Path) -> None:
+    first, again, other = (sample(causal, ["def "], seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert not first[0][0].startswith("def ")
+
+
+def test_each_prompt_gets_its_continuation(causal: Path) -> None:
+    assert [len(completions) for completions in sample(causal, ["a", "b", ""])] == [1, 1, 1]
+
+
+def test_a_continuation_is_as_long_as_asked_for(causal: Path) -> None:
+    ((text,),) = sample(causal, ["def "], new_tokens=1)
+    assert len(text) <= 1
+
+
+def test_a_continuation_ends_where_the_positions_end(causal: Path) -> None:
+    ((text,),) = sample(causal, ["d" * (POSITIONS - 3)], new_tokens=1000)
+    assert 0 <= len(text) <= 3
+
+
+def test_likeliest_fillings_come_first_with_their_probability(masked: Path) -> None:
+    ((best, *others),) = sample(masked, ["import <mask>"], top=3)
+    assert best == "x (99%)"
+    assert [text[-4:] for text in others] == ["(0%)"] * 2
+
+
+def test_no_more_fillings_than_there_are_tokens(masked: Path) -> None:
+    ((*fillings,),) = sample(masked, ["import <mask>"], top=10_000)
+    assert len(fillings) == len(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("none here", "prompt 'none here' has 0 masks; this model fills exactly one <mask>"),
+        ("<mask> <mask>", "prompt '<mask> <mask>' has 2 masks; this model fills exactly one"),
+        ("<mask>" + "y" * 64, r"prompt '<mask>y{51}\.\.\.' has 65 tokens; .* takes at most 64, sh"),
+    ],
+)
+def test_prompt_that_a_masked_model_cannot_answer(masked: Path, prompt: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample(masked, [prompt])
+
+
+def test_prompt_that_leaves_no_room_to_continue(causal: Path) -> None:
+    with pytest.raises(UserError, match="has 64 tokens; this model takes at most 63, shorten it"):
+        sample(causal, ["y" * 64])
+
+
+def test_prompts_and_answers_are_shown_together(causal: Path, masked: Path) -> None:
+    out = io.StringIO()
+    show(causal, ["def f("], out, new_tokens=3)
+    show(masked, ["a <mask> b"], out, top=2)
+    assert "\n  def f(│" in out.getvalue()
+    assert "\n  a <mask> b\n    x (99%), " in out.getvalue()
+
+
+def test_a_run_means_its_final_model(causal: Path, tmp_path: Path) -> None:
+    (tmp_path / "final").symlink_to(causal)
+    assert model_directory(tmp_path) == tmp_path / "final"
+    assert model_directory(causal) == causal
+
+
+def test_command_line(masked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(masked), "--prompt", "a <mask>", "--prompt", "<mask> b", "--top", "2"]) == 0
+    assert capsys.readouterr().out.count("x (99%), ") == 2
+
+    assert main([str(tmp_path), "--prompt", "a"]) == 2
+    ended = capsys.readouterr()
+    assert ended.err.startswith(f"error: {tmp_path} holds no model: neither {tmp_path}/config.json")
+    assert "give a run directory whose training has ended, or a model directory" in ended.err
+
+    assert main([str(masked), "--prompt", "a"]) == 2
+    assert capsys.readouterr().err.startswith("error: prompt 'a' has 0 masks")
+
+
+@pytest.mark.parametrize("arguments", [["--top", "0"], ["--new-tokens", "-3"], ["--seed", "x"]])
+def test_numbers_out_of_range_are_refused(
+    masked: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(masked), "--prompt", "<mask>", *arguments])
+    assert ended.value.code == 2
+    assert arguments[1] in capsys.readouterr().err
