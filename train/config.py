@@ -575,6 +575,13 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             "its own with its weights; choose tokenizer=pretrained or set tokenizer.vocab_size"
         )
 
+    if config.trainer.eval_every_steps is not None and data.eval_fraction == 0:
+        yield (
+            f"trainer.eval_every_steps={config.trainer.eval_every_steps} needs held-out documents, "
+            f"but data.eval_fraction={data.eval_fraction} holds out none; raise it or set "
+            "trainer.eval_every_steps=null"
+        )
+
     launcher = config.launcher
     nproc = getattr(launcher, "nproc_per_node", 1)
     if nproc != "auto":

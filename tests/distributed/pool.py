@@ -60,8 +60,9 @@ class Ranks:
         return results
 
     def stop(self) -> None:
-        for process, pipe in self._workers:
+        for _, pipe in self._workers:
             pipe.close()
+        for process, _ in self._workers:
             process.join(5)
             process.kill()
             process.join()

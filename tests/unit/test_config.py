@@ -190,3 +190,9 @@ def test_accumulation_follows_from_the_batch() -> None:
 def test_importing_the_config_needs_no_torch() -> None:
     check = "import sys, train.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_evaluating_without_held_out_documents_is_a_contradiction() -> None:
+    tree = changed(data__eval_fraction=0.0, trainer__eval_every_steps=5)
+    with pytest.raises(UserError, match="eval_every_steps=5 needs held-out documents, but data.eva"):
+        from_tree(tree)

@@ -64,11 +64,21 @@ def adopt_process_group() -> None:
 
 
 def complete(trainer: Trainer) -> None:
-    """Keep the gradient norm, which deepspeed 0.19 drops at stage 0 in fp32."""
+    """Mend what deepspeed 0.19 gets wrong at stage 0.
+
+    In fp32 it drops the gradient norm. In bf16 and fp16 it makes room for the moments by a step
+    with zero gradients, which decays the master weights and counts as Adam's first.
+    """
     from torch.nn.utils import clip_grad_norm_, get_total_norm
 
     engine = trainer.model_wrapped
-    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled() or engine.fp16_enabled():
+    if engine.zero_optimization_stage() > 0:
+        return
+    if masters := _replicated_masters(engine):
+        if trainer.state.global_step == 0:
+            engine.optimizer.optimizer.state.clear()
+            for parameter, master in masters.items():
+                master.data.copy_(parameter.data)
         return
 
     def clip() -> None:
@@ -83,6 +93,14 @@ def complete(trainer: Trainer) -> None:
         engine.clip_fp32_gradients = clip
     else:
         engine.optimizer.register_step_pre_hook(measure)
+
+
+def _replicated_masters(engine: Any) -> dict[Any, torch.Tensor]:
+    """Return the fp32 master of each bf16 or fp16 parameter at stage 0; none at other stages."""
+    if engine.zero_optimization_stage() > 0 or not hasattr(engine.optimizer, "fp32_groups"):
+        return {}
+    groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return {p: m for low, high in groups for p, m in zip(low, high, strict=True)}
 
 
 def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -131,10 +149,11 @@ def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None
     from deepspeed.utils import safe_get_full_fp32_param
 
     engine = trainer.model_wrapped
+    masters = _replicated_masters(engine)
     for name, parameter in engine.module.named_parameters():
         whole = safe_get_full_fp32_param(parameter)
-        if whole is None:  # fp32 at stage 0: DeepSpeed keeps no second copy
-            whole = parameter.detach()
+        if whole is None:  # stage 0, where DeepSpeed links no master to its parameter
+            whole = masters.get(parameter, parameter).detach()
         whole = whole.to("cpu", torch.float32)
         yield name, whole if trainer.is_world_process_zero() else None
 
