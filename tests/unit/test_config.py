@@ -194,5 +194,7 @@ def test_importing_the_config_needs_no_torch() -> None:
 
 def test_evaluating_without_held_out_documents_is_a_contradiction() -> None:
     tree = changed(data__eval_fraction=0.0, trainer__eval_every_steps=5)
-    with pytest.raises(UserError, match="eval_every_steps=5 needs held-out documents, but data.eva"):
+    with pytest.raises(
+        UserError, match="eval_every_steps=5 needs held-out documents, but data.eva"
+    ):
         from_tree(tree)
