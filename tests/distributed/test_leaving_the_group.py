@@ -117,6 +117,10 @@ def run_fully_sharded(model: torch.nn.Module) -> None:
 def run_trainer(model: torch.nn.Module, strategy: str) -> None:
     from transformers import Trainer, TrainingArguments
 
+    from train.strategy import zero as zero_engine
+
+    if strategy != "ddp":
+        zero_engine.adopt_process_group()
     stage = None if strategy == "ddp" else int(strategy.removeprefix("zero"))
     zero = {
         "zero_optimization": {"stage": stage},
