@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -325,20 +326,128 @@ class DdpStrategy(Section):
     """Gradients are all-reduced in buckets of about this many bytes."""
 
 
+class AsyncIo(Section):
+    """How ZeRO-Infinity reads and writes its files (libaio)."""
+
+    block_size_bytes: PositiveInt = 2**20
+    """Size of one request."""
+    queue_depth: PositiveInt = 8
+    """Requests in flight on one thread."""
+    threads: PositiveInt = 1
+    """Threads that share one transfer."""
+    single_submit: bool = False
+    """Submit requests one by one instead of as many as fit the queue."""
+    overlap_events: bool = True
+    """Overlap submitting requests with waiting for others."""
+
+
+class ZenFlow(Section):
+    """ZenFlow: the few gradients that matter most update on the GPU, the rest on the CPU, later."""
+
+    top_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of gradient columns that update at once."""
+    select_interval_steps: PositiveInt | Literal["auto"] = "auto"
+    """Choose these columns anew so often."""
+    update_interval_steps: PositiveInt | Literal["auto"] = "auto"
+    """Apply the accumulated rest so often."""
+    full_warmup_steps: NonNegativeInt = 0
+    """Steps at the start in which every gradient updates at once."""
+    overlap_step: bool = False
+    """Let the CPU's update run beside the next forward and backward pass; changes the numerics."""
+
+
 class ZeroStrategy(Section):
-    """DeepSpeed ZeRO."""
+    """DeepSpeed ZeRO. Sizes are counted in elements, as DeepSpeed counts them."""
 
     kind: Literal["zero"]
     stage: Literal[0, 1, 2, 3]
     """Sharded over ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
 
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where master weights and moments live and are updated (stages 1 to 3; nvme: stage 3)."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where the shards of the parameters wait for their use (stage 3)."""
+    pin_memory: bool = True
+    """Page-lock host memory, for faster copies between host and GPU; GPU runs only."""
+    offload_share: Fraction = 1.0
+    """Share of the optimizer updated on the CPU, the rest on the GPU (stage 3; Twin-Flow)."""
+    nvme_path: str | None = None
+    """Directory on a fast local disk, for nvme."""
+    nvme_buffer_count: PositiveInt = 5
+    """Parameter buffers in host memory between disk and GPU."""
+    nvme_buffer_elements: PositiveInt = 100_000_000
+    """Elements of each; at least those of the largest parameter."""
+    max_elements_in_cpu: NonNegativeInt = 1_000_000_000
+    """Parameter elements kept in host memory when parameters live on nvme."""
+    aio: AsyncIo = AsyncIo()
+    super_offload: bool = False
+    """SuperOffload: CPU Adam beside the GPU's backward pass, for GH200-like chips (stage 3)."""
+    zenflow: ZenFlow | None = None
+
+    reduce_bucket_elements: PositiveInt | Literal["auto"] = "auto"
+    """Gradients reduced at once; auto is hidden_size squared, at least 1,048,576."""
+    allgather_bucket_elements: PositiveInt | Literal["auto"] = "auto"
+    """Updated parameters gathered at once (stages 1 and 2); auto as above."""
+    overlap_communication: bool = False
+    """Reduce gradients while the backward pass goes on; takes a second bucket of memory."""
+    reduce_scatter: bool = True
+    """Reduce-scatter gradients instead of reducing each to its owner (stages 1 and 2)."""
+    contiguous_gradients: bool = True
+    """Copy gradients into one buffer as they come: no fragments, one copy more."""
+    round_robin_gradients: bool = False
+    """Spread gradients over ranks more finely, to copy them to the CPU in parallel (1 and 2)."""
+    prefetch_elements: NonNegativeInt | Literal["auto"] = "auto"
+    """Parameters gathered ahead of their use (stage 3); auto is 0.9 x hidden_size squared."""
+    persistence_elements: NonNegativeInt | Literal["auto"] = "auto"
+    """Parameters smaller than this are never sharded (stage 3); auto is 10 x hidden_size."""
+    max_live_elements: NonNegativeInt = 1_000_000_000
+    """Gathered parameters on one GPU before the least needed are released (stage 3)."""
+    max_reuse_distance_elements: NonNegativeInt = 1_000_000_000
+    """Keep a parameter that is used again within so many others (stage 3)."""
+    sub_group_elements: PositiveInt = 1_000_000_000
+    """Parameters updated at once (stage 3); smaller needs less memory where offloaded."""
+    gather_16bit_weights_on_save: bool = False
+    """Also gather 16-bit weights for DeepSpeed's own save; final/ needs none of it."""
+    node_local_checkpoints: bool = False
+    """Each node keeps its ranks' files on its own disk, instead of a shared file system."""
+
+    hierarchical_partition_ranks: PositiveInt = 1
+    """ZeRO++: keep a second copy of the shards within so many ranks (of one node), for backward."""
+    quantized_weights: bool = False
+    """ZeRO++: gather parameters in int8; changes the numerics."""
+    quantized_gradients: bool = False
+    """ZeRO++: reduce gradients in int4; changes the numerics."""
+    mics_shard_ranks: PositiveInt | None = None
+    """MiCS: shard over so many ranks only, and replicate these groups (stage 3)."""
+    mics_hierarchical_gather: bool = False
+    """MiCS: gather within a node first, then between nodes."""
+
+    extra: dict[str, Any] = {}
+    """DeepSpeed keys that have no field of their own, as in its JSON; unknown ones are refused."""
+
 
 class FsdpStrategy(Section):
-    """PyTorch FSDP2: one unit for each transformer block, and the rest in the root unit."""
+    """PyTorch FSDP2."""
 
     kind: Literal["fsdp"]
     reshard_after_forward: bool = True
     """Free gathered parameters after each forward (full shard); false keeps them (grad-op)."""
+    replicas: PositiveInt = 1
+    """Hybrid: so many copies of the sharded model; each is sharded over world size / replicas."""
+    offload: bool = False
+    """Keep shards, gradients and optimizer state in host memory; the optimizer runs on the CPU."""
+    pin_memory: bool = True
+    """Page-lock host memory where offloaded; GPU runs only."""
+    wrap: Literal["transformer", "size", "none"] = "transformer"
+    """Units: each transformer block; modules of at least min_unit_parameters; the whole model."""
+    block_class: str | None = None
+    """Class to wrap under wrap=transformer; null infers it from the model."""
+    min_unit_parameters: PositiveInt = 1_000_000
+    """Smallest unit under wrap=size."""
+    reduce_each_micro_batch: bool = True
+    """Reduce after each micro-batch and keep gradients sharded; false: once a step, kept whole."""
+    prefetch_units: NonNegativeInt = 1
+    """Units gathered ahead of their use, forward and backward."""
 
 
 StrategyConfig = Annotated[
@@ -350,15 +459,57 @@ StrategyConfig = Annotated[
 
 
 class PrecisionConfig(Section):
-    """Numbers of the forward and backward pass; master weights and optimizer state are fp32."""
+    """Which number goes in which dtype; the defaults mean the same under every engine."""
 
     compute_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Parameters and activations in the forward and backward pass."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Gradients while they are summed over ranks."""
+    master_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Weights that the optimizer updates."""
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The optimizer's running averages."""
     allow_tf32: bool = False
     """Let fp32 matrix products run in TF32 on GPUs that have it."""
     initial_loss_scale: PositiveFloat = 65536.0
-    """First factor on the loss under fp16; it halves on overflow."""
+    """fp16: first factor on the loss, a power of two; it halves on overflow."""
     loss_scale_growth_steps: PositiveInt = 1000
-    """Steps without overflow after which the factor doubles, under fp16."""
+    """fp16: steps without overflow after which the factor doubles."""
+
+    @model_validator(mode="after")
+    def _dtypes_fit(self) -> PrecisionConfig:
+        if self.master_dtype == "bf16" and self.compute_dtype != "bf16":
+            raise ValueError(
+                f"master_dtype=bf16 cannot serve compute_dtype={self.compute_dtype}, which is more "
+                "precise; set master_dtype=fp32 or compute_dtype=bf16"
+            )
+        if self.moments_dtype != self.master_dtype:
+            raise ValueError(
+                f"moments_dtype={self.moments_dtype} differs from "
+                f"master_dtype={self.master_dtype}, but the optimizers keep their moments in the "
+                "dtype of the weights that they update; set both to the same"
+            )
+        if self.master_dtype == "bf16" and self.reduce_dtype != "bf16":
+            raise ValueError(
+                f"reduce_dtype={self.reduce_dtype} with master_dtype=bf16: the gradients of bf16 "
+                "weights are bf16; set reduce_dtype=bf16 or master_dtype=fp32"
+            )
+        if self.compute_dtype == "fp32" and self.reduce_dtype == "bf16":
+            raise ValueError(
+                "reduce_dtype=bf16 would round the gradients of compute_dtype=fp32; "
+                "set reduce_dtype=fp32 or compute_dtype=bf16"
+            )
+        if self.compute_dtype == "fp16" and self.reduce_dtype == "bf16":
+            raise ValueError(
+                "reduce_dtype=bf16 would round the gradients of compute_dtype=fp16; "
+                "set reduce_dtype=fp32"
+            )
+        if math.log2(self.initial_loss_scale) % 1:
+            raise ValueError(
+                f"initial_loss_scale={self.initial_loss_scale:g} is not a power of two; "
+                f"set it to {2 ** round(math.log2(self.initial_loss_scale))}"
+            )
+        return self
 
 
 class TrainerConfig(Section):
@@ -379,12 +530,16 @@ class TrainerConfig(Section):
 
     learning_rate: PositiveFloat = 6e-4
     """Peak learning rate."""
-    lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
-    """Course after the linear warm-up; linear and cosine end at 0."""
+    lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay", "inverse_sqrt"] = (
+        "cosine"
+    )
+    """Course after the linear warm-up; linear, cosine and warmup_stable_decay end at 0."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up. Give this or warmup_fraction."""
     warmup_fraction: Fraction = 0.0
     """Warm-up as a share of all steps, rounded up to whole steps."""
+    decay_fraction: Fraction = 0.1
+    """warmup_stable_decay: share of all steps, at the end, in which the rate falls to 0."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled decay of AdamW; biases and norms are spared."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -582,15 +737,13 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             "trainer.eval_every_steps=null"
         )
 
-    launcher = config.launcher
-    nproc = getattr(launcher, "nproc_per_node", 1)
-    if nproc != "auto":
-        world_size = launcher.world_size
-        if config.strategy.kind == "single" and world_size != 1:
-            yield (
-                f"strategy=single runs one rank, but launcher.nproc_per_node={nproc}; "
-                "choose strategy=ddp or launcher.nproc_per_node=1"
-            )
+    # The engines know what they can do; they import this module, hence here and not above.
+    from train.strategy import engine_of
+
+    known = getattr(config.launcher, "nproc_per_node", 1) != "auto"
+    world_size = config.launcher.world_size if known else None
+    yield from engine_of(config).contradictions(config, world_size)
+    if world_size is not None:
         try:
             accumulation_steps(config.trainer, world_size)
         except UserError as error:

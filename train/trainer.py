@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from train.checkpoint.save import save
 from train.config import RunConfig, accumulation_steps
-from train.strategy import engine_of
+from train.strategy import engine_of, loop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,16 +44,16 @@ def training_arguments(
         average_tokens_across_devices=True,
         optim="adamw_torch_fused",
         learning_rate=trainer.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(
-            trainer.lr_scheduler, trainer.lr_scheduler
-        ),
-        warmup_steps=trainer.warmup_steps or math.ceil(trainer.warmup_fraction * total_steps),
+        lr_scheduler_type=loop.SCHEDULES[trainer.lr_scheduler],
+        lr_scheduler_kwargs={"num_decay_steps": loop.decay_steps(trainer, total_steps)}
+        if trainer.lr_scheduler == "warmup_stable_decay"
+        else {},
+        warmup_steps=loop.warmup_steps(trainer, total_steps),
         weight_decay=trainer.weight_decay,
         adam_beta1=trainer.adam_beta1,
         adam_beta2=trainer.adam_beta2,
         adam_epsilon=trainer.adam_epsilon,
         max_grad_norm=trainer.max_grad_norm,
-        bf16=precision.compute_dtype == "bf16",
         fp16=precision.compute_dtype == "fp16",
         tf32=precision.allow_tf32 if config.launcher.device == "cuda" else None,
         logging_strategy="steps",
@@ -210,6 +210,13 @@ class Trainer(transformers.Trainer):
         """Return the optimizer behind accelerate's wrapper."""
         optimizer: Any = self.optimizer
         return getattr(optimizer, "optimizer", optimizer)
+
+    def innermost_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer that does the arithmetic, behind DeepSpeed's wrapper too."""
+        optimizer: Any = self.torch_optimizer()
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         built = super()._build_accelerator_args(**kwargs)

@@ -20,7 +20,23 @@ STRATEGIES = {
     "zero2": {"kind": "zero", "stage": 2},
     "zero3": {"kind": "zero", "stage": 3},
     "fsdp": {"kind": "fsdp"},
+    "zero3_nothing_kept": {"kind": "zero", "stage": 3, "persistence_elements": 0},
+    "zero2_offload": {"kind": "zero", "stage": 2, "offload_optimizer": "cpu"},
+    "zero3_offload": {
+        "kind": "zero",
+        "stage": 3,
+        "offload_optimizer": "cpu",
+        "offload_parameters": "cpu",
+    },
     "fsdp_grad_op": {"kind": "fsdp", "reshard_after_forward": False},
+    "fsdp_offload": {"kind": "fsdp", "offload": True},
+    "fsdp_by_size": {"kind": "fsdp", "wrap": "size", "min_unit_parameters": 2000},
+    "fsdp_one_unit": {"kind": "fsdp", "wrap": "none"},
+    "fsdp_reduce_once": {"kind": "fsdp", "reduce_each_micro_batch": False},
+}
+HYBRID = {
+    "fsdp_hybrid": {"kind": "fsdp", "replicas": 2},
+    "fsdp_hybrid_grad_op": {"kind": "fsdp", "replicas": 2, "reshard_after_forward": False},
 }
 
 
@@ -38,6 +54,23 @@ def reference() -> dict[str, dict[str, list[float]]]:
     return {}
 
 
+def curves_of_one_rank(
+    objective: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    reference: dict[str, dict[str, list[float]]],
+) -> dict[str, list[float]]:
+    if objective not in reference:
+        tree = tiny_tree(objective)
+        tree["strategy"] = {"kind": "single"}
+        tree["launcher"]["nproc_per_node"] = 1
+        alone = frozen_run(tree)
+        ranks(1)(whole_run, alone)
+        reference[objective] = {k: curve(alone, k) for k in ("loss", "eval_loss", "grad_norm")}
+    return reference[objective]
+
+
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_learn_what_one_rank_learns(
@@ -48,20 +81,11 @@ def test_two_ranks_learn_what_one_rank_learns(
     ranks: Callable[[int], Any],
     reference: dict[str, dict[str, list[float]]],
 ) -> None:
-    if objective not in reference:
-        tree = tiny_tree(objective)
-        tree["strategy"] = {"kind": "single"}
-        tree["launcher"]["nproc_per_node"] = 1
-        alone = frozen_run(tree)
-        ranks(1)(whole_run, alone)
-        reference[objective] = {k: curve(alone, k) for k in ("loss", "eval_loss", "grad_norm")}
-
+    expected = curves_of_one_rank(objective, tiny_tree, frozen_run, ranks, reference)
     tree = tiny_tree(objective)
     tree["strategy"] = STRATEGIES[strategy]
     run_dir = frozen_run(tree)
     ranks(2)(whole_run, run_dir)
-
-    expected = reference[objective]
     assert len(expected["loss"]) == 20
     assert expected["loss"][-1] < expected["loss"][0] - 0.1, "nothing was learned"
     assert curve(run_dir) == pytest.approx(expected["loss"], abs=1e-4)
@@ -87,3 +111,40 @@ def test_accumulation_does_not_change_what_is_learned(
         ranks(2)(whole_run, run_dir)
         curves.append(curve(run_dir))
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", HYBRID)
+def test_four_ranks_in_two_replicas_learn_what_one_rank_learns(
+    strategy: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    reference: dict[str, dict[str, list[float]]],
+) -> None:
+    expected = curves_of_one_rank("clm", tiny_tree, frozen_run, ranks, reference)
+    tree = tiny_tree("clm")
+    tree["strategy"] = HYBRID[strategy]
+    tree["launcher"]["nproc_per_node"] = 4
+    run_dir = frozen_run(tree)
+    ranks(4)(whole_run, run_dir)
+    assert curve(run_dir) == pytest.approx(expected["loss"], abs=1e-4)
+    assert curve(run_dir, "eval_loss") == pytest.approx(expected["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"])
+def test_bf16_stays_within_its_rounding_of_fp32(
+    strategy: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    reference: dict[str, dict[str, list[float]]],
+) -> None:
+    expected = curves_of_one_rank("clm", tiny_tree, frozen_run, ranks, reference)
+    tree = tiny_tree("clm")
+    tree["strategy"] = STRATEGIES[strategy]
+    tree["precision"] = {"compute_dtype": "bf16"}
+    run_dir = frozen_run(tree)
+    ranks(2)(whole_run, run_dir)
+    # bf16 has 8 bits of mantissa: one part in 256 of a loss of about 6, averaged over its labels.
+    assert curve(run_dir) == pytest.approx(expected["loss"], abs=5e-3)
+    assert curve(run_dir) != expected["loss"], "nothing ran in bf16"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from train.config import RunConfig
-from train.strategy import fsdp, replicated, zero
+from train.strategy import fsdp, loop, replicated, zero
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 class Engine(Protocol):
     """What each engine's module gives."""
+
+    def contradictions(self, config: RunConfig, world_size: int | None) -> Iterator[str]:
+        """Yield a message for each value that the engine cannot honour. Pure.
+
+        ``world_size`` is None where it is not known yet.
+        """
 
     def settings(self, config: RunConfig, world_size: int) -> dict[str, Any]:
         """Return the engine's own settings, every derived field written out. Pure."""
@@ -85,7 +91,12 @@ def verify(trainer: Trainer, config: RunConfig, world_size: int) -> dict[str, An
     Raises EngineMismatch naming every fact that differs, with both values.
     """
     engine = engine_of(config)
-    expected, live = engine.expected(config, world_size), engine.read_back(trainer)
+    total_steps = trainer.state.max_steps
+    expected = {
+        **engine.expected(config, world_size),
+        **loop.expected(config, world_size, total_steps),
+    }
+    live = {**engine.read_back(trainer), **loop.read_back(trainer)}
     differences = [
         f"{fact}: the config asks for {value!r}, the live engine has {live.get(fact)!r}"
         for fact, value in expected.items()

@@ -6,76 +6,213 @@ activation checkpointing gives wrong gradients with dropout.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from train.config import FsdpStrategy, RunConfig, accumulation_steps
+from train.config import FsdpStrategy, RunConfig
+from train.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
     from train.trainer import Trainer
 
-_TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    strategy = config.strategy
+    assert isinstance(strategy, FsdpStrategy)
+    if world_size is not None and world_size % strategy.replicas:
+        yield (
+            f"strategy.replicas={strategy.replicas} does not divide the {world_size} rank(s) into "
+            "equal shards; choose a divisor"
+        )
+    elif world_size is not None and 1 < strategy.replicas == world_size:
+        yield (
+            f"strategy.replicas={strategy.replicas} on {world_size} rank(s) shards nothing; "
+            "choose fewer replicas, or strategy=ddp"
+        )
+    if strategy.block_class is not None and strategy.wrap != "transformer":
+        yield (
+            f"strategy.block_class={strategy.block_class} is read under strategy.wrap=transformer "
+            f"only, but it is {strategy.wrap}; set strategy.wrap=transformer or block_class=null"
+        )
+    if strategy.wrap == "none" and not strategy.reshard_after_forward:
+        yield (
+            "strategy.wrap=none makes the model one unit, which is kept gathered between forward "
+            "and backward anyway; leave strategy.reshard_after_forward=true or choose another wrap"
+        )
 
 
 def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     """Return the arguments of `fully_shard`, dtypes by their torch names."""
-    assert isinstance(config.strategy, FsdpStrategy)
-    compute_dtype = _TORCH_DTYPES[config.precision.compute_dtype]
+    strategy, precision = config.strategy, config.precision
+    assert isinstance(strategy, FsdpStrategy)
+    if strategy.replicas > 1:
+        shape, names = [strategy.replicas, world_size // strategy.replicas], ["replicate", "shard"]
+    else:
+        shape, names = [world_size], ["shard"]
     return {
-        "mesh": {"shape": [world_size], "names": ["shard"]},
-        "reshard_after_forward": config.strategy.reshard_after_forward,
+        "mesh": {"shape": shape, "names": names},
+        "wrap": strategy.wrap,
+        "block_class": strategy.block_class,
+        "min_unit_parameters": strategy.min_unit_parameters if strategy.wrap == "size" else None,
+        "reshard_after_forward": strategy.reshard_after_forward,
         "mixed_precision": {
-            "param_dtype": compute_dtype,
-            "reduce_dtype": "float32",
+            "param_dtype": TORCH_DTYPES[precision.compute_dtype],
+            "reduce_dtype": TORCH_DTYPES[precision.reduce_dtype],
             "cast_forward_inputs": True,
         },
+        "offload": {"cpu": strategy.offload, "pin_memory": _pins(config)},
+        "reduce_each_micro_batch": strategy.reduce_each_micro_batch,
+        "prefetch_units": strategy.prefetch_units,
     }
 
 
+def _pins(config: RunConfig) -> bool:
+    # There is nothing to pin memory for without a GPU.
+    assert isinstance(config.strategy, FsdpStrategy)
+    return (
+        config.strategy.offload and config.strategy.pin_memory and config.launcher.device == "cuda"
+    )
+
+
 def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
-    return {}
+    return {"bf16": config.precision.compute_dtype == "bf16"}
 
 
 def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
-    """Shard the parameters in place: each transformer block a unit, the rest in the root unit.
+    """Shard the parameters in place, each unit as one.
 
-    Blocks come first: a parent takes whatever its children have not taken.
+    Units within come first: a parent takes whatever its children have not taken. Raises UserError
+    where the wrap policy finds no unit but the whole model.
     """
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    from train.models import blocks
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
 
     values = settings(config, dist.get_world_size())
-    mixed = values["mixed_precision"]
-    policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, mixed["param_dtype"]),
-        reduce_dtype=getattr(torch, mixed["reduce_dtype"]),
-        cast_forward_inputs=mixed["cast_forward_inputs"],
-    )
+    mixed, offload = values["mixed_precision"], values["offload"]
+    model.to(getattr(torch, TORCH_DTYPES[config.precision.master_dtype]))
+    inner = units(model, config)
     mesh = init_device_mesh(
         config.launcher.device,
         tuple(values["mesh"]["shape"]),
         mesh_dim_names=tuple(values["mesh"]["names"]),
     )
-    for unit in [*blocks(model), model]:
+    for unit in [*inner, model]:
         fully_shard(
             unit,
             mesh=mesh,
             reshard_after_forward=values["reshard_after_forward"],
-            mp_policy=policy,
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=getattr(torch, mixed["param_dtype"]),
+                reduce_dtype=getattr(torch, mixed["reduce_dtype"]),
+                cast_forward_inputs=mixed["cast_forward_inputs"],
+            ),
+            offload_policy=CPUOffloadPolicy(pin_memory=offload["pin_memory"])
+            if offload["cpu"]
+            else OffloadPolicy(),
         )
+    _prefetch(inner, values["prefetch_units"])
+    if not values["reduce_each_micro_batch"]:
+        # accelerate enters this on every micro-batch of a step but the last.
+        model.no_sync = functools.partial(_without_reduction, model)  # type: ignore[assignment]
     # Accelerator.prepare_model returns a model with this mark as it is; without it accelerate 1.15
     # refuses DTensor parameters in a multi-process run because it means to wrap them in DDP.
     model._is_accelerate_prepared = True  # type: ignore[assignment]
     return model
+
+
+def units(model: PreTrainedModel, config: RunConfig) -> list[nn.Module]:
+    """Return the modules to shard as units of their own, inner ones first, without the model.
+
+    Raises UserError where a policy that should divide the model does not.
+    """
+    strategy = config.strategy
+    assert isinstance(strategy, FsdpStrategy)
+    if strategy.wrap == "none":
+        return []
+    if strategy.wrap == "size":
+        found = _big_enough(model, strategy.min_unit_parameters)
+        if not found:
+            raise UserError(
+                f"strategy.wrap=size finds no module of strategy.min_unit_parameters="
+                f"{strategy.min_unit_parameters:,} parameters below the whole model, which would "
+                "be gathered as one; lower it, or ask for strategy.wrap=none"
+            )
+        return found
+    if strategy.block_class is None:
+        from train.models import blocks
+
+        return blocks(model)
+    found = [m for m in model.modules() if type(m).__name__ == strategy.block_class]
+    if not found or found == [model]:
+        classes = Counter(type(m).__name__ for m in model.modules())
+        repeated = sorted(name for name, count in classes.items() if count > 1)
+        raise UserError(
+            f"strategy.block_class={strategy.block_class} is no class of modules in this model; "
+            f"it repeats {', '.join(repeated)}; choose one, or null to infer it"
+        )
+    return found
+
+
+def _big_enough(model: nn.Module, min_parameters: int) -> list[nn.Module]:
+    """Return, inner ones first, each module with so many parameters outside of the units within."""
+    from torch.nn import ModuleDict, ModuleList
+
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(module)
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> set[nn.Parameter]:
+        left = set(module.parameters(recurse=False))
+        for child in module.children():
+            left |= visit(child)
+        # Lists have no forward of their own to gather for, and a tied parameter needs a unit that
+        # holds all its owners.
+        within = set(module.modules())
+        can_be = not isinstance(module, ModuleList | ModuleDict) and module is not model
+        is_big = sum(p.numel() for p in left) >= min_parameters
+        if can_be and is_big and all(owners[p] <= within for p in left):
+            found.append(module)
+            return set()
+        return left
+
+    visit(model)
+    return found
+
+
+def _prefetch(units: Sequence[Any], count: int) -> None:
+    """Gather ``count`` units ahead of their use, in forward and in backward order."""
+    for i, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[i + 1 : i + 1 + count]))
+        unit.set_modules_to_backward_prefetch(list(units[max(0, i - count) : i][::-1]))
+
+
+@contextmanager
+def _without_reduction(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def adopt_process_group() -> None:
@@ -88,52 +225,64 @@ def complete(trainer: Trainer) -> None:
 
 def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
     values = settings(config, world_size)
-    return {
+    facts = {
         "engine": "FSDP2",
         "world_size": world_size,
-        "mesh": values["mesh"]["shape"],
+        "mesh": dict(zip(values["mesh"]["names"], values["mesh"]["shape"], strict=True)),
         "unsharded_parameters": [],
-        "master_dtypes": ["float32"],
+        "master_dtypes": [TORCH_DTYPES[config.precision.master_dtype]],
         "compute_dtypes": [values["mixed_precision"]["param_dtype"]],
         "reduce_dtypes": [values["mixed_precision"]["reduce_dtype"]],
+        "offloaded": values["offload"]["cpu"],
+        "pinned": values["offload"]["pin_memory"],
         "reshard_after_forward": values["reshard_after_forward"],
-        "clip": config.trainer.max_grad_norm,
-        "accumulation_steps": accumulation_steps(config.trainer, world_size),
     }
+    layers = getattr(config.model, "num_hidden_layers", None)
+    if values["wrap"] == "none":
+        facts["units"] = 1
+    elif values["wrap"] == "transformer" and values["block_class"] is None and layers:
+        facts["units"] = layers + 1
+    return facts
 
 
 def read_back(trainer: Trainer) -> dict[str, Any]:
     import torch.distributed as dist
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
     from torch.distributed.tensor import DTensor
 
     model = trainer.model_wrapped
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    groups = [group for unit in units for group in _parameter_groups(unit)]
+    found = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    groups = [group for unit in found for group in _parameter_groups(unit)]
     parameters = dict(model.named_parameters())
     sharded = {n: p for n, p in parameters.items() if isinstance(p, DTensor)}
+    meshes = [p.device_mesh for p in sharded.values()]
+    policies = [group.offload_policy for group in groups]
 
     def dtypes(attribute: str) -> list[str]:
         found = {str(getattr(g.mp_policy, attribute)).removeprefix("torch.") for g in groups}
         return sorted(found)
 
     return {
-        "engine": "FSDP2" if units else type(model).__name__,
+        "engine": "FSDP2" if found else type(model).__name__,
         "world_size": dist.get_world_size(),
-        "mesh": list(next(iter(sharded.values())).device_mesh.shape) if sharded else [],
-        "units": len(units),
+        "mesh": dict(zip(meshes[0].mesh_dim_names or (), meshes[0].shape, strict=True))
+        if meshes
+        else {},
+        "units": len(found),
         "unsharded_parameters": sorted(set(parameters) - set(sharded)),
         "master_dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in sharded.values()}),
         "compute_dtypes": dtypes("param_dtype"),
         "reduce_dtypes": dtypes("reduce_dtype"),
+        "offloaded": bool(policies) and all(isinstance(p, CPUOffloadPolicy) for p in policies),
+        "pinned": any(getattr(p, "pin_memory", False) for p in policies),
         # The root keeps its parameters between forward and backward whatever was asked.
         "reshard_after_forward": all(
             group.post_forward_mesh_info is not None
-            for unit in units[1:]
+            for unit in found[1:]
             for group in _parameter_groups(unit)
-        ),
-        "clip": trainer.args.max_grad_norm,
-        "accumulation_steps": trainer.args.gradient_accumulation_steps,
+        )
+        if len(found) > 1
+        else trainer.config.strategy.reshard_after_forward,  # type: ignore[union-attr]
     }
 
 

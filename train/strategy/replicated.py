@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import DdpStrategy, RunConfig, accumulation_steps
+from train.config import DdpStrategy, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,6 +14,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.trainer import Trainer
+
+
+def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    if config.strategy.kind == "single" and world_size not in (1, None):
+        yield (
+            f"strategy=single runs one rank, but launcher.nproc_per_node={world_size}; "
+            "choose strategy=ddp or launcher.nproc_per_node=1"
+        )
+    precision = config.precision
+    compresses = precision.reduce_dtype == "bf16" and precision.master_dtype == "fp32"
+    if config.strategy.kind == "ddp" and compresses and config.launcher.device == "cpu":
+        yield (
+            "precision.reduce_dtype=bf16 under strategy=ddp needs NCCL, but launcher.device=cpu; "
+            "set precision.reduce_dtype=fp32"
+        )
 
 
 def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -26,10 +41,19 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
-    return {f"ddp_{key}": value for key, value in settings(config, world_size).items()}
+    # Autocast over fp32 weights; weights that are bf16 themselves need none.
+    autocast = config.precision.master_dtype == "fp32"
+    return {
+        "bf16": config.precision.compute_dtype == "bf16" and autocast,
+        **{f"ddp_{key}": value for key, value in settings(config, world_size).items()},
+    }
 
 
 def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+    import torch
+
+    if config.precision.master_dtype == "bf16":
+        torch.nn.Module.to(model, torch.bfloat16)
     return model
 
 
@@ -38,21 +62,27 @@ def adopt_process_group() -> None:
 
 
 def complete(trainer: Trainer) -> None:
-    pass
+    """Reduce fp32 gradients in bf16 where that is asked for; pure bf16 does so by itself."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    precision = trainer.config.precision
+    is_ddp = trainer.config.strategy.kind == "ddp"
+    if is_ddp and precision.reduce_dtype == "bf16" and precision.master_dtype == "fp32":
+        trainer.model_wrapped.register_comm_hook(None, bf16_compress_hook)
 
 
 def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
-    dtype = config.precision.compute_dtype
+    precision = config.precision
+    autocast = precision.compute_dtype != "fp32" and precision.master_dtype == "fp32"
     facts: dict[str, Any] = {
         "engine": "DistributedDataParallel" if config.strategy.kind == "ddp" else "none",
         "world_size": world_size,
-        "parameter_dtypes": ["float32"],
-        "autocast_dtype": "no" if dtype == "fp32" else dtype,
-        "clip": config.trainer.max_grad_norm,
-        "accumulation_steps": accumulation_steps(config.trainer, world_size),
+        "parameter_dtypes": ["bfloat16" if precision.master_dtype == "bf16" else "float32"],
+        "autocast_dtype": precision.compute_dtype if autocast else "no",
     }
     if isinstance(config.strategy, DdpStrategy):
         facts["bucket_size_bytes"] = config.strategy.bucket_size_bytes
+        facts["reduce_dtype"] = "bfloat16" if precision.reduce_dtype == "bf16" else "float32"
     return facts
 
 
@@ -61,18 +91,18 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
 
     model = trainer.model_wrapped
     is_ddp = isinstance(model, DistributedDataParallel)
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
     facts = {
         "engine": "DistributedDataParallel" if is_ddp else "none",
         "world_size": model.process_group.size() if is_ddp else 1,
-        "parameter_dtypes": sorted(
-            {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-        ),
+        "parameter_dtypes": sorted(dtypes),
         "autocast_dtype": trainer.accelerator.mixed_precision,
-        "clip": trainer.args.max_grad_norm,
-        "accumulation_steps": trainer.args.gradient_accumulation_steps,
     }
     if is_ddp:
         facts["bucket_size_bytes"] = model.bucket_bytes_cap
+        hook = model._get_ddp_logging_data().get("comm_hook", "")
+        compressed = "bf16" in hook or dtypes == {"bfloat16"}
+        facts["reduce_dtype"] = "bfloat16" if compressed else "float32"
     return facts
 
 

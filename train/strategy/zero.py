@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, ZeroStrategy, accumulation_steps
+from train.strategy import deepspeed_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,35 +18,255 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
+def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    strategy, precision = config.strategy, config.precision
+    assert isinstance(strategy, ZeroStrategy)
+    stage, adam, parameters = (
+        strategy.stage,
+        strategy.offload_optimizer,
+        strategy.offload_parameters,
+    )
+
+    if stage == 0 and adam != "none":
+        yield (
+            f"strategy.offload_optimizer={adam} needs a stage that shards the optimizer, but "
+            "strategy.stage=0; choose strategy=zero2_offload, or strategy.offload_optimizer=none"
+        )
+    for name, device in (("offload_optimizer", adam), ("offload_parameters", parameters)):
+        if device == "nvme" and stage != 3:
+            yield (
+                f"strategy.{name}=nvme needs strategy.stage=3, but it is {stage}; "
+                f"choose strategy=zero3_nvme, or strategy.{name}=cpu"
+            )
+    if parameters == "cpu" and stage != 3:
+        yield (
+            f"strategy.offload_parameters=cpu needs strategy.stage=3, but it is {stage}; "
+            "choose strategy=zero3_offload, or strategy.offload_parameters=none"
+        )
+    if parameters != "none" and adam == "none":
+        yield (
+            f"strategy.offload_parameters={parameters} without strategy.offload_optimizer keeps "
+            "the larger part on the GPU; offload the optimizer too (cpu or nvme)"
+        )
+    if "nvme" in (adam, parameters) and strategy.nvme_path is None:
+        yield "strategy.nvme_path is not set, but nvme is asked for; name a folder on a fast disk"
+    if strategy.nvme_path is not None and "nvme" not in (adam, parameters):
+        yield (
+            f"strategy.nvme_path={strategy.nvme_path} is given, but nothing is offloaded to nvme; "
+            "choose strategy=zero3_nvme, or set it to null"
+        )
+    if strategy.offload_share < 1 and (stage != 3 or adam != "cpu"):
+        yield (
+            f"strategy.offload_share={strategy.offload_share} splits the optimizer between CPU and "
+            f"GPU, which needs strategy.stage=3 and strategy.offload_optimizer=cpu, but they are "
+            f"{stage} and {adam}; set it to 1.0 or change these"
+        )
+    if strategy.super_offload and (stage != 3 or adam != "cpu"):
+        yield (
+            "strategy.super_offload=true needs strategy.stage=3 and "
+            f"strategy.offload_optimizer=cpu, but they are {stage} and {adam}; set it to false or "
+            "change these"
+        )
+    if strategy.zenflow is not None and (stage == 0 or adam != "cpu"):
+        yield (
+            "strategy.zenflow needs strategy.stage=1, 2 or 3 and strategy.offload_optimizer=cpu, "
+            f"but they are {stage} and {adam}; set it to null or change these"
+        )
+    if strategy.zenflow is not None and strategy.super_offload:
+        yield "strategy.zenflow and strategy.super_offload exclude each other; choose one"
+
+    for name, wanted in (
+        ("hierarchical_partition_ranks", strategy.hierarchical_partition_ranks > 1),
+        ("quantized_weights", strategy.quantized_weights),
+        ("quantized_gradients", strategy.quantized_gradients),
+        ("mics_shard_ranks", strategy.mics_shard_ranks is not None),
+        ("gather_16bit_weights_on_save", strategy.gather_16bit_weights_on_save),
+    ):
+        if wanted and stage != 3:
+            yield (
+                f"strategy.{name}={getattr(strategy, name)} needs strategy.stage=3, but it is "
+                f"{stage}; choose strategy=zero3 or leave it out"
+            )
+    if strategy.mics_hierarchical_gather and strategy.mics_shard_ranks is None:
+        yield (
+            "strategy.mics_hierarchical_gather=true needs strategy.mics_shard_ranks; set it, or "
+            "set strategy.mics_hierarchical_gather=false"
+        )
+    if strategy.mics_shard_ranks is not None and strategy.hierarchical_partition_ranks > 1:
+        yield (
+            f"strategy.mics_shard_ranks={strategy.mics_shard_ranks} and "
+            f"strategy.hierarchical_partition_ranks={strategy.hierarchical_partition_ranks} both "
+            "regroup the shards; set one of them"
+        )
+    if strategy.round_robin_gradients and stage not in (1, 2):
+        yield (
+            f"strategy.round_robin_gradients=true needs strategy.stage=1 or 2, but it is {stage}; "
+            "set it to false"
+        )
+    if world_size is not None:
+        for name in ("hierarchical_partition_ranks", "mics_shard_ranks"):
+            size = getattr(strategy, name)
+            if size is not None and world_size % size:
+                yield (
+                    f"strategy.{name}={size} does not divide the {world_size} rank(s); "
+                    "choose a divisor"
+                )
+    if precision.master_dtype == "bf16" and stage == 0:
+        yield (
+            "precision.master_dtype=bf16 under ZeRO needs strategy.stage=1, 2 or 3, but it is 0; "
+            "choose another stage or precision=bf16"
+        )
+    if precision.master_dtype == "bf16" and adam != "none":
+        yield (
+            f"precision.master_dtype=bf16 with strategy.offload_optimizer={adam} needs DeepSpeed's "
+            "own Adam; set precision=bf16 or strategy.offload_optimizer=none"
+        )
+    yield from deepspeed_keys.problems(strategy.extra)
+
+
+_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+MIN_BUCKET_ELEMENTS = 2**20
+"""Below this a collective costs more for its start than for its bytes."""
+
+
 def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     """Return the DeepSpeed JSON, every derived field written out, explicit false included."""
-    assert isinstance(config.strategy, ZeroStrategy)
+    strategy = config.strategy
+    assert isinstance(strategy, ZeroStrategy)
     trainer, precision = config.trainer, config.precision
-    return {
+    bf16, fp16 = precision.compute_dtype == "bf16", precision.compute_dtype == "fp16"
+    values: dict[str, Any] = {
         "train_batch_size": trainer.global_batch_size,
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(trainer, world_size),
         "gradient_clipping": trainer.max_grad_norm,
-        "zero_optimization": {"stage": config.strategy.stage},
-        "bf16": {"enabled": precision.compute_dtype == "bf16"},
+        "zero_optimization": _zero_section(strategy, _hidden_size(config), world_size),
+        "bf16": {
+            "enabled": bf16,
+            "bf16_master_weights_and_grads": precision.master_dtype == "bf16",
+            "bf16_optimizer_states": precision.moments_dtype == "bf16",
+        },
         "fp16": {
-            "enabled": precision.compute_dtype == "fp16",
+            "enabled": fp16,
             "loss_scale": 0,
             "initial_scale_power": round(math.log2(precision.initial_loss_scale)),
             "loss_scale_window": precision.loss_scale_growth_steps,
             "hysteresis": 1,
         },
-        # The optimizer is the same torch.optim.AdamW as under every other strategy.
+        "communication_data_type": precision.reduce_dtype,
+        # Accumulate in the dtype in which it is reduced; stage 0 knows only that of its parameters.
+        "data_types": {
+            "grad_accum_dtype": precision.reduce_dtype
+            if strategy.stage > 0
+            else precision.compute_dtype
+        },
+        "checkpoint": {"use_node_local_storage": strategy.node_local_checkpoints},
+        # The optimizer is ours, the same as under every other strategy.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
         # Its own progress lines would repeat ours.
         "steps_per_print": 2**31 - 1,
     }
+    if "nvme" in (strategy.offload_optimizer, strategy.offload_parameters):
+        aio = strategy.aio
+        values["aio"] = {
+            "block_size": aio.block_size_bytes,
+            "queue_depth": aio.queue_depth,
+            "intra_op_parallelism": aio.threads,
+            "single_submit": aio.single_submit,
+            "overlap_events": aio.overlap_events,
+        }
+    return _merged(values, strategy.extra)
+
+
+def _zero_section(strategy: ZeroStrategy, hidden: int | None, world_size: int) -> dict[str, Any]:
+    bucket = max(MIN_BUCKET_ELEMENTS, (hidden or 4096) ** 2)
+
+    def auto(value: int | str, derived: int) -> int:
+        return derived if isinstance(value, str) else value
+
+    section: dict[str, Any] = {
+        "stage": strategy.stage,
+        "reduce_bucket_size": auto(strategy.reduce_bucket_elements, bucket),
+        "allgather_bucket_size": auto(strategy.allgather_bucket_elements, bucket),
+        "overlap_comm": strategy.overlap_communication,
+        "reduce_scatter": strategy.reduce_scatter,
+        "contiguous_gradients": strategy.contiguous_gradients,
+        "round_robin_gradients": strategy.round_robin_gradients,
+        "sub_group_size": strategy.sub_group_elements,
+        "offload_optimizer": {"device": strategy.offload_optimizer},
+    }
+    if strategy.offload_optimizer != "none":
+        section["offload_optimizer"] |= {
+            "pin_memory": strategy.pin_memory,
+            "ratio": strategy.offload_share,
+            "super_offload": strategy.super_offload,
+        }
+        if strategy.offload_optimizer == "nvme":
+            section["offload_optimizer"]["nvme_path"] = strategy.nvme_path
+    if strategy.zenflow is not None:
+        flow = strategy.zenflow
+        section["zenflow"] = {
+            "topk_ratio": flow.top_share,
+            "select_strategy": "auto" if flow.select_interval_steps == "auto" else "step",
+            "select_interval": flow.select_interval_steps,
+            "update_interval": flow.update_interval_steps,
+            "full_warm_up_rounds": flow.full_warmup_steps,
+            "overlap_step": flow.overlap_step,
+        }
+    if strategy.stage == 3:
+        section |= {
+            "stage3_prefetch_bucket_size": auto(
+                strategy.prefetch_elements, int(0.9 * hidden**2) if hidden else 50_000_000
+            ),
+            "stage3_param_persistence_threshold": auto(
+                strategy.persistence_elements, 10 * hidden if hidden else 100_000
+            ),
+            "stage3_max_live_parameters": strategy.max_live_elements,
+            "stage3_max_reuse_distance": strategy.max_reuse_distance_elements,
+            "stage3_gather_16bit_weights_on_model_save": strategy.gather_16bit_weights_on_save,
+            "zero_hpz_partition_size": strategy.hierarchical_partition_ranks,
+            "zero_quantized_weights": strategy.quantized_weights,
+            "zero_quantized_gradients": strategy.quantized_gradients,
+            "offload_param": {"device": strategy.offload_parameters},
+        }
+        if strategy.offload_parameters != "none":
+            section["offload_param"] |= {
+                "pin_memory": strategy.pin_memory,
+                "max_in_cpu": strategy.max_elements_in_cpu,
+            }
+        if strategy.offload_parameters == "nvme":
+            section["offload_param"] |= {
+                "nvme_path": strategy.nvme_path,
+                "buffer_count": strategy.nvme_buffer_count,
+                "buffer_size": strategy.nvme_buffer_elements,
+            }
+        if strategy.mics_shard_ranks is not None:
+            section["mics_shard_size"] = strategy.mics_shard_ranks
+            section["mics_hierarchical_params_gather"] = strategy.mics_hierarchical_gather
+    return section
+
+
+def _hidden_size(config: RunConfig) -> int | None:
+    # Pretrained weights bring theirs along, too late for a dry run.
+    return getattr(config.model, "hidden_size", None)
+
+
+def _merged(values: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
 
 
 def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
-    return {"deepspeed": settings(config, world_size)}
+    return {
+        "bf16": config.precision.compute_dtype == "bf16",
+        "deepspeed": settings(config, world_size),
+    }
 
 
 def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
@@ -105,18 +326,30 @@ def _replicated_masters(engine: Any) -> dict[Any, torch.Tensor]:
 
 def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
     values = settings(config, world_size)
-    return {
+    section = values["zero_optimization"]
+    stage = section["stage"]
+    facts = {
         "engine": "DeepSpeedEngine",
         "world_size": world_size,
-        "stage": values["zero_optimization"]["stage"],
+        "stage": stage,
         "bf16": values["bf16"]["enabled"],
         "fp16": values["fp16"]["enabled"],
-        "clip": values["gradient_clipping"],
-        "global_batch_size": values["train_batch_size"],
-        "micro_batch_size": values["train_micro_batch_size_per_gpu"],
-        "accumulation_steps": values["gradient_accumulation_steps"],
-        "parameters_sharded": values["zero_optimization"]["stage"] == 3,
+        "reduce_dtype": _TORCH_NAMES[values["communication_data_type"]],
+        "engine_clip": values["gradient_clipping"],
+        "engine_global_batch_size": values["train_batch_size"],
+        "engine_micro_batch_size": values["train_micro_batch_size_per_gpu"],
+        "engine_accumulation_steps": values["gradient_accumulation_steps"],
+        "parameters_sharded": stage == 3,
+        "offload_optimizer": section["offload_optimizer"]["device"],
+        "offload_parameters": section.get("offload_param", {}).get("device", "none"),
     }
+    if stage > 0:
+        facts["master_dtypes"] = [_TORCH_NAMES[config.precision.master_dtype]]
+    if stage > 1:
+        facts["reduce_bucket_elements"] = section["reduce_bucket_size"]
+    if stage == 3:
+        facts["persistence_elements"] = section["stage3_param_persistence_threshold"]
+    return facts
 
 
 def read_back(trainer: Trainer) -> dict[str, Any]:
@@ -125,19 +358,44 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
     engine = trainer.model_wrapped
     if not isinstance(engine, deepspeed.DeepSpeedEngine):
         return {"engine": type(engine).__name__}
-    return {
+    zero: Any = engine.optimizer
+    stage = engine.zero_optimization_stage()
+
+    def device(offload: Any) -> str:
+        return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+
+    facts = {
         "engine": "DeepSpeedEngine",
         "world_size": engine.dp_world_size,
-        "stage": engine.zero_optimization_stage(),
+        "stage": stage,
         "bf16": engine.bfloat16_enabled(),
         "fp16": engine.fp16_enabled(),
-        "clip": engine.gradient_clipping(),
-        "global_batch_size": engine.train_batch_size(),
-        "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
-        "accumulation_steps": engine.gradient_accumulation_steps(),
+        "reduce_dtype": str(engine.communication_data_type).removeprefix("torch."),
+        "engine_clip": engine.gradient_clipping(),
+        "engine_global_batch_size": engine.train_batch_size(),
+        "engine_micro_batch_size": engine.train_micro_batch_size_per_gpu(),
+        "engine_accumulation_steps": engine.gradient_accumulation_steps(),
         "parameters_sharded": all(hasattr(p, "ds_id") for p in engine.module.parameters()),
-        "zero_optimizer": type(engine.optimizer).__name__,
+        "zero_optimizer": type(zero).__name__,
+        "offload_optimizer": device(engine.zero_offload_optimizer()),
+        "offload_parameters": device(engine.zero_offload_param()),
     }
+    if stage > 1:
+        facts["reduce_bucket_elements"] = int(zero.reduce_bucket_size)
+    if stage > 0:
+        # Stage 1 with bf16 and fp32 accumulation is a class of its own, BF16_Optimizer.
+        names = (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        )
+        partitions = next(getattr(zero, name) for name in names if hasattr(zero, name))
+        facts["master_dtypes"] = sorted(
+            {str(p.dtype).removeprefix("torch.") for p in partitions if p is not None}
+        )
+    if stage == 3:
+        facts["persistence_elements"] = engine.zero_param_persistence_threshold()
+    return facts
 
 
 def after_evaluation(trainer: Trainer) -> None:

@@ -1,0 +1,189 @@
+"""Sixty and more ways to ask for what cannot be, each refused with the field, values and remedy."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from train.config import from_tree
+from train.errors import UserError
+
+TREE: dict[str, Any] = {
+    "model": {
+        "kind": "gpt2",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "max_position_embeddings": 128,
+    },
+    "objective": {"kind": "clm"},
+    "data": {"kind": "stdlib", "sequence_length": 64},
+    "tokenizer": {"kind": "byte_bpe"},
+    "strategy": {"kind": "ddp"},
+    "precision": {},
+    "trainer": {"max_steps": 10, "global_batch_size": 64, "micro_batch_size": 8},
+    "tracking": {"kind": "none"},
+    "launcher": {"kind": "torchrun", "nproc_per_node": 4},
+}
+
+ZERO0 = {"kind": "zero", "stage": 0}
+ZERO1 = {"kind": "zero", "stage": 1}
+ZERO2 = {"kind": "zero", "stage": 2}
+ZERO3 = {"kind": "zero", "stage": 3}
+FSDP = {"kind": "fsdp"}
+CPU3 = {**ZERO3, "offload_optimizer": "cpu"}
+BF16 = {"compute_dtype": "bf16"}
+PURE = {**BF16, "reduce_dtype": "bf16", "master_dtype": "bf16", "moments_dtype": "bf16"}
+
+
+def zero_extra(**extra: Any) -> dict[str, Any]:
+    return {"strategy": {**ZERO2, "extra": extra}}
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    # keys that an engine would ignore, at each level
+    ({"strategy": {**ZERO2, "stge": 2}}, "unknown key strategy.stge: did you mean strategy.stage"),
+    ({"strategy": {**ZERO2, "overlap_comm": True}}, "unknown key strategy.overlap_comm"),
+    ({"strategy": {**ZERO3, "aio": {"queue_dept": 8}}}, "strategy.aio.queue_dep"),
+    ({"strategy": {**CPU3, "zenflow": {"topk": 0.1}}}, "unknown key strategy.zenflow.topk"),
+    ({"strategy": {**FSDP, "replica": 2}}, "did you mean strategy.replicas"),
+    ({"strategy": {**FSDP, "stage": 2}}, "strategy.stage is no setting of strategy.kind=fsdp"),
+    ({"strategy": {"kind": "ddp", "replicas": 2}}, "strategy.replicas is no setting"),
+    ({"precision": {"compute_dtyp": "bf16"}}, "did you mean precision.compute_dtype"),
+    (zero_extra(gradient_cliping=1.0), "gradient_clipping is decided by trainer.max_grad_norm"),
+    (zero_extra(train_batch_size=64), "is decided by trainer.global_batch_size"),
+    (zero_extra(train_micro_batch_size_per_gpu=8), "is decided by trainer.micro_batch_size"),
+    (zero_extra(gradient_accumulation_steps=2), "is decided by trainer.global_batch_size"),
+    (zero_extra(optimizer={"type": "Adam"}), "is decided by trainer.learning_rate"),
+    (zero_extra(scheduler={"type": "WarmupLR"}), "is decided by trainer.lr_scheduler"),
+    (zero_extra(amp={"enabled": True}), "is decided by precision.compute_dtype"),
+    (zero_extra(torch_autocast={"enabled": True}), "is decided by precision.compute_dtype"),
+    (zero_extra(communication_data_type="fp16"), "is decided by precision.reduce_dtype"),
+    (zero_extra(aio={"queue_depth": 4}), "strategy.extra.aio is decided by strategy.aio"),
+    (zero_extra(wall_clock_brakdown=True), "did you mean wall_clock_breakdown"),
+    (zero_extra(nonsense_key=1), "DeepSpeed has no such key and would ignore it"),
+    (zero_extra(bf16={"enabled": True}), "bf16.enabled is decided by precision.compute_dtype"),
+    (zero_extra(bf16={"imediate_grad_update": True}), "did you mean bf16.immediate_grad_update"),
+    (zero_extra(fp16={"enabled": True}), "fp16.enabled is decided by precision.compute_dtype"),
+    (zero_extra(fp16={"histeresis": 2}), "did you mean fp16.hysteresis"),
+    (zero_extra(fp16=True), "strategy.extra.fp16=True must be a section"),
+    (zero_extra(zero_optimization={"stage": 3}), "zero_optimization.stage is decided by"),
+    (zero_extra(zero_optimization={"overlap_com": True}), "overlap_comm is decided by strategy."),
+    (
+        zero_extra(zero_optimization={"leaf_modul": {}}),
+        "did you mean zero_optimization.leaf_module",
+    ),
+    (zero_extra(checkpoint={"use_node_local_storage": True}), "strategy.node_local_checkpoints"),
+    (zero_extra(checkpoint={"tag_validatio": "Fail"}), "did you mean checkpoint.tag_validation"),
+    (zero_extra(flops_profiler={"enable": True}), "did you mean flops_profiler.enabled"),
+    (zero_extra(comms_logger={"verbos": True}), "did you mean comms_logger.verbose"),
+    (zero_extra(data_types={"grad_accum_dtype": "bf16"}), "is decided by precision.reduce_dtype"),
+    # offload without its stage or its place
+    (
+        {"strategy": {**ZERO0, "offload_optimizer": "cpu"}},
+        "needs a stage that shards the optimizer",
+    ),
+    ({"strategy": {**ZERO2, "offload_optimizer": "nvme"}}, "offload_optimizer=nvme needs strategy"),
+    ({"strategy": {**ZERO2, "offload_parameters": "cpu"}}, "offload_parameters=cpu needs strategy"),
+    ({"strategy": {**ZERO1, "offload_parameters": "nvme"}}, "choose strategy=zero3_nvme"),
+    ({"strategy": {**ZERO3, "offload_parameters": "cpu"}}, "offload the optimizer too"),
+    ({"strategy": {**CPU3, "offload_parameters": "nvme"}}, "strategy.nvme_path is not set"),
+    ({"strategy": {**CPU3, "nvme_path": "/disk"}}, "nothing is offloaded to nvme"),
+    (
+        {"strategy": {**ZERO2, "offload_optimizer": "gpu"}},
+        "offload_optimizer=gpu: must be none, cpu or nvme",
+    ),
+    ({"strategy": {**ZERO2, "offload_share": 0.5}}, "offload_share=0.5 splits the optimizer"),
+    ({"strategy": {**CPU3, "offload_share": 1.5}}, "strategy.offload_share=1.5"),
+    ({"strategy": {**ZERO3, "super_offload": True}}, "super_offload=true needs strategy.stage=3"),
+    ({"strategy": {**ZERO2, "zenflow": {}}}, "strategy.zenflow needs strategy.stage"),
+    (
+        {"strategy": {**CPU3, "zenflow": {}, "super_offload": True}},
+        "strategy.zenflow and strategy.super_offload exclude each other",
+    ),
+    ({"strategy": {**CPU3, "zenflow": {"top_share": 1.0}}}, "strategy.zenflow.top_share=1.0"),
+    # stage 3's own settings at another stage, and groups that do not divide
+    ({"strategy": {**ZERO2, "hierarchical_partition_ranks": 2}}, "needs strategy.stage=3"),
+    ({"strategy": {**ZERO2, "quantized_weights": True}}, "quantized_weights=True needs strategy"),
+    ({"strategy": {**ZERO1, "quantized_gradients": True}}, "quantized_gradients=True needs strat"),
+    ({"strategy": {**ZERO2, "mics_shard_ranks": 2}}, "mics_shard_ranks=2 needs strategy.stage=3"),
+    ({"strategy": {**ZERO2, "gather_16bit_weights_on_save": True}}, "needs strategy.stage=3"),
+    ({"strategy": {**ZERO3, "round_robin_gradients": True}}, "needs strategy.stage=1 or 2"),
+    ({"strategy": {**ZERO3, "mics_hierarchical_gather": True}}, "needs strategy.mics_shard_ranks"),
+    (
+        {"strategy": {**ZERO3, "mics_shard_ranks": 2, "hierarchical_partition_ranks": 2}},
+        "both regroup the shards",
+    ),
+    ({"strategy": {**ZERO3, "hierarchical_partition_ranks": 3}}, "does not divide the 4 rank"),
+    ({"strategy": {**ZERO3, "mics_shard_ranks": 3}}, "mics_shard_ranks=3 does not divide the 4"),
+    ({"strategy": {**ZERO3, "stage": 4}}, "strategy.stage=4"),
+    ({"strategy": {**ZERO2, "reduce_bucket_elements": "big"}}, "strategy.reduce_bucket_elements"),
+    ({"strategy": {**ZERO2, "reduce_bucket_elements": 0}}, "strategy.reduce_bucket_elements=0"),
+    # FSDP
+    ({"strategy": {**FSDP, "replicas": 3}}, "replicas=3 does not divide the 4 rank"),
+    ({"strategy": {**FSDP, "replicas": 4}}, "replicas=4 on 4 rank.s. shards nothing"),
+    ({"strategy": {**FSDP, "replicas": 0}}, "strategy.replicas=0"),
+    (
+        {"strategy": {**FSDP, "wrap": "blocks"}},
+        "strategy.wrap=blocks: must be transformer, size or none",
+    ),
+    ({"strategy": {**FSDP, "wrap": "size", "block_class": "GPT2Block"}}, "wrap=transformer only"),
+    (
+        {"strategy": {**FSDP, "wrap": "none", "reshard_after_forward": False}},
+        "strategy.wrap=none makes the model one unit",
+    ),
+    # precision
+    ({"precision": {"master_dtype": "bf16"}}, "master_dtype=bf16 cannot serve compute_dtype=fp32"),
+    ({"precision": {**BF16, "moments_dtype": "bf16"}}, "differs from master_dtype=fp32"),
+    ({"precision": {**PURE, "reduce_dtype": "fp32"}}, "reduce_dtype=fp32 with master_dtype=bf16"),
+    ({"precision": {"reduce_dtype": "bf16"}}, "would round the gradients of compute_dtype=fp32"),
+    (
+        {"precision": {"compute_dtype": "fp16", "reduce_dtype": "bf16"}},
+        "would round the gradients of compute_dtype=fp16",
+    ),
+    ({"precision": {"initial_loss_scale": 1000.0}}, "is not a power of two; set it to 1024"),
+    (
+        {"precision": {"compute_dtype": "float16"}},
+        "compute_dtype=float16: must be fp32, bf16 or fp16",
+    ),
+    ({"precision": PURE, "strategy": ZERO0}, "needs strategy.stage=1, 2 or 3, but it is 0"),
+    (
+        {"precision": PURE, "strategy": CPU3},
+        "master_dtype=bf16 with strategy.offload_optimizer=cpu",
+    ),
+    (
+        {
+            "precision": {**BF16, "reduce_dtype": "bf16"},
+            "launcher": {"kind": "torchrun", "nproc_per_node": 4, "device": "cpu"},
+        },
+        "reduce_dtype=bf16 under strategy=ddp needs NCCL",
+    ),
+    # strategy and ranks
+    (
+        {"strategy": {"kind": "single"}},
+        "strategy=single runs one rank, but launcher.nproc_per_node",
+    ),
+    ({"strategy": {"kind": "deepspeed"}}, "strategy"),
+]
+
+
+def test_the_table_is_as_long_as_it_claims() -> None:
+    assert len(BAD) >= 60
+    assert len({str(change) for change, _ in BAD}) == len(BAD)
+
+
+def test_the_tree_that_the_table_breaks_is_sound() -> None:
+    from_tree(TREE)
+    for strategy in (ZERO0, ZERO1, ZERO2, ZERO3, CPU3, FSDP):
+        from_tree({**TREE, "strategy": strategy})
+    from_tree({**TREE, "precision": PURE})
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:50] for _, message in BAD])
+def test_it_is_refused_with_a_remedy(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_tree({**copy.deepcopy(TREE), **change})

@@ -1,0 +1,95 @@
+"""From config to engine settings: derived, explicit, and the same values in both engines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.unit.strategy.test_misconfiguration import CPU3, PURE, TREE, ZERO2, ZERO3
+from train.config import RunConfig, from_tree
+from train.strategy import engine_settings
+
+
+def config(**sections: Any) -> RunConfig:
+    return from_tree({**TREE, **sections})
+
+
+def test_zero_writes_out_every_derived_field() -> None:
+    values = engine_settings(config(strategy=ZERO2, precision={"compute_dtype": "bf16"}))
+    assert values["train_batch_size"] == 64
+    assert values["train_micro_batch_size_per_gpu"] == 8
+    assert values["gradient_accumulation_steps"] == 2
+    assert values["gradient_clipping"] == 1.0
+    assert values["bf16"]["enabled"] is True
+    assert values["fp16"]["enabled"] is False
+    assert values["communication_data_type"] == "fp32"
+    assert values["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert values["zero_optimization"]["overlap_comm"] is False
+
+
+def test_auto_sizes_follow_the_hidden_size() -> None:
+    model = {**TREE["model"], "hidden_size": 4096, "num_attention_heads": 32}
+    section = engine_settings(config(strategy=ZERO3, model=model))["zero_optimization"]
+    assert section["reduce_bucket_size"] == 4096**2
+    assert section["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
+    assert section["stage3_param_persistence_threshold"] == 10 * 4096
+    small = engine_settings(config(strategy=ZERO3))["zero_optimization"]
+    assert small["reduce_bucket_size"] == 2**20
+
+
+def test_nvme_gets_its_path_and_aio_settings() -> None:
+    strategy = {
+        **ZERO3,
+        "offload_optimizer": "nvme",
+        "offload_parameters": "nvme",
+        "nvme_path": "/disk",
+        "aio": {"queue_depth": 32, "threads": 4},
+    }
+    values = engine_settings(config(strategy=strategy))
+    assert values["zero_optimization"]["offload_param"]["nvme_path"] == "/disk"
+    assert values["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/disk"
+    assert values["aio"]["queue_depth"] == 32
+    assert values["aio"]["intra_op_parallelism"] == 4
+    assert "aio" not in engine_settings(config(strategy=CPU3))
+
+
+def test_the_passthrough_is_merged_into_its_section() -> None:
+    extra = {"zero_optimization": {"ignore_unused_parameters": False}, "log_level": "info"}
+    values = engine_settings(config(strategy={**ZERO2, "extra": extra}))
+    assert values["zero_optimization"]["ignore_unused_parameters"] is False
+    assert values["zero_optimization"]["stage"] == 2
+    assert values["log_level"] == "info"
+
+
+def test_zero_plus_plus_and_mics_are_fields_of_stage_3() -> None:
+    plus = {**ZERO3, "hierarchical_partition_ranks": 2, "quantized_weights": True}
+    section = engine_settings(config(strategy=plus))["zero_optimization"]
+    assert section["zero_hpz_partition_size"] == 2
+    assert section["zero_quantized_weights"] is True
+    assert section["zero_quantized_gradients"] is False
+    assert "mics_shard_size" not in section
+    section = engine_settings(config(strategy={**ZERO3, "mics_shard_ranks": 2}))
+    assert section["zero_optimization"]["mics_shard_size"] == 2
+
+
+def test_hybrid_fsdp_is_a_mesh_of_replicas_and_shards() -> None:
+    values = engine_settings(config(strategy={"kind": "fsdp", "replicas": 2}))
+    assert values["mesh"] == {"shape": [2, 2], "names": ["replicate", "shard"]}
+
+
+def test_pure_bf16_says_so_to_both_engines() -> None:
+    zero = engine_settings(config(strategy=ZERO2, precision=PURE))
+    assert zero["bf16"] == {
+        "enabled": True,
+        "bf16_master_weights_and_grads": True,
+        "bf16_optimizer_states": True,
+    }
+    fsdp = engine_settings(config(strategy={"kind": "fsdp"}, precision=PURE))
+    assert fsdp["mixed_precision"]["reduce_dtype"] == "bfloat16"
+
+
+def test_memory_is_pinned_only_where_there_is_a_gpu() -> None:
+    strategy = {"kind": "fsdp", "offload": True}
+    for device, pinned in (("cpu", False), ("cuda", True)):
+        launcher = {**TREE["launcher"], "device": device}
+        values = engine_settings(config(strategy=strategy, launcher=launcher))
+        assert values["offload"] == {"cpu": True, "pin_memory": pinned}
