@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,16 @@ class Metrics(TrainerCallback):
                 "time": time.time(),
                 **taken,
             }
+            # JSON has no NaN.
+            finite = {k: v if math.isfinite(v) else None for k, v in line.items()}
             with (trainer.run_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+        # The loss is the same on every rank, so all of them stop.
+        if not math.isfinite(taken.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"the loss is {taken['loss']} at step {state.global_step}: training has diverged; "
+                "lower trainer.learning_rate or trainer.max_grad_norm, or warm up for longer"
+            )
 
     def _peak_memory_bytes(self) -> int:
         """Return the highest peak of any rank: the GPU allocator's, or on a CPU the process's."""
