@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from train.checkpoint import layout
+from train.durable import publish
 
 
 def write_checkpoint(directory: Path, step: int) -> Path:
@@ -15,7 +16,7 @@ def write_checkpoint(directory: Path, step: int) -> Path:
     files = layout.describe_files(layout.files_of(temporary), temporary)
     layout.write_manifest(temporary, {"step": step, "files": files})
     final = directory / f"checkpoint-{step}"
-    layout.publish(temporary, final)
+    publish(temporary, final)
     return final
 
 

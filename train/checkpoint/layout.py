@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from train.durable import flush, publish
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -37,7 +38,7 @@ def describe_files(paths: list[Path], directory: Path) -> dict[str, dict[str, An
     """Flush files to disk and return each one's size and hash by its relative path."""
     described = {}
     for path in paths:
-        _flush(path)
+        flush(path)
         described[path.relative_to(directory).as_posix()] = {
             "bytes": path.stat().st_size,
             "xxh3_128": hash_file(path),
@@ -49,15 +50,9 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Write the file that makes a checkpoint whole; call it when every other file is flushed."""
     path = directory / MANIFEST
     path.write_text(json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1) + "\n")
-    _flush(path)
+    flush(path)
     for folder in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
-        _flush(folder)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Give a whole checkpoint its name."""
-    os.rename(temporary, final)
-    _flush(final.parent)
+        flush(folder)
 
 
 def whole_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -110,13 +105,5 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     yield temporary
     for path in temporary.rglob("*"):
-        _flush(path)
+        flush(path)
     publish(temporary, final)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from train.checkpoint import layout
+from train.durable import publish
 from train.strategy import engine_of
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def save(trainer: Trainer) -> Path:
             "files": dict(sorted({k: v for part in files for k, v in part.items()}.items())),
         }
         layout.write_manifest(temporary, manifest)
-        layout.publish(temporary, final)
+        publish(temporary, final)
         layout.retain(directory, trainer.config.trainer.keep_checkpoints)
     _barrier()
     return final

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import filelock
 
 from train.config import DataConfig
+from train.durable import flush, publish
 from train.errors import UserError
 
 INDEX = "index.json"
@@ -112,18 +113,8 @@ def _build(parent: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> 
         index = {"files": {p.name: p.stat().st_size for p in files}, "details": details}
         (temporary / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         flush(temporary / INDEX)
-        temporary.rename(parent / name)
-        flush(parent)
+        publish(temporary, parent / name)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return Entry(parent / name, details, built=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
