@@ -341,21 +341,6 @@ class AsyncIo(Section):
     """Overlap submitting requests with waiting for others."""
 
 
-class ZenFlow(Section):
-    """ZenFlow: the few gradients that matter most update on the GPU, the rest on the CPU, later."""
-
-    top_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of gradient columns that update at once."""
-    select_interval_steps: PositiveInt | Literal["auto"] = "auto"
-    """Choose these columns anew so often."""
-    update_interval_steps: PositiveInt | Literal["auto"] = "auto"
-    """Apply the accumulated rest so often."""
-    full_warmup_steps: NonNegativeInt = 0
-    """Steps at the start in which every gradient updates at once."""
-    overlap_step: bool = False
-    """Let the CPU's update run beside the next forward and backward pass; changes the numerics."""
-
-
 class ZeroStrategy(Section):
     """DeepSpeed ZeRO. Sizes are counted in elements, as DeepSpeed counts them."""
 
@@ -369,8 +354,6 @@ class ZeroStrategy(Section):
     """Where the shards of the parameters wait for their use (stage 3)."""
     pin_memory: bool = True
     """Page-lock host memory, for faster copies between host and GPU; GPU runs only."""
-    offload_share: Fraction = 1.0
-    """Share of the optimizer updated on the CPU, the rest on the GPU (stage 3; Twin-Flow)."""
     nvme_path: str | None = None
     """Directory on a fast local disk, for nvme."""
     nvme_buffer_count: PositiveInt = 5
@@ -380,9 +363,6 @@ class ZeroStrategy(Section):
     max_elements_in_cpu: NonNegativeInt = 1_000_000_000
     """Parameter elements kept in host memory when parameters live on nvme."""
     aio: AsyncIo = AsyncIo()
-    super_offload: bool = False
-    """SuperOffload: CPU Adam beside the GPU's backward pass, for GH200-like chips (stage 3)."""
-    zenflow: ZenFlow | None = None
 
     reduce_bucket_elements: PositiveInt | Literal["auto"] = "auto"
     """Gradients reduced at once; auto is hidden_size squared, at least 1,048,576."""
@@ -417,10 +397,6 @@ class ZeroStrategy(Section):
     """ZeRO++: gather parameters in int8; changes the numerics."""
     quantized_gradients: bool = False
     """ZeRO++: reduce gradients in int4; changes the numerics."""
-    mics_shard_ranks: PositiveInt | None = None
-    """MiCS: shard over so many ranks only, and replicate these groups (stage 3)."""
-    mics_hierarchical_gather: bool = False
-    """MiCS: gather within a node first, then between nodes."""
 
     extra: dict[str, Any] = {}
     """DeepSpeed keys that have no field of their own, as in its JSON; unknown ones are refused."""

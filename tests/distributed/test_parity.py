@@ -21,6 +21,7 @@ STRATEGIES = {
     "zero3": {"kind": "zero", "stage": 3},
     "fsdp": {"kind": "fsdp"},
     "zero3_nothing_kept": {"kind": "zero", "stage": 3, "persistence_elements": 0},
+    "zero3_hierarchical": {"kind": "zero", "stage": 3, "hierarchical_partition_ranks": 2},
     "zero2_offload": {"kind": "zero", "stage": 2, "offload_optimizer": "cpu"},
     "zero3_offload": {
         "kind": "zero",

@@ -37,7 +37,6 @@ OWNED = {
     "zero_optimization.stage": "strategy.stage",
     "zero_optimization.offload_optimizer": "strategy.offload_optimizer",
     "zero_optimization.offload_param": "strategy.offload_parameters",
-    "zero_optimization.zenflow": "strategy.zenflow",
     "zero_optimization.reduce_bucket_size": "strategy.reduce_bucket_elements",
     "zero_optimization.allgather_bucket_size": "strategy.allgather_bucket_elements",
     "zero_optimization.overlap_comm": "strategy.overlap_communication",
@@ -55,8 +54,6 @@ OWNED = {
     "zero_optimization.zero_hpz_partition_size": "strategy.hierarchical_partition_ranks",
     "zero_optimization.zero_quantized_weights": "strategy.quantized_weights",
     "zero_optimization.zero_quantized_gradients": "strategy.quantized_gradients",
-    "zero_optimization.mics_shard_size": "strategy.mics_shard_ranks",
-    "zero_optimization.mics_hierarchical_params_gather": "strategy.mics_hierarchical_gather",
 }
 
 # The rest of what DeepSpeed reads: a section's keys, or None where its inside is not checked.
@@ -90,6 +87,7 @@ FREE: dict[str, set[str] | None] = {
         "stage3_module_granularity_threshold",
         "stage3_use_all_reduce_for_fetch_params",
         "use_multi_rank_bucket_allreduce",
+        "zenflow",
         "zero_quantized_nontrainable_weights",
     },
     "checkpoint": {

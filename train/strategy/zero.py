@@ -55,31 +55,10 @@ def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"strategy.nvme_path={strategy.nvme_path} is given, but nothing is offloaded to nvme; "
             "choose strategy=zero3_nvme, or set it to null"
         )
-    if strategy.offload_share < 1 and (stage != 3 or adam != "cpu"):
-        yield (
-            f"strategy.offload_share={strategy.offload_share} splits the optimizer between CPU and "
-            f"GPU, which needs strategy.stage=3 and strategy.offload_optimizer=cpu, but they are "
-            f"{stage} and {adam}; set it to 1.0 or change these"
-        )
-    if strategy.super_offload and (stage != 3 or adam != "cpu"):
-        yield (
-            "strategy.super_offload=true needs strategy.stage=3 and "
-            f"strategy.offload_optimizer=cpu, but they are {stage} and {adam}; set it to false or "
-            "change these"
-        )
-    if strategy.zenflow is not None and (stage == 0 or adam != "cpu"):
-        yield (
-            "strategy.zenflow needs strategy.stage=1, 2 or 3 and strategy.offload_optimizer=cpu, "
-            f"but they are {stage} and {adam}; set it to null or change these"
-        )
-    if strategy.zenflow is not None and strategy.super_offload:
-        yield "strategy.zenflow and strategy.super_offload exclude each other; choose one"
-
     for name, wanted in (
         ("hierarchical_partition_ranks", strategy.hierarchical_partition_ranks > 1),
         ("quantized_weights", strategy.quantized_weights),
         ("quantized_gradients", strategy.quantized_gradients),
-        ("mics_shard_ranks", strategy.mics_shard_ranks is not None),
         ("gather_16bit_weights_on_save", strategy.gather_16bit_weights_on_save),
     ):
         if wanted and stage != 3:
@@ -87,30 +66,23 @@ def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
                 f"strategy.{name}={getattr(strategy, name)} needs strategy.stage=3, but it is "
                 f"{stage}; choose strategy=zero3 or leave it out"
             )
-    if strategy.mics_hierarchical_gather and strategy.mics_shard_ranks is None:
-        yield (
-            "strategy.mics_hierarchical_gather=true needs strategy.mics_shard_ranks; set it, or "
-            "set strategy.mics_hierarchical_gather=false"
-        )
-    if strategy.mics_shard_ranks is not None and strategy.hierarchical_partition_ranks > 1:
-        yield (
-            f"strategy.mics_shard_ranks={strategy.mics_shard_ranks} and "
-            f"strategy.hierarchical_partition_ranks={strategy.hierarchical_partition_ranks} both "
-            "regroup the shards; set one of them"
-        )
     if strategy.round_robin_gradients and stage not in (1, 2):
         yield (
             f"strategy.round_robin_gradients=true needs strategy.stage=1 or 2, but it is {stage}; "
             "set it to false"
         )
-    if world_size is not None:
-        for name in ("hierarchical_partition_ranks", "mics_shard_ranks"):
-            size = getattr(strategy, name)
-            if size is not None and world_size % size:
-                yield (
-                    f"strategy.{name}={size} does not divide the {world_size} rank(s); "
-                    "choose a divisor"
-                )
+    ranks = strategy.hierarchical_partition_ranks
+    if world_size is not None and world_size % ranks:
+        yield (
+            f"strategy.hierarchical_partition_ranks={ranks} does not divide the {world_size} "
+            "rank(s); choose a divisor"
+        )
+    for name in ("quantized_weights", "quantized_gradients"):
+        if getattr(strategy, name) and config.launcher.device == "cpu":
+            yield (
+                f"strategy.{name}=true needs DeepSpeed's GPU kernels, but launcher.device=cpu; "
+                "set it to false"
+            )
     if precision.master_dtype == "bf16" and stage == 0:
         yield (
             "precision.master_dtype=bf16 under ZeRO needs strategy.stage=1, 2 or 3, but it is 0; "
@@ -141,7 +113,7 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(trainer, world_size),
         "gradient_clipping": trainer.max_grad_norm,
-        "zero_optimization": _zero_section(strategy, _hidden_size(config), world_size),
+        "zero_optimization": _zero_section(strategy, _hidden_size(config)),
         "bf16": {
             "enabled": bf16,
             "bf16_master_weights_and_grads": precision.master_dtype == "bf16",
@@ -181,7 +153,7 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     return _merged(values, strategy.extra)
 
 
-def _zero_section(strategy: ZeroStrategy, hidden: int | None, world_size: int) -> dict[str, Any]:
+def _zero_section(strategy: ZeroStrategy, hidden: int | None) -> dict[str, Any]:
     bucket = max(MIN_BUCKET_ELEMENTS, (hidden or 4096) ** 2)
 
     def auto(value: int | str, derived: int) -> int:
@@ -199,23 +171,9 @@ def _zero_section(strategy: ZeroStrategy, hidden: int | None, world_size: int) -
         "offload_optimizer": {"device": strategy.offload_optimizer},
     }
     if strategy.offload_optimizer != "none":
-        section["offload_optimizer"] |= {
-            "pin_memory": strategy.pin_memory,
-            "ratio": strategy.offload_share,
-            "super_offload": strategy.super_offload,
-        }
+        section["offload_optimizer"]["pin_memory"] = strategy.pin_memory
         if strategy.offload_optimizer == "nvme":
             section["offload_optimizer"]["nvme_path"] = strategy.nvme_path
-    if strategy.zenflow is not None:
-        flow = strategy.zenflow
-        section["zenflow"] = {
-            "topk_ratio": flow.top_share,
-            "select_strategy": "auto" if flow.select_interval_steps == "auto" else "step",
-            "select_interval": flow.select_interval_steps,
-            "update_interval": flow.update_interval_steps,
-            "full_warm_up_rounds": flow.full_warmup_steps,
-            "overlap_step": flow.overlap_step,
-        }
     if strategy.stage == 3:
         section |= {
             "stage3_prefetch_bucket_size": auto(
@@ -243,9 +201,6 @@ def _zero_section(strategy: ZeroStrategy, hidden: int | None, world_size: int) -
                 "buffer_count": strategy.nvme_buffer_count,
                 "buffer_size": strategy.nvme_buffer_elements,
             }
-        if strategy.mics_shard_ranks is not None:
-            section["mics_shard_size"] = strategy.mics_shard_ranks
-            section["mics_hierarchical_params_gather"] = strategy.mics_hierarchical_gather
     return section
 
 

@@ -32,9 +32,7 @@ def test_sections_are_those_that_deepspeed_validates(monkeypatch: pytest.MonkeyP
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    # MiCS reads its two keys from the same section, outside of the model.
-    mics = {"mics_shard_size", "mics_hierarchical_params_gather"}
-    assert known("zero_optimization") == fields(DeepSpeedZeroConfig) | mics
+    assert known("zero_optimization") == fields(DeepSpeedZeroConfig)
     assert known("bf16") == fields(DeepSpeedBF16Config)
     assert known("fp16") == fields(DeepSpeedFP16Config)
     profiler = {

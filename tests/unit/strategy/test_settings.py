@@ -60,15 +60,12 @@ def test_the_passthrough_is_merged_into_its_section() -> None:
     assert values["log_level"] == "info"
 
 
-def test_zero_plus_plus_and_mics_are_fields_of_stage_3() -> None:
+def test_zero_plus_plus_is_fields_of_stage_3() -> None:
     plus = {**ZERO3, "hierarchical_partition_ranks": 2, "quantized_weights": True}
     section = engine_settings(config(strategy=plus))["zero_optimization"]
     assert section["zero_hpz_partition_size"] == 2
     assert section["zero_quantized_weights"] is True
     assert section["zero_quantized_gradients"] is False
-    assert "mics_shard_size" not in section
-    section = engine_settings(config(strategy={**ZERO3, "mics_shard_ranks": 2}))
-    assert section["zero_optimization"]["mics_shard_size"] == 2
 
 
 def test_hybrid_fsdp_is_a_mesh_of_replicas_and_shards() -> None:
