@@ -22,6 +22,7 @@ def check(config: RunConfig, machine: Machine) -> None:
     problems = [
         *lacking(config.launcher.device, config.launcher.world_size, config.precision, machine),
         *_run_dir_problems(Path(config.run_dir)),
+        *_node_problems(config),
         *_missing_packages(config),
         *_tracking_problems(config, machine),
     ]
@@ -80,6 +81,17 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _exists(run_dir: Path) -> str:
     return f"run_dir={run_dir} exists already; choose another, or remove it first"
+
+
+def _node_problems(config: RunConfig) -> list[str]:
+    nodes = getattr(config.launcher, "nodes", 1)
+    if nodes == 1:
+        return []
+    return [
+        f"launcher.nodes={nodes}, but this command starts one node; write the run's config.yaml "
+        "with `--cfg job` and start `torchrun -m train RUN_DIR` on each node, or set "
+        "launcher.nodes=1"
+    ]
 
 
 def _run_dir_problems(run_dir: Path) -> list[str]:

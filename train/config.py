@@ -615,7 +615,8 @@ class TorchrunLauncher(LauncherSection):
     kind: Literal["torchrun"]
     nproc_per_node: PositiveInt | Literal["auto"] = "auto"
     """Ranks on this node; auto is one for each GPU, or 1 on a CPU."""
-    nodes: Literal[1] = 1
+    nodes: PositiveInt = 1
+    """Nodes of the run; more than one are started by hand, with torchrun on each."""
 
     @property
     def world_size(self) -> int:

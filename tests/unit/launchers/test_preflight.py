@@ -11,7 +11,7 @@ from launchers import preflight
 from launchers.machine import Machine, resolve
 from tests.unit.launchers.test_machine import config
 from train import config as run_config
-from train.config import RunConfig
+from train.config import RunConfig, TorchrunLauncher
 from train.errors import UserError
 
 
@@ -56,3 +56,10 @@ def test_run_directory_that_cannot_be_made_leaves_nothing() -> None:
 def test_name_that_no_file_can_have(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="NUL"):
         preflight.check(resolve(config(), Machine(), "/tmp/a\0b"), Machine())
+
+
+def test_several_nodes_are_started_by_hand(tmp_path: Path) -> None:
+    launcher = TorchrunLauncher(kind="torchrun", device="cpu", nproc_per_node=1, nodes=2)
+    several = resolved(tmp_path / "run").model_copy(update={"launcher": launcher})
+    with pytest.raises(UserError, match="launcher.nodes=2, but this command starts one node; .*"):
+        preflight.check(several, Machine(cores=2))
