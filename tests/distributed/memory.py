@@ -1,0 +1,99 @@
+"""What a rank holds: bytes of parameters, gradients and optimizer state on the live engine."""
+
+from __future__ import annotations
+
+import gc
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.config import load
+from train.rank import Rank, join, rank_from_environment
+from train.run import assemble
+from train.trainer import Trainer
+
+Storages = dict[int, int]
+"""Bytes of each storage by its address: tensors that share one are counted once."""
+
+
+def bytes_held(run_dir: Path) -> dict[str, int]:
+    """Train with accumulation; return the bytes of each kind between two micro-batches of a step.
+
+    It is the second step, when the optimizer has its state.
+    """
+    rank = rank_from_environment()
+    with join(load(run_dir), rank):
+        return _train_and_weigh(run_dir, rank)
+
+
+def _train_and_weigh(run_dir: Path, rank: Rank) -> dict[str, int]:
+    gc.collect()
+    before = _live()
+    trainer = assemble(run_dir, rank, io.StringIO())
+    held: list[dict[str, int]] = []
+    step = trainer.training_step
+
+    def weighed(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(*args, **kwargs)
+        if trainer.state.global_step == 1 and not held:
+            held.append(_weigh(trainer, before))
+        return loss
+
+    trainer.training_step = weighed  # type: ignore[method-assign]
+    trainer.train()
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
+    return {**held[0], "whole_model": whole}
+
+
+def _weigh(trainer: Trainer, before: Storages) -> dict[str, int]:
+    """Gradients are whatever floats are alive and are neither parameters nor optimizer state."""
+    gc.collect()
+    parameters = _storages(_local(p) for p in trainer.model.parameters())
+    optimizer = _storages(_optimizer_tensors(trainer))
+    # In fp32 the optimizer updates the parameters themselves.
+    optimizer = {k: v for k, v in optimizer.items() if k not in parameters}
+    buffers = _storages(trainer.model.buffers())
+    known = {**before, **parameters, **optimizer, **buffers}
+    gradients = {k: v for k, v in _live().items() if k not in known}
+    return {
+        "parameters": sum(parameters.values()),
+        "gradients": sum(gradients.values()),
+        "optimizer": sum(optimizer.values()),
+    }
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's part
+        return parameter.ds_tensor
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _optimizer_tensors(trainer: Trainer) -> Iterable[torch.Tensor]:
+    optimizer = trainer.innermost_optimizer()
+    for group in optimizer.param_groups:
+        yield from (_local(p) for p in group["params"])
+    for state in optimizer.state.values():
+        yield from (_local(v) for v in state.values() if isinstance(v, torch.Tensor))
+    for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+        yield from (p for p in getattr(trainer.torch_optimizer(), name, []))
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> Storages:
+    storages = (t.untyped_storage() for t in tensors)
+    return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
+
+
+def _live() -> Storages:
+    """Return what is alive in Python; a tensor that only C++ holds does not show."""
+    tensors = [
+        o
+        for o in gc.get_objects()
+        if issubclass(type(o), torch.Tensor) and type(o).__name__ != "FakeTensor"
+    ]
+    plain = [_local(t) for t in tensors if t.device.type != "meta" and t.is_floating_point()]
+    # An attribute of a tensor is not an object that gc tracks.
+    plain += [t.grad for t in plain if t.is_leaf and t.grad is not None]
+    return _storages(plain)
