@@ -11,6 +11,7 @@ from pathlib import Path
 from launchers.machine import Machine, lacking
 from train.config import RunConfig, to_yaml
 from train.errors import UserError
+from train.strategy import engine_of
 
 
 def check(config: RunConfig, machine: Machine) -> None:
@@ -24,6 +25,7 @@ def check(config: RunConfig, machine: Machine) -> None:
         *_run_dir_problems(Path(config.run_dir)),
         *_node_problems(config),
         *_missing_packages(config),
+        *engine_of(config).machine_problems(config),
         *_tracking_problems(config, machine),
     ]
     if problems:

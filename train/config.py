@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -355,7 +356,7 @@ class ZeroStrategy(Section):
     pin_memory: bool = True
     """Page-lock host memory, for faster copies between host and GPU; GPU runs only."""
     nvme_path: str | None = None
-    """Directory on a fast local disk, for nvme."""
+    """Existing directory on a fast local disk, for nvme; a run's folder there goes when it ends."""
     nvme_buffer_count: PositiveInt = 5
     """Parameter buffers in host memory between disk and GPU."""
     nvme_buffer_elements: PositiveInt = 100_000_000
@@ -756,7 +757,7 @@ def from_tree(tree: Any) -> RunConfig:
 
 
 def load(run_dir: Path) -> RunConfig:
-    """Read the config that was frozen into a run directory."""
+    """Read the config that was frozen into a run directory; ``run_dir`` is where it lies now."""
     path = run_dir / "config.yaml"
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -767,7 +768,9 @@ def load(run_dir: Path) -> RunConfig:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged, it does not parse as YAML: {error}") from None
-    return from_tree(tree)
+    return from_tree(
+        {**tree, "run_dir": os.path.abspath(run_dir)} if isinstance(tree, dict) else tree
+    )
 
 
 def to_yaml(config: RunConfig) -> str:

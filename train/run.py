@@ -16,6 +16,7 @@ from train.card import model_card
 from train.checkpoint.export import export
 from train.config import RunConfig
 from train.data.loader import eval_loader, train_loader
+from train.errors import UserError
 from train.provenance import write_provenance
 from train.rank import Rank
 from train.strategy import engine_of
@@ -28,6 +29,7 @@ def run(run_dir: Path, rank: Rank, console: TextIO) -> Path:
     trainer.train()
     trainer.save_if_not_saved()
     final = export(trainer, model_card(trainer, trainer.last_evaluation()))
+    engine_of(trainer.config).clean_up(trainer.config)
     if rank.index == 0 and trainer.config.objective.prompts:
         sample.show(final, trainer.config.objective.prompts, console)
     return final
@@ -36,6 +38,9 @@ def run(run_dir: Path, rank: Rank, console: TextIO) -> Path:
 def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     """Build data, model, engine settings and callbacks into a trainer that is ready to train."""
     config = run_config.load(run_dir)
+    # The launcher has looked at its own node only.
+    if problems := list(engine_of(config).machine_problems(config)):
+        raise UserError("\n".join(problems))
     prepared = data.prepare(config, run_dir)
     steps = total_steps(config, prepared.samples_per_epoch)
     # Not only when the model is trained and is to answer them.

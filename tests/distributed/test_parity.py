@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import whole_run
+from train.strategy import nvme
 
 pytestmark = pytest.mark.distributed
 
@@ -34,6 +38,13 @@ STRATEGIES = {
     "fsdp_by_size": {"kind": "fsdp", "wrap": "size", "min_unit_parameters": 2000},
     "fsdp_one_unit": {"kind": "fsdp", "wrap": "none"},
     "fsdp_reduce_once": {"kind": "fsdp", "reduce_each_micro_batch": False},
+}
+NVME = {
+    "kind": "zero",
+    "stage": 3,
+    "offload_optimizer": "nvme",
+    "offload_parameters": "nvme",
+    "nvme_buffer_elements": 100_000,
 }
 HYBRID = {
     "fsdp_hybrid": {"kind": "fsdp", "replicas": 2},
@@ -93,6 +104,40 @@ def test_two_ranks_learn_what_one_rank_learns(
     assert curve(run_dir, "eval_loss") == pytest.approx(expected["eval_loss"], abs=1e-4)
     assert curve(run_dir, "grad_norm") == pytest.approx(expected["grad_norm"], abs=1e-3)
     assert lines(run_dir)[-1]["samples"] == 20 * 16
+
+
+@pytest.fixture(scope="session")
+def async_io() -> None:
+    """Compile DeepSpeed's operator before any rank waits for it: minutes, the first time."""
+    if not nvme.can_be_built():
+        pytest.skip("no C++ compiler, or no libaio")
+    program = "from deepspeed.ops.op_builder import AsyncIOBuilder as b; b().load(verbose=False)"
+    path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=1200)
+
+
+@pytest.mark.usefixtures("async_io")
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_weights_and_optimizer_on_a_disk_learn_the_same(
+    objective: str,
+    tmp_path: Path,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    reference: dict[str, dict[str, list[float]]],
+) -> None:
+    expected = curves_of_one_rank(objective, tiny_tree, frozen_run, ranks, reference)
+    disk = tmp_path / "nvme"
+    disk.mkdir()
+    tree = tiny_tree(objective)
+    tree["strategy"] = {**NVME, "nvme_path": str(disk)}
+    run_dir = frozen_run(tree)
+    ranks(2)(whole_run, run_dir)
+    assert curve(run_dir) == pytest.approx(expected["loss"], abs=1e-4)
+    assert curve(run_dir, "eval_loss") == pytest.approx(expected["eval_loss"], abs=1e-4)
+    assert json.loads((run_dir / "engine.json").read_text())["offload_parameters"] == "nvme"
+    assert list(disk.iterdir()) == [], "the run left its files behind"
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])

@@ -66,9 +66,15 @@ def problem(**values: Any) -> str:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    run = from_tree(TREE)
+    run = from_tree({**TREE, "run_dir": str(tmp_path)})
     (tmp_path / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
     assert load(tmp_path) == run
+
+
+def test_a_run_directory_that_was_moved_is_where_it_lies_now(tmp_path: Path) -> None:
+    run = from_tree({**TREE, "run_dir": "/where/it/was"})
+    (tmp_path / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
+    assert load(tmp_path).run_dir == str(tmp_path)
 
 
 def test_frozen() -> None:

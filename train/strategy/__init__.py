@@ -31,6 +31,9 @@ class Engine(Protocol):
         ``world_size`` is None where it is not known yet.
         """
 
+    def machine_problems(self, config: RunConfig) -> Iterator[str]:
+        """Yield a message for each thing that the engine needs and this machine lacks."""
+
     def settings(self, config: RunConfig, world_size: int) -> dict[str, Any]:
         """Return the engine's own settings, every derived field written out. Pure."""
 
@@ -64,6 +67,9 @@ class Engine(Protocol):
 
     def release(self) -> None:
         """Undo what keeps models from being loaded the usual way in this process."""
+
+    def clean_up(self, config: RunConfig) -> None:
+        """Remove what the engine left outside of the run directory, once the run has ended."""
 
     def save_state(self, trainer: Trainer, directory: Path) -> None:
         """Write model and optimizer state in the engine's own sharded files. Collective."""

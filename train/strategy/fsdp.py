@@ -85,6 +85,10 @@ def _pins(config: RunConfig) -> bool:
     )
 
 
+def machine_problems(config: RunConfig) -> Iterator[str]:
+    yield from ()
+
+
 def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
     return {"bf16": config.precision.compute_dtype == "bf16"}
 
@@ -306,6 +310,10 @@ def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None
 
 
 def release() -> None:
+    pass
+
+
+def clean_up(config: RunConfig) -> None:
     pass
 
 

@@ -40,6 +40,10 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
+def machine_problems(config: RunConfig) -> Iterator[str]:
+    yield from ()
+
+
 def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
     # Autocast over fp32 weights; weights that are bf16 themselves need none.
     autocast = config.precision.master_dtype == "fp32"
@@ -119,6 +123,10 @@ def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None
 
 
 def release() -> None:
+    pass
+
+
+def clean_up(config: RunConfig) -> None:
     pass
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, ZeroStrategy, accumulation_steps
-from train.strategy import deepspeed_keys
+from train.strategy import deepspeed_keys, nvme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
@@ -48,9 +51,9 @@ def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"strategy.offload_parameters={parameters} without strategy.offload_optimizer keeps "
             "the larger part on the GPU; offload the optimizer too (cpu or nvme)"
         )
-    if "nvme" in (adam, parameters) and strategy.nvme_path is None:
+    if nvme.in_use(strategy) and strategy.nvme_path is None:
         yield "strategy.nvme_path is not set, but nvme is asked for; name a folder on a fast disk"
-    if strategy.nvme_path is not None and "nvme" not in (adam, parameters):
+    if strategy.nvme_path is not None and not nvme.in_use(strategy):
         yield (
             f"strategy.nvme_path={strategy.nvme_path} is given, but nothing is offloaded to nvme; "
             "choose strategy=zero3_nvme, or set it to null"
@@ -113,7 +116,7 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(trainer, world_size),
         "gradient_clipping": trainer.max_grad_norm,
-        "zero_optimization": _zero_section(strategy, _hidden_size(config)),
+        "zero_optimization": _zero_section(config, strategy),
         "bf16": {
             "enabled": bf16,
             "bf16_master_weights_and_grads": precision.master_dtype == "bf16",
@@ -141,7 +144,7 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         # Its own progress lines would repeat ours.
         "steps_per_print": 2**31 - 1,
     }
-    if "nvme" in (strategy.offload_optimizer, strategy.offload_parameters):
+    if nvme.in_use(strategy):
         aio = strategy.aio
         values["aio"] = {
             "block_size": aio.block_size_bytes,
@@ -153,7 +156,9 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     return _merged(values, strategy.extra)
 
 
-def _zero_section(strategy: ZeroStrategy, hidden: int | None) -> dict[str, Any]:
+def _zero_section(config: RunConfig, strategy: ZeroStrategy) -> dict[str, Any]:
+    hidden = _hidden_size(config)
+    swap_directory = str(nvme.directory(config))
     bucket = max(MIN_BUCKET_ELEMENTS, (hidden or 4096) ** 2)
 
     def auto(value: int | str, derived: int) -> int:
@@ -173,7 +178,7 @@ def _zero_section(strategy: ZeroStrategy, hidden: int | None) -> dict[str, Any]:
     if strategy.offload_optimizer != "none":
         section["offload_optimizer"]["pin_memory"] = strategy.pin_memory
         if strategy.offload_optimizer == "nvme":
-            section["offload_optimizer"]["nvme_path"] = strategy.nvme_path
+            section["offload_optimizer"]["nvme_path"] = swap_directory
     if strategy.stage == 3:
         section |= {
             "stage3_prefetch_bucket_size": auto(
@@ -197,7 +202,7 @@ def _zero_section(strategy: ZeroStrategy, hidden: int | None) -> dict[str, Any]:
             }
         if strategy.offload_parameters == "nvme":
             section["offload_param"] |= {
-                "nvme_path": strategy.nvme_path,
+                "nvme_path": swap_directory,
                 "buffer_count": strategy.nvme_buffer_count,
                 "buffer_size": strategy.nvme_buffer_elements,
             }
@@ -224,6 +229,15 @@ def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
+def machine_problems(config: RunConfig) -> Iterator[str]:
+    assert isinstance(config.strategy, ZeroStrategy)
+    return nvme.problems(config.strategy)
+
+
+def clean_up(config: RunConfig) -> None:
+    nvme.discard(config)
+
+
 def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
     # Stage 3 has sharded it while it was built, the others shard when the engine is built.
     return model
@@ -232,6 +246,12 @@ def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
 def adopt_process_group() -> None:
     """Without it deepspeed 0.19 takes the world size for 1 while ZeRO-3 builds the model."""
     import deepspeed
+
+    # DeepSpeed compiles operators with ninja, which pip puts beside Python: not on the PATH of a
+    # virtual environment that is used without being activated.
+    beside = str(Path(sys.executable).parent)
+    if shutil.which("ninja") is None and shutil.which("ninja", path=beside):
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
 
     # On a CPU it would compile a shared-memory all-reduce first: a minute, or a crash where there
     # is no compiler (deepspeed 0.19 comm/torch.py, build_shm_op). gloo serves every strategy.

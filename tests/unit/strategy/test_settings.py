@@ -45,8 +45,11 @@ def test_nvme_gets_its_path_and_aio_settings() -> None:
         "aio": {"queue_depth": 32, "threads": 4},
     }
     values = engine_settings(config(strategy=strategy))
-    assert values["zero_optimization"]["offload_param"]["nvme_path"] == "/disk"
-    assert values["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/disk"
+    path = values["zero_optimization"]["offload_param"]["nvme_path"]
+    assert path.startswith("/disk/run-")
+    assert values["zero_optimization"]["offload_optimizer"]["nvme_path"] == path
+    other = engine_settings(config(strategy=strategy, run_dir="/runs/other"))
+    assert other["zero_optimization"]["offload_param"]["nvme_path"] != path
     assert values["aio"]["queue_depth"] == 32
     assert values["aio"]["intra_op_parallelism"] == 4
     assert "aio" not in engine_settings(config(strategy=CPU3))

@@ -1,0 +1,81 @@
+"""Where ZeRO-Infinity keeps a run's files, and what has to be there for it. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.config import RunConfig, ZeroStrategy
+
+# What DeepSpeed itself tries before it builds its async_io operator.
+_PROGRAM = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
+
+
+def in_use(strategy: ZeroStrategy) -> bool:
+    """Whether anything is offloaded to a disk."""
+    return "nvme" in (strategy.offload_optimizer, strategy.offload_parameters)
+
+
+def directory(config: RunConfig) -> Path | None:
+    """Return the run's own folder below strategy.nvme_path, or None where nothing goes there. Pure.
+
+    DeepSpeed names its files by stage and rank alone: two runs in one folder would share them.
+    """
+    strategy = config.strategy
+    assert isinstance(strategy, ZeroStrategy)
+    if not in_use(strategy) or strategy.nvme_path is None:
+        return None
+    digest = hashlib.blake2b((config.run_dir or "").encode(), digest_size=4).hexdigest()
+    return Path(strategy.nvme_path) / f"{config.name}-{digest}"
+
+
+def problems(strategy: ZeroStrategy) -> Iterator[str]:
+    """Yield a message for each thing that this machine lacks; creates nothing."""
+    if not in_use(strategy) or strategy.nvme_path is None:
+        return
+    path = Path(strategy.nvme_path)
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "does not exist"
+        yield (
+            f"strategy.nvme_path={path} {what} on this machine, and is not made, lest a disk that "
+            "is not mounted fill another; mount the disk, make the directory or name another"
+        )
+    elif not os.access(path, os.W_OK | os.X_OK):
+        yield (
+            f"strategy.nvme_path={path} may not be written to; "
+            "change its permissions or name another directory"
+        )
+    if not _is_built() and not can_be_built():
+        yield (
+            f"strategy.nvme_path={path}: DeepSpeed compiles its async_io operator on first use, "
+            "which needs a C++ compiler and libaio with its headers; "
+            "install them (Debian and Ubuntu: apt install g++ libaio-dev) or offload to cpu"
+        )
+
+
+def discard(config: RunConfig) -> None:
+    """Remove the run's folder: nothing in it is of use once the run has ended."""
+    if (path := directory(config)) is not None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_built() -> bool:
+    """Whether DeepSpeed was installed with the operator already compiled."""
+    spec = importlib.util.find_spec("deepspeed")
+    places = spec.submodule_search_locations if spec else None
+    return any(any(Path(place, "ops/aio").glob("async_io_op*.so")) for place in places or ())
+
+
+def can_be_built() -> bool:
+    """Whether DeepSpeed can compile the operator here: what it tries itself, without torch."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        return False
+    flags = [*os.environ.get("CFLAGS", "").split(), *os.environ.get("LDFLAGS", "").split()]
+    argv = [compiler, "-x", "c++", "-", "-o", os.devnull, *flags, "-laio"]
+    return subprocess.run(argv, input=_PROGRAM.encode(), capture_output=True).returncode == 0
