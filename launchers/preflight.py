@@ -6,6 +6,8 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from launchers.machine import Machine, lacking
@@ -26,6 +28,7 @@ def check(config: RunConfig, machine: Machine) -> None:
         *_node_problems(config),
         *_missing_packages(config),
         *engine_of(config).machine_problems(config),
+        *_missing_build_tools(config),
         *_tracking_problems(config, machine),
     ]
     if problems:
@@ -117,12 +120,35 @@ def _missing_packages(config: RunConfig) -> list[str]:
         "tracking=tensorboard": ("tensorboard", config.tracking.kind == "tensorboard"),
         "tracking=wandb": ("wandb", config.tracking.kind == "wandb"),
         f"strategy.kind={config.strategy.kind}": ("deepspeed", config.strategy.kind == "zero"),
+        "trainer.optimizer=adamw_8bit": ("torchao", config.trainer.optimizer == "adamw_8bit"),
     }
     return [
         f"{setting} needs the package {package}, which is not installed; `pip install {package}`"
         for setting, (package, wanted) in needed.items()
         if wanted and importlib.util.find_spec(package) is None
     ]
+
+
+def _missing_build_tools(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each setting that is compiled in the ranks, but not here."""
+    compilers = [os.environ.get("CXX"), "c++", "g++"]
+    has_compiler = any(shutil.which(name) for name in compilers if name)
+    if config.trainer.optimizer == "adamw_8bit" and not has_compiler:
+        yield (
+            "trainer.optimizer=adamw_8bit is compiled on its first use, but there is no C++ "
+            "compiler (c++ or g++); install one, or set trainer.optimizer=adamw"
+        )
+    if getattr(config.strategy, "cpu_adam", "torch") == "deepspeed":
+        # pip puts ninja beside the interpreter, which an inactive venv does not have in its PATH.
+        path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+        missing = [] if has_compiler else ["C++ compiler (c++ or g++)"]
+        missing += [] if shutil.which("ninja", path=path) else ["ninja"]
+        if missing:
+            yield (
+                "strategy.cpu_adam=deepspeed is compiled on its first use, but there is no "
+                f"{' and no '.join(missing)}; install what is missing, or set "
+                "strategy.cpu_adam=torch"
+            )
 
 
 def _tracking_problems(config: RunConfig, machine: Machine) -> list[str]:

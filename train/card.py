@@ -25,7 +25,7 @@ def model_card(trainer: Trainer, evaluation: dict[str, Any]) -> str:
         "Seen": f"{trainer.samples_seen:,} samples, {trainer.tokens_seen:,} tokens, "
         f"{trainer.state.global_step:,} steps",
         "Batch": f"{settings.global_batch_size} samples",
-        "Optimizer": f"AdamW, peak learning rate {settings.learning_rate:g}, "
+        "Optimizer": f"{settings.optimizer}, peak learning rate {settings.learning_rate:g}, "
         f"{settings.lr_scheduler} schedule, weight decay {settings.weight_decay:g}",
         "Precision": f"{config.precision.compute_dtype} compute, fp32 master weights",
         "Strategy": f"{config.strategy.kind} on {trainer.args.world_size} rank(s)",

@@ -351,6 +351,8 @@ class ZeroStrategy(Section):
 
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where master weights and moments live and are updated (stages 1 to 3; nvme: stage 3)."""
+    cpu_adam: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW updates what is offloaded; deepspeed's is compiled on its first use."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where the shards of the parameters wait for their use (stage 3)."""
     pin_memory: bool = True
@@ -505,8 +507,10 @@ class TrainerConfig(Section):
     eval_micro_batch_size: PositiveInt | None = None
     """Samples in one forward pass of one rank in evaluation; null is micro_batch_size."""
 
+    optimizer: Literal["adamw", "adafactor", "muon", "adamw_8bit"] = "adamw"
+    """What updates the weights; adamw_8bit keeps the moments of large tensors in 8 bits."""
     learning_rate: PositiveFloat = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate; adafactor multiplies it by the RMS of each tensor."""
     lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay", "inverse_sqrt"] = (
         "cosine"
     )
@@ -518,10 +522,27 @@ class TrainerConfig(Section):
     decay_fraction: Fraction = 0.1
     """warmup_stable_decay: share of all steps, at the end, in which the rate falls to 0."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay of AdamW; biases and norms are spared."""
+    """Decoupled decay, times the learning rate; biases and norms are spared."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """adamw, adamw_8bit, and what muon leaves to AdamW: decay of the mean gradient in a step."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """The same of the mean squared gradient."""
     adam_epsilon: PositiveFloat = 1e-8
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the mean gradient in a step (Nesterov)."""
+    muon_newton_schulz_steps: Annotated[int, Field(ge=1, le=99)] = 5
+    """Iterations that make a matrix' update orthogonal."""
+    muon_learning_rate_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor on learning_rate for a matrix of A x B: 0.2 sqrt(max(A, B)), which gives updates the
+    RMS of AdamW's (arXiv 2502.16982), or sqrt(max(1, A / B)), which wants a rate near 0.02."""
+    adafactor_beta2_decay: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.8
+    """Exponent c: at step t the mean squared gradient moves by t**c of the way."""
+    adafactor_clip_threshold: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Largest RMS of a tensor's update before learning_rate and the tensor's RMS multiply it."""
+    adafactor_epsilon1: Annotated[float, Field(ge=1e-18, allow_inf_nan=False)] = 1e-15
+    """Root mean squared gradients below this count as this."""
+    adafactor_epsilon2: PositiveFloat = 1e-3
+    """RMS of a tensor below this count as this, so that zeros can grow."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 does not clip."""
 
@@ -557,6 +578,14 @@ class TrainerConfig(Section):
                 f"warmup_steps={self.warmup_steps} and warmup_fraction={self.warmup_fraction} "
                 "contradict each other; set one of them to 0"
             )
+        for name, field in type(self).model_fields.items():
+            owner, value = name.partition("_")[0], getattr(self, name)
+            unread = owner in ("muon", "adafactor") and owner != self.optimizer
+            if unread and value != field.default:
+                raise ValueError(
+                    f"{name}={value} is read by optimizer={owner} only, but it is "
+                    f"{self.optimizer}; choose optimizer={owner} or leave {name} out"
+                )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}; "
@@ -715,6 +744,13 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             "trainer.eval_every_steps=null"
         )
 
+    if config.trainer.optimizer == "adafactor" and config.precision.master_dtype == "bf16":
+        yield (
+            "trainer.optimizer=adafactor with precision.master_dtype=bf16: its averages come to "
+            "move by less than bf16 can hold; set precision=bf16 (fp32 masters) or "
+            "trainer.optimizer=adamw"
+        )
+
     # The engines know what they can do; they import this module, hence here and not above.
     from train.strategy import engine_of
 
@@ -782,6 +818,7 @@ def to_yaml(config: RunConfig) -> str:
 
 # Names that users of transformers, accelerate and DeepSpeed type, and what to write here.
 _ALIASES = {
+    "adafactor": "trainer.optimizer=adafactor",
     "adam_eps": "trainer.adam_epsilon",
     "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
     "bf16": "precision=bf16",
@@ -810,9 +847,11 @@ _ALIASES = {
     "n_head": "model.num_attention_heads",
     "n_layer": "model.num_hidden_layers",
     "nnodes": "launcher.nodes",
+    "ns_steps": "trainer.muon_newton_schulz_steps",
     "num_processes": "launcher.nproc_per_node",
     "num_train_epochs": "trainer.max_epochs",
     "num_warmup_steps": "trainer.warmup_steps",
+    "optim": "trainer.optimizer",
     "output_dir": "run_dir",
     "per_device_eval_batch_size": "trainer.eval_micro_batch_size",
     "per_device_train_batch_size": "trainer.micro_batch_size",

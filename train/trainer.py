@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
+from train import optimizer
 from train.checkpoint.save import save
 from train.config import RunConfig, accumulation_steps
 from train.strategy import engine_of, loop
@@ -42,17 +43,12 @@ def training_arguments(
         per_device_eval_batch_size=trainer.eval_micro_batch_size or trainer.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps(trainer, world_size),
         average_tokens_across_devices=True,
-        optim="adamw_torch_fused",
         learning_rate=trainer.learning_rate,
         lr_scheduler_type=loop.SCHEDULES[trainer.lr_scheduler],
         lr_scheduler_kwargs={"num_decay_steps": loop.decay_steps(trainer, total_steps)}
         if trainer.lr_scheduler == "warmup_stable_decay"
         else {},
         warmup_steps=loop.warmup_steps(trainer, total_steps),
-        weight_decay=trainer.weight_decay,
-        adam_beta1=trainer.adam_beta1,
-        adam_beta2=trainer.adam_beta2,
-        adam_epsilon=trainer.adam_epsilon,
         max_grad_norm=trainer.max_grad_norm,
         fp16=precision.compute_dtype == "fp16",
         tf32=precision.allow_tf32 if config.launcher.device == "cuda" else None,
@@ -205,6 +201,12 @@ class Trainer(transformers.Trainer):
         )
 
     # --- engine -------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            self.optimizer = optimizer.build(self.config, self.model, decayed)
+        return self.optimizer
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer behind accelerate's wrapper."""

@@ -16,7 +16,7 @@ OWNED = {
     "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
     "gradient_accumulation_steps": "trainer.global_batch_size",
     "gradient_clipping": "trainer.max_grad_norm",
-    "optimizer": "trainer.learning_rate and its neighbours",
+    "optimizer": "trainer.optimizer, trainer.learning_rate and their neighbours",
     "scheduler": "trainer.lr_scheduler",
     "bf16.enabled": "precision.compute_dtype",
     "bf16.bf16_master_weights_and_grads": "precision.master_dtype",
@@ -32,7 +32,7 @@ OWNED = {
     "aio": "strategy.aio",
     "checkpoint.use_node_local_storage": "strategy.node_local_checkpoints",
     "zero_allow_untested_optimizer": "the optimizer that every strategy shares",
-    "zero_force_ds_cpu_optimizer": "the optimizer that every strategy shares",
+    "zero_force_ds_cpu_optimizer": "strategy.cpu_adam",
     "steps_per_print": "trainer.log_every_steps",
     "zero_optimization.stage": "strategy.stage",
     "zero_optimization.offload_optimizer": "strategy.offload_optimizer",
@@ -54,6 +54,26 @@ OWNED = {
     "zero_optimization.zero_hpz_partition_size": "strategy.hierarchical_partition_ranks",
     "zero_optimization.zero_quantized_weights": "strategy.quantized_weights",
     "zero_optimization.zero_quantized_gradients": "strategy.quantized_gradients",
+}
+
+# What DeepSpeed reads and does, but not what a user of it here would expect.
+REFUSED = {
+    "zero_optimization.zenflow": (
+        "takes its hyper-parameters from DeepSpeed's own optimizer section and its update interval "
+        "for the accumulation steps, so neither trainer.optimizer nor trainer.global_batch_size "
+        "would hold"
+    ),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": (
+        "is read by DeepSpeed's own Muon only; set trainer.optimizer=muon with strategy=fsdp, ddp "
+        "or zero0"
+    ),
+    "zero_optimization.offload_optimizer.ratio": (
+        "leaves the part that stays on the GPU without the learning rate's schedule"
+    ),
+    "zero_optimization.offload_optimizer.super_offload": (
+        "keeps the moments in a process of its own, where no checkpoint finds them"
+    ),
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "is read by super_offload only",
 }
 
 # The rest of what DeepSpeed reads: a section's keys, or None where its inside is not checked.
@@ -81,13 +101,11 @@ FREE: dict[str, set[str] | None] = {
         "override_module_apply",
         "parameter_alignment",
         "pipeline_loading_checkpoint",
-        "save_muon_momentum_buffer_in_memory",
         "stage3_allgather_sequential",
         "stage3_model_persistence_threshold",
         "stage3_module_granularity_threshold",
         "stage3_use_all_reduce_for_fetch_params",
         "use_multi_rank_bucket_allreduce",
-        "zenflow",
         "zero_quantized_nontrainable_weights",
     },
     "checkpoint": {
@@ -139,7 +157,12 @@ def problems(extra: dict[str, Any]) -> Iterator[str]:
         elif inside is not None:
             for name in value:
                 path = f"{key}.{name}"
-                if path in OWNED:
+                section = value[name] if isinstance(value[name], dict) else {}
+                within = [f"{path}.{inner}" for inner in section]
+                if refused := [p for p in (path, *within) if p in REFUSED]:
+                    for p in refused:
+                        yield f"strategy.extra.{p} {REFUSED[p]}; leave it out"
+                elif path in OWNED:
                     yield _owned(path)
                 elif name not in inside:
                     owned = [p for p in OWNED if p.startswith(f"{key}.")]

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, TrainerConfig, accumulation_steps
+from train.strategy import zero
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
@@ -43,20 +44,14 @@ def expected(config: RunConfig, world_size: int, total_steps: int) -> dict[str, 
         "micro_batch_size": trainer.micro_batch_size,
         "accumulation_steps": accumulation_steps(trainer, world_size),
         "clip": trainer.max_grad_norm,
-        "optimizer": {
-            "class": "AdamW",
-            "peak_learning_rate": trainer.learning_rate,
-            "betas": [trainer.adam_beta1, trainer.adam_beta2],
-            "epsilon": trainer.adam_epsilon,
-            "weight_decays": sorted({trainer.weight_decay, 0.0}),
-        },
+        "optimizer": _expected_optimizer(config),
         "schedule": {"name": SCHEDULES[trainer.lr_scheduler], **schedule},
     }
 
 
 def read_back(trainer: Trainer) -> dict[str, Any]:
     """Return facts read off the live loop."""
-    args, groups = trainer.args, trainer.torch_optimizer().param_groups
+    args = trainer.args
     return {
         "global_batch_size": args.per_device_train_batch_size
         * args.gradient_accumulation_steps
@@ -64,15 +59,87 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         "micro_batch_size": args.per_device_train_batch_size,
         "accumulation_steps": args.gradient_accumulation_steps,
         "clip": args.max_grad_norm,
-        "optimizer": {
-            "class": type(trainer.innermost_optimizer()).__name__,
-            "peak_learning_rate": groups[0]["initial_lr"],
-            "betas": list(groups[0]["betas"]),
-            "epsilon": groups[0]["eps"],
-            "weight_decays": sorted({g["weight_decay"] for g in groups} | {0.0}),
-        },
+        "optimizer": _optimizer(trainer),
         "schedule": _schedule(trainer),
     }
+
+
+# What each algorithm's parameter groups hold, by torch's names and by ours.
+_HYPER_PARAMETERS = {
+    "adamw": {"initial_lr": "peak_learning_rate", "betas": "betas", "eps": "epsilon"},
+    "adafactor": {
+        "initial_lr": "peak_learning_rate",
+        "beta2_decay": "beta2_decay",
+        "d": "clip_threshold",
+        "eps": "epsilons",
+    },
+    "muon": {
+        "initial_lr": "peak_learning_rate",
+        "momentum": "momentum",
+        "nesterov": "nesterov",
+        "ns_steps": "newton_schulz_steps",
+        "adjust_lr_fn": "learning_rate_scale",
+    },
+}
+
+
+def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
+    trainer = config.trainer
+    peak = _seven_digits(trainer.learning_rate)
+    adamw = {
+        "peak_learning_rate": peak,
+        "betas": [trainer.adam_beta1, trainer.adam_beta2],
+        "epsilon": trainer.adam_epsilon,
+    }
+    adafactor = {
+        "peak_learning_rate": peak,
+        "beta2_decay": trainer.adafactor_beta2_decay,
+        "clip_threshold": trainer.adafactor_clip_threshold,
+        "epsilons": [trainer.adafactor_epsilon1, trainer.adafactor_epsilon2],
+    }
+    muon = {
+        "peak_learning_rate": peak,
+        "momentum": trainer.muon_momentum,
+        "nesterov": True,
+        "newton_schulz_steps": trainer.muon_newton_schulz_steps,
+        "learning_rate_scale": trainer.muon_learning_rate_scale,
+    }
+    named = {
+        "adamw": ("DeepSpeedCPUAdam" if zero.has_own_adam(config) else "AdamW", {"adamw": adamw}),
+        "adamw_8bit": ("AdamW8bit", {"adamw": adamw}),
+        "adafactor": ("Adafactor", {"adafactor": adafactor}),
+        "muon": ("MuonWithAdamW", {"muon": muon, "adamw": adamw}),
+    }
+    class_name, algorithms = named[trainer.optimizer]
+    decays = sorted({trainer.weight_decay, 0.0})
+    return {"class": class_name, "weight_decays": decays, "algorithms": algorithms}
+
+
+def _optimizer(trainer: Trainer) -> dict[str, Any]:
+    groups = trainer.torch_optimizer().param_groups
+    class_name = type(trainer.innermost_optimizer()).__name__
+    only = "adafactor" if class_name == "Adafactor" else "adamw"
+    algorithms: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        algorithm = group.get("algorithm", only)
+        for key, name in _HYPER_PARAMETERS[algorithm].items():
+            value: Any = group.get(key)
+            if key == "initial_lr":
+                value = _seven_digits(float(value))
+            value = list(value) if isinstance(value, tuple) else value
+            known = algorithms.setdefault(algorithm, {}).setdefault(name, value)
+            if known != value:
+                algorithms[algorithm][name] = f"{known} and {value}"
+    return {
+        "class": class_name,
+        "weight_decays": sorted({g["weight_decay"] for g in groups} | {0.0}),
+        "algorithms": algorithms,
+    }
+
+
+def _seven_digits(value: float) -> float:
+    # torchao keeps the rate in an fp32 tensor.
+    return float(f"{value:.7g}")
 
 
 def _schedule(trainer: Trainer) -> dict[str, Any]:

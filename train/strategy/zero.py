@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, ZeroStrategy, accumulation_steps
+from train.errors import UserError
 from train.strategy import deepspeed_keys, nvme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
     from train.trainer import Trainer
+
+
+# Why an optimizer cannot work on flat partitions of whole groups, and where it can.
+_WHOLE_TENSORS = {
+    "adafactor": ("factors each matrix into rows and columns", "ddp or zero0"),
+    "muon": ("makes each matrix orthogonal", "fsdp, ddp or zero0"),
+    "adamw_8bit": ("quantises each tensor in whole blocks", "fsdp, ddp or zero0"),
+}
 
 
 def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -91,10 +103,29 @@ def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
             "precision.master_dtype=bf16 under ZeRO needs strategy.stage=1, 2 or 3, but it is 0; "
             "choose another stage or precision=bf16"
         )
-    if precision.master_dtype == "bf16" and adam != "none":
+    if precision.master_dtype == "bf16" and adam != "none" and strategy.cpu_adam == "torch":
         yield (
             f"precision.master_dtype=bf16 with strategy.offload_optimizer={adam} needs DeepSpeed's "
-            "own Adam; set precision=bf16 or strategy.offload_optimizer=none"
+            "own Adam; set strategy.cpu_adam=deepspeed, or precision=bf16"
+        )
+    if strategy.cpu_adam == "deepspeed" and adam == "none":
+        yield (
+            "strategy.cpu_adam=deepspeed needs an optimizer in host memory, but "
+            "strategy.offload_optimizer=none; choose strategy=zero2_offload or zero3_offload, or "
+            "strategy.cpu_adam=torch"
+        )
+    if strategy.cpu_adam == "deepspeed" and config.trainer.optimizer != "adamw":
+        yield (
+            "strategy.cpu_adam=deepspeed is an AdamW, but trainer.optimizer="
+            f"{config.trainer.optimizer}; set strategy.cpu_adam=torch or trainer.optimizer=adamw"
+        )
+    optimizer = config.trainer.optimizer
+    if stage > 0 and optimizer != "adamw":
+        need, others = _WHOLE_TENSORS[optimizer]
+        yield (
+            f"trainer.optimizer={optimizer} {need}, but strategy.stage={stage} flattens the "
+            f"parameters into one-dimensional partitions; choose strategy={others}, or "
+            "trainer.optimizer=adamw"
         )
     yield from deepspeed_keys.problems(strategy.extra)
 
@@ -257,6 +288,52 @@ def adopt_process_group() -> None:
     # is no compiler (deepspeed 0.19 comm/torch.py, build_shm_op). gloo serves every strategy.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def has_own_adam(config: RunConfig) -> bool:
+    """Return whether DeepSpeed's own AdamW is to update what is offloaded. Pure."""
+    return isinstance(config.strategy, ZeroStrategy) and config.strategy.cpu_adam == "deepspeed"
+
+
+LONGEST_BUILD_SECONDS = 600
+
+
+def deepspeed_cpu_adam(
+    groups: list[dict[str, Any]], *, moments_dtype: str, **settings: Any
+) -> Optimizer:
+    """Return DeepSpeed's vectorised AdamW for host memory, compiled where it is not yet.
+
+    Raises UserError where that fails.
+    """
+    import sysconfig
+
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    _drop_abandoned_lock("cpu_adam")
+    # Where ninja is installed beside this interpreter, whether or not the venv is activated.
+    scripts = sysconfig.get_path("scripts")
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
+    try:
+        return DeepSpeedCPUAdam(
+            groups, fp32_optimizer_states=moments_dtype == "fp32", adamw_mode=True, **settings
+        )
+    except RuntimeError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(
+            f"strategy.cpu_adam=deepspeed cannot be compiled here ({reason}); install a C++ "
+            "compiler and ninja, or set strategy.cpu_adam=torch"
+        ) from error
+
+
+def _drop_abandoned_lock(op: str) -> None:
+    """Remove the lock of a build that was killed, on which the next would wait for ever."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory(op, verbose=False)) / "lock"
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - lock.stat().st_mtime > LONGEST_BUILD_SECONDS:
+            lock.unlink()
 
 
 def complete(trainer: Trainer) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from train.strategy.deepspeed_keys import FREE, OWNED, problems
+from train.strategy.deepspeed_keys import FREE, OWNED, REFUSED, problems
 
 
 def known(section: str) -> set[str]:
     prefix = f"{section}."
-    owned = {path.removeprefix(prefix) for path in OWNED if path.startswith(prefix)}
-    return owned | (FREE[section] or set())
+    decided = {p.removeprefix(prefix) for p in (*OWNED, *REFUSED) if p.startswith(prefix)}
+    return {name for name in decided if "." not in name} | (FREE[section] or set())
 
 
 def fields(model: Any) -> set[str]:

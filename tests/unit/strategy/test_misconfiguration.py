@@ -37,6 +37,8 @@ ZERO3 = {"kind": "zero", "stage": 3}
 FSDP = {"kind": "fsdp"}
 CPU3 = {**ZERO3, "offload_optimizer": "cpu"}
 BF16 = {"compute_dtype": "bf16"}
+MUON = {"optimizer": "muon"}
+OWN_ADAM = {"offload_optimizer": "cpu", "cpu_adam": "deepspeed"}
 PURE = {**BF16, "reduce_dtype": "bf16", "master_dtype": "bf16", "moments_dtype": "bf16"}
 
 
@@ -57,7 +59,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (zero_extra(train_batch_size=64), "is decided by trainer.global_batch_size"),
     (zero_extra(train_micro_batch_size_per_gpu=8), "is decided by trainer.micro_batch_size"),
     (zero_extra(gradient_accumulation_steps=2), "is decided by trainer.global_batch_size"),
-    (zero_extra(optimizer={"type": "Adam"}), "is decided by trainer.learning_rate"),
+    (zero_extra(optimizer={"type": "Adam"}), "is decided by trainer.optimizer"),
     (zero_extra(scheduler={"type": "WarmupLR"}), "is decided by trainer.lr_scheduler"),
     (zero_extra(amp={"enabled": True}), "is decided by precision.compute_dtype"),
     (zero_extra(torch_autocast={"enabled": True}), "is decided by precision.compute_dtype"),
@@ -143,7 +145,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"precision": PURE, "strategy": ZERO0}, "needs strategy.stage=1, 2 or 3, but it is 0"),
     (
         {"precision": PURE, "strategy": CPU3},
-        "master_dtype=bf16 with strategy.offload_optimizer=cpu",
+        "master_dtype=bf16 with strategy.offload_optimizer=cpu.*set strategy.cpu_adam=deepspeed",
     ),
     (
         {
@@ -151,6 +153,77 @@ BAD: list[tuple[dict[str, Any], str]] = [
             "launcher": {"kind": "torchrun", "nproc_per_node": 4, "device": "cpu"},
         },
         "reduce_dtype=bf16 under strategy=ddp needs NCCL",
+    ),
+    # optimizers
+    ({"trainer": {**TREE["trainer"], "optimizer": "adam"}}, "did you mean adamw"),
+    ({"trainer": {**TREE["trainer"], "optim": "muon"}}, "use trainer.optimizer"),
+    ({"trainer": {**TREE["trainer"], **MUON, "muon_momentum": 1.0}}, "muon_momentum=1.0: must be"),
+    (
+        {"trainer": {**TREE["trainer"], "muon_momentum": 0.9}},
+        "muon_momentum=0.9 is read by optimizer=muon only, but it is adamw; choose optimizer=muon",
+    ),
+    (
+        {"trainer": {**TREE["trainer"], **MUON, "adafactor_clip_threshold": 2.0}},
+        "adafactor_clip_threshold=2.0 is read by optimizer=adafactor only, but it is muon",
+    ),
+    *(
+        (
+            {"trainer": {**TREE["trainer"], "optimizer": name}, "strategy": strategy},
+            f"trainer.optimizer={name} .* strategy.stage={strategy['stage']} flattens the "
+            f"parameters into one-dimensional partitions; choose strategy={remedy}, or trainer.opt",
+        )
+        for name, remedy in (
+            ("muon", "fsdp, ddp or zero0"),
+            ("adafactor", "ddp or zero0"),
+            ("adamw_8bit", "fsdp, ddp or zero0"),
+        )
+        for strategy in (ZERO1, ZERO2, ZERO3)
+    ),
+    (
+        {"trainer": {**TREE["trainer"], "optimizer": "adafactor"}, "strategy": FSDP},
+        "adafactor does not work on the sharded tensors of strategy=fsdp; choose strategy=ddp",
+    ),
+    (
+        {"trainer": {**TREE["trainer"], "optimizer": "adafactor"}, "precision": PURE},
+        "trainer.optimizer=adafactor with precision.master_dtype=bf16",
+    ),
+    *(
+        (
+            {
+                "trainer": {**TREE["trainer"], "optimizer": name},
+                "strategy": {**FSDP, "offload": True},
+            },
+            f"trainer.optimizer={name} with strategy.offload=true",
+        )
+        for name in ("muon", "adamw_8bit")
+    ),
+    (
+        {"strategy": {**ZERO2, "cpu_adam": "deepspeed"}},
+        "cpu_adam=deepspeed needs an optimizer in host memory, but strategy.offload_optimizer=none",
+    ),
+    (
+        {
+            "strategy": {"kind": "zero", "stage": 1, **OWN_ADAM},
+            "trainer": {**TREE["trainer"], **MUON},
+        },
+        "cpu_adam=deepspeed is an AdamW, but trainer.optimizer=muon",
+    ),
+    ({"strategy": {**ZERO2, "cpu_adam": "fused"}}, "cpu_adam=fused: must be torch or deepspeed"),
+    (
+        zero_extra(zero_optimization={"zenflow": {"topk_ratio": 0.1}}),
+        "zenflow takes its hyper-parameters from DeepSpeed's own optimizer section",
+    ),
+    (
+        zero_extra(zero_optimization={"offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
+        "offload_optimizer.ratio leaves the part that stays on the GPU without",
+    ),
+    (
+        zero_extra(zero_optimization={"offload_optimizer": {"super_offload": True}}),
+        "offload_optimizer.super_offload keeps the moments in a process of its own",
+    ),
+    (
+        zero_extra(zero_optimization={"save_muon_momentum_buffer_in_memory": True}),
+        "is read by DeepSpeed's own Muon only; set trainer.optimizer=muon",
     ),
     # strategy and ranks
     (
@@ -171,6 +244,9 @@ def test_the_tree_that_the_table_breaks_is_sound() -> None:
     for strategy in (ZERO0, ZERO1, ZERO2, ZERO3, CPU3, FSDP):
         from_tree({**TREE, "strategy": strategy})
     from_tree({**TREE, "precision": PURE})
+    from_tree({**TREE, "precision": PURE, "strategy": {**ZERO2, **OWN_ADAM}})
+    for name in ("muon", "adafactor", "adamw_8bit"):
+        from_tree({**TREE, "trainer": {**TREE["trainer"], "optimizer": name}})
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:50] for _, message in BAD])
