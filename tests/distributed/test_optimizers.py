@@ -1,0 +1,217 @@
+"""Each optimizer learns the same under every engine that takes it, and its state survives."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.jobs import (
+    state_through_dcp,
+    state_through_zero0,
+    trained_with_broken_engine,
+    whole_run,
+)
+from tests.distributed.pool import RanksFailed
+from tests.distributed.test_parity import STRATEGIES, curve, lines
+
+pytestmark = pytest.mark.distributed
+
+HAS_COMPILER = shutil.which("c++") is not None and shutil.which("ninja") is not None
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler or no ninja")
+needs_torchao = pytest.mark.skipif(
+    not HAS_COMPILER or importlib.util.find_spec("torchao") is None,
+    reason="torchao is not installed, or no C++ compiler",
+)
+
+# Rates at which a tiny model learns something in twenty steps.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": "adamw"},
+    "adafactor": {"optimizer": "adafactor", "learning_rate": 0.1},
+    "muon": {"optimizer": "muon", "learning_rate": 3e-3},
+    "adamw_8bit": {"optimizer": "adamw_8bit"},
+}
+CLASSES = {"adafactor": "Adafactor", "muon": "MuonWithAdamW", "adamw_8bit": "AdamW8bit"}
+TAKEN = {
+    "adafactor": ("ddp", "zero0"),
+    "muon": ("ddp", "fsdp", "zero0"),
+    "adamw_8bit": ("ddp", "fsdp", "zero0"),
+}
+CASES = [
+    pytest.param(name, strategy, marks=needs_torchao if name == "adamw_8bit" else ())
+    for name, strategies in TAKEN.items()
+    for strategy in strategies
+]
+PURE_BF16 = {
+    "compute_dtype": "bf16",
+    "reduce_dtype": "bf16",
+    "master_dtype": "bf16",
+    "moments_dtype": "bf16",
+}
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def new_run(
+    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
+) -> Run:
+    """Return a function that freezes a run of an optimizer under a strategy."""
+
+    def freeze(
+        name: str,
+        strategy: dict[str, Any],
+        objective: str = "clm",
+        precision: dict[str, Any] | None = None,
+        **trainer: Any,
+    ) -> Path:
+        tree = tiny_tree(objective)
+        tree["trainer"] |= {**OPTIMIZERS[name], **trainer}
+        tree["strategy"] = strategy
+        tree["precision"] = precision or {}
+        tree["launcher"]["nproc_per_node"] = 1 if strategy["kind"] == "single" else 2
+        return frozen_run(tree)
+
+    return freeze
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[str, str], list[float]]:
+    """Return the losses of one rank by optimizer and objective, filled in as tests need them."""
+    return {}
+
+
+def losses_of_one_rank(
+    name: str, objective: str, new_run: Run, ranks: Any, alone: dict[tuple[str, str], list[float]]
+) -> list[float]:
+    if (name, objective) not in alone:
+        run_dir = new_run(name, {"kind": "single"}, objective)
+        ranks(1)(whole_run, run_dir)
+        alone[name, objective] = curve(run_dir)
+    return alone[name, objective]
+
+
+@pytest.mark.parametrize(("name", "strategy"), CASES)
+def test_two_ranks_learn_what_one_rank_learns(
+    name: str,
+    strategy: str,
+    new_run: Run,
+    ranks: Callable[[int], Any],
+    alone: dict[tuple[str, str], list[float]],
+) -> None:
+    # RoBERTa's matrices are stored output x input, GPT-2's the other way round.
+    objective = "mlm" if strategy == "fsdp" else "clm"
+    expected = losses_of_one_rank(name, objective, new_run, ranks, alone)
+    run_dir = new_run(name, STRATEGIES[strategy], objective)
+    ranks(2)(whole_run, run_dir)
+    assert expected[-1] < expected[0] - 0.1, "nothing was learned"
+    assert curve(run_dir) == pytest.approx(expected, abs=1e-4)
+    optimizer = json.loads((run_dir / "engine.json").read_text())["optimizer"]
+    assert optimizer["class"] == CLASSES[name]
+    rates = {part["peak_learning_rate"] for part in optimizer["algorithms"].values()}
+    assert rates == {OPTIMIZERS[name].get("learning_rate", 1e-3)}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_stage_0_in_bf16_stays_within_its_rounding_of_fp32(
+    name: str,
+    new_run: Run,
+    ranks: Callable[[int], Any],
+    alone: dict[tuple[str, str], list[float]],
+) -> None:
+    expected = losses_of_one_rank(name, "clm", new_run, ranks, alone)
+    run_dir = new_run(name, STRATEGIES["zero0"], precision={"compute_dtype": "bf16"})
+    ranks(2)(whole_run, run_dir)
+    assert curve(run_dir) == pytest.approx(expected, abs=5e-3)
+    assert curve(run_dir) != expected, "nothing ran in bf16"
+
+
+@needs_compiler
+@pytest.mark.parametrize("strategy", ["zero1", "zero2_offload", "zero3_offload"])
+def test_deepspeeds_cpu_adam_learns_what_torchs_learns(
+    strategy: str,
+    new_run: Run,
+    ranks: Callable[[int], Any],
+    alone: dict[tuple[str, str], list[float]],
+) -> None:
+    expected = losses_of_one_rank("adamw", "clm", new_run, ranks, alone)
+    own = {**STRATEGIES[strategy], "offload_optimizer": "cpu", "cpu_adam": "deepspeed"}
+    run_dir = new_run("adamw", own)
+    ranks(2)(whole_run, run_dir)
+    assert curve(run_dir) == pytest.approx(expected, abs=1e-4)
+    facts = json.loads((run_dir / "engine.json").read_text())
+    assert facts["optimizer"]["class"] == "DeepSpeedCPUAdam"
+    assert facts["offload_optimizer"] == "cpu"
+
+
+@needs_compiler
+@pytest.mark.parametrize("strategy", ["zero2_offload", "zero3_offload"])
+def test_pure_bf16_is_offloaded_with_deepspeeds_cpu_adam(
+    strategy: str,
+    new_run: Run,
+    ranks: Callable[[int], Any],
+    alone: dict[tuple[str, str], list[float]],
+) -> None:
+    expected = losses_of_one_rank("adamw", "clm", new_run, ranks, alone)
+    run_dir = new_run("adamw", {**STRATEGIES[strategy], "cpu_adam": "deepspeed"}, "clm", PURE_BF16)
+    ranks(2)(whole_run, run_dir)
+    assert curve(run_dir) == pytest.approx(expected, abs=1e-2)
+    assert json.loads((run_dir / "engine.json").read_text())["master_dtypes"] == ["bfloat16"]
+
+
+def assert_same_bits(states: list[dict[str, Any]]) -> None:
+    for of_rank in states:
+        written, read = of_rank["written"], of_rank["read"]
+        assert written["groups"] == read["groups"]
+        assert any(state for state in written["state"])
+        for one, two in zip(written["state"], read["state"], strict=True):
+            assert one.keys() == two.keys()
+            for key in one:
+                for a, b in zip(one[key], two[key], strict=True):
+                    np.testing.assert_array_equal(a, b, err_msg=key)
+        for a, b in zip(written["weights"], read["weights"], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"), [case for case in CASES if case.values[1] in ("ddp", "fsdp")]
+)
+def test_state_survives_a_distributed_checkpoint_bit_for_bit(
+    name: str, strategy: str, new_run: Run, ranks: Callable[[int], Any], tmp_path: Path
+) -> None:
+    run_dir = new_run(name, STRATEGIES[strategy], max_steps=3)
+    assert_same_bits(ranks(2)(state_through_dcp, run_dir, tmp_path / "checkpoint"))
+
+
+@pytest.mark.parametrize(
+    "name", ["adafactor", "muon", pytest.param("adamw_8bit", marks=needs_torchao)]
+)
+def test_state_survives_a_checkpoint_of_stage_0_bit_for_bit(
+    name: str, new_run: Run, ranks: Callable[[int], Any]
+) -> None:
+    run_dir = new_run(name, STRATEGIES["zero0"], max_steps=3)
+    assert_same_bits(ranks(2)(state_through_zero0, run_dir))
+
+
+def test_another_momentum_than_was_asked_for_stops_the_run(
+    new_run: Run, ranks: Callable[[int], Any]
+) -> None:
+    run_dir = new_run("muon", STRATEGIES["fsdp"], max_steps=2)
+    with pytest.raises(RanksFailed, match=r"asks for .*'momentum': 0.95.* has .*'momentum': 0.5"):
+        ranks(2)(trained_with_broken_engine, run_dir, "momentum")
+    assert not (run_dir / "metrics.jsonl").exists(), "a step was trained"
+
+
+def test_learning_rates_of_the_log_follow_the_schedule(
+    new_run: Run, ranks: Callable[[int], Any]
+) -> None:
+    run_dir = new_run("muon", STRATEGIES["fsdp"], max_steps=4, lr_scheduler="linear")
+    ranks(2)(whole_run, run_dir)
+    rates = [line["learning_rate"] for line in lines(run_dir) if "loss" in line]
+    assert rates == pytest.approx([3e-3 * share for share in (1, 0.75, 0.5, 0.25)])

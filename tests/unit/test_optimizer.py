@@ -1,0 +1,202 @@
+"""Which parameter is updated by what, and that one optimizer does what its parts would do."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from tests.unit.strategy.test_misconfiguration import TREE
+from train.config import RunConfig, from_tree
+from train.errors import UserError
+from train.optimizer import MuonWithAdamW, build, hidden_matrices
+
+SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(hidden_size=16, n_inner=32, **SIZES))
+
+
+def roberta() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return RobertaForMaskedLM(RobertaConfig(hidden_size=16, intermediate_size=32, **SIZES))
+
+
+def config(**trainer: Any) -> RunConfig:
+    return from_tree({**TREE, "trainer": {**TREE["trainer"], **trainer}})
+
+
+def decayed(model: PreTrainedModel) -> set[str]:
+    """Return what the Trainer lets decay."""
+    return set(transformers.Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+
+
+def built(model: PreTrainedModel, **trainer: Any) -> torch.optim.Optimizer:
+    return build(config(**trainer), model, decayed(model))
+
+
+def names_in(group: dict[str, Any], model: nn.Module) -> set[str]:
+    ids = {id(p) for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+def give_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "adamw_8bit"])
+@pytest.mark.parametrize("make", [gpt2, roberta])
+def test_each_parameter_is_in_one_group_and_biases_and_norms_do_not_decay(
+    make: Any, name: str
+) -> None:
+    if name == "adamw_8bit":
+        pytest.importorskip("torchao.optim")
+    model = make()
+    groups = built(model, optimizer=name, weight_decay=0.1).param_groups
+    found = [n for group in groups for n in names_in(group, model)]
+    assert sorted(found) == sorted(n for n, _ in model.named_parameters())
+    for group in groups:
+        assert float(group["lr"]) == pytest.approx(6e-4)
+        for n in names_in(group, model):
+            spared = n.endswith("bias") or "ln_" in n or "LayerNorm" in n or "layer_norm" in n
+            assert group["weight_decay"] == (0.0 if spared else 0.1), n
+
+
+def test_muon_gets_the_matrices_between_hidden_layers() -> None:
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    expected = {f"transformer.h.{i}.{kind}.weight" for i in range(2) for kind in kinds}
+    assert hidden_matrices(gpt2()) == expected
+
+    kinds = (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
+    expected = {f"roberta.encoder.layer.{i}.{kind}.weight" for i in range(2) for kind in kinds}
+    assert hidden_matrices(roberta()) == {*expected, "lm_head.dense.weight"}
+
+
+def test_an_untied_head_is_left_to_adamw() -> None:
+    model = GPT2LMHeadModel(GPT2Config(hidden_size=16, tie_word_embeddings=False, **SIZES))
+    assert "lm_head.weight" in dict(model.named_parameters())
+    assert "lm_head.weight" not in hidden_matrices(model)
+
+
+def test_muon_and_adamw_together_are_torchs_own_one_by_one() -> None:
+    ours, theirs = roberta(), roberta()
+    matrices, decay = hidden_matrices(theirs), decayed(theirs)
+    optimizer = built(ours, optimizer="muon", muon_momentum=0.9, weight_decay=0.1)
+    assert isinstance(optimizer, MuonWithAdamW)
+    named = dict(theirs.named_parameters())
+    muon = torch.optim.Muon(
+        [named[n] for n in sorted(matrices)],
+        lr=6e-4,
+        momentum=0.9,
+        weight_decay=0.1,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    rest = set(named) - matrices
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [named[n] for n in sorted(rest & decay)], "weight_decay": 0.1},
+            {"params": [named[n] for n in sorted(rest - decay)], "weight_decay": 0.0},
+        ],
+        lr=6e-4,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    for seed in range(3):
+        for model in (ours, theirs):
+            give_gradients(model, seed)
+        for part in (optimizer, muon, adamw):
+            part.step()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_a_loaded_state_goes_on_bit_for_bit(name: str) -> None:
+    model = roberta()
+    optimizer = built(model, optimizer=name)
+    for seed in range(2):
+        give_gradients(model, seed)
+        optimizer.step()
+    other = copy.deepcopy(model)
+    resumed = built(other, optimizer=name)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for stepped, with_optimizer in ((model, optimizer), (other, resumed)):
+        give_gradients(stepped, 2)
+        with_optimizer.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_a_schedule_reaches_both_parts_of_muon() -> None:
+    model = roberta()
+    optimizer = built(model, optimizer="muon", weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+    assert all(group["initial_lr"] == 6e-4 for group in optimizer.param_groups)
+    give_gradients(model, 0)
+    optimizer.step()
+    scheduler.step()
+    before = copy.deepcopy(model)
+    optimizer.step()
+    for one, two in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_updates_of_muon_have_the_rms_of_adamws() -> None:
+    model = roberta()
+    before = copy.deepcopy(model)
+    give_gradients(model, 0)
+    built(model, optimizer="muon", learning_rate=1.0, weight_decay=0.0).step()
+    name = "roberta.encoder.layer.0.intermediate.dense.weight"
+    update = (model.get_parameter(name) - before.get_parameter(name)).detach()
+    # 0.2 to 0.4 is what AdamW's have, says arXiv 2502.16982, section 2.2.
+    assert 0.15 < float(update.square().mean().sqrt()) < 0.3
+
+
+def test_original_scale_is_refused_where_matrices_are_stored_the_other_way_round() -> None:
+    with pytest.raises(UserError, match="GPT2LMHeadModel stores them the other way round; set tr"):
+        built(gpt2(), optimizer="muon", muon_learning_rate_scale="original")
+    built(roberta(), optimizer="muon", muon_learning_rate_scale="original")
+
+
+def test_adafactor_leaves_rows_without_a_gradient_alone() -> None:
+    model = gpt2()
+    optimizer = built(model, optimizer="adafactor", weight_decay=0.0)
+    embedding = model.get_input_embeddings().weight
+    before = embedding.detach().clone()
+    give_gradients(model, 0)
+    assert embedding.grad is not None
+    embedding.grad[5:] = 0.0
+    embedding.grad[:5] *= 1e-9  # so small that its square is far below fp32's epsilon
+    optimizer.step()
+    assert torch.equal(embedding[5:], before[5:])
+    assert (embedding[:5] - before[:5]).abs().mean() > 1e-6
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_adamw_8bit_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match="needs the package torchao, .* `pip install torchao`"):
+        built(gpt2(), optimizer="adamw_8bit")
