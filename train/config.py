@@ -528,13 +528,15 @@ class TrainerConfig(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """The same of the mean squared gradient."""
     adam_epsilon: PositiveFloat = 1e-8
+    muon_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the matrices; null is learning_rate, which AdamW's part always has."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of the mean gradient in a step (Nesterov)."""
     muon_newton_schulz_steps: Annotated[int, Field(ge=1, le=99)] = 5
     """Iterations that make a matrix' update orthogonal."""
     muon_learning_rate_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Factor on learning_rate for a matrix of A x B: 0.2 sqrt(max(A, B)), which gives updates the
-    RMS of AdamW's (arXiv 2502.16982), or sqrt(max(1, A / B)), which wants a rate near 0.02."""
+    """Factor on the rate for a matrix of A x B: 0.2 sqrt(max(A, B)), which gives updates the RMS of
+    AdamW's (arXiv 2502.16982), or sqrt(max(1, A / B)), which wants muon_learning_rate near 0.02."""
     adafactor_beta2_decay: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.8
     """Exponent c: at step t the mean squared gradient moves by t**c of the way."""
     adafactor_clip_threshold: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0

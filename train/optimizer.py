@@ -80,12 +80,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     is gathered for the Newton-Schulz iteration, which needs the whole matrix, one at a time.
     """
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    def __init__(self, adamw: torch.optim.AdamW, muon: torch.optim.Muon) -> None:
         self._adamw = adamw
-        for algorithm, part in (("muon", muon), ("adamw", adamw)):
+        for algorithm, part in (("adamw", adamw), ("muon", muon)):
             for group in part.param_groups:
                 group["algorithm"] = algorithm
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        # AdamW's first: its learning rate is the one that is logged.
+        super().__init__([*adamw.param_groups, *muon.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -142,15 +143,15 @@ def _muon(config: RunConfig, model: PreTrainedModel, decayed: Collection[str]) -
     hidden = {name: p for name, p in named.items() if name in matrices}
     rest = {name: p for name, p in named.items() if name not in matrices}
     return MuonWithAdamW(
+        torch.optim.AdamW(
+            _groups(rest, decayed, trainer.weight_decay), fused=True, **_adamw_settings(config)
+        ),
         torch.optim.Muon(
             _groups(hidden, decayed, trainer.weight_decay),
-            lr=trainer.learning_rate,
+            lr=trainer.muon_learning_rate or trainer.learning_rate,
             momentum=trainer.muon_momentum,
             ns_steps=trainer.muon_newton_schulz_steps,
             adjust_lr_fn=trainer.muon_learning_rate_scale,
-        ),
-        torch.optim.AdamW(
-            _groups(rest, decayed, trainer.weight_decay), fused=True, **_adamw_settings(config)
         ),
     )
 

@@ -164,6 +164,18 @@ def test_a_schedule_reaches_both_parts_of_muon() -> None:
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+def test_matrices_may_have_a_rate_of_their_own_and_the_logged_one_is_adamws() -> None:
+    settings = {"learning_rate": 1e-3, "muon_learning_rate": 0.02}
+    groups = built(
+        roberta(), optimizer="muon", muon_learning_rate_scale="original", **settings
+    ).param_groups
+    assert [(g["algorithm"], g["lr"]) for g in groups] == [
+        ("adamw", 1e-3),
+        ("adamw", 1e-3),
+        ("muon", 0.02),
+    ]
+
+
 def test_updates_of_muon_have_the_rms_of_adamws() -> None:
     model = roberta()
     before = copy.deepcopy(model)

@@ -98,7 +98,7 @@ def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
         "epsilons": [trainer.adafactor_epsilon1, trainer.adafactor_epsilon2],
     }
     muon = {
-        "peak_learning_rate": peak,
+        "peak_learning_rate": _seven_digits(trainer.muon_learning_rate or trainer.learning_rate),
         "momentum": trainer.muon_momentum,
         "nesterov": True,
         "newton_schulz_steps": trainer.muon_newton_schulz_steps,

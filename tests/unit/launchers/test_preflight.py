@@ -58,6 +58,50 @@ def test_name_that_no_file_can_have(tmp_path: Path) -> None:
         preflight.check(resolve(config(), Machine(), "/tmp/a\0b"), Machine())
 
 
+OWN_ADAM = {"kind": "zero", "stage": 2, "offload_optimizer": "cpu", "cpu_adam": "deepspeed"}
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (
+            "strategy",
+            OWN_ADAM,
+            "strategy.cpu_adam=deepspeed is compiled .* no C.. compiler .* strategy.cpu_adam=torch",
+        ),
+        (
+            "trainer",
+            {"optimizer": "adamw_8bit"},
+            "trainer.optimizer=adamw_8bit is compiled .* there is no C.. compiler",
+        ),
+    ],
+)
+def test_what_is_compiled_needs_a_compiler(
+    section: str,
+    values: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tree = resolved(tmp_path / "run").model_dump(mode="json")
+    tree[section] = values if section == "strategy" else tree[section] | values
+    run = run_config.from_tree(tree)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        preflight.check(run, Machine(cores=2))
+
+
+def test_adamw_8bit_needs_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = resolved(tmp_path / "run").model_dump(mode="json")
+    tree["trainer"]["optimizer"] = "adamw_8bit"
+    run = run_config.from_tree(tree)
+    # As where it is not installed.
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="adamw_8bit needs the package torchao, .* `pip install"):
+        preflight.check(run, Machine(cores=2))
+
+
 def test_several_nodes_are_started_by_hand(tmp_path: Path) -> None:
     launcher = TorchrunLauncher(kind="torchrun", device="cpu", nproc_per_node=1, nodes=2)
     several = resolved(tmp_path / "run").model_copy(update={"launcher": launcher})
