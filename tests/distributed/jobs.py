@@ -62,7 +62,7 @@ def _state_through_dcp(run_dir: Path, rank: Rank, checkpoint: Path) -> dict[str,
             parameter.fill_(7.0)
     optimizer.zero_grad()
     model_state, optimizer_state = get_state_dict(trainer.model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=checkpoint)
     set_state_dict(
         trainer.model,

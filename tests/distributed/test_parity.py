@@ -17,7 +17,7 @@ from train.strategy import nvme
 
 pytestmark = pytest.mark.distributed
 
-STRATEGIES = {
+STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
     "zero0": {"kind": "zero", "stage": 0},
     "zero1": {"kind": "zero", "stage": 1},

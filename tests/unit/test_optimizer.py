@@ -23,17 +23,25 @@ from train.config import RunConfig, from_tree
 from train.errors import UserError
 from train.optimizer import MuonWithAdamW, build, hidden_matrices
 
-SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
-
-def gpt2() -> PreTrainedModel:
+def gpt2(tied: bool = True) -> PreTrainedModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(hidden_size=16, n_inner=32, **SIZES))
+    sizes = GPT2Config(
+        vocab_size=64, n_embd=16, n_inner=32, n_layer=2, n_head=2, tie_word_embeddings=tied
+    )
+    return GPT2LMHeadModel(sizes)
 
 
 def roberta() -> PreTrainedModel:
     torch.manual_seed(0)
-    return RobertaForMaskedLM(RobertaConfig(hidden_size=16, intermediate_size=32, **SIZES))
+    sizes = RobertaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    return RobertaForMaskedLM(sizes)
 
 
 def config(**trainer: Any) -> RunConfig:
@@ -79,24 +87,24 @@ def test_each_parameter_is_in_one_group_and_biases_and_norms_do_not_decay(
 
 
 def test_muon_gets_the_matrices_between_hidden_layers() -> None:
-    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    kinds = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     expected = {f"transformer.h.{i}.{kind}.weight" for i in range(2) for kind in kinds}
     assert hidden_matrices(gpt2()) == expected
 
-    kinds = (
+    kinds = [
         "attention.self.query",
         "attention.self.key",
         "attention.self.value",
         "attention.output.dense",
         "intermediate.dense",
         "output.dense",
-    )
+    ]
     expected = {f"roberta.encoder.layer.{i}.{kind}.weight" for i in range(2) for kind in kinds}
     assert hidden_matrices(roberta()) == {*expected, "lm_head.dense.weight"}
 
 
 def test_an_untied_head_is_left_to_adamw() -> None:
-    model = GPT2LMHeadModel(GPT2Config(hidden_size=16, tie_word_embeddings=False, **SIZES))
+    model = gpt2(tied=False)
     assert "lm_head.weight" in dict(model.named_parameters())
     assert "lm_head.weight" not in hidden_matrices(model)
 
@@ -196,7 +204,7 @@ def test_original_scale_is_refused_where_matrices_are_stored_the_other_way_round
 def test_adafactor_leaves_rows_without_a_gradient_alone() -> None:
     model = gpt2()
     optimizer = built(model, optimizer="adafactor", weight_decay=0.0)
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_parameter("transformer.wte.weight")
     before = embedding.detach().clone()
     give_gradients(model, 0)
     assert embedding.grad is not None
