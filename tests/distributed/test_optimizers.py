@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.distributed.jobs import (
     state_through_dcp,
@@ -116,6 +117,20 @@ def test_two_ranks_learn_what_one_rank_learns(
     assert optimizer["class"] == CLASSES[name]
     rates = {part["peak_learning_rate"] for part in optimizer["algorithms"].values()}
     assert rates == {OPTIMIZERS[name].get("learning_rate", 1e-3)}
+
+
+def test_muon_gathers_uneven_shards_of_a_hybrid_mesh(
+    new_run: Run, frozen_run: Callable[[dict[str, Any]], Path], ranks: Callable[[int], Any]
+) -> None:
+    curves = []
+    for strategy, world_size in (({"kind": "single"}, 1), ({"kind": "fsdp", "replicas": 2}, 4)):
+        tree = yaml.safe_load((new_run("muon", strategy) / "config.yaml").read_text())
+        tree["model"]["intermediate_size"] = 63  # rows that two shards cannot share equally
+        tree["launcher"]["nproc_per_node"] = world_size
+        run_dir = frozen_run(tree)
+        ranks(world_size)(whole_run, run_dir)
+        curves.append(curve(run_dir))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
