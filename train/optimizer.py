@@ -60,7 +60,8 @@ def build(
 def hidden_matrices(model: PreTrainedModel) -> set[str]:
     """Return the names of the parameters that Muon is for: matrices between hidden layers.
 
-    Embeddings of every kind and the output head are none: a step changes few of their rows.
+    Embeddings of every kind and the output head are none, as its authors advise
+    (https://kellerjordan.github.io/posts/muon/).
     """
     head = model.get_output_embeddings()
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
