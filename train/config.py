@@ -558,8 +558,11 @@ class TrainerConfig(Section):
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_activations_every_blocks: PositiveInt | None = None
+    """Recompute activations in the backward pass, of every n-th transformer block: 1 of all (least
+    memory, about a third more time), 2 of every second; null keeps all of them."""
+    offload_activations: bool = False
+    """Keep the inputs of recomputed blocks in host memory: still less on the GPU, slower."""
     compile: bool = False
     """torch.compile each transformer block."""
     dataloader_workers: NonNegativeInt = 0
@@ -753,6 +756,25 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             "trainer.optimizer=adamw"
         )
 
+    every = config.trainer.checkpoint_activations_every_blocks
+    layers = getattr(model, "num_hidden_layers", None)
+    if every is not None and layers is not None and every > layers:
+        yield (
+            f"trainer.checkpoint_activations_every_blocks={every} is more than "
+            f"model.num_hidden_layers={layers}; set it to at most {layers}"
+        )
+    if config.trainer.offload_activations and every is None:
+        yield (
+            "trainer.offload_activations=true keeps the inputs of recomputed blocks in host "
+            "memory, but trainer.checkpoint_activations_every_blocks=null recomputes none; set "
+            "that to 1 or leave offload_activations=false"
+        )
+    if config.trainer.offload_activations and config.trainer.compile:
+        yield (
+            "trainer.offload_activations=true copies between GPU and host within each block, which "
+            "trainer.compile=true cannot trace; set one of them to false"
+        )
+
     # The engines know what they can do; they import this module, hence here and not above.
     from train.strategy import engine_of
 
@@ -821,11 +843,15 @@ def to_yaml(config: RunConfig) -> str:
 # Names that users of transformers, accelerate and DeepSpeed type, and what to write here.
 _ALIASES = {
     "adafactor": "trainer.optimizer=adafactor",
+    "activation_checkpointing": (
+        "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
+    ),
     "adam_eps": "trainer.adam_epsilon",
     "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
     "bf16": "precision=bf16",
     "block_size": "data.sequence_length",
     "clip_grad": "trainer.max_grad_norm",
+    "cpu_checkpointing": "trainer.offload_activations",
     "dataloader_num_workers": "trainer.dataloader_workers",
     "dataset_config_name": "data=hub data.config=...",
     "dataset_name": "data=hub data.name=...",
@@ -836,6 +862,9 @@ _ALIASES = {
     "gradient_accumulation_steps": (
         "trainer.global_batch_size: the accumulation steps follow from it, from "
         "trainer.micro_batch_size and from the number of ranks"
+    ),
+    "gradient_checkpointing": (
+        "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
     ),
     "gradient_clipping": "trainer.max_grad_norm",
     "logging_steps": "trainer.log_every_steps",

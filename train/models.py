@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from train import activation_checkpointing
 from train.config import (
     BertModel,
     Gpt2Model,
@@ -106,8 +107,9 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
                 model.generation_config = _generation_config(model_config)
     # A cache of keys and values is of no use to a forward pass over whole samples.
     model.config.use_cache = False
-    if config.trainer.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    if (every_blocks := config.trainer.checkpoint_activations_every_blocks) is not None:
+        offload = config.trainer.offload_activations
+        activation_checkpointing.enable(model, every_blocks, offload=offload)
     if config.trainer.compile:
         compile_blocks(model)
     return model.train()
@@ -214,22 +216,6 @@ def compile_blocks(model: PreTrainedModel) -> None:
     """torch.compile each block in place: equal blocks compile once, and no name changes."""
     for block in blocks(model):
         block.compile()
-
-
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each block's activations in the backward pass; dropout repeats its masks.
-
-    Raises UserError where the architecture does not support it.
-    """
-    # transformers 5.17 has only the old name, later versions warn about it.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    enable = enable or model.gradient_checkpointing_enable
-    if not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"trainer.gradient_checkpointing=true: {type(model).__name__} does not support it; "
-            "set it to false and lower trainer.micro_batch_size to save memory"
-        )
-    enable({"use_reentrant": False})
 
 
 # --- from scratch -------------------------------------------------------------------------------

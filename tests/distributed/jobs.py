@@ -158,3 +158,46 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
     rank = rank_from_environment()
     with join(load(run_dir), rank):
         assemble_and_train()
+
+
+def trained_with_memory_watched(run_dir: Path) -> dict[str, Any]:
+    """Train; return each block's forward calls per micro-batch, and the bytes kept for backward."""
+    rank = rank_from_environment()
+    with join(load(run_dir), rank):
+        return _train_and_watch_memory(run_dir, rank)
+
+
+def _train_and_watch_memory(run_dir: Path, rank: Rank) -> dict[str, Any]:
+    from torch import Tensor, nn
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from train.models import blocks
+
+    trainer = assemble(run_dir, rank, io.StringIO())
+    calls = [0 for _ in blocks(trainer.model)]
+    for i, block in enumerate(blocks(trainer.model)):
+
+        def count(*_: Any, i: int = i) -> None:
+            calls[i] += 1
+
+        # Hooks of the block itself stay outside of what is recomputed.
+        next(block.children()).register_forward_pre_hook(count)
+
+    passes, kept_bytes = 0, 0
+    compute_loss = trainer.compute_loss
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept_bytes
+        if not isinstance(tensor, nn.Parameter):
+            kept_bytes += tensor.numel() * tensor.itemsize
+        return tensor
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            return compute_loss(*arguments, **options)
+
+    trainer.compute_loss = watched  # type: ignore[method-assign]
+    trainer.train()
+    return {"calls": [n / passes for n in calls], "kept_bytes": kept_bytes / passes}

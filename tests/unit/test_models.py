@@ -24,13 +24,13 @@ from transformers import (
     pipeline,
 )
 
+from train import activation_checkpointing
 from train.config import RunConfig, from_tree
 from train.errors import UserError
 from train.models import (
     blocks,
     build,
     compile_blocks,
-    enable_gradient_checkpointing,
     parameter_count,
     transformers_config,
 )
@@ -271,29 +271,36 @@ def test_model_without_blocks_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("preset", BLOCK_CLASSES)
-def test_gradient_checkpointing_recomputes_each_block_and_keeps_the_gradients(
-    preset: str, tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize(("every_blocks", "recomputed"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0])])
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_asked_blocks_recompute_and_keep_the_gradients(
+    preset: str,
+    every_blocks: int,
+    recomputed: list[int],
+    offload: bool,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     # Dropout is on: the recomputed forward has to repeat its masks.
     config = composed(preset, *SHRUNK, "model.attention_dropout=0.1")
     tokens = torch.randint(5, 261, (2, 16), generator=torch.Generator().manual_seed(0))
 
-    def trained_once(recompute: bool) -> tuple[int, list[torch.Tensor | None]]:
+    def trained_once(recompute: bool) -> tuple[list[int], dict[str, torch.Tensor | None]]:
         model = build(config, tokenizer)
         if recompute:
-            enable_gradient_checkpointing(model)
+            activation_checkpointing.enable(model, every_blocks, offload=offload)
         forwards: list[int] = []
-        for block in blocks(model):
+        for i, block in enumerate(blocks(model)):
             # Hooks of the block itself stay outside of what is recomputed.
             inner = next(block.children())
-            inner.register_forward_pre_hook(lambda *_: forwards.append(1))
+            inner.register_forward_pre_hook(lambda *_, i=i: forwards.append(i))
         torch.manual_seed(0)
         model(input_ids=tokens, labels=tokens).loss.backward()
-        return len(forwards), [p.grad for p in model.parameters()]
+        return forwards, {name: p.grad for name, p in model.named_parameters()}
 
     forwards, gradients = trained_once(recompute=False)
     forwards_recomputing, gradients_recomputing = trained_once(recompute=True)
-    assert (forwards, forwards_recomputing) == (3, 6)
+    assert forwards == [0, 1, 2]
+    assert forwards_recomputing == [0, 1, 2, *reversed(recomputed)]
     torch.testing.assert_close(gradients_recomputing, gradients)
 
 
@@ -306,7 +313,7 @@ def test_compiled_blocks_give_the_same_gradients_and_names(
     tokens = torch.randint(5, 261, (2, 16))
     plain, compiled = build(config, tokenizer), build(config, tokenizer)
     if recompute:
-        enable_gradient_checkpointing(compiled)
+        activation_checkpointing.enable(compiled, 2, offload=False)
     compile_blocks(compiled)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -317,6 +324,28 @@ def test_compiled_blocks_give_the_same_gradients_and_names(
     torch.testing.assert_close(
         [p.grad for p in compiled.parameters()], [p.grad for p in plain.parameters()]
     )
+
+
+@pytest.mark.slow
+def test_compiled_blocks_repeat_their_dropout_when_they_recompute(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    config = composed("gpt2_tiny", *SHRUNK, "model.dropout=0.2", "model.attention_dropout=0.2")
+    tokens = torch.randint(5, 261, (2, 16))
+
+    def gradients(every_blocks: int | None) -> list[torch.Tensor | None]:
+        torch._dynamo.reset()
+        model = build(config, tokenizer)
+        if every_blocks is not None:
+            activation_checkpointing.enable(model, every_blocks, offload=False)
+        compile_blocks(model)
+        torch.manual_seed(0)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    kept = gradients(None)
+    torch.testing.assert_close(gradients(1), kept)
+    torch.testing.assert_close(gradients(2), kept)
 
 
 # --- pretrained ---------------------------------------------------------------------------------
@@ -447,10 +476,35 @@ def test_flash_attention_on_a_cpu_is_an_error(tokenizer: PreTrainedTokenizerFast
         build(config, tokenizer)
 
 
-def test_architecture_without_gradient_checkpointing_is_an_error(
+def test_architecture_that_cannot_recompute_is_an_error(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     model = built_on_meta(composed("gpt2_tiny"), tokenizer)
     model.supports_gradient_checkpointing = False
-    with pytest.raises(UserError, match=r"trainer\.gradient_checkpointing=true: GPT2LMHead"):
-        enable_gradient_checkpointing(model)
+    with pytest.raises(UserError, match=r"every_blocks=1: GPT2LMHeadModel does not support it"):
+        activation_checkpointing.enable(model, 1, offload=False)
+
+
+def test_more_blocks_between_two_than_there_are_is_an_error(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = built_on_meta(composed("gpt2_tiny", *SHRUNK), tokenizer)
+    with pytest.raises(UserError, match="every_blocks=4 is more than the 3 blocks of GPT2LMHead"):
+        activation_checkpointing.enable(model, 4, offload=False)
+
+
+@pytest.mark.parametrize(
+    ("recomputed", "every_blocks"),
+    [
+        ([False, False, False], None),
+        ([True, True, True], 1),
+        ([True, False, True, False, True], 2),
+        ([True, False, False, True], 3),
+        ([True, False, False], 3),
+        ([False, True, True], "only blocks [1, 2]"),
+    ],
+)
+def test_the_interval_is_read_off_the_blocks(
+    recomputed: list[bool], every_blocks: int | str | None
+) -> None:
+    assert activation_checkpointing.every_blocks(recomputed) == every_blocks

@@ -29,6 +29,9 @@ OWNED = {
     "torch_autocast": "precision.compute_dtype",
     "communication_data_type": "precision.reduce_dtype",
     "data_types.grad_accum_dtype": "precision.reduce_dtype",
+    "activation_checkpointing": (
+        "trainer.checkpoint_activations_every_blocks and trainer.offload_activations"
+    ),
     "aio": "strategy.aio",
     "checkpoint.use_node_local_storage": "strategy.node_local_checkpoints",
     "zero_allow_untested_optimizer": "the optimizer that every strategy shares",
@@ -126,7 +129,6 @@ FREE: dict[str, set[str] | None] = {
         "recompute_fwd_factor",
         "top_modules",
     },
-    "activation_checkpointing": None,
     "csv_monitor": None,
     "dataloader_drop_last": None,
     "disable_allgather": None,

@@ -46,11 +46,14 @@ def expected(config: RunConfig, world_size: int, total_steps: int) -> dict[str, 
         "clip": trainer.max_grad_norm,
         "optimizer": _expected_optimizer(config),
         "schedule": {"name": SCHEDULES[trainer.lr_scheduler], **schedule},
+        **_recomputed(config),
     }
 
 
 def read_back(trainer: Trainer) -> dict[str, Any]:
     """Return facts read off the live loop."""
+    from train import activation_checkpointing
+
     args = trainer.args
     return {
         "global_batch_size": args.per_device_train_batch_size
@@ -61,6 +64,7 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         "clip": args.max_grad_norm,
         "optimizer": _optimizer(trainer),
         "schedule": _schedule(trainer),
+        **activation_checkpointing.read_back(trainer.model),
     }
 
 
@@ -140,6 +144,18 @@ def _optimizer(trainer: Trainer) -> dict[str, Any]:
 def _seven_digits(value: float) -> float:
     # torchao keeps the rate in an fp32 tensor.
     return float(f"{value:.7g}")
+
+
+def _recomputed(config: RunConfig) -> dict[str, Any]:
+    every_blocks = config.trainer.checkpoint_activations_every_blocks
+    facts: dict[str, Any] = {
+        "checkpoint_activations_every_blocks": every_blocks,
+        "offload_activations": config.trainer.offload_activations,
+    }
+    # Pretrained weights bring their number of blocks along.
+    if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
+        facts["recomputed_blocks"] = 0 if every_blocks is None else math.ceil(layers / every_blocks)
+    return facts
 
 
 def _schedule(trainer: Trainer) -> dict[str, Any]:

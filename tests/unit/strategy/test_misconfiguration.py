@@ -46,6 +46,10 @@ def zero_extra(**extra: Any) -> dict[str, Any]:
     return {"strategy": {**ZERO2, "extra": extra}}
 
 
+def trainer(**fields: Any) -> dict[str, Any]:
+    return {"trainer": {**TREE["trainer"], **fields}}
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     # keys that an engine would ignore, at each level
     ({"strategy": {**ZERO2, "stge": 2}}, "unknown key strategy.stge: did you mean strategy.stage"),
@@ -224,6 +228,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         zero_extra(zero_optimization={"save_muon_momentum_buffer_in_memory": True}),
         "is read by DeepSpeed's own Muon only; set trainer.optimizer=muon",
+    ),
+    # activation checkpointing
+    (trainer(gradient_checkpointing=True), "use trainer.checkpoint_activations_every_blocks"),
+    (trainer(activation_checkpointing=True), "use trainer.checkpoint_activations_every_blocks"),
+    (trainer(cpu_checkpointing=True), "use trainer.offload_activations"),
+    (trainer(checkpoint_activations_every_blocks=0), "every_blocks=0: must be at least 1"),
+    (trainer(checkpoint_activations_every_blocks=3), "=3 is more than model.num_hidden_layers=2"),
+    (trainer(offload_activations=True), "every_blocks=null recomputes none"),
+    (
+        trainer(checkpoint_activations_every_blocks=1, offload_activations=True, compile=True),
+        "which trainer.compile=true cannot trace",
+    ),
+    (
+        zero_extra(activation_checkpointing={"cpu_checkpointing": True}),
+        "activation_checkpointing is decided by trainer.checkpoint_activations_every_blocks",
     ),
     # strategy and ranks
     (
