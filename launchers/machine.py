@@ -15,6 +15,8 @@ from train.config import PrecisionConfig, RunConfig, from_tree
 
 AMPERE = 8.0
 """First compute capability with bf16 and TF32 arithmetic."""
+ADA = 8.9
+"""First compute capability with fp8 arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machin
                 "precision.allow_tf32=true needs a GPU, but the ranks run on cpu; "
                 "choose precision=fp32"
             )
+        if precision.fp8_recipe is not None:
+            problems.append(
+                f"precision.fp8_recipe={precision.fp8_recipe} needs a GPU, but the ranks run on "
+                "cpu; choose precision=bf16"
+            )
         return problems
 
     if not machine.gpus:
@@ -124,7 +131,7 @@ def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machin
             f"machine; choose launcher.nproc_per_node={machine.gpus} or launcher.device=cpu"
         )
     known = [c for c in machine.compute_capabilities[:ranks] if c is not None]
-    oldest = min(known, default=AMPERE)
+    oldest = min(known, default=ADA)
     if oldest < AMPERE and precision.compute_dtype == "bf16":
         problems.append(
             f"precision.compute_dtype=bf16 needs compute capability {AMPERE}, but a GPU here has "
@@ -134,6 +141,11 @@ def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machin
         problems.append(
             f"precision.allow_tf32=true needs compute capability {AMPERE}, but a GPU here has "
             f"{oldest}; choose precision=fp32"
+        )
+    if oldest < ADA and precision.fp8_recipe is not None:
+        problems.append(
+            f"precision.fp8_recipe={precision.fp8_recipe} needs compute capability {ADA}, but a "
+            f"GPU here has {oldest}; choose precision=bf16"
         )
     return problems
 

@@ -119,6 +119,10 @@ def _missing_packages(config: RunConfig) -> list[str]:
     needed = {
         "tracking=tensorboard": ("tensorboard", config.tracking.kind == "tensorboard"),
         "tracking=wandb": ("wandb", config.tracking.kind == "wandb"),
+        f"precision.fp8_recipe={config.precision.fp8_recipe}": (
+            "torchao",
+            config.precision.fp8_recipe is not None,
+        ),
         f"strategy.kind={config.strategy.kind}": ("deepspeed", config.strategy.kind == "zero"),
         "trainer.optimizer=adamw_8bit": ("torchao", config.trainer.optimizer == "adamw_8bit"),
     }

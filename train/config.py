@@ -450,6 +450,10 @@ class PrecisionConfig(Section):
     """The optimizer's running averages."""
     allow_tf32: bool = False
     """Let fp32 matrix products run in TF32 on GPUs that have it."""
+    fp8_recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """Matrix products of the blocks' linear layers in fp8 (torchao, with compute_dtype=bf16):
+    scaled by tensor (fastest), by row, or by row with the weights' gradients in bf16 (most
+    precise); null does none. It gains speed only with trainer.compile=true."""
     initial_loss_scale: PositiveFloat = 65536.0
     """fp16: first factor on the loss, a power of two; it halves on overflow."""
     loss_scale_growth_steps: PositiveInt = 1000
@@ -482,6 +486,11 @@ class PrecisionConfig(Section):
             raise ValueError(
                 "reduce_dtype=bf16 would round the gradients of compute_dtype=fp16; "
                 "set reduce_dtype=fp32"
+            )
+        if self.fp8_recipe is not None and self.compute_dtype != "bf16":
+            raise ValueError(
+                f"fp8_recipe={self.fp8_recipe} takes and gives bf16, but "
+                f"compute_dtype={self.compute_dtype}; set compute_dtype=bf16 or fp8_recipe=null"
             )
         if math.log2(self.initial_loss_scale) % 1:
             raise ValueError(
@@ -775,6 +784,13 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             "trainer.compile=true cannot trace; set one of them to false"
         )
 
+    if model.attention == "flash_attention_2" and config.precision.compute_dtype == "fp32":
+        yield (
+            "model.attention=flash_attention_2 computes in 16 bits only, but "
+            "precision.compute_dtype=fp32; choose precision=bf16 or model.attention=sdpa"
+        )
+    yield from _fp8_contradictions(config)
+
     # The engines know what they can do; they import this module, hence here and not above.
     from train.strategy import engine_of
 
@@ -786,6 +802,27 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             accumulation_steps(config.trainer, world_size)
         except UserError as error:
             yield str(error)
+
+
+def _fp8_contradictions(config: RunConfig) -> Iterator[str]:
+    recipe = config.precision.fp8_recipe
+    if recipe is None:
+        return
+    if config.model.kind == "gpt2":
+        yield (
+            f"precision.fp8_recipe={recipe} converts linear layers, but the blocks of "
+            "model.kind=gpt2 have none (they are transformers' Conv1D); choose precision=bf16 or "
+            "a llama model"
+        )
+    # The gradient of a weight is a product over tokens.
+    tokens = config.trainer.micro_batch_size * config.data.sequence_length
+    if tokens % 16 and recipe != "rowwise_with_gw_hp":
+        yield (
+            f"precision.fp8_recipe={recipe} needs a multiple of 16 tokens in a micro-batch, but "
+            f"trainer.micro_batch_size={config.trainer.micro_batch_size} x "
+            f"data.sequence_length={config.data.sequence_length} = {tokens}; change one of them, "
+            "or set precision.fp8_recipe=rowwise_with_gw_hp"
+        )
 
 
 def accumulation_steps(trainer: TrainerConfig, world_size: int) -> int:
@@ -858,7 +895,9 @@ _ALIASES = {
     "deepspeed": "strategy=zero0, zero1, zero2 or zero3",
     "epochs": "trainer.max_epochs",
     "eval_steps": "trainer.eval_every_steps",
+    "float8": "precision=fp8",
     "fp16": "precision=fp16",
+    "fp8": "precision=fp8",
     "gradient_accumulation_steps": (
         "trainer.global_batch_size: the accumulation steps follow from it, from "
         "trainer.micro_batch_size and from the number of ranks"

@@ -35,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from train import activation_checkpointing
+from train import activation_checkpointing, fp8
 from train.config import (
     BertModel,
     Gpt2Model,
@@ -107,6 +107,7 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
                 model.generation_config = _generation_config(model_config)
     # A cache of keys and values is of no use to a forward pass over whole samples.
     model.config.use_cache = False
+    fp8.convert(model, config)
     if (every_blocks := config.trainer.checkpoint_activations_every_blocks) is not None:
         offload = config.trainer.offload_activations
         activation_checkpointing.enable(model, every_blocks, offload=offload)

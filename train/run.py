@@ -62,7 +62,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     )
 
     trackers, tracked_at = tracker_callbacks(config, run_dir) if rank.index == 0 else ([], None)
-    for callback in [EngineReady(trainer), Metrics(trainer), Progress(console), *trackers]:
+    for callback in [EngineReady(trainer, console), Metrics(trainer), Progress(console), *trackers]:
         trainer.add_callback(callback)
     if rank.index == 0:
         parameters = models.parameter_count(model)

@@ -13,11 +13,12 @@ from train.run import assemble, run
 from train.trainer import Trainer
 
 
-def whole_run(run_dir: Path) -> None:
-    """Do what `python -m train RUN_DIR` does, without its redirection of the terminal."""
-    rank = rank_from_environment()
+def whole_run(run_dir: Path) -> str:
+    """Do what `python -m train RUN_DIR` does; return what this rank prints on the terminal."""
+    rank, console = rank_from_environment(), io.StringIO()
     with join(load(run_dir), rank):
-        run(run_dir, rank, io.StringIO())
+        run(run_dir, rank, console)
+    return console.getvalue()
 
 
 def trained(run_dir: Path, look: Callable[[Trainer], Any]) -> Any:
@@ -126,6 +127,7 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
 
     from train import optimizer
     from train.config import RunConfig
+    from train.models import blocks
     from train.strategy import fsdp, zero
 
     sound_settings, sound_build = zero.settings, optimizer.build
@@ -151,13 +153,20 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
             trainer = assemble(run_dir, rank, io.StringIO())
             if damage == "dtype":
                 torch.nn.Module.to(trainer.model, torch.bfloat16)
+            elif damage == "recomputation":
+                blocks(trainer.model)[1].gradient_checkpointing = True  # type: ignore[assignment]
+            elif damage == "tf32":
+                torch.backends.cuda.matmul.fp32_precision = "tf32"
         replacement = other_optimizer if damage == "momentum" else sound_build
         with mock.patch.object(optimizer, "build", replacement):
             trainer.train()
 
     rank = rank_from_environment()
-    with join(load(run_dir), rank):
-        assemble_and_train()
+    try:
+        with join(load(run_dir), rank):
+            assemble_and_train()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 def trained_with_memory_watched(run_dir: Path) -> dict[str, Any]:
@@ -201,3 +210,49 @@ def _train_and_watch_memory(run_dir: Path, rank: Rank) -> dict[str, Any]:
     trainer.compute_loss = watched  # type: ignore[method-assign]
     trainer.train()
     return {"calls": [n / passes for n in calls], "kept_bytes": kept_bytes / passes}
+
+
+def trained_in_emulated_fp8(run_dir: Path) -> dict[str, Any]:
+    """Train with torchao's fp8 products emulated on a CPU; return the model's layers and names.
+
+    The emulation and the missing GPU are all that is patched.
+    """
+    import dataclasses
+    from unittest import mock
+
+    from train import fp8
+
+    sound_config = fp8.torchao_config
+
+    def emulated(recipe: str) -> Any:
+        return dataclasses.replace(sound_config(recipe), emulate=True)
+
+    def look(trainer: Trainer) -> dict[str, Any]:
+        modules = trainer.model.named_modules()
+        return {
+            "fp8_layers": [n for n, m in modules if type(m).__name__.endswith("Float8Linear")],
+            "parameters": [name for name, _ in trainer.model.named_parameters()],
+        }
+
+    with (
+        mock.patch.object(fp8, "torchao_config", emulated),
+        mock.patch.object(fp8, "_check_device"),
+    ):
+        return trained(run_dir, look)
+
+
+def trained_in_fp16_on_a_cpu(run_dir: Path) -> dict[str, Any]:
+    """Train by DeepSpeed in fp16; return what it scales losses by and in which class.
+
+    torch multiplies fp16 on any CPU, but DeepSpeed refuses it where that is slow: this is patched.
+    """
+    from unittest import mock
+
+    from deepspeed.accelerator import get_accelerator
+
+    def look(trainer: Trainer) -> dict[str, Any]:
+        optimizer = trainer.model_wrapped.optimizer
+        return {"optimizer": type(optimizer).__name__, "loss_scale": float(optimizer.loss_scale)}
+
+    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True):
+        return trained(run_dir, look)

@@ -116,6 +116,21 @@ def test_each_zero_stage_is_the_one_asked_for(
             "dtype",
             r"parameter_dtypes: the config asks for .'float32'., the live engine has .'bfloat16'",
         ),
+        (
+            {"kind": "ddp"},
+            "dtype",
+            r"'compute': 'fp32'.*'moments': 'fp32'., the live engine has .'compute': 'bf16'",
+        ),
+        (
+            {"kind": "fsdp"},
+            "recomputation",
+            r"every_blocks: the config asks for None, the live engine has 'only blocks \[1\]'",
+        ),
+        (
+            {"kind": "ddp"},
+            "tf32",
+            "tf32: the config asks for False, the live engine has True",
+        ),
     ],
 )
 def test_an_engine_that_differs_from_the_config_stops_the_run(

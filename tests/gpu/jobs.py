@@ -43,7 +43,7 @@ def _observe(run_dir: Path, rank: Rank) -> dict[str, Any]:
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "parameter_devices": {p.device.type for p in trainer.model.parameters()},
         "head_dtypes": {str(dtype).removeprefix("torch.") for dtype in head_dtypes},
-        "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "allow_tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
         "loss_scale": loss_scale(trainer),
         "operators": last_step.operators(),
     }

@@ -1,9 +1,9 @@
-"""Stop a run whose live engine is not what the config asks for."""
+"""Stop a run whose live engine is not what the config asks for; say in which precision it runs."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 class EngineReady(TrainerCallback):
-    """Completes the engine once it is built, reads it back and writes engine.json."""
+    """Completes the engine once it is built, reads it back, writes engine.json, says the dtypes."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, console: TextIO) -> None:
         self.trainer = trainer
+        self._console = console
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -26,3 +27,41 @@ class EngineReady(TrainerCallback):
         if state.is_world_process_zero:
             path = trainer.run_dir / "engine.json"
             path.write_text(json.dumps(facts, indent=2) + "\n")
+            print(precision_line(facts), file=self._console)
+
+
+def precision_line(facts: dict[str, Any]) -> str:
+    """Return in one line which number is in which dtype, in the same words for every engine.
+
+    ``facts`` are those of `strategy.verify`. Pure.
+    """
+    name = _NAMES.get(facts["engine"], facts["engine"])
+    if name == "zero":
+        name += str(facts["stage"])
+    ranks = "1 rank" if facts["world_size"] == 1 else f"{facts['world_size']} ranks"
+    precision = facts["precision"]
+    compute = f"{precision['compute']} compute"
+    if facts["fp8_recipe"] is not None:
+        layers = f"{facts['fp8_layers']} linear layers"
+        if facts["fp8_layers_left_out"]:
+            layers += f" ({facts['fp8_layers_left_out']} left out)"
+        compute += f" with {facts['fp8_recipe']} fp8 products in {layers}"
+    elif facts["tf32"]:
+        compute += " with TF32 products"
+    parts = [
+        compute,
+        *([f"{precision['reduction']} reduction"] if precision["reduction"] != "none" else []),
+        f"{precision['master']} master weights",
+        f"{precision['moments']} moments",
+    ]
+    if facts["initial_loss_scale"] is not None:
+        parts.append(f"loss scale {facts['initial_loss_scale']:g}")
+    return f"{name} on {ranks}: {', '.join(parts)}"
+
+
+_NAMES = {
+    "none": "single",
+    "DistributedDataParallel": "ddp",
+    "DeepSpeedEngine": "zero",
+    "FSDP2": "fsdp",
+}

@@ -24,6 +24,7 @@ OWNED = {
     "bfloat16": "precision.compute_dtype",
     "fp16.enabled": "precision.compute_dtype",
     "fp16.initial_scale_power": "precision.initial_loss_scale",
+    "fp16.loss_scale": "precision.initial_loss_scale, from which the scale moves",
     "fp16.loss_scale_window": "precision.loss_scale_growth_steps",
     "amp": "precision.compute_dtype",
     "torch_autocast": "precision.compute_dtype",
@@ -87,7 +88,6 @@ FREE: dict[str, set[str] | None] = {
         "consecutive_hysteresis",
         "fp16_master_weights_and_grads",
         "hysteresis",
-        "loss_scale",
         "min_loss_scale",
     },
     "zero_optimization": {

@@ -267,12 +267,15 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
     from torch.distributed.tensor import DTensor
 
+    from train.strategy import loop
+
     model = trainer.model_wrapped
     found = [m for m in model.modules() if isinstance(m, FSDPModule)]
     groups = [group for unit in found for group in _parameter_groups(unit)]
     parameters = dict(model.named_parameters())
     sharded = {n: p for n, p in parameters.items() if isinstance(p, DTensor)}
     meshes = [p.device_mesh for p in sharded.values()]
+    masters = {p.dtype for p in sharded.values()}
     policies = [group.offload_policy for group in groups]
 
     def dtypes(attribute: str) -> list[str]:
@@ -287,7 +290,7 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         else {},
         "units": len(found),
         "unsharded_parameters": sorted(set(parameters) - set(sharded)),
-        "master_dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in sharded.values()}),
+        "master_dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in masters),
         "compute_dtypes": dtypes("param_dtype"),
         "reduce_dtypes": dtypes("reduce_dtype"),
         "offloaded": bool(policies) and all(isinstance(p, CPUOffloadPolicy) for p in policies),
@@ -300,6 +303,13 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         )
         if len(found) > 1
         else trainer.config.strategy.reshard_after_forward,  # type: ignore[union-attr]
+        "precision": {
+            "compute": loop.in_words(dtypes("param_dtype")),
+            "reduction": loop.in_words(dtypes("reduce_dtype")),
+            "master": loop.in_words(masters),
+            "moments": loop.in_words(loop.moments_dtypes(trainer.innermost_optimizer(), masters)),
+        },
+        **loop.loss_scaling(trainer.accelerator.scaler),
     }
 
 

@@ -9,6 +9,10 @@ from train.config import RunConfig, TrainerConfig, accumulation_steps
 from train.strategy import zero
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
     from train.trainer import Trainer
 
 # Our names of the schedules, and those of transformers.
@@ -47,12 +51,15 @@ def expected(config: RunConfig, world_size: int, total_steps: int) -> dict[str, 
         "optimizer": _expected_optimizer(config),
         "schedule": {"name": SCHEDULES[trainer.lr_scheduler], **schedule},
         **_recomputed(config),
+        **_numerics(config),
     }
 
 
 def read_back(trainer: Trainer) -> dict[str, Any]:
     """Return facts read off the live loop."""
-    from train import activation_checkpointing
+    import torch
+
+    from train import activation_checkpointing, fp8
 
     args = trainer.args
     return {
@@ -65,6 +72,9 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         "optimizer": _optimizer(trainer),
         "schedule": _schedule(trainer),
         **activation_checkpointing.read_back(trainer.model),
+        **fp8.read_back(trainer.model),
+        # Not allow_tf32, which raises where transformers has set this newer name.
+        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
     }
 
 
@@ -156,6 +166,62 @@ def _recomputed(config: RunConfig) -> dict[str, Any]:
     if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
         facts["recomputed_blocks"] = 0 if every_blocks is None else math.ceil(layers / every_blocks)
     return facts
+
+
+def _numerics(config: RunConfig) -> dict[str, Any]:
+    precision = config.precision
+    recipe = precision.fp8_recipe
+    facts: dict[str, Any] = {
+        "precision": {
+            "compute": precision.compute_dtype,
+            "reduction": "none" if config.strategy.kind == "single" else precision.reduce_dtype,
+            "master": precision.master_dtype,
+            "moments": precision.moments_dtype,
+        },
+        "tf32": precision.allow_tf32 and config.launcher.device == "cuda",
+        "fp8_recipe": recipe,
+        "loss_scale_growth_steps": None,
+        "initial_loss_scale": None,
+    }
+    if recipe is not None:
+        facts["fp8_layers_missed"] = 0
+    if precision.compute_dtype == "fp16":
+        facts["loss_scale_growth_steps"] = precision.loss_scale_growth_steps
+        facts["initial_loss_scale"] = precision.initial_loss_scale
+    return facts
+
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def in_words(dtypes: Iterable[Any]) -> str:
+    """Return torch dtypes by our names, several joined by "+". Pure."""
+    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+    return "+".join(_DTYPES.get(name, name) for name in names)
+
+
+def moments_dtypes(optimizer: torch.optim.Optimizer, masters: Iterable[Any]) -> set[Any]:
+    """Return the dtypes of the optimizer's running averages.
+
+    Before the first step there may be none yet; they will take those of the master weights.
+    """
+    averages = {
+        value.dtype
+        for state in optimizer.state.values()
+        for value in state.values()
+        if hasattr(value, "dtype") and value.ndim > 0
+    }
+    return averages or set(masters)
+
+
+def loss_scaling(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
+    """Return the facts of torch's loss scaling, None where losses are not scaled."""
+    if scaler is None or not scaler.is_enabled():
+        return {"initial_loss_scale": None, "loss_scale_growth_steps": None}
+    return {
+        "initial_loss_scale": scaler.get_scale(),
+        "loss_scale_growth_steps": scaler.get_growth_interval(),
+    }
 
 
 def _schedule(trainer: Trainer) -> dict[str, Any]:

@@ -93,10 +93,12 @@ def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
 def read_back(trainer: Trainer) -> dict[str, Any]:
     from torch.nn.parallel import DistributedDataParallel
 
+    from train.strategy import loop
+
     model = trainer.model_wrapped
     is_ddp = isinstance(model, DistributedDataParallel)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    facts = {
+    facts: dict[str, Any] = {
         "engine": "DistributedDataParallel" if is_ddp else "none",
         "world_size": model.process_group.size() if is_ddp else 1,
         "parameter_dtypes": sorted(dtypes),
@@ -107,7 +109,14 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         hook = model._get_ddp_logging_data().get("comm_hook", "")
         compressed = "bf16" in hook or dtypes == {"bfloat16"}
         facts["reduce_dtype"] = "bfloat16" if compressed else "float32"
-    return facts
+    autocast = facts["autocast_dtype"]
+    facts["precision"] = {
+        "compute": autocast if autocast != "no" else loop.in_words(dtypes),
+        "reduction": loop.in_words([facts["reduce_dtype"]]) if is_ddp else "none",
+        "master": loop.in_words(dtypes),
+        "moments": loop.in_words(loop.moments_dtypes(trainer.innermost_optimizer(), dtypes)),
+    }
+    return {**facts, **loop.loss_scaling(trainer.accelerator.scaler)}
 
 
 def after_evaluation(trainer: Trainer) -> None:

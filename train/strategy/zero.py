@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,12 @@ def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"trainer.optimizer={optimizer} {need}, but strategy.stage={stage} flattens the "
             f"parameters into one-dimensional partitions; choose strategy={others}, or "
             "trainer.optimizer=adamw"
+        )
+    if precision.fp8_recipe is not None and stage == 3:
+        yield (
+            f"precision.fp8_recipe={precision.fp8_recipe} under strategy.stage=3 would keep every "
+            "gathered weight until the backward pass; choose strategy=fsdp or zero2, or "
+            "precision=bf16"
         )
     yield from deepspeed_keys.problems(strategy.extra)
 
@@ -407,6 +414,8 @@ def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
 def read_back(trainer: Trainer) -> dict[str, Any]:
     import deepspeed
 
+    from train.strategy import loop
+
     engine = trainer.model_wrapped
     if not isinstance(engine, deepspeed.DeepSpeedEngine):
         return {"engine": type(engine).__name__}
@@ -447,7 +456,35 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         )
     if stage == 3:
         facts["persistence_elements"] = engine.zero_param_persistence_threshold()
-    return facts
+    computed = _most_common_dtype(engine.module)
+    masters = facts.get("master_dtypes") or {m.dtype for m in _replicated_masters(engine).values()}
+    masters = masters or {computed}
+    facts["precision"] = {
+        "compute": loop.in_words([computed]),
+        "reduction": loop.in_words([facts["reduce_dtype"]]),
+        "master": loop.in_words(masters),
+        "moments": loop.in_words(loop.moments_dtypes(trainer.innermost_optimizer(), masters)),
+    }
+    return {**facts, **(loss_scaling(zero) if facts["fp16"] else loop.loss_scaling(None))}
+
+
+def _most_common_dtype(model: torch.nn.Module) -> torch.dtype:
+    # strategy.extra can ask DeepSpeed to keep some modules in fp32.
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        elements[parameter.dtype] += getattr(parameter, "ds_numel", parameter.numel())
+    return elements.most_common(1)[0][0]
+
+
+def loss_scaling(optimizer: Any) -> dict[str, Any]:
+    """Return the facts of DeepSpeed's loss scaling: stage 0 keeps them in a class of its own."""
+    if (config := getattr(optimizer, "loss_scale_config", None)) is not None:
+        scale, window, dynamic = config.cur_scale, config.scale_window, config.dynamic_loss_scale
+    else:
+        scaler = optimizer.loss_scaler
+        scale, window, dynamic = scaler.cur_scale, scaler.scale_window, scaler.dynamic
+    assert dynamic, "fp16.loss_scale=0 asks for it"
+    return {"initial_loss_scale": float(scale), "loss_scale_growth_steps": window}
 
 
 def after_evaluation(trainer: Trainer) -> None:

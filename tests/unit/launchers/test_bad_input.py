@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launchers import machine
+from launchers import machine, preflight
 from launchers.machine import Machine
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 
 shardwright = pytest.fixture(make_shardwright)
 
+FP8 = ("precision=fp8", "model=llama_tiny", "data.sequence_length=64")
 TEXT = ("data=text", "model=gpt2_tiny", "data.sequence_length=32")
 
 
@@ -142,6 +143,30 @@ def test_precision_that_an_old_gpu_lacks(
     on(monkeypatch, Machine(compute_capabilities=(7.5,)))
     message = refused(shardwright, f"precision={precision}")
     assert "needs compute capability 8.0, but a GPU here has 7.5" in message
+
+
+@pytest.mark.parametrize(
+    ("here", "message"),
+    [
+        (Machine(), "fp8_recipe=tensorwise needs a GPU, but the ranks run on cpu"),
+        (
+            Machine(compute_capabilities=(8.9, 8.6)),
+            "fp8_recipe=tensorwise needs compute capability 8.9, but a GPU here has 8.6",
+        ),
+    ],
+)
+def test_fp8_where_the_machine_lacks_it(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch, here: Machine, message: str
+) -> None:
+    on(monkeypatch, here)
+    assert message in refused(shardwright, *FP8)
+
+
+def test_fp8_without_torchao(shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, Machine(compute_capabilities=(9.0,)))
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda package: None)
+    message = refused(shardwright, *FP8)
+    assert "precision.fp8_recipe=tensorwise needs the package torchao" in message
 
 
 def test_more_ranks_than_gpus(shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch) -> None:

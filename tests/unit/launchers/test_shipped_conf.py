@@ -29,6 +29,7 @@ COMPANIONS = {
     "data/text": ["data.paths=[corpus.txt]"],
     "model/pretrained": ["model.name=some/model", "tokenizer=pretrained", "tokenizer.name=a/b"],
     "objective/mlm": ["model=roberta_tiny"],
+    "precision/fp8": ["model=llama_tiny"],
     "strategy/zero3_nvme": ["strategy.nvme_path=/disk"],
     "tokenizer/pretrained": ["tokenizer.name=some/tokenizer"],
 }

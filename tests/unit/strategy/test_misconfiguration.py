@@ -39,6 +39,8 @@ CPU3 = {**ZERO3, "offload_optimizer": "cpu"}
 BF16 = {"compute_dtype": "bf16"}
 MUON = {"optimizer": "muon"}
 OWN_ADAM = {"offload_optimizer": "cpu", "cpu_adam": "deepspeed"}
+FP8 = {**BF16, "fp8_recipe": "tensorwise"}
+LLAMA = {**TREE["model"], "kind": "llama", "num_key_value_heads": 2}
 PURE = {**BF16, "reduce_dtype": "bf16", "master_dtype": "bf16", "moments_dtype": "bf16"}
 
 
@@ -229,6 +231,24 @@ BAD: list[tuple[dict[str, Any], str]] = [
         zero_extra(zero_optimization={"save_muon_momentum_buffer_in_memory": True}),
         "is read by DeepSpeed's own Muon only; set trainer.optimizer=muon",
     ),
+    (
+        {"model": {**TREE["model"], "attention": "flash_attention_2"}},
+        "attention=flash_attention_2 computes in 16 bits only, but precision.compute_dtype=fp32",
+    ),
+    (zero_extra(fp16={"loss_scale": 128}), "is decided by precision.initial_loss_scale"),
+    ({"precision": {"fp8_recipe": "tensorwise"}}, "but compute_dtype=fp32; set compute_dtype=bf16"),
+    ({"precision": {**BF16, "fp8_recipe": "blockwise"}}, "must be tensorwise, rowwise"),
+    ({"precision": {**BF16, "fp8": True}}, "unknown key precision.fp8: use precision=fp8"),
+    ({"precision": FP8}, "fp8_recipe=tensorwise converts linear layers, but the blocks of model"),
+    ({"precision": FP8, "model": LLAMA, "strategy": ZERO3}, "keep every gathered weight"),
+    (
+        {
+            "precision": FP8,
+            "model": LLAMA,
+            "data": {"kind": "stdlib", "sequence_length": 63},
+        },
+        "micro_batch_size=8 x data.sequence_length=63 = 504; change one of them",
+    ),
     # activation checkpointing
     (trainer(gradient_checkpointing=True), "use trainer.checkpoint_activations_every_blocks"),
     (trainer(activation_checkpointing=True), "use trainer.checkpoint_activations_every_blocks"),
@@ -266,6 +286,7 @@ def test_the_tree_that_the_table_breaks_is_sound() -> None:
     from_tree({**TREE, "precision": PURE, "strategy": {**ZERO2, **OWN_ADAM}})
     for name in ("muon", "adafactor", "adamw_8bit"):
         from_tree({**TREE, "trainer": {**TREE["trainer"], "optimizer": name}})
+    from_tree({**TREE, "precision": FP8, "model": LLAMA})
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:50] for _, message in BAD])

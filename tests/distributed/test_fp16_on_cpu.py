@@ -1,0 +1,51 @@
+"""DeepSpeed's fp16, its loss scaling included, on real ranks without a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.jobs import trained_in_fp16_on_a_cpu, whole_run
+from tests.distributed.test_parity import STRATEGIES, curve
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
+def test_the_loss_scale_starts_where_the_config_says_and_grows(
+    strategy: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = STRATEGIES[strategy]
+    tree["trainer"]["max_steps"] = 6
+    fp32 = frozen_run(tree)
+    ranks(2)(whole_run, fp32)
+    # Low enough that no step overflows.
+    tree["precision"] = {
+        "compute_dtype": "fp16",
+        "initial_loss_scale": 2.0**9,
+        "loss_scale_growth_steps": 4,
+    }
+    fp16 = frozen_run(tree)
+
+    seen = ranks(2)(trained_in_fp16_on_a_cpu, fp16)[0]
+
+    assert seen["loss_scale"] == 2.0**10
+    facts = json.loads((fp16 / "engine.json").read_text())
+    assert facts["initial_loss_scale"] == 2.0**9
+    assert facts["loss_scale_growth_steps"] == 4
+    assert facts["precision"] == {
+        "compute": "fp16",
+        "reduction": "fp32",
+        "master": "fp32",
+        "moments": "fp32",
+    }
+    assert curve(fp16) == pytest.approx(curve(fp32), abs=2e-3)
+    assert curve(fp16) != curve(fp32), "nothing ran in fp16"

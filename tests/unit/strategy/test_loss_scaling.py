@@ -1,0 +1,39 @@
+"""The loss scaling is read off the scaler that runs, torch's or DeepSpeed's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from train.strategy import loop, zero
+
+FACTS = {"initial_loss_scale": 4096.0, "loss_scale_growth_steps": 7}
+
+
+def test_torch() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0, growth_interval=7)
+    assert loop.loss_scaling(scaler) == FACTS
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", enabled=False)])
+def test_losses_that_are_not_scaled(scaler: torch.amp.GradScaler | None) -> None:
+    assert set(loop.loss_scaling(scaler).values()) == {None}
+
+
+@pytest.mark.parametrize("stage_0", [True, False])
+def test_deepspeed(stage_0: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, LossScaleConfig
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+
+    section = DeepSpeedFP16Config(enabled=True, initial_scale_power=12, loss_scale_window=7)
+    scaling = {"static_loss_scale": 0, "dynamic_loss_args": section.dynamic_loss_scale_args()}
+    if stage_0:
+        config = LossScaleConfig(torch.float16, dynamic_loss_scale=True, **scaling)
+        optimizer = SimpleNamespace(loss_scale_config=config)
+    else:
+        scaler = CreateLossScaler(torch.float16, dynamic_scaling=True, **scaling)
+        optimizer = SimpleNamespace(loss_scaler=scaler)
+    assert zero.loss_scaling(optimizer) == FACTS
