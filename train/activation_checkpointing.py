@@ -71,7 +71,8 @@ def read_back(model: PreTrainedModel) -> dict[str, Any]:
         ),
         "recomputed_blocks": len(switched),
         "offload_activations": any(
-            block._gradient_checkpointing_func is recompute_from_host for block in switched
+            getattr(block, "_gradient_checkpointing_func", None) is recompute_from_host
+            for block in switched
         ),
     }
 

@@ -74,8 +74,8 @@ def test_the_blocks_layers_multiply_in_fp8_and_the_loss_stays_near_bf16(
         f"model.layers.{i}.{name}" for i in range(2) for name in ATTENTION
     ]
     assert seen["parameters"] == names
-    # e4m3 keeps 4 bits of mantissa, bf16 8; the losses here are near 6.
-    assert curve(run_dir) == pytest.approx(curve(bf16), abs=2e-2)
+    # e4m3 keeps 4 bits of mantissa where bf16 keeps 8; their roundings average out in a loss near 6.
+    assert curve(run_dir) == pytest.approx(curve(bf16), abs=5e-3)
     assert curve(run_dir) != curve(bf16), "nothing ran in fp8"
 
     facts = json.loads((run_dir / "engine.json").read_text())

@@ -29,5 +29,7 @@ def skip_where_lacking() -> Callable[[str, PrecisionConfig], None]:
     def skip(device: str, precision: PrecisionConfig) -> None:
         if problems := machine.lacking(device, 1, precision, here):
             pytest.skip("; ".join(problems))
+        if precision.fp8_recipe is not None:
+            pytest.importorskip("torchao", reason="precision=fp8 needs the extra torchao")
 
     return skip

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from tests.distributed.jobs import trained
 from train.config import load
 from train.rank import Rank, join, rank_from_environment
 from train.run import assemble
@@ -47,6 +48,20 @@ def _observe(run_dir: Path, rank: Rank) -> dict[str, Any]:
         "loss_scale": loss_scale(trainer),
         "operators": last_step.operators(),
     }
+
+
+def state_devices(run_dir: Path) -> set[str]:
+    """Train; return where the optimizer's running averages are."""
+
+    def look(trainer: Trainer) -> set[str]:
+        return {
+            value.device.type
+            for state in trainer.innermost_optimizer().state.values()
+            for value in state.values()
+            if torch.is_tensor(value) and value.ndim > 0
+        }
+
+    return trained(run_dir, look)
 
 
 class LastStepProfiler(TrainerCallback):
