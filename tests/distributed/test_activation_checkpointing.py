@@ -29,7 +29,7 @@ def test_the_asked_blocks_recompute_and_learn_the_same(
         tree["strategy"] = STRATEGIES[strategy]
         tree["model"] |= {"num_hidden_layers": 3, "dropout": 0.1, "attention_dropout": 0.1}
         tree["trainer"] |= {
-            "max_steps": 5,
+            "max_steps": 3,
             "checkpoint_activations_every_blocks": every_blocks,
             "offload_activations": offload,
         }

@@ -74,10 +74,23 @@ def test_the_blocks_layers_multiply_in_fp8_and_the_loss_stays_near_bf16(
         f"model.layers.{i}.{name}" for i in range(2) for name in ATTENTION
     ]
     assert seen["parameters"] == names
-    # e4m3 keeps 4 bits of mantissa where bf16 keeps 8; their roundings average out in a loss near 6.
+    # e4m3 keeps 4 bits of mantissa, bf16 8; roundings average out in a loss near 6.
     assert curve(run_dir) == pytest.approx(curve(bf16), abs=5e-3)
     assert curve(run_dir) != curve(bf16), "nothing ran in fp8"
 
     facts = json.loads((run_dir / "engine.json").read_text())
     assert facts["fp8_recipe"] == recipe
     assert (facts["fp8_layers"], facts["fp8_layers_left_out"]) == (8, 6)
+
+
+def test_recomputing_blocks_changes_nothing(
+    tiny_tree: Tree, frozen_run: Freeze, ranks: Pools
+) -> None:
+    curves = []
+    for every_blocks in (None, 1):
+        tree = llama_tree(tiny_tree, "fsdp", "tensorwise")
+        tree["trainer"] |= {"max_steps": 4, "checkpoint_activations_every_blocks": every_blocks}
+        run_dir = frozen_run(tree)
+        ranks(2)(trained_in_emulated_fp8, run_dir)
+        curves.append((curve(run_dir), curve(run_dir, "grad_norm")))
+    assert curves[0] == curves[1]

@@ -53,7 +53,10 @@ class Engine(Protocol):
         """Return the facts that `read_back` must find. Pure."""
 
     def read_back(self, trainer: Trainer) -> dict[str, Any]:
-        """Return facts read off the live engine, after it is built."""
+        """Return facts read off the live engine, after it is built.
+
+        Among them are ``precision`` and the loss scaling, in the words of `loop.expected`.
+        """
 
     def after_evaluation(self, trainer: Trainer) -> None:
         """Bring back the state between two steps, after forward passes without a backward."""
