@@ -471,7 +471,7 @@ def test_roberta_needs_a_padding_token(tokenizer: PreTrainedTokenizerFast) -> No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be installed here")
 def test_flash_attention_on_a_cpu_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = composed("gpt2_tiny", "model.attention=flash_attention_2")
+    config = composed("gpt2_tiny", "model.attention=flash_attention_2", "precision=bf16")
     with pytest.raises(UserError, match=r"choose model\.attention=sdpa"):
         build(config, tokenizer)
 
