@@ -176,7 +176,9 @@ def _numerics(config: RunConfig) -> dict[str, Any]:
             "compute": precision.compute_dtype,
             "reduction": "none" if config.strategy.kind == "single" else precision.reduce_dtype,
             "master": precision.master_dtype,
-            "moments": precision.moments_dtype,
+            "moments": "8-bit"
+            if config.trainer.optimizer == "adamw_8bit"
+            else precision.moments_dtype,
         },
         "tf32": precision.allow_tf32 and config.launcher.device == "cuda",
         "fp8_recipe": recipe,
@@ -204,7 +206,10 @@ def moments_dtypes(optimizer: torch.optim.Optimizer, masters: Iterable[Any]) -> 
     """Return the dtypes of the optimizer's running averages.
 
     Before the first step there may be none yet; they will take those of the master weights.
+    torchao's 8-bit ones are tensors of a class of their own.
     """
+    if type(optimizer).__name__ == "AdamW8bit":
+        return {"8-bit"}
     averages = {
         value.dtype
         for state in optimizer.state.values()
