@@ -48,6 +48,10 @@ def build(
                 "trainer.optimizer=adamw_8bit needs the package torchao, which is not installed; "
                 "`pip install torchao`"
             ) from None
+        # torchao compiles its step. torch 2.13 finds compiled code of an earlier process by what
+        # does not tell the ranks' local shapes apart (torch/_functorch/_aot_autograd/
+        # autograd_cache.py): under FSDP the second run on a machine learned something else.
+        torch._functorch.config.enable_autograd_cache = False
         return AdamW8bit(groups, **_adamw_settings(config))
     if zero.has_own_adam(config):
         moments_dtype = config.precision.moments_dtype

@@ -119,6 +119,13 @@ def _bits_of(optimizer: Any) -> dict[str, Any]:
     }
 
 
+def forget_compiled_code() -> None:
+    """Have torch.compile start anew, as in a new process."""
+    import torch
+
+    torch.compiler.reset()
+
+
 def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
     """Train with settings that were changed behind the config's back, as a silent fallback does."""
     from unittest import mock

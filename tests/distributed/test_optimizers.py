@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.distributed.jobs import (
+    forget_compiled_code,
     state_through_dcp,
     state_through_zero0,
     trained_with_broken_engine,
@@ -117,6 +118,18 @@ def test_two_ranks_learn_what_one_rank_learns(
     assert optimizer["class"] == CLASSES[name]
     rates = {part["peak_learning_rate"] for part in optimizer["algorithms"].values()}
     assert rates == {OPTIMIZERS[name].get("learning_rate", 1e-3)}
+
+
+@needs_torchao
+def test_compiled_code_of_an_earlier_run_is_not_taken_for_another_rank(
+    new_run: Run, ranks: Callable[[int], Any], alone: dict[tuple[str, str], list[float]]
+) -> None:
+    expected = losses_of_one_rank("adamw_8bit", "mlm", new_run, ranks, alone)
+    for _ in range(2):
+        run_dir = new_run("adamw_8bit", STRATEGIES["fsdp"], "mlm")
+        ranks(2)(forget_compiled_code)  # what is on disk stays
+        ranks(2)(whole_run, run_dir)
+        assert curve(run_dir) == pytest.approx(expected, abs=1e-4)
 
 
 def test_muon_gathers_uneven_shards_of_a_hybrid_mesh(
