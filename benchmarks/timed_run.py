@@ -25,6 +25,7 @@ from train.config import RunConfig, accumulation_steps
 from train.data.loader import train_loader
 from train.rank import join, rank_from_environment
 from train.run import assemble, total_steps
+from train.strategy import replicated
 
 
 class Clock(transformers.TrainerCallback):
@@ -113,8 +114,9 @@ def stock_trainer(config: RunConfig, run_dir: Path) -> transformers.Trainer:
         report_to="none",
         disable_tqdm=True,
     )
+    model, values = models.build(config, prepared.tokenizer)
     return transformers.Trainer(
-        model=models.build(config, prepared.tokenizer),
+        model=replicated.shard(model, values, config),
         args=args,
         train_dataset=StockSamples(
             loader.dataset, [key for batch in loader.batch_sampler for key in batch]

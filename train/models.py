@@ -1,4 +1,4 @@
-"""From a size preset or a pretrained name to an fp32 model with its objective's head."""
+"""From a size preset or a pretrained name to a model with its objective's head, and its weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,7 +27,6 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -49,6 +47,9 @@ from train.config import (
     ScratchModel,
 )
 from train.errors import UserError
+from train.logs import log
+from train.pretrained import CannotStream, streamed, weight_files
+from train.weights import Values, emptied, initialized
 
 _MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "bert": BertForMaskedLM,
@@ -75,14 +76,12 @@ _POSITIONS_START_AFTER_PADDING = {
 }
 
 
-def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the run's model in fp32, in training mode, compiled and recomputing if asked for.
+def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, Values]:
+    """Return the run's model, in training mode and without values, and its parameters' fp32 values.
 
-    From scratch, the weights are a function of the config and ``config.seed`` alone: the same on
-    every rank and under every strategy, whatever was drawn before. Under ZeRO-3 the model comes
-    partitioned, in the dtype that DeepSpeed computes in; `TrainingArguments` and DeepSpeed's own
-    process group must exist then, and one whole fp32 copy of the model passes through the first
-    rank's host memory.
+    The parameters are on the meta device: `Engine.shard` gives each rank its part of them. From
+    scratch, the values are a function of the config and ``config.seed`` alone; pretrained ones are
+    read tensor by tensor, where that is possible. The model compiles and recomputes if asked for.
 
     Raises UserError where the tokenizer or the samples do not fit the model, a pretrained model
     cannot be loaded or has no head for the objective, or flash attention is not installed.
@@ -97,14 +96,14 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     if isinstance(section, PretrainedModel):
         _check_head(section, model_config, config.objective)
     _check_sizes(config, model_config, tokenizer)
-    with _seeded(config.seed):
-        if isinstance(section, PretrainedModel):
-            model = _load_pretrained(section, model_config, config.objective)
-        else:
-            assert section.causal == (config.objective.kind == "clm"), "checked in RunConfig"
-            model = _initialize(_MODEL_CLASSES[section.kind], model_config)
-            if section.causal:
-                model.generation_config = _generation_config(model_config)
+    if isinstance(section, PretrainedModel):
+        model, values = _load_pretrained(section, model_config, config.objective, config.seed)
+    else:
+        assert section.causal == (config.objective.kind == "clm"), "checked in RunConfig"
+        model_class = _MODEL_CLASSES[section.kind]
+        model, values = initialized(lambda: model_class(model_config), config.seed)
+        if section.causal:
+            model.generation_config = _generation_config(model_config)
     # A cache of keys and values is of no use to a forward pass over whole samples.
     model.config.use_cache = False
     fp8.convert(model, config)
@@ -113,7 +112,7 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
         activation_checkpointing.enable(model, every_blocks, offload=offload)
     if config.trainer.compile:
         compile_blocks(model)
-    return model.train()
+    return model.train(), values
 
 
 def transformers_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -222,26 +221,6 @@ def compile_blocks(model: PreTrainedModel) -> None:
 # --- from scratch -------------------------------------------------------------------------------
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from a CPU generator at ``seed``, and leave the caller's as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def _initialize(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    if not is_deepspeed_zero3_enabled():
-        return model_class(config)
-    # transformers' own initialisation under ZeRO-3 draws in another order and on the accelerator,
-    # and in 5.17 it misses weights that a parent module scales (the residual projections of
-    # GPT-2 and ModernBERT). So the first rank draws as everywhere else, and loading partitions.
-    with torch.device("cpu" if dist.get_rank() == 0 else "meta"):
-        whole = model_class(config)
-    weights = dict(whole.named_parameters(remove_duplicate=False))
-    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
-
-
 def _shared(model: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what transformers calls by one name in every architecture."""
     shared: dict[str, Any] = {
@@ -286,17 +265,45 @@ def _pretrained_config(model: PretrainedModel) -> PreTrainedConfig:
 
 
 def _load_pretrained(
-    model: PretrainedModel, config: PreTrainedConfig, objective: ObjectiveConfig
-) -> PreTrainedModel:
+    model: PretrainedModel, config: PreTrainedConfig, objective: ObjectiveConfig, seed: int
+) -> tuple[PreTrainedModel, Values]:
     auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
+    as_asked: dict[str, Any] = {
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": model.attention,
+        "dtype": torch.float32,
+    }
     with _loading(model):
-        return auto_class.from_pretrained(
-            model.name,
-            config=config,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            attn_implementation=model.attention,
-            dtype=torch.float32,
+        try:
+            built, values = streamed(
+                lambda: auto_class.from_config(config, **as_asked),
+                weight_files(model.name, model.revision, config),
+                seed,
+            )
+        except CannotStream as reason:
+            log.warning(
+                "model.name=%s is loaded whole on every rank, not one tensor at a time: %s",
+                model.name,
+                reason,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                whole = auto_class.from_pretrained(
+                    model.name, config=config, revision=model.revision, **as_asked
+                )
+            return emptied(whole)
+        if built.can_generate():
+            built.generation_config = _pretrained_generation_config(model)
+    return built, values
+
+
+def _pretrained_generation_config(model: PretrainedModel) -> GenerationConfig:
+    revision = model.revision or "main"
+    try:
+        return GenerationConfig.from_pretrained(model.name, revision=revision)
+    except OSError:  # older models keep theirs among their config
+        return GenerationConfig.from_pretrained(
+            model.name, "config.json", revision=revision, _from_model_config=True
         )
 
 

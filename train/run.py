@@ -48,9 +48,11 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         config.objective.prompts, prepared.tokenizer, masked=config.objective.kind == "mlm"
     )
 
-    # The arguments come before the model, which ZeRO-3 shards by them while it is built.
+    # The model comes before the arguments: while those live, transformers builds whatever it builds
+    # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
+    model, values = models.build(config, prepared.tokenizer)
     args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=steps)
-    model = engine_of(config).shard(models.build(config, prepared.tokenizer), config)
+    model = engine_of(config).shard(model, values, config)
     place = {"rank": rank.index, "world_size": rank.world_size}
     trainer = Trainer(
         config,

@@ -135,7 +135,7 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
     from train import optimizer
     from train.config import RunConfig
     from train.models import blocks
-    from train.strategy import fsdp, zero
+    from train.strategy import fsdp, replicated, zero
 
     sound_settings, sound_build = zero.settings, optimizer.build
 
@@ -154,7 +154,7 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
             ):
                 trainer = assemble(run_dir, rank, io.StringIO())
         elif damage == "fall_back_to_ddp":
-            with mock.patch.object(fsdp, "shard", lambda model, config: model):
+            with mock.patch.object(fsdp, "shard", replicated.shard):
                 trainer = assemble(run_dir, rank, io.StringIO())
         else:
             trainer = assemble(run_dir, rank, io.StringIO())

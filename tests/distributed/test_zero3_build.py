@@ -12,7 +12,7 @@ import torch
 from train import data, models
 from train.config import load
 from train.rank import join, rank_from_environment
-from train.trainer import training_arguments
+from train.strategy import replicated, zero
 
 pytestmark = pytest.mark.distributed
 
@@ -26,12 +26,9 @@ def compare_builds(run_dir: Path) -> dict[str, Any]:
     config, rank = load(run_dir), rank_from_environment()
     with join(config, rank):
         tokenizer = data.prepare(config, run_dir).tokenizer
-        whole = models.build(config, tokenizer)
-        # From here on, and as long as these live, transformers builds into shards.
-        args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=1)
+        whole = replicated.shard(*models.build(config, tokenizer), config)
         torch.manual_seed(100 + rank.index)  # what was drawn before must not matter
-        sharded = models.build(config, tokenizer)
-        del args
+        sharded = zero.shard(*models.build(config, tokenizer), config)
 
         differing = []
         parameters: dict[str, Any] = dict(sharded.named_parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from train.models import (
     parameter_count,
     transformers_config,
 )
+from train.weights import materialize
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")
@@ -96,9 +98,16 @@ def composed(model: str, *overrides: str, objective: str | None = None) -> RunCo
     return from_tree({str(key): value for key, value in values.items()})
 
 
-def built_on_meta(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    with torch.device("meta"):
-        return build(config, tokenizer)
+def on_meta(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    model, _ = build(config, tokenizer)
+    return model
+
+
+def whole(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    model, values = build(config, tokenizer)
+    for _ in materialize(model, values):
+        pass
+    return model
 
 
 # --- presets ------------------------------------------------------------------------------------
@@ -111,7 +120,7 @@ def test_preset_has_as_many_parameters_as_its_first_line_says(
     first_line = (CONF / "model" / f"{preset}.yaml").read_text().splitlines()[0]
     found = re.fullmatch(r"# .+: ([\d,]+) parameters\.", first_line)
     assert found, first_line
-    model = built_on_meta(composed(preset), tokenizer)
+    model = on_meta(composed(preset), tokenizer)
     assert f"{parameter_count(model):,}" == found[1]
 
 
@@ -144,12 +153,12 @@ def test_preset_spells_out_every_key_so_that_each_can_be_overridden(preset: str)
 def test_preset_has_the_published_size(
     preset: str, published: int, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert parameter_count(built_on_meta(composed(preset), tokenizer)) == published
+    assert parameter_count(on_meta(composed(preset), tokenizer)) == published
 
 
 def test_kantaibert_is_the_published_one(tokenizer: PreTrainedTokenizerFast) -> None:
     config = composed("kantaibert")
-    model = built_on_meta(config, tokenizer)
+    model = on_meta(config, tokenizer)
     assert parameter_count(model) == 83_504_416
     assert len(list(model.parameters())) == 106
     assert config.model.pad_vocab_to_multiple is None  # type: ignore[union-attr]
@@ -163,7 +172,7 @@ def test_kantaibert_is_the_published_one(tokenizer: PreTrainedTokenizerFast) -> 
 def test_vocabulary_is_padded_only_where_asked(
     override: str, rows: int, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    model = built_on_meta(composed("gpt2_small", override), tokenizer)
+    model = on_meta(composed("gpt2_small", override), tokenizer)
     assert model.get_input_embeddings().weight.shape == (rows, 768)
 
 
@@ -201,10 +210,10 @@ def test_modernbert_attends_globally_in_every_third_layer(
 
 def test_weights_are_a_function_of_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(1)
-    first = build(composed("gpt2_tiny", *SHRUNK, "seed=7"), tokenizer).state_dict()
+    first = whole(composed("gpt2_tiny", *SHRUNK, "seed=7"), tokenizer).state_dict()
     torch.manual_seed(2)
-    again = build(composed("gpt2_tiny", *SHRUNK, "seed=7"), tokenizer).state_dict()
-    other = build(composed("gpt2_tiny", *SHRUNK, "seed=8"), tokenizer).state_dict()
+    again = whole(composed("gpt2_tiny", *SHRUNK, "seed=7"), tokenizer).state_dict()
+    other = whole(composed("gpt2_tiny", *SHRUNK, "seed=8"), tokenizer).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     name = "transformer.h.0.attn.c_attn.weight"
     assert not torch.equal(first[name], other[name])
@@ -216,7 +225,7 @@ def test_building_draws_nothing_from_the_callers_generator(
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    build(composed("llama_tiny", *SHRUNK), tokenizer)
+    whole(composed("llama_tiny", *SHRUNK), tokenizer)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -224,7 +233,7 @@ def test_building_draws_nothing_from_the_callers_generator(
 def test_model_is_fp32_and_in_training_mode(
     preset: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    model = build(composed(preset, *SHRUNK), tokenizer)
+    model = whole(composed(preset, *SHRUNK), tokenizer)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.training
     assert not model.config.use_cache
@@ -233,7 +242,7 @@ def test_model_is_fp32_and_in_training_mode(
 def test_generation_ends_at_the_last_position(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    model = build(composed("gpt2_tiny", *SHRUNK), tokenizer)
+    model = whole(composed("gpt2_tiny", *SHRUNK), tokenizer)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     # Left alone, the pipeline would go on for 256 tokens, beyond the learned positions.
@@ -254,7 +263,7 @@ def test_generation_ends_at_the_last_position(
 def test_blocks_are_the_layers(
     preset: str, block_class: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    found = blocks(built_on_meta(composed(preset, *SHRUNK), tokenizer))
+    found = blocks(on_meta(composed(preset, *SHRUNK), tokenizer))
     assert [type(block).__name__ for block in found] == [block_class] * 3
 
 
@@ -285,7 +294,7 @@ def test_the_asked_blocks_recompute_and_keep_the_gradients(
     tokens = torch.randint(5, 261, (2, 16), generator=torch.Generator().manual_seed(0))
 
     def trained_once(recompute: bool) -> tuple[list[int], dict[str, torch.Tensor | None]]:
-        model = build(config, tokenizer)
+        model = whole(config, tokenizer)
         if recompute:
             activation_checkpointing.enable(model, every_blocks, offload=offload)
         forwards: list[int] = []
@@ -311,7 +320,7 @@ def test_compiled_blocks_give_the_same_gradients_and_names(
 ) -> None:
     config = composed("gpt2_tiny", *SHRUNK)
     tokens = torch.randint(5, 261, (2, 16))
-    plain, compiled = build(config, tokenizer), build(config, tokenizer)
+    plain, compiled = whole(config, tokenizer), whole(config, tokenizer)
     if recompute:
         activation_checkpointing.enable(compiled, 2, offload=False)
     compile_blocks(compiled)
@@ -363,10 +372,45 @@ def test_pretrained_weights_are_loaded_in_fp32(
 ) -> None:
     saved = GPT2LMHeadModel(TINY_GPT2).bfloat16()
     saved.save_pretrained(tmp_path)
-    model = build(from_directory(tmp_path, "clm"), tokenizer)
+    model = whole(from_directory(tmp_path, "clm"), tokenizer)
     assert model.training
     assert model.lm_head.weight.dtype == torch.float32
     assert torch.equal(model.lm_head.weight, saved.lm_head.weight.float())
+
+
+def test_weights_that_cannot_be_streamed_are_loaded_whole_and_the_log_says_so(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = GPT2LMHeadModel(TINY_GPT2)
+    saved.config.save_pretrained(tmp_path)
+    torch.save(
+        saved.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
+    with caplog.at_level(logging.WARNING, "train"):
+        model, values = build(from_directory(tmp_path, "clm"), tokenizer)
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "train"]
+    assert message.startswith(
+        f"model.name={tmp_path} is loaded whole on every rank, not one tensor"
+    )
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(values[name](), parameter)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_generation_settings_of_a_pretrained_model_are_kept(
+    own: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    saved = GPT2LMHeadModel(TINY_GPT2)
+    saved.generation_config.top_k = 7
+    saved.save_pretrained(tmp_path)
+    if not own:
+        (tmp_path / "generation_config.json").unlink()
+    expected = GPT2LMHeadModel.from_pretrained(tmp_path).generation_config
+    assert expected.top_k == (7 if own else None)
+    found = on_meta(from_directory(tmp_path, "clm"), tokenizer).generation_config
+    assert found.to_diff_dict() == expected.to_diff_dict()
 
 
 def test_unknown_name_says_what_to_do_without_network(
@@ -375,7 +419,7 @@ def test_unknown_name_says_what_to_do_without_network(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = composed("pretrained", "model.name=nobody/nothing", objective="clm")
     with pytest.raises(UserError, match=r"model\.name=nobody/nothing cannot be loaded") as error:
-        build(config, tokenizer)
+        whole(config, tokenizer)
     assert "hf download nobody/nothing --local-dir DIR" in str(error.value)
 
 
@@ -384,7 +428,7 @@ def test_directory_without_weights_is_an_error(
 ) -> None:
     TINY_GPT2.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no complete model directory"):
-        build(from_directory(tmp_path, "clm"), tokenizer)
+        whole(from_directory(tmp_path, "clm"), tokenizer)
 
 
 def test_code_that_comes_with_weights_is_not_run_unasked(
@@ -394,7 +438,7 @@ def test_code_that_comes_with_weights_is_not_run_unasked(
         '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}'
     )
     with pytest.raises(UserError, match=r"set model\.trust_remote_code=true"):
-        build(from_directory(tmp_path, "clm"), tokenizer)
+        whole(from_directory(tmp_path, "clm"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +460,7 @@ def test_architecture_without_the_objectives_head_is_an_error(
 ) -> None:
     saved.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
-        build(from_directory(tmp_path, objective), tokenizer)
+        whole(from_directory(tmp_path, objective), tokenizer)
 
 
 def test_model_of_another_kind_is_an_error(
@@ -424,7 +468,7 @@ def test_model_of_another_kind_is_an_error(
 ) -> None:
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"architecture vit, which has no head .* another model$"):
-        build(from_directory(tmp_path, "mlm"), tokenizer)
+        whole(from_directory(tmp_path, "mlm"), tokenizer)
 
 
 def test_samples_longer_than_the_weights_positions_are_an_error(
@@ -439,9 +483,9 @@ def test_samples_longer_than_the_weights_positions_are_an_error(
             max_position_embeddings=66,
         )
     ).save_pretrained(tmp_path)
-    assert build(from_directory(tmp_path, "mlm", "data.sequence_length=64"), tokenizer)
+    assert whole(from_directory(tmp_path, "mlm", "data.sequence_length=64"), tokenizer)
     with pytest.raises(UserError, match=r"data\.sequence_length=65 .* set .*=64 or less"):
-        build(from_directory(tmp_path, "mlm", "data.sequence_length=65"), tokenizer)
+        whole(from_directory(tmp_path, "mlm", "data.sequence_length=65"), tokenizer)
 
 
 def test_tokenizer_with_more_tokens_than_the_embedding_is_an_error(
@@ -449,7 +493,7 @@ def test_tokenizer_with_more_tokens_than_the_embedding_is_an_error(
 ) -> None:
     GPT2Config(vocab_size=100).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"261 tokens .* only 100 rows; choose the tokenizer that"):
-        build(from_directory(tmp_path, "clm"), tokenizer)
+        whole(from_directory(tmp_path, "clm"), tokenizer)
 
 
 # --- other bad input ----------------------------------------------------------------------------
@@ -460,26 +504,26 @@ def test_foreign_tokenizer_larger_than_the_preset_names_the_size_to_set(
 ) -> None:
     config = composed("gpt2_tiny", "tokenizer.vocab_size=null", "model.vocab_size=260", *SHRUNK[1:])
     with pytest.raises(UserError, match=r"set model\.vocab_size=261"):
-        build(config, tokenizer)
+        whole(config, tokenizer)
 
 
 def test_roberta_needs_a_padding_token(tokenizer: PreTrainedTokenizerFast) -> None:
     unpadded = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match=r"model\.kind=roberta counts positions from its padding"):
-        build(composed("roberta_tiny"), unpadded)
+        whole(composed("roberta_tiny"), unpadded)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be installed here")
 def test_flash_attention_on_a_cpu_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     config = composed("gpt2_tiny", "model.attention=flash_attention_2", "precision=bf16")
     with pytest.raises(UserError, match=r"choose model\.attention=sdpa"):
-        build(config, tokenizer)
+        whole(config, tokenizer)
 
 
 def test_architecture_that_cannot_recompute_is_an_error(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    model = built_on_meta(composed("gpt2_tiny"), tokenizer)
+    model = on_meta(composed("gpt2_tiny"), tokenizer)
     model.supports_gradient_checkpointing = False
     with pytest.raises(UserError, match=r"every_blocks=1: GPT2LMHeadModel does not support it"):
         activation_checkpointing.enable(model, 1, offload=False)
@@ -488,7 +532,7 @@ def test_architecture_that_cannot_recompute_is_an_error(
 def test_more_blocks_between_two_than_there_are_is_an_error(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    model = built_on_meta(composed("gpt2_tiny", *SHRUNK), tokenizer)
+    model = on_meta(composed("gpt2_tiny", *SHRUNK), tokenizer)
     with pytest.raises(UserError, match="every_blocks=4 is more than the 3 blocks of GPT2LMHead"):
         activation_checkpointing.enable(model, 4, offload=False)
 

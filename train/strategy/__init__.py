@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.trainer import Trainer
+    from train.weights import Values
 
 
 class Engine(Protocol):
@@ -40,8 +41,12 @@ class Engine(Protocol):
     def training_arguments(self, config: RunConfig, world_size: int) -> dict[str, Any]:
         """Return what `transformers.TrainingArguments` must be told. Pure."""
 
-    def shard(self, model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
-        """Return the model as the Trainer is to get it."""
+    def shard(self, model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
+        """Give a model on the meta device its values, and return it as the Trainer is to get it.
+
+        Collective. Beside what this rank is to hold of the model, no more than one whole parameter
+        is in memory at a time.
+        """
 
     def adopt_process_group(self) -> None:
         """Make the engine take torch's process group as its own, before anything is built."""

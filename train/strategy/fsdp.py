@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+    from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
     from train.trainer import Trainer
+    from train.weights import Values
 
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -106,8 +108,8 @@ def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
     return {"bf16": config.precision.compute_dtype == "bf16"}
 
 
-def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
-    """Shard the parameters in place, each unit as one.
+def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
+    """Shard the parameters in place, each unit as one, then copy this rank's part of each value.
 
     Units within come first: a parent takes whatever its children have not taken. Raises UserError
     where the wrap policy finds no unit but the whole model.
@@ -122,20 +124,22 @@ def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
         fully_shard,
     )
 
-    values = settings(config, dist.get_world_size())
-    mixed, offload = values["mixed_precision"], values["offload"]
-    model.to(getattr(torch, TORCH_DTYPES[config.precision.master_dtype]))
+    wanted = settings(config, dist.get_world_size())
+    mixed, offload = wanted["mixed_precision"], wanted["offload"]
+    master_dtype = getattr(torch, TORCH_DTYPES[config.precision.master_dtype])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(master_dtype)
     inner = units(model, config)
     mesh = init_device_mesh(
         config.launcher.device,
-        tuple(values["mesh"]["shape"]),
-        mesh_dim_names=tuple(values["mesh"]["names"]),
+        tuple(wanted["mesh"]["shape"]),
+        mesh_dim_names=tuple(wanted["mesh"]["names"]),
     )
     for unit in [*inner, model]:
         fully_shard(
             unit,
             mesh=mesh,
-            reshard_after_forward=values["reshard_after_forward"],
+            reshard_after_forward=wanted["reshard_after_forward"],
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=getattr(torch, mixed["param_dtype"]),
                 reduce_dtype=getattr(torch, mixed["reduce_dtype"]),
@@ -145,14 +149,41 @@ def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
             if offload["cpu"]
             else OffloadPolicy(),
         )
-    _prefetch(inner, values["prefetch_units"])
-    if not values["reduce_each_micro_batch"]:
+    _fill(model, values, "cpu" if offload["cpu"] else config.launcher.device)
+    _prefetch(inner, wanted["prefetch_units"])
+    if not wanted["reduce_each_micro_batch"]:
         # accelerate enters this on every micro-batch of a step but the last.
         model.no_sync = functools.partial(_without_reduction, model)  # type: ignore[assignment]
     # Accelerator.prepare_model returns a model with this mark as it is; without it accelerate 1.15
     # refuses DTensor parameters in a multi-process run because it means to wrap them in DDP.
     model._is_accelerate_prepared = True  # type: ignore[assignment]
     return model
+
+
+def _fill(model: PreTrainedModel, values: Values, device: str) -> None:
+    """Make the sharded parameters real, on ``device``, one whole value after the other."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    # What `to_empty` does, but buffers hold their values already.
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            parameter.to_local().copy_(part_of(values[name](), parameter))
+
+
+def part_of(whole: torch.Tensor, parameter: DTensor) -> torch.Tensor:
+    """Return this rank's part of ``whole``, a view, as ``parameter`` is placed on its mesh."""
+    from torch.distributed.tensor import Shard
+
+    for mesh_dim, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            # DTensor's own rule for shapes that do not divide: the last parts are smaller or empty.
+            parts = whole.chunk(parameter.device_mesh.size(mesh_dim), placement.dim)
+            rank = parameter.device_mesh.get_local_rank(mesh_dim)
+            whole = parts[rank] if rank < len(parts) else whole.narrow(placement.dim, 0, 0)
+    return whole
 
 
 def units(model: PreTrainedModel, config: RunConfig) -> list[nn.Module]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.trainer import Trainer
+    from train.weights import Values
 
 
 def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -53,11 +54,14 @@ def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
+def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
     import torch
 
-    if config.precision.master_dtype == "bf16":
-        torch.nn.Module.to(model, torch.bfloat16)
+    from train.weights import materialize
+
+    dtype = torch.bfloat16 if config.precision.master_dtype == "bf16" else torch.float32
+    for _ in materialize(model, values, dtype):
+        pass
     return model
 
 

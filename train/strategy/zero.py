@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.trainer import Trainer
+    from train.weights import Values
 
 
 # Why an optimizer cannot work on flat partitions of whole groups, and where it can.
@@ -276,8 +277,34 @@ def clean_up(config: RunConfig) -> None:
     nvme.discard(config)
 
 
-def shard(model: PreTrainedModel, config: RunConfig) -> PreTrainedModel:
-    # Stage 3 has sharded it while it was built, the others shard when the engine is built.
+def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
+    """Partition the parameters one by one at stage 3; the other stages start from the whole model.
+
+    What this costs beside the shards is one parameter in fp32 and one in the dtype of compute.
+    """
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from train.weights import materialize
+
+    assert isinstance(config.strategy, ZeroStrategy)
+    if config.strategy.stage < 3:
+        for _ in materialize(model, values):
+            pass
+        return model
+
+    # Given a module, be it an empty one, DeepSpeed puts its own linear layer in place, without
+    # which autograd would keep every gathered weight until the backward pass.
+    context = deepspeed.zero.Init(
+        module=torch.nn.Module(), config_dict_or_path=settings(config, dist.get_world_size())
+    )
+    for parameter in materialize(model, values, context.dtype):
+        # What zero.Init does to each parameter of a module that exists already.
+        context._convert_to_zero_parameters([parameter])
+    for buffer in model.buffers():
+        # The engine leaves a partitioned model where it is.
+        buffer.data = buffer.data.to(context.local_device)
     return model
 
 

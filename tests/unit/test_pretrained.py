@@ -1,0 +1,209 @@
+"""Weights streamed out of a checkpoint are bit for bit those that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from train.pretrained import CannotStream, streamed, weight_files
+from train.weights import materialize
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32} | {
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+
+def stream(directory: Path, auto: Any, seed: int = 0) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(directory)
+    model, values = streamed(
+        lambda: auto.from_config(config, dtype=torch.float32),
+        weight_files(str(directory), None, config),
+        seed,
+    )
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    for _ in materialize(model, values):
+        pass
+    return model
+
+
+def assert_same(model: PreTrainedModel, expected: PreTrainedModel) -> None:
+    assert type(model) is type(expected)
+    for find in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
+        ours: dict[str, torch.Tensor] = dict(find(model))
+        theirs: dict[str, torch.Tensor] = dict(find(expected))
+        assert list(ours) == list(theirs)
+        for name, tensor in theirs.items():
+            assert ours[name].dtype == tensor.dtype, name
+            assert torch.equal(ours[name], tensor), name
+
+
+def roberta(**overrides: Any) -> RobertaForMaskedLM:
+    return RobertaForMaskedLM(RobertaConfig(**SHAPE, max_position_embeddings=34, **overrides))
+
+
+CAUSAL, MASKED = AutoModelForCausalLM, AutoModelForMaskedLM
+SAVED: dict[str, tuple[Any, Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    "gpt2": (CAUSAL, lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), {}),
+    "in several files": (
+        CAUSAL,
+        lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+        {"max_shard_size": "20KB"},
+    ),
+    "in bf16": (CAUSAL, lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)).bfloat16(), {}),
+    "tied": (
+        CAUSAL,
+        lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+        {},
+    ),
+    "masked": (MASKED, roberta, {}),
+    "bert": (MASKED, lambda: BertForMaskedLM(BertConfig(**SHAPE)), {}),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_streamed_weights_equal_those_loaded_whole(case: str, tmp_path: Path) -> None:
+    auto, build, options = SAVED[case]
+    build().save_pretrained(tmp_path, **options)
+    files = len(list(tmp_path.glob("*.safetensors")))
+    assert files > 2 if options else files == 1
+    assert_same(stream(tmp_path, auto), auto.from_pretrained(tmp_path, dtype=torch.float32))
+
+
+def test_a_checkpoint_of_the_base_model_gets_a_new_head_which_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = roberta()
+    saved.roberta.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "train"):
+        model = stream(tmp_path, MASKED)
+    expected = MASKED.from_pretrained(tmp_path, dtype=torch.float32)
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "train"]
+    assert message.startswith("not in the checkpoint, initialised anew: lm_head.")
+    missing = message.partition("anew: ")[2].split(", ")
+    assert set(missing) == {
+        "lm_head.bias",
+        "lm_head.dense.weight",
+        "lm_head.dense.bias",
+        "lm_head.layer_norm.weight",
+        "lm_head.layer_norm.bias",
+    }
+    assert_same(model.roberta, expected.roberta)
+    head = model.get_parameter("lm_head.dense.weight").detach()
+    assert head.std() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(head, stream(tmp_path, MASKED).get_parameter("lm_head.dense.weight"))
+    other = stream(tmp_path, MASKED, seed=1).get_parameter("lm_head.dense.weight")
+    assert not torch.equal(head, other)
+    assert model.lm_head.decoder.weight is model.get_input_embeddings().weight
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_names_of_old_checkpoints_are_understood(tmp_path: Path) -> None:
+    def age(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            tensors[old.replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
+
+    BertForMaskedLM(BertConfig(**SHAPE)).save_pretrained(tmp_path)
+    rewrite(tmp_path, age)
+    assert any(name.endswith("gamma") for name in load_file(tmp_path / "model.safetensors"))
+    assert_same(stream(tmp_path, MASKED), MASKED.from_pretrained(tmp_path, dtype=torch.float32))
+
+
+def test_tensors_that_the_model_has_no_use_for_are_left_out(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update(stray=torch.ones(3)))
+    assert_same(stream(tmp_path, CAUSAL), CAUSAL.from_pretrained(tmp_path, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_an_embedding_stored_twice_is_tied_only_where_both_are_equal(
+    equal: bool, tmp_path: Path
+) -> None:
+    def untie(tensors: dict[str, torch.Tensor]) -> None:
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.clone() if equal else embedding + 1
+
+    LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    rewrite(tmp_path, untie)
+    model = stream(tmp_path, CAUSAL)
+    assert_same(model, CAUSAL.from_pretrained(tmp_path, dtype=torch.float32))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == equal
+
+
+def test_only_the_head_is_stored_of_a_tied_pair(tmp_path: Path) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    rewrite(tmp_path, rename)
+    assert_same(stream(tmp_path, CAUSAL), CAUSAL.from_pretrained(tmp_path, dtype=torch.float32))
+
+
+def as_pytorch_file(directory: Path, **options: Any) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(tensors, directory / "pytorch_model.bin", **options)
+
+
+def test_files_of_torch_save_are_streamed_too(tmp_path: Path) -> None:
+    roberta().save_pretrained(tmp_path)
+    as_pytorch_file(tmp_path)
+    assert_same(stream(tmp_path, MASKED), MASKED.from_pretrained(tmp_path, dtype=torch.float32))
+
+
+def test_what_cannot_be_streamed_says_why(tmp_path: Path) -> None:
+    roberta().save_pretrained(tmp_path / "old")
+    as_pytorch_file(tmp_path / "old", _use_new_zipfile_serialization=False)
+    with pytest.raises(CannotStream, match=r"pytorch_model\.bin cannot be mapped"):
+        stream(tmp_path / "old", MASKED)
+
+    # Its checkpoints have a tensor an expert, the model has one for all of them.
+    mixtral = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=2)
+    MixtralForCausalLM(mixtral).save_pretrained(tmp_path / "experts")
+    with pytest.raises(CannotStream, match=r"experts\.\w+ is made out of other tensors"):
+        stream(tmp_path / "experts", CAUSAL)
+
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    quantised = PreTrainedConfig(**config, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(CannotStream, match="quantised"):
+        weight_files(str(tmp_path / "old"), None, quantised)

@@ -1,0 +1,171 @@
+"""Each parameter's first value, one whole tensor at a time: drawn anew or read from a checkpoint.
+
+Models are built with their parameters on the meta device, and an engine gives them their values as
+it shards them. So no rank ever holds more than its shards and one whole tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import TORCH_INIT_FUNCTIONS
+
+Values = dict[str, Callable[[], torch.Tensor]]
+"""From a parameter's name, as `named_parameters` has it, to a function that makes its first value.
+
+That is a whole fp32 tensor on the CPU, the caller's own, and the same on every rank, in whatever
+order and however often it is made.
+"""
+
+
+# --- giving them to a model -----------------------------------------------------------------------
+
+
+def materialize(
+    model: nn.Module, values: Values, dtype: torch.dtype = torch.float32
+) -> Iterator[nn.Parameter]:
+    """Replace each meta parameter by a real one on the CPU and yield it, before the next is made.
+
+    Tied parameters stay one.
+    """
+    return _replaced(model, lambda name: values[name]().to(dtype))
+
+
+def _replaced(model: nn.Module, tensor_of: Callable[[str], torch.Tensor]) -> Iterator[nn.Parameter]:
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append((module, attribute))
+    for name, parameter in list(model.named_parameters()):
+        replacement = nn.Parameter(tensor_of(name), parameter.requires_grad)
+        for module, attribute in owners[parameter]:
+            module._parameters[attribute] = replacement
+        yield replacement
+
+
+def emptied(model: PreTrainedModel) -> tuple[PreTrainedModel, Values]:
+    """Return a whole model without its values, and these."""
+    whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for _ in _replaced(model, lambda name: whole[name].to("meta")):
+        pass
+    return model, {name: tensor.clone for name, tensor in whole.items()}
+
+
+# --- drawn anew ----------------------------------------------------------------------------------
+
+
+def initialized(build: Callable[[], PreTrainedModel], seed: int) -> tuple[PreTrainedModel, Values]:
+    """Return a model whose parameters are on the meta device, and their initial values.
+
+    The values follow the architecture's own initialisation, but each parameter is drawn by itself,
+    as a function of ``seed`` and its name alone. Buffers (rotary frequencies, position ids) are
+    real. What sets a parameter without `torch.nn.init` leaves it without a value.
+    """
+    with _parameters_on_meta() as recipes:
+        model = build()
+    return model, recipes.values(model, seed)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A call of one function of `torch.nn.init` on a part of a parameter."""
+
+    function: Callable[..., Any]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def repeat(self, whole: torch.Tensor, generator: torch.Generator) -> None:
+        keywords = self.keywords
+        if "generator" in inspect.signature(self.function).parameters:
+            keywords = {**keywords, "generator": generator}
+        part = whole.as_strided(self.size, self.stride, self.offset)
+        self.function(part, *self.arguments, **keywords)
+
+
+class _Recipes:
+    """The steps that make each parameter's initial value, noted while a model is built on meta."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, list[_Step]] = {}
+        # None may be freed, as its id could be used again.
+        self._seen: list[torch.Tensor] = []
+
+    def noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of `torch.nn.init` that only notes its call where that is on meta."""
+
+        def note(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+            if not tensor.is_meta:
+                return function(tensor, *arguments, **keywords)
+            whole = tensor if tensor._base is None else tensor._base
+            size, stride = tuple(tensor.shape), tuple(tensor.stride())
+            offset = int(tensor.storage_offset())
+            step = _Step(function, size, stride, offset, arguments, keywords)
+            # Each of these functions overwrites: what was done to the whole before is void.
+            earlier = [] if tensor.numel() == whole.numel() else self._steps.get(id(whole), [])
+            self._steps[id(whole)] = [*earlier, step]
+            self._seen.append(whole)
+            return tensor
+
+        return note
+
+    def values(self, model: nn.Module, seed: int) -> Values:
+        """Return the initial value of each parameter that a function of `torch.nn.init` has set."""
+        values: Values = {}
+        for name, parameter in model.named_parameters():
+            steps = self._steps.get(id(parameter), [])
+            if steps and math.prod(steps[0].size) == parameter.numel():
+                values[name] = functools.partial(_draw, name, parameter.shape, steps, seed)
+        return values
+
+
+def _draw(name: str, shape: torch.Size, steps: list[_Step], seed: int) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=torch.float32, device="cpu")
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    for step in steps:
+        step.repeat(tensor, generator)
+    return tensor
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[_Recipes]:
+    """Let modules be built with real buffers and meta parameters; note how those are initialised.
+
+    Under ``torch.device("meta")`` transformers would initialise nothing, buffers included.
+    """
+    recipes = _Recipes()
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    functions: dict[str, Any] = dict(TORCH_INIT_FUNCTIONS)
+    noting = {name: recipes.noting(function) for name, function in functions.items()}
+    # transformers holds on to the functions that it found when it was imported.
+    tables = [vars(nn.init), TORCH_INIT_FUNCTIONS]
+    with torch.random.fork_rng(devices=[]):
+        nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
+        for table in tables:
+            table.update(noting)
+        try:
+            yield recipes
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+            for table in tables:
+                table.update(functions)
