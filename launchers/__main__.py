@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import importlib.metadata
 import json
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -23,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launchers import commands, completion, compose_errors, machine, preflight, report, start
 from launchers.machine import Machine
+from train import sample
 from train.config import RunConfig, from_tree, to_yaml
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
@@ -35,7 +39,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       compose a run, check it and start it; --help lists groups, options and flags,
       --dry-run shows config, engine settings and command, and starts nothing
   shardwright sample RUN_DIR --prompt TEXT
-      fill masks or continue a text with a trained model
+      fill masks or continue a text with a trained model; --strategy zero3 or fsdp divides it
+      among ranks (--nproc-per-node N) where it does not fit one device
   shardwright --version
 
 Examples
@@ -206,12 +211,15 @@ def launch(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
 
 def _resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
     """Return a job's config, valid and with nothing left open."""
+    config = from_tree(_plain(job.tree))
+    return machine.resolve(config, here, _run_dir(config, job.number, stamp))
+
+
+def _plain(tree: DictConfig) -> Any:
     try:
-        tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except compose_errors.USER_CAUSED as error:
         raise UserError(compose_errors.explain(error)) from error
-    config = from_tree(tree)
-    return machine.resolve(config, here, _run_dir(config, job.number, stamp))
 
 
 def _run_dir(config: RunConfig, number: int | None, stamp: str) -> str:
@@ -269,9 +277,63 @@ def _quoted(text: str) -> str:
 
 
 def _sample(arguments: list[str]) -> int:
+    options = sample.parser().parse_args(arguments)
+    sample.check_strategy(options.strategy, options.nproc_per_node)
+    if options.strategy is not None:
+        return _sample_together(options, arguments)
     argv = [sys.executable, "-m", "train.sample", *arguments]
     start.replace(argv, commands.package_environment(os.environ))
     return FAILED  # not reached: this process is train.sample now
+
+
+def _sample_together(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Start ranks that hold the model together; return the exit code."""
+    here = machine.detect(os.environ)
+    model_dir = sample.model_directory(options.run_dir).absolute()
+    # Its ranks leave nothing behind but an answer, and their logs where they fail.
+    directory = Path(tempfile.mkdtemp(prefix="shardwright-sample-"))
+    ranks = options.nproc_per_node or max(1, here.gpus)
+    (job,) = compose(_sampling_overrides(model_dir, options.strategy, ranks))
+    config = machine.resolve(from_tree(_plain(job.tree)), here, str(directory))
+    launcher = config.launcher
+    if problems := machine.lacking(launcher.device, ranks, config.precision, here):
+        shutil.rmtree(directory)
+        raise UserError("\n".join(problems))
+    (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (directory / "logs").mkdir()
+    ended = start.run(
+        commands.rank_command(
+            config, directory, module="train.sharded_sample", arguments=arguments
+        ),
+        commands.rank_environment(config, here, os.environ),
+        stderr_file=directory / "logs" / report.TORCHRUN_LOG,
+    )
+    failures = report.rank_failures(directory)
+    code = report.exit_code(ended.code, failures, ended.stopped_by)
+    if code == BAD_INPUT and failures:
+        print(report.error_text(failures[0].message), file=sys.stderr)
+    elif code != 0:
+        print(report.failure(ended.code, failures, directory, ended.stopped_by), file=sys.stderr)
+        return code
+    shutil.rmtree(directory, ignore_errors=True)
+    return code
+
+
+def _sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
+    """Return the overrides of a run that loads a model under a strategy, in the model's dtype."""
+    dtype = json.loads((model_dir / "config.json").read_text()).get("dtype")
+    half = "bf16_pure" if strategy.startswith("fsdp") else "bf16"
+    return [
+        "model=pretrained",
+        f"model.name={_quoted(str(model_dir))}",
+        f"objective={'mlm' if sample.is_masked(model_dir) else 'clm'}",
+        f"strategy={strategy}",
+        f"precision={half if dtype == 'bfloat16' else 'fp32'}",
+        f"launcher.nproc_per_node={ranks}",
+        "trainer.micro_batch_size=1",
+        f"trainer.global_batch_size={ranks}",
+        "data.sequence_length=8",
+    ]
 
 
 def _complete(arguments: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import train
@@ -15,18 +15,26 @@ PACKAGES = Path(train.__file__).resolve().parent.parent
 """The folder from which `train` is imported."""
 
 
-def rank_command(config: RunConfig, run_dir: Path, *, python: str = sys.executable) -> list[str]:
+def rank_command(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    module: str = "train",
+    arguments: Sequence[str] = (),
+    python: str = sys.executable,
+) -> list[str]:
     """Return the argv that runs all ranks of ``run_dir``, an absolute path."""
     assert run_dir.is_absolute(), "ranks may start in another directory"
+    rank = [str(run_dir), *arguments]
     if config.launcher.kind == "local":
-        return [python, "-m", "train", str(run_dir)]
+        return [python, "-m", module, *rank]
     # --standalone brings its own rendezvous on a free port of localhost. torchrun expands
     # ${local_rank} in the arguments of its ranks, and takes $$ for a plain $.
     return [
         *(python, "-m", "torch.distributed.run"),
         *("--standalone", f"--nnodes={config.launcher.nodes}"),
         f"--nproc-per-node={config.launcher.nproc_per_node}",
-        *("-m", "train", str(run_dir).replace("$", "$$")),
+        *("-m", module, *(argument.replace("$", "$$") for argument in rank)),
     ]
 
 

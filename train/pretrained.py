@@ -60,7 +60,7 @@ def streamed(
     found = _names(model, checkpoint)
     for name, buffer in model.named_buffers():
         if name in found:
-            buffer.copy_(checkpoint.read(found[name]))
+            checkpoint.read(found[name], buffer)
     _untie_what_differs(model, found, checkpoint)
 
     aliases: dict[nn.Parameter, list[str]] = {}
@@ -112,18 +112,19 @@ class _Checkpoint:
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
             self.empty[key] = torch.empty(tensor.shape, dtype=dtype, device="meta")
 
-    def read(self, key: str) -> torch.Tensor:
-        # A copy: the tensor itself is the file's own pages, and the file may be written anew.
+    def read(self, key: str, out: torch.Tensor) -> None:
+        # Copied: the tensor itself is the file's own pages, and the file may be written anew.
         if key in self._mapped:
-            return _owned(self._mapped[key])
+            out.copy_(self._mapped[key])
+            return
         # Opened anew, or all that was read before would stay mapped and count as used memory.
         with safe_open(self._file[key], framework="pt") as tensors:
-            return _owned(tensors.get_tensor(key))
+            out.copy_(tensors.get_tensor(key))
 
-
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return tensor.to(dtype, copy=True).contiguous()
+    def whole(self, key: str) -> torch.Tensor:
+        tensor = torch.empty_like(self.empty[key], device="cpu")
+        self.read(key, tensor)
+        return tensor
 
 
 class _Named:
@@ -166,7 +167,7 @@ def _untie_what_differs(
     for target, source in list(model.all_tied_weights_keys.items()):
         if target not in found or source not in found:
             continue
-        if torch.equal(checkpoint.read(found[target]), checkpoint.read(found[source])):
+        if torch.equal(checkpoint.whole(found[target]), checkpoint.whole(found[source])):
             continue
         parent, _, attribute = target.rpartition(".")
         tied = model.get_parameter(target)

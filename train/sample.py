@@ -7,18 +7,31 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from train.errors import BAD_INPUT, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARDED_STRATEGIES = ("fsdp", "fsdp_offload", "zero3", "zero3_offload")
+"""Presets that divide the weights, so that ranks sample together from what none could hold."""
 
 
 def sample(
-    model_dir: Path, prompts: Sequence[str], *, new_tokens: int = 40, top: int = 5, seed: int = 0
+    model_dir: Path,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int = 40,
+    top: int = 5,
+    seed: int = 0,
+    sharded: tuple[PreTrainedModel, torch.device] | None = None,
 ) -> list[list[str]]:
     """Return completions of each prompt by the model in a Hugging Face directory.
+
+    ``sharded`` is that very model, when ranks hold it together, and where its computation takes
+    place. Collective then: every rank makes the same forward passes and draws the same tokens.
 
     A causal model gives one continuation of at most ``new_tokens`` tokens (fewer where the model's
     positions end), drawn with temperature 0.7 from the 50 likeliest; a masked one the ``top``
@@ -32,10 +45,17 @@ def sample(
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its advice is meant for who writes the calls
     set_seed(seed)
-    architecture = json.loads((model_dir / "config.json").read_text())["architectures"][0]
-    if architecture.endswith("ForMaskedLM"):
-        fill = pipeline("fill-mask", model=str(model_dir))
+    source: dict[str, Any] = {"model": str(model_dir)}
+    together: dict[str, Any] = {}
+    if sharded is not None:
+        source = {"model": sharded[0], "tokenizer": str(model_dir)}
+        # All go on until all have ended, whatever rounding made of their tokens.
+        together = {"synced_gpus": True}
+    if is_masked(model_dir):
+        fill = pipeline("fill-mask", **source)
         assert fill.tokenizer is not None
+        if sharded is not None:
+            fill.device = sharded[1]
         check_prompts(prompts, fill.tokenizer, masked=True)
         top = min(top, fill.model.config.vocab_size)
         return [
@@ -45,8 +65,10 @@ def sample(
             ]
             for prompt in prompts
         ]
-    generate = pipeline("text-generation", model=str(model_dir))
+    generate = pipeline("text-generation", **source)
     assert generate.tokenizer is not None
+    if sharded is not None:
+        generate.device = sharded[1]  # offloaded weights are elsewhere
     check_prompts(prompts, generate.tokenizer, masked=False)
     completions = []
     for prompt in prompts:
@@ -59,9 +81,16 @@ def sample(
             temperature=0.7,
             top_k=50,
             return_full_text=False,
+            **together,
         )
         completions.append([generated["generated_text"]])
     return completions
+
+
+def is_masked(model_dir: Path) -> bool:
+    """Return whether the model in a Hugging Face directory fills masks."""
+    architectures = json.loads((model_dir / "config.json").read_text())["architectures"]
+    return str(architectures[0]).endswith("ForMaskedLM")
 
 
 def check_prompts(
@@ -87,7 +116,7 @@ def _length(prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return len(tokenizer(prompt, verbose=False)["input_ids"])
 
 
-def show(model_dir: Path, prompts: Sequence[str], out: TextIO, **options: int) -> None:
+def show(model_dir: Path, prompts: Sequence[str], out: TextIO, **options: Any) -> None:
     """Print what the model makes of each prompt."""
     for prompt, completions in zip(prompts, sample(model_dir, prompts, **options), strict=True):
         if len(completions) > 1:
@@ -106,6 +135,12 @@ def model_directory(path: Path) -> Path:
     for candidate in (path, path / "final"):
         if (candidate / "config.json").is_file():
             return candidate
+    if (path / "manifest.json").is_file():
+        run_dir = path.absolute().parent.parent
+        raise UserError(
+            f"{path} is a checkpoint, in the shards of the engine that trained it; give its run "
+            f"directory {run_dir}, whose final/ is read once the training has ended"
+        )
     raise UserError(
         f"{path} holds no model: neither {path / 'config.json'} nor {path / 'final'} is there; "
         "give a run directory whose training has ended, or a model directory"
@@ -118,20 +153,51 @@ def _positive(text: str) -> int:
     return number
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="shardwright sample", description=__doc__)
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright sample`."""
+    found = argparse.ArgumentParser(prog="shardwright sample", description=__doc__)
+    found.add_argument(
         "run_dir", type=Path, help="run directory, or a Hugging Face model directory"
     )
-    parser.add_argument(
+    found.add_argument(
         "--prompt", action="append", required=True, help="may be given several times"
     )
-    parser.add_argument(
+    found.add_argument(
         "--new-tokens", type=_positive, default=40, help="of a continuation (default 40)"
     )
-    parser.add_argument("--top", type=_positive, default=5, help="fillings of a mask (default 5)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
+    found.add_argument("--top", type=_positive, default=5, help="fillings of a mask (default 5)")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument(
+        "--strategy",
+        help=f"divide the weights among ranks: {', '.join(SHARDED_STRATEGIES)} (default: one "
+        "process holds the whole model)",
+    )
+    found.add_argument(
+        "--nproc-per-node",
+        type=_positive,
+        help="ranks under --strategy (default: one for each GPU, or 1 on a CPU)",
+    )
+    return found
+
+
+def check_strategy(strategy: str | None, nproc_per_node: int | None) -> None:
+    """Raise UserError for a strategy that does not divide the weights, or ranks without one."""
+    choices = ", ".join(SHARDED_STRATEGIES)
+    if strategy is None and nproc_per_node is not None:
+        raise UserError(
+            f"--nproc-per-node={nproc_per_node} is for several ranks that hold the model together; "
+            f"add --strategy ({choices}), or leave it out"
+        )
+    if strategy is not None and strategy not in SHARDED_STRATEGIES:
+        raise UserError(
+            f"--strategy={strategy} does not divide the weights of a model that only speaks; "
+            f"choose one of {choices}, or leave it out"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    assert options.strategy is None, "the launcher starts ranks for that"
     try:
         show(
             model_directory(options.run_dir),

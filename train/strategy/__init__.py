@@ -48,6 +48,12 @@ class Engine(Protocol):
         is in memory at a time.
         """
 
+    def serve(self, model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
+        """Give a model its values as `shard` does, and return it ready for inference alone.
+
+        Its forward passes are collective.
+        """
+
     def adopt_process_group(self) -> None:
         """Make the engine take torch's process group as its own, before anything is built."""
 

@@ -165,12 +165,14 @@ def _fill(model: PreTrainedModel, values: Values, device: str) -> None:
     import torch
     from torch.distributed.tensor import DTensor
 
+    from train.weights import in_turn
+
     # What `to_empty` does, but buffers hold their values already.
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for _, parameter, whole in in_turn(model, values):
             assert isinstance(parameter, DTensor)
-            parameter.to_local().copy_(part_of(values[name](), parameter))
+            parameter.to_local().copy_(part_of(whole, parameter))
 
 
 def part_of(whole: torch.Tensor, parameter: DTensor) -> torch.Tensor:
@@ -261,6 +263,10 @@ def _without_reduction(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
+
+
+def serve(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
+    return shard(model, values, config).eval()
 
 
 def adopt_process_group() -> None:

@@ -60,9 +60,12 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     from train.weights import materialize
 
     dtype = torch.bfloat16 if config.precision.master_dtype == "bf16" else torch.float32
-    for _ in materialize(model, values, dtype):
-        pass
+    materialize(model, values, dtype)
     return model
+
+
+def serve(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
+    return shard(model, values, config).eval().to(config.launcher.device)
 
 
 def adopt_process_group() -> None:

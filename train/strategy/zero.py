@@ -280,18 +280,18 @@ def clean_up(config: RunConfig) -> None:
 def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
     """Partition the parameters one by one at stage 3; the other stages start from the whole model.
 
-    What this costs beside the shards is one parameter in fp32 and one in the dtype of compute.
+    What this costs beside the shards is the largest parameter in fp32 and, where that is another,
+    in the dtype of compute. There is no communication.
     """
     import deepspeed
     import torch
     import torch.distributed as dist
 
-    from train.weights import materialize
+    from train.weights import Owners, in_turn, materialize
 
     assert isinstance(config.strategy, ZeroStrategy)
     if config.strategy.stage < 3:
-        for _ in materialize(model, values):
-            pass
+        materialize(model, values)
         return model
 
     # Given a module, be it an empty one, DeepSpeed puts its own linear layer in place, without
@@ -299,12 +299,26 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     context = deepspeed.zero.Init(
         module=torch.nn.Module(), config_dict_or_path=settings(config, dist.get_world_size())
     )
-    for parameter in materialize(model, values, context.dtype):
-        # What zero.Init does to each parameter of a module that exists already.
-        context._convert_to_zero_parameters([parameter])
+    owners = Owners(model)
+    for _, empty, whole in in_turn(model, values):
+        parameter = owners.replace(empty, whole.to(context.local_device, context.dtype))
+        # What zero.Init does to each parameter of a module that exists already, less its broadcast:
+        # every rank has the same value.
+        context._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
     for buffer in model.buffers():
         # The engine leaves a partitioned model where it is.
         buffer.data = buffer.data.to(context.local_device)
+    return model
+
+
+def serve(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
+    import deepspeed
+    import torch.distributed as dist
+
+    model = shard(model, values, config).eval()
+    # Without an optimizer the engine only gathers what each module needs.
+    deepspeed.initialize(model=model, config=settings(config, dist.get_world_size()))
     return model
 
 

@@ -1,0 +1,103 @@
+"""Ranks that hold a model together say what one process says that holds it whole."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
+
+from launchers.__main__ import _plain, _sampling_overrides, compose
+from tests.unit.test_sample import POSITIONS, TOKENS, save
+from train.config import from_tree, load, to_yaml
+from train.rank import join, rank_from_environment
+from train.sample import parser, show
+from train.sharded_sample import speak
+
+pytestmark = pytest.mark.distributed
+
+PROMPTS = {"clm": ["def ", "a", "class Foo:"], "mlm": ["import <mask>", "<mask> b"]}
+
+
+@pytest.fixture(scope="module", params=["clm", "mlm"])
+def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model of random weights, large enough that its tokens differ."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp(request.param)
+    if request.param == "clm":
+        causal = GPT2Config(
+            vocab_size=len(TOKENS), n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=2,
+            bos_token_id=0, eos_token_id=2, pad_token_id=1, initializer_range=0.3,
+        )  # fmt: skip
+        return save(GPT2LMHeadModel(causal), directory)
+    masked = RobertaConfig(
+        vocab_size=len(TOKENS), max_position_embeddings=POSITIONS + 2, hidden_size=32,
+        num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.3,
+    )  # fmt: skip
+    return save(RobertaForMaskedLM(masked), directory)
+
+
+def arguments_of(model_dir: Path) -> list[str]:
+    prompts = PROMPTS["clm" if model_dir.name.startswith("clm") else "mlm"]
+    options = ["--new-tokens", "12", "--top", "3", "--seed", "3"]
+    return [str(model_dir), *options, *(part for p in prompts for part in ("--prompt", p))]
+
+
+def whole(model_dir: Path) -> str:
+    options = parser().parse_args(arguments_of(model_dir))
+    out = io.StringIO()
+    show(model_dir, options.prompt, out, new_tokens=12, top=3, seed=3)
+    return out.getvalue()
+
+
+def spoken(directory: Path, arguments: list[str]) -> tuple[str, int]:
+    """Return what this rank says, and how many bytes of parameters it holds."""
+    rank = rank_from_environment()
+    config = load(directory)
+    out = io.StringIO()
+    with join(config, rank):
+        speak(config, parser().parse_args(arguments), out)
+    return out.getvalue(), rank.index
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3", "fsdp_offload", "zero3_offload"])
+def test_two_ranks_say_what_one_process_says(
+    strategy: str, model_dir: Path, tmp_path: Path, ranks: Callable[[int], Any]
+) -> None:
+    (job,) = compose([*_sampling_overrides(model_dir, strategy, ranks=2), "launcher.device=cpu"])
+    (tmp_path / "config.yaml").write_text(to_yaml(from_tree(_plain(job.tree))))
+    expected = whole(model_dir)
+    assert len(set(expected.split())) > 5
+    for text, _ in ranks(2)(spoken, tmp_path, arguments_of(model_dir)):
+        assert text == expected
+
+
+def shardwright(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launchers", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def test_the_command_starts_the_ranks_and_prints_once(model_dir: Path) -> None:
+    together = shardwright(
+        "sample", *arguments_of(model_dir), "--strategy", "fsdp", "--nproc-per-node", "2"
+    )
+    assert (together.returncode, together.stderr) == (0, "")
+    assert together.stdout == whole(model_dir)
+
+
+def test_what_a_rank_refuses_is_told_once(model_dir: Path) -> None:
+    refused = shardwright("sample", str(model_dir), "--prompt", "<mask>" * 65, "--strategy", "fsdp")
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert refused.stderr.count("error: prompt") == 1

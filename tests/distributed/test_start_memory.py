@@ -1,0 +1,129 @@
+"""A model starts in the memory of its shards and one tensor, however large it is as a whole."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from train import data, models
+from train.config import Gpt2Model, load
+from train.rank import join, rank_from_environment
+from train.strategy import engine_of
+
+pytestmark = pytest.mark.distributed
+
+MIB = 2**20
+TINY: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "intermediate_size": 8,
+    "max_position_embeddings": 66,
+}
+# Modules, names and recipes, and what glibc keeps of freed memory at the top of the heap: measured
+# 1 to 10 MiB.
+SLACK_BYTES = 32 * MIB
+
+
+def memory_of_the_start(run_dir: Path) -> dict[str, int]:
+    """Build and shard the run's model; return bytes above what is in use before it."""
+    config, rank = load(run_dir), rank_from_environment()
+    with join(config, rank):
+        return _measured(run_dir)
+
+
+def _measured(run_dir: Path) -> dict[str, int]:
+    config = load(run_dir)
+    tokenizer = data.prepare(config, run_dir).tokenizer
+    # What is imported on the way is not what is measured.
+    tiny = Gpt2Model(kind="gpt2", vocab_size=384, **TINY)
+    engine_of(config).shard(
+        *models.build(config.model_copy(update={"model": tiny}), tokenizer), config
+    )
+    gc.collect()
+    # The worker has trained before: what it has freed goes back to the system, and the peak starts
+    # anew from what is in use now.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    model, values = models.build(config, tokenizer)
+    largest = max(p.nbytes for p in model.parameters())
+    whole = sum(p.nbytes for p in model.parameters())
+    model = engine_of(config).shard(model, values, config)
+    return {
+        "peak": status("VmHWM") - before,
+        "kept": status("VmRSS") - before,
+        "whole": whole,
+        "largest": largest,
+    }
+
+
+def status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {field}")
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "fsdp": {"kind": "fsdp"},
+    "fsdp_one_unit": {"kind": "fsdp", "wrap": "none"},
+    "zero3": {"kind": "zero", "stage": 3},
+    "ddp": {"kind": "ddp"},
+}
+SIZE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 9}
+
+
+def check(strategy: str, world_size: int, seen: list[dict[str, int]]) -> None:
+    shards = 1 if strategy == "ddp" else world_size
+    for rank, found in enumerate(seen):
+        print(
+            f"{strategy}, rank {rank} of {world_size}: peak {found['peak'] / MIB:.0f} MiB, "
+            f"kept {found['kept'] / MIB:.0f} MiB, whole model {found['whole'] / MIB:.0f} MiB, "
+            f"largest tensor {found['largest'] / MIB:.0f} MiB"
+        )
+        assert found["whole"] > 400 * MIB
+        assert found["peak"] <= found["whole"] / shards + found["largest"] + SLACK_BYTES
+        assert found["kept"] >= 0.9 * found["whole"] / shards, "nothing was measured"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size"),
+    [("fsdp", 2), ("fsdp", 4), ("fsdp_one_unit", 2), ("zero3", 2), ("zero3", 4), ("ddp", 2)],
+)
+def test_start_takes_the_memory_of_the_shards_and_a_tensor(
+    strategy: str,
+    world_size: int,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    tree = tiny_tree("clm")
+    tree["model"] |= SIZE
+    tree["strategy"] = STRATEGIES[strategy]
+    tree["launcher"]["nproc_per_node"] = world_size
+    check(strategy, world_size, ranks(world_size)(memory_of_the_start, frozen_run(tree)))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_pretrained_weights_are_read_into_the_memory_of_the_shards_and_a_tensor(
+    strategy: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    tmp_path: Path,
+) -> None:
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=384, n_positions=66, n_embd=1024, n_layer=9, n_head=2)
+    ).save_pretrained(tmp_path / "model")
+    tree = tiny_tree("clm")
+    tree["model"] = {"kind": "pretrained", "name": str(tmp_path / "model")}
+    tree["tokenizer"]["vocab_size"] = 384
+    tree["strategy"] = STRATEGIES[strategy]
+    check(strategy, 2, ranks(2)(memory_of_the_start, frozen_run(tree)))
