@@ -211,11 +211,12 @@ def launch(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
 
 def _resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
     """Return a job's config, valid and with nothing left open."""
-    config = from_tree(_plain(job.tree))
+    config = from_tree(plain(job.tree))
     return machine.resolve(config, here, _run_dir(config, job.number, stamp))
 
 
-def _plain(tree: DictConfig) -> Any:
+def plain(tree: DictConfig) -> Any:
+    """Return a composed tree as plain values, nothing left to interpolate."""
     try:
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except compose_errors.USER_CAUSED as error:
@@ -290,36 +291,35 @@ def _sample_together(options: argparse.Namespace, arguments: list[str]) -> int:
     """Start ranks that hold the model together; return the exit code."""
     here = machine.detect(os.environ)
     model_dir = sample.model_directory(options.run_dir).absolute()
-    # Its ranks leave nothing behind but an answer, and their logs where they fail.
-    directory = Path(tempfile.mkdtemp(prefix="shardwright-sample-"))
     ranks = options.nproc_per_node or max(1, here.gpus)
-    (job,) = compose(_sampling_overrides(model_dir, options.strategy, ranks))
-    config = machine.resolve(from_tree(_plain(job.tree)), here, str(directory))
-    launcher = config.launcher
-    if problems := machine.lacking(launcher.device, ranks, config.precision, here):
-        shutil.rmtree(directory)
-        raise UserError("\n".join(problems))
-    (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (directory / "logs").mkdir()
-    ended = start.run(
-        commands.rank_command(
-            config, directory, module="train.sharded_sample", arguments=arguments
-        ),
-        commands.rank_environment(config, here, os.environ),
-        stderr_file=directory / "logs" / report.TORCHRUN_LOG,
-    )
-    failures = report.rank_failures(directory)
-    code = report.exit_code(ended.code, failures, ended.stopped_by)
-    if code == BAD_INPUT and failures:
-        print(report.error_text(failures[0].message), file=sys.stderr)
-    elif code != 0:
-        print(report.failure(ended.code, failures, directory, ended.stopped_by), file=sys.stderr)
+    (job,) = compose(sampling_overrides(model_dir, options.strategy, ranks))
+    with contextlib.ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="shardwright-sample-"))
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        config = machine.resolve(from_tree(plain(job.tree)), here, str(directory))
+        if problems := machine.lacking(config.launcher.device, ranks, config.precision, here):
+            raise UserError("\n".join(problems))
+        (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (directory / "logs").mkdir()
+        ended = start.run(
+            commands.rank_command(
+                config, directory, module="train.sharded_sample", arguments=arguments
+            ),
+            commands.rank_environment(config, here, os.environ),
+            stderr_file=directory / "logs" / report.TORCHRUN_LOG,
+        )
+        failures = report.rank_failures(directory)
+        code = report.exit_code(ended.code, failures, ended.stopped_by)
+        if code == BAD_INPUT and failures:
+            raise UserError(failures[0].message)
+        if code != 0:
+            stack.pop_all()  # the message names the logs
+            text = report.failure(ended.code, failures, directory, ended.stopped_by)
+            print(text, file=sys.stderr)
         return code
-    shutil.rmtree(directory, ignore_errors=True)
-    return code
 
 
-def _sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
+def sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
     """Return the overrides of a run that loads a model under a strategy, in the model's dtype."""
     dtype = json.loads((model_dir / "config.json").read_text()).get("dtype")
     half = "bf16_pure" if strategy.startswith("fsdp") else "bf16"
@@ -327,6 +327,8 @@ def _sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]
         "model=pretrained",
         f"model.name={_quoted(str(model_dir))}",
         f"objective={'mlm' if sample.is_masked(model_dir) else 'clm'}",
+        "tokenizer=pretrained",
+        f"tokenizer.name={_quoted(str(model_dir))}",
         f"strategy={strategy}",
         f"precision={half if dtype == 'bfloat16' else 'fp32'}",
         f"launcher.nproc_per_node={ranks}",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
 
-from launchers.__main__ import _plain, _sampling_overrides, compose
+from launchers.__main__ import compose, plain, sampling_overrides
 from tests.unit.test_sample import POSITIONS, TOKENS, save
 from train.config import from_tree, load, to_yaml
 from train.rank import join, rank_from_environment
@@ -71,8 +71,8 @@ def spoken(directory: Path, arguments: list[str]) -> tuple[str, int]:
 def test_two_ranks_say_what_one_process_says(
     strategy: str, model_dir: Path, tmp_path: Path, ranks: Callable[[int], Any]
 ) -> None:
-    (job,) = compose([*_sampling_overrides(model_dir, strategy, ranks=2), "launcher.device=cpu"])
-    (tmp_path / "config.yaml").write_text(to_yaml(from_tree(_plain(job.tree))))
+    (job,) = compose([*sampling_overrides(model_dir, strategy, ranks=2), "launcher.device=cpu"])
+    (tmp_path / "config.yaml").write_text(to_yaml(from_tree(plain(job.tree))))
     expected = whole(model_dir)
     assert len(set(expected.split())) > 5
     for text, _ in ranks(2)(spoken, tmp_path, arguments_of(model_dir)):

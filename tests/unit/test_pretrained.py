@@ -64,7 +64,7 @@ def stream(directory: Path, auto: Any, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def assert_same(model: PreTrainedModel, expected: PreTrainedModel) -> None:
+def assert_same(model: torch.nn.Module, expected: torch.nn.Module) -> None:
     assert type(model) is type(expected)
     for find in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
         ours: dict[str, torch.Tensor] = dict(find(model))
@@ -125,9 +125,7 @@ def test_a_checkpoint_of_the_base_model_gets_a_new_head_which_is_named(
         "lm_head.layer_norm.weight",
         "lm_head.layer_norm.bias",
     }
-    for part in (model, expected):
-        assert isinstance(part.base_model, PreTrainedModel)
-    assert_same(model.base_model, expected.base_model)
+    assert_same(model.get_submodule("roberta"), expected.get_submodule("roberta"))
     head = model.get_parameter("lm_head.dense.weight").detach()
     assert head.std() == pytest.approx(0.02, rel=0.1)
     assert torch.equal(head, stream(tmp_path, MASKED).get_parameter("lm_head.dense.weight"))
