@@ -12,14 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from launchers.__main__ import compose, plain, sampling_overrides
 from tests.unit.test_sample import POSITIONS, TOKENS, save
+from train import models
 from train.config import from_tree, load, to_yaml
 from train.rank import join, rank_from_environment
 from train.sample import parser, show
 from train.sharded_sample import speak
+from train.strategy import engine_of
 
 pytestmark = pytest.mark.distributed
 
@@ -57,14 +65,25 @@ def whole(model_dir: Path) -> str:
     return out.getvalue()
 
 
-def spoken(directory: Path, arguments: list[str]) -> tuple[str, int]:
-    """Return what this rank says, and how many bytes of parameters it holds."""
-    rank = rank_from_environment()
+def spoken(directory: Path, arguments: list[str]) -> str:
+    """Return what this rank says."""
     config = load(directory)
     out = io.StringIO()
-    with join(config, rank):
+    with join(config, rank_from_environment()):
         speak(config, parser().parse_args(arguments), out)
-    return out.getvalue(), rank.index
+    return out.getvalue()
+
+
+def share(directory: Path, model_dir: Path) -> float:
+    """Return which part of the model's elements this rank holds once it is ready to speak."""
+    config = load(directory)
+    with join(config, rank_from_environment()):
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        model = engine_of(config).serve(*models.build(config, tokenizer), config)
+        parameters: list[Any] = list(model.parameters())
+        held = sum(p.to_local().numel() for p in parameters if hasattr(p, "to_local"))
+        held += sum(p.ds_tensor.numel() for p in parameters if hasattr(p, "ds_tensor"))
+        return held / models.parameter_count(model)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3", "fsdp_offload", "zero3_offload"])
@@ -75,8 +94,8 @@ def test_two_ranks_say_what_one_process_says(
     (tmp_path / "config.yaml").write_text(to_yaml(from_tree(plain(job.tree))))
     expected = whole(model_dir)
     assert len(set(expected.split())) > 5
-    for text, _ in ranks(2)(spoken, tmp_path, arguments_of(model_dir)):
-        assert text == expected
+    assert ranks(2)(spoken, tmp_path, arguments_of(model_dir)) == [expected, expected]
+    assert ranks(2)(share, tmp_path, model_dir) == pytest.approx([0.5, 0.5], abs=0.01)
 
 
 def shardwright(*arguments: str) -> subprocess.CompletedProcess[str]:

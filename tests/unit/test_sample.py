@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from train.errors import UserError
-from train.sample import main, model_directory, sample, show
+from train.sample import check_strategy, main, model_directory, sample, show
 
 POSITIONS = 64
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -127,6 +128,35 @@ def test_a_run_means_its_final_model(causal: Path, tmp_path: Path) -> None:
     (tmp_path / "final").symlink_to(causal)
     assert model_directory(tmp_path) == tmp_path / "final"
     assert model_directory(causal) == causal
+
+
+def test_a_checkpoint_is_no_model_and_its_run_is_named(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    with pytest.raises(UserError) as error:
+        model_directory(checkpoint)
+    assert str(error.value) == (
+        f"{checkpoint} is a checkpoint, in the shards of the engine that trained it; give its run "
+        f"directory {tmp_path / 'run'}, whose final/ is read once the training has ended"
+    )
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "ddp", "fsdp_hybrid", "zeor3"])
+def test_strategy_that_divides_no_weights_is_refused(strategy: str) -> None:
+    message = (
+        f"--strategy={strategy} does not divide the weights of a model that only speaks; choose "
+        "one of fsdp, fsdp_offload, zero3, zero3_offload, or leave it out"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_strategy(strategy, 2)
+
+
+def test_ranks_without_a_strategy_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--nproc-per-node=2 is for several ranks .* add --strat"):
+        check_strategy(None, 2)
+    check_strategy(None, None)
+    check_strategy("zero3", 2)
 
 
 def test_command_line(masked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
