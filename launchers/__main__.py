@@ -26,7 +26,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from launchers import commands, completion, compose_errors, machine, preflight, report, start
 from launchers.machine import Machine
-from train import sample
 from train.config import RunConfig, from_tree, to_yaml
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
@@ -278,6 +277,8 @@ def _quoted(text: str) -> str:
 
 
 def _sample(arguments: list[str]) -> int:
+    from train import sample
+
     options = sample.parser().parse_args(arguments)
     sample.check_strategy(options.strategy, options.nproc_per_node)
     if options.strategy is not None:
@@ -289,6 +290,8 @@ def _sample(arguments: list[str]) -> int:
 
 def _sample_together(options: argparse.Namespace, arguments: list[str]) -> int:
     """Start ranks that hold the model together; return the exit code."""
+    from train import sample
+
     here = machine.detect(os.environ)
     model_dir = sample.model_directory(options.run_dir).absolute()
     ranks = options.nproc_per_node or max(1, here.gpus)
@@ -321,6 +324,8 @@ def _sample_together(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
     """Return the overrides of a run that loads a model under a strategy, in the model's dtype."""
+    from train import sample
+
     dtype = json.loads((model_dir / "config.json").read_text()).get("dtype")
     half = "bf16_pure" if strategy.startswith("fsdp") else "bf16"
     return [

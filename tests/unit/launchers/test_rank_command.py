@@ -42,6 +42,13 @@ def test_run_directory_is_one_argument_whatever_its_name(run_dir: str) -> None:
     assert rank_command(resolved("torchrun"), Path(run_dir))[-1] == run_dir.replace("$", "$$")
 
 
+def test_other_modules_get_their_arguments_behind_the_directory() -> None:
+    found = rank_command(
+        resolved("torchrun"), Path("/runs/a"), module="train.sharded_sample", arguments=["a $x"]
+    )
+    assert found[-4:] == ["-m", "train.sharded_sample", "/runs/a", "a $$x"]
+
+
 def test_environment_on_a_cpu() -> None:
     run = resolved("torchrun", nproc_per_node=2)
     assert rank_environment(run, Machine(cores=9), {}, packages=Path("/opt/site")) == {
