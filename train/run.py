@@ -61,6 +61,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         prepared.tokenizer,
         train_loader(prepared, config, total_steps=steps, **place),
         eval_loader(prepared, config, **place) if prepared.eval_samples else None,
+        values,
     )
 
     trackers, tracked_at = tracker_callbacks(config, run_dir) if rank.index == 0 else ([], None)

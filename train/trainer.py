@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from accelerate.utils import KwargsHandler
 
+    from train.weights import Values
+
 IGNORED = -100
 """Label of a position that is not predicted."""
 
@@ -85,8 +87,11 @@ class Trainer(transformers.Trainer):
         tokenizer: transformers.PreTrainedTokenizerBase,
         train_loader: DataLoader,
         eval_loader: DataLoader | None,
+        values: Values,
     ) -> None:
         self.config = config
+        self.initial_values = values
+        """The model's first values in fp32, until the engine is complete."""
         assert args.output_dir is not None
         self.run_dir = Path(args.output_dir)
         self._train_loader, self._eval_loader = train_loader, eval_loader

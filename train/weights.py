@@ -38,9 +38,12 @@ def in_turn(model: nn.Module, values: Values) -> Iterator[tuple[str, nn.Paramete
     would come to lie between them on the heap, whose gaps are then too small for the next: that was
     measured to cost half as much again as the shards.
     """
-    buffer = torch.empty(max(p.numel() for p in model.parameters()), dtype=torch.float32)
-    for name, parameter in list(model.named_parameters()):
-        whole = buffer[: parameter.numel()].view(parameter.shape)
+    # ZeRO-3 leaves an empty tensor in place of a parameter and the whole shape beside it.
+    parameters = list(model.named_parameters())
+    shapes = [getattr(p, "ds_shape", p.shape) for _, p in parameters]
+    buffer = torch.empty(max(map(math.prod, shapes)), dtype=torch.float32)
+    for (name, parameter), shape in zip(parameters, shapes, strict=True):
+        whole = buffer[: math.prod(shape)].view(shape)
         values[name](whole)
         yield name, parameter, whole
 

@@ -343,7 +343,7 @@ def test_compiled_blocks_repeat_their_dropout_when_they_recompute(
 
     def gradients(every_blocks: int | None) -> list[torch.Tensor | None]:
         torch._dynamo.reset()
-        model = build(config, tokenizer)
+        model = whole(config, tokenizer)
         if every_blocks is not None:
             activation_checkpointing.enable(model, every_blocks, offload=False)
         compile_blocks(model)

@@ -23,6 +23,7 @@ class EngineReady(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         strategy.engine_of(trainer.config).complete(trainer)
+        trainer.initial_values = {}  # they may hold the whole model
         facts = strategy.verify(trainer, trainer.config, args.world_size)
         if state.is_world_process_zero:
             path = trainer.run_dir / "engine.json"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, ZeroStrategy, accumulation_steps
 from train.errors import UserError
+from train.logs import log
 from train.strategy import deepspeed_keys, nvme
 
 if TYPE_CHECKING:
@@ -385,21 +386,24 @@ def _drop_abandoned_lock(op: str) -> None:
 
 
 def complete(trainer: Trainer) -> None:
-    """Mend what deepspeed 0.19 gets wrong at stage 0.
+    """Mend what deepspeed 0.19 gets wrong.
 
-    In fp32 it drops the gradient norm. In bf16 and fp16 it makes room for the moments by a step
-    with zero gradients, which decays the master weights and counts as Adam's first.
+    In bf16 and fp16 it clones the fp32 master weights from the rounded parameters. At stage 0 it
+    also makes room for the moments by a step with zero gradients, which decays the master weights
+    and counts as Adam's first; in fp32 it drops the gradient norm there.
     """
     from torch.nn.utils import clip_grad_norm_, get_total_norm
 
     engine = trainer.model_wrapped
+    precision = trainer.config.precision
+    is_new = trainer.state.global_step == 0
+    if is_new and precision.compute_dtype != "fp32" and precision.master_dtype == "fp32":
+        _start_from_fp32(trainer)
     if engine.zero_optimization_stage() > 0:
         return
-    if masters := _replicated_masters(engine):
-        if trainer.state.global_step == 0:
+    if _replicated_masters(engine):
+        if is_new:
             engine.optimizer.optimizer.state.clear()
-            for parameter, master in masters.items():
-                master.data.copy_(parameter.data)
         return
 
     def clip() -> None:
@@ -414,6 +418,33 @@ def complete(trainer: Trainer) -> None:
         engine.clip_fp32_gradients = clip
     else:
         engine.optimizer.register_step_pre_hook(measure)
+
+
+def _start_from_fp32(trainer: Trainer) -> None:
+    """Give the master weights their values unrounded, one parameter at a time, on every rank."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    from train.weights import in_turn
+
+    strategy, engine = trainer.config.strategy, trainer.model_wrapped
+    assert isinstance(strategy, ZeroStrategy)
+    if strategy.offload_optimizer == "nvme":
+        # Each parameter would read and write its sub-group's masters and moments on disk once.
+        log.info("the master weights on NVMe start from values rounded to the compute dtype")
+        return
+    masters = _replicated_masters(engine)
+    for _, parameter, whole in in_turn(engine.module, trainer.initial_values):
+        if strategy.stage == 0:
+            masters[parameter].data.copy_(whole)
+        elif strategy.stage < 3:
+            safe_set_full_fp32_param(parameter, whole)
+        else:
+            # The setter of whole ones runs past the end where the ranks do not divide the size.
+            count = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            part = whole.new_zeros(count)
+            mine = whole.flatten()[parameter.ds_zero_partition_rank * count :][:count]  # type: ignore[attr-defined]
+            part[: mine.numel()] = mine
+            safe_set_local_fp32_param(parameter, part)
 
 
 def _replicated_masters(engine: Any) -> dict[Any, torch.Tensor]:
