@@ -31,20 +31,26 @@ the same on every rank, in whatever order and however often it is written.
 # --- giving them to a model -----------------------------------------------------------------------
 
 
-def in_turn(model: nn.Module, values: Values) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+def in_turn(
+    model: nn.Module, values: Values, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
     """Yield each parameter with its name and its whole value, which the next one overwrites.
 
-    All values lie in one buffer. Were each allocated by itself, what the caller allocates for it
-    would come to lie between them on the heap, whose gaps are then too small for the next: that was
-    measured to cost half as much again as the shards.
+    All values lie in one buffer, and what they are cast to in another. Were each allocated by
+    itself, what the caller allocates for it would come to lie between them on the heap, whose gaps
+    are then too small for the next: that was measured to cost half as much again as the shards.
     """
     # ZeRO-3 leaves an empty tensor in place of a parameter and the whole shape beside it.
     parameters = list(model.named_parameters())
     shapes = [getattr(p, "ds_shape", p.shape) for _, p in parameters]
-    buffer = torch.empty(max(map(math.prod, shapes)), dtype=torch.float32)
+    largest = max(map(math.prod, shapes))
+    buffer = torch.empty(largest, dtype=torch.float32)
+    cast = buffer if dtype == torch.float32 else torch.empty(largest, dtype=dtype)
     for (name, parameter), shape in zip(parameters, shapes, strict=True):
         whole = buffer[: math.prod(shape)].view(shape)
         values[name](whole)
+        if cast is not buffer:
+            whole = cast[: math.prod(shape)].view(shape).copy_(whole)
         yield name, parameter, whole
 
 

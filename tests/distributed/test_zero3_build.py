@@ -44,6 +44,7 @@ def compare_builds(run_dir: Path) -> dict[str, Any]:
             "elements": models.parameter_count(whole),
             "counted": models.parameter_count(sharded),
             "training": sharded.training,
+            "linear": torch.nn.functional.linear.__module__,
         }
 
 
@@ -74,6 +75,8 @@ def test_weights_are_the_same_bit_for_bit(
         assert facts["sharded"]
         assert facts["counted"] == facts["elements"]
         assert facts["training"]
+        # torch's own would keep every gathered weight until the backward pass.
+        assert facts["linear"].startswith("deepspeed.")
     # Each rank pads its last shard of an odd tensor by at most one element.
     kept = [facts["sharded_elements"] for facts in found]
     assert kept[0] == kept[1]

@@ -301,8 +301,8 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
         module=torch.nn.Module(), config_dict_or_path=settings(config, dist.get_world_size())
     )
     owners = Owners(model)
-    for _, empty, whole in in_turn(model, values):
-        parameter = owners.replace(empty, whole.to(context.local_device, context.dtype))
+    for _, empty, whole in in_turn(model, values, context.dtype):
+        parameter = owners.replace(empty, whole.to(context.local_device))
         # What zero.Init does to each parameter of a module that exists already, less its broadcast:
         # every rank has the same value.
         context._convert_to_deepspeed_param(parameter)
