@@ -32,7 +32,7 @@ IGNORED = -100
 def training_arguments(
     config: RunConfig, run_dir: Path, *, world_size: int, total_steps: int
 ) -> transformers.TrainingArguments:
-    """Derive `TrainingArguments`; ZeRO-3 needs them to exist before the model is built."""
+    """Derive `TrainingArguments`, under which transformers knows the engine that is to come."""
     trainer, precision = config.trainer, config.precision
     args = transformers.TrainingArguments(
         output_dir=str(run_dir),

@@ -1,4 +1,4 @@
-"""A model that ZeRO-3 shards while it is built has the weights that it has under every strategy."""
+"""A model that ZeRO-3 partitions has the weights that it has under every strategy."""
 
 from __future__ import annotations
 
