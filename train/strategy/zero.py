@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, ZeroStrategy, accumulation_steps
 from train.errors import UserError
-from train.logs import log
 from train.strategy import deepspeed_keys, nvme
 
 if TYPE_CHECKING:
@@ -424,6 +423,7 @@ def _start_from_fp32(trainer: Trainer) -> None:
     """Give the master weights their values unrounded, one parameter at a time, on every rank."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
+    from train.logs import log
     from train.weights import in_turn
 
     strategy, engine = trainer.config.strategy, trainer.model_wrapped
