@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import shutil
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,6 +285,10 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     from train.weights import Owners, in_turn, materialize
 
     assert isinstance(config.strategy, ZeroStrategy)
+    if nvme.in_use(config.strategy):
+        from train.strategy.deepspeed_ops import ready_to_build
+
+        ready_to_build("pin_memory", "async_io")
     if config.strategy.stage < 3:
         materialize(model, values)
         return model
@@ -326,12 +325,6 @@ def adopt_process_group() -> None:
     """Without it deepspeed 0.19 takes the world size for 1 while ZeRO-3 builds the model."""
     import deepspeed
 
-    # DeepSpeed compiles operators with ninja, which pip puts beside Python: not on the PATH of a
-    # virtual environment that is used without being activated.
-    beside = str(Path(sys.executable).parent)
-    if shutil.which("ninja") is None and shutil.which("ninja", path=beside):
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
-
     # On a CPU it would compile a shared-memory all-reduce first: a minute, or a crash where there
     # is no compiler (deepspeed 0.19 comm/torch.py, build_shm_op). gloo serves every strategy.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -343,9 +336,6 @@ def has_own_adam(config: RunConfig) -> bool:
     return isinstance(config.strategy, ZeroStrategy) and config.strategy.cpu_adam == "deepspeed"
 
 
-LONGEST_BUILD_SECONDS = 600
-
-
 def deepspeed_cpu_adam(
     groups: list[dict[str, Any]], *, moments_dtype: str, **settings: Any
 ) -> Optimizer:
@@ -353,15 +343,11 @@ def deepspeed_cpu_adam(
 
     Raises UserError where that fails.
     """
-    import sysconfig
-
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    _drop_abandoned_lock("cpu_adam")
-    # Where ninja is installed beside this interpreter, whether or not the venv is activated.
-    scripts = sysconfig.get_path("scripts")
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
+    from train.strategy.deepspeed_ops import ready_to_build
+
+    ready_to_build("cpu_adam")
     try:
         return DeepSpeedCPUAdam(
             groups, fp32_optimizer_states=moments_dtype == "fp32", adamw_mode=True, **settings
@@ -372,16 +358,6 @@ def deepspeed_cpu_adam(
             f"strategy.cpu_adam=deepspeed cannot be compiled here ({reason}); install a C++ "
             "compiler and ninja, or set strategy.cpu_adam=torch"
         ) from error
-
-
-def _drop_abandoned_lock(op: str) -> None:
-    """Remove the lock of a build that was killed, on which the next would wait for ever."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    lock = Path(_get_build_directory(op, verbose=False)) / "lock"
-    with contextlib.suppress(FileNotFoundError):
-        if time.time() - lock.stat().st_mtime > LONGEST_BUILD_SECONDS:
-            lock.unlink()
 
 
 def complete(trainer: Trainer) -> None:
