@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from accelerate.utils import KwargsHandler
 
+    from train.checkpoint.restore import Resumed
     from train.weights import Values
 
 IGNORED = -100
@@ -88,15 +89,18 @@ class Trainer(transformers.Trainer):
         train_loader: DataLoader,
         eval_loader: DataLoader | None,
         values: Values,
+        resumed: Resumed | None = None,
     ) -> None:
         self.config = config
+        self.resumed = resumed
+        """The checkpoint from which the run goes on; None where it begins."""
         self.initial_values = values
         """The model's first values in fp32, until the engine is complete."""
         assert args.output_dir is not None
         self.run_dir = Path(args.output_dir)
         self._train_loader, self._eval_loader = train_loader, eval_loader
-        self._saved_step: int | None = None
-        self.tokens_seen = 0
+        self._saved_step = resumed.step if resumed else None
+        self.tokens_seen = resumed.tokens if resumed else 0
         """Tokens trained on by all ranks, padding left out."""
         super().__init__(
             model=model,
@@ -113,7 +117,8 @@ class Trainer(transformers.Trainer):
     @property
     def samples_seen(self) -> int:
         """Samples trained on by all ranks: the position in the data."""
-        return self.state.global_step * self.config.trainer.global_batch_size
+        step, samples = (self.resumed.step, self.resumed.samples) if self.resumed else (0, 0)
+        return samples + (self.state.global_step - step) * self.config.trainer.global_batch_size
 
     # --- data: our loaders already give each rank its own part --------------------------------
 
@@ -204,6 +209,18 @@ class Trainer(transformers.Trainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=int(samples),
         )
+
+    # --- going on from a checkpoint -----------------------------------------------------------
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Begin at the checkpoint's step: our data begins there too, so nothing is skipped."""
+        super()._init_training_state(*args, **kwargs)
+        if self.resumed is not None:
+            path = self.resumed.checkpoint / "trainer_state.json"
+            before = transformers.TrainerState.load_from_json(str(path))
+            for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
+                setattr(self.state, name, getattr(before, name))
+        return 0, 0
 
     # --- engine -------------------------------------------------------------------------------
 

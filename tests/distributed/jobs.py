@@ -263,3 +263,13 @@ def trained_in_fp16_on_a_cpu(run_dir: Path) -> dict[str, Any]:
 
     with mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True):
         return trained(run_dir, look)
+
+
+def restored_and_saved(run_dir: Path, directory: Path) -> None:
+    """Restore a run that has no step left, and write what its engine then holds."""
+    from train.strategy import engine_of
+
+    def save(trainer: Trainer) -> None:
+        engine_of(trainer.config).save_state(trainer, directory)
+
+    trained(run_dir, save)

@@ -87,6 +87,29 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     return None
 
 
+def candidates(directory: Path) -> list[Path]:
+    """Return everything that is named as a checkpoint, newest first."""
+    if not directory.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
+    return [path for _, path in sorted(((int(m[1]), p) for m, p in found if m), reverse=True)]
+
+
+def wrong_hash(checkpoint: Path, part: int, parts: int) -> str | None:
+    """Hash every ``parts``-th file of a checkpoint, from the ``part``-th on; return what is wrong.
+
+    Call it where `what_is_wrong` is None.
+    """
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    for name in sorted(files)[part::parts]:
+        try:
+            if hash_file(checkpoint / name) != files[name]["xxh3_128"]:
+                return f"{name} is not what was written (its hash differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
 def retain(directory: Path, keep: int) -> list[Path]:
     """Delete all but the newest whole checkpoints; return what was deleted."""
     old = [path for _, path in whole_checkpoints(directory)[:-keep]]

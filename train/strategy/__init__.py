@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from train.checkpoint.lazy import PortableState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -67,6 +68,12 @@ class Engine(Protocol):
         """Return facts read off the live engine, after it is built.
 
         Among them are ``precision`` and the loss scaling, in the words of `loop.expected`.
+        """
+
+    def restore_optimizer(self, trainer: Trainer, state: PortableState) -> None:
+        """Give the live optimizer the moments of a checkpoint: each rank reads its own part.
+
+        Raises UserError where the checkpoint's optimizer is another one.
         """
 
     def after_evaluation(self, trainer: Trainer) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
+    from train.checkpoint.lazy import LazyTensor, PortableState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -348,6 +349,39 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         },
         **loop.loss_scaling(trainer.accelerator.scaler),
     }
+
+
+def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
+    from train.checkpoint.moments import check_names, entries
+
+    optimizer = trainer.torch_optimizer()
+    parameters: dict[str, Any] = dict(trainer.model.named_parameters())
+    check_names(state, parameters)
+    for name, parameter in parameters.items():
+        take = functools.partial(_sharded_as, parameter)
+        optimizer.state[parameter] = entries(optimizer, parameter, state, name, take)
+
+
+def _sharded_as(parameter: DTensor, tensor: LazyTensor) -> DTensor:
+    """Return a DTensor that is sharded as ``parameter``; only this rank's part is read."""
+    import math
+
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    # Shards are runs of rows, so each lies in one piece in the flattened tensor.
+    start = offset[0] * math.prod(parameter.shape[1:]) if 0 not in shape else 0
+    local = tensor.read(start, start + math.prod(shape)).view(shape)
+    return DTensor.from_local(
+        local.to(parameter.to_local().device, parameter.dtype),
+        mesh,
+        placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def after_evaluation(trainer: Trainer) -> None:

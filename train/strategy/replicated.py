@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from train.checkpoint.lazy import PortableState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -124,6 +125,14 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         "moments": loop.in_words(loop.moments_dtypes(trainer.innermost_optimizer(), dtypes)),
     }
     return {**facts, **loop.loss_scaling(trainer.accelerator.scaler)}
+
+
+def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
+    from train.checkpoint.moments import check_names, restore_whole
+
+    parameters = dict(trainer.model.named_parameters())
+    check_names(state, parameters)
+    restore_whole(trainer.torch_optimizer(), state, parameters)
 
 
 def after_evaluation(trainer: Trainer) -> None:

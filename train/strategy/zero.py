@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
+    from train.checkpoint.lazy import PortableState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -371,7 +373,7 @@ def complete(trainer: Trainer) -> None:
 
     engine = trainer.model_wrapped
     precision = trainer.config.precision
-    is_new = trainer.state.global_step == 0
+    is_new = bool(trainer.initial_values)
     if is_new and precision.compute_dtype != "fp32" and precision.master_dtype == "fp32":
         _start_from_fp32(trainer)
     if engine.zero_optimization_stage() > 0:
@@ -535,6 +537,57 @@ def loss_scaling(optimizer: Any) -> dict[str, Any]:
     return {"initial_loss_scale": float(scale), "loss_scale_growth_steps": window}
 
 
+def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
+    from train.checkpoint.moments import check_names, restore_flat, restore_whole
+
+    engine, optimizer = trainer.model_wrapped, trainer.innermost_optimizer()
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    check_names(state, names.values())
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        masters = _replicated_masters(engine)
+        restore_whole(optimizer, state, {name: masters.get(p, p) for p, name in names.items()})
+        return
+    for flat, pieces in _flat_partitions(engine, names):
+        restore_flat(optimizer, flat, state, pieces)
+
+
+def _flat_partitions(
+    engine: Any, names: dict[Any, str]
+) -> Iterator[tuple[torch.Tensor, list[tuple[str, int, int, int]]]]:
+    """Yield this rank's flat fp32 partitions and what lies where in them.
+
+    A piece is a parameter's name, its first element there, how many, and their place in the flat
+    tensor.
+    """
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            place, pieces = 0, []
+            for parameter in group:
+                share = parameter.ds_tensor.ds_numel
+                start = parameter.ds_zero_partition_rank * share
+                length = max(0, min(share, parameter.ds_numel - start))
+                pieces.append((names[parameter], start, length, place))
+                place += share
+            yield flat, pieces
+        return
+    # Stage 1 in bf16 is a class of its own, BF16_Optimizer.
+    is_bf16 = hasattr(zero, "fp32_groups_flat_partition")
+    flats = zero.fp32_groups_flat_partition if is_bf16 else zero.single_partition_of_fp32_groups
+    groups = zero.bf16_groups if is_bf16 else zero.round_robin_bit16_groups
+    for flat, group in zip(flats, groups, strict=True):
+        begin = engine.global_rank * flat.numel()
+        offset, pieces = 0, []
+        for parameter in group:
+            first = max(begin, offset)
+            last = min(begin + flat.numel(), offset + parameter.numel())
+            if first < last:
+                pieces.append((names[parameter], first - offset, last - first, first - begin))
+            offset += parameter.numel()
+        yield flat, pieces
+
+
 def after_evaluation(trainer: Trainer) -> None:
     pass
 
@@ -563,3 +616,12 @@ def release() -> None:
 def save_state(trainer: Trainer, directory: Path) -> None:
     engine = trainer.model_wrapped
     engine.save_checkpoint(str(directory), tag="engine", exclude_frozen_parameters=False)
+    if engine.zero_optimization_stage() == 0 and trainer.is_world_process_zero():
+        from train.checkpoint.read_zero import PARAMETER_ORDER
+
+        # Its own file counts parameters as the optimizer does, and names none.
+        masters = _replicated_masters(engine)
+        names = {masters.get(p, p): name for name, p in engine.module.named_parameters()}
+        groups = trainer.innermost_optimizer().param_groups
+        order = [names[parameter] for group in groups for parameter in group["params"]]
+        (directory / "engine" / PARAMETER_ORDER).write_text(json.dumps(order))
