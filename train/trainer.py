@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,9 +132,14 @@ class Trainer(transformers.Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor]:
-        """Return one step's micro-batches and the number of labels in them, over all ranks."""
-        batches = [next(epoch_iterator) for _ in range(num_batches)]
+    ) -> tuple[list, torch.Tensor | None]:
+        """Return one step's micro-batches and the number of labels in them, over all ranks.
+
+        There are none where a run goes on from its last step, as one does that was killed later.
+        """
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
         labels = sum(int(b["labels"].ne(IGNORED).sum()) for b in batches)
         tokens = sum(
             int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel()

@@ -1,4 +1,4 @@
-"""A run goes on from a checkpoint as if nothing had happened, under the same strategy or another."""
+"""A run goes on from a checkpoint as if nothing had happened, under its strategy or another."""
 
 from __future__ import annotations
 
