@@ -24,8 +24,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launchers import commands, completion, compose_errors, machine, preflight, report, start
+from launchers import (
+    commands,
+    completion,
+    compose_errors,
+    machine,
+    preflight,
+    report,
+    resume,
+    start,
+)
 from launchers.machine import Machine
+from train import config as run_config
 from train.config import RunConfig, from_tree, to_yaml
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
@@ -37,6 +47,9 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright train [--dry-run] [group=option] [key=value]
       compose a run, check it and start it; --help lists groups, options and flags,
       --dry-run shows config, engine settings and command, and starts nothing
+  shardwright resume RUN_DIR [--dry-run] [group=option] [key=value]
+      go on from the newest whole checkpoint, with other ranks, strategy, precision or
+      more steps if asked
   shardwright sample RUN_DIR --prompt TEXT
       fill masks or continue a text with a trained model; --strategy zero3 or fsdp divides it
       among ranks (--nproc-per-node N) where it does not fit one device
@@ -79,13 +92,15 @@ def _dispatch(arguments: list[str]) -> int:
             return _complete(arguments)
         case ["train", *rest]:
             return _train(rest)
+        case ["resume", *rest]:
+            return _resume(rest)
         case ["sample", *rest]:
             return _sample(rest)
     command = arguments[0]
     if "=" in command:
         raise UserError(f"{command} comes behind a command: shardwright train {command}")
-    near = difflib.get_close_matches(command, ("train", "sample"), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else "there are train and sample"
+    near = difflib.get_close_matches(command, ("train", "resume", "sample"), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else "there are train, resume and sample"
     raise UserError(f"unknown command {command}: {hint}")
 
 
@@ -196,6 +211,12 @@ def launch(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
             return 128 + prepared.stopped_by
         return BAD_INPUT if prepared.code == BAD_INPUT else FAILED
 
+    return _run_ranks(config, argv, environment)
+
+
+def _run_ranks(config: RunConfig, argv: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Start the ranks of a run directory and wait; return the exit code."""
+    run_dir = Path(str(config.run_dir))
     # torchrun writes its own pages about a failed rank to stderr, the ranks the terminal's lines
     # to stdout.
     quiet = run_dir / "logs" / report.TORCHRUN_LOG if config.launcher.kind == "torchrun" else None
@@ -273,6 +294,43 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+# --- resume ------------------------------------------------------------------------------------
+
+
+def _resume(arguments: list[str]) -> int:
+    """Go on in a run directory from its newest whole checkpoint."""
+    dry_run = "--dry-run" in arguments
+    match [argument for argument in arguments if argument != "--dry-run"]:
+        case [path, *overrides] if "=" not in path and not path.startswith("-"):
+            run_dir = Path(os.path.abspath(path))
+        case _:
+            raise UserError(
+                "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
+            )
+    before = run_config.load(run_dir)
+    groups = {name for name in RunConfig.model_fields if (CONF / name).is_dir()}
+    options: dict[str, Any] = {}
+    if picked := resume.chosen(overrides, groups):
+        (job,) = compose(picked)
+        for group in (choice.partition("=")[0] for choice in picked):
+            options[group] = OmegaConf.to_container(job.tree[group], resolve=True)
+    here = machine.detect(os.environ)
+    config = machine.resolve(resume.changed(before, overrides, options), here, str(run_dir))
+    if dry_run:
+        _show(config, here)
+    preflight.check_machine(config, here)
+    if dry_run:
+        return 0
+
+    newest = resume.write(run_dir, config, overrides)
+    choices = dict(choice.split("=", 1) for choice in picked)
+    environment = commands.rank_environment(config, here, os.environ)
+    print(report.header(config, choices, here, environment))
+    where = newest.name if newest else "the beginning: there is no checkpoint yet"
+    print(f"  {'goes on':<10}from {where}", flush=True)
+    return _run_ranks(config, commands.rank_command(config, run_dir), environment)
+
+
 # --- the other commands -------------------------------------------------------------------------
 
 
@@ -346,7 +404,7 @@ def sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
 def _complete(arguments: list[str]) -> int:
     if any(argument.startswith("query=") for argument in arguments):
         candidates = completion.complete(
-            os.environ.get("COMP_LINE", ""), ("train", "sample", "--help", "--version")
+            os.environ.get("COMP_LINE", ""), ("train", "resume", "sample", "--help", "--version")
         )
         if isinstance(candidates, list):
             print("\n".join(candidates))

@@ -22,21 +22,29 @@ def check(config: RunConfig, machine: Machine) -> None:
     Creates nothing.
     """
     assert config.run_dir is not None, "resolved"
-    problems = [
+    if problems := [*_run_dir_problems(Path(config.run_dir)), *_machine_problems(config, machine)]:
+        raise UserError("\n".join(problems))
+
+    from train.data import check_corpus
+
+    check_corpus(config.data)
+
+
+def check_machine(config: RunConfig, machine: Machine) -> None:
+    """Raise UserError where a run that has its directory and data already cannot go on here."""
+    if problems := _machine_problems(config, machine):
+        raise UserError("\n".join(problems))
+
+
+def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
+    return [
         *lacking(config.launcher.device, config.launcher.world_size, config.precision, machine),
-        *_run_dir_problems(Path(config.run_dir)),
         *_node_problems(config),
         *_missing_packages(config),
         *engine_of(config).machine_problems(config),
         *_missing_build_tools(config),
         *_tracking_problems(config, machine),
     ]
-    if problems:
-        raise UserError("\n".join(problems))
-
-    from train.data import check_corpus
-
-    check_corpus(config.data)
 
 
 def create(config: RunConfig, run_dir: Path) -> list[Path]:

@@ -853,9 +853,17 @@ def from_tree(tree: Any) -> RunConfig:
         raise UserError("\n".join(_problems(error.errors()))) from None
 
 
+RESUMES = "resumes"
+"""Folder of a run with the config of each resume, <n>.yaml; config.yaml stays as it was."""
+
+
 def load(run_dir: Path) -> RunConfig:
-    """Read the config that was frozen into a run directory; ``run_dir`` is where it lies now."""
-    path = run_dir / "config.yaml"
+    """Read the config that a run has now: that of its last resume, or the one frozen first.
+
+    Its ``run_dir`` is where it lies now.
+    """
+    resumes = [p for p in (run_dir / RESUMES).glob("*.yaml") if p.stem.isdecimal()]
+    path = max(resumes, key=lambda p: int(p.stem), default=run_dir / "config.yaml")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -24,6 +24,7 @@ def open_rank_log(run_dir: Path, rank: int) -> TextIO:
     """
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
+    _failure(run_dir, rank).unlink(missing_ok=True)  # of an earlier start
     terminal = os.fdopen(os.dup(1), "w", buffering=1)
     file = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
@@ -43,7 +44,7 @@ def open_rank_log(run_dir: Path, rank: int) -> TextIO:
 
 def note_failure(run_dir: Path, rank: int, error: BaseException) -> Path:
     """Write logs/rank-<rank>.error.json, from which the launcher tells who failed first."""
-    path = run_dir / "logs" / f"rank-{rank}.error.json"
+    path = _failure(run_dir, rank)
     note = {
         "time": time.time(),
         "rank": rank,
@@ -56,3 +57,7 @@ def note_failure(run_dir: Path, rank: int, error: BaseException) -> Path:
     temporary.write_text(json.dumps(note))
     temporary.rename(path)
     return path
+
+
+def _failure(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank-{rank}.error.json"

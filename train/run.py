@@ -54,6 +54,11 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     model, values = models.build(config, prepared.tokenizer)
     resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
     if resumed is not None:
+        if steps < resumed.step:
+            raise UserError(
+                f"the run is to have {steps:,} steps and has {resumed.step:,} already "
+                f"({resumed.checkpoint.name}); raise trainer.max_steps (or max_epochs, max_tokens)"
+            )
         values = restore.values(model, resumed)
     args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=steps)
     model = engine_of(config).shard(model, values, config)

@@ -122,8 +122,9 @@ def make_checkout(tmp_path: Path) -> Checkout:
     root, cwd = tmp_path / "checkout", tmp_path / "work"
     shutil.copytree(ROOT / "launchers", root / "launchers")
     shutil.copytree(ROOT / "conf", root / "conf")
-    shutil.copytree(ROOT / "train" / "strategy", root / "train" / "strategy")
-    for name in ("__init__.py", "config.py", "errors.py"):
+    for folder in ("strategy", "checkpoint"):
+        shutil.copytree(ROOT / "train" / folder, root / "train" / folder)
+    for name in ("__init__.py", "config.py", "durable.py", "errors.py"):
         shutil.copy(ROOT / "train" / name, root / "train")
     (root / "train" / "__main__.py").write_text(FAKE_RANK)
     (root / "train" / "data").mkdir()

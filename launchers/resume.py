@@ -1,0 +1,150 @@
+"""A run goes on in its directory: which settings may change, and how they are written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+
+from train import config as run_config
+from train.checkpoint import layout
+from train.config import RunConfig, from_tree, unknown_key_message
+from train.errors import UserError
+
+# What may not change, and what hangs on it. The longest prefix counts; None allows.
+_FIXED: dict[str, str | None] = {
+    "model": "the weights of the checkpoint have its shape",
+    "tokenizer": "the model has learned its tokens",
+    "data": "the position in the data would mean another place",
+    "data.cache_dir": None,
+    "objective": "the model has learned by it",
+    "objective.prompts": None,
+    "seed": "the order of the data hangs on it",
+    "run_dir": "the run goes on in its own directory",
+    "sweep_dir": "the run goes on in its own directory",
+    "trainer.optimizer": "the optimizer's state in the checkpoint is that of another",
+}
+
+
+def changed(
+    before: RunConfig, overrides: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+) -> RunConfig:
+    """Return a run's config with overrides on top. Pure.
+
+    ``options`` are the trees of the groups for which the overrides choose an option. Raises
+    UserError where an override does not parse, asks for what is unknown or may not change.
+    """
+    tree: dict[str, Any] = before.model_dump(mode="json", by_alias=True)
+    tree |= options
+    for key, value in _parsed(overrides):
+        if key in options:
+            continue
+        *path, leaf = key.split(".")
+        section = tree
+        for name in path:
+            inner = section.get(name)
+            if not isinstance(inner, dict):
+                raise UserError(unknown_key_message(key))
+            section = inner
+        section[leaf] = value
+    if open_keys := list(_missing(tree)):
+        raise UserError(f"{open_keys[0]} is not set; give it with {open_keys[0]}=VALUE")
+    after = from_tree(tree)
+    if problems := list(refused(before, after)):
+        raise UserError("\n".join(problems))
+    return after
+
+
+def chosen(overrides: Sequence[str], groups: set[str]) -> list[str]:
+    """Return the overrides that choose an option of a group, as `strategy=zero3` does. Pure."""
+    return [f"{key}={value}" for key, value in _parsed(overrides) if key in groups]
+
+
+def refused(before: RunConfig, after: RunConfig) -> Iterator[str]:
+    """Yield a message for each setting that differs and may not. Pure."""
+    old, new = _leaves(before.model_dump(mode="json")), _leaves(after.model_dump(mode="json"))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key):
+            continue
+        prefixes = [p for p in _FIXED if key == p or key.startswith(f"{p}.")]
+        reason = _FIXED[max(prefixes, key=len)] if prefixes else None
+        if reason is not None:
+            yield (
+                f"{key}={new.get(key)} was {old.get(key)}, and a run that goes on keeps it: "
+                f"{reason}; leave it out, or start a new run with `shardwright train`"
+            )
+
+
+def write(run_dir: Path, config: RunConfig, overrides: Sequence[str]) -> Path | None:
+    """Write resumes/<n>.yaml and a line of history.jsonl; return the checkpoint to go on from.
+
+    Notes of how ranks failed before are put aside in logs/.
+    """
+    folder = run_dir / run_config.RESUMES
+    folder.mkdir(exist_ok=True)
+    number = 1 + max((int(p.stem) for p in folder.glob("*.yaml") if p.stem.isdecimal()), default=0)
+    path = folder / f"{number}.yaml"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(run_config.to_yaml(config), encoding="utf-8")
+    temporary.rename(path)
+    whole = layout.whole_checkpoints(run_dir / "checkpoints")
+    newest = whole[-1][1] if whole else None
+    entry = {
+        "time": time.time(),
+        "config": f"{run_config.RESUMES}/{path.name}",
+        "overrides": list(overrides),
+        "checkpoint": newest.name if newest else None,
+        "world_size": config.launcher.world_size,
+    }
+    with (run_dir / "history.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    logs = run_dir / "logs"
+    aside = logs / f"before-resume-{number}"
+    for old in [*logs.glob("rank-*.error.json"), *logs.glob("torchrun.log")]:
+        aside.mkdir(exist_ok=True)
+        os.rename(old, aside / old.name)
+    return newest
+
+
+def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for text in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except OverrideParseException:
+            raise UserError(
+                f"{text} does not parse as key=value; for example strategy=zero3 or "
+                "trainer.max_steps=2000"
+            ) from None
+        if override.is_delete() or override.is_add() or override.is_sweep_override():
+            raise UserError(f"{text}: a run that goes on takes key=value only")
+        value = override.value()
+        # Nothing behind "=" is an empty text to Hydra; a quoted string is an object of its own.
+        yield override.key_or_group, value if isinstance(value, list | dict) else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def _missing(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if value == "???":
+            yield prefix + key
+        elif isinstance(value, dict):
+            yield from _missing(value, f"{prefix}{key}.")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
