@@ -8,6 +8,7 @@ from typing import TextIO
 
 from train import config as run_config
 from train import data, models, sample
+from train.callbacks.early_stopping import EarlyStopping
 from train.callbacks.engine import EngineReady
 from train.callbacks.metrics import Metrics
 from train.callbacks.progress import Progress
@@ -65,7 +66,13 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     )
 
     trackers, tracked_at = tracker_callbacks(config, run_dir) if rank.index == 0 else ([], None)
-    for callback in [EngineReady(trainer, console), Metrics(trainer), Progress(console), *trackers]:
+    for callback in [
+        EngineReady(trainer, console),
+        Metrics(trainer),
+        Progress(console),
+        EarlyStopping(trainer, console),
+        *trackers,
+    ]:
         trainer.add_callback(callback)
     if rank.index == 0:
         parameters = models.parameter_count(model)

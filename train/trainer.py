@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from train.weights import Values
 
+METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
+"""What an evaluation measures, the last with masked models only."""
 IGNORED = -100
 """Label of a position that is not predicted."""
 
@@ -259,7 +261,11 @@ class Trainer(transformers.Trainer):
         """Return the metrics of the last step; evaluate where the cadence has not done it."""
         if self._eval_loader is None:
             return {}
-        for entry in self.state.log_history:
+        return self.evaluation_of_this_step() or self.evaluate()
+
+    def evaluation_of_this_step(self) -> dict[str, float]:
+        """Return the metrics that were evaluated at this very step, none where it was not."""
+        for entry in reversed(self.state.log_history):
             if "eval_loss" in entry and entry["step"] == self.state.global_step:
-                return entry
-        return self.evaluate()
+                return {name: entry[name] for name in METRICS if name in entry}
+        return {}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 # What the Trainer logs that is written down as it is; its own summary of the whole run is left out.
-_KEPT = ("loss", "grad_norm", "learning_rate")
+_KEPT = ("loss", "grad_norm", "learning_rate", "stopped_early")
 
 
 class Metrics(TrainerCallback):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import random
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from train.checkpoint import layout
-from train.durable import publish
+from train.checkpoint import layout, retention
 from train.strategy import engine_of
 
 if TYPE_CHECKING:
@@ -29,8 +28,7 @@ def save(trainer: Trainer) -> Path:
     rank, world_size = trainer.args.process_index, trainer.args.world_size
 
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
+        retention.sweep(directory)
         temporary.mkdir(parents=True)
     _barrier()
 
@@ -52,12 +50,20 @@ def save(trainer: Trainer) -> Path:
             "step": step,
             "samples": trainer.samples_seen,
             "tokens": trainer.tokens_seen,
+            # JSON has no NaN, and NaN is never the best.
+            "metrics": {
+                k: v for k, v in trainer.evaluation_of_this_step().items() if math.isfinite(v)
+            },
             "parameters": _parameters(trainer),
             "files": dict(sorted({k: v for part in files for k, v in part.items()}.items())),
         }
         layout.write_manifest(temporary, manifest)
-        publish(temporary, final)
-        layout.retain(directory, trainer.config.trainer.keep_checkpoints)
+        layout.publish_checkpoint(temporary, final)
+    _barrier()
+    # Each rank reads back what it has written, hence still has in memory, for the most part.
+    wrong = [p for part in _gather(layout.verify(final, share=(rank, world_size))) for p in part]
+    if rank == 0:
+        retention.retain(directory, trainer.config.checkpoint, newest=step, wrong=wrong)
     _barrier()
     return final
 

@@ -1,0 +1,103 @@
+"""The checkpoint to go on from: the newest that is whole, on all nodes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import layout
+
+Gather = Callable[[Any], list[Any]]
+"""From a rank's value to the values of all ranks, in one order on all of them. Collective."""
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A checkpoint that is not to be used."""
+
+    step: int
+    problems: list[str]
+
+    def __str__(self) -> str:
+        more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+        return f"checkpoint-{self.step} is not whole: {self.problems[0]}{more}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank sees of a checkpoint: all of it, or what its node keeps on its own disk."""
+
+    save_id: str
+    index: int
+    count: int
+    problem: str | None = None
+
+
+def parts_in(directory: Path) -> dict[int, Part]:
+    """Return what lies in a directory of checkpoints, by step; sizes are checked, hashes not."""
+    parts = {}
+    for step, path in layout.named(directory):
+        try:
+            manifest = layout.check_sizes(path)
+        except layout.NotWhole as error:
+            parts[step] = Part("", 0, 1, problem=str(error))
+        else:
+            parts[step] = Part(manifest.save_id, manifest.part, manifest.parts)
+    return parts
+
+
+def together(seen: Sequence[dict[int, Part]]) -> tuple[list[int], list[PassedOver]]:
+    """Return the steps that are whole on all nodes together, and the others, oldest first. Pure.
+
+    ``seen`` holds what each rank sees. On a shared file system all see the same; on node-local
+    storage each its node's part, and a step is whole where all parts of one save are there.
+    """
+    whole, passed_over = [], []
+    for step in sorted({step for parts in seen for step in parts}):
+        parts = [parts[step] for parts in seen if step in parts]
+        problems = list(dict.fromkeys(part.problem for part in parts if part.problem))
+        if not problems:
+            if len(parts) < len(seen):
+                problems = [f"{len(seen) - len(parts)} of {len(seen)} ranks do not find it"]
+            elif len({(part.save_id, part.count) for part in parts}) > 1:
+                problems = ["its parts on the nodes' disks come from different saves"]
+            elif missing := set(range(parts[0].count)) - {part.index for part in parts}:
+                problems = [
+                    f"{len(missing)} of its {parts[0].count} parts are on disks of nodes that "
+                    "are not taking part"
+                ]
+        if problems:
+            passed_over.append(PassedOver(step, problems))
+        else:
+            whole.append(step)
+    return whole, passed_over
+
+
+def newest_whole(
+    directory: Path,
+    *,
+    gather: Gather = lambda value: [value],
+    share: tuple[int, int] = (0, 1),
+    check_hashes: bool = True,
+) -> tuple[Path | None, list[PassedOver]]:
+    """Return the newest whole checkpoint, or None, and those newer that are not, newest first.
+
+    With several ranks it is collective and returns the same on all: ``share`` is this rank's place
+    among those that read one disk (rank and world size; on node-local storage local rank and ranks
+    of the node), each of which reads its share of the files. Sizes are checked first, so that of
+    most of what a crash leaves no hash is read.
+    """
+    whole, passed_over = together(gather(parts_in(directory)))
+    chosen: Path | None = None
+    for step in reversed(whole):
+        path = directory / f"checkpoint-{step}"
+        found = layout.verify(path, share=share) if check_hashes else []
+        problems = list(dict.fromkeys(p for part in gather(found) for p in part))
+        if not problems:
+            chosen = path
+            passed_over = [p for p in passed_over if p.step > step]
+            break
+        passed_over.append(PassedOver(step, problems))
+    return chosen, sorted(passed_over, key=lambda p: p.step, reverse=True)
