@@ -33,7 +33,7 @@ Floats = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 class Section(BaseModel):
     """A frozen part of the config that refuses unknown keys and wrong types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
 
 
 # --- model --------------------------------------------------------------------------------------
@@ -608,6 +608,17 @@ class TrainerConfig(Section):
         return self
 
 
+class CheckpointConfig(Section):
+    """How checkpoints are written."""
+
+    asynchronous: bool = Field(default=False, alias="async")
+    """``checkpoint.async``: copy the state to host memory (as much as the files hold) and write it
+    while training goes on; a checkpoint is there once it is written."""
+    on_save_error: Literal["warn", "stop"] = "warn"
+    """Where the disk is full, read-only or gone: warn, train on and try again at the next save, or
+    stop the run. The save at the end of a run always stops it."""
+
+
 class NoTracking(Section):
     """Only metrics.jsonl."""
 
@@ -693,6 +704,7 @@ class RunConfig(Section):
     strategy: StrategyConfig
     precision: PrecisionConfig
     trainer: TrainerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig
     launcher: LauncherConfig
 
@@ -884,6 +896,8 @@ _ALIASES = {
         "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
     ),
     "adam_eps": "trainer.adam_epsilon",
+    "async_save": "checkpoint.async",
+    "asynchronous": "checkpoint.async",
     "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
     "bf16": "precision=bf16",
     "block_size": "data.sequence_length",
@@ -945,7 +959,8 @@ def known_keys() -> list[str]:
     """Return every dotted key that some config can have, sections included."""
 
     def walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
-        for name, field in section.model_fields.items():
+        for attribute, field in section.model_fields.items():
+            name = field.alias or attribute  # a key may be a Python keyword
             yield prefix + name
             for inner in _sections_of(field.annotation):
                 yield from walk(inner, f"{prefix}{name}.")

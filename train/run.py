@@ -64,6 +64,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         values,
     )
 
+    trainer.saver.console = console if rank.index == 0 else None
     trackers, tracked_at = tracker_callbacks(config, run_dir) if rank.index == 0 else ([], None)
     for callback in [EngineReady(trainer, console), Metrics(trainer), Progress(console), *trackers]:
         trainer.add_callback(callback)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from train import optimizer
-from train.checkpoint.save import save
+from train.checkpoint.saver import Saver
 from train.config import RunConfig, accumulation_steps
 from train.strategy import engine_of, loop
 
@@ -95,7 +95,8 @@ class Trainer(transformers.Trainer):
         assert args.output_dir is not None
         self.run_dir = Path(args.output_dir)
         self._train_loader, self._eval_loader = train_loader, eval_loader
-        self._saved_step: int | None = None
+        self.saved_step: int | None = None
+        """Step of the newest whole checkpoint of this training."""
         self.tokens_seen = 0
         """Tokens trained on by all ranks, padding left out."""
         super().__init__(
@@ -109,6 +110,8 @@ class Trainer(transformers.Trainer):
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
+        self.saver = Saver(self)
+        self.add_callback(self.saver)
 
     @property
     def samples_seen(self) -> int:
@@ -247,13 +250,11 @@ class Trainer(transformers.Trainer):
     # --- the end ------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        save(self)
-        self._saved_step = self.state.global_step
+        self.saver.save()
 
     def save_if_not_saved(self) -> None:
         """Write a checkpoint of the last step, where the cadence has not written it."""
-        if self._saved_step != self.state.global_step:
-            self._save_checkpoint(self.model, None)
+        self.saver.save_last()
 
     def last_evaluation(self) -> dict[str, float]:
         """Return the metrics of the last step; evaluate where the cadence has not done it."""

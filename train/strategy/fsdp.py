@@ -16,13 +16,12 @@ from train.config import FsdpStrategy, RunConfig
 from train.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import nn
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
+    from train.checkpoint.save import EngineState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -377,10 +376,10 @@ def clean_up(config: RunConfig) -> None:
     pass
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
-    from train.checkpoint.dcp import save_model_and_optimizer
+def save_state(trainer: Trainer, *, copy: bool) -> EngineState:
+    from train.checkpoint.dcp import DistributedState
 
-    save_model_and_optimizer(trainer, directory)
+    return DistributedState(trainer, copy=copy)
 
 
 def _parameter_groups(unit: Any) -> list[Any]:

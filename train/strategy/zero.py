@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
+    from train.checkpoint.save import EngineState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -134,6 +136,12 @@ def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"precision.fp8_recipe={precision.fp8_recipe} under strategy.stage=3 would keep every "
             "gathered weight until the backward pass; choose strategy=fsdp or zero2, or "
             "precision=bf16"
+        )
+    if config.checkpoint.asynchronous and adam == "nvme":
+        yield (
+            "checkpoint.async=true copies the state to host memory before it is written, but "
+            "strategy.offload_optimizer=nvme keeps it on a disk for want of that; set "
+            "checkpoint.async=false"
         )
     yield from deepspeed_keys.problems(strategy.extra)
 
@@ -584,6 +592,16 @@ def release() -> None:
     unset_hf_deepspeed_config()
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
+def save_state(trainer: Trainer, *, copy: bool) -> EngineState:
+    from train.checkpoint.deepspeed_files import DeepSpeedState
+
     engine = trainer.model_wrapped
-    engine.save_checkpoint(str(directory), tag="engine", exclude_frozen_parameters=False)
+    texts: dict[str, str] = {}
+    if engine.zero_optimization_stage() == 0:
+        # The file of this stage counts parameters as the optimizer does, and names none.
+        masters = _replicated_masters(engine)
+        names = {masters.get(p, p): name for name, p in engine.module.named_parameters()}
+        groups = trainer.innermost_optimizer().param_groups
+        order = [names[parameter] for group in groups for parameter in group["params"]]
+        texts["engine/parameter_order.json"] = json.dumps(order)
+    return DeepSpeedState(engine, texts, is_first=trainer.args.process_index == 0, copy=copy)
