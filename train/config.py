@@ -33,7 +33,7 @@ Floats = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 class Section(BaseModel):
     """A frozen part of the config that refuses unknown keys and wrong types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
 
 
 # --- model --------------------------------------------------------------------------------------
@@ -618,7 +618,14 @@ class TrainerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept of the checkpoints that trainer.save_every_steps has written."""
+    """How checkpoints are written, and what is kept of those that trainer.save_every_steps asks."""
+
+    asynchronous: bool = Field(default=False, alias="async")
+    """``checkpoint.async``: copy the state to host memory (as much as the files hold) and write it
+    while training goes on; a checkpoint is there once it is written."""
+    on_save_error: Literal["warn", "stop"] = "warn"
+    """Where the disk is full, read-only or gone: warn, train on and try again at the next save, or
+    stop the run. The save at the end of a run always stops it."""
 
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep; older ones go once the newest is verified."""
@@ -985,6 +992,8 @@ _ALIASES = {
         "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
     ),
     "adam_eps": "trainer.adam_epsilon",
+    "async_save": "checkpoint.async",
+    "asynchronous": "checkpoint.async",
     "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
     "bf16": "precision=bf16",
     "block_size": "data.sequence_length",
@@ -1052,7 +1061,8 @@ def known_keys() -> list[str]:
     """Return every dotted key that some config can have, sections included."""
 
     def walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
-        for name, field in section.model_fields.items():
+        for attribute, field in section.model_fields.items():
+            name = field.alias or attribute  # a key may be a Python keyword
             yield prefix + name
             for inner in _sections_of(field.annotation):
                 yield from walk(inner, f"{prefix}{name}.")

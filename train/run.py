@@ -14,6 +14,7 @@ from train.callbacks.metrics import Metrics
 from train.callbacks.progress import Progress
 from train.callbacks.tracking import tracker_callbacks
 from train.card import model_card
+from train.checkpoint import restore
 from train.checkpoint.export import export
 from train.config import RunConfig
 from train.data.loader import eval_loader, train_loader
@@ -52,6 +53,9 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     # The model comes before the arguments: while those live, transformers builds whatever it builds
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
     model, values = models.build(config, prepared.tokenizer)
+    resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
+    if resumed is not None:
+        values = restore.values(model, resumed)
     args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=steps)
     model = engine_of(config).shard(model, values, config)
     place = {"rank": rank.index, "world_size": rank.world_size}
@@ -60,11 +64,19 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         args,
         model,
         prepared.tokenizer,
-        train_loader(prepared, config, total_steps=steps, **place),
+        train_loader(
+            prepared,
+            config,
+            start_sample=resumed.samples if resumed else 0,
+            total_steps=steps - (resumed.step if resumed else 0),
+            **place,
+        ),
         eval_loader(prepared, config, **place) if prepared.eval_samples else None,
         values,
+        resumed,
     )
 
+    trainer.saver.console = console if rank.index == 0 else None
     trackers, tracked_at = tracker_callbacks(config, run_dir) if rank.index == 0 else ([], None)
     for callback in [
         EngineReady(trainer, console),
@@ -78,6 +90,9 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         parameters = models.parameter_count(model)
         write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
         print(f"{parameters:,} parameters, {steps:,} steps", file=console)
+        if resumed is not None:
+            print(f"going on from {resumed.checkpoint.name}", file=console)
+            restore.trim_metrics(run_dir, resumed.step)
         if tracked_at:
             print(tracked_at, file=console)
     return trainer

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from train import optimizer
-from train.checkpoint.save import save
+from train.checkpoint.saver import Saver
 from train.config import RunConfig, accumulation_steps
 from train.strategy import engine_of, loop
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from accelerate.utils import KwargsHandler
 
+    from train.checkpoint.restore import Resumed
     from train.weights import Values
 
 METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
@@ -90,15 +91,19 @@ class Trainer(transformers.Trainer):
         train_loader: DataLoader,
         eval_loader: DataLoader | None,
         values: Values,
+        resumed: Resumed | None = None,
     ) -> None:
         self.config = config
+        self.resumed = resumed
+        """The checkpoint from which the run goes on; None where it begins."""
         self.initial_values = values
         """The model's first values in fp32, until the engine is complete."""
         assert args.output_dir is not None
         self.run_dir = Path(args.output_dir)
         self._train_loader, self._eval_loader = train_loader, eval_loader
-        self._saved_step: int | None = None
-        self.tokens_seen = 0
+        self.saved_step = resumed.step if resumed else None
+        """Step of the newest whole checkpoint of this training."""
+        self.tokens_seen = resumed.tokens if resumed else 0
         """Tokens trained on by all ranks, padding left out."""
         super().__init__(
             model=model,
@@ -111,11 +116,14 @@ class Trainer(transformers.Trainer):
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
+        self.saver = Saver(self)
+        self.add_callback(self.saver)
 
     @property
     def samples_seen(self) -> int:
         """Samples trained on by all ranks: the position in the data."""
-        return self.state.global_step * self.config.trainer.global_batch_size
+        step, samples = (self.resumed.step, self.resumed.samples) if self.resumed else (0, 0)
+        return samples + (self.state.global_step - step) * self.config.trainer.global_batch_size
 
     # --- data: our loaders already give each rank its own part --------------------------------
 
@@ -207,6 +215,18 @@ class Trainer(transformers.Trainer):
             num_samples=int(samples),
         )
 
+    # --- going on from a checkpoint -----------------------------------------------------------
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Begin at the checkpoint's step: our data begins there too, so nothing is skipped."""
+        super()._init_training_state(*args, **kwargs)
+        if self.resumed is not None:
+            path = self.resumed.checkpoint / "trainer_state.json"
+            before = transformers.TrainerState.load_from_json(str(path))
+            for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
+                setattr(self.state, name, getattr(before, name))
+        return 0, 0
+
     # --- engine -------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -249,13 +269,11 @@ class Trainer(transformers.Trainer):
     # --- the end ------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        save(self)
-        self._saved_step = self.state.global_step
+        self.saver.save()
 
     def save_if_not_saved(self) -> None:
         """Write a checkpoint of the last step, where the cadence has not written it."""
-        if self._saved_step != self.state.global_step:
-            self._save_checkpoint(self.model, None)
+        self.saver.save_last()
 
     def last_evaluation(self) -> dict[str, float]:
         """Return the metrics of the last step; evaluate where the cadence has not done it."""

@@ -31,8 +31,8 @@ def disks(tmp_path: Path) -> list[Path]:
 Chosen = tuple[Path | None, list[PassedOver]]
 
 
-def together(disks: list[Path]) -> list[Chosen]:
-    """Look for the newest on every node at once, one rank a node."""
+def together(disks: list[Path], *, shared: bool = False) -> list[Chosen]:
+    """Look for the newest with one rank a node at once."""
     meeting = threading.Barrier(len(disks), timeout=60)
     board: dict[int, Any] = {}
 
@@ -49,7 +49,8 @@ def together(disks: list[Path]) -> list[Chosen]:
     found: dict[int, Chosen] = {}
 
     def look(node: int) -> None:
-        found[node] = newest_whole(disks[node], gather=gather_on(node))
+        share = (node, len(disks)) if shared else (0, 1)
+        found[node] = newest_whole(disks[node], gather=gather_on(node), share=share)
 
     threads = [threading.Thread(target=look, args=(node,)) for node in range(len(disks))]
     for thread in threads:
@@ -81,7 +82,7 @@ def test_a_part_that_is_damaged_on_one_node_is_passed_over_by_all(disks: list[Pa
 
 def test_a_part_that_was_never_published_is_missed_by_all(disks: list[Path]) -> None:
     shutil.rmtree(disks[1] / "checkpoint-3")
-    assert agreed(disks) == (2, ["checkpoint-3 is not whole: 1 of 2 ranks do not find it"])
+    assert agreed(disks) == (2, ["checkpoint-3 is not whole: 1 of 2 nodes' disks do not hold it"])
 
 
 def test_a_part_without_manifest_is_named(disks: list[Path]) -> None:
@@ -111,13 +112,17 @@ def test_a_node_that_is_not_there_is_missed(disks: list[Path]) -> None:
 def test_a_new_node_finds_nothing_and_so_does_the_run(disks: list[Path], tmp_path: Path) -> None:
     step, messages = agreed([disks[0], tmp_path / "node-2"])
     assert step is None
-    assert messages[0] == "checkpoint-3 is not whole: 1 of 2 ranks do not find it"
+    assert messages[0] == "checkpoint-3 is not whole: 1 of 2 nodes' disks do not hold it"
 
 
-def test_ranks_that_see_one_disk_find_the_same(tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
-    write_checkpoint(shared, 1)
-    assert together([shared, shared]) == [(shared / "checkpoint-1", [])] * 2
+@pytest.mark.parametrize("file", FILES)
+def test_ranks_that_share_a_disk_share_the_reading(tmp_path: Path, file: str) -> None:
+    older, newest = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
+    assert together([tmp_path] * 3, shared=True) == [(newest, [])] * 3
+    shutil.copy(older / file, newest / file)
+    found = together([tmp_path] * 3, shared=True)
+    assert [path for path, _ in found] == [older] * 3
+    assert all(f"{file} has the hash" in str(passed_over[0]) for _, passed_over in found)
 
 
 def test_every_node_deletes_the_same_on_its_own_disk(disks: list[Path]) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from transformers import TrainerCallback
 
 from train import strategy
+from train.checkpoint.restore import restore
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
 class EngineReady(TrainerCallback):
-    """Completes the engine once it is built, reads it back, writes engine.json, says the dtypes."""
+    """Completes the engine once it is built, restores it, reads it back, says its dtypes."""
 
     def __init__(self, trainer: Trainer, console: TextIO) -> None:
         self.trainer = trainer
@@ -24,6 +25,8 @@ class EngineReady(TrainerCallback):
         trainer = self.trainer
         strategy.engine_of(trainer.config).complete(trainer)
         trainer.initial_values = {}  # they may hold the whole model
+        if trainer.resumed is not None:
+            restore(trainer, trainer.resumed)
         facts = strategy.verify(trainer, trainer.config, args.world_size)
         if state.is_world_process_zero:
             path = trainer.run_dir / "engine.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 from train.checkpoint import layout
 
-Gather = Callable[[Any], list[Any]]
+Gather = Callable[[Any], Sequence[Any]]
 """From a rank's value to the values of all ranks, in one order on all of them. Collective."""
 
 
@@ -27,7 +27,7 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank sees of a checkpoint: all of it, or what its node keeps on its own disk."""
+    """What lies on one disk of a checkpoint: all of it, or what one node keeps."""
 
     save_id: str
     index: int
@@ -51,8 +51,8 @@ def parts_in(directory: Path) -> dict[int, Part]:
 def together(seen: Sequence[dict[int, Part]]) -> tuple[list[int], list[PassedOver]]:
     """Return the steps that are whole on all nodes together, and the others, oldest first. Pure.
 
-    ``seen`` holds what each rank sees. On a shared file system all see the same; on node-local
-    storage each its node's part, and a step is whole where all parts of one save are there.
+    ``seen`` holds what `parts_in` finds on each disk: on the one that all share, or on node-local
+    storage on each node's own, where a step is whole if all parts of one save are there.
     """
     whole, passed_over = [], []
     for step in sorted({step for parts in seen for step in parts}):
@@ -60,7 +60,7 @@ def together(seen: Sequence[dict[int, Part]]) -> tuple[list[int], list[PassedOve
         problems = list(dict.fromkeys(part.problem for part in parts if part.problem))
         if not problems:
             if len(parts) < len(seen):
-                problems = [f"{len(seen) - len(parts)} of {len(seen)} ranks do not find it"]
+                problems = [f"{len(seen) - len(parts)} of {len(seen)} nodes' disks do not hold it"]
             elif len({(part.save_id, part.count) for part in parts}) > 1:
                 problems = ["its parts on the nodes' disks come from different saves"]
             elif missing := set(range(parts[0].count)) - {part.index for part in parts}:
@@ -86,10 +86,11 @@ def newest_whole(
 
     With several ranks it is collective and returns the same on all: ``share`` is this rank's place
     among those that read one disk (rank and world size; on node-local storage local rank and ranks
-    of the node), each of which reads its share of the files. Sizes are checked first, so that of
-    most of what a crash leaves no hash is read.
+    of the node), of which the first looks for checkpoints and each reads its share of the files.
+    Sizes are checked first, so that of most of what a crash leaves no hash is read.
     """
-    whole, passed_over = together(gather(parts_in(directory)))
+    seen = gather(parts_in(directory) if share[0] == 0 else None)
+    whole, passed_over = together([parts for parts in seen if parts is not None])
     chosen: Path | None = None
     for step in reversed(whole):
         path = directory / f"checkpoint-{step}"

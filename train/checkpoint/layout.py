@@ -8,7 +8,7 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -175,7 +175,8 @@ def check_sizes(checkpoint: Path) -> Manifest:
     Reads the manifest and the directories only. Raises NotWhole.
     """
     manifest = read_manifest(checkpoint)
-    if problems := _misplaced(checkpoint, manifest):
+    problems = _misplaced(checkpoint, manifest, manifest.files) or _unknown(checkpoint, manifest)
+    if problems:
         raise NotWhole(next(iter(problems.values())))
     return manifest
 
@@ -184,21 +185,28 @@ def verify(
     checkpoint: Path,
     *,
     share: tuple[int, int] = (0, 1),
+    only: Collection[str] | None = None,
     advance: Callable[[int], object] = lambda read_bytes: None,
 ) -> list[str]:
     """Return what is wrong with each file: missing, unknown, of another size, of another hash.
 
-    Every file is read, on a few threads. ``share`` = (i, n) reads every n-th file from the i-th
-    on, for n ranks that share the work; sizes are checked of all. ``advance`` is called with the
-    number of bytes just read, from any thread.
+    Every file is read, on a few threads. ``share`` = (i, n) looks at every n-th file from the i-th
+    on, for n ranks that share the work; the first of them also for unknown ones. ``only`` looks at
+    the files of these names. ``advance`` is called with the number of bytes just read, from any
+    thread.
     """
     try:
         manifest = read_manifest(checkpoint)
     except NotWhole as error:
         return [str(error)]
-    misplaced = _misplaced(checkpoint, manifest)
     index, count = share
-    names = [name for name in sorted(manifest.files)[index::count] if name not in misplaced]
+    mine = sorted(manifest.files if only is None else only)[index::count]
+    if foreign := [name for name in mine if name not in manifest.files]:
+        return [f"{name} is not in its manifest" for name in foreign]
+    misplaced = _misplaced(checkpoint, manifest, mine)
+    if index == 0 and only is None:
+        misplaced |= _unknown(checkpoint, manifest)
+    names = [name for name in mine if name not in misplaced]
 
     stopped = threading.Event()
 
@@ -222,10 +230,11 @@ def verify(
             stopped.set()
 
 
-def _misplaced(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
-    """Return what is wrong with files that are missing, of another size, or not in the manifest."""
+def _misplaced(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, str]:
+    """Return which of some files are missing or of another size."""
     problems = {}
-    for name, entry in manifest.files.items():
+    for name in names:
+        entry = manifest.files[name]
         try:
             status = (checkpoint / name).stat()
         except OSError as error:
@@ -236,13 +245,21 @@ def _misplaced(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
             problems[name] = f"{name} is no file"
         elif status.st_size != entry.bytes:
             problems[name] = f"{name} has {status.st_size} bytes instead of {entry.bytes}"
-    for path in files_of(checkpoint):
-        name = path.relative_to(checkpoint).as_posix()
-        # DeepSpeed finds its shards by glob, so that one more changes what is loaded. Hidden files
-        # are found by none; NFS leaves .nfs* where a file was deleted that is still open.
-        if name not in manifest.files and not path.name.startswith("."):
-            problems[name] = f"{name} is not in its manifest"
     return problems
+
+
+def _unknown(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
+    """Return the files that are not in the manifest.
+
+    DeepSpeed finds its shards by glob, so that one more changes what is loaded. Hidden files are
+    found by none; NFS leaves .nfs* where a file was deleted that is still open.
+    """
+    names = (path.relative_to(checkpoint) for path in files_of(checkpoint))
+    return {
+        name.as_posix(): f"{name.as_posix()} is not in its manifest"
+        for name in names
+        if name.as_posix() not in manifest.files and not name.name.startswith(".")
+    }
 
 
 def whole_checkpoints(directory: Path) -> list[tuple[int, Path]]:

@@ -96,7 +96,11 @@ def retain(
             "checkpoint-%d is damaged, so no older one is deleted: %s", newest, "; ".join(wrong)
         )
         return []
-    saved = saved_in(directory, verified=[newest])
+    try:
+        saved = saved_in(directory, verified=[newest])
+    except OSError as error:
+        logger.warning("older checkpoints are not deleted: %s", error)
+        return []
     if among is not None:
         saved = [s for s in saved if s.step in among]
     old = expendable(saved, rule)

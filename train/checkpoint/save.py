@@ -2,52 +2,91 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import logging
 import math
 import random
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from train.checkpoint import layout, retention
+from train.checkpoint.hashed import HashedFolder
+from train.checkpoint.peers import Peers, SaveFailed
+from train.config import CheckpointConfig
 from train.strategy import engine_of
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
+logger = logging.getLogger(__name__)
+
+
+class EngineState(Protocol):
+    """What an engine has to write of model and optimizer; neither method is collective."""
+
+    def write(self, folder: HashedFolder) -> Any:
+        """Write this rank's files and return what `finish` wants to know. Raises OSError."""
+
+    def finish(self, folder: HashedFolder, written: list[Any]) -> None:
+        """On the first rank, add what is known only now. Raises OSError."""
+
+
+@dataclass
+class Draft:
+    """A checkpoint of which nothing is on the disk yet."""
+
+    directory: Path
+    step: int
+    engine: EngineState
+    texts: dict[str, bytes]
+    """This rank's other files by their names."""
+    manifest: dict[str, Any]
+    """All but the files."""
+    rule: CheckpointConfig
+    """What to keep of the older ones."""
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"checkpoint-{self.step}"
+
+
 def save(trainer: Trainer) -> Path:
-    """Write checkpoint-<step> of the trainer's run and return its path. Collective."""
-    step = trainer.state.global_step
-    directory = trainer.run_dir / "checkpoints"
-    final = directory / f"checkpoint-{step}"
-    temporary = directory / f".checkpoint-{step}.tmp"
-    rank, world_size = trainer.args.process_index, trainer.args.world_size
+    """Write checkpoint-<step> of the trainer's run and return its path. Collective.
 
-    if rank == 0:
-        retention.sweep(directory)
-        temporary.mkdir(parents=True)
-    _barrier()
+    Raises SaveFailed, on all ranks alike, where one of them could not write.
+    """
+    return write(draft(trainer, copy=False), Peers(trainer.args.process_index))
 
-    engine_of(trainer.config).save_state(trainer, temporary)
-    torch.save(_rng_state(), temporary / f"rng-{rank}.pt")
+
+def draft(trainer: Trainer, *, copy: bool) -> Draft:
+    """Collect the state of a run, copied to host memory where later steps may come before its end.
+
+    Collective; touches no disk.
+    """
+    rank = trainer.args.process_index
+    texts = {f"rng-{rank}.pt": _torch_bytes(_rng_state())}
     if rank == 0:
         assert trainer.lr_scheduler is not None
-        torch.save(trainer.lr_scheduler.state_dict(), temporary / "scheduler.pt")
-        trainer.state.save_to_json(str(temporary / "trainer_state.json"))
-    _barrier()
-
-    # Each rank flushes and hashes its share of the files, which it finds in the page cache.
-    mine = layout.files_of(temporary)[rank::world_size]
-    files = _gather(layout.describe_files(mine, temporary))
-    if rank == 0:
-        manifest = {
+        texts["scheduler.pt"] = _torch_bytes(trainer.lr_scheduler.state_dict())
+        state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
+        texts["trainer_state.json"] = f"{state}\n".encode()
+    return Draft(
+        directory=trainer.run_dir / "checkpoints",
+        step=trainer.state.global_step,
+        engine=engine_of(trainer.config).save_state(trainer, copy=copy),
+        texts=texts,
+        manifest={
             "strategy": trainer.config.strategy.model_dump(mode="json"),
-            "world_size": world_size,
-            "step": step,
+            "world_size": trainer.args.world_size,
+            "step": trainer.state.global_step,
             "samples": trainer.samples_seen,
             "tokens": trainer.tokens_seen,
             # JSON has no NaN, and NaN is never the best.
@@ -55,17 +94,67 @@ def save(trainer: Trainer) -> Path:
                 k: v for k, v in trainer.evaluation_of_this_step().items() if math.isfinite(v)
             },
             "parameters": _parameters(trainer),
-            "files": dict(sorted({k: v for part in files for k, v in part.items()}.items())),
-        }
-        layout.write_manifest(temporary, manifest)
-        layout.publish_checkpoint(temporary, final)
-    _barrier()
-    # Each rank reads back what it has written, hence still has in memory, for the most part.
-    wrong = [p for part in _gather(layout.verify(final, share=(rank, world_size))) for p in part]
-    if rank == 0:
-        retention.retain(directory, trainer.config.checkpoint, newest=step, wrong=wrong)
-    _barrier()
-    return final
+        },
+        rule=trainer.config.checkpoint,
+    )
+
+
+def write(draft: Draft, peers: Peers) -> Path:
+    """Write a draft under a temporary name, publish it and return its path. Collective.
+
+    Raises SaveFailed, on all ranks alike, where one of them could not write; what was there before
+    is as it was then. No collective comes between a rank's first and its last byte: a rank that
+    fails joins the others at the end of each of the three parts.
+    """
+    temporary = draft.directory / f".{draft.path.name}.tmp"
+    folder = HashedFolder(temporary)
+    is_first = peers.rank == 0
+
+    def prepare() -> None:
+        if is_first:
+            draft.directory.mkdir(exist_ok=True)
+            # Only one checkpoint is written at a time, so none of what is there is in flight.
+            retention.sweep(draft.directory)
+            temporary.mkdir()
+
+    def write_part() -> tuple[Any, dict[str, Any]]:
+        written = draft.engine.write(folder)
+        for name, data in draft.texts.items():
+            folder.write(name, data)
+        return written, folder.files
+
+    try:
+        peers.attempt(prepare)
+        parts = peers.attempt(write_part)
+
+        def finish() -> None:
+            if is_first:
+                draft.engine.finish(folder, [written for written, _ in parts])
+                files = folder.files | {k: v for _, part in parts for k, v in part.items()}
+                manifest = {**draft.manifest, "files": dict(sorted(files.items()))}
+                layout.write_manifest(temporary, manifest)
+                layout.publish_checkpoint(temporary, draft.path)
+
+        peers.attempt(finish)
+    except SaveFailed:
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+    # Each rank reads back what it has written itself.
+    wrong = peers.attempt(lambda: layout.verify(draft.path, only=folder.files))
+
+    def retain() -> None:
+        if is_first:
+            retention.retain(
+                draft.directory,
+                draft.rule,
+                newest=draft.step,
+                wrong=[problem for part in wrong for problem in part],
+            )
+
+    peers.attempt(retain)
+    return draft.path
 
 
 def _parameters(trainer: Trainer) -> list[dict[str, Any]]:
@@ -100,14 +189,7 @@ def _rng_state() -> dict[str, Any]:
     return state
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _gather(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
+def _torch_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

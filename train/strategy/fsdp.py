@@ -16,13 +16,13 @@ from train.config import FsdpStrategy, RunConfig
 from train.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import nn
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
+    from train.checkpoint.lazy import LazyTensor, PortableState
+    from train.checkpoint.save import EngineState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -350,6 +350,39 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
+    from train.checkpoint.moments import check_names, entries
+
+    optimizer = trainer.torch_optimizer()
+    parameters: dict[str, Any] = dict(trainer.model.named_parameters())
+    check_names(state, parameters)
+    for name, parameter in parameters.items():
+        take = functools.partial(_sharded_as, parameter)
+        optimizer.state[parameter] = entries(optimizer, parameter, state, name, take)
+
+
+def _sharded_as(parameter: DTensor, tensor: LazyTensor) -> DTensor:
+    """Return a DTensor that is sharded as ``parameter``; only this rank's part is read."""
+    import math
+
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    # Shards are runs of rows, so each lies in one piece in the flattened tensor.
+    start = offset[0] * math.prod(parameter.shape[1:]) if 0 not in shape else 0
+    local = tensor.read(start, start + math.prod(shape)).view(shape)
+    return DTensor.from_local(
+        local.to(parameter.to_local().device, parameter.dtype),
+        mesh,
+        placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 def after_evaluation(trainer: Trainer) -> None:
     """Shard the parameters again: without resharding after forward only a backward does it."""
     from torch.distributed.fsdp import FSDPModule
@@ -377,10 +410,10 @@ def clean_up(config: RunConfig) -> None:
     pass
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
-    from train.checkpoint.dcp import save_model_and_optimizer
+def save_state(trainer: Trainer, *, copy: bool) -> EngineState:
+    from train.checkpoint.dcp import DistributedState
 
-    save_model_and_optimizer(trainer, directory)
+    return DistributedState(trainer, copy=copy)
 
 
 def _parameter_groups(unit: Any) -> list[Any]:

@@ -8,11 +8,12 @@ from train.config import DdpStrategy, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
 
+    from train.checkpoint.lazy import PortableState
+    from train.checkpoint.save import EngineState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -126,6 +127,14 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
     return {**facts, **loop.loss_scaling(trainer.accelerator.scaler)}
 
 
+def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
+    from train.checkpoint.moments import check_names, restore_whole
+
+    parameters = dict(trainer.model.named_parameters())
+    check_names(state, parameters)
+    restore_whole(trainer.torch_optimizer(), state, parameters)
+
+
 def after_evaluation(trainer: Trainer) -> None:
     pass
 
@@ -146,7 +155,7 @@ def clean_up(config: RunConfig) -> None:
     pass
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
-    from train.checkpoint.dcp import save_model_and_optimizer
+def save_state(trainer: Trainer, *, copy: bool) -> EngineState:
+    from train.checkpoint.dcp import DistributedState
 
-    save_model_and_optimizer(trainer, directory)
+    return DistributedState(trainer, copy=copy)

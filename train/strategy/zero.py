@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import math
-import os
-import shutil
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +19,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
+    from train.checkpoint.lazy import PortableState
+    from train.checkpoint.save import EngineState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -134,6 +132,12 @@ def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"precision.fp8_recipe={precision.fp8_recipe} under strategy.stage=3 would keep every "
             "gathered weight until the backward pass; choose strategy=fsdp or zero2, or "
             "precision=bf16"
+        )
+    if config.checkpoint.asynchronous and adam == "nvme":
+        yield (
+            "checkpoint.async=true copies the state to host memory before it is written, but "
+            "strategy.offload_optimizer=nvme keeps it on a disk for want of that; set "
+            "checkpoint.async=false"
         )
     yield from deepspeed_keys.problems(strategy.extra)
 
@@ -290,6 +294,10 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     from train.weights import Owners, in_turn, materialize
 
     assert isinstance(config.strategy, ZeroStrategy)
+    if nvme.in_use(config.strategy):
+        from train.strategy.deepspeed_ops import ready_to_build
+
+        ready_to_build("pin_memory", "async_io")
     if config.strategy.stage < 3:
         materialize(model, values)
         return model
@@ -326,12 +334,6 @@ def adopt_process_group() -> None:
     """Without it deepspeed 0.19 takes the world size for 1 while ZeRO-3 builds the model."""
     import deepspeed
 
-    # DeepSpeed compiles operators with ninja, which pip puts beside Python: not on the PATH of a
-    # virtual environment that is used without being activated.
-    beside = str(Path(sys.executable).parent)
-    if shutil.which("ninja") is None and shutil.which("ninja", path=beside):
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
-
     # On a CPU it would compile a shared-memory all-reduce first: a minute, or a crash where there
     # is no compiler (deepspeed 0.19 comm/torch.py, build_shm_op). gloo serves every strategy.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -343,9 +345,6 @@ def has_own_adam(config: RunConfig) -> bool:
     return isinstance(config.strategy, ZeroStrategy) and config.strategy.cpu_adam == "deepspeed"
 
 
-LONGEST_BUILD_SECONDS = 600
-
-
 def deepspeed_cpu_adam(
     groups: list[dict[str, Any]], *, moments_dtype: str, **settings: Any
 ) -> Optimizer:
@@ -353,15 +352,11 @@ def deepspeed_cpu_adam(
 
     Raises UserError where that fails.
     """
-    import sysconfig
-
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    _drop_abandoned_lock("cpu_adam")
-    # Where ninja is installed beside this interpreter, whether or not the venv is activated.
-    scripts = sysconfig.get_path("scripts")
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
+    from train.strategy.deepspeed_ops import ready_to_build
+
+    ready_to_build("cpu_adam")
     try:
         return DeepSpeedCPUAdam(
             groups, fp32_optimizer_states=moments_dtype == "fp32", adamw_mode=True, **settings
@@ -372,16 +367,6 @@ def deepspeed_cpu_adam(
             f"strategy.cpu_adam=deepspeed cannot be compiled here ({reason}); install a C++ "
             "compiler and ninja, or set strategy.cpu_adam=torch"
         ) from error
-
-
-def _drop_abandoned_lock(op: str) -> None:
-    """Remove the lock of a build that was killed, on which the next would wait for ever."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    lock = Path(_get_build_directory(op, verbose=False)) / "lock"
-    with contextlib.suppress(FileNotFoundError):
-        if time.time() - lock.stat().st_mtime > LONGEST_BUILD_SECONDS:
-            lock.unlink()
 
 
 def complete(trainer: Trainer) -> None:
@@ -395,7 +380,7 @@ def complete(trainer: Trainer) -> None:
 
     engine = trainer.model_wrapped
     precision = trainer.config.precision
-    is_new = trainer.state.global_step == 0
+    is_new = bool(trainer.initial_values)
     if is_new and precision.compute_dtype != "fp32" and precision.master_dtype == "fp32":
         _start_from_fp32(trainer)
     if engine.zero_optimization_stage() > 0:
@@ -559,6 +544,57 @@ def loss_scaling(optimizer: Any) -> dict[str, Any]:
     return {"initial_loss_scale": float(scale), "loss_scale_growth_steps": window}
 
 
+def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
+    from train.checkpoint.moments import check_names, restore_flat, restore_whole
+
+    engine, optimizer = trainer.model_wrapped, trainer.innermost_optimizer()
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    check_names(state, names.values())
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        masters = _replicated_masters(engine)
+        restore_whole(optimizer, state, {name: masters.get(p, p) for p, name in names.items()})
+        return
+    for flat, pieces in _flat_partitions(engine, names):
+        restore_flat(optimizer, flat, state, pieces)
+
+
+def _flat_partitions(
+    engine: Any, names: dict[Any, str]
+) -> Iterator[tuple[torch.Tensor, list[tuple[str, int, int, int]]]]:
+    """Yield this rank's flat fp32 partitions and what lies where in them.
+
+    A piece is a parameter's name, its first element there, how many, and their place in the flat
+    tensor.
+    """
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            place, pieces = 0, []
+            for parameter in group:
+                share = parameter.ds_tensor.ds_numel
+                start = parameter.ds_zero_partition_rank * share
+                length = max(0, min(share, parameter.ds_numel - start))
+                pieces.append((names[parameter], start, length, place))
+                place += share
+            yield flat, pieces
+        return
+    # Stage 1 in bf16 is a class of its own, BF16_Optimizer.
+    is_bf16 = hasattr(zero, "fp32_groups_flat_partition")
+    flats = zero.fp32_groups_flat_partition if is_bf16 else zero.single_partition_of_fp32_groups
+    groups = zero.bf16_groups if is_bf16 else zero.round_robin_bit16_groups
+    for flat, group in zip(flats, groups, strict=True):
+        begin = engine.global_rank * flat.numel()
+        offset, pieces = 0, []
+        for parameter in group:
+            first = max(begin, offset)
+            last = min(begin + flat.numel(), offset + parameter.numel())
+            if first < last:
+                pieces.append((names[parameter], first - offset, last - first, first - begin))
+            offset += parameter.numel()
+        yield flat, pieces
+
+
 def after_evaluation(trainer: Trainer) -> None:
     pass
 
@@ -584,6 +620,17 @@ def release() -> None:
     unset_hf_deepspeed_config()
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
+def save_state(trainer: Trainer, *, copy: bool) -> EngineState:
+    from train.checkpoint.deepspeed_files import DeepSpeedState
+    from train.checkpoint.read_zero import PARAMETER_ORDER
+
     engine = trainer.model_wrapped
-    engine.save_checkpoint(str(directory), tag="engine", exclude_frozen_parameters=False)
+    texts: dict[str, str] = {}
+    if engine.zero_optimization_stage() == 0:
+        # The file of this stage counts parameters as the optimizer does, and names none.
+        masters = _replicated_masters(engine)
+        names = {masters.get(p, p): name for name, p in engine.module.named_parameters()}
+        groups = trainer.innermost_optimizer().param_groups
+        order = [names[parameter] for group in groups for parameter in group["params"]]
+        texts[f"engine/{PARAMETER_ORDER}"] = json.dumps(order)
+    return DeepSpeedState(engine, texts, is_first=trainer.args.process_index == 0, copy=copy)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from train.strategy.zero import LONGEST_BUILD_SECONDS, _drop_abandoned_lock
+from train.strategy.deepspeed_ops import LONGEST_BUILD_SECONDS, ready_to_build
 
 BUILD = """
 import torch
@@ -44,16 +44,18 @@ def test_without_a_compiler_it_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_running_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # restored afterwards
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    _drop_abandoned_lock("cpu_adam")
+    ready_to_build("cpu_adam")
     assert lock.exists()
     before = time.time() - LONGEST_BUILD_SECONDS - 1
     os.utime(lock, (before, before))
-    _drop_abandoned_lock("cpu_adam")
+    ready_to_build("cpu_adam")
     assert not lock.exists()
-    _drop_abandoned_lock("cpu_adam")
+    ready_to_build("cpu_adam")
+    assert "DeepSpeed compiles its operator cpu_adam, once: this takes minutes" in caplog.text

@@ -1,0 +1,188 @@
+"""A run goes on from a checkpoint as if nothing had happened, under whatever strategy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.distributed.jobs import restored_and_saved, whole_run
+from tests.distributed.test_parity import curve
+from train.checkpoint import portable
+
+pytestmark = pytest.mark.distributed
+
+ZERO = {"kind": "zero"}
+CPU = {"offload_optimizer": "cpu"}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "ddp"},
+    "zero0": {**ZERO, "stage": 0},
+    "zero1": {**ZERO, "stage": 1},
+    "zero2": {**ZERO, "stage": 2},
+    "zero3": {**ZERO, "stage": 3, "sub_group_elements": 3000},
+    "zero2_offload": {**ZERO, **CPU, "stage": 2},
+    "zero3_offload": {**ZERO, **CPU, "stage": 3, "offload_parameters": "cpu"},
+    "fsdp": {"kind": "fsdp"},
+    "fsdp_grad_op": {"kind": "fsdp", "reshard_after_forward": False},
+    "fsdp_hybrid": {"kind": "fsdp", "replicas": 2},
+    "fsdp_offload": {"kind": "fsdp", "offload": True},
+}
+STEPS, SAVED = 6, 3
+
+Source = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[tuple[str, str], Path]:
+    """Return the uninterrupted runs of this module, which its tests share."""
+    return {}
+
+
+@pytest.fixture
+def uninterrupted(
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    runs: dict[tuple[str, str], Path],
+) -> Source:
+    """Return a function that gives a run of six steps with a checkpoint after three."""
+
+    def run(name: str, dtype: str) -> Path:
+        if (name, dtype) not in runs:
+            tree = tiny_tree("clm")
+            # Odd sizes, so that partitions need padding; dropout, so that the dice matter.
+            tree["model"] |= {"vocab_size": 389, "intermediate_size": 67, "dropout": 0.1}
+            tree["strategy"], tree["precision"] = STRATEGIES[name], {"compute_dtype": dtype}
+            tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED}
+            run_dir = frozen_run(tree)
+            ranks(2)(whole_run, run_dir)
+            runs[name, dtype] = run_dir
+        return runs[name, dtype]
+
+    return run
+
+
+def interrupted(source: Path, target: Path, **changes: Any) -> Path:
+    """Return a copy of a run as it was after its first checkpoint, with a changed config."""
+    (target / "checkpoints").mkdir(parents=True)
+    name = f"checkpoint-{SAVED}"
+    shutil.copytree(source / "checkpoints" / name, target / "checkpoints" / name)
+    shutil.copy(source / "metrics.jsonl", target)
+    shutil.copy(source / "data.json", target)
+    shutil.copytree(source / "tokenizer", target / "tokenizer")
+    tree = yaml.safe_load((source / "config.yaml").read_text())
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        if field:
+            tree[section][field] = value
+        else:
+            tree[section] = value
+    (target / "config.yaml").write_text(yaml.safe_dump(tree))
+    return target
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "fsdp_hybrid"])
+def test_a_resumed_run_ends_with_the_same_bits(
+    name: str, dtype: str, uninterrupted: Source, tmp_path: Path, ranks: Callable[[int], Any]
+) -> None:
+    source = uninterrupted(name, dtype)
+    resumed = interrupted(source, tmp_path / "resumed")
+    (said,) = {text for text in ranks(2)(whole_run, resumed) if text}
+    assert f"going on from checkpoint-{SAVED}" in said
+    assert curve(resumed) == curve(source)
+    expected = load_file(source / "final/model.safetensors")
+    found = load_file(resumed / "final/model.safetensors")
+    for tensor_name, tensor in expected.items():
+        assert torch.equal(found[tensor_name], tensor), tensor_name
+    steps = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").open()]
+    assert sorted(set(steps)) == list(range(1, STEPS + 1))
+    assert len([s for s in steps if s == 5]) == 1, "a step is in the log twice"
+
+
+def matrix() -> list[Any]:
+    """Return every ordered pair of strategies; the default suite takes one for each to go on from.
+
+    A hybrid needs four ranks.
+    """
+    cases = []
+    names = list(STRATEGIES)
+    for i, before in enumerate(names):
+        for j, after in enumerate(names):
+            for k, world_size in enumerate((1, 2, 4)):
+                if before == "fsdp_hybrid" or (after == "fsdp_hybrid" and world_size != 4):
+                    continue
+                only_at_4 = after == "fsdp_hybrid"
+                sampled = (j - i) % len(names) == 4 and (only_at_4 or k == i % 3)
+                marks = () if sampled else pytest.mark.matrix
+                cases.append(pytest.param(before, after, world_size, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("before", "after", "world_size"), matrix())
+def test_a_run_goes_on_under_another_strategy_and_world_size(
+    before: str,
+    after: str,
+    world_size: int,
+    uninterrupted_without_dropout: Source,
+    tmp_path: Path,
+    ranks: Callable[[int], Any],
+) -> None:
+    source = uninterrupted_without_dropout(before, "fp32")
+    resumed = interrupted(
+        source,
+        tmp_path / "resumed",
+        strategy=STRATEGIES[after],
+        launcher__nproc_per_node=world_size,
+    )
+    ranks(world_size)(whole_run, resumed)
+    assert curve(resumed) == pytest.approx(curve(source), abs=1e-4)
+
+    # What the new engine holds before its first step are the bits that the old one wrote.
+    untrained = interrupted(
+        source,
+        tmp_path / "untrained",
+        strategy=STRATEGIES[after],
+        launcher__nproc_per_node=world_size,
+        trainer__max_steps=SAVED,
+    )
+    ranks(world_size)(restored_and_saved, untrained, tmp_path / "again")
+    written = portable.read(source / "checkpoints" / f"checkpoint-{SAVED}")
+    held = portable.read(tmp_path / "again")
+    for name in held.moments:
+        assert torch.equal(held.weights[name].whole(), written.weights[name].whole()), name
+        assert held.scalars[name] == written.scalars[name]
+        for kind, tensor in written.moments[name].items():
+            assert torch.equal(held.moments[name][kind].whole(), tensor.whole()), f"{name} {kind}"
+    assert held.moments.keys() == written.moments.keys()
+
+
+@pytest.fixture
+def uninterrupted_without_dropout(
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    runs: dict[tuple[str, str], Path],
+) -> Source:
+    """Return the same function, for runs whose losses do not hang on each rank's dice."""
+
+    def run(name: str, dtype: str) -> Path:
+        key = (name, f"{dtype} without dropout")
+        if key not in runs:
+            tree = tiny_tree("clm")
+            tree["model"] |= {"vocab_size": 389, "intermediate_size": 67}
+            tree["strategy"], tree["precision"] = STRATEGIES[name], {"compute_dtype": dtype}
+            tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED}
+            run_dir = frozen_run(tree)
+            ranks(2)(whole_run, run_dir)
+            runs[key] = run_dir
+        return runs[key]
+
+    return run

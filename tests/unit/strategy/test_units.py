@@ -1,0 +1,51 @@
+"""Which modules become units of FSDP: found on the model alone, without ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.unit.strategy.test_misconfiguration import FSDP
+from tests.unit.strategy.test_settings import config
+from train.errors import UserError
+from train.strategy import fsdp
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2LMHeadModel:
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2))
+
+
+def units(model: GPT2LMHeadModel, **strategy: Any) -> list[str]:
+    found = fsdp.units(model, config(strategy={**FSDP, **strategy}))
+    return [type(unit).__name__ for unit in found]
+
+
+def test_blocks_are_inferred_or_named(model: GPT2LMHeadModel) -> None:
+    assert units(model) == ["GPT2Block"] * 3
+    assert units(model, block_class="GPT2MLP") == ["GPT2MLP"] * 3
+    assert units(model, wrap="none") == []
+
+
+def test_an_unknown_block_class_is_an_error_that_lists_those_of_the_model(
+    model: GPT2LMHeadModel,
+) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"strategy\.block_class=LlamaDecoderLayer is no class of modules in this model; it "
+        r"repeats .*GPT2Attention, GPT2Block, GPT2MLP.*; choose one, or null to infer it",
+    ):
+        units(model, block_class="LlamaDecoderLayer")
+
+
+def test_a_wrap_that_leaves_the_whole_model_as_one_unit_is_an_error(
+    model: GPT2LMHeadModel,
+) -> None:
+    with pytest.raises(UserError, match="block_class=GPT2LMHeadModel is no class of modules"):
+        units(model, block_class="GPT2LMHeadModel")
+    with pytest.raises(UserError, match="wrap=size finds no module of strategy.min_unit_param"):
+        units(model, wrap="size", min_unit_parameters=10**9)

@@ -1,0 +1,150 @@
+"""Tensors that lie in files: found without reading them, read in slices, never run as code."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class Unreadable(ValueError):
+    """A file that is not what its name says, or holds what must not be run."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Some consecutive elements of a flattened tensor, and where they lie in a file."""
+
+    path: Path
+    offset_bytes: int
+    start: int
+    """The first one's place in the whole flattened tensor."""
+    length: int
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in one or more files. The fragments, in order, cover it without a gap."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fragments: tuple[Fragment, ...]
+
+    def __post_init__(self) -> None:
+        end = 0
+        for fragment in self.fragments:
+            if fragment.start != end:
+                raise Unreadable(
+                    f"elements {end} to {fragment.start} of a tensor of {self.numel} are in no file"
+                )
+            end += fragment.length
+        if end != self.numel:
+            raise Unreadable(f"{end} of a tensor's {self.numel} elements are in the files")
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return the flattened elements [start, stop) on the CPU, in the dtype of the file.
+
+        Memory is that of the result. Raises Unreadable where a file ends too early.
+        """
+        stop = self.numel if stop is None else stop
+        result = torch.empty(max(0, stop - start), dtype=self.dtype)
+        buffer = result.view(torch.uint8).numpy().data if result.numel() else memoryview(b"")
+        size = self.dtype.itemsize
+        for fragment in self.fragments:
+            first = max(start, fragment.start)
+            last = min(stop, fragment.start + fragment.length)
+            if first < last:
+                offset = fragment.offset_bytes + (first - fragment.start) * size
+                part = buffer[(first - start) * size : (last - start) * size]
+                _read_into(part, fragment.path, offset)
+        return result
+
+    def whole(self) -> torch.Tensor:
+        """Return all of it, in its shape."""
+        return self.read().view(self.shape)
+
+
+def _read_into(buffer: memoryview, path: Path, offset: int) -> None:
+    with path.open("rb", buffering=0) as file:
+        done = 0
+        while done < len(buffer):
+            # Linux moves at most 2 GiB a call.
+            read = os.preadv(file.fileno(), [buffer[done : done + 2**30]], offset + done)
+            if read == 0:
+                raise Unreadable(f"{path} ends {len(buffer) - done} bytes too early")
+            done += read
+
+
+def flat(tensor: torch.Tensor, path: Path, *, base_bytes: int = 0) -> Fragment:
+    """Return where the elements of a tensor that `describe` found lie, as one fragment."""
+    if not tensor.is_contiguous():
+        raise Unreadable(f"{path} holds a tensor of shape {tuple(tensor.shape)} with gaps in it")
+    # Set by torch.load under FakeTensorMode (torch/serialization.py, load_tensor).
+    storage: Any = tensor.untyped_storage()
+    begin = storage._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
+    return Fragment(path, base_bytes + begin, 0, tensor.numel())
+
+
+def lazy(tensor: torch.Tensor, path: Path, *, base_bytes: int = 0) -> LazyTensor:
+    """Return a tensor that `describe` found as one that can be read."""
+    where = (flat(tensor, path, base_bytes=base_bytes),)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, where)
+
+
+def part(fragment: Fragment, itemsize: int, begin: int, length: int, start: int) -> Fragment:
+    """Return ``length`` elements of a fragment from its ``begin``-th on, placed at ``start``."""
+    assert begin >= 0
+    assert begin + length <= fragment.length
+    return Fragment(fragment.path, fragment.offset_bytes + begin * itemsize, start, length)
+
+
+def describe(source: Path | BinaryIO | io.RawIOBase, ignored: Iterable[str] = ()) -> Any:
+    """Return what `torch.save` wrote, with tensors that have a shape, a dtype and no data.
+
+    Nothing but tensors and plain values is allowed; the classes named in ``ignored`` become empty
+    objects, and their code is not run. Raises Unreadable for anything else.
+    """
+    stand_ins: list[Any] = [(_Ignored, name) for name in ignored]
+    try:
+        with torch.serialization.safe_globals(stand_ins), FakeTensorMode():
+            return torch.load(cast(Any, source), map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        shown = next((line for line in reason if "GLOBAL" in line or "global" in line), reason[0])
+        raise Unreadable(f"{getattr(source, 'name', source)} is refused: {shown.strip()}") from None
+
+
+class _Ignored:
+    """Stands in for an engine's class whose values are of no interest here."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Ignored:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class PortableState:
+    """A checkpoint's tensors by parameter name, whatever engine wrote them."""
+
+    weights: Mapping[str, LazyTensor]
+    """fp32 master weights (in a pure 16-bit run those); tied ones under one name or under each."""
+    moments: Mapping[str, Mapping[str, LazyTensor]]
+    """The optimizer's tensors of each parameter, such as exp_avg."""
+    scalars: Mapping[str, Mapping[str, float]]
+    """The optimizer's numbers of each parameter, such as step."""

@@ -1,0 +1,182 @@
+"""Go on from a checkpoint: choose it, and bring optimizer, schedule and dice to its step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from train.checkpoint import discovery, layout, portable, retention
+from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable
+from train.errors import UserError
+from train.rank import Rank
+from train.strategy import engine_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from train.trainer import Trainer
+    from train.weights import Values
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on."""
+
+    checkpoint: Path
+    step: int
+    samples: int
+    """Samples consumed so far: the position in the data."""
+    tokens: int
+    world_size: int
+    """Ranks that wrote it."""
+    state: PortableState
+
+
+def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | None:
+    """Return the newest checkpoint of a run whose every hash is right, or None. Collective.
+
+    The ranks share the hashing, and all of them take the same one; ``say`` hears of what was
+    skipped, and why. Raises UserError where there are checkpoints and none is whole.
+    """
+    directory = run_dir / "checkpoints"
+    if rank.index == 0:
+        retention.sweep(directory)
+    path, passed_over = discovery.newest_whole(
+        directory, gather=_gathered, share=(rank.index, rank.world_size)
+    )
+    for skipped in passed_over:
+        say(f"{skipped}; skipped")
+    if path is not None:
+        return _opened(path)
+    if passed_over:
+        raise UserError(
+            f"{run_dir} has checkpoints, but none to go on from "
+            f"({'; '.join(map(str, passed_over))}); bring one of them back from a copy, or start a "
+            "new run"
+        )
+    return None
+
+
+def _opened(path: Path) -> Resumed:
+    manifest = json.loads((path / layout.MANIFEST).read_text())
+    try:
+        state = portable.read(path)
+    except Unreadable as error:
+        raise UserError(f"{path} cannot be read: {error}; remove it to take an older one") from None
+    return Resumed(
+        checkpoint=path,
+        step=manifest["step"],
+        samples=manifest["samples"],
+        tokens=manifest["tokens"],
+        world_size=manifest["world_size"],
+        state=state,
+    )
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def values(model: PreTrainedModel, resumed: Resumed) -> Values:
+    """Return each parameter's master weight as its first value.
+
+    Raises UserError where the checkpoint holds another model.
+    """
+    found = resumed.state.weights
+    problems = []
+    for name, parameter in model.named_parameters():
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif found[name].shape != tuple(parameter.shape):
+            problems.append(f"{name} has shape {found[name].shape}, not {tuple(parameter.shape)}")
+    if problems:
+        raise UserError(
+            f"{resumed.checkpoint} holds another model than the config describes: "
+            f"{'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}"
+        )
+    return {name: _writing(found[name]) for name, _ in model.named_parameters()}
+
+
+def _writing(tensor: LazyTensor) -> Callable[[torch.Tensor], object]:
+    return lambda out: out.copy_(tensor.whole())
+
+
+# --- everything else, once the engine is built --------------------------------------------------
+
+
+def restore(trainer: Trainer, resumed: Resumed) -> None:
+    """Bring optimizer, schedule and random numbers of a live engine to the checkpoint's step.
+
+    With as many ranks as wrote the checkpoint each goes on with its own random numbers; with
+    others they are drawn anew, from the seed, the step and the rank.
+    """
+    engine_of(trainer.config).restore_optimizer(trainer, resumed.state)
+    _restore_schedule(trainer, resumed.step)
+    rank = trainer.args.process_index
+    if resumed.world_size == trainer.args.world_size:
+        _restore_rng(resumed.checkpoint / f"rng-{rank}.pt")
+    else:
+        text = f"{trainer.config.seed}/{resumed.step}/{rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
+
+
+def _restore_schedule(trainer: Trainer, step: int) -> None:
+    """Put the learning rates where ``step`` steps of the schedule lead; a longer one may be new."""
+    scheduler: Any = trainer.lr_scheduler
+    scheduler.last_epoch = step
+    scheduler._step_count = step + 1
+    scheduler._last_lr = scheduler.get_lr()
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _restore_rng(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, internal, gauss = json.loads(state["python"])
+    random.setstate((version, tuple(internal), gauss))
+    legacy = json.loads(state["numpy"])
+    legacy["state"]["key"] = np.array(legacy["state"]["key"], dtype=np.uint32)
+    np.random.set_state(legacy)
+
+
+def trim_metrics(run_dir: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl beyond a step: it is trained again."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # cut short when the run was killed
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+
+
+# --- agreement ----------------------------------------------------------------------------------
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Return the value of every rank. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
