@@ -637,6 +637,8 @@ class CheckpointConfig(Section):
     best_metric: Literal["eval_loss", "eval_perplexity", "eval_masked_accuracy"] = "eval_loss"
     """What "best" means to keep_best and to early stopping: low loss or perplexity, high accuracy
     (of masked tokens)."""
+    export: Literal["last", "best"] = "last"
+    """Whose weights final/ gets: the last step's, or the best checkpoint's that is kept."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -889,6 +891,17 @@ def _checkpoint_contradictions(config: RunConfig) -> Iterator[str]:
                 f"trainer.max_steps={trainer.max_steps}; set trainer.save_every_steps to a "
                 f"multiple of {eval_every}"
             )
+    if checkpoint.export == "best" and not checkpoint.keep_best:
+        yield (
+            "checkpoint.export=best takes the best checkpoint that is kept, but "
+            "checkpoint.keep_best=0 keeps none; set checkpoint.keep_best=1"
+        )
+    if checkpoint.export == "best" and getattr(config.strategy, "node_local_checkpoints", False):
+        yield (
+            "checkpoint.export=best reads a whole checkpoint, but "
+            "strategy.node_local_checkpoints=true leaves it on several nodes' disks; set one of "
+            "them to the other value"
+        )
     if checkpoint.best_metric == "eval_masked_accuracy" and config.objective.kind != "mlm":
         yield (
             "checkpoint.best_metric=eval_masked_accuracy is measured with objective=mlm, but it is "
@@ -1019,6 +1032,7 @@ _ALIASES = {
     "gradient_clipping": "trainer.max_grad_norm",
     "greater_is_better": "checkpoint.best_metric: its direction follows from it",
     "keep_checkpoints": "checkpoint.keep_last",
+    "load_best_model_at_end": "checkpoint.export=best",
     "logging_steps": "trainer.log_every_steps",
     "lr": "trainer.learning_rate",
     "lr_scheduler_type": "trainer.lr_scheduler",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,3 +85,12 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
     finally:
         finish_writing(LAST_WRITE_SECONDS)
         leave_process_group()
+
+
+def from_all(value: Any) -> list[Any]:
+    """Return what each rank gives, in their order. Collective; alone it is a list of one."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -225,7 +225,9 @@ class Trainer(transformers.Trainer):
             before = transformers.TrainerState.load_from_json(str(path))
             for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
                 setattr(self.state, name, getattr(before, name))
-        return 0, 0
+        # A loader without a batch would be read all the same: skip every epoch there is.
+        max_steps, _, epochs, *_ = args
+        return (epochs if self.state.global_step >= max_steps else 0), 0
 
     # --- engine -------------------------------------------------------------------------------
 

@@ -259,6 +259,12 @@ def test_evaluating_without_held_out_documents_is_a_contradiction() -> None:
             "clm; set checkpoint.best_metric=eval_loss",
         ),
         (
+            {"eval_every_steps": 2, "save_every_steps": 2},
+            {"export": "best"},
+            "checkpoint.export=best takes the best checkpoint that is kept, but "
+            "checkpoint.keep_best=0 keeps none; set checkpoint.keep_best=1",
+        ),
+        (
             {"eval_every_steps": 2},
             {"best_metric": "eval_perplexity"},
             "checkpoint.best_metric=eval_perplexity is read by checkpoint.keep_best and "
@@ -284,6 +290,14 @@ def test_stopping_early_without_held_out_documents_is_a_contradiction() -> None:
         "trainer.eval_every_steps=null and data.eval_fraction=0, which holds out none; set "
         "trainer.eval_every_steps and the fraction"
     )
+
+
+def test_the_best_cannot_be_read_from_several_nodes_disks() -> None:
+    tree = changed(checkpoint={"keep_best": 1, "export": "best"})
+    tree["trainer"] |= {"eval_every_steps": 2, "save_every_steps": 2}
+    tree["strategy"]["node_local_checkpoints"] = True
+    with pytest.raises(UserError, match="export=best reads a whole checkpoint, but strategy.node"):
+        from_tree(tree)
 
 
 def test_cadences_that_meet_are_fine() -> None:

@@ -109,7 +109,6 @@ def test_sizes_alone_do_not_show_a_swapped_file(pair: tuple[Path, Path]) -> None
     older, newest = pair
     FILE_DAMAGES["swap"](newest / FILES[0], older / FILES[0])
     assert layout.what_is_wrong(newest) is None
-    assert newest_whole(older.parent, check_hashes=False) == (newest, [])
     assert_passed_over(newest, older)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
+    from train.config import RunConfig
     from train.trainer import Trainer
 
 
@@ -27,25 +29,19 @@ class EarlyStopping(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         config = self.trainer.config
-        patience = config.trainer.early_stopping_patience
-        if patience is None or state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or config.trainer.early_stopping_patience is None:
             return
-        metric = config.checkpoint.best_metric
-        history = [(e["step"], e[metric]) for e in state.log_history if metric in e]
-        waited, best_step = without_improvement(
-            history,
-            threshold=config.trainer.early_stopping_threshold,
-            higher_is_better=config.checkpoint.higher_is_better,
-        )
-        if not self._agreed(waited >= patience):
+        if not self._agreed(is_due(config, state.log_history)):
             return
         control.should_training_stop = True
         control.should_save = True
+        waited, best_step = _without_improvement(config, state.log_history)
         self.trainer.log({"stopped_early": True})
         if state.is_world_process_zero:
             text = (
-                f"step {state.global_step}/{state.max_steps}  stopped early: {metric} has not "
-                f"improved in {waited} evaluation(s) since step {best_step}"
+                f"step {state.global_step}/{state.max_steps}  stopped early: "
+                f"{config.checkpoint.best_metric} has not improved since step {best_step}, in "
+                f"{waited} evaluation{'s' * (waited > 1)}"
             )
             tqdm.write(text, file=self._console)
             self._console.flush()
@@ -59,19 +55,35 @@ class EarlyStopping(TrainerCallback):
         return bool(decision.item())
 
 
+def is_due(config: RunConfig, log_history: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a run with this history is to stop. Pure."""
+    patience = config.trainer.early_stopping_patience
+    return patience is not None and _without_improvement(config, log_history)[0] >= patience
+
+
+def _without_improvement(
+    config: RunConfig, log_history: Sequence[Mapping[str, Any]]
+) -> tuple[int, int]:
+    metric = config.checkpoint.best_metric
+    return without_improvement(
+        [(entry["step"], entry[metric]) for entry in log_history if metric in entry],
+        threshold=config.trainer.early_stopping_threshold,
+        higher_is_better=config.checkpoint.higher_is_better,
+    )
+
+
 def without_improvement(
     history: Sequence[tuple[int, float]], *, threshold: float, higher_is_better: bool
 ) -> tuple[int, int]:
     """Return how many evaluations have gone by since the last improvement, and its step. Pure.
 
-    ``history`` holds (step, value), oldest first, at least one. A value improves on the best so far
+    ``history`` holds (step, value), oldest first. A value improves on the best so far
     if it is better by more than ``threshold``; NaN never does, and everything improves on NaN.
     """
     sign = 1 if higher_is_better else -1
-    best_step, best = history[0]
-    waited = 0
-    for step, value in history[1:]:
-        if sign * (value - best) > threshold or (best != best and value == value):
+    waited, best_step, best = 0, 0, math.nan
+    for step, value in history:
+        if sign * (value - best) > threshold or (math.isnan(best) and not math.isnan(value)):
             best_step, best, waited = step, value, 0
         else:
             waited += 1

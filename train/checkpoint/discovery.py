@@ -1,4 +1,4 @@
-"""The checkpoint to go on from: the newest that is whole, on all nodes together."""
+"""The checkpoint to take: the newest that is whole, on all nodes together, or the best."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint import layout
+from train.checkpoint.retention import best, saved_in
+from train.config import CheckpointConfig
 
 Gather = Callable[[Any], Sequence[Any]]
 """From a rank's value to the values of all ranks, in one order on all of them. Collective."""
@@ -80,7 +82,6 @@ def newest_whole(
     *,
     gather: Gather = lambda value: [value],
     share: tuple[int, int] = (0, 1),
-    check_hashes: bool = True,
 ) -> tuple[Path | None, list[PassedOver]]:
     """Return the newest whole checkpoint, or None, and those newer that are not, newest first.
 
@@ -91,14 +92,36 @@ def newest_whole(
     """
     seen = gather(parts_in(directory) if share[0] == 0 else None)
     whole, passed_over = together([parts for parts in seen if parts is not None])
-    chosen: Path | None = None
-    for step in reversed(whole):
+    chosen, damaged = _first_sound(directory, whole[::-1], gather, share)
+    newer = [p for p in passed_over if chosen is None or p.step > (layout.step_of(chosen) or 0)]
+    return chosen, sorted([*newer, *damaged], key=lambda p: p.step, reverse=True)
+
+
+def best_whole(
+    directory: Path,
+    rule: CheckpointConfig,
+    *,
+    gather: Gather = lambda value: [value],
+    share: tuple[int, int] = (0, 1),
+) -> tuple[Path | None, list[PassedOver]]:
+    """Return the whole checkpoint that was evaluated best, or None, and better ones, if damaged.
+
+    Collective, as `newest_whole` is, on a file system that all ranks share.
+    """
+    order = gather(best(saved_in(directory), rule) if share[0] == 0 else None)[0]
+    return _first_sound(directory, order, gather, share)
+
+
+def _first_sound(
+    directory: Path, steps: Sequence[int], gather: Gather, share: tuple[int, int]
+) -> tuple[Path | None, list[PassedOver]]:
+    """Return the first of some checkpoints whose every hash is right, and those before it."""
+    damaged: list[PassedOver] = []
+    for step in steps:
         path = directory / f"checkpoint-{step}"
-        found = layout.verify(path, share=share) if check_hashes else []
-        problems = list(dict.fromkeys(p for part in gather(found) for p in part))
+        found = gather(layout.verify(path, share=share))
+        problems = list(dict.fromkeys(problem for part in found for problem in part))
         if not problems:
-            chosen = path
-            passed_over = [p for p in passed_over if p.step > step]
-            break
-        passed_over.append(PassedOver(step, problems))
-    return chosen, sorted(passed_over, key=lambda p: p.step, reverse=True)
+            return path, damaged
+        damaged.append(PassedOver(step, problems))
+    return None, damaged

@@ -114,6 +114,8 @@ class Manifest(_Part):
     """By path relative to the checkpoint. On node-local storage, those on this node's disk."""
     strategy: dict[str, Any] = {}
     world_size: int = Field(default=1, ge=1)
+    samples: int = Field(default=0, ge=0)
+    tokens: int = Field(default=0, ge=0)
     metrics: dict[str, float] = {}
     """What was evaluated at this step: eval_loss and so on."""
     save_id: str = ""

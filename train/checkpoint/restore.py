@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from train.checkpoint import discovery, layout, portable, retention
 from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable
 from train.errors import UserError
-from train.rank import Rank
+from train.rank import Rank, from_all
 from train.strategy import engine_of
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
     if rank.index == 0:
         retention.sweep(directory)
     path, passed_over = discovery.newest_whole(
-        directory, gather=_gathered, share=(rank.index, rank.world_size)
+        directory, gather=from_all, share=(rank.index, rank.world_size)
     )
     for skipped in passed_over:
         say(f"{skipped}; skipped")
@@ -153,6 +152,11 @@ def _restore_rng(path: Path) -> None:
     np.random.set_state(legacy)
 
 
+def history(resumed: Resumed) -> list[dict[str, Any]]:
+    """Return what the run had logged by then, evaluations included."""
+    return json.loads((resumed.checkpoint / "trainer_state.json").read_text())["log_history"]
+
+
 def trim_metrics(run_dir: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl beyond a step: it is trained again."""
     path = run_dir / "metrics.jsonl"
@@ -168,15 +172,3 @@ def trim_metrics(run_dir: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.rename(path)
-
-
-# --- agreement ----------------------------------------------------------------------------------
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Return the value of every rank. Collective."""
-    if not dist.is_initialized():
-        return [value]
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, value)
-    return every
