@@ -43,9 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.verify:
         rows = _verified(rows)
     print(listing(directory, rows, rule, verified=options.verify, now=time.time()))
-    if rule is not None:
-        for path in sorted(directory.glob(".checkpoint-*")):
-            print(f"  {path.name}: a save under way, or one cut short, which the next clears away")
+    for path in sorted(directory.glob(".checkpoint-*")) if rule is not None else []:
+        print(f"\n{path.name} is a save under way, or was cut short and goes with the next save")
     return FAILED if options.verify and any(row.problems for row in rows) else 0
 
 
@@ -64,7 +63,7 @@ def listing(
     if rows:
         lines += _aligned(_cells(rows, rule, verified=verified, now=now))
     for row in rows:
-        if len(row.problems) > 1:
+        if row.problems:
             lines += ["", f"checkpoint-{row.step} is not whole:"]
             lines += [f"  {problem}" for problem in row.problems]
     return "\n".join(lines)
@@ -187,10 +186,8 @@ def _cells(
 
 
 def _state(row: Row, *, verified: bool) -> str:
-    if len(row.problems) > 1:
-        return f"not whole: {row.problems[0]}, and {len(row.problems) - 1} more"
     if row.problems:
-        return f"not whole: {row.problems[0]}"
+        return "not whole"
     state = "whole, every hash checked" if verified else "whole"
     if row.manifest is not None and row.manifest.parts > 1:
         state += f" (part {row.manifest.part + 1} of {row.manifest.parts})"
