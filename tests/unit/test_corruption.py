@@ -100,7 +100,13 @@ def test_every_bad_file_is_reported(pair: tuple[Path, Path]) -> None:
     )
 
 
-def test_a_hidden_file_is_no_damage(pair: tuple[Path, Path]) -> None:
+def test_a_hidden_file_may_be_another_engines(pair: tuple[Path, Path]) -> None:
+    older, newest = pair
+    (newest / "engine" / ".metadata").write_bytes(b"of a distributed checkpoint")
+    assert assert_passed_over(newest, older).endswith("engine/.metadata is not in its manifest")
+
+
+def test_a_file_that_nfs_keeps_open_is_no_damage(pair: tuple[Path, Path]) -> None:
     (pair[1] / "engine" / ".nfs000000000001").write_bytes(b"deleted while open")
     assert layout.verify(pair[1]) == []
 

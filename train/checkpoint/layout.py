@@ -253,14 +253,14 @@ def _misplaced(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> di
 def _unknown(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
     """Return the files that are not in the manifest.
 
-    DeepSpeed finds its shards by glob, so that one more changes what is loaded. Hidden files are
-    found by none; NFS leaves .nfs* where a file was deleted that is still open.
+    Shards are found by glob and engines told by their files, so that one more can change what is
+    loaded. Only NFS may add one: .nfs* stands for a deleted file that is still open.
     """
     names = (path.relative_to(checkpoint) for path in files_of(checkpoint))
     return {
         name.as_posix(): f"{name.as_posix()} is not in its manifest"
         for name in names
-        if name.as_posix() not in manifest.files and not name.name.startswith(".")
+        if name.as_posix() not in manifest.files and not name.name.startswith(".nfs")
     }
 
 
