@@ -7,7 +7,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 # On a machine with GPUs the demo takes them all, in bf16; on a CPU it runs as it is written.
 DEVICES := $(if $(filter-out 0,$(GPUS)),precision=bf16 launcher.nproc_per_node=$(GPUS))
 
-.PHONY: run test test-slow lint typecheck format setup clean
+.PHONY: run test test-slow test-matrix test-faults lint typecheck format setup clean
 
 run: .venv/run
 	$(BIN)/shardwright train experiment=$(EXPERIMENT) $(DEVICES) $(ARGS)
@@ -17,6 +17,12 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-matrix: .venv/dev
+	$(BIN)/python -m pytest -m matrix $(ARGS)
+
+test-faults: .venv/dev
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,9 +137,14 @@ class Trainer(transformers.Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor]:
-        """Return one step's micro-batches and the number of labels in them, over all ranks."""
-        batches = [next(epoch_iterator) for _ in range(num_batches)]
+    ) -> tuple[list, torch.Tensor | None]:
+        """Return one step's micro-batches and the number of labels in them, over all ranks.
+
+        There are none where a run goes on from its last step, as one does that was killed later.
+        """
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
         labels = sum(int(b["labels"].ne(IGNORED).sum()) for b in batches)
         tokens = sum(
             int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel()
@@ -225,9 +231,7 @@ class Trainer(transformers.Trainer):
             before = transformers.TrainerState.load_from_json(str(path))
             for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
                 setattr(self.state, name, getattr(before, name))
-        # A loader without a batch would be read all the same: skip every epoch there is.
-        max_steps, _, epochs, *_ = args
-        return (epochs if self.state.global_step >= max_steps else 0), 0
+        return 0, 0
 
     # --- engine -------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A run goes on from a checkpoint as if nothing had happened, under whatever strategy."""
+"""A run goes on from a checkpoint as if nothing had happened, under its strategy or another."""
 
 from __future__ import annotations
 
