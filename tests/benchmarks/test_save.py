@@ -56,9 +56,9 @@ def test_a_cost_below_the_noise_gives_no_ratio_and_a_failed_run_no_figures() -> 
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     arguments = ["--model", "gpt2_tiny", "--strategy", "ddp", "--saves", "2", "--repeats", "1"]
+    arguments += ["--steps-between", "2", "--directory", str(tmp_path), "--json", str(file)]
     ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks.save", *arguments, "--steps-between", "2"]
-        + ["--directory", str(tmp_path), "--json", str(file)],
+        [sys.executable, "-m", "benchmarks.save", *arguments],
         cwd=ROOT,
         env=os.environ
         | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path)},
