@@ -311,3 +311,34 @@ def test_a_run_that_was_frozen_before_a_setting_was_renamed_still_loads(tmp_path
     del tree["checkpoint"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     assert load(tmp_path).checkpoint.keep_last == 7
+
+
+def test_async_is_a_key_although_it_is_a_keyword_of_python() -> None:
+    run = from_tree({**TREE, "checkpoint": {"async": True, "on_save_error": "stop"}})
+    assert run.checkpoint.asynchronous
+    text = to_yaml(run)
+    assert "\n  async: true\n" in text
+    assert from_tree(yaml.safe_load(text)) == run
+    assert "checkpoint.async" in known_keys()
+    assert "checkpoint.asynchronous" not in known_keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("asynch", "did you mean checkpoint.async?"),
+        ("asynchronous", "use checkpoint.async"),
+        ("on_error", "did you mean checkpoint.on_save_error?"),
+    ],
+)
+def test_a_wrong_key_of_checkpoints_names_the_right_one(key: str, hint: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown key checkpoint\.{key}: {re.escape(hint)}"):
+        from_tree({**TREE, "checkpoint": {key: True}})
+
+
+def test_state_on_nvme_is_not_saved_in_the_background() -> None:
+    nvme = {"kind": "zero", "stage": 3, "offload_optimizer": "nvme", "nvme_path": "/disk"}
+    tree = {**TREE, "strategy": nvme}
+    from_tree(tree)
+    with pytest.raises(UserError, match=r"checkpoint\.async=true .* offload_optimizer=nvme keeps"):
+        from_tree({**tree, "checkpoint": {"async": True}})
