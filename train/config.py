@@ -983,12 +983,13 @@ def load(run_dir: Path) -> RunConfig:
 
 def _with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a frozen tree with the settings that were renamed since under their new names."""
-    trainer = tree.get("trainer")
-    if isinstance(trainer, dict) and "keep_checkpoints" in trainer and "checkpoint" not in tree:
-        trainer = dict(trainer)
-        keep_last = trainer.pop("keep_checkpoints")
-        return {**tree, "trainer": trainer, "checkpoint": {"keep_last": keep_last}}
-    return tree
+    trainer, checkpoint = tree.get("trainer"), tree.get("checkpoint", {})
+    if not (isinstance(trainer, dict) and isinstance(checkpoint, dict)):
+        return tree
+    if "keep_checkpoints" in trainer and "keep_last" not in checkpoint:
+        checkpoint = {**checkpoint, "keep_last": trainer["keep_checkpoints"]}
+        trainer = {name: value for name, value in trainer.items() if name != "keep_checkpoints"}
+    return {**tree, "trainer": trainer, "checkpoint": checkpoint}
 
 
 def to_yaml(config: RunConfig) -> str:

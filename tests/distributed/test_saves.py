@@ -85,8 +85,8 @@ def run_of(
         tree = tiny_tree("clm")
         tree["strategy"] = STRATEGIES[strategy]
         tree["precision"] = {"compute_dtype": dtype}
-        tree["checkpoint"] = checkpoint
-        tree["trainer"] |= {"max_steps": 6, "save_every_steps": save_every, "keep_checkpoints": 3}
+        tree["checkpoint"] = {"keep_last": 3, **checkpoint}
+        tree["trainer"] |= {"max_steps": 6, "save_every_steps": save_every}
         world_size = {"single": 1, "fsdp_hybrid": 4}.get(strategy, 2)
         tree["launcher"]["nproc_per_node"] = world_size
         return frozen_run(tree)
