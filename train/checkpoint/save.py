@@ -63,17 +63,23 @@ def save(trainer: Trainer) -> Path:
 
     Raises SaveFailed, on all ranks alike, where one of them could not write.
     """
-    return write(draft(trainer, copy=False), Peers(trainer.args.process_index))
+    peers = peers_of(trainer)
+    return write(draft(trainer, peers, copy=False), peers)
 
 
-def draft(trainer: Trainer, *, copy: bool) -> Draft:
+def peers_of(trainer: Trainer) -> Peers:
+    """Return the ranks of a training on a group for its checkpoints. Collective."""
+    node_local = getattr(trainer.config.strategy, "node_local_checkpoints", False)
+    return Peers(trainer.args.process_index, node_local=node_local)
+
+
+def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
     """Collect the state of a run, copied to host memory where later steps may come before its end.
 
     Collective; touches no disk.
     """
-    rank = trainer.args.process_index
-    texts = {f"rng-{rank}.pt": _torch_bytes(_rng_state())}
-    if rank == 0:
+    texts = {f"rng-{peers.rank}.pt": _torch_bytes(_rng_state())}
+    if peers.is_first:
         assert trainer.lr_scheduler is not None
         texts["scheduler.pt"] = _torch_bytes(trainer.lr_scheduler.state_dict())
         state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
@@ -81,7 +87,7 @@ def draft(trainer: Trainer, *, copy: bool) -> Draft:
     return Draft(
         directory=trainer.run_dir / "checkpoints",
         step=trainer.state.global_step,
-        engine=engine_of(trainer.config).save_state(trainer, copy=copy),
+        engine=engine_of(trainer.config).save_state(trainer, is_first=peers.is_first, copy=copy),
         texts=texts,
         manifest={
             "strategy": trainer.config.strategy.model_dump(mode="json"),
@@ -98,36 +104,38 @@ def draft(trainer: Trainer, *, copy: bool) -> Draft:
 def write(draft: Draft, peers: Peers) -> Path:
     """Write a draft under a temporary name, publish it and return its path. Collective.
 
+    Where each node has a disk of its own, each gets a checkpoint of what its ranks have written.
     Raises SaveFailed, on all ranks alike, where one of them could not write; what was there before
     is as it was then. No collective comes between a rank's first and its last byte: a rank that
     fails joins the others at the end of each of the three parts.
     """
     temporary = draft.directory / f".{draft.path.name}.tmp"
     folder = HashedFolder(temporary)
-    is_first = peers.rank == 0
 
     def prepare() -> None:
-        if is_first:
+        if peers.is_first:
             draft.directory.mkdir(exist_ok=True)
             # Of this run or of one that was killed: only one checkpoint is written at a time.
             for left in draft.directory.glob(".checkpoint-*"):
                 shutil.rmtree(left)
             temporary.mkdir()
 
-    def write_part() -> tuple[Any, dict[str, Any]]:
+    def write_part() -> tuple[int, Any, dict[str, Any]]:
         written = draft.engine.write(folder)
         for name, data in draft.texts.items():
             folder.write(name, data)
-        return written, folder.files
+        return peers.disk, written, folder.files
 
     try:
         peers.attempt(prepare)
         parts = peers.attempt(write_part)
 
         def finish() -> None:
-            if is_first:
-                draft.engine.finish(folder, [written for written, _ in parts])
-                files = folder.files | {k: v for _, part in parts for k, v in part.items()}
+            if peers.is_first:
+                draft.engine.finish(folder, [written for _, written, _ in parts])
+                files = dict(folder.files)
+                for disk, _, part in parts:
+                    files |= part if disk == peers.disk else {}
                 manifest = {**draft.manifest, "files": dict(sorted(files.items()))}
                 layout.write_manifest(temporary, manifest)
                 _replace(temporary, draft.path)
@@ -135,7 +143,7 @@ def write(draft: Draft, peers: Peers) -> Path:
 
         peers.attempt(finish)
     except SaveFailed:
-        if is_first:
+        if peers.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return draft.path
