@@ -272,8 +272,9 @@ def restored_and_saved(run_dir: Path, directory: Path) -> None:
     from train.strategy import engine_of
 
     def save(trainer: Trainer) -> None:
-        state = engine_of(trainer.config).save_state(trainer, copy=False)
         folder, peers = HashedFolder(directory), Peers(trainer.args.process_index)
+        engine = engine_of(trainer.config)
+        state = engine.save_state(trainer, is_first=peers.is_first, copy=False)
         written = peers.attempt(lambda: state.write(folder))
         peers.attempt(lambda: state.finish(folder, written) if peers.rank == 0 else None)
 

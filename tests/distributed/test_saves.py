@@ -22,7 +22,7 @@ from tests.distributed.jobs import whole_run
 from tests.distributed.pool import RanksFailed
 from train.checkpoint import layout
 from train.config import load
-from train.distributed import gloo_worker_count
+from train.distributed import gloo_worker_count, leave_process_group
 from train.rank import join, rank_from_environment
 from train.run import assemble
 from train.trainer import Trainer
@@ -446,6 +446,77 @@ def test_the_last_save_stops_the_run_where_it_fails(
     assert message.count("SaveFailed: checkpoint-6 could not be written (rank 1: ") == 2
     assert "It was the run's last: nothing would try again. Free the disk or mend it" in message
     assert steps_of(run_dir) == [2]
+
+
+# --- beside DeepSpeed's own save --------------------------------------------------------------
+
+
+def save_by_deepspeed_too(trainer: Trainer, step: int) -> None:
+    if step == 6:
+        own = str(trainer.run_dir / "own")
+        trainer.model_wrapped.save_checkpoint(own, tag="engine", exclude_frozen_parameters=False)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [("zero3", "bf16"), slow("zero0", "fp32"), slow("zero1", "bf16"), slow("zero2", "fp32")],
+)
+def test_the_files_are_those_that_deepspeed_writes_itself(
+    strategy: str, dtype: str, run_of: Callable[..., Path], ranks: Callable[[int], Any]
+) -> None:
+    run_dir = run_of(strategy, dtype, save_every=6)
+    ranks(2)(train_amid, run_dir, save_by_deepspeed_too)
+    ours, own = run_dir / "checkpoints/checkpoint-6", run_dir / "own"
+    names = {path.relative_to(own).as_posix() for path in layout.files_of(own)}
+    assert {path.relative_to(ours).as_posix() for path in layout.files_of(ours)} == {
+        *(names - {"zero_to_fp32.py", "zero_to_torch.py"}),
+        *({"engine/parameter_order.json"} if strategy == "zero0" else ()),
+        *("rng-0.pt", "rng-1.pt", "scheduler.pt", "trainer_state.json"),
+    }
+    for name in names:
+        if not name.endswith(".py"):
+            assert what_is_in(ours / name) == what_is_in(own / name), name
+
+
+# --- a disk for each node ---------------------------------------------------------------------
+
+
+def write_on_two_nodes(directory: Path) -> list[str]:
+    """Write a checkpoint as one of two nodes of one rank each, and say what this one's disk has."""
+    from train.checkpoint import save
+    from train.checkpoint.hashed import HashedFolder
+    from train.checkpoint.peers import Peers
+
+    class State:
+        def write(self, folder: HashedFolder) -> None:
+            folder.write(f"engine/shard-{rank}", b"weights of rank %d" % rank)
+
+        def finish(self, folder: HashedFolder, written: list[Any]) -> None:
+            assert len(written) == 2
+
+    rank = int(os.environ["RANK"])
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    torch.distributed.init_process_group("gloo")
+    try:
+        peers = Peers(rank, node_local=True)
+        disk = directory / f"node-{rank}"
+        texts = {"scheduler.pt": b"schedule"} if peers.is_first else {}
+        draft = save.Draft(disk, 5, State(), texts, {"step": 5}, keep=1)
+        written = save.write(draft, peers)
+        assert layout.whole_checkpoints(disk) == [(5, written)]
+        return [p.relative_to(written).as_posix() for p in layout.files_of(written)]
+    finally:
+        del peers
+        leave_process_group()
+
+
+def test_each_node_publishes_what_its_own_ranks_have_written(
+    tmp_path: Path, ranks: Callable[[int], Any]
+) -> None:
+    assert ranks(2)(write_on_two_nodes, tmp_path) == [
+        ["engine/shard-0", "scheduler.pt"],
+        ["engine/shard-1", "scheduler.pt"],
+    ]
 
 
 # --- beside the shards ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,8 +33,15 @@ class Peers:
     Making it is collective.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, *, node_local: bool = False) -> None:
+        """``node_local``: each node has a disk of its own for what its ranks write."""
         self.rank = rank
+        # The ranks of a node follow each other.
+        node_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if node_local else None
+        self.disk = 0 if node_size is None else rank // node_size
+        """Number of the disk that this rank shares with others."""
+        self.is_first = rank == 0 if node_size is None else rank % node_size == 0
+        """Whether this rank acts for all of its disk."""
         self._group = None
         if dist.is_initialized():
             timeout = timedelta(seconds=SLOWEST_WRITE_SECONDS)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import random
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from train.checkpoint import layout, retention
+from train.checkpoint.discovery import Part, parts_in, together
 from train.checkpoint.hashed import HashedFolder
 from train.checkpoint.peers import Peers, SaveFailed
 from train.config import CheckpointConfig
@@ -63,17 +65,23 @@ def save(trainer: Trainer) -> Path:
 
     Raises SaveFailed, on all ranks alike, where one of them could not write.
     """
-    return write(draft(trainer, copy=False), Peers(trainer.args.process_index))
+    peers = peers_of(trainer)
+    return write(draft(trainer, peers, copy=False), peers)
 
 
-def draft(trainer: Trainer, *, copy: bool) -> Draft:
+def peers_of(trainer: Trainer) -> Peers:
+    """Return the ranks of a training on a group for its checkpoints. Collective."""
+    node_local = getattr(trainer.config.strategy, "node_local_checkpoints", False)
+    return Peers(trainer.args.process_index, node_local=node_local)
+
+
+def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
     """Collect the state of a run, copied to host memory where later steps may come before its end.
 
     Collective; touches no disk.
     """
-    rank = trainer.args.process_index
-    texts = {f"rng-{rank}.pt": _torch_bytes(_rng_state())}
-    if rank == 0:
+    texts = {f"rng-{peers.rank}.pt": _torch_bytes(_rng_state())}
+    if peers.is_first:
         assert trainer.lr_scheduler is not None
         texts["scheduler.pt"] = _torch_bytes(trainer.lr_scheduler.state_dict())
         state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
@@ -81,7 +89,7 @@ def draft(trainer: Trainer, *, copy: bool) -> Draft:
     return Draft(
         directory=trainer.run_dir / "checkpoints",
         step=trainer.state.global_step,
-        engine=engine_of(trainer.config).save_state(trainer, copy=copy),
+        engine=engine_of(trainer.config).save_state(trainer, is_first=peers.is_first, copy=copy),
         texts=texts,
         manifest={
             "strategy": trainer.config.strategy.model_dump(mode="json"),
@@ -102,55 +110,66 @@ def draft(trainer: Trainer, *, copy: bool) -> Draft:
 def write(draft: Draft, peers: Peers) -> Path:
     """Write a draft under a temporary name, publish it and return its path. Collective.
 
+    Where each node has a disk of its own, each gets a checkpoint of what its ranks have written.
     Raises SaveFailed, on all ranks alike, where one of them could not write; what was there before
     is as it was then. No collective comes between a rank's first and its last byte: a rank that
     fails joins the others at the end of each of the three parts.
     """
     temporary = draft.directory / f".{draft.path.name}.tmp"
     folder = HashedFolder(temporary)
-    is_first = peers.rank == 0
 
     def prepare() -> None:
-        if is_first:
+        if peers.is_first:
             draft.directory.mkdir(exist_ok=True)
             # Only one checkpoint is written at a time, so none of what is there is in flight.
             retention.sweep(draft.directory)
             temporary.mkdir()
 
-    def write_part() -> tuple[Any, dict[str, Any]]:
+    def write_part() -> tuple[int, Any, dict[str, Any], str]:
         written = draft.engine.write(folder)
         for name, data in draft.texts.items():
             folder.write(name, data)
-        return written, folder.files
+        return peers.disk, written, folder.files, secrets.token_hex(8)
 
     try:
         peers.attempt(prepare)
         parts = peers.attempt(write_part)
 
         def finish() -> None:
-            if is_first:
-                draft.engine.finish(folder, [written for written, _ in parts])
-                files = folder.files | {k: v for _, part in parts for k, v in part.items()}
-                manifest = {**draft.manifest, "files": dict(sorted(files.items()))}
+            if peers.is_first:
+                draft.engine.finish(folder, [written for _, written, *_ in parts])
+                files = dict(folder.files)
+                for disk, _, part, _ in parts:
+                    files |= part if disk == peers.disk else {}
+                manifest = {
+                    **draft.manifest,
+                    "save_id": parts[0][-1],
+                    "part": peers.disk,
+                    "parts": len({disk for disk, *_ in parts}),
+                    "files": dict(sorted(files.items())),
+                }
                 layout.write_manifest(temporary, manifest)
                 layout.publish_checkpoint(temporary, draft.path)
 
         peers.attempt(finish)
     except SaveFailed:
-        if is_first:
+        if peers.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
-    # Each rank reads back what it has written itself.
-    wrong = peers.attempt(lambda: layout.verify(draft.path, only=folder.files))
+    def look() -> tuple[list[str], dict[int, Part]]:
+        # Each rank reads back what it has written itself.
+        wrong = layout.verify(draft.path, only=folder.files)
+        return wrong, parts_in(draft.directory) if peers.is_first else {}
+
+    seen = peers.attempt(look)
 
     def retain() -> None:
-        if is_first:
+        if peers.is_first:
+            whole, _ = together([found for _, found in seen if found])
+            wrong = [problem for problems, _ in seen for problem in problems]
             retention.retain(
-                draft.directory,
-                draft.rule,
-                newest=draft.step,
-                wrong=[problem for part in wrong for problem in part],
+                draft.directory, draft.rule, newest=draft.step, wrong=wrong, among=whole
             )
 
     peers.attempt(retain)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from train.checkpoint.background import Background
 from train.checkpoint.peers import Peers, SaveFailed
-from train.checkpoint.save import draft, write
+from train.checkpoint.save import draft, peers_of, write
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
@@ -45,7 +45,8 @@ class Saver(TrainerCallback):
         if not self._config.asynchronous:
             self._write_now(is_last=False)
             return
-        peers, checkpoint = self._all_peers(), draft(self._trainer, copy=True)
+        peers = self._all_peers()
+        checkpoint = draft(self._trainer, peers, copy=True)
         self._step = checkpoint.step
         self._in_flight = Background(lambda: write(checkpoint, peers))
 
@@ -85,9 +86,10 @@ class Saver(TrainerCallback):
         )
 
     def _write_now(self, *, is_last: bool) -> None:
-        checkpoint = draft(self._trainer, copy=False)
+        peers = self._all_peers()
+        checkpoint = draft(self._trainer, peers, copy=False)
         try:
-            write(checkpoint, self._all_peers())
+            write(checkpoint, peers)
         except SaveFailed as failure:
             self._failed(failure, checkpoint.step, is_last=is_last)
         else:
@@ -120,7 +122,7 @@ class Saver(TrainerCallback):
 
     def _all_peers(self) -> Peers:
         if self._peers is None:
-            self._peers = Peers(self._trainer.args.process_index)
+            self._peers = peers_of(self._trainer)
         return self._peers
 
 

@@ -92,11 +92,11 @@ class Engine(Protocol):
     def clean_up(self, config: RunConfig) -> None:
         """Remove what the engine left outside of the run directory, once the run has ended."""
 
-    def save_state(self, trainer: Trainer, *, copy: bool) -> EngineState:
+    def save_state(self, trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
         """Return what this rank writes of model and optimizer: the engine's own sharded files.
 
-        Collective, and touches no disk. With ``copy`` it lies in host memory, so that training can
-        go on before it is written.
+        Collective, and touches no disk. With ``is_first`` also what its disk needs once. With
+        ``copy`` it lies in host memory, so that training can go on before it is written.
         """
 
 

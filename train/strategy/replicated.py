@@ -155,7 +155,7 @@ def clean_up(config: RunConfig) -> None:
     pass
 
 
-def save_state(trainer: Trainer, *, copy: bool) -> EngineState:
+def save_state(trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
     from train.checkpoint.dcp import DistributedState
 
     return DistributedState(trainer, copy=copy)

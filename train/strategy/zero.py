@@ -619,7 +619,7 @@ def release() -> None:
     unset_hf_deepspeed_config()
 
 
-def save_state(trainer: Trainer, *, copy: bool) -> EngineState:
+def save_state(trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
     from train.checkpoint.deepspeed_files import DeepSpeedState
     from train.checkpoint.read_zero import PARAMETER_ORDER
 
@@ -632,4 +632,4 @@ def save_state(trainer: Trainer, *, copy: bool) -> EngineState:
         groups = trainer.innermost_optimizer().param_groups
         order = [names[parameter] for group in groups for parameter in group["params"]]
         texts[f"engine/{PARAMETER_ORDER}"] = json.dumps(order)
-    return DeepSpeedState(engine, texts, is_first=trainer.args.process_index == 0, copy=copy)
+    return DeepSpeedState(engine, texts, is_first=is_first, copy=copy)
