@@ -21,9 +21,9 @@ from transformers import TrainerCallback
 from tests.distributed.jobs import whole_run
 from tests.distributed.pool import RanksFailed
 from train.checkpoint import layout
-from train.config import load
+from train.config import CheckpointConfig, load
 from train.distributed import gloo_worker_count, leave_process_group
-from train.rank import join, rank_from_environment
+from train.rank import from_all, join, rank_from_environment
 from train.run import assemble
 from train.trainer import Trainer
 
@@ -482,8 +482,8 @@ def test_the_files_are_those_that_deepspeed_writes_itself(
 
 
 def write_on_two_nodes(directory: Path) -> list[str]:
-    """Write a checkpoint as one of two nodes of one rank each, and say what this one's disk has."""
-    from train.checkpoint import save
+    """Write two checkpoints as one of two nodes of a rank each; say what this disk keeps."""
+    from train.checkpoint import discovery, save
     from train.checkpoint.hashed import HashedFolder
     from train.checkpoint.peers import Peers
 
@@ -501,9 +501,13 @@ def write_on_two_nodes(directory: Path) -> list[str]:
         peers = Peers(rank, node_local=True)
         disk = directory / f"node-{rank}"
         texts = {"scheduler.pt": b"schedule"} if peers.is_first else {}
-        draft = save.Draft(disk, 5, State(), texts, {"step": 5}, keep=1)
-        written = save.write(draft, peers)
-        assert layout.whole_checkpoints(disk) == [(5, written)]
+        rule = CheckpointConfig(keep_last=1)
+        for step in (5, 6):
+            written = save.write(
+                save.Draft(disk, step, State(), texts, {"step": step}, rule), peers
+            )
+        assert layout.whole_checkpoints(disk) == [(6, written)]
+        assert discovery.newest_whole(disk, gather=from_all) == (written, [])
         return [p.relative_to(written).as_posix() for p in layout.files_of(written)]
     finally:
         del peers
