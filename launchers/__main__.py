@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launchers import (
+    checkpoints,
     commands,
     completion,
     compose_errors,
@@ -41,6 +42,8 @@ from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
+COMMANDS = ("train", "resume", "sample", "checkpoints")
+
 USAGE = """\
 Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
 
@@ -53,6 +56,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright sample RUN_DIR --prompt TEXT
       fill masks or continue a text with a trained model; --strategy zero3 or fsdp divides it
       among ranks (--nproc-per-node N) where it does not fit one device
+  shardwright checkpoints RUN_DIR [--verify]
+      list what a run has saved and whether it is whole; --verify checks every hash
   shardwright --version
 
 Examples
@@ -96,11 +101,14 @@ def _dispatch(arguments: list[str]) -> int:
             return _resume(rest)
         case ["sample", *rest]:
             return _sample(rest)
+        case ["checkpoints", *rest]:
+            return checkpoints.main(rest)
     command = arguments[0]
     if "=" in command:
         raise UserError(f"{command} comes behind a command: shardwright train {command}")
-    near = difflib.get_close_matches(command, ("train", "resume", "sample"), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else "there are train, resume and sample"
+    near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.4)
+    there_are = f"there are {', '.join(COMMANDS[:-1])} and {COMMANDS[-1]}"
+    hint = f"did you mean {near[0]}?" if near else there_are
     raise UserError(f"unknown command {command}: {hint}")
 
 
@@ -404,7 +412,7 @@ def sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
 def _complete(arguments: list[str]) -> int:
     if any(argument.startswith("query=") for argument in arguments):
         candidates = completion.complete(
-            os.environ.get("COMP_LINE", ""), ("train", "resume", "sample", "--help", "--version")
+            os.environ.get("COMP_LINE", ""), (*COMMANDS, "--help", "--version")
         )
         if isinstance(candidates, list):
             print("\n".join(candidates))

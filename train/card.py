@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from train.checkpoint.layout import Manifest
 from train.models import parameter_count
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
-def model_card(trainer: Trainer, evaluation: dict[str, Any]) -> str:
-    """Return README.md with the hub's metadata header."""
+def model_card(
+    trainer: Trainer, evaluation: Mapping[str, Any], checkpoint: Manifest | None = None
+) -> str:
+    """Return README.md with the hub's metadata header.
+
+    ``checkpoint`` holds the weights, or the live engine where there is none; ``evaluation`` is
+    theirs.
+    """
     config = trainer.config
+    samples, tokens, steps = (
+        (trainer.samples_seen, trainer.tokens_seen, trainer.state.global_step)
+        if checkpoint is None
+        else (checkpoint.samples, checkpoint.tokens, checkpoint.step)
+    )
     parameters = parameter_count(trainer.model)
     task = "text-generation" if config.objective.kind == "clm" else "fill-mask"
     settings = config.trainer
@@ -22,8 +35,7 @@ def model_card(trainer: Trainer, evaluation: dict[str, Any]) -> str:
         "Data": config.data.kind,
         "Tokenizer": config.tokenizer.kind,
         "Sequence length": f"{config.data.sequence_length} tokens",
-        "Seen": f"{trainer.samples_seen:,} samples, {trainer.tokens_seen:,} tokens, "
-        f"{trainer.state.global_step:,} steps",
+        "Seen": f"{samples:,} samples, {tokens:,} tokens, {steps:,} steps",
         "Batch": f"{settings.global_batch_size} samples",
         "Optimizer": f"{settings.optimizer}, peak learning rate {settings.learning_rate:g}, "
         f"{settings.lr_scheduler} schedule, weight decay {settings.weight_decay:g}",

@@ -33,7 +33,7 @@ Floats = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 class Section(BaseModel):
     """A frozen part of the config that refuses unknown keys and wrong types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
 
 
 # --- model --------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ StrategyConfig = Annotated[
 ]
 
 
-# --- precision, trainer, tracking, launcher -----------------------------------------------------
+# --- precision, trainer, checkpoint, tracking, launcher -----------------------------------------
 
 
 class PrecisionConfig(Section):
@@ -564,8 +564,11 @@ class TrainerConfig(Section):
     """Evaluate on the first so many held-out samples; null takes all."""
     save_every_steps: PositiveInt | None = None
     """Write a checkpoint so often; null writes one, at the end."""
-    keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints to keep."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without an improvement of checkpoint.best_metric;
+    null never stops early."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """What counts as an improvement: more than this, in the metric's own unit."""
 
     checkpoint_activations_every_blocks: PositiveInt | None = None
     """Recompute activations in the backward pass, of every n-th transformer block: 1 of all (least
@@ -600,12 +603,46 @@ class TrainerConfig(Section):
                     f"{name}={value} is read by optimizer={owner} only, but it is "
                     f"{self.optimizer}; choose optimizer={owner} or leave {name} out"
                 )
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError(
+                f"early_stopping_threshold={self.early_stopping_threshold:g} is read with "
+                "early_stopping_patience only, which is null; set early_stopping_patience to a "
+                "number of evaluations or leave early_stopping_threshold out"
+            )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}; "
                 "warm up for fewer steps or train for more"
             )
         return self
+
+
+class CheckpointConfig(Section):
+    """How checkpoints are written, and what is kept of those that trainer.save_every_steps asks."""
+
+    asynchronous: bool = Field(default=False, alias="async")
+    """``checkpoint.async``: copy the state to host memory (as much as the files hold) and write it
+    while training goes on; a checkpoint is there once it is written."""
+    on_save_error: Literal["warn", "stop"] = "warn"
+    """Where the disk is full, read-only or gone: warn, train on and try again at the next save, or
+    stop the run. The save at the end of a run always stops it."""
+
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep; older ones go once the newest is verified."""
+    keep_every_steps: PositiveInt | None = None
+    """Keep for ever each checkpoint whose step is a multiple of this; null keeps none for ever."""
+    keep_best: NonNegativeInt = 0
+    """Also keep so many with the best best_metric, of those evaluated at their step; 0 keeps none
+    for that."""
+    best_metric: Literal["eval_loss", "eval_perplexity", "eval_masked_accuracy"] = "eval_loss"
+    """What "best" means to keep_best and to early stopping: low loss or perplexity, high accuracy
+    (of masked tokens)."""
+    export: Literal["last", "best"] = "last"
+    """Whose weights final/ gets: the last step's, or the best checkpoint's that is kept."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.best_metric == "eval_masked_accuracy"
 
 
 class NoTracking(Section):
@@ -693,6 +730,7 @@ class RunConfig(Section):
     strategy: StrategyConfig
     precision: PrecisionConfig
     trainer: TrainerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig
     launcher: LauncherConfig
 
@@ -757,6 +795,7 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             f"but data.eval_fraction={data.eval_fraction} holds out none; raise it or set "
             "trainer.eval_every_steps=null"
         )
+    yield from _checkpoint_contradictions(config)
 
     if config.trainer.optimizer == "adafactor" and config.precision.master_dtype == "bf16":
         yield (
@@ -802,6 +841,78 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             accumulation_steps(config.trainer, world_size)
         except UserError as error:
             yield str(error)
+
+
+def _checkpoint_contradictions(config: RunConfig) -> Iterator[str]:
+    trainer, checkpoint = config.trainer, config.checkpoint
+    save_every, eval_every = trainer.save_every_steps, trainer.eval_every_steps
+    keep_every, patience = checkpoint.keep_every_steps, trainer.early_stopping_patience
+
+    if keep_every is not None and save_every is None:
+        yield (
+            f"checkpoint.keep_every_steps={keep_every} keeps some checkpoints for ever, but "
+            "trainer.save_every_steps=null writes one, at the end; set trainer.save_every_steps="
+            f"{keep_every} or checkpoint.keep_every_steps=null"
+        )
+    elif keep_every is not None and save_every is not None and keep_every % save_every:
+        fitting = max(1, round(keep_every / save_every)) * save_every
+        yield (
+            f"checkpoint.keep_every_steps={keep_every} is not a multiple of "
+            f"trainer.save_every_steps={save_every}, so that most of these steps are never saved; "
+            f"set checkpoint.keep_every_steps={fitting}"
+        )
+
+    wants_metric = {
+        f"checkpoint.keep_best={checkpoint.keep_best}": checkpoint.keep_best > 0,
+        f"trainer.early_stopping_patience={patience}": patience is not None,
+    }
+    readers = [setting for setting, wanted in wants_metric.items() if wanted]
+    if readers and eval_every is None:
+        lacking = "trainer.eval_every_steps=null"
+        if config.data.eval_fraction == 0:
+            lacking += " and data.eval_fraction=0, which holds out none"
+        yield (
+            f"{' and '.join(readers)} needs evaluations during training, but {lacking}; set "
+            f"trainer.eval_every_steps{'' if config.data.eval_fraction else ' and the fraction'}"
+        )
+    if checkpoint.keep_best and save_every is None:
+        yield (
+            f"checkpoint.keep_best={checkpoint.keep_best} chooses among checkpoints, but "
+            "trainer.save_every_steps=null writes one, at the end; set trainer.save_every_steps "
+            "or checkpoint.keep_best=0"
+        )
+    elif checkpoint.keep_best and save_every is not None and eval_every is not None:
+        meets_every = math.lcm(save_every, eval_every)
+        if trainer.max_steps is not None and meets_every >= trainer.max_steps > save_every:
+            yield (
+                f"checkpoint.keep_best={checkpoint.keep_best} needs checkpoints of steps that are "
+                f"evaluated, but trainer.save_every_steps={save_every} and "
+                f"trainer.eval_every_steps={eval_every} first meet at step {meets_every}, and "
+                f"trainer.max_steps={trainer.max_steps}; set trainer.save_every_steps to a "
+                f"multiple of {eval_every}"
+            )
+    if checkpoint.export == "best" and not checkpoint.keep_best:
+        yield (
+            "checkpoint.export=best takes the best checkpoint that is kept, but "
+            "checkpoint.keep_best=0 keeps none; set checkpoint.keep_best=1"
+        )
+    if checkpoint.export == "best" and getattr(config.strategy, "node_local_checkpoints", False):
+        yield (
+            "checkpoint.export=best reads a whole checkpoint, but "
+            "strategy.node_local_checkpoints=true leaves it on several nodes' disks; set one of "
+            "them to the other value"
+        )
+    if checkpoint.best_metric == "eval_masked_accuracy" and config.objective.kind != "mlm":
+        yield (
+            "checkpoint.best_metric=eval_masked_accuracy is measured with objective=mlm, but it is "
+            f"{config.objective.kind}; set checkpoint.best_metric=eval_loss"
+        )
+    if checkpoint.best_metric != "eval_loss" and not readers:
+        yield (
+            f"checkpoint.best_metric={checkpoint.best_metric} is read by checkpoint.keep_best and "
+            "trainer.early_stopping_patience, but neither is set; set one or leave "
+            "checkpoint.best_metric out"
+        )
 
 
 def _fp8_contradictions(config: RunConfig) -> Iterator[str]:
@@ -873,9 +984,20 @@ def load(run_dir: Path) -> RunConfig:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged, it does not parse as YAML: {error}") from None
-    return from_tree(
-        {**tree, "run_dir": os.path.abspath(run_dir)} if isinstance(tree, dict) else tree
-    )
+    if isinstance(tree, dict):
+        tree = _with_new_names({**tree, "run_dir": os.path.abspath(run_dir)})
+    return from_tree(tree)
+
+
+def _with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a frozen tree with the settings that were renamed since under their new names."""
+    trainer, checkpoint = tree.get("trainer"), tree.get("checkpoint", {})
+    if not (isinstance(trainer, dict) and isinstance(checkpoint, dict)):
+        return tree
+    if "keep_checkpoints" in trainer and "keep_last" not in checkpoint:
+        checkpoint = {**checkpoint, "keep_last": trainer["keep_checkpoints"]}
+        trainer = {name: value for name, value in trainer.items() if name != "keep_checkpoints"}
+    return {**tree, "trainer": trainer, "checkpoint": checkpoint}
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -892,6 +1014,8 @@ _ALIASES = {
         "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
     ),
     "adam_eps": "trainer.adam_epsilon",
+    "async_save": "checkpoint.async",
+    "asynchronous": "checkpoint.async",
     "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
     "bf16": "precision=bf16",
     "block_size": "data.sequence_length",
@@ -901,6 +1025,7 @@ _ALIASES = {
     "dataset_config_name": "data=hub data.config=...",
     "dataset_name": "data=hub data.name=...",
     "deepspeed": "strategy=zero0, zero1, zero2 or zero3",
+    "early_stopping": "trainer.early_stopping_patience",
     "epochs": "trainer.max_epochs",
     "eval_steps": "trainer.eval_every_steps",
     "float8": "precision=fp8",
@@ -914,11 +1039,15 @@ _ALIASES = {
         "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
     ),
     "gradient_clipping": "trainer.max_grad_norm",
+    "greater_is_better": "checkpoint.best_metric: its direction follows from it",
+    "keep_checkpoints": "checkpoint.keep_last",
+    "load_best_model_at_end": "checkpoint.export=best",
     "logging_steps": "trainer.log_every_steps",
     "lr": "trainer.learning_rate",
     "lr_scheduler_type": "trainer.lr_scheduler",
     "max_length": "data.sequence_length",
     "max_seq_length": "data.sequence_length",
+    "metric_for_best_model": "checkpoint.best_metric",
     "mlm_probability": "objective.masking_rate",
     "model_name_or_path": "model=pretrained model.name=...",
     "n_embd": "model.hidden_size",
@@ -931,12 +1060,14 @@ _ALIASES = {
     "num_warmup_steps": "trainer.warmup_steps",
     "optim": "trainer.optimizer",
     "output_dir": "run_dir",
+    "patience": "trainer.early_stopping_patience",
     "per_device_eval_batch_size": "trainer.eval_micro_batch_size",
     "per_device_train_batch_size": "trainer.micro_batch_size",
     "report_to": "tracking=none, tensorboard or wandb",
     "run_name": "name",
     "save_steps": "trainer.save_every_steps",
-    "save_total_limit": "trainer.keep_checkpoints",
+    "save_top_k": "checkpoint.keep_best",
+    "save_total_limit": "checkpoint.keep_last",
     "tf32": "precision=tf32",
     "tokenizer_name": "tokenizer=pretrained tokenizer.name=...",
     "torch_compile": "trainer.compile",
@@ -953,7 +1084,8 @@ def known_keys() -> list[str]:
     """Return every dotted key that some config can have, sections included."""
 
     def walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
-        for name, field in section.model_fields.items():
+        for attribute, field in section.model_fields.items():
+            name = field.alias or attribute  # a key may be a Python keyword
             yield prefix + name
             for inner in _sections_of(field.annotation):
                 yield from walk(inner, f"{prefix}{name}.")

@@ -7,16 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from train.checkpoint.background import finish_writing
 from train.config import RunConfig
 from train.distributed import leave_process_group
 from train.errors import UserError
 from train.strategy import engine_of
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
+LAST_WRITE_SECONDS = 600
+"""How long a run that has failed waits for a checkpoint that it was writing."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,10 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
         # accelerate makes a group wherever it finds a local rank, even a group of one.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
-        yield
+        try:
+            yield
+        finally:
+            finish_writing(LAST_WRITE_SECONDS)
         return
 
     if "RANK" not in os.environ:
@@ -76,4 +83,14 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
         engine_of(config).adopt_process_group()
         yield
     finally:
+        finish_writing(LAST_WRITE_SECONDS)
         leave_process_group()
+
+
+def from_all(value: Any) -> list[Any]:
+    """Return what each rank gives, in their order. Collective; alone it is a list of one."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

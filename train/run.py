@@ -8,18 +8,21 @@ from typing import TextIO
 
 from train import config as run_config
 from train import data, models, sample
+from train.callbacks import early_stopping
 from train.callbacks.engine import EngineReady
 from train.callbacks.metrics import Metrics
 from train.callbacks.progress import Progress
 from train.callbacks.tracking import tracker_callbacks
 from train.card import model_card
 from train.checkpoint import restore
+from train.checkpoint.discovery import best_whole
 from train.checkpoint.export import export
+from train.checkpoint.layout import read_manifest, step_of
 from train.config import RunConfig
 from train.data.loader import eval_loader, train_loader
 from train.errors import UserError
 from train.provenance import write_provenance
-from train.rank import Rank
+from train.rank import Rank, from_all
 from train.strategy import engine_of
 from train.trainer import Trainer, training_arguments
 
@@ -29,7 +32,11 @@ def run(run_dir: Path, rank: Rank, console: TextIO) -> Path:
     trainer = assemble(run_dir, rank, console)
     trainer.train()
     trainer.save_if_not_saved()
-    final = export(trainer, model_card(trainer, trainer.last_evaluation()))
+    if best := best_checkpoint(trainer, console):
+        manifest = read_manifest(best)
+        final = export(trainer, model_card(trainer, manifest.metrics, manifest), best)
+    else:
+        final = export(trainer, model_card(trainer, trainer.last_evaluation()))
     engine_of(trainer.config).clean_up(trainer.config)
     if rank.index == 0 and trainer.config.objective.prompts:
         sample.show(final, trainer.config.objective.prompts, console)
@@ -60,6 +67,8 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
                 f"({resumed.checkpoint.name}); raise trainer.max_steps (or max_epochs, max_tokens)"
             )
         values = restore.values(model, resumed)
+        if early_stopping.is_due(config, restore.history(resumed)):
+            steps = resumed.step  # killed between the stop and the end: what is left is final/
     args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=steps)
     model = engine_of(config).shard(model, values, config)
     place = {"rank": rank.index, "world_size": rank.world_size}
@@ -80,8 +89,15 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         resumed,
     )
 
+    trainer.saver.console = console if rank.index == 0 else None
     trackers, tracked_at = tracker_callbacks(config, run_dir) if rank.index == 0 else ([], None)
-    for callback in [EngineReady(trainer, console), Metrics(trainer), Progress(console), *trackers]:
+    for callback in [
+        EngineReady(trainer, console),
+        Metrics(trainer),
+        Progress(console),
+        early_stopping.EarlyStopping(trainer, console),
+        *trackers,
+    ]:
         trainer.add_callback(callback)
     if rank.index == 0:
         parameters = models.parameter_count(model)
@@ -93,6 +109,30 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         if tracked_at:
             print(tracked_at, file=console)
     return trainer
+
+
+def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
+    """Return the checkpoint whose weights final/ gets; None where that is the last step's.
+
+    Collective; says on rank 0 what was chosen, and what was not and why.
+    """
+    rule, place = trainer.config.checkpoint, (trainer.args.process_index, trainer.args.world_size)
+    if rule.export == "last":
+        return None
+    best, passed_over = best_whole(
+        trainer.run_dir / "checkpoints", rule, gather=from_all, share=place
+    )
+    if best is None:
+        text = "warning: no checkpoint that was evaluated is whole; final/ gets the last weights"
+    else:
+        value = read_manifest(best).metrics[rule.best_metric]
+        text = (
+            f"final/ gets the weights of {best.name}, the best by {rule.best_metric} ({value:.4f})"
+        )
+    if trainer.is_world_process_zero():
+        print(*passed_over, text, sep="\n", file=console)
+    is_last = best is not None and step_of(best) == trainer.state.global_step
+    return None if is_last else best
 
 
 def total_steps(config: RunConfig, samples_per_epoch: int) -> int:

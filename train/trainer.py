@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from train import optimizer
-from train.checkpoint.save import save
+from train.checkpoint.saver import Saver
 from train.config import RunConfig, accumulation_steps
 from train.strategy import engine_of, loop
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from train.checkpoint.restore import Resumed
     from train.weights import Values
 
+METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
+"""What an evaluation measures, the last with masked models only."""
 IGNORED = -100
 """Label of a position that is not predicted."""
 
@@ -100,7 +102,8 @@ class Trainer(transformers.Trainer):
         assert args.output_dir is not None
         self.run_dir = Path(args.output_dir)
         self._train_loader, self._eval_loader = train_loader, eval_loader
-        self._saved_step = resumed.step if resumed else None
+        self.saved_step = resumed.step if resumed else None
+        """Step of the newest whole checkpoint of this training."""
         self.tokens_seen = resumed.tokens if resumed else 0
         """Tokens trained on by all ranks, padding left out."""
         super().__init__(
@@ -114,6 +117,8 @@ class Trainer(transformers.Trainer):
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
+        self.saver = Saver(self)
+        self.add_callback(self.saver)
 
     @property
     def samples_seen(self) -> int:
@@ -270,19 +275,21 @@ class Trainer(transformers.Trainer):
     # --- the end ------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        save(self)
-        self._saved_step = self.state.global_step
+        self.saver.save()
 
     def save_if_not_saved(self) -> None:
         """Write a checkpoint of the last step, where the cadence has not written it."""
-        if self._saved_step != self.state.global_step:
-            self._save_checkpoint(self.model, None)
+        self.saver.save_last()
 
     def last_evaluation(self) -> dict[str, float]:
         """Return the metrics of the last step; evaluate where the cadence has not done it."""
         if self._eval_loader is None:
             return {}
-        for entry in self.state.log_history:
+        return self.evaluation_of_this_step() or self.evaluate()
+
+    def evaluation_of_this_step(self) -> dict[str, float]:
+        """Return the metrics that were evaluated at this very step, none where it was not."""
+        for entry in reversed(self.state.log_history):
             if "eval_loss" in entry and entry["step"] == self.state.global_step:
-                return entry
-        return self.evaluate()
+                return {name: entry[name] for name in METRICS if name in entry}
+        return {}

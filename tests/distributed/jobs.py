@@ -267,9 +267,15 @@ def trained_in_fp16_on_a_cpu(run_dir: Path) -> dict[str, Any]:
 
 def restored_and_saved(run_dir: Path, directory: Path) -> None:
     """Restore a run that has no step left, and write what its engine then holds."""
+    from train.checkpoint.hashed import HashedFolder
+    from train.checkpoint.peers import Peers
     from train.strategy import engine_of
 
     def save(trainer: Trainer) -> None:
-        engine_of(trainer.config).save_state(trainer, directory)
+        folder, peers = HashedFolder(directory), Peers(trainer.args.process_index)
+        engine = engine_of(trainer.config)
+        state = engine.save_state(trainer, is_first=peers.is_first, copy=False)
+        written = peers.attempt(lambda: state.write(folder))
+        peers.attempt(lambda: state.finish(folder, written) if peers.rank == 0 else None)
 
     trained(run_dir, save)

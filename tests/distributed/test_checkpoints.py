@@ -269,7 +269,8 @@ def test_as_many_checkpoints_are_kept_as_were_asked_for(
     ranks: Callable[[int], Any],
 ) -> None:
     tree = tiny_tree("clm")
-    tree["trainer"] |= {"max_steps": 4, "save_every_steps": 1, "keep_checkpoints": 3}
+    tree["trainer"] |= {"max_steps": 4, "save_every_steps": 1}
+    tree["checkpoint"] = {"keep_last": 3}
     run_dir = frozen_run(tree)
     ranks(2)(whole_run, run_dir)
     kept = layout.whole_checkpoints(run_dir / "checkpoints")

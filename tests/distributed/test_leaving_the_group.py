@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_strategies_follow_each_other_in_the_same_processes() -> None:
     for rank in range(2):
         lines = [line for line in ended.stdout.splitlines() if line.startswith(f"rank {rank}:")]
         assert lines == [f"rank {rank}: {name} left 0 threads" for name in strategies]
+
+
+def test_a_thread_that_used_a_group_of_its_own_leaves_it_too() -> None:
+    for _ in range(3):
+        ended = torchrun("background")
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("the thread is done: True, gloo threads left: 0") == 2
 
 
 def test_a_default_argument_that_captured_the_group_lets_it_go() -> None:
@@ -171,6 +179,35 @@ def capture_the_group_in_a_default_argument() -> None:
     sys.stdout.write(f"held after destroy: {held}, after leaving: {gloo_worker_count() > 0}\n")
 
 
+def leave_while_a_thread_writes() -> None:
+    """Leave as `train.rank.join` does, with a background save still exchanging with its peers."""
+    from train.checkpoint.background import finish_writing
+
+    dist.init_process_group("gloo")
+    saving = begin_to_write()
+    for _ in range(20):  # the training's own collectives, beside those of the thread
+        dist.all_reduce(torch.ones(1000))
+    finish_writing(60)
+    done = saving.is_done
+    saving.wait()  # raises what went wrong
+    leave_process_group()
+    sys.stdout.write(f"the thread is done: {done}, gloo threads left: {gloo_worker_count()}\n")
+
+
+def begin_to_write() -> Any:
+    from train.checkpoint.background import Background
+    from train.checkpoint.peers import Peers
+
+    peers = Peers(int(os.environ["RANK"]))
+
+    def write() -> None:
+        for _ in range(3):
+            time.sleep(0.3 * (1 + peers.rank))
+            assert len(peers.attempt(lambda: torch.ones(1000))) == 2
+
+    return Background(write)
+
+
 def end_while_workers_wait_for_the_gil() -> None:
     dist.init_process_group("gloo")
     import torch.distributed.nn.functional  # holds the group, as deepspeed.comm does
@@ -200,6 +237,8 @@ if __name__ == "__main__":
             train_one_after_another(sys.argv[2:])
         case "capture":
             capture_the_group_in_a_default_argument()
+        case "background":
+            leave_while_a_thread_writes()
         case "late":
             end_while_workers_wait_for_the_gil()
         case "fail":

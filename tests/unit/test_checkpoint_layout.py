@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from train.checkpoint import layout
-from train.durable import publish
 
 
 def write_checkpoint(directory: Path, step: int) -> Path:
@@ -16,7 +15,7 @@ def write_checkpoint(directory: Path, step: int) -> Path:
     files = layout.describe_files(layout.files_of(temporary), temporary)
     layout.write_manifest(temporary, {"step": step, "files": files})
     final = directory / f"checkpoint-{step}"
-    publish(temporary, final)
+    layout.publish_checkpoint(temporary, final)
     return final
 
 
@@ -57,12 +56,12 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_retention_counts_whole_checkpoints_only(tmp_path: Path) -> None:
-    first, second, third = (write_checkpoint(tmp_path, step) for step in (1, 2, 3))
-    (third / "manifest.json").unlink()
-    assert layout.retain(tmp_path, keep=1) == [first]
-    assert second.is_dir()
-    assert not first.exists()
+def test_a_second_save_of_a_step_replaces_the_first(tmp_path: Path) -> None:
+    first = write_checkpoint(tmp_path, 1)
+    (first / "engine" / "shard.pt").write_bytes(b"damaged by then")
+    assert write_checkpoint(tmp_path, 1) == first
+    assert layout.verify(first) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def test_an_interrupted_directory_gets_no_name(tmp_path: Path) -> None:

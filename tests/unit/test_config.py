@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from train import config
 from train.config import (
@@ -42,6 +43,7 @@ TREE: dict[str, Any] = {
     "strategy": {"kind": "zero", "stage": 2},
     "precision": {},
     "trainer": {"max_steps": 10, "adam_epsilon": 1e-8},
+    "checkpoint": {},
     "tracking": {"kind": "wandb"},
     "launcher": {"kind": "torchrun", "nproc_per_node": 2},
 }
@@ -119,6 +121,9 @@ def test_load_names_a_damaged_file(tmp_path: Path) -> None:
         ({"tokenizer__vocab_size": 999}, "tokenizer.vocab_size=999 is more than model.vocab_size"),
         ({"strategy": {"kind": "single"}}, "strategy=single runs one rank, but launcher.nproc_per"),
         ({"trainer__lr": 1.0}, "unknown key trainer.lr: use trainer.learning_rate"),
+        ({"trainer__keep_checkpoints": 3}, "trainer.keep_checkpoints: use checkpoint.keep_last"),
+        ({"trainer__early_stopping_threshold": 0.1}, "is read with early_stopping_patience only"),
+        ({"checkpoint__best_metric": "loss"}, "must be eval_loss, eval_perplexity or eval_masked"),
         (
             {"strategy__bucket_size_bytes": 1},
             "strategy.bucket_size_bytes is no setting of strategy",
@@ -204,3 +209,136 @@ def test_evaluating_without_held_out_documents_is_a_contradiction() -> None:
         UserError, match="eval_every_steps=5 needs held-out documents, but data.eva"
     ):
         from_tree(tree)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "checkpoint", "message"),
+    [
+        (
+            {},
+            {"keep_every_steps": 5},
+            "checkpoint.keep_every_steps=5 keeps some checkpoints for ever, but "
+            "trainer.save_every_steps=null writes one, at the end; set trainer.save_every_steps=5 "
+            "or checkpoint.keep_every_steps=null",
+        ),
+        (
+            {"save_every_steps": 4},
+            {"keep_every_steps": 6},
+            "checkpoint.keep_every_steps=6 is not a multiple of trainer.save_every_steps=4, so "
+            "that most of these steps are never saved; set checkpoint.keep_every_steps=8",
+        ),
+        (
+            {"save_every_steps": 2},
+            {"keep_best": 1},
+            "checkpoint.keep_best=1 needs evaluations during training, but "
+            "trainer.eval_every_steps=null; set trainer.eval_every_steps",
+        ),
+        (
+            {"early_stopping_patience": 3},
+            {},
+            "trainer.early_stopping_patience=3 needs evaluations during training, but "
+            "trainer.eval_every_steps=null; set trainer.eval_every_steps",
+        ),
+        (
+            {"eval_every_steps": 2},
+            {"keep_best": 1},
+            "checkpoint.keep_best=1 chooses among checkpoints, but trainer.save_every_steps=null "
+            "writes one, at the end; set trainer.save_every_steps or checkpoint.keep_best=0",
+        ),
+        (
+            {"eval_every_steps": 3, "save_every_steps": 4},
+            {"keep_best": 1},
+            "checkpoint.keep_best=1 needs checkpoints of steps that are evaluated, but "
+            "trainer.save_every_steps=4 and trainer.eval_every_steps=3 first meet at step 12, and "
+            "trainer.max_steps=10; set trainer.save_every_steps to a multiple of 3",
+        ),
+        (
+            {"eval_every_steps": 2, "save_every_steps": 2},
+            {"keep_best": 1, "best_metric": "eval_masked_accuracy"},
+            "checkpoint.best_metric=eval_masked_accuracy is measured with objective=mlm, but it is "
+            "clm; set checkpoint.best_metric=eval_loss",
+        ),
+        (
+            {"eval_every_steps": 2, "save_every_steps": 2},
+            {"export": "best"},
+            "checkpoint.export=best takes the best checkpoint that is kept, but "
+            "checkpoint.keep_best=0 keeps none; set checkpoint.keep_best=1",
+        ),
+        (
+            {"eval_every_steps": 2},
+            {"best_metric": "eval_perplexity"},
+            "checkpoint.best_metric=eval_perplexity is read by checkpoint.keep_best and "
+            "trainer.early_stopping_patience, but neither is set; set one or leave "
+            "checkpoint.best_metric out",
+        ),
+    ],
+)
+def test_what_is_kept_and_when_to_stop_must_fit_the_cadence(
+    trainer: dict[str, Any], checkpoint: dict[str, Any], message: str
+) -> None:
+    tree = changed(checkpoint=checkpoint)
+    tree["trainer"] |= trainer
+    with pytest.raises(UserError) as raised:
+        from_tree(tree)
+    assert str(raised.value) == message
+
+
+def test_stopping_early_without_held_out_documents_is_a_contradiction() -> None:
+    text = problem(data__eval_fraction=0.0, trainer__early_stopping_patience=1)
+    assert text == (
+        "trainer.early_stopping_patience=1 needs evaluations during training, but "
+        "trainer.eval_every_steps=null and data.eval_fraction=0, which holds out none; set "
+        "trainer.eval_every_steps and the fraction"
+    )
+
+
+def test_the_best_cannot_be_read_from_several_nodes_disks() -> None:
+    tree = changed(checkpoint={"keep_best": 1, "export": "best"})
+    tree["trainer"] |= {"eval_every_steps": 2, "save_every_steps": 2}
+    tree["strategy"]["node_local_checkpoints"] = True
+    with pytest.raises(UserError, match="export=best reads a whole checkpoint, but strategy.node"):
+        from_tree(tree)
+
+
+def test_cadences_that_meet_are_fine() -> None:
+    tree = changed(checkpoint={"keep_best": 2, "keep_every_steps": 8})
+    tree["trainer"] |= {"eval_every_steps": 4, "save_every_steps": 2, "early_stopping_patience": 2}
+    assert from_tree(tree).checkpoint.keep_best == 2
+
+
+def test_a_run_that_was_frozen_before_a_setting_was_renamed_still_loads(tmp_path: Path) -> None:
+    tree = changed(trainer__keep_checkpoints=7)
+    del tree["checkpoint"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert load(tmp_path).checkpoint.keep_last == 7
+
+
+def test_async_is_a_key_although_it_is_a_keyword_of_python() -> None:
+    run = from_tree({**TREE, "checkpoint": {"async": True, "on_save_error": "stop"}})
+    assert run.checkpoint.asynchronous
+    text = to_yaml(run)
+    assert "\n  async: true\n" in text
+    assert from_tree(yaml.safe_load(text)) == run
+    assert "checkpoint.async" in known_keys()
+    assert "checkpoint.asynchronous" not in known_keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("asynch", "did you mean checkpoint.async?"),
+        ("asynchronous", "use checkpoint.async"),
+        ("on_error", "did you mean checkpoint.on_save_error?"),
+    ],
+)
+def test_a_wrong_key_of_checkpoints_names_the_right_one(key: str, hint: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown key checkpoint\.{key}: {re.escape(hint)}"):
+        from_tree({**TREE, "checkpoint": {key: True}})
+
+
+def test_state_on_nvme_is_not_saved_in_the_background() -> None:
+    nvme = {"kind": "zero", "stage": 3, "offload_optimizer": "nvme", "nvme_path": "/disk"}
+    tree = {**TREE, "strategy": nvme}
+    from_tree(tree)
+    with pytest.raises(UserError, match=r"checkpoint\.async=true .* offload_optimizer=nvme keeps"):
+        from_tree({**tree, "checkpoint": {"async": True}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import time
@@ -14,8 +15,10 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 # What the Trainer logs that is written down as it is; its own summary of the whole run is left out.
-_KEPT = ("loss", "grad_norm", "learning_rate")
+_KEPT = ("loss", "grad_norm", "learning_rate", "stopped_early")
 
 
 class Metrics(TrainerCallback):
@@ -73,14 +76,20 @@ class Metrics(TrainerCallback):
             }
             # JSON has no NaN.
             finite = {k: v if math.isfinite(v) else None for k, v in line.items()}
-            with (trainer.run_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._append(json.dumps(finite, allow_nan=False) + "\n")
         # The loss is the same on every rank, so all of them stop.
         if not math.isfinite(taken.get("loss", 0.0)):
             raise FloatingPointError(
                 f"the loss is {taken['loss']} at step {state.global_step}: training has diverged; "
                 "lower trainer.learning_rate or trainer.max_grad_norm, or warm up for longer"
             )
+
+    def _append(self, line: str) -> None:
+        try:
+            with (self.trainer.run_dir / "metrics.jsonl").open("a") as file:
+                file.write(line)
+        except OSError as error:  # as with checkpoints: a full disk must not end the run
+            logger.warning("a line of metrics.jsonl is lost (%s): %s", error, line.rstrip())
 
     def _peak_memory_bytes(self) -> int:
         """Return the highest peak of any rank: the GPU allocator's, or on a CPU the process's."""

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from train.checkpoint import portable
 from train.checkpoint.layout import atomic_directory
 from train.strategy import engine_of
 
@@ -26,15 +27,22 @@ if TYPE_CHECKING:
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-def export(trainer: Trainer, card: str, max_shard_bytes: int = MAX_SHARD_BYTES) -> Path:
+def export(
+    trainer: Trainer,
+    card: str,
+    checkpoint: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
     """Write RUN_DIR/final and return its path. Collective; rank 0 writes.
+
+    The weights are those of ``checkpoint``, or of the live engine where there is none.
 
     Rank 0 holds one shard of at most ``max_shard_bytes`` (or one tensor, where that is larger) in
     memory at a time. Raises FloatingPointError where a weight is not finite, and RuntimeError where
     `from_pretrained` would not find exactly the weights it looks for; final/ is not made then.
     """
     final = trainer.run_dir / "final"
-    tensors = _whole_tensors(trainer)
+    tensors = _whole_tensors(trainer, checkpoint)
     if trainer.is_world_process_zero():
         with atomic_directory(final) as directory:
             _write_shards(tensors, directory, max_shard_bytes)
@@ -77,16 +85,32 @@ def _architecture(model: PreTrainedModel) -> str:
     return next(c.__name__ for c in type(model).__mro__ if not c.__module__.startswith("torch."))
 
 
-def _whole_tensors(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None]]:
+def _whole_tensors(
+    trainer: Trainer, checkpoint: Path | None
+) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield fp32 parameters, tied ones once, then persistent buffers as they are."""
     names = set()
-    for name, tensor in engine_of(trainer.config).full_parameters(trainer):
+    for name, tensor in (
+        engine_of(trainer.config).full_parameters(trainer)
+        if checkpoint is None
+        else _saved_parameters(trainer, checkpoint)
+    ):
         names.add(name)
         yield name, tensor
     saved = trainer.model.state_dict().keys()
     for name, buffer in trainer.model.named_buffers():
         if name in saved and name not in names:
             yield name, buffer.detach().cpu()
+
+
+def _saved_parameters(
+    trainer: Trainer, checkpoint: Path
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield each parameter's name and, on rank 0, its fp32 master weight in a checkpoint."""
+    is_first = trainer.is_world_process_zero()
+    weights = portable.read(checkpoint).weights if is_first else {}
+    for name, _ in trainer.model.named_parameters():
+        yield name, weights[name].whole().float() if is_first else None
 
 
 def _write_shards(

@@ -1,37 +1,53 @@
-"""A checkpoint directory: temporary name, manifest last, published by one rename."""
+"""A checkpoint directory: temporary name, manifest last, one rename; and whether it is whole."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from train.durable import flush, publish
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_OWN_HASH = "manifest_xxh3_128"
+VERIFY_THREADS = 8
+"""Enough to keep a parallel file system or an NVMe disk busy; reading and hashing free the GIL."""
+_NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Path, advance: Callable[[int], object] = lambda read_bytes: None) -> str:
     """Return the xxh3-128 of a file's bytes, in hexadecimal, reading 1 MiB at a time."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         while block := file.read(2**20):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()
+
+
+def hash_tree(manifest: dict[str, Any]) -> str:
+    """Return the xxh3-128 of a manifest's values, its own hash left out, in hexadecimal."""
+    values = {name: value for name, value in manifest.items() if name != _OWN_HASH}
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def files_of(directory: Path) -> list[Path]:
     """Return every file below a directory but the manifest, sorted."""
-    found = (p for p in directory.rglob("*") if p.is_file())
-    return sorted(p for p in found if p != directory / MANIFEST)
+    # Unlike rglob, os.walk bears that another process deletes what it walks through.
+    found = (Path(folder, name) for folder, _, names in os.walk(directory) for name in names)
+    return sorted(p for p in found if p != directory / MANIFEST and p.is_file())
 
 
 def describe_files(paths: list[Path], directory: Path) -> dict[str, dict[str, Any]]:
@@ -49,84 +65,243 @@ def describe_files(paths: list[Path], directory: Path) -> dict[str, dict[str, An
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Write the file that makes a checkpoint whole; call it when every other file is flushed."""
     path = directory / MANIFEST
-    path.write_text(json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1) + "\n")
+    tree = {"format_version": FORMAT_VERSION, **manifest}
+    # No newline at the end, so that not one byte can be cut off unnoticed.
+    path.write_text(json.dumps({**tree, _OWN_HASH: hash_tree(tree)}, indent=1))
     flush(path)
     for folder in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
         flush(folder)
 
 
-def whole_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """Return (step, path) of every checkpoint that has a valid manifest, oldest first.
+def publish_checkpoint(temporary: Path, final: Path) -> None:
+    """Give a finished checkpoint its name; one of the same step is replaced only by then.
 
-    Valid: readable, of a known format, and every file is there with the size it names.
+    Between the two renames the older one lies under the name of `set_aside`, from which
+    `retention.sweep` brings it back.
     """
-    if not directory.is_dir():
+    old = set_aside(final)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    publish(temporary, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(final: Path) -> Path:
+    """Return where a checkpoint lies while another takes its name."""
+    return final.with_name(f".{final.name}.old")
+
+
+# --- reading back -------------------------------------------------------------------------------
+
+
+class _Part(BaseModel):
+    """A part of a manifest; what is not needed here is passed over."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class FileEntry(_Part):
+    bytes: int = Field(ge=0)
+    xxh3_128: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class Manifest(_Part):
+    """What finding, checking and keeping a checkpoint needs of its manifest.json."""
+
+    step: int = Field(ge=0)
+    files: dict[str, FileEntry]
+    """By path relative to the checkpoint. On node-local storage, those on this node's disk."""
+    strategy: dict[str, Any] = {}
+    world_size: int = Field(default=1, ge=1)
+    samples: int = Field(default=0, ge=0)
+    tokens: int = Field(default=0, ge=0)
+    metrics: dict[str, float] = {}
+    """What was evaluated at this step: eval_loss and so on."""
+    save_id: str = ""
+    """The same for all parts of one save, another for every other save."""
+    part: int = Field(default=0, ge=0)
+    """Which of ``parts`` this is, where each node keeps its files on its own disk."""
+    parts: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _files_lie_inside(self) -> Manifest:
+        for name in self.files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} is no path inside the checkpoint")
+        if self.part >= self.parts:
+            raise ValueError(f"part {self.part} of {self.parts}")
+        return self
+
+
+class NotWhole(ValueError):
+    """A directory is no whole checkpoint; the message says why, as in "<path>: <message>"."""
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read and check the manifest alone. Raises NotWhole."""
+    try:
+        tree = json.loads((checkpoint / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise NotWhole("it has no manifest") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotWhole(f"its manifest cannot be read ({error})") from None
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if type(version) is not int:
+        raise NotWhole("its manifest cannot be read (it names no version of a format)")
+    if version != FORMAT_VERSION:
+        raise NotWhole(f"its format is version {version}, and this program reads {FORMAT_VERSION}")
+    if tree.get(_OWN_HASH) != hash_tree(tree):
+        raise NotWhole("its manifest is damaged: its values do not have the hash that it names")
+    try:
+        manifest = Manifest.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        problem = f"{where}: {first['msg']}" if where else first["msg"]
+        raise NotWhole(f"its manifest cannot be read ({problem})") from None
+    if step_of(checkpoint) not in (manifest.step, None):
+        raise NotWhole(f"its manifest is that of step {manifest.step}")
+    return manifest
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step that a directory is named for, or None where it is named otherwise."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def check_sizes(checkpoint: Path) -> Manifest:
+    """Return the manifest, once every file that it names is there in its size, and no other.
+
+    Reads the manifest and the directories only. Raises NotWhole.
+    """
+    manifest = read_manifest(checkpoint)
+    problems = _misplaced(checkpoint, manifest, manifest.files) or _unknown(checkpoint, manifest)
+    if problems:
+        raise NotWhole(next(iter(problems.values())))
+    return manifest
+
+
+def verify(
+    checkpoint: Path,
+    *,
+    share: tuple[int, int] = (0, 1),
+    only: Collection[str] | None = None,
+    advance: Callable[[int], object] = lambda read_bytes: None,
+) -> list[str]:
+    """Return what is wrong with each file: missing, unknown, of another size, of another hash.
+
+    Every file is read, on a few threads. ``share`` = (i, n) looks at every n-th file from the i-th
+    on, for n ranks that share the work; the first of them also for unknown ones. ``only`` looks at
+    the files of these names. ``advance`` is called with the number of bytes just read, from any
+    thread.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except NotWhole as error:
+        return [str(error)]
+    index, count = share
+    mine = sorted(manifest.files if only is None else only)[index::count]
+    if foreign := [name for name in mine if name not in manifest.files]:
+        return [f"{name} is not in its manifest" for name in foreign]
+    misplaced = _misplaced(checkpoint, manifest, mine)
+    if index == 0 and only is None:
+        misplaced |= _unknown(checkpoint, manifest)
+    names = [name for name in mine if name not in misplaced]
+
+    stopped = threading.Event()
+
+    def count_bytes(read_bytes: int) -> None:
+        if stopped.is_set():  # by Ctrl-C, which reaches the main thread only
+            raise InterruptedError
+        advance(read_bytes)
+
+    def wrong_hash(name: str) -> str | None:
+        try:
+            found = hash_file(checkpoint / name, count_bytes)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        expected = manifest.files[name].xxh3_128
+        return None if found == expected else f"{name} has the hash {found} instead of {expected}"
+
+    with ThreadPoolExecutor(VERIFY_THREADS) as threads:
+        try:
+            return [*misplaced.values(), *filter(None, threads.map(wrong_hash, names))]
+        finally:
+            stopped.set()
+
+
+def _misplaced(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> dict[str, str]:
+    """Return which of some files are missing or of another size."""
+    problems = {}
+    for name in names:
+        entry = manifest.files[name]
+        try:
+            status = (checkpoint / name).stat()
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+            problems[name] = f"{name} is missing" if gone else f"{name} cannot be read ({error})"
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            problems[name] = f"{name} is no file"
+        elif status.st_size != entry.bytes:
+            problems[name] = f"{name} has {status.st_size} bytes instead of {entry.bytes}"
+    return problems
+
+
+def _unknown(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
+    """Return the files that are not in the manifest.
+
+    Shards are found by glob and engines told by their files, so that one more can change what is
+    loaded. Only NFS may add one: .nfs* stands for a deleted file that is still open.
+    """
+    names = (path.relative_to(checkpoint) for path in files_of(checkpoint))
+    return {
+        name.as_posix(): f"{name.as_posix()} is not in its manifest"
+        for name in names
+        if name.as_posix() not in manifest.files and not name.name.startswith(".nfs")
+    }
+
+
+def whole_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of every checkpoint that `check_sizes` finds whole, oldest first."""
+    return [(step, path) for step, path in named(directory) if what_is_wrong(path) is None]
+
+
+def named(directory: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of all that is named as a checkpoint, whole or not, oldest first."""
+    try:
+        found = [(step_of(path), path) for path in directory.iterdir() if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
-    named = sorted((int(match[1]), path) for match, path in found if match)
-    return [(step, path) for step, path in named if what_is_wrong(path) is None]
+    return sorted((step, path) for step, path in found if step is not None)
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
-    """Return why a directory is no whole checkpoint, or None where it is one."""
+    """Return why `check_sizes` finds a directory to be no whole checkpoint, or None."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        version, files = manifest["format_version"], manifest["files"]
-    except FileNotFoundError:
-        return "it has no manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its manifest cannot be read ({error})"
-    if version != FORMAT_VERSION:
-        return f"its format is version {version}, and this program reads {FORMAT_VERSION}"
-    for name, described in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != described["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {described['bytes']}"
+        check_sizes(checkpoint)
+    except NotWhole as error:
+        return str(error)
     return None
-
-
-def candidates(directory: Path) -> list[Path]:
-    """Return everything that is named as a checkpoint, newest first."""
-    if not directory.is_dir():
-        return []
-    found = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
-    return [path for _, path in sorted(((int(m[1]), p) for m, p in found if m), reverse=True)]
-
-
-def wrong_hash(checkpoint: Path, part: int, parts: int) -> str | None:
-    """Hash every ``parts``-th file of a checkpoint, from the ``part``-th on; return what is wrong.
-
-    Call it where `what_is_wrong` is None.
-    """
-    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    for name in sorted(files)[part::parts]:
-        try:
-            if hash_file(checkpoint / name) != files[name]["xxh3_128"]:
-                return f"{name} is not what was written (its hash differs)"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return None
-
-
-def retain(directory: Path, keep: int) -> list[Path]:
-    """Delete all but the newest whole checkpoints; return what was deleted."""
-    old = [path for _, path in whole_checkpoints(directory)[:-keep]]
-    for path in old:
-        # Without its manifest it no longer exists, even if the deletion is cut short.
-        (path / MANIFEST).unlink()
-        shutil.rmtree(path)
-    return old
 
 
 @contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
-    """Give a temporary sibling to write into; rename it to ``final`` when the block ends well."""
+    """Give a temporary sibling to write into; it takes the place of ``final`` if the block ends well.
+
+    An older ``final`` stays until then, and is set aside just before.
+    """
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
     for path in temporary.rglob("*"):
         flush(path)
+    older = final.with_name(f".{final.name}.old")
+    shutil.rmtree(older, ignore_errors=True)
+    if final.exists():
+        os.rename(final, older)
     publish(temporary, final)
+    shutil.rmtree(older, ignore_errors=True)

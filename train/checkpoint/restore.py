@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from train.checkpoint import layout, portable
+from train.checkpoint import discovery, layout, portable, retention
 from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable
 from train.errors import UserError
-from train.rank import Rank
+from train.rank import Rank, from_all
 from train.strategy import engine_of
 
 if TYPE_CHECKING:
@@ -44,23 +43,25 @@ class Resumed:
 def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | None:
     """Return the newest checkpoint of a run whose every hash is right, or None. Collective.
 
-    The ranks share the hashing, and all of them take the same one; ``say`` hears of what was
-    skipped, and why. Raises UserError where there are checkpoints and none is whole.
+    The ranks share the hashing, and all of them take the same one; on the first, ``say`` hears of
+    what was skipped, and why. Raises UserError where there are checkpoints and none is whole.
     """
     directory = run_dir / "checkpoints"
-    candidates = _from_first(lambda: layout.candidates(directory))
-    skipped = []
-    for path in candidates:
-        problem = _from_first(lambda path=path: layout.what_is_wrong(path))  # type: ignore[misc]
-        problem = problem or _agreed(layout.wrong_hash(path, rank.index, rank.world_size))
-        if problem is None:
-            return _opened(path)
-        skipped.append(f"{path.name} is not whole: {problem}")
-        say(f"{skipped[-1]}; skipped")
-    if skipped:
+    if rank.index == 0:
+        retention.sweep(directory)
+    path, passed_over = discovery.newest_whole(
+        directory, gather=from_all, share=(rank.index, rank.world_size)
+    )
+    if rank.index == 0:
+        for skipped in passed_over:
+            say(f"{skipped}; skipped")
+    if path is not None:
+        return _opened(path)
+    if passed_over:
         raise UserError(
-            f"{run_dir} has checkpoints, but none to go on from ({'; '.join(skipped)}); "
-            "bring one of them back from a copy, or start a new run"
+            f"{run_dir} has checkpoints, but none to go on from "
+            f"({'; '.join(map(str, passed_over))}); bring one of them back from a copy, or start a "
+            "new run"
         )
     return None
 
@@ -152,6 +153,11 @@ def _restore_rng(path: Path) -> None:
     np.random.set_state(legacy)
 
 
+def history(resumed: Resumed) -> list[dict[str, Any]]:
+    """Return what the run had logged by then, evaluations included."""
+    return json.loads((resumed.checkpoint / "trainer_state.json").read_text())["log_history"]
+
+
 def trim_metrics(run_dir: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl beyond a step: it is trained again."""
     path = run_dir / "metrics.jsonl"
@@ -167,24 +173,3 @@ def trim_metrics(run_dir: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.rename(path)
-
-
-# --- agreement ----------------------------------------------------------------------------------
-
-
-def _from_first(find: Callable[[], Any]) -> Any:
-    """Return what the first rank finds: file systems need not show all ranks the same."""
-    if not dist.is_initialized():
-        return find()
-    found = [find() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def _agreed(problem: str | None) -> str | None:
-    """Return the first problem that any rank has."""
-    if not dist.is_initialized():
-        return problem
-    every: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, problem)
-    return next((p for p in every if p is not None), None)

@@ -2,64 +2,178 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import logging
+import math
 import random
+import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from train.checkpoint import layout
-from train.durable import publish
+from train.checkpoint import layout, retention
+from train.checkpoint.discovery import Part, parts_in, together
+from train.checkpoint.hashed import HashedFolder
+from train.checkpoint.peers import Peers, SaveFailed
+from train.config import CheckpointConfig
 from train.strategy import engine_of
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
+logger = logging.getLogger(__name__)
+
+
+class EngineState(Protocol):
+    """What an engine has to write of model and optimizer; neither method is collective."""
+
+    def write(self, folder: HashedFolder) -> Any:
+        """Write this rank's files and return what `finish` wants to know. Raises OSError."""
+
+    def finish(self, folder: HashedFolder, written: list[Any]) -> None:
+        """On the first rank, add what is known only now. Raises OSError."""
+
+
+@dataclass
+class Draft:
+    """A checkpoint of which nothing is on the disk yet."""
+
+    directory: Path
+    step: int
+    engine: EngineState
+    texts: dict[str, bytes]
+    """This rank's other files by their names."""
+    manifest: dict[str, Any]
+    """All but the files."""
+    rule: CheckpointConfig
+    """What to keep of the older ones."""
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"checkpoint-{self.step}"
+
+
 def save(trainer: Trainer) -> Path:
-    """Write checkpoint-<step> of the trainer's run and return its path. Collective."""
-    step = trainer.state.global_step
-    directory = trainer.run_dir / "checkpoints"
-    final = directory / f"checkpoint-{step}"
-    temporary = directory / f".checkpoint-{step}.tmp"
-    rank, world_size = trainer.args.process_index, trainer.args.world_size
+    """Write checkpoint-<step> of the trainer's run and return its path. Collective.
 
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier()
+    Raises SaveFailed, on all ranks alike, where one of them could not write.
+    """
+    peers = peers_of(trainer)
+    return write(draft(trainer, peers, copy=False), peers)
 
-    engine_of(trainer.config).save_state(trainer, temporary)
-    torch.save(_rng_state(), temporary / f"rng-{rank}.pt")
-    if rank == 0:
+
+def peers_of(trainer: Trainer) -> Peers:
+    """Return the ranks of a training on a group for its checkpoints. Collective."""
+    node_local = getattr(trainer.config.strategy, "node_local_checkpoints", False)
+    return Peers(trainer.args.process_index, node_local=node_local)
+
+
+def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
+    """Collect the state of a run, copied to host memory where later steps may come before its end.
+
+    Collective; touches no disk.
+    """
+    texts = {f"rng-{peers.rank}.pt": _torch_bytes(_rng_state())}
+    if peers.is_first:
         assert trainer.lr_scheduler is not None
-        torch.save(trainer.lr_scheduler.state_dict(), temporary / "scheduler.pt")
-        trainer.state.save_to_json(str(temporary / "trainer_state.json"))
-    _barrier()
-
-    # Each rank flushes and hashes its share of the files, which it finds in the page cache.
-    mine = layout.files_of(temporary)[rank::world_size]
-    files = _gather(layout.describe_files(mine, temporary))
-    if rank == 0:
-        manifest = {
+        texts["scheduler.pt"] = _torch_bytes(trainer.lr_scheduler.state_dict())
+        state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
+        texts["trainer_state.json"] = f"{state}\n".encode()
+    return Draft(
+        directory=trainer.run_dir / "checkpoints",
+        step=trainer.state.global_step,
+        engine=engine_of(trainer.config).save_state(trainer, is_first=peers.is_first, copy=copy),
+        texts=texts,
+        manifest={
             "strategy": trainer.config.strategy.model_dump(mode="json"),
-            "world_size": world_size,
-            "step": step,
+            "world_size": trainer.args.world_size,
+            "step": trainer.state.global_step,
             "samples": trainer.samples_seen,
             "tokens": trainer.tokens_seen,
+            # JSON has no NaN, and NaN is never the best.
+            "metrics": {
+                k: v for k, v in trainer.evaluation_of_this_step().items() if math.isfinite(v)
+            },
             "parameters": _parameters(trainer),
-            "files": dict(sorted({k: v for part in files for k, v in part.items()}.items())),
-        }
-        layout.write_manifest(temporary, manifest)
-        publish(temporary, final)
-        layout.retain(directory, trainer.config.trainer.keep_checkpoints)
-    _barrier()
-    return final
+        },
+        rule=trainer.config.checkpoint,
+    )
+
+
+def write(draft: Draft, peers: Peers) -> Path:
+    """Write a draft under a temporary name, publish it and return its path. Collective.
+
+    Where each node has a disk of its own, each gets a checkpoint of what its ranks have written.
+    Raises SaveFailed, on all ranks alike, where one of them could not write; what was there before
+    is as it was then. No collective comes between a rank's first and its last byte: a rank that
+    fails joins the others at the end of each of the three parts.
+    """
+    temporary = draft.directory / f".{draft.path.name}.tmp"
+    folder = HashedFolder(temporary)
+
+    def prepare() -> None:
+        if peers.is_first:
+            draft.directory.mkdir(exist_ok=True)
+            # Only one checkpoint is written at a time, so none of what is there is in flight.
+            retention.sweep(draft.directory)
+            temporary.mkdir()
+
+    def write_part() -> tuple[int, Any, dict[str, Any], str]:
+        written = draft.engine.write(folder)
+        for name, data in draft.texts.items():
+            folder.write(name, data)
+        return peers.disk, written, folder.files, secrets.token_hex(8)
+
+    try:
+        peers.attempt(prepare)
+        parts = peers.attempt(write_part)
+
+        def finish() -> None:
+            if peers.is_first:
+                draft.engine.finish(folder, [written for _, written, *_ in parts])
+                files = dict(folder.files)
+                for disk, _, part, _ in parts:
+                    files |= part if disk == peers.disk else {}
+                manifest = {
+                    **draft.manifest,
+                    "save_id": parts[0][-1],
+                    "part": peers.disk,
+                    "parts": len({disk for disk, *_ in parts}),
+                    "files": dict(sorted(files.items())),
+                }
+                layout.write_manifest(temporary, manifest)
+                layout.publish_checkpoint(temporary, draft.path)
+
+        peers.attempt(finish)
+    except SaveFailed:
+        if peers.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+    def look() -> tuple[list[str], dict[int, Part]]:
+        # Each rank reads back what it has written itself.
+        wrong = layout.verify(draft.path, only=folder.files)
+        return wrong, parts_in(draft.directory) if peers.is_first else {}
+
+    seen = peers.attempt(look)
+
+    def retain() -> None:
+        if peers.is_first:
+            whole, _ = together([found for _, found in seen if found])
+            wrong = [problem for problems, _ in seen for problem in problems]
+            retention.retain(
+                draft.directory, draft.rule, newest=draft.step, wrong=wrong, among=whole
+            )
+
+    peers.attempt(retain)
+    return draft.path
 
 
 def _parameters(trainer: Trainer) -> list[dict[str, Any]]:
@@ -94,14 +208,7 @@ def _rng_state() -> dict[str, Any]:
     return state
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _gather(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
+def _torch_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

@@ -14,12 +14,12 @@ from train.strategy import fsdp, loop, replicated, zero
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
 
     from train.checkpoint.lazy import PortableState
+    from train.checkpoint.save import EngineState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -92,8 +92,12 @@ class Engine(Protocol):
     def clean_up(self, config: RunConfig) -> None:
         """Remove what the engine left outside of the run directory, once the run has ended."""
 
-    def save_state(self, trainer: Trainer, directory: Path) -> None:
-        """Write model and optimizer state in the engine's own sharded files. Collective."""
+    def save_state(self, trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
+        """Return what this rank writes of model and optimizer: the engine's own sharded files.
+
+        Collective, and touches no disk. With ``is_first`` also what its disk needs once. With
+        ``copy`` it lies in host memory, so that training can go on before it is written.
+        """
 
 
 def engine_of(config: RunConfig) -> Engine:

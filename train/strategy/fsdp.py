@@ -16,14 +16,13 @@ from train.config import FsdpStrategy, RunConfig
 from train.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import nn
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
     from train.checkpoint.lazy import LazyTensor, PortableState
+    from train.checkpoint.save import EngineState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -411,10 +410,10 @@ def clean_up(config: RunConfig) -> None:
     pass
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
-    from train.checkpoint.dcp import save_model_and_optimizer
+def save_state(trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
+    from train.checkpoint.dcp import DistributedState
 
-    save_model_and_optimizer(trainer, directory)
+    return DistributedState(trainer, copy=copy)
 
 
 def _parameter_groups(unit: Any) -> list[Any]:

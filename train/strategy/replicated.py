@@ -8,12 +8,12 @@ from train.config import DdpStrategy, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel
 
     from train.checkpoint.lazy import PortableState
+    from train.checkpoint.save import EngineState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -155,7 +155,7 @@ def clean_up(config: RunConfig) -> None:
     pass
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
-    from train.checkpoint.dcp import save_model_and_optimizer
+def save_state(trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
+    from train.checkpoint.dcp import DistributedState
 
-    save_model_and_optimizer(trainer, directory)
+    return DistributedState(trainer, copy=copy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, ZeroStrategy, accumulation_steps
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.checkpoint.lazy import PortableState
+    from train.checkpoint.save import EngineState
     from train.trainer import Trainer
     from train.weights import Values
 
@@ -131,6 +131,12 @@ def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"precision.fp8_recipe={precision.fp8_recipe} under strategy.stage=3 would keep every "
             "gathered weight until the backward pass; choose strategy=fsdp or zero2, or "
             "precision=bf16"
+        )
+    if config.checkpoint.asynchronous and adam == "nvme":
+        yield (
+            "checkpoint.async=true copies the state to host memory before it is written, but "
+            "strategy.offload_optimizer=nvme keeps it on a disk for want of that; set "
+            "checkpoint.async=false"
         )
     yield from deepspeed_keys.problems(strategy.extra)
 
@@ -613,15 +619,17 @@ def release() -> None:
     unset_hf_deepspeed_config()
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
-    engine = trainer.model_wrapped
-    engine.save_checkpoint(str(directory), tag="engine", exclude_frozen_parameters=False)
-    if engine.zero_optimization_stage() == 0 and trainer.is_world_process_zero():
-        from train.checkpoint.read_zero import PARAMETER_ORDER
+def save_state(trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
+    from train.checkpoint.deepspeed_files import DeepSpeedState
+    from train.checkpoint.read_zero import PARAMETER_ORDER
 
-        # Its own file counts parameters as the optimizer does, and names none.
+    engine = trainer.model_wrapped
+    texts: dict[str, str] = {}
+    if engine.zero_optimization_stage() == 0:
+        # The file of this stage counts parameters as the optimizer does, and names none.
         masters = _replicated_masters(engine)
         names = {masters.get(p, p): name for name, p in engine.module.named_parameters()}
         groups = trainer.innermost_optimizer().param_groups
         order = [names[parameter] for group in groups for parameter in group["params"]]
-        (directory / "engine" / PARAMETER_ORDER).write_text(json.dumps(order))
+        texts[f"engine/{PARAMETER_ORDER}"] = json.dumps(order)
+    return DeepSpeedState(engine, texts, is_first=is_first, copy=copy)

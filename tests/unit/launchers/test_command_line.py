@@ -24,6 +24,7 @@ def test_help_names_the_commands(shardwright: Shardwright) -> None:
     assert outcome.code == 0
     assert "shardwright train [--dry-run]" in outcome.out
     assert "shardwright sample RUN_DIR" in outcome.out
+    assert "shardwright checkpoints RUN_DIR [--verify]" in outcome.out
 
 
 def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
@@ -34,7 +35,7 @@ def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
     ("word", "message"),
     [
         ("trian", "error: unknown command trian: did you mean train?\n"),
-        ("xyz", "error: unknown command xyz: there are train, resume and sample\n"),
+        ("xyz", "error: unknown command xyz: there are train, resume, sample and checkpoints\n"),
         (
             "seed=1",
             "error: seed=1 comes behind a command: shardwright train seed=1\n",

@@ -21,6 +21,8 @@ COMMANDS = ("train", "sample")
         ("shardwright ", ["train", "sample"]),
         ("shardwright tr", ["train"]),
         ("shardwright sample runs/", []),
+        ("shardwright checkpoints runs/", []),
+        ("shardwright checkpoints --ver", ["--verify"]),
         ("shardwright train --dr", ["--dry-run"]),
         ("shardwright train ", "shardwright "),
         ("shardwright train strat", "shardwright strat"),

@@ -1,0 +1,127 @@
+"""The checkpoint to take: the newest that is whole, on all nodes together, or the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import layout
+from train.checkpoint.retention import best, saved_in
+from train.config import CheckpointConfig
+
+Gather = Callable[[Any], Sequence[Any]]
+"""From a rank's value to the values of all ranks, in one order on all of them. Collective."""
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A checkpoint that is not to be used."""
+
+    step: int
+    problems: list[str]
+
+    def __str__(self) -> str:
+        more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+        return f"checkpoint-{self.step} is not whole: {self.problems[0]}{more}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What lies on one disk of a checkpoint: all of it, or what one node keeps."""
+
+    save_id: str
+    index: int
+    count: int
+    problem: str | None = None
+
+
+def parts_in(directory: Path) -> dict[int, Part]:
+    """Return what lies in a directory of checkpoints, by step; sizes are checked, hashes not."""
+    parts = {}
+    for step, path in layout.named(directory):
+        try:
+            manifest = layout.check_sizes(path)
+        except layout.NotWhole as error:
+            parts[step] = Part("", 0, 1, problem=str(error))
+        else:
+            parts[step] = Part(manifest.save_id, manifest.part, manifest.parts)
+    return parts
+
+
+def together(seen: Sequence[dict[int, Part]]) -> tuple[list[int], list[PassedOver]]:
+    """Return the steps that are whole on all nodes together, and the others, oldest first. Pure.
+
+    ``seen`` holds what `parts_in` finds on each disk: on the one that all share, or on node-local
+    storage on each node's own, where a step is whole if all parts of one save are there.
+    """
+    whole, passed_over = [], []
+    for step in sorted({step for parts in seen for step in parts}):
+        parts = [parts[step] for parts in seen if step in parts]
+        problems = list(dict.fromkeys(part.problem for part in parts if part.problem))
+        if not problems:
+            if len(parts) < len(seen):
+                problems = [f"{len(seen) - len(parts)} of {len(seen)} nodes' disks do not hold it"]
+            elif len({(part.save_id, part.count) for part in parts}) > 1:
+                problems = ["its parts on the nodes' disks come from different saves"]
+            elif missing := set(range(parts[0].count)) - {part.index for part in parts}:
+                problems = [
+                    f"{len(missing)} of its {parts[0].count} parts are on disks of nodes that "
+                    "are not taking part"
+                ]
+        if problems:
+            passed_over.append(PassedOver(step, problems))
+        else:
+            whole.append(step)
+    return whole, passed_over
+
+
+def newest_whole(
+    directory: Path,
+    *,
+    gather: Gather = lambda value: [value],
+    share: tuple[int, int] = (0, 1),
+) -> tuple[Path | None, list[PassedOver]]:
+    """Return the newest whole checkpoint, or None, and those newer that are not, newest first.
+
+    With several ranks it is collective and returns the same on all: ``share`` is this rank's place
+    among those that read one disk (rank and world size; on node-local storage local rank and ranks
+    of the node), of which the first looks for checkpoints and each reads its share of the files.
+    Sizes are checked first, so that of most of what a crash leaves no hash is read.
+    """
+    seen = gather(parts_in(directory) if share[0] == 0 else None)
+    whole, passed_over = together([parts for parts in seen if parts is not None])
+    chosen, damaged = _first_sound(directory, whole[::-1], gather, share)
+    newer = [p for p in passed_over if chosen is None or p.step > (layout.step_of(chosen) or 0)]
+    return chosen, sorted([*newer, *damaged], key=lambda p: p.step, reverse=True)
+
+
+def best_whole(
+    directory: Path,
+    rule: CheckpointConfig,
+    *,
+    gather: Gather = lambda value: [value],
+    share: tuple[int, int] = (0, 1),
+) -> tuple[Path | None, list[PassedOver]]:
+    """Return the whole checkpoint that was evaluated best, or None, and better ones, if damaged.
+
+    Collective, as `newest_whole` is, on a file system that all ranks share.
+    """
+    order = gather(best(saved_in(directory), rule) if share[0] == 0 else None)[0]
+    return _first_sound(directory, order, gather, share)
+
+
+def _first_sound(
+    directory: Path, steps: Sequence[int], gather: Gather, share: tuple[int, int]
+) -> tuple[Path | None, list[PassedOver]]:
+    """Return the first of some checkpoints whose every hash is right, and those before it."""
+    damaged: list[PassedOver] = []
+    for step in steps:
+        path = directory / f"checkpoint-{step}"
+        found = gather(layout.verify(path, share=share))
+        problems = list(dict.fromkeys(problem for part in found for problem in part))
+        if not problems:
+            return path, damaged
+        damaged.append(PassedOver(step, problems))
+    return None, damaged
