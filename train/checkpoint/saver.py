@@ -29,7 +29,8 @@ class Saver(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._config = trainer.config.checkpoint
+        self.in_background = trainer.config.checkpoint.asynchronous
+        self._on_error = trainer.config.checkpoint.on_save_error
         self._peers: Peers | None = None
         self._in_flight: Background | None = None
         self._step = 0
@@ -42,7 +43,7 @@ class Saver(TrainerCallback):
         Raises SaveFailed where an earlier one or this one fails and the config says to stop.
         """
         self._wait_for_the_previous()
-        if not self._config.asynchronous:
+        if not self.in_background:
             self._write_now(is_last=False)
             return
         peers = self._all_peers()
@@ -105,7 +106,7 @@ class Saver(TrainerCallback):
                 "it, and resume the run",
                 is_of_disk=True,
             ) from failure
-        if self._config.on_save_error == "stop":
+        if self._on_error == "stop":
             raise SaveFailed(
                 f"{problem}. checkpoint.on_save_error=stop ends the run; free the disk or mend it, "
                 "or set checkpoint.on_save_error=warn to train on until the next save",
