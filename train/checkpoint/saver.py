@@ -30,6 +30,7 @@ class Saver(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self.in_background = trainer.config.checkpoint.asynchronous
+        """Whether the next save goes on while training does."""
         self._on_error = trainer.config.checkpoint.on_save_error
         self._peers: Peers | None = None
         self._in_flight: Background | None = None
@@ -81,10 +82,12 @@ class Saver(TrainerCallback):
             return
         started = time.monotonic()
         self.wait()
-        self._say(
-            f"waited {time.monotonic() - started:.1f} s until checkpoint-{self._step} was written; "
-            "a larger trainer.save_every_steps leaves more time"
-        )
+        waited_seconds = time.monotonic() - started
+        if waited_seconds > 0.1:
+            self._say(
+                f"waited {waited_seconds:.1f} s for checkpoint-{self._step}, which was still being "
+                "written; a larger trainer.save_every_steps leaves more time"
+            )
 
     def _write_now(self, *, is_last: bool) -> None:
         peers = self._all_peers()
