@@ -104,20 +104,26 @@ def measure(plan: Plan, config: RunConfig, run_dir: Path) -> Figures:
 
 
 def summary(figures: Figures) -> Figures:
-    """Return what a save costs, from medians over the stretches, and sync / async. Pure.
+    """Return what a save costs, and sync / async. Pure.
 
-    A cost that drowns in noise can come out at zero or below; there is no ratio then.
+    The median over rounds of (stretch with a save - stretch without), as neighbours in time share
+    what else the machine does; never less than the time for which the training stood still.
     """
     if "error" in figures:
         return {**figures, "ratio": None}
-    seconds = {way: median(each) for way, each in figures["seconds"].items()}
-    costs = {way: seconds[way] - seconds["none"] for way in ("sync", "async")}
+    stretches, stalls = figures["seconds"], figures["stall_seconds"]
+    longer = {
+        way: [a - b for a, b in zip(stretches[way], stretches["none"], strict=True)]
+        for way in ("sync", "async")
+    }
+    costs = {way: max(median(each), median(stalls[way])) for way, each in longer.items()}
     return {
-        "seconds_of_stretches": figures["seconds"],
+        "seconds_of_stretches": stretches,
+        "seconds_longer": longer,
         "seconds_per_save": costs,
-        "stall_seconds": {way: median(each) for way, each in figures["stall_seconds"].items()},
+        "stall_seconds": {way: median(each) for way, each in stalls.items()},
         "checkpoint_bytes": figures["checkpoint_bytes"],
-        "ratio": costs["sync"] / costs["async"] if min(costs.values()) > 0 else None,
+        "ratio": costs["sync"] / costs["async"],
     }
 
 
@@ -162,10 +168,9 @@ def shown(results: Figures) -> str:
             lines.append(f"{strategy:8}  failed:\n{figures['error']}")
             continue
         costs, stalls = figures["seconds_per_save"], figures["stall_seconds"]
-        ratio = f"{figures['ratio']:5.2f}" if figures["ratio"] else "  n/a"
         lines.append(
-            f"{strategy:8}  {costs['sync']:11.3f}  {costs['async']:12.3f}  {ratio}  "
-            f"{stalls['sync']:10.3f}  {stalls['async']:11.3f}  "
+            f"{strategy:8}  {costs['sync']:11.3f}  {costs['async']:12.3f}  "
+            f"{figures['ratio']:5.2f}  {stalls['sync']:10.3f}  {stalls['async']:11.3f}  "
             f"{figures['checkpoint_bytes'] / 2**20:,.0f} MiB"
         )
     return "\n".join(lines)
