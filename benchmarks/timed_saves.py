@@ -1,7 +1,8 @@
-"""One rank of a timed training: python -m benchmarks.timed_saves RUN_DIR N.
+"""One rank of a timed training: python -m benchmarks.timed_saves RUN_DIR WARMUP_STEPS ROUNDS STEPS.
 
-It trains what RUN_DIR/config.yaml says, the first N steps uncounted; rank 0 writes
-RUN_DIR/figures.json. A checkpoint in flight at the end counts: the time is up when it is written.
+It trains what RUN_DIR/config.yaml says. After the warm-up, each round has a stretch of STEPS steps
+for each way to save, in turns: none, sync and async, the save at its beginning. A stretch ends when
+what it saved is published. Rank 0 writes RUN_DIR/figures.json.
 """
 
 from __future__ import annotations
@@ -21,23 +22,36 @@ from train.rank import Rank, join, rank_from_environment
 from train.run import assemble
 from train.trainer import Trainer
 
+WAYS = ("none", "sync", "async")
 
-class Clock(transformers.TrainerCallback):
-    """Notes when the warm-up ended and how long the training stood still in each save."""
 
-    def __init__(self, warmup_steps: int) -> None:
-        self.warmup_steps = warmup_steps
+class Stretches(transformers.TrainerCallback):
+    """Saves at the beginning of each stretch and times it to its end."""
+
+    def __init__(self, trainer: Trainer, warmup_steps: int, rounds: int, steps: int) -> None:
+        self.trainer, self.warmup_steps, self.steps = trainer, warmup_steps, steps
+        # Who comes first alternates, as a disk may still be busy with what came before.
+        self.ways = [way for i in range(rounds) for way in (WAYS if i % 2 == 0 else WAYS[::-1])]
+        self.seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        self.stall_seconds: dict[str, list[float]] = {"sync": [], "async": []}
         self.started = 0.0
-        self.step_ended = 0.0
-        self.stalls: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step_ended = now()
-        if state.global_step == self.warmup_steps:
-            self.started = self.step_ended
+        done, rest = divmod(state.global_step - self.warmup_steps, self.steps)
+        if rest or done < 0:
+            return
+        if done:
+            self.trainer.saver.wait()
+            self.seconds[self.ways[done - 1]].append(now() - self.started)
+        if done < len(self.ways):
+            self.begin(self.ways[done])
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stalls.append(now() - self.step_ended)
+    def begin(self, way: str) -> None:
+        self.started = now()
+        if way != "none":
+            self.trainer.saver.in_background = way == "async"
+            self.trainer.saver.save()
+            self.stall_seconds[way].append(now() - self.started)
 
 
 def now() -> float:
@@ -46,37 +60,28 @@ def now() -> float:
     return time.perf_counter()
 
 
-def timed(trainer: Trainer, warmup_steps: int) -> dict[str, Any]:
-    """Train and return what was measured."""
-    clock = Clock(warmup_steps)
-    trainer.add_callback(clock)
+def measure(run_dir: Path, rank: Rank, warmup_steps: int, rounds: int, steps: int) -> None:
+    trainer = assemble(run_dir, rank, sys.stdout)
+    stretches = Stretches(trainer, warmup_steps, rounds, steps)
+    trainer.add_callback(stretches)
     trainer.train()
-    seconds = now() - clock.started
-    checkpoints = layout.whole_checkpoints(trainer.run_dir / "checkpoints")
+    ((_, newest), *_) = reversed(layout.whole_checkpoints(run_dir / "checkpoints"))
     on_gpu = trainer.args.device.type == "cuda"
-    return {
-        "seconds": seconds,
-        "stalls_seconds": clock.stalls,
-        "checkpoint_steps": [step for step, _ in checkpoints],
-        "checkpoint_bytes": sum(
-            path.stat().st_size
-            for _, newest in checkpoints[-1:]
-            for path in layout.files_of(newest)
-        ),
+    figures = {
+        "seconds": stretches.seconds,
+        "stall_seconds": stretches.stall_seconds,
+        "checkpoint_bytes": sum(path.stat().st_size for path in layout.files_of(newest)),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
     }
-
-
-def measure(run_dir: Path, rank: Rank, warmup_steps: int) -> None:
-    figures = timed(assemble(run_dir, rank, sys.stdout), warmup_steps)
     if rank.index == 0:
         (run_dir / "figures.json").write_text(json.dumps(figures))
 
 
 def main(argv: list[str]) -> None:
     run_dir, rank = Path(argv[0]), rank_from_environment()
+    warmup_steps, rounds, steps = map(int, argv[1:])
     with join(run_config.load(run_dir), rank):
-        measure(run_dir, rank, int(argv[1]))
+        measure(run_dir, rank, warmup_steps, rounds, steps)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ class Saver(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._config = trainer.config.checkpoint
+        self.in_background = trainer.config.checkpoint.asynchronous
+        """Whether the next save goes on while training does."""
+        self._on_error = trainer.config.checkpoint.on_save_error
         self._peers: Peers | None = None
         self._in_flight: Background | None = None
         self._step = 0
@@ -42,7 +44,7 @@ class Saver(TrainerCallback):
         Raises SaveFailed where an earlier one or this one fails and the config says to stop.
         """
         self._wait_for_the_previous()
-        if not self._config.asynchronous:
+        if not self.in_background:
             self._write_now(is_last=False)
             return
         peers = self._all_peers()
@@ -80,10 +82,12 @@ class Saver(TrainerCallback):
             return
         started = time.monotonic()
         self.wait()
-        self._say(
-            f"waited {time.monotonic() - started:.1f} s until checkpoint-{self._step} was written; "
-            "a larger trainer.save_every_steps leaves more time"
-        )
+        waited_seconds = time.monotonic() - started
+        if waited_seconds > 0.1:
+            self._say(
+                f"waited {waited_seconds:.1f} s for checkpoint-{self._step}, which was still being "
+                "written; a larger trainer.save_every_steps leaves more time"
+            )
 
     def _write_now(self, *, is_last: bool) -> None:
         peers = self._all_peers()
@@ -105,7 +109,7 @@ class Saver(TrainerCallback):
                 "it, and resume the run",
                 is_of_disk=True,
             ) from failure
-        if self._config.on_save_error == "stop":
+        if self._on_error == "stop":
             raise SaveFailed(
                 f"{problem}. checkpoint.on_save_error=stop ends the run; free the disk or mend it, "
                 "or set checkpoint.on_save_error=warn to train on until the next save",
