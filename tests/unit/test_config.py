@@ -340,5 +340,7 @@ def test_state_on_nvme_is_not_saved_in_the_background() -> None:
     nvme = {"kind": "zero", "stage": 3, "offload_optimizer": "nvme", "nvme_path": "/disk"}
     tree = {**TREE, "strategy": nvme}
     from_tree(tree)
-    with pytest.raises(UserError, match=r"checkpoint\.async=true .* offload_optimizer=nvme keeps"):
+    with pytest.raises(
+        UserError, match=r"checkpoint\.async=true .*strategy\.offload_optimizer=nvme keeps"
+    ):
         from_tree({**tree, "checkpoint": {"async": True}})
