@@ -289,7 +289,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 @contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
-    """Give a temporary sibling to write into; it takes the place of ``final`` if the block ends well.
+    """Give a temporary sibling to write into; it becomes ``final`` when the block ends well.
 
     An older ``final`` stays until then, and is set aside just before.
     """
