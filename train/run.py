@@ -61,11 +61,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     model, values = models.build(config, prepared.tokenizer)
     resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
     if resumed is not None:
-        if steps < resumed.step:
-            raise UserError(
-                f"the run is to have {steps:,} steps and has {resumed.step:,} already "
-                f"({resumed.checkpoint.name}); raise trainer.max_steps (or max_epochs, max_tokens)"
-            )
+        restore.check(resumed, config, steps)
         values = restore.values(model, resumed)
         if early_stopping.is_due(config, restore.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/

@@ -107,6 +107,30 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert len([s for s in steps if s == 5]) == 1, "a step is in the log twice"
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "name"), [("muon", "ddp"), ("muon", "fsdp"), ("adafactor", "ddp")]
+)
+def test_every_optimizer_goes_on_with_the_same_bits(
+    optimizer: str,
+    name: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    ranks: Callable[[int], Any],
+) -> None:
+    tree = tiny_tree("mlm")
+    tree["strategy"] = STRATEGIES[name]
+    tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED, "optimizer": optimizer}
+    source = frozen_run(tree)
+    ranks(2)(whole_run, source)
+    resumed = interrupted(source, tmp_path / "resumed")
+    ranks(2)(whole_run, resumed)
+    assert curve(resumed) == curve(source)
+    assert (resumed / "final/model.safetensors").read_bytes() == (
+        source / "final/model.safetensors"
+    ).read_bytes()
+
+
 def matrix() -> list[Any]:
     """Return every ordered pair of strategies; the default suite takes one for each to go on from.
 

@@ -92,6 +92,11 @@ def flat(tensor: torch.Tensor, path: Path, *, base_bytes: int = 0) -> Fragment:
         raise Unreadable(f"{path} holds a tensor of shape {tuple(tensor.shape)} with gaps in it")
     # Set by torch.load under FakeTensorMode (torch/serialization.py, load_tensor).
     storage: Any = tensor.untyped_storage()
+    if storage._checkpoint_offset is None:
+        raise Unreadable(
+            f"{path} holds a quantised tensor ({type(tensor).__name__}), which can be loaded only "
+            "as a whole by who wrote it"
+        )
     begin = storage._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
     return Fragment(path, base_bytes + begin, 0, tensor.numel())
 

@@ -15,6 +15,7 @@ import torch
 
 from train.checkpoint import discovery, layout, portable, retention
 from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable
+from train.config import RunConfig
 from train.errors import UserError
 from train.rank import Rank, from_all
 from train.strategy import engine_of
@@ -71,7 +72,10 @@ def _opened(path: Path) -> Resumed:
     try:
         state = portable.read(path)
     except Unreadable as error:
-        raise UserError(f"{path} cannot be read: {error}; remove it to take an older one") from None
+        raise UserError(
+            f"{path} cannot be gone on from: {error}. Start a run from the weights of an earlier "
+            "final/ with model=pretrained, or remove it to take an older checkpoint"
+        ) from None
     return Resumed(
         checkpoint=path,
         step=manifest["step"],
@@ -80,6 +84,20 @@ def _opened(path: Path) -> Resumed:
         world_size=manifest["world_size"],
         state=state,
     )
+
+
+def check(resumed: Resumed, config: RunConfig, total_steps: int) -> None:
+    """Raise UserError where the config cannot go on from there. Pure."""
+    if total_steps < resumed.step:
+        raise UserError(
+            f"the run is to have {total_steps:,} steps and has {resumed.step:,} already "
+            f"({resumed.checkpoint.name}); raise trainer.max_steps (or max_epochs, max_tokens)"
+        )
+    if getattr(config.strategy, "offload_optimizer", "none") == "nvme":
+        raise UserError(
+            f"strategy.offload_optimizer=nvme cannot go on from {resumed.checkpoint.name}: "
+            "DeepSpeed gives no way to put the moments on the disk; choose strategy=zero3_offload"
+        )
 
 
 # --- weights ------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""What cannot be gone on from is said before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.strategy.test_misconfiguration import ZERO3
+from tests.unit.strategy.test_settings import config
+from train.checkpoint import restore
+from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable, describe, lazy
+from train.errors import UserError
+
+
+def at_step(step: int) -> restore.Resumed:
+    return restore.Resumed(
+        checkpoint=Path(f"checkpoint-{step}"),
+        step=step,
+        samples=step * 64,
+        tokens=step * 64 * 64,
+        world_size=2,
+        state=PortableState({}, {}, {}),
+    )
+
+
+def test_fewer_steps_than_there_are_already() -> None:
+    restore.check(at_step(10), config(), total_steps=10)
+    with pytest.raises(
+        UserError,
+        match=r"the run is to have 9 steps and has 10 already \(checkpoint-10\); raise trainer.max",
+    ):
+        restore.check(at_step(10), config(), total_steps=9)
+
+
+def test_moments_cannot_be_put_on_a_disk() -> None:
+    strategy = {**ZERO3, "offload_optimizer": "nvme", "nvme_path": "/disk"}
+    with pytest.raises(UserError, match="cannot go on from checkpoint-5: .* choose strategy=zero3"):
+        restore.check(at_step(5), config(strategy=strategy), total_steps=10)
+
+
+def test_quantised_state_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    path = tmp_path / "moments.pt"
+    torch.save(OptimState8bit.zeros((4096,)), path)
+    with pytest.raises(Unreadable, match="quantised tensor|is refused"):
+        lazy(describe(path), path)
+
+
+def test_another_model_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.ones(3, 2)}, path)
+    stored = {"weight": lazy(describe(path)["weight"], path)}
+    resumed = restore.Resumed(tmp_path, 1, 1, 1, 1, PortableState(stored, {}, {}))
+    same, other = torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 4)
+    out = torch.empty(3, 2)
+    restore.values(same, resumed)["weight"](out)  # type: ignore[arg-type]
+    assert torch.equal(out, torch.ones(3, 2))
+    with pytest.raises(
+        UserError, match=r"weight has shape \(3, 2\), not \(4, 2\); bias is missing"
+    ):
+        restore.values(other, resumed)  # type: ignore[arg-type]
+
+
+def test_a_gap_in_the_files_is_seen() -> None:
+    with pytest.raises(Unreadable, match="0 of a tensor's 6 elements are in the files"):
+        LazyTensor((3, 2), torch.float32, ())
+
+
+def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    restore.trim_metrics(tmp_path, 2)
+    assert path.read_text() == '{"step": 1, "loss": 2}\n{"step": 2}\n'
