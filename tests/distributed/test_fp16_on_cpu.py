@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.jobs import trained_in_fp16_on_a_cpu, whole_run
 from tests.distributed.test_parity import STRATEGIES, curve
+from tests.distributed.test_resume import SAVED, STEPS, interrupted
 
 pytestmark = pytest.mark.distributed
 
@@ -49,3 +50,28 @@ def test_the_loss_scale_starts_where_the_config_says_and_grows(
     }
     assert curve(fp16) == pytest.approx(curve(fp32), abs=2e-3)
     assert curve(fp16) != curve(fp32), "nothing ran in fp16"
+
+
+@pytest.mark.parametrize("strategy", ["zero0", "zero2", "zero3"])
+def test_a_resumed_run_goes_on_with_the_loss_scale_that_it_had_come_to(
+    strategy: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    tmp_path: Path,
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = STRATEGIES[strategy]
+    # High enough for the first steps to overflow.
+    tree["precision"] = {
+        "compute_dtype": "fp16",
+        "initial_loss_scale": 2.0**19,
+        "loss_scale_growth_steps": 2,
+    }
+    tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED}
+    source = frozen_run(tree)
+    whole = ranks(2)(trained_in_fp16_on_a_cpu, source)[0]
+    resumed = interrupted(source, tmp_path / "resumed")
+    assert ranks(2)(trained_in_fp16_on_a_cpu, resumed)[0] == whole
+    assert whole["loss_scale"] != 2.0**19
+    assert curve(resumed) == curve(source)

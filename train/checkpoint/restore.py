@@ -15,10 +15,11 @@ import torch
 
 from train.checkpoint import discovery, layout, portable, retention
 from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable
+from train.checkpoint.save import LOSS_SCALE
 from train.config import RunConfig
 from train.errors import UserError
 from train.rank import Rank, from_all
-from train.strategy import engine_of
+from train.strategy import engine_of, loop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,7 +138,9 @@ def restore(trainer: Trainer, resumed: Resumed) -> None:
     others they are drawn anew, from the seed, the step and the rank.
     """
     engine_of(trainer.config).restore_optimizer(trainer, resumed.state)
-    _restore_schedule(trainer, resumed.step)
+    _restore_schedule(trainer, resumed.checkpoint / "scheduler.pt")
+    scale = resumed.checkpoint / LOSS_SCALE
+    loop.restore_loss_scale(trainer, json.loads(scale.read_text()) if scale.exists() else {})
     rank = trainer.args.process_index
     if resumed.world_size == trainer.args.world_size:
         _restore_rng(resumed.checkpoint / f"rng-{rank}.pt")
@@ -146,9 +149,13 @@ def restore(trainer: Trainer, resumed: Resumed) -> None:
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
 
 
-def _restore_schedule(trainer: Trainer, step: int) -> None:
-    """Put the learning rates where ``step`` steps of the schedule lead; a longer one may be new."""
+def _restore_schedule(trainer: Trainer, path: Path) -> None:
+    """Put the learning rates where the schedule had come to; it may be a longer one now.
+
+    In fp16 that may be fewer steps than there were: one that overflows does not advance it.
+    """
     scheduler: Any = trainer.lr_scheduler
+    step = int(torch.load(path, weights_only=True)["last_epoch"])
     scheduler.last_epoch = step
     scheduler._step_count = step + 1
     scheduler._last_lr = scheduler.get_lr()

@@ -22,13 +22,16 @@ from train.checkpoint.discovery import Part, parts_in, together
 from train.checkpoint.hashed import HashedFolder
 from train.checkpoint.peers import Peers, SaveFailed
 from train.config import CheckpointConfig
-from train.strategy import engine_of
+from train.strategy import engine_of, loop
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
 logger = logging.getLogger(__name__)
+
+LOSS_SCALE = "loss_scale.json"
+"""In fp16: the scale that the losses had come to."""
 
 
 class EngineState(Protocol):
@@ -86,6 +89,8 @@ def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
         texts["scheduler.pt"] = _torch_bytes(trainer.lr_scheduler.state_dict())
         state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
         texts["trainer_state.json"] = f"{state}\n".encode()
+        if scale := loop.loss_scale_state(trainer):
+            texts[LOSS_SCALE] = json.dumps(scale).encode()
     return Draft(
         directory=trainer.run_dir / "checkpoints",
         step=trainer.state.global_step,

@@ -229,6 +229,39 @@ def loss_scaling(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
     }
 
 
+def loss_scale_state(trainer: Trainer) -> dict[str, float]:
+    """Return the loss scale and for how many steps it has stood; nothing where none is scaled."""
+    if trainer.config.precision.compute_dtype != "fp16":
+        return {}
+    if (scaler := trainer.accelerator.scaler) is not None:
+        state = scaler.state_dict()
+        return {"scale": state["scale"], "stable_steps": state["_growth_tracker"]}
+    own = _deepspeeds_scaler(trainer)
+    return {"scale": float(own.cur_scale), "stable_steps": own.cur_iter - own.last_overflow_iter}
+
+
+def restore_loss_scale(trainer: Trainer, state: dict[str, float]) -> None:
+    """Let the loss scale go on from what `loss_scale_state` returned."""
+    if not state or trainer.config.precision.compute_dtype != "fp16":
+        return
+    stable = int(state["stable_steps"])
+    if (scaler := trainer.accelerator.scaler) is not None:
+        tracker = stable % trainer.config.precision.loss_scale_growth_steps
+        scaler.load_state_dict(
+            {**scaler.state_dict(), "scale": state["scale"], "_growth_tracker": tracker}
+        )
+        return
+    own = _deepspeeds_scaler(trainer)
+    own.cur_scale = state["scale"]
+    own.cur_iter, own.last_overflow_iter = stable - 1, -1
+
+
+def _deepspeeds_scaler(trainer: Trainer) -> Any:
+    # Stage 0 keeps it in a class of its own (deepspeed 0.19 runtime/fp16/unfused_optimizer.py).
+    optimizer = trainer.model_wrapped.optimizer
+    return getattr(optimizer, "loss_scale_config", None) or optimizer.loss_scaler
+
+
 def _schedule(trainer: Trainer) -> dict[str, Any]:
     scheduler: Any = trainer.lr_scheduler
     arguments = scheduler.lr_lambdas[0].keywords
