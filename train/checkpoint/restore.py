@@ -152,18 +152,29 @@ def _restore_rng(path: Path) -> None:
     np.random.set_state(legacy)
 
 
-def trim_metrics(run_dir: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl beyond a step: it is trained again."""
+def trim_metrics(run_dir: Path, resumed: Resumed | None) -> None:
+    """Drop the lines of metrics.jsonl that are written again: all where the run begins anew.
+
+    That is those of later steps, those that a kill has cut short, and an evaluation that came after
+    the checkpoint of the same step, at the end of a run.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return
+    step, is_evaluated = 0, False
+    if resumed is not None:
+        step = resumed.step
+        logged = json.loads((resumed.checkpoint / "trainer_state.json").read_text())["log_history"]
+        is_evaluated = any("eval_loss" in entry and entry["step"] == step for entry in logged)
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            again = entry["step"] == step and "eval_loss" in entry and not is_evaluated
+            if line.endswith("\n") and entry["step"] <= step and not again:
                 kept.append(line)
         except (ValueError, KeyError):
-            continue  # cut short when the run was killed
+            continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.rename(path)
