@@ -273,3 +273,41 @@ def restored_and_saved(run_dir: Path, directory: Path) -> None:
         engine_of(trainer.config).save_state(trainer, directory)
 
     trained(run_dir, save)
+
+
+def held(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """Return the master weight and the moments of each parameter, whole, as the engine has them.
+
+    Collective, by what each engine offers for it.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    from train.strategy import zero
+
+    engine = trainer.model_wrapped
+    is_sharded_zero = trainer.config.strategy.kind == "zero" and trainer.config.strategy.stage > 0
+    masters = zero._replicated_masters(engine) if hasattr(engine, "optimizer") else {}
+    optimizer = trainer.innermost_optimizer()
+    if hasattr(masters_of := getattr(engine, "optimizer", None), "_hp_optimizer_states_linked"):
+        # deepspeed 0.19 does so after the first group's step, when the others have none yet.
+        masters_of._hp_optimizer_states_linked = False
+        masters_of._lazy_init_hp_params_optimizer_state()
+
+    def array(tensor: Any) -> Any:
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return tensor.detach().clone().cpu().numpy()
+
+    found = {}
+    for name, parameter in trainer.model.named_parameters():
+        if is_sharded_zero:
+            tensors = {
+                "weight": safe_get_full_fp32_param(parameter),
+                "exp_avg": safe_get_full_optimizer_state(parameter, "exp_avg"),
+                "exp_avg_sq": safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
+            }
+        else:
+            master = masters.get(parameter, parameter)
+            state = optimizer.state[master]
+            tensors = {"weight": master, **{k: v for k, v in state.items() if k != "step"}}
+        found[name] = {kind: array(tensor) for kind, tensor in tensors.items()}
+    return found

@@ -122,11 +122,18 @@ def retain(directory: Path, keep: int) -> list[Path]:
 
 @contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
-    """Give a temporary sibling to write into; rename it to ``final`` when the block ends well."""
-    temporary = final.with_name(f".{final.name}.tmp")
+    """Give a temporary sibling to write into; rename it to ``final`` when the block ends well.
+
+    One that has the name already is replaced only then.
+    """
+    temporary, old = (final.with_name(f".{final.name}.{suffix}") for suffix in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
     for path in temporary.rglob("*"):
         flush(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
     publish(temporary, final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from train.checkpoint import layout, portable
-from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable
+from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable, why_refused
 from train.errors import UserError
 from train.rank import Rank
 from train.strategy import engine_of
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from train.trainer import Trainer
     from train.weights import Values
+
+TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
 def _opened(path: Path) -> Resumed:
     manifest = json.loads((path / layout.MANIFEST).read_text())
     try:
+        _check_trainer_state(path / TRAINER_STATE, manifest["step"])
         state = portable.read(path)
     except Unreadable as error:
         raise UserError(f"{path} cannot be read: {error}; remove it to take an older one") from None
@@ -79,6 +82,17 @@ def _opened(path: Path) -> Resumed:
         world_size=manifest["world_size"],
         state=state,
     )
+
+
+def _check_trainer_state(path: Path, step: int) -> None:
+    """Raise Unreadable where it is not what the trainer left at that step."""
+    try:
+        found = json.loads(path.read_bytes())
+        is_sound = found["global_step"] == step and isinstance(found["log_history"], list)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Unreadable(f"{path.name} is refused: {type(error).__name__}: {error}") from None
+    if not is_sound:
+        raise Unreadable(f"{path.name} is not that of step {step}")
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -141,7 +155,16 @@ def _restore_schedule(trainer: Trainer, step: int) -> None:
 
 
 def _restore_rng(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
+    try:
+        _set_rng(torch.load(path, weights_only=True))
+    except Exception as error:
+        raise UserError(
+            f"{path} is refused: {type(error).__name__}: {why_refused(error)}; "
+            f"remove {path.parent.name} to take an older one"
+        ) from None
+
+
+def _set_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -164,7 +187,7 @@ def trim_metrics(run_dir: Path, resumed: Resumed | None) -> None:
     step, is_evaluated = 0, False
     if resumed is not None:
         step = resumed.step
-        logged = json.loads((resumed.checkpoint / "trainer_state.json").read_text())["log_history"]
+        logged = json.loads((resumed.checkpoint / TRAINER_STATE).read_text())["log_history"]
         is_evaluated = any("eval_loss" in entry and entry["step"] == step for entry in logged)
     kept = []
     for line in path.read_text().splitlines(keepends=True):
