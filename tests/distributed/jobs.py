@@ -288,10 +288,11 @@ def held(trainer: Trainer) -> dict[str, dict[str, Any]]:
     is_sharded_zero = trainer.config.strategy.kind == "zero" and trainer.config.strategy.stage > 0
     masters = zero._replicated_masters(engine) if hasattr(engine, "optimizer") else {}
     optimizer = trainer.innermost_optimizer()
-    if hasattr(masters_of := getattr(engine, "optimizer", None), "_hp_optimizer_states_linked"):
+    links: Any = getattr(engine, "optimizer", None)
+    if hasattr(links, "_hp_optimizer_states_linked"):
         # deepspeed 0.19 does so after the first group's step, when the others have none yet.
-        masters_of._hp_optimizer_states_linked = False
-        masters_of._lazy_init_hp_params_optimizer_state()
+        links._hp_optimizer_states_linked = False
+        links._lazy_init_hp_params_optimizer_state()
 
     def array(tensor: Any) -> Any:
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -75,7 +75,8 @@ def start(run_dir: Path, kill: Kill | None = None) -> Ended:
     context.set_forkserver_preload(["tests.faults.everything"])
     console = run_dir.with_name(f"{run_dir.name}.console")
     console.unlink(missing_ok=True)
-    port, processes = free_port(), []
+    port = free_port()
+    processes: list[Any] = []
     for rank in range(WORLD_SIZE):
         leader = processes[0].pid if processes else 0
         arguments = (run_dir, rank, port, leader, kill, console)

@@ -88,8 +88,8 @@ def test_nothing_to_go_on_from_is_an_error(run_of: RunOf) -> None:
     ("strategy", "file", "damage"),
     [
         ("ddp", "engine/.metadata", remove),
-        ("zero2", "engine/*zero_pp_rank_1_mp_rank_00_optim_states.pt", flip),
-        ("zero3", "rng-1.pt", swap),
+        ("zero2", "rng-1.pt", flip),
+        ("zero3", "engine/*zero_pp_rank_1_mp_rank_00_optim_states.pt", swap),
         ("fsdp", "engine/__1_0.distcp", truncate),
     ],
 )
