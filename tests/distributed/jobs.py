@@ -289,8 +289,11 @@ def held(trainer: Trainer) -> dict[str, dict[str, Any]]:
     masters = zero._replicated_masters(engine) if hasattr(engine, "optimizer") else {}
     optimizer = trainer.innermost_optimizer()
     links: Any = getattr(engine, "optimizer", None)
-    if hasattr(links, "_hp_optimizer_states_linked"):
-        # deepspeed 0.19 does so after the first group's step, when the others have none yet.
+    if hasattr(links, "round_robin_bit16_groups"):
+        # deepspeed 0.19 links parameters to masters in another order than that in which
+        # round_robin_gradients lays them out, and moments before all groups have some.
+        links.bit16_groups = links.round_robin_bit16_groups
+        links._link_all_hp_params()
         links._hp_optimizer_states_linked = False
         links._lazy_init_hp_params_optimizer_state()
 

@@ -6,6 +6,7 @@ The default suite has six of the kills; `make test-faults` has all of them.
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.cli import finish, processes, start_python, wait_for
 from tests.faults.killable import WORLD_SIZE, AtEvent, AtTime, Kill, events, start
 from train.checkpoint import layout
 
@@ -211,4 +213,26 @@ def test_a_run_killed_by_the_clock_ends_with_the_same_bits(
     )
     run_dir = fresh(strategy)
     kill_and_go_on(run_dir, [kill])
+    assert_ended_alike(run_dir, uninterrupted(strategy))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+def test_a_run_of_torchrun_killed_from_outside_ends_with_the_same_bits(
+    strategy: str,
+    fresh: Callable[[str], Path],
+    uninterrupted: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    run_dir = fresh(strategy)
+    command = ("-m", "torch.distributed.run", f"--nproc-per-node={WORLD_SIZE}", "-m", "train")
+    killed = start_python(*command, str(run_dir), cwd=tmp_path)
+    wait_for(run_dir / "checkpoints/checkpoint-2", killed)
+    (rank,) = processes(tmp_path, RANK="1")
+    os.kill(rank, signal.SIGKILL)
+    assert finish(killed).returncode != 0
+    assert not list(processes(tmp_path)), "ranks outlive torchrun"
+    ended = finish(start_python(*command, str(run_dir), cwd=tmp_path))
+    assert ended.returncode == 0, ended
+    assert "going on from checkpoint-" in ended.stdout
     assert_ended_alike(run_dir, uninterrupted(strategy))
