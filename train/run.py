@@ -101,7 +101,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         print(f"{parameters:,} parameters, {steps:,} steps", file=console)
         if resumed is not None:
             print(f"going on from {resumed.checkpoint.name}", file=console)
-            restore.trim_metrics(run_dir, resumed.step)
+        restore.trim_metrics(run_dir, resumed)
         if tracked_at:
             print(tracked_at, file=console)
     return trainer

@@ -279,3 +279,45 @@ def restored_and_saved(run_dir: Path, directory: Path) -> None:
         peers.attempt(lambda: state.finish(folder, written) if peers.rank == 0 else None)
 
     trained(run_dir, save)
+
+
+def held(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """Return the master weight and the moments of each parameter, whole, as the engine has them.
+
+    Collective, by what each engine offers for it.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    from train.strategy import zero
+
+    engine = trainer.model_wrapped
+    is_sharded_zero = trainer.config.strategy.kind == "zero" and trainer.config.strategy.stage > 0
+    masters = zero._replicated_masters(engine) if hasattr(engine, "optimizer") else {}
+    optimizer = trainer.innermost_optimizer()
+    links: Any = getattr(engine, "optimizer", None)
+    if hasattr(links, "round_robin_bit16_groups"):
+        # deepspeed 0.19 links parameters to masters in another order than that in which
+        # round_robin_gradients lays them out, and moments before all groups have some.
+        links.bit16_groups = links.round_robin_bit16_groups
+        links._link_all_hp_params()
+        links._hp_optimizer_states_linked = False
+        links._lazy_init_hp_params_optimizer_state()
+
+    def array(tensor: Any) -> Any:
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return tensor.detach().clone().cpu().numpy()
+
+    found = {}
+    for name, parameter in trainer.model.named_parameters():
+        if is_sharded_zero:
+            tensors = {
+                "weight": safe_get_full_fp32_param(parameter),
+                "exp_avg": safe_get_full_optimizer_state(parameter, "exp_avg"),
+                "exp_avg_sq": safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
+            }
+        else:
+            master = masters.get(parameter, parameter)
+            state = optimizer.state[master]
+            tensors = {"weight": master, **{k: v for k, v in state.items() if k != "step"}}
+        found[name] = {kind: array(tensor) for kind, tensor in tensors.items()}
+    return found

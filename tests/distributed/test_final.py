@@ -28,6 +28,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero0": {"kind": "zero", "stage": 0},
     "zero1": {"kind": "zero", "stage": 1},
     "zero2": {"kind": "zero", "stage": 2},
+    "zero2_round_robin": {"kind": "zero", "stage": 2, "round_robin_gradients": True},
     "zero3": {"kind": "zero", "stage": 3},
     "fsdp": {"kind": "fsdp"},
 }

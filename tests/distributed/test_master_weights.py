@@ -26,6 +26,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero0": {"kind": "zero", "stage": 0},
     "zero1": {"kind": "zero", "stage": 1},
     "zero2": {"kind": "zero", "stage": 2},
+    "zero2_round_robin": {"kind": "zero", "stage": 2, "round_robin_gradients": True},
     "zero2_offload": {"kind": "zero", "stage": 2, "offload_optimizer": "cpu"},
     "zero3": {"kind": "zero", "stage": 3},
     "zero3_hierarchical": {"kind": "zero", "stage": 3, "hierarchical_partition_ranks": 2},

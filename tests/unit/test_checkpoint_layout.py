@@ -76,3 +76,11 @@ def test_an_interrupted_directory_gets_no_name(tmp_path: Path) -> None:
     with layout.atomic_directory(tmp_path / "final") as directory:
         assert list(directory.iterdir()) == []
     assert (tmp_path / "final").is_dir()
+
+
+def test_a_directory_that_is_there_already_is_replaced(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with layout.atomic_directory(tmp_path / "final") as directory:
+            (directory / text).write_text(text)
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]

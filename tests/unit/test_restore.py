@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,16 @@ def test_a_gap_in_the_files_is_seen() -> None:
 
 def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    restore.trim_metrics(tmp_path, 2)
-    assert path.read_text() == '{"step": 1, "loss": 2}\n{"step": 2}\n'
+    lines = '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 2, "eval_loss": 1}\n'
+    path.write_text(f'{lines}{{"step": 3}}\n{{"step": 4, "lo')
+    resumed = dataclasses.replace(at_step(2), checkpoint=tmp_path)
+    state = tmp_path / "trainer_state.json"
+    state.write_text('{"global_step": 2, "log_history": [{"step": 2, "eval_loss": 1}]}')
+    restore.trim_metrics(tmp_path, resumed)
+    assert path.read_text() == lines
+    # An evaluation that came after the checkpoint comes again.
+    state.write_text('{"global_step": 2, "log_history": []}')
+    restore.trim_metrics(tmp_path, resumed)
+    assert path.read_text() == "".join(lines.splitlines(keepends=True)[:2])
+    restore.trim_metrics(tmp_path, None)
+    assert path.read_text() == ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 class Unreadable(ValueError):
@@ -58,7 +58,9 @@ class LazyTensor:
         Memory is that of the result. Raises Unreadable where a file ends too early.
         """
         stop = self.numel if stop is None else stop
-        result = torch.empty(max(0, stop - start), dtype=self.dtype)
+        if not 0 <= start <= stop <= self.numel:
+            raise Unreadable(f"elements {start} to {stop} of a tensor of {self.numel}")
+        result = torch.empty(stop - start, dtype=self.dtype)
         buffer = result.view(torch.uint8).numpy().data if result.numel() else memoryview(b"")
         size = self.dtype.itemsize
         for fragment in self.fragments:
@@ -90,14 +92,17 @@ def flat(tensor: torch.Tensor, path: Path, *, base_bytes: int = 0) -> Fragment:
     """Return where the elements of a tensor that `describe` found lie, as one fragment."""
     if not tensor.is_contiguous():
         raise Unreadable(f"{path} holds a tensor of shape {tuple(tensor.shape)} with gaps in it")
-    # Set by torch.load under FakeTensorMode (torch/serialization.py, load_tensor).
-    storage: Any = tensor.untyped_storage()
-    if storage._checkpoint_offset is None:
-        raise Unreadable(
-            f"{path} holds a quantised tensor ({type(tensor).__name__}), which can be loaded only "
-            "as a whole by who wrote it"
-        )
-    begin = storage._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
+    # Set by torch.load under FakeTensorMode (torch/serialization.py, load_tensor), not for files of
+    # its old format.
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None:
+        if type(tensor) is not FakeTensor:
+            raise Unreadable(
+                f"{path} holds a quantised tensor ({type(tensor).__name__}), which can be loaded "
+                "only as a whole by who wrote it"
+            )
+        raise Unreadable(f"{path} is in the format of torch before 1.6; save it anew")
+    begin = offset + tensor.storage_offset() * tensor.element_size()
     return Fragment(path, base_bytes + begin, 0, tensor.numel())
 
 
@@ -125,9 +130,16 @@ def describe(source: Path | BinaryIO | io.RawIOBase, ignored: Iterable[str] = ()
         with torch.serialization.safe_globals(stand_ins), FakeTensorMode():
             return torch.load(cast(Any, source), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        shown = next((line for line in reason if "GLOBAL" in line or "global" in line), reason[0])
-        raise Unreadable(f"{getattr(source, 'name', source)} is refused: {shown.strip()}") from None
+        name = getattr(source, "name", source)
+        raise Unreadable(f"{name} is refused: {why_refused(error)}") from None
+
+
+def why_refused(error: Exception) -> str:
+    """Return the one line of torch.load's message that tells what a file asked for."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # It begins with the advice to allow code, which is no advice for a file of unknown origin.
+    telling = (line for line in lines if "GLOBAL" in line or line.startswith("Unsupported"))
+    return next(telling, lines[0] if lines else type(error).__name__)
 
 
 class _Ignored:

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -40,6 +41,16 @@ def read(directory: Path) -> PortableState:
     Raises Unreadable.
     """
     metadata = _metadata(directory / METADATA)
+    try:
+        return _state(metadata, directory)
+    except (KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
+        raise Unreadable(
+            f"{directory / METADATA} is not laid out as torch 2.11 to 2.13 do it "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
+def _state(metadata: Metadata, directory: Path) -> PortableState:
     tensors: dict[str, LazyTensor] = {}
     for name, described in metadata.state_dict_metadata.items():
         if isinstance(described, TensorStorageMetadata):
@@ -74,21 +85,30 @@ def _tensor(
             raise Unreadable(f"{directory / METADATA} does not say where {name} lies")
         if 0 in chunk.sizes:
             continue
-        fragments.append(_fragment(name, chunk, tuple(described.size), info, directory))
+        fragments.append(_fragment(name, chunk, described, info, directory))
     ordered = tuple(sorted(fragments, key=lambda fragment: fragment.start))
     return LazyTensor(tuple(described.size), described.properties.dtype, ordered)
 
 
 def _fragment(
-    name: str, chunk: ChunkStorageMetadata, size: tuple[int, ...], info: Any, directory: Path
+    name: str,
+    chunk: ChunkStorageMetadata,
+    described: TensorStorageMetadata,
+    info: Any,
+    directory: Path,
 ) -> Fragment:
+    size, dtype = tuple(described.size), described.properties.dtype
     if any(chunk.offsets[1:]) or tuple(chunk.sizes[1:]) != size[1:]:
         raise Unreadable(f"{name} is cut along another dimension than its first")
     path = _inside(directory, info.relative_path)
     with path.open("rb") as file:
         stored = describe(_Slice(file, info.offset, info.length))
+    if not isinstance(stored, torch.Tensor):
+        raise Unreadable(f"{path} holds a {type(stored).__name__} for {name}, not a tensor")
     if tuple(stored.shape) != tuple(chunk.sizes):
         raise Unreadable(f"{path} holds {tuple(stored.shape)} of {name}, not {tuple(chunk.sizes)}")
+    if stored.dtype != dtype:
+        raise Unreadable(f"{path} holds {name} in {stored.dtype}, not {dtype}")
     start = (chunk.offsets[0] if size else 0) * math.prod(size[1:])
     found = flat(stored, path, base_bytes=info.offset)
     return Fragment(path, found.offset_bytes, start, found.length)
@@ -96,8 +116,9 @@ def _fragment(
 
 def _inside(directory: Path, relative: str) -> Path:
     path = directory / relative
-    if Path(relative).is_absolute() or ".." in Path(relative).parts or not path.is_file():
-        raise Unreadable(f"{directory / METADATA} names the file {relative}, which is not there")
+    # Links that lead out of the directory are followed nowhere.
+    if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
+        raise Unreadable(f"{directory / METADATA} names the file {relative}, which is not in it")
     return path
 
 

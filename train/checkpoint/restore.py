@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from train.checkpoint import discovery, layout, portable, retention
-from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable
+from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable, why_refused
 from train.checkpoint.save import LOSS_SCALE
 from train.config import RunConfig
 from train.errors import UserError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from train.trainer import Trainer
     from train.weights import Values
+
+TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
 def _opened(path: Path) -> Resumed:
     manifest = json.loads((path / layout.MANIFEST).read_text())
     try:
+        _check_trainer_state(path / TRAINER_STATE, manifest["step"])
         state = portable.read(path)
     except Unreadable as error:
         raise UserError(
@@ -99,6 +102,17 @@ def check(resumed: Resumed, config: RunConfig, total_steps: int) -> None:
             f"strategy.offload_optimizer=nvme cannot go on from {resumed.checkpoint.name}: "
             "DeepSpeed gives no way to put the moments on the disk; choose strategy=zero3_offload"
         )
+
+
+def _check_trainer_state(path: Path, step: int) -> None:
+    """Raise Unreadable where it is not what the trainer left at that step."""
+    try:
+        found = json.loads(path.read_bytes())
+        is_sound = found["global_step"] == step and isinstance(found["log_history"], list)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Unreadable(f"{path.name} is refused: {type(error).__name__}: {error}") from None
+    if not is_sound:
+        raise Unreadable(f"{path.name} is not that of step {step}")
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -167,7 +181,16 @@ def _restore_schedule(trainer: Trainer, path: Path) -> None:
 
 
 def _restore_rng(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
+    try:
+        _set_rng(torch.load(path, weights_only=True))
+    except Exception as error:
+        raise UserError(
+            f"{path} is refused: {type(error).__name__}: {why_refused(error)}; "
+            f"remove {path.parent.name} to take an older one"
+        ) from None
+
+
+def _set_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -180,21 +203,32 @@ def _restore_rng(path: Path) -> None:
 
 def history(resumed: Resumed) -> list[dict[str, Any]]:
     """Return what the run had logged by then, evaluations included."""
-    return json.loads((resumed.checkpoint / "trainer_state.json").read_text())["log_history"]
+    return json.loads((resumed.checkpoint / TRAINER_STATE).read_text())["log_history"]
 
 
-def trim_metrics(run_dir: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl beyond a step: it is trained again."""
+def trim_metrics(run_dir: Path, resumed: Resumed | None) -> None:
+    """Drop the lines of metrics.jsonl that are written again: all where the run begins anew.
+
+    That is those of later steps, those that a kill has cut short, and an evaluation that came after
+    the checkpoint of the same step, at the end of a run.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return
+    step, is_evaluated = 0, False
+    if resumed is not None:
+        step = resumed.step
+        logged = history(resumed)
+        is_evaluated = any("eval_loss" in entry and entry["step"] == step for entry in logged)
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            again = entry["step"] == step and "eval_loss" in entry and not is_evaluated
+            if line.endswith("\n") and entry["step"] <= step and not again:
                 kept.append(line)
         except (ValueError, KeyError):
-            continue  # cut short when the run was killed
+            continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.rename(path)

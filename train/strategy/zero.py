@@ -371,14 +371,16 @@ def deepspeed_cpu_adam(
 def complete(trainer: Trainer) -> None:
     """Mend what deepspeed 0.19 gets wrong.
 
-    In bf16 and fp16 it clones the fp32 master weights from the rounded parameters. At stage 0 it
-    also makes room for the moments by a step with zero gradients, which decays the master weights
-    and counts as Adam's first; in fp32 it drops the gradient norm there.
+    With round_robin_gradients it links parameters to the masters of others. In bf16 and fp16 it
+    clones the fp32 masters from the rounded parameters. At stage 0 it also makes room for the
+    moments by a step with zero gradients, which decays the masters and counts as Adam's first; in
+    fp32 it drops the gradient norm there.
     """
     from torch.nn.utils import clip_grad_norm_, get_total_norm
 
     engine = trainer.model_wrapped
     precision = trainer.config.precision
+    _link_masters(engine.optimizer)
     is_new = bool(trainer.initial_values)
     if is_new and precision.compute_dtype != "fp32" and precision.master_dtype == "fp32":
         _start_from_fp32(trainer)
@@ -401,6 +403,18 @@ def complete(trainer: Trainer) -> None:
         engine.clip_fp32_gradients = clip
     else:
         engine.optimizer.register_step_pre_hook(measure)
+
+
+def _link_masters(zero: Any) -> None:
+    """Link each parameter to its own master weight, for DeepSpeed's safe_get and safe_set.
+
+    They lie in the order of round_robin_bit16_groups, but deepspeed 0.19 links them in that of
+    bit16_groups (runtime/zero/stage_1_and_2.py, _link_all_hp_params).
+    """
+    if hasattr(zero, "round_robin_bit16_groups"):
+        plain, zero.bit16_groups = zero.bit16_groups, zero.round_robin_bit16_groups
+        zero._link_all_hp_params()
+        zero.bit16_groups = plain
 
 
 def _start_from_fp32(trainer: Trainer) -> None:

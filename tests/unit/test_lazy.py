@@ -1,0 +1,82 @@
+"""Tensors are read from files in slices, at the cost of the slice."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.checkpoint.lazy import Fragment, LazyTensor, Unreadable, describe, lazy
+
+
+def in_fragments(tensor: torch.Tensor, directory: Path, cuts: list[int]) -> LazyTensor:
+    """Lay a tensor into a file for each fragment, with other bytes before and after."""
+    flat, fragments = tensor.flatten(), []
+    for start, stop in zip([0, *cuts], [*cuts, tensor.numel()], strict=True):
+        path = directory / f"part-{start}"
+        data = flat[start:stop].contiguous().view(torch.uint8).numpy().tobytes()
+        path.write_bytes(b"before " + data + b" after")
+        fragments.append(Fragment(path, len(b"before "), start, stop - start))
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, tuple(fragments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slice_is_that_of_the_whole(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = torch.arange(7 * 13).view(7, 13).to(dtype)
+    stored = in_fragments(tensor, tmp_path, [1, 40, 41])
+    assert torch.equal(stored.whole(), tensor)
+    draw = random.Random(0)
+    for _ in range(50):
+        start = draw.randrange(tensor.numel() + 1)
+        stop = draw.randrange(start, tensor.numel() + 1)
+        assert torch.equal(stored.read(start, stop), tensor.flatten()[start:stop])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 6), (6, 7)])
+def test_what_is_outside_of_a_tensor_is_refused(start: int, stop: int, tmp_path: Path) -> None:
+    stored = in_fragments(torch.zeros(5), tmp_path, [2])
+    with pytest.raises(Unreadable, match=f"elements {start} to {stop} of a tensor of 5"):
+        stored.read(start, stop)
+
+
+def test_fragments_that_do_not_cover_a_tensor_are_refused(tmp_path: Path) -> None:
+    first, second = in_fragments(torch.zeros(5), tmp_path, [2]).fragments
+    for fragments, reason in (
+        ((first,), "2 of a tensor's 5 elements"),
+        ((second,), "elements 0 to 2 of a tensor of 5 are in no file"),
+        ((first, first), "elements 2 to 0"),
+    ):
+        with pytest.raises(Unreadable, match=reason):
+            LazyTensor((5,), torch.float32, fragments)
+
+
+def test_a_file_that_ends_too_early_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(bytes(10))
+    tensor = LazyTensor((5,), torch.float32, (Fragment(tmp_path / "short", 0, 0, 5),))
+    with pytest.raises(Unreadable, match="short ends 10 bytes too early"):
+        tensor.whole()
+
+
+def test_a_slice_of_a_big_tensor_takes_the_memory_of_the_slice(tmp_path: Path) -> None:
+    elements, slice_elements = 2**26, 2**20  # 256 MiB and 4 MiB
+    path = tmp_path / "big.pt"
+    torch.save({"weight": torch.ones(elements)}, path)
+    describe(path)  # imports much on its first use
+    before = peak_bytes(reset=True)
+    stored = lazy(describe(path)["weight"], path)
+    part = stored.read(elements // 2, elements // 2 + slice_elements)
+    assert peak_bytes() - before < 4 * 4 * slice_elements
+    assert part.sum() == slice_elements
+
+
+def peak_bytes(*, reset: bool = False) -> int:
+    """Return the most memory that this process has had since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) * 1024
