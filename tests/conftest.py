@@ -1,15 +1,17 @@
-"""A small real corpus and a small valid config, for every test to start from."""
+"""A small real corpus, a small valid config and warm ranks, for every test to start from."""
 
 from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.distributed.pool import Ranks
 
 # A few modules of the standard library, each large enough to be a document of its own.
 _MODULES = ("argparse", "ast", "calendar", "cmd", "csv", "dis", "enum", "glob", "heapq", "inspect")
@@ -91,3 +93,12 @@ def frozen_run(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         return run_dir
 
     return freeze
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Return a function from a world size to its ranks, started once for all tests."""
+    pools: dict[int, Ranks] = {}
+    yield lambda world_size: pools.setdefault(world_size, Ranks(world_size))
+    for pool in pools.values():
+        pool.stop()

@@ -88,8 +88,18 @@ def interrupted(source: Path, target: Path, **changes: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "fsdp_hybrid"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "fp32") for name in STRATEGIES if name != "fsdp_hybrid"),
+        # In 16 bits each of these is a class of its own.
+        *((name, "bf16") for name in ("zero0", "zero1", "zero3", "fsdp")),
+        *(
+            pytest.param(name, "bf16", marks=pytest.mark.matrix)
+            for name in ("ddp", "zero2", "zero2_offload", "zero3_offload", "fsdp_grad_op")
+        ),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(
     name: str, dtype: str, uninterrupted: Source, tmp_path: Path, ranks: Callable[[int], Any]
 ) -> None:

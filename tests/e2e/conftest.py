@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import ranks as ranks
 from tests.e2e.cli import TINY, shardwright
 
 PROMPTS = {"clm": "def f(", "mlm": "import <mask>"}

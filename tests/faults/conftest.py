@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conftest import ranks as ranks
 from tests.distributed.jobs import whole_run
 
 STRATEGIES: dict[str, dict[str, Any]] = {
