@@ -37,7 +37,7 @@ PURE = {**BF16, "reduce_dtype": "bf16", "master_dtype": "bf16", "moments_dtype":
                 f"{strategy} on 2 ranks: fp32 compute, fp32 reduction, fp32 master weights, "
                 "fp32 moments",
             )
-            for strategy in ("ddp", "zero0", "zero1", "zero3", "fsdp")
+            for strategy in ("ddp", "zero0", "zero3")
         ),
         *(
             (
@@ -46,7 +46,7 @@ PURE = {**BF16, "reduce_dtype": "bf16", "master_dtype": "bf16", "moments_dtype":
                 f"{strategy} on 2 ranks: bf16 compute, bf16 reduction, bf16 master weights, "
                 "bf16 moments",
             )
-            for strategy in ("ddp", "zero2", "zero3", "fsdp")
+            for strategy in ("zero2", "fsdp")
         ),
     ],
 )

@@ -88,9 +88,9 @@ def test_nothing_to_go_on_from_is_an_error(run_of: RunOf) -> None:
     ("strategy", "file", "damage"),
     [
         ("ddp", "engine/.metadata", remove),
-        ("zero2", "rng-1.pt", flip),
+        pytest.param("zero2", "rng-1.pt", flip, marks=pytest.mark.slow),
         ("zero3", "engine/*zero_pp_rank_1_mp_rank_00_optim_states.pt", swap),
-        ("fsdp", "engine/__1_0.distcp", truncate),
+        pytest.param("fsdp", "engine/__1_0.distcp", truncate, marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_run_goes_on_from_before_and_ends_with_the_same_bits(
