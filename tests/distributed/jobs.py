@@ -272,6 +272,7 @@ def restored_and_saved(run_dir: Path, directory: Path) -> None:
     from train.strategy import engine_of
 
     def save(trainer: Trainer) -> None:
+        directory.mkdir(exist_ok=True)
         folder, peers = HashedFolder(directory), Peers(trainer.args.process_index)
         engine = engine_of(trainer.config)
         state = engine.save_state(trainer, is_first=peers.is_first, copy=False)

@@ -78,7 +78,7 @@ def _opened(path: Path) -> Resumed:
     except Unreadable as error:
         raise UserError(
             f"{path} cannot be gone on from: {error}. Start a run from the weights of an earlier "
-            "final/ with model=pretrained, or remove it to take an older checkpoint"
+            "final/ with model=pretrained, or remove it to take an older one"
         ) from None
     return Resumed(
         checkpoint=path,
