@@ -169,7 +169,10 @@ def _restore_schedule(trainer: Trainer, path: Path) -> None:
     In fp16 that may be fewer steps than there were: one that overflows does not advance it.
     """
     scheduler: Any = trainer.lr_scheduler
-    step = int(torch.load(path, weights_only=True)["last_epoch"])
+    try:
+        step = int(torch.load(path, weights_only=True)["last_epoch"])
+    except Exception as error:
+        raise UserError(f"{path.name} is refused: {why_refused(error)}") from None
     scheduler.last_epoch = step
     scheduler._step_count = step + 1
     scheduler._last_lr = scheduler.get_lr()
@@ -213,7 +216,7 @@ def trim_metrics(run_dir: Path, resumed: Resumed | None) -> None:
     the checkpoint of the same step, at the end of a run.
     """
     path = run_dir / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return
     step, is_evaluated = 0, False
     if resumed is not None:
