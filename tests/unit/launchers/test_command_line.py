@@ -64,8 +64,9 @@ def test_cfg_prints_the_composed_config(shardwright: Shardwright) -> None:
 
 
 def test_dry_run_prints_config_engine_environment_and_command(
-    shardwright: Shardwright, tmp_path: Path
+    shardwright: Shardwright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # what a user has set is not set again
     outcome = shardwright(
         *("train", "--dry-run", "experiment=demo", "run_dir=my run", "launcher.device=cpu")
     )
