@@ -36,11 +36,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 STEPS, SAVED = 6, 3
 
-Source = Callable[[str, str], Path]
+Source = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[tuple[str, str], Path]:
+def runs() -> dict[tuple[str, str, float], Path]:
     """Return the uninterrupted runs of this module, which its tests share."""
     return {}
 
@@ -50,21 +50,24 @@ def uninterrupted(
     tiny_tree: Callable[[str], dict[str, Any]],
     frozen_run: Callable[[dict[str, Any]], Path],
     ranks: Callable[[int], Any],
-    runs: dict[tuple[str, str], Path],
+    runs: dict[tuple[str, str, float], Path],
 ) -> Source:
-    """Return a function that gives a run of six steps with a checkpoint after three."""
+    """Return a function that gives a run of six steps with a checkpoint after three.
 
-    def run(name: str, dtype: str) -> Path:
-        if (name, dtype) not in runs:
+    With dropout each rank's dice matter; only without do other ranks learn the same.
+    """
+
+    def run(name: str, dtype: str, dropout: float = 0.1) -> Path:
+        if (name, dtype, dropout) not in runs:
             tree = tiny_tree("clm")
-            # Odd sizes, so that partitions need padding; dropout, so that the dice matter.
-            tree["model"] |= {"vocab_size": 389, "intermediate_size": 67, "dropout": 0.1}
+            # Odd sizes, so that partitions need padding.
+            tree["model"] |= {"vocab_size": 389, "intermediate_size": 67, "dropout": dropout}
             tree["strategy"], tree["precision"] = STRATEGIES[name], {"compute_dtype": dtype}
             tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED}
             run_dir = frozen_run(tree)
             ranks(2)(whole_run, run_dir)
-            runs[name, dtype] = run_dir
-        return runs[name, dtype]
+            runs[name, dtype, dropout] = run_dir
+        return runs[name, dtype, dropout]
 
     return run
 
@@ -167,11 +170,11 @@ def test_a_run_goes_on_under_another_strategy_and_world_size(
     before: str,
     after: str,
     world_size: int,
-    uninterrupted_without_dropout: Source,
+    uninterrupted: Source,
     tmp_path: Path,
     ranks: Callable[[int], Any],
 ) -> None:
-    source = uninterrupted_without_dropout(before, "fp32")
+    source = uninterrupted(before, "fp32", dropout=0.0)
     resumed = interrupted(
         source,
         tmp_path / "resumed",
@@ -198,27 +201,3 @@ def test_a_run_goes_on_under_another_strategy_and_world_size(
         for kind, tensor in written.moments[name].items():
             assert torch.equal(held.moments[name][kind].whole(), tensor.whole()), f"{name} {kind}"
     assert held.moments.keys() == written.moments.keys()
-
-
-@pytest.fixture
-def uninterrupted_without_dropout(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
-    runs: dict[tuple[str, str], Path],
-) -> Source:
-    """Return the same function, for runs whose losses do not hang on each rank's dice."""
-
-    def run(name: str, dtype: str) -> Path:
-        key = (name, f"{dtype} without dropout")
-        if key not in runs:
-            tree = tiny_tree("clm")
-            tree["model"] |= {"vocab_size": 389, "intermediate_size": 67}
-            tree["strategy"], tree["precision"] = STRATEGIES[name], {"compute_dtype": dtype}
-            tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED}
-            run_dir = frozen_run(tree)
-            ranks(2)(whole_run, run_dir)
-            runs[key] = run_dir
-        return runs[key]
-
-    return run
