@@ -13,6 +13,17 @@ from train.checkpoint import layout
 FILES = ("engine/shard-0.pt", "engine/shard-1.pt", "rng-0.pt", "trainer_state.json")
 
 
+def described(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return what a manifest says of each file below a directory."""
+    return {
+        path.relative_to(directory).as_posix(): {
+            "bytes": path.stat().st_size,
+            "xxh3_128": layout.hash_file(path),
+        }
+        for path in layout.files_of(directory)
+    }
+
+
 def write_checkpoint(directory: Path, step: int, **manifest: Any) -> Path:
     """Publish a checkpoint of a few files, whose sizes are the same at every step."""
     temporary = directory / f".checkpoint-{step}.tmp"
@@ -20,8 +31,7 @@ def write_checkpoint(directory: Path, step: int, **manifest: Any) -> Path:
         path = temporary / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"%s of step %08d" % (name.encode(), step))
-    files = layout.describe_files(layout.files_of(temporary), temporary)
-    layout.write_manifest(temporary, {"step": step, "files": files, **manifest})
+    layout.write_manifest(temporary, {"step": step, "files": described(temporary), **manifest})
     final = directory / f"checkpoint-{step}"
     layout.publish_checkpoint(temporary, final)
     return final

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from tests.checkpoints import described
 from tests.faults.killable import start
 from train.checkpoint import layout, restore
 from train.errors import UserError
@@ -60,7 +61,7 @@ FORMATS = [in_zip, in_legacy_format, in_bare_pickle]
 def seal(checkpoint: Path) -> None:
     """Make the manifest fit the files."""
     manifest = json.loads((checkpoint / layout.MANIFEST).read_text())
-    files = layout.describe_files(layout.files_of(checkpoint), checkpoint)
+    files = described(checkpoint)
     layout.write_manifest(checkpoint, {**manifest, "files": files})
     assert layout.what_is_wrong(checkpoint) is None
 

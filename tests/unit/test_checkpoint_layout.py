@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import described
 from train.checkpoint import layout
 
 
@@ -12,7 +13,7 @@ def write_checkpoint(directory: Path, step: int) -> Path:
     temporary = directory / f".checkpoint-{step}.tmp"
     (temporary / "engine").mkdir(parents=True)
     (temporary / "engine" / "shard.pt").write_bytes(b"weights of step %d" % step)
-    files = layout.describe_files(layout.files_of(temporary), temporary)
+    files = described(temporary)
     layout.write_manifest(temporary, {"step": step, "files": files})
     final = directory / f"checkpoint-{step}"
     layout.publish_checkpoint(temporary, final)

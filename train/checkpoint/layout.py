@@ -50,18 +50,6 @@ def files_of(directory: Path) -> list[Path]:
     return sorted(p for p in found if p != directory / MANIFEST and p.is_file())
 
 
-def describe_files(paths: list[Path], directory: Path) -> dict[str, dict[str, Any]]:
-    """Flush files to disk and return each one's size and hash by its relative path."""
-    described = {}
-    for path in paths:
-        flush(path)
-        described[path.relative_to(directory).as_posix()] = {
-            "bytes": path.stat().st_size,
-            "xxh3_128": hash_file(path),
-        }
-    return described
-
-
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Write the file that makes a checkpoint whole; call it when every other file is flushed."""
     path = directory / MANIFEST
