@@ -15,14 +15,13 @@ from train.callbacks.progress import Progress
 from train.callbacks.tracking import tracker_callbacks
 from train.card import model_card
 from train.checkpoint import restore
-from train.checkpoint.discovery import best_whole
-from train.checkpoint.export import export
-from train.checkpoint.layout import read_manifest, step_of
+from train.checkpoint.export import best_checkpoint, export
+from train.checkpoint.layout import read_manifest
 from train.config import RunConfig
 from train.data.loader import eval_loader, train_loader
 from train.errors import UserError
 from train.provenance import write_provenance
-from train.rank import Rank, from_all
+from train.rank import Rank
 from train.strategy import engine_of
 from train.trainer import Trainer, training_arguments
 
@@ -105,30 +104,6 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         if tracked_at:
             print(tracked_at, file=console)
     return trainer
-
-
-def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
-    """Return the checkpoint whose weights final/ gets; None where that is the last step's.
-
-    Collective; says on rank 0 what was chosen, and what was not and why.
-    """
-    rule, place = trainer.config.checkpoint, (trainer.args.process_index, trainer.args.world_size)
-    if rule.export == "last":
-        return None
-    best, passed_over = best_whole(
-        trainer.run_dir / "checkpoints", rule, gather=from_all, share=place
-    )
-    if best is None:
-        text = "warning: no checkpoint that was evaluated is whole; final/ gets the last weights"
-    else:
-        value = read_manifest(best).metrics[rule.best_metric]
-        text = (
-            f"final/ gets the weights of {best.name}, the best by {rule.best_metric} ({value:.4f})"
-        )
-    if trainer.is_world_process_zero():
-        print(*passed_over, text, sep="\n", file=console)
-    is_last = best is not None and step_of(best) == trainer.state.global_step
-    return None if is_last else best
 
 
 def total_steps(config: RunConfig, samples_per_epoch: int) -> int:

@@ -1,11 +1,11 @@
-"""final/: stream whole fp32 weights out of the live engine into a Hugging Face model directory."""
+"""final/: stream whole fp32 weights, the last or the best, into a Hugging Face model directory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from train.checkpoint import portable
-from train.checkpoint.layout import atomic_directory
+from train.checkpoint.discovery import best_whole
+from train.checkpoint.layout import atomic_directory, read_manifest, step_of
+from train.rank import from_all
 from train.strategy import engine_of
 
 if TYPE_CHECKING:
@@ -65,6 +67,30 @@ def export(
     if dist.is_initialized():
         dist.barrier()
     return final
+
+
+def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
+    """Return the checkpoint whose weights final/ gets; None where that is the last step's.
+
+    Collective; says on rank 0 what was chosen, and what was not and why.
+    """
+    rule, place = trainer.config.checkpoint, (trainer.args.process_index, trainer.args.world_size)
+    if rule.export == "last":
+        return None
+    best, passed_over = best_whole(
+        trainer.run_dir / "checkpoints", rule, gather=from_all, share=place
+    )
+    if best is None:
+        text = "warning: no checkpoint that was evaluated is whole; final/ gets the last weights"
+    else:
+        value = read_manifest(best).metrics[rule.best_metric]
+        text = (
+            f"final/ gets the weights of {best.name}, the best by {rule.best_metric} ({value:.4f})"
+        )
+    if trainer.is_world_process_zero():
+        print(*passed_over, text, sep="\n", file=console)
+    is_last = best is not None and step_of(best) == trainer.state.global_step
+    return None if is_last else best
 
 
 def check_loads(directory: Path, *, causal: bool) -> None:
