@@ -149,7 +149,8 @@ def restore(trainer: Trainer, resumed: Resumed) -> None:
     """Bring optimizer, schedule and random numbers of a live engine to the checkpoint's step.
 
     With as many ranks as wrote the checkpoint each goes on with its own random numbers; with
-    others they are drawn anew, from the seed, the step and the rank.
+    others they are drawn anew, from the seed, the step and the rank. Collective. Once all have
+    read what is theirs, the older checkpoints that a killed run had yet to delete are deleted.
     """
     engine_of(trainer.config).restore_optimizer(trainer, resumed.state)
     _restore_schedule(trainer, resumed.checkpoint / "scheduler.pt")
@@ -161,6 +162,10 @@ def restore(trainer: Trainer, resumed: Resumed) -> None:
     else:
         text = f"{trainer.config.seed}/{resumed.step}/{rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
+    # Where a rank has been refused something, an older checkpoint may be all that is left.
+    from_all(None)
+    if rank == 0:
+        retention.retain(resumed.checkpoint.parent, trainer.config.checkpoint, newest=resumed.step)
 
 
 def _restore_schedule(trainer: Trainer, path: Path) -> None:

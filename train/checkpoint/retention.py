@@ -81,11 +81,11 @@ def retain(
 ) -> list[int]:
     """Delete what may go, now that checkpoint-<newest> is there; return the deleted steps.
 
-    ``wrong`` is what `layout.verify` has found in it. With any of that nothing is deleted. The
-    caller has it verified by the ranks, each its share, right after the save: what a rank wrote is
-    still in its page cache, so that it costs no disk or network; it proves that what has the name
-    is what was meant, and not that the disk keeps it, which is checked before a resume. The others
-    are known by their sizes.
+    ``wrong`` is what `layout.verify` has found in it. With any of that nothing is deleted. Before a
+    run goes on from it, all of it is verified. After a save its ranks do that, each its share: what
+    a rank wrote is still in its page cache, so that it costs no disk or network; it proves that
+    what has the name is what was meant, and not that the disk keeps it. The others are known by
+    their sizes.
 
     On node-local storage call it once on each node, when all of them have verified their parts, and
     with ``among``, the steps that `discovery.together` finds whole on all nodes: what only some
