@@ -39,6 +39,7 @@ from launchers.machine import Machine
 from train import config as run_config
 from train.config import RunConfig, from_tree, to_yaml
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
+from train.owner import owned
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -330,7 +331,8 @@ def _resume(arguments: list[str]) -> int:
     if dry_run:
         return 0
 
-    newest = resume.write(run_dir, config, overrides)
+    with owned(run_dir, lambda text: print(text, flush=True)):
+        newest = resume.write(run_dir, config, overrides)
     choices = dict(choice.split("=", 1) for choice in picked)
     environment = commands.rank_environment(config, here, os.environ)
     print(report.header(config, choices, here, environment))

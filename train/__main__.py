@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.errors import BAD_INPUT, FAILED, UserError
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+    from train.rank import Rank
 
 
 def main(argv: list[str]) -> int:
@@ -15,15 +21,24 @@ def main(argv: list[str]) -> int:
         return BAD_INPUT
     run_dir = Path(argv[0])
 
-    from train import config, logs
-    from train.rank import join, rank_from_environment
+    from train import config
+    from train.owner import owned
+    from train.rank import rank_from_environment
 
     rank = rank_from_environment()
     try:
         settings = config.load(run_dir)
+        with owned(run_dir, print) if rank.index == 0 else nullcontext():
+            return _run(run_dir, settings, rank)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
+    from train import logs
+    from train.rank import join
+
     console = logs.open_rank_log(run_dir, rank.index)
     try:
         with join(settings, rank):

@@ -48,7 +48,7 @@ def test_no_process_is_left(run: Run) -> None:
 
 
 def test_the_directory_holds_what_is_documented_and_nothing_else(run: Run) -> None:
-    documented = "config.yaml provenance.json engine.json data.json metrics.jsonl"
+    documented = "config.yaml owner.json provenance.json engine.json data.json metrics.jsonl"
     folders = "logs tokenizer checkpoints final"
     tracker = "tensorboard" if run.objective == "clm" else "wandb"
     found = sorted(path.name for path in run.directory.iterdir())
