@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 def test_strategies_follow_each_other_in_the_same_processes() -> None:
-    strategies = ["ddp", "zero2", "zero3", "fsdp", "zero1", "ddp"]
+    strategies = ["ddp", "zero2", "zero3", "fsdp", "zero1_bf16", "ddp"]
 
     ended = torchrun("train", *(f"{strategy}:{free_port()}" for strategy in strategies))
 
@@ -129,18 +129,21 @@ def run_trainer(model: torch.nn.Module, strategy: str) -> None:
 
     if strategy != "ddp":
         zero_engine.adopt_process_group()
-    stage = None if strategy == "ddp" else int(strategy.removeprefix("zero"))
-    zero = {
+    stage = None if strategy == "ddp" else int(strategy[4])
+    zero: dict[str, Any] = {
         "zero_optimization": {"stage": stage},
         "train_micro_batch_size_per_gpu": "auto",
         "zero_allow_untested_optimizer": True,
     }
+    if strategy.endswith("_bf16"):  # with gradients summed in fp32 it has an optimizer of its own
+        zero |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=2,
             per_device_train_batch_size=1,
             use_cpu=True,
+            bf16=strategy.endswith("_bf16"),
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
