@@ -196,15 +196,15 @@ def test_a_strategy_has_its_presets_name(name: str) -> None:
     assert strategy_name(section) == name
 
 
-def test_listing_imports_no_torch_and_is_quick(run_dir: Path) -> None:
+def test_listing_and_verifying_import_no_torch(run_dir: Path) -> None:
     program = f"""
 import sys
 from launchers.__main__ import main
-code = main(["checkpoints", {str(run_dir)!r}])
+run_dir = {str(run_dir)!r}
+code = main(["checkpoints", run_dir]) or main(["checkpoints", run_dir, "--verify"])
 heavy = {{"torch", "transformers", "deepspeed", "accelerate", "numpy"}} & set(sys.modules)
 sys.exit(f"imported {{heavy}}" if heavy else code)
 """
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -213,4 +213,3 @@ sys.exit(f"imported {{heavy}}" if heavy else code)
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - start < 3  # a third of a second on an idle machine
