@@ -985,19 +985,8 @@ def load(run_dir: Path) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged, it does not parse as YAML: {error}") from None
     if isinstance(tree, dict):
-        tree = _with_new_names({**tree, "run_dir": os.path.abspath(run_dir)})
+        tree = {**tree, "run_dir": os.path.abspath(run_dir)}
     return from_tree(tree)
-
-
-def _with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a frozen tree with the settings that were renamed since under their new names."""
-    trainer, checkpoint = tree.get("trainer"), tree.get("checkpoint", {})
-    if not (isinstance(trainer, dict) and isinstance(checkpoint, dict)):
-        return tree
-    if "keep_checkpoints" in trainer and "keep_last" not in checkpoint:
-        checkpoint = {**checkpoint, "keep_last": trainer["keep_checkpoints"]}
-        trainer = {name: value for name, value in trainer.items() if name != "keep_checkpoints"}
-    return {**tree, "trainer": trainer, "checkpoint": checkpoint}
 
 
 def to_yaml(config: RunConfig) -> str:

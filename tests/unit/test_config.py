@@ -306,13 +306,6 @@ def test_cadences_that_meet_are_fine() -> None:
     assert from_tree(tree).checkpoint.keep_best == 2
 
 
-def test_a_run_that_was_frozen_before_a_setting_was_renamed_still_loads(tmp_path: Path) -> None:
-    tree = changed(trainer__keep_checkpoints=7)
-    del tree["checkpoint"]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    assert load(tmp_path).checkpoint.keep_last == 7
-
-
 def test_async_is_a_key_although_it_is_a_keyword_of_python() -> None:
     run = from_tree({**TREE, "checkpoint": {"async": True, "on_save_error": "stop"}})
     assert run.checkpoint.asynchronous
