@@ -39,6 +39,8 @@ class AtEvent:
     rank: int = 0
     everyone: bool = False
     """Kill all ranks at the same time, not only the one whose event it is."""
+    seconds_per_file: float = 0.0
+    """How long it takes the rank to open a file of a checkpoint, as on a slow disk."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,11 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
     def note(event: str) -> None:
         nonlocal matches
         found.append(event)
-        if kill is None or pattern is None or not pattern.match(event):
+        if kill is None or pattern is None:
+            return
+        if event.startswith("open checkpoints/."):
+            time.sleep(kill.seconds_per_file)
+        if not pattern.match(event):
             return
         matches += 1
         if matches > kill.occurrence:

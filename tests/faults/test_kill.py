@@ -27,6 +27,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero3": {"kind": "zero", "stage": 3, "sub_group_elements": 3000},
     "fsdp": {"kind": "fsdp"},
 }
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "zero2_offload": {"kind": "zero", "stage": 2, "offload_optimizer": "cpu"},
+    "zero3_offload": {
+        **{"kind": "zero", "stage": 3, "sub_group_elements": 3000},
+        **{"offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    },
+    "fsdp_offload": {"kind": "fsdp", "offload": True},
+}
 MAX_STEPS = 4  # with a checkpoint after each; the first goes when the third is there
 
 MOMENTS: dict[str, AtEvent] = {
@@ -71,11 +79,12 @@ def named_kills() -> list[Any]:
     return cases
 
 
-def trained(strategy: str, run_dir: Path, tree: dict[str, Any]) -> Path:
+def trained(strategy: str, run_dir: Path, tree: dict[str, Any], **checkpoint: Any) -> Path:
     """Freeze the config of a run into a directory."""
     # Odd sizes, so that partitions need padding; dropout, so that the dice matter.
     tree["model"] |= {"vocab_size": 389, "intermediate_size": 67, "dropout": 0.1}
-    tree["strategy"] = STRATEGIES[strategy]
+    tree["strategy"] = {**STRATEGIES, **OFFLOADED}[strategy]
+    tree["checkpoint"] = checkpoint
     # The last step is evaluated beside the cadence too.
     tree["trainer"] |= {"max_steps": MAX_STEPS, "save_every_steps": 1, "eval_every_steps": 3}
     run_dir.mkdir()
@@ -109,9 +118,11 @@ def uninterrupted(
 
 
 @pytest.fixture
-def fresh(tiny_tree: Callable[[str], dict[str, Any]], tmp_path: Path) -> Callable[[str], Path]:
+def fresh(tiny_tree: Callable[[str], dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
     """Return a function from a strategy to a run of it that has not begun."""
-    return lambda strategy: trained(strategy, tmp_path / "run", tiny_tree("clm"))
+    return lambda strategy, **checkpoint: trained(
+        strategy, tmp_path / "run", tiny_tree("clm"), **checkpoint
+    )
 
 
 def kill_and_go_on(run_dir: Path, kills: list[Kill]) -> None:
@@ -164,6 +175,64 @@ def test_a_run_killed_at_the_worst_moments_ends_with_the_same_bits(
 ) -> None:
     run_dir = fresh(strategy)
     kill_and_go_on(run_dir, [kill])
+    assert_ended_alike(run_dir, uninterrupted(strategy))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "moment", ["in the third step", "within the files of rank 1", "between rename and retention"]
+)
+@pytest.mark.parametrize("strategy", OFFLOADED)
+def test_an_offloaded_run_that_is_killed_ends_with_the_same_bits(
+    strategy: str,
+    moment: str,
+    fresh: Callable[[str], Path],
+    uninterrupted: Callable[[str], Path],
+) -> None:
+    run_dir = fresh(strategy)
+    kill_and_go_on(run_dir, [MOMENTS[moment]])
+    assert_ended_alike(run_dir, uninterrupted(strategy))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "as a save begins",
+        "within the files of rank 0",
+        "within the files of rank 1",
+        "before the manifest",
+        "before a later rename",
+        "between rename and retention",
+        "within retention",
+    ],
+)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_killed_while_it_saves_in_the_background_ends_with_the_same_bits(
+    strategy: str,
+    moment: str,
+    fresh: Callable[..., Path],
+    uninterrupted: Callable[[str], Path],
+) -> None:
+    """Those that nothing happened to save in the foreground: what is written is the same."""
+    run_dir = fresh(strategy, **{"async": True})
+    kill_and_go_on(run_dir, [MOMENTS[moment]])
+    assert_ended_alike(run_dir, uninterrupted(strategy))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_killed_in_a_step_beside_a_save_ends_with_the_same_bits(
+    strategy: str,
+    fresh: Callable[..., Path],
+    uninterrupted: Callable[[str], Path],
+) -> None:
+    run_dir = fresh(strategy, **{"async": True})
+    in_the_third_step = AtEvent("train.micro_batch", 5, everyone=True, seconds_per_file=0.3)
+    start(run_dir, in_the_third_step)
+    assert (run_dir / "checkpoints/.checkpoint-2.tmp").is_dir(), "it was not in flight"
+    assert layout.what_is_wrong(run_dir / "checkpoints/checkpoint-1") is None
+    kill_and_go_on(run_dir, [])
     assert_ended_alike(run_dir, uninterrupted(strategy))
 
 
