@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import trained_with_memory_watched
-from tests.distributed.test_parity import STRATEGIES, curve
+from tests.distributed.test_parity import curve
+from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
 

@@ -14,16 +14,12 @@ from safetensors.torch import load_file
 
 from tests.checkpoints import FILE_DAMAGES
 from tests.distributed.jobs import whole_run
+from tests.strategies import STRATEGIES
 from train.checkpoint import layout
 
 pytestmark = pytest.mark.distributed
 
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "ddp": {"kind": "ddp"},
-    "zero2": {"kind": "zero", "stage": 2},
-    "zero3": {"kind": "zero", "stage": 3},
-    "fsdp": {"kind": "fsdp"},
-}
+NAMES = ("ddp", "zero2", "zero3", "fsdp")
 RunOf = Callable[..., Path]
 
 
@@ -65,7 +61,7 @@ PATIENT = {"early_stopping_patience": 2, "early_stopping_threshold": 5.0}
 STOPPED = "step 6/12  stopped early: eval_loss has not improved since step 2, in 2 evaluations\n"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_all_ranks_stop_early_at_one_step_with_a_checkpoint(
     strategy: str, run_of: RunOf, ranks: Callable[[int], Any]
 ) -> None:
@@ -119,7 +115,7 @@ LAST = 6
 RESTLESS: dict[str, Any] = {"learning_rate": 0.1, "max_steps": LAST}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_final_gets_the_best_checkpoints_weights(
     strategy: str, run_of: RunOf, ranks: Callable[[int], Any]
 ) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tests.distributed.jobs import whole_run
+from tests.strategies import STRATEGIES
 from train.checkpoint import layout
 
 pytestmark = pytest.mark.distributed
@@ -23,15 +24,6 @@ pytestmark = pytest.mark.distributed
 Weights = dict[str, NDArray[Any]]
 CheckpointOf = Callable[[str, str, str], Path]
 
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "single": {"kind": "single"},
-    "ddp": {"kind": "ddp"},
-    "fsdp": {"kind": "fsdp"},
-    "zero0": {"kind": "zero", "stage": 0},
-    "zero1": {"kind": "zero", "stage": 1},
-    "zero2": {"kind": "zero", "stage": 2},
-    "zero3": {"kind": "zero", "stage": 3},
-}
 MAX_STEPS = 5
 
 

@@ -11,17 +11,13 @@ import pytest
 
 from tests.checkpoints import FILE_DAMAGES
 from tests.distributed.jobs import whole_run
+from tests.strategies import STRATEGIES
 from train.checkpoint import layout
 from train.checkpoint.discovery import newest_whole
 
 pytestmark = pytest.mark.distributed
 
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "ddp": {"kind": "ddp"},
-    "zero2": {"kind": "zero", "stage": 2},
-    "zero3": {"kind": "zero", "stage": 3},
-    "fsdp": {"kind": "fsdp"},
-}
+NAMES = ("ddp", "zero2", "zero3", "fsdp")
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def run_of(
     return run
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_any_damage_to_any_file_is_found(
     strategy: str, run_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from tests.distributed.jobs import trained, whole_run
+from tests.strategies import STRATEGIES
 from train.checkpoint.export import export
 from train.trainer import Trainer
 
@@ -23,15 +24,7 @@ pytestmark = pytest.mark.distributed
 Pools = Callable[[int], Any]
 Tensors = dict[str, torch.Tensor]
 
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "ddp": {"kind": "ddp"},
-    "zero0": {"kind": "zero", "stage": 0},
-    "zero1": {"kind": "zero", "stage": 1},
-    "zero2": {"kind": "zero", "stage": 2},
-    "zero2_round_robin": {"kind": "zero", "stage": 2, "round_robin_gradients": True},
-    "zero3": {"kind": "zero", "stage": 3},
-    "fsdp": {"kind": "fsdp"},
-}
+NAMES = ("ddp", "zero0", "zero1", "zero2", "zero2_round_robin", "zero3", "fsdp")
 
 
 @pytest.fixture
@@ -92,7 +85,7 @@ def safetensors_of(final: Path) -> Tensors:
     return {k: v for f in sorted(final.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_fp32_runs_end_in_the_same_weights_under_every_strategy(
     strategy: str,
     run_of: Callable[..., Path],
@@ -116,7 +109,7 @@ def test_fp32_runs_end_in_the_same_weights_under_every_strategy(
         torch.testing.assert_close(infer(model, batch), logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_bf16_runs_end_in_their_fp32_master_weights(
     strategy: str,
     run_of: Callable[..., Path],

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import trained_in_fp16_on_a_cpu, whole_run
-from tests.distributed.test_parity import STRATEGIES, curve
+from tests.distributed.test_parity import curve
 from tests.distributed.test_resume import SAVED, STEPS, interrupted
+from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import trained, trained_in_emulated_fp8
-from tests.distributed.test_parity import STRATEGIES, curve
+from tests.distributed.test_parity import curve
+from tests.strategies import STRATEGIES
 from train.trainer import Trainer
 
 pytest.importorskip("torchao", reason="precision=fp8 needs the extra torchao")

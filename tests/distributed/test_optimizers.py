@@ -21,7 +21,8 @@ from tests.distributed.jobs import (
     whole_run,
 )
 from tests.distributed.pool import RanksFailed
-from tests.distributed.test_parity import STRATEGIES, curve, lines
+from tests.distributed.test_parity import curve, lines
+from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import whole_run
-from tests.distributed.test_parity import STRATEGIES
+from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
 

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from tests.distributed.jobs import whole_run
 from tests.distributed.pool import RanksFailed
+from tests.strategies import STRATEGIES
 from train.checkpoint import layout
 from train.config import CheckpointConfig, load
 from train.distributed import gloo_worker_count, leave_process_group
@@ -29,17 +30,6 @@ from train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "single": {"kind": "single"},
-    "ddp": {"kind": "ddp"},
-    "fsdp": {"kind": "fsdp"},
-    "fsdp_hybrid": {"kind": "fsdp", "replicas": 2},
-    "zero0": {"kind": "zero", "stage": 0},
-    "zero1": {"kind": "zero", "stage": 1},
-    "zero2": {"kind": "zero", "stage": 2},
-    "zero2_offload": {"kind": "zero", "stage": 2, "offload_optimizer": "cpu"},
-    "zero3": {"kind": "zero", "stage": 3},
-}
 
 Event = Callable[[Trainer, int], None]
 

@@ -11,15 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import whole_run
-
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "ddp": {"kind": "ddp"},
-    "zero0": {"kind": "zero", "stage": 0},
-    "zero1": {"kind": "zero", "stage": 1},
-    "zero2": {"kind": "zero", "stage": 2},
-    "zero3": {"kind": "zero", "stage": 3},
-    "fsdp": {"kind": "fsdp"},
-}
+from tests.strategies import STRATEGIES
 
 
 @pytest.fixture(scope="session")

@@ -17,24 +17,13 @@ import pytest
 
 from tests.e2e.cli import finish, processes, start_python, wait_for
 from tests.faults.killable import WORLD_SIZE, AtEvent, AtTime, Kill, events, start
+from tests.strategies import STRATEGIES
 from train.checkpoint import layout
 
 pytestmark = pytest.mark.distributed
 
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "ddp": {"kind": "ddp"},
-    "zero2": {"kind": "zero", "stage": 2},
-    "zero3": {"kind": "zero", "stage": 3, "sub_group_elements": 3000},
-    "fsdp": {"kind": "fsdp"},
-}
-OFFLOADED: dict[str, dict[str, Any]] = {
-    "zero2_offload": {"kind": "zero", "stage": 2, "offload_optimizer": "cpu"},
-    "zero3_offload": {
-        **{"kind": "zero", "stage": 3, "sub_group_elements": 3000},
-        **{"offload_optimizer": "cpu", "offload_parameters": "cpu"},
-    },
-    "fsdp_offload": {"kind": "fsdp", "offload": True},
-}
+NAMES = ("ddp", "zero2", "zero3_many_groups", "fsdp")
+OFFLOADED = ("zero2_offload", "zero3_offload", "fsdp_offload")
 MAX_STEPS = 4  # with a checkpoint after each; the first goes when the third is there
 
 MOMENTS: dict[str, AtEvent] = {
@@ -60,7 +49,7 @@ IN_THE_DEFAULT_SUITE = {
     ("ddp", "before a later rename"),
     ("zero2", "within the files of rank 1"),
     ("zero2", "before the rename of the export"),
-    ("zero3", "in the third step"),
+    ("zero3_many_groups", "in the third step"),
     ("fsdp", "between rename and retention"),
     ("fsdp", "within retention"),
 }
@@ -69,7 +58,7 @@ IN_THE_DEFAULT_SUITE = {
 def named_kills() -> list[Any]:
     """Return a case for each strategy and moment; every other one kills all ranks at once."""
     cases = []
-    for i, strategy in enumerate(STRATEGIES):
+    for i, strategy in enumerate(NAMES):
         for j, (moment, kill) in enumerate(MOMENTS.items()):
             everyone = (i + j) % 2 == 1
             kill = AtEvent(kill.pattern, kill.occurrence, kill.rank, everyone)
@@ -83,7 +72,7 @@ def trained(strategy: str, run_dir: Path, tree: dict[str, Any], **checkpoint: An
     """Freeze the config of a run into a directory."""
     # Odd sizes, so that partitions need padding; dropout, so that the dice matter.
     tree["model"] |= {"vocab_size": 389, "intermediate_size": 67, "dropout": 0.1}
-    tree["strategy"] = {**STRATEGIES, **OFFLOADED}[strategy]
+    tree["strategy"] = STRATEGIES[strategy]
     tree["checkpoint"] = checkpoint
     # The last step is evaluated beside the cadence too.
     tree["trainer"] |= {"max_steps": MAX_STEPS, "save_every_steps": 1, "eval_every_steps": 3}
@@ -207,7 +196,7 @@ def test_an_offloaded_run_that_is_killed_ends_with_the_same_bits(
         "within retention",
     ],
 )
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_a_run_killed_while_it_saves_in_the_background_ends_with_the_same_bits(
     strategy: str,
     moment: str,
@@ -221,7 +210,7 @@ def test_a_run_killed_while_it_saves_in_the_background_ends_with_the_same_bits(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_a_run_killed_in_a_step_beside_a_save_ends_with_the_same_bits(
     strategy: str,
     fresh: Callable[..., Path],
@@ -238,7 +227,7 @@ def test_a_run_killed_in_a_step_beside_a_save_ends_with_the_same_bits(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_a_run_killed_three_times_at_random_ends_with_the_same_bits(
     strategy: str,
     seed: int,
@@ -263,7 +252,7 @@ def test_a_run_killed_three_times_at_random_ends_with_the_same_bits(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", NAMES)
 def test_a_run_killed_by_the_clock_ends_with_the_same_bits(
     strategy: str,
     seed: int,
@@ -283,7 +272,7 @@ def test_a_run_killed_by_the_clock_ends_with_the_same_bits(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+@pytest.mark.parametrize("strategy", ["zero3_many_groups", "fsdp"])
 def test_a_run_of_torchrun_killed_from_outside_ends_with_the_same_bits(
     strategy: str,
     fresh: Callable[[str], Path],
