@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.checkpoint.layout import Manifest
@@ -10,6 +12,42 @@ from train.models import parameter_count
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Card:
+    """README.md of a model directory, and the picture that it shows."""
+
+    readme: str
+    picture: str | None = None
+    """loss.svg, which the README refers to where it is there."""
+
+    def write(self, directory: Path) -> None:
+        """Write README.md and, where there are losses to draw, loss.svg."""
+        (directory / "README.md").write_text(self.readme, encoding="utf-8")
+        if self.picture is not None:
+            (directory / "loss.svg").write_text(self.picture, encoding="utf-8")
+
+
+def recovered_card(
+    config_json: Mapping[str, Any],
+    origin: str,
+    step: int | None,
+    run_dir: Path | None,
+    manifest: Manifest | None,
+    dtype: str,
+    parameters: int | None = None,
+) -> Card:
+    """Return the card of a model that was taken out of a checkpoint; write it with `Card.write`.
+
+    ``config_json`` is the model's config.json as written, ``architectures`` included; ``origin``
+    says where the weights come from, as a reader may see it ("checkpoint-500 of a Shardwright
+    run"); no absolute path goes into a card. ``step`` is None where no file says it. ``run_dir``
+    is the run that the checkpoint lies in, None for a foreign one; its files are read where they
+    are there. ``dtype`` is that of the weights as written: fp32, bf16 or fp16. ``parameters`` is
+    their number, tied ones once.
+    """
+    raise NotImplementedError
 
 
 def model_card(
