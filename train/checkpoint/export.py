@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from train.card import Card
 from train.checkpoint import portable
 from train.checkpoint.discovery import best_whole
 from train.checkpoint.layout import atomic_directory, read_manifest, step_of
@@ -31,7 +32,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 def export(
     trainer: Trainer,
-    card: str,
+    card: Card,
     checkpoint: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
@@ -58,7 +59,7 @@ def export(
                 trainer.model.generation_config.save_pretrained(directory)
             assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)
             trainer.processing_class.save_pretrained(directory)
-            (directory / "README.md").write_text(card, encoding="utf-8")
+            card.write(directory)
             engine_of(trainer.config).release()
             check_loads(directory, causal=trainer.config.objective.kind == "clm")
     else:
