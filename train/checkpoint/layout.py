@@ -284,7 +284,11 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for path in temporary.rglob("*"):
         flush(path)
     older = final.with_name(f".{final.name}.old")
