@@ -66,16 +66,9 @@ def parsed_config(path: Path) -> dict[str, Any]:
     return {**tree, "architectures": [names[0].removeprefix("FSDP")]}
 
 
-def loader(config: dict[str, Any], path: Path) -> Any:
-    """Return the class whose `from_pretrained` loads a model. Raises UserError.
-
-    That is the auto class that `pipeline` takes, where the model is masked or causal.
-    """
-    name = config["architectures"][0]
-    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
-        return AutoModelForMaskedLM
-    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return AutoModelForCausalLM
+def architecture(path: Path) -> type[PreTrainedModel]:
+    """Return the class that a config.json names. Raises UserError."""
+    name = parsed_config(path)["architectures"][0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise UserError(
@@ -85,19 +78,26 @@ def loader(config: dict[str, Any], path: Path) -> Any:
     return found
 
 
-def on_meta(path: Path) -> PreTrainedModel:
+def auto_class(model_class: type[PreTrainedModel]) -> Any:
+    """Return the class whose `from_pretrained` loads a model: `pipeline`'s, where it has one."""
+    if model_class.__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return AutoModelForMaskedLM
+    if model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return AutoModelForCausalLM
+    return model_class
+
+
+def on_meta(model_class: Any, path: Path) -> PreTrainedModel:
     """Return the model of a config.json, without values. Raises UserError."""
-    name = parsed_config(path)["architectures"][0]
-    model_class: Any = getattr(transformers, name, None)
-    loader(parsed_config(path), path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
             return model_class(config)
     except Exception as error:  # whatever a class makes of values that it does not expect
         raise UserError(
-            f"{path} describes no {name} that transformers {transformers.__version__} can build "
-            f"({type(error).__name__}: {error}); give another with --config"
+            f"{path} describes no {model_class.__name__} that transformers "
+            f"{transformers.__version__} can build ({type(error).__name__}: {error}); give another "
+            "with --config"
         ) from None
 
 
