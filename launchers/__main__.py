@@ -31,6 +31,7 @@ from launchers import (
     compose_errors,
     machine,
     preflight,
+    push,
     report,
     resume,
     start,
@@ -42,7 +43,7 @@ from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-COMMANDS = ("train", "resume", "sample", "checkpoints")
+COMMANDS = ("train", "resume", "sample", "checkpoints", "push")
 
 USAGE = """\
 Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
@@ -58,6 +59,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       among ranks (--nproc-per-node N) where it does not fit one device
   shardwright checkpoints RUN_DIR [--verify]
       list what a run has saved and whether it is whole; --verify checks every hash
+  shardwright push DIR REPO [--public] [--dry-run]
+      upload a model directory with its card to a hub, private unless asked otherwise
   shardwright --version
 
 Examples
@@ -103,6 +106,8 @@ def _dispatch(arguments: list[str]) -> int:
             return _sample(rest)
         case ["checkpoints", *rest]:
             return checkpoints.main(rest)
+        case ["push", *rest]:
+            return push.main(rest)
     command = arguments[0]
     if "=" in command:
         raise UserError(f"{command} comes behind a command: shardwright train {command}")
