@@ -250,15 +250,17 @@ def card_warnings(readme: str) -> list[str]:
 
 def _check_loads(directory: Path) -> None:
     """Let `from_pretrained` find every weight, on the meta device. Raises UserError."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.utils import logging
 
-    from train.checkpoint.export import check_loads
+    from train.checkpoint.model_directory import check_loads
     from train.sample import is_masked
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        check_loads(directory, causal=not is_masked(directory))
+        auto = AutoModelForMaskedLM if is_masked(directory) else AutoModelForCausalLM
+        check_loads(directory, auto)
     except Exception as error:  # transformers, safetensors and torch raise what they like
         text = " ".join(str(error).split())
         raise UserError(f"`from_pretrained` does not load it: {text}; {_MAKE}") from None

@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -160,8 +160,19 @@ class PortableState:
     """A checkpoint's tensors by parameter name, whatever engine wrote them."""
 
     weights: Mapping[str, LazyTensor]
-    """fp32 master weights (in a pure 16-bit run those); tied ones under one name or under each."""
+    """Master weights, or 16-bit copies where the checkpoint has no masters, as the dtype says.
+
+    Tied ones stand under one name or, of the same fragments, under each.
+    """
     moments: Mapping[str, Mapping[str, LazyTensor]]
     """The optimizer's tensors of each parameter, such as exp_avg."""
     scalars: Mapping[str, Mapping[str, float]]
     """The optimizer's numbers of each parameter, such as step."""
+    buffers: Mapping[str, LazyTensor] = field(default_factory=dict)
+    """Persistent buffers, where the files tell them from weights; else they are among those."""
+    ema: Mapping[str, LazyTensor] = field(default_factory=dict)
+    """An exponential moving average of the weights, where the checkpoint keeps one."""
+    origin: str = ""
+    """What wrote it, in a phrase for people, such as "DeepSpeed ZeRO stage 2, 4 ranks"."""
+    step: int | None = None
+    """The optimizer's steps by then, where the files say it."""
