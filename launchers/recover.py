@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -35,13 +36,15 @@ def recover(arguments: Sequence[str]) -> int:
     """Recover in this process; return its exit code."""
     asked = parser().parse_args(arguments)
     try:
-        from transformers.utils import logging
+        for name in ("torchao", "torch.utils._pytree"):  # about kernels for GPUs
+            logging.getLogger(name).setLevel(logging.ERROR)
+        from transformers.utils import logging as transformers_logging
 
         from train.recover import Options
         from train.recover import recover as run
 
-        logging.disable_progress_bar()  # of a load that is but a check
-        logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()  # of a load that is but a check
+        transformers_logging.set_verbosity_error()
         run(
             Options(
                 source=asked.source,

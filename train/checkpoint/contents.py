@@ -108,7 +108,7 @@ def _different(names: list[str], weights: Mapping[str, LazyTensor]) -> Iterator[
 
     Where they are in several dtypes, those in narrower ones are copies of the widest.
     """
-    widest = max(weights[name].dtype.itemsize for name in names)
+    widest = max((weights[name].dtype.itemsize for name in names), default=0)
     kept: list[str] = []
     for name in names:
         tensor = weights[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,13 +20,20 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Fragment:
-    """Some consecutive elements of a flattened tensor, and where they lie in a file."""
+    """Some elements of a flattened tensor that lie without a gap in a file.
+
+    In the tensor they are consecutive too, or, of one that is cut along columns, runs of ``run``
+    elements, each ``stride`` after the one before.
+    """
 
     path: Path
     offset_bytes: int
     start: int
     """The first one's place in the whole flattened tensor."""
     length: int
+    run: int = 0
+    """0 where all are consecutive."""
+    stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class LazyTensor:
     fragments: tuple[Fragment, ...]
 
     def __post_init__(self) -> None:
+        if any(fragment.run for fragment in self.fragments):
+            _check_columns(self.fragments, self.numel)
+            return
         end = 0
         for fragment in self.fragments:
             if fragment.start != end:
@@ -61,20 +71,76 @@ class LazyTensor:
         if not 0 <= start <= stop <= self.numel:
             raise Unreadable(f"elements {start} to {stop} of a tensor of {self.numel}")
         result = torch.empty(stop - start, dtype=self.dtype)
-        buffer = result.view(torch.uint8).numpy().data if result.numel() else memoryview(b"")
-        size = self.dtype.itemsize
         for fragment in self.fragments:
+            if fragment.run:
+                _read_runs(result, start, fragment)
+                continue
             first = max(start, fragment.start)
             last = min(stop, fragment.start + fragment.length)
             if first < last:
-                offset = fragment.offset_bytes + (first - fragment.start) * size
-                part = buffer[(first - start) * size : (last - start) * size]
-                _read_into(part, fragment.path, offset)
+                target = result[first - start : last - start]
+                _read_elements(target, fragment, first - fragment.start)
         return result
 
     def whole(self) -> torch.Tensor:
         """Return all of it, in its shape."""
         return self.read().view(self.shape)
+
+
+def _check_columns(fragments: Sequence[Fragment], numel: int) -> None:
+    """Raise Unreadable where rectangles of a tensor seen as rows do not cover it just once."""
+    stride = fragments[0].stride
+    boxes = []
+    for f in fragments:
+        top, left = divmod(f.start, max(stride, 1))
+        fits = 0 < f.run <= stride - left and f.stride == stride and f.length % f.run == 0
+        if not fits or f.start < 0 or numel % stride:
+            raise Unreadable(f"a tensor of {numel} elements is cut in an unknown way")
+        boxes.append((top, left, top + f.length // f.run, left + f.run))
+    if (found := sum(f.length for f in fragments)) != numel:
+        raise Unreadable(f"{found} of a tensor's {numel} elements are in the files")
+    inside = all(bottom <= numel // stride for _, _, bottom, _ in boxes)
+    apart = all(
+        a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
+        for i, a in enumerate(boxes)
+        for b in boxes[:i]
+    )
+    if not (inside and apart):
+        raise Unreadable(f"some of a tensor's {numel} elements are in no file, others in two")
+
+
+def _read_runs(result: torch.Tensor, start: int, fragment: Fragment) -> None:
+    """Fill in those elements of [start, start + len(result)) that are in one fragment of runs."""
+    stop, run, stride = start + result.numel(), fragment.run, fragment.stride
+    # Rows from which something is wanted; only the first and the last may be wanted in part.
+    row = max(0, (start - fragment.start) // stride)
+    end = min(fragment.length // run, -(-(stop - fragment.start) // stride))
+    while row < end:
+        place = fragment.start + row * stride
+        whole = min(end, (stop - fragment.start - run) // stride + 1) - row
+        if place >= start and whole > 0:
+            rows = min(whole, max(1, _SCATTERED_BYTES // (run * result.element_size())))
+            block = torch.empty(rows * run, dtype=result.dtype)
+            _read_elements(block, fragment, row * run)
+            target = result.as_strided((rows, run), (stride, 1), place - start)
+            target.copy_(block.view(rows, run))
+        else:
+            rows = 1
+            first, last = max(start, place), min(stop, place + run)
+            if first < last:
+                target = result[first - start : last - start]
+                _read_elements(target, fragment, row * run + first - place)
+        row += rows
+
+
+_SCATTERED_BYTES = 2**22
+"""How much is read at once to be laid out in runs."""
+
+
+def _read_elements(target: torch.Tensor, fragment: Fragment, begin: int) -> None:
+    """Fill a tensor with the elements of a fragment from its ``begin``-th on."""
+    buffer = target.view(torch.uint8).numpy().data if target.numel() else memoryview(b"")
+    _read_into(buffer, fragment.path, fragment.offset_bytes + begin * target.element_size())
 
 
 def _read_into(buffer: memoryview, path: Path, offset: int) -> None:
@@ -114,8 +180,11 @@ def lazy(tensor: torch.Tensor, path: Path, *, base_bytes: int = 0) -> LazyTensor
 
 def part(fragment: Fragment, itemsize: int, begin: int, length: int, start: int) -> Fragment:
     """Return ``length`` elements of a fragment from its ``begin``-th on, placed at ``start``."""
-    assert begin >= 0
-    assert begin + length <= fragment.length
+    assert not fragment.run
+    if not 0 <= begin <= begin + length <= fragment.length:
+        raise Unreadable(
+            f"{fragment.path} holds {fragment.length} elements, where {begin + length} are needed"
+        )
     return Fragment(fragment.path, fragment.offset_bytes + begin * itemsize, start, length)
 
 
@@ -143,10 +212,14 @@ def why_refused(error: Exception) -> str:
 
 
 class _Ignored:
-    """Stands in for an engine's class whose values are of no interest here."""
+    """Stands in for a class whose code is not run; keeps what an object of it is made from."""
+
+    arguments: tuple[Any, ...]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Ignored:
-        return object.__new__(cls)
+        made = object.__new__(cls)
+        made.arguments = args
+        return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

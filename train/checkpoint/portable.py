@@ -1,27 +1,134 @@
-"""One way to read a checkpoint, whichever engine wrote it: by parameter name, in slices."""
+"""One way to read a checkpoint, whichever program wrote it: by parameter name, in slices."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from train.checkpoint import read_dcp, read_zero
+from train.checkpoint import model_states, read_dcp, read_plain, read_universal, read_zero
 from train.checkpoint.lazy import PortableState, Unreadable
+from train.checkpoint.names import unwrapped
 
 ENGINE = "engine"
 """The folder of a checkpoint that holds the engine's own files."""
+FSDP, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+"""What accelerate calls the folders of a sharded checkpoint."""
+LATEST = ("latest", "latest_universal")
+"""DeepSpeed's files that name the folder of the newest checkpoint beside them."""
 
 
 def read(checkpoint: Path) -> PortableState:
-    """Return the state in a checkpoint directory, or in an engine's folder; reads no tensor yet.
+    """Return the state in a checkpoint directory, an engine's folder or a file of weights.
 
-    What it is, the files say and nothing else. Raises Unreadable naming what was looked for.
+    Reads no tensor yet. What it is, the files say and nothing else. Raises Unreadable naming what
+    was looked for.
     """
-    for directory in (checkpoint / ENGINE, checkpoint):
+    state = _plainly_named(_read(checkpoint))
+    if state.step is not None:
+        return state
+    return replace(state, step=_step(checkpoint, state))
+
+
+def _read(checkpoint: Path) -> PortableState:
+    if checkpoint.is_file():
+        return read_plain.read(checkpoint)
+    if not checkpoint.is_dir():
+        raise Unreadable(f"{checkpoint} does not exist")
+    for directory in (*_named_folders(checkpoint), checkpoint / ENGINE, checkpoint):
+        if not directory.is_dir():
+            continue
         if (directory / read_dcp.METADATA).is_file():
-            return read_dcp.read(directory)
-        if read_zero.is_zero(directory):
+            return read_dcp.read(directory, optimizer=_optimizer_beside(directory))
+        if (directory / FSDP / read_dcp.METADATA).is_file():
+            return read_dcp.read(directory / FSDP, optimizer=_optimizer_beside(directory / FSDP))
+        if read_universal.is_universal(directory):
+            return read_universal.read(directory)
+        if model_states.is_there(directory):
             return read_zero.read(directory)
-    raise Unreadable(
-        f"{checkpoint} holds no checkpoint: neither a distributed checkpoint's "
-        f"{read_dcp.METADATA} nor DeepSpeed's *_model_states.pt is there or in its folder {ENGINE}"
+        if directory not in (checkpoint / ENGINE, checkpoint):
+            raise Unreadable(
+                f"{directory}, which {checkpoint} names as its newest, holds neither "
+                f"DeepSpeed's *_model_states.pt nor {read_dcp.METADATA}"
+            )
+    if (plain := read_plain.find(checkpoint)) is not None:
+        return read_plain.read(plain)
+    raise Unreadable(_nothing(checkpoint))
+
+
+def _named_folders(checkpoint: Path) -> list[Path]:
+    """Return the folders that a file called latest names, or the only one of a step.
+
+    Raises Unreadable where one is named that is not there, or where there are several and no name.
+    """
+    found = []
+    for file in (checkpoint / name for name in LATEST):
+        if not file.is_file():
+            continue
+        name = file.read_bytes()[:4096].decode(errors="replace").strip()
+        folder = checkpoint / name
+        if not name or not folder.is_dir():
+            raise Unreadable(f"{file} names the folder {name!r}, which is missing")
+        if not folder.resolve().is_relative_to(checkpoint.resolve()):
+            raise Unreadable(f"{file} names the folder {name}, which is not in {checkpoint}")
+        found.append(folder)
+    steps = [path for path in sorted(checkpoint.glob("global_step*")) if path.is_dir()]
+    if not found and len(steps) > 1:
+        raise Unreadable(
+            f"{checkpoint} holds {', '.join(path.name for path in steps[:4])}, and no file latest "
+            "that names one of them; give the folder that is meant"
+        )
+    return found or steps
+
+
+def _optimizer_beside(directory: Path) -> Path | None:
+    folder = directory.parent / FSDP_OPTIMIZER
+    is_one = directory.name == FSDP and (folder / read_dcp.METADATA).is_file()
+    return folder if is_one else None
+
+
+def _nothing(checkpoint: Path) -> str:
+    names = sorted(path.name + "/" * path.is_dir() for path in checkpoint.iterdir())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (
+        f"{checkpoint} holds no checkpoint. Looked for: a distributed checkpoint's "
+        f"{read_dcp.METADATA} (there, in {ENGINE}/ or in {FSDP}/), DeepSpeed's *_model_states.pt "
+        f"(there, in {ENGINE}/ or in the folder that a file called latest names), a universal "
+        f"checkpoint's {read_universal.FOLDER}/*/{read_universal.MASTER}, "
+        f"{', '.join(read_plain.NAMES)}, one *.pt, *.pth, *.ckpt or *.safetensors. Found: "
+        f"{', '.join(names[:8]) or 'nothing'}{more}"
+    )
+
+
+def _step(checkpoint: Path, state: PortableState) -> int | None:
+    """Return the step that transformers notes, or that of the optimizer."""
+    try:
+        step = json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"]
+        if type(step) is int:
+            return step
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    steps = [int(of["step"]) for of in state.scalars.values() if "step" in of]
+    return max(steps, default=None)
+
+
+_Value = TypeVar("_Value")
+
+
+def _plainly_named(state: PortableState) -> PortableState:
+    plain = unwrapped([*state.weights, *state.buffers])
+
+    def named(values: Mapping[str, _Value]) -> dict[str, _Value]:
+        names = plain if values.keys() <= plain.keys() else unwrapped(values)
+        return {names[name]: value for name, value in values.items()}
+
+    return replace(
+        state,
+        weights=named(state.weights),
+        moments=named(state.moments),
+        scalars=named(state.scalars),
+        buffers=named(state.buffers),
+        ema=named(state.ema),
     )

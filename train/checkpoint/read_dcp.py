@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,8 @@ _ALLOWED = {
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8"}
-    | {"bool", "int8", "int16", "strided", "contiguous_format", "preserve_format"},
+    | {"bool", "int8", "int16", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"}
+    | {"strided", "contiguous_format", "preserve_format"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.distributed.checkpoint.metadata": {
@@ -35,14 +37,73 @@ _ALLOWED = {
 }
 
 
-def read(directory: Path) -> PortableState:
-    """Return what is in a directory with a .metadata; entries are named as in `get_state_dict`.
+# Names of the sections that programs give to `save`, by what they hold.
+_OPTIMIZERS = {"optimizer", "optimizers", "optim", "opt", "optimizer_state_dict"}
+_AVERAGES = {"ema", "ema_model", "model_ema", "ema_state_dict"}
+_MODELS = {"model", "module", "state_dict", "model_state_dict"}
 
+
+def read(directory: Path, optimizer: Path | None = None) -> PortableState:
+    """Return what is in a directory with a .metadata, whatever its sections are called.
+
+    ``optimizer`` is another such directory, where the optimizer's state is in one of its own.
     Raises Unreadable.
     """
+    tensors = _tensors(directory)
+    if optimizer is not None:
+        tensors |= {p: t for p, t in _tensors(optimizer).items() if _OPTIMIZERS & set(p[:-1])}
+    moments: dict[str, dict[str, LazyTensor]] = {}
+    scalars: dict[str, dict[str, float]] = {}
+    ema: dict[str, LazyTensor] = {}
+    sections: dict[tuple[str, ...], dict[str, LazyTensor]] = {}
+    for (*section, name), tensor in tensors.items():
+        if _OPTIMIZERS & set(section):
+            first = next(i for i, part in enumerate(section) if part in _OPTIMIZERS)
+            entry = ".".join([*section[first + 1 :], name])
+            parameter, _, kind = entry.removeprefix("state.").rpartition(".")
+            if not entry.startswith("state.") or not parameter:
+                continue
+            if tensor.shape:
+                moments.setdefault(parameter, {})[kind] = tensor
+            else:
+                scalars.setdefault(parameter, {})[kind] = float(tensor.read())
+        elif _AVERAGES & set(section):
+            ema[name] = tensor
+        else:
+            sections.setdefault(tuple(section), {})[name] = tensor
+    found = _model(sections, directory)
+    return PortableState(
+        {name: tensor for name, tensor in found.items() if tensor.dtype.is_floating_point},
+        moments,
+        scalars,
+        buffers={n: tensor for n, tensor in found.items() if not tensor.dtype.is_floating_point},
+        ema=ema,
+        origin="torch distributed checkpoint",
+    )
+
+
+def _model(
+    sections: Mapping[tuple[str, ...], dict[str, LazyTensor]], directory: Path
+) -> dict[str, LazyTensor]:
+    """Return the one section that holds the weights. Raises Unreadable."""
+    # A schedule or the place in the data has numbers only.
+    large = {s: t for s, t in sections.items() if any(tensor.shape for tensor in t.values())}
+    named = {s: t for s, t in large.items() if s and s[-1] in _MODELS}
+    for candidates in (named, large):
+        if len(candidates) == 1:
+            return next(iter(candidates.values()))
+    found = ", ".join(sorted(".".join(section) or "(no section)" for section in large)) or "none"
+    raise Unreadable(
+        f"{directory / METADATA} was looked through for one section of weights, such as model or "
+        f"state_dict; sections with tensors: {found}"
+    )
+
+
+def _tensors(directory: Path) -> dict[tuple[str, ...], LazyTensor]:
+    """Return each tensor by the sections that lead to it and its name."""
     metadata = _metadata(directory / METADATA)
     try:
-        return _state(metadata, directory)
+        return _described(metadata, directory)
     except (KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
         raise Unreadable(
             f"{directory / METADATA} is not laid out as torch 2.11 to 2.13 do it "
@@ -50,44 +111,57 @@ def read(directory: Path) -> PortableState:
         ) from None
 
 
-def _state(metadata: Metadata, directory: Path) -> PortableState:
-    tensors: dict[str, LazyTensor] = {}
-    for name, described in metadata.state_dict_metadata.items():
+def _described(metadata: Metadata, directory: Path) -> dict[tuple[str, ...], LazyTensor]:
+    assert metadata.storage_data is not None
+    places: dict[str, dict[tuple[int, ...], Any]] = {}
+    for index, info in metadata.storage_data.items():
+        if index.offset is not None:
+            places.setdefault(index.fqn, {})[tuple(index.offset)] = info
+    tensors = {}
+    for key, described in metadata.state_dict_metadata.items():
         if isinstance(described, TensorStorageMetadata):
-            tensors[name] = _tensor(name, described, metadata, directory)
-    weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    moments: dict[str, dict[str, LazyTensor]] = {}
-    scalars: dict[str, dict[str, float]] = {}
-    for name, tensor in tensors.items():
-        if not name.startswith("optimizer.state."):
-            continue
-        parameter, _, kind = name.removeprefix("optimizer.state.").rpartition(".")
-        if tensor.shape:
-            moments.setdefault(parameter, {})[kind] = tensor
-        else:
-            scalars.setdefault(parameter, {})[kind] = float(tensor.read())
-    return PortableState(weights, moments, scalars)
+            path = _path(key, metadata.planner_data)
+            tensors[path] = _tensor(key, described, places.get(key, {}), directory)
+    return tensors
+
+
+def _path(key: str, paths: Any) -> tuple[str, ...]:
+    """Return the sections that a flattened key was made of, and the name in the last of them."""
+    if isinstance(paths, Mapping) and isinstance(found := paths.get(key), tuple) and found:
+        return tuple(map(str, found))
+    # Where it is not noted, a section is told by its name.
+    first, _, rest = key.partition(".")
+    return (first, rest) if rest and first in _OPTIMIZERS | _AVERAGES | _MODELS else (key,)
 
 
 def _tensor(
-    name: str, described: TensorStorageMetadata, metadata: Metadata, directory: Path
+    name: str,
+    described: TensorStorageMetadata,
+    places: Mapping[tuple[int, ...], Any],
+    directory: Path,
 ) -> LazyTensor:
-    assert metadata.storage_data is not None
+    size = tuple(described.size)
+    dim = _last_cut(size, described.chunks)
     fragments = []
-    places = {
-        tuple(index.offset): info
-        for index, info in metadata.storage_data.items()
-        if index.fqn == name and index.offset is not None
-    }
     for chunk in described.chunks:
         info = places.get(tuple(chunk.offsets))
         if info is None:
             raise Unreadable(f"{directory / METADATA} does not say where {name} lies")
-        if 0 in chunk.sizes:
-            continue
-        fragments.append(_fragment(name, chunk, described, info, directory))
+        if 0 not in chunk.sizes:
+            fragments.append(_fragment(name, chunk, described, info, directory, dim))
     ordered = tuple(sorted(fragments, key=lambda fragment: fragment.start))
-    return LazyTensor(tuple(described.size), described.properties.dtype, ordered)
+    return LazyTensor(size, described.properties.dtype, ordered)
+
+
+def _last_cut(size: tuple[int, ...], chunks: Iterable[ChunkStorageMetadata]) -> int:
+    """Return the last dimension along which some chunk has not all of a tensor."""
+    cut = [
+        dim
+        for chunk in chunks
+        for dim in range(len(size))
+        if chunk.offsets[dim] or chunk.sizes[dim] != size[dim]
+    ]
+    return max(cut, default=0)
 
 
 def _fragment(
@@ -96,10 +170,12 @@ def _fragment(
     described: TensorStorageMetadata,
     info: Any,
     directory: Path,
+    dim: int,
 ) -> Fragment:
+    """Return where a chunk lies and where it belongs; ``dim`` is the last one that is cut."""
     size, dtype = tuple(described.size), described.properties.dtype
-    if any(chunk.offsets[1:]) or tuple(chunk.sizes[1:]) != size[1:]:
-        raise Unreadable(f"{name} is cut along another dimension than its first")
+    if getattr(info, "transform_descriptors", None):
+        raise Unreadable(f"{name} is stored in a transformed way: {info.transform_descriptors}")
     path = _inside(directory, info.relative_path)
     with path.open("rb") as file:
         stored = describe(_Slice(file, info.offset, info.length))
@@ -109,9 +185,21 @@ def _fragment(
         raise Unreadable(f"{path} holds {tuple(stored.shape)} of {name}, not {tuple(chunk.sizes)}")
     if stored.dtype != dtype:
         raise Unreadable(f"{path} holds {name} in {stored.dtype}, not {dtype}")
-    start = (chunk.offsets[0] if size else 0) * math.prod(size[1:])
     found = flat(stored, path, base_bytes=info.offset)
-    return Fragment(path, found.offset_bytes, start, found.length)
+    start = sum(o * math.prod(size[i + 1 :]) for i, o in enumerate(chunk.offsets))
+    if dim == 0:
+        return Fragment(path, found.offset_bytes, start, found.length)
+    # Dimensions between the first and the last cut one have to be whole for one distance to do.
+    if not _is_whole(chunk, size, range(1, dim)):
+        raise Unreadable(f"{name} is cut along more than one dimension after its first")
+    run = chunk.sizes[dim] * math.prod(size[dim + 1 :])
+    return Fragment(
+        path, found.offset_bytes, start, found.length, run, stride=math.prod(size[dim:])
+    )
+
+
+def _is_whole(chunk: ChunkStorageMetadata, size: Sequence[int], dims: Iterable[int]) -> bool:
+    return all(chunk.offsets[dim] == 0 and chunk.sizes[dim] == size[dim] for dim in dims)
 
 
 def _inside(directory: Path, relative: str) -> Path:

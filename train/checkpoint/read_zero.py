@@ -1,17 +1,17 @@
-"""DeepSpeed ZeRO checkpoints, stages 0 to 3, as portable state."""
+"""DeepSpeed ZeRO checkpoints as portable state: flat partitions, cut by the shapes beside them."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from train.checkpoint import model_states, read_zero_0
 from train.checkpoint.lazy import (
     Fragment,
     LazyTensor,
@@ -22,21 +22,9 @@ from train.checkpoint.lazy import (
     lazy,
     part,
 )
+from train.checkpoint.model_states import IGNORED, ModelStates
 
-PARAMETER_ORDER = "parameter_order.json"
-"""Beside a checkpoint of stage 0: names in the order in which the optimizer counts them."""
-
-_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
-_MODEL_FILE = "mp_rank_00_model_states.pt"
-_MODEL_FILE_OF_STAGE_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
-
-# Classes of deepspeed 0.19 that its files name, whose values are not needed.
-_IGNORED = (
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
+_OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
 @dataclass(frozen=True)
@@ -44,88 +32,132 @@ class _Shard:
     """One rank's flat tensors of one group of parameters, and where they lie."""
 
     masters: Fragment
+    dtype: torch.dtype
     moments: Mapping[str, tuple[torch.dtype, Fragment]]
     scalars: Mapping[str, float]
 
 
-def is_zero(directory: Path) -> bool:
-    """Whether a directory looks like DeepSpeed's."""
-    names = (_MODEL_FILE, _MODEL_FILE_OF_STAGE_3)
-    return any((directory / name).is_file() for name in names)
-
-
 def read(directory: Path) -> PortableState:
     """Return what DeepSpeed's files of one checkpoint hold. Raises Unreadable."""
-    whole = (directory / _MODEL_FILE).is_file()
-    path = directory / (_MODEL_FILE if whole else _MODEL_FILE_OF_STAGE_3)
-    if not path.is_file():
-        raise Unreadable(f"{directory} holds no {path.name}")
-    model = describe(path, _IGNORED)
-    try:
-        if model.get("param_shapes") is None:
-            return _stage_0(model, path)
-        return _sharded(model, directory, stage_3=not whole)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    states = model_states.read(directory)
+    with model_states.layout_errors(directory):
+        shapes = states.shapes
+        return read_zero_0.read(states) if shapes is None else _sharded(states, shapes)
+
+
+def _sharded(states: ModelStates, groups: Sequence[Mapping[str, tuple[int, ...]]]) -> PortableState:
+    directory, ranks = states.path.parent, states.ranks
+    files = _optimizer_files(directory, ranks)
+    described = [describe(path, IGNORED)["optimizer_state_dict"] for path in files]
+    masters = "fp32_flat_groups" if states.is_stage_3 else "single_partition_of_fp32_groups"
+    shards = []
+    for path, state in zip(files, described, strict=True):
+        _check_partitions(path, state, ranks)
+        shards.append(_shards(state, masters, path))
+    _check_alike(files, shards)
+    collected = _Collected()
+    if states.is_stage_3:
+        # Sub-groups cut the parameters of all groups, in order, wherever one is full.
+        shapes = {name: shape for group in groups for name, shape in group.items()}
+        _stage_3(shapes, shards, files, collected)
+    else:
+        paddings = described[0].get("param_alignment_paddings")
+        _stages_1_and_2(groups, shards, files, paddings, collected)
+    stage = _stage(described[0]) if not states.is_stage_3 else 3
+    return collected.state(states, f"DeepSpeed ZeRO stage {stage}, {_counted(ranks)}")
+
+
+def _counted(ranks: int) -> str:
+    return f"{ranks} rank{'s' * (ranks > 1)}"
+
+
+def _stage(state: Mapping[str, Any]) -> int:
+    # An enumeration, whose class is not run; the optimizer of bf16 at stage 1 writes none.
+    stage = state.get("zero_stage", 1)
+    return int(stage.arguments[0]) if hasattr(stage, "arguments") else int(stage)
+
+
+def _optimizer_files(directory: Path, ranks: int) -> list[Path]:
+    found: dict[int, list[Path]] = {}
+    for path in sorted(directory.iterdir()):
+        if match := _OPTIMIZER_FILE.fullmatch(path.name):
+            found.setdefault(int(match[2]), []).append(path)
+    if missing := sorted(set(range(ranks)) - set(found)):
         raise Unreadable(
-            f"{directory} is not laid out as DeepSpeed 0.19 does it ({type(error).__name__}: "
-            f"{error})"
-        ) from None
-
-
-# --- stages 1 to 3: flat partitions -------------------------------------------------------------
-
-
-def _sharded(model: Mapping[str, Any], directory: Path, *, stage_3: bool) -> PortableState:
-    files = {
-        int(match[1]): path
-        for path in directory.iterdir()
-        if (match := _OPTIMIZER_FILE.fullmatch(path.name))
-    }
-    ranks = int(model["dp_world_size"])
-    if missing := sorted(set(range(ranks)) - set(files)):
-        raise Unreadable(
-            f"{directory} was written by {ranks} ranks, and the optimizer states of rank(s) "
+            f"{directory} was written by {_counted(ranks)}, and the optimizer states of rank(s) "
             f"{', '.join(map(str, missing))} are missing"
         )
-    states = [describe(files[rank], _IGNORED)["optimizer_state_dict"] for rank in range(ranks)]
-    groups = model["param_shapes"]
-    groups = groups if isinstance(groups, list) else [groups]
-    masters = "fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"
-    shards = [_shards(state, masters, files[rank]) for rank, state in enumerate(states)]
-    if stage_3:
-        # Sub-groups cut the parameters of all groups, in order, wherever one is full.
-        shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
-        return _stage_3(shapes, shards)
-    return _stages_1_and_2(groups, shards)
+    if more := sorted(set(found) - set(range(ranks))):
+        raise Unreadable(
+            f"{directory} was written by {_counted(ranks)}, and holds the optimizer states of "
+            f"rank(s) {', '.join(map(str, more))} too, of a checkpoint of another world size"
+        )
+    if twice := [paths for paths in found.values() if len(paths) > 1]:
+        names = " and ".join(path.name for path in twice[0])
+        raise Unreadable(f"{directory} holds {names}, of two checkpoints")
+    return [found[rank][0] for rank in range(ranks)]
+
+
+def _check_partitions(path: Path, state: Mapping[str, Any], ranks: int) -> None:
+    count = state.get("partition_count", ranks)
+    counts = set(count if isinstance(count, list | tuple) else [count])
+    if counts - {ranks}:
+        raise Unreadable(
+            f"{path} is cut for {max(counts)} ranks, and the model's file was written by {ranks}"
+        )
+
+
+def _check_alike(files: Sequence[Path], shards: Sequence[Sequence[_Shard]]) -> None:
+    """Raise Unreadable where the files of some ranks are not of one save."""
+    for path, of_rank in zip(files, shards, strict=True):
+        if len(of_rank) != len(shards[0]):
+            raise Unreadable(
+                f"{path} holds {len(of_rank)} groups of weights, and {files[0].name} "
+                f"{len(shards[0])}; they are of two checkpoints"
+            )
+        for mine, first in zip(of_rank, shards[0], strict=True):
+            steps = mine.scalars.get("step"), first.scalars.get("step")
+            if steps[0] != steps[1]:
+                raise Unreadable(
+                    f"{path} is of the optimizer's step {steps[0]}, and {files[0].name} of "
+                    f"{steps[1]}; they are of two checkpoints"
+                )
 
 
 def _shards(state: Mapping[str, Any], masters: str, path: Path) -> list[_Shard]:
-    inner = state.get("base_optimizer_state") or state["optimizer_state_dict"]
-    per_group = inner["state"] if isinstance(inner, Mapping) else inner
+    inner = state.get("base_optimizer_state") or state.get("optimizer_state_dict") or {}
+    per_group = inner.get("state", {}) if isinstance(inner, Mapping) else dict(enumerate(inner))
     found = []
     for group, tensor in enumerate(state[masters]):
-        entries = per_group.get(group, {}) if isinstance(per_group, Mapping) else per_group[group]
         moments, scalars = {}, {}
-        for kind, value in entries.items():
+        for kind, value in per_group.get(group, {}).items():
             if isinstance(value, torch.Tensor) and value.ndim:
-                moments[kind] = (value.dtype, flat(value, path))
+                # Others, such as the scales of 8-bit ones, do not lie beside the weights.
+                if value.numel() >= tensor.numel():
+                    moments[kind] = (value.dtype, flat(value, path))
             elif isinstance(value, torch.Tensor):
                 scalars[kind] = float(lazy(value, path).read())
             elif isinstance(value, int | float):
                 scalars[kind] = float(value)
-        found.append(_Shard(flat(tensor, path), moments, scalars))
+        found.append(_Shard(flat(tensor, path), tensor.dtype, moments, scalars))
     return found
 
 
 def _stages_1_and_2(
-    groups: Sequence[Mapping[str, Any]], shards: Sequence[Sequence[_Shard]]
-) -> PortableState:
-    """Cut each group's partitions, laid end to end, by the shapes of its parameters."""
-    collected = _Collected()
+    groups: Sequence[Mapping[str, tuple[int, ...]]],
+    shards: Sequence[Sequence[_Shard]],
+    files: Sequence[Path],
+    paddings: Sequence[Sequence[int]] | None,
+    collected: _Collected,
+) -> None:
+    """Cut each group's partitions, laid end to end, by the shapes of its parameters.
+
+    ``paddings`` are the elements that follow each parameter, where they are aligned.
+    """
     for index, group in enumerate(groups):
         of_group = [rank[index] for rank in shards]
         start = 0
-        for name, shape in group.items():
+        for position, (name, shape) in enumerate(group.items()):
             length = math.prod(shape)
             pieces: list[tuple[_Shard, int, int, int]] = []
             offset = 0
@@ -135,17 +167,39 @@ def _stages_1_and_2(
                 if first < last:
                     pieces.append((shard, first - offset, last - first, first - start))
                 offset += shard.masters.length
-            collected.add(name, tuple(shape), pieces)
-            start += length
-    return collected.state()
+            collected.add(name, shape, pieces)
+            start += length + (paddings[index][position] if paddings else 0)
+        # Some versions pad the whole to twice the ranks, some take the padding off again.
+        held, align = sum(shard.masters.length for shard in of_group), 2 * len(files)
+        if -(-start // align) != -(-held // align):
+            raise Unreadable(
+                f"{files[0].parent} holds {held} elements of group {index}, whose parameters have "
+                f"{start}; its files are of two checkpoints"
+            )
 
 
 def _stage_3(
-    shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Sequence[_Shard]]
-) -> PortableState:
+    shapes: Mapping[str, tuple[int, ...]],
+    shards: Sequence[Sequence[_Shard]],
+    files: Sequence[Path],
+    collected: _Collected,
+) -> None:
     """Each rank has ceil(elements / ranks) of every parameter, the last ones padded."""
-    collected = _Collected()
     ranks = len(shards)
+    wanted = sum(-(-math.prod(shape) // ranks) for shape in shapes.values())
+    for path, of_rank in zip(files, shards, strict=True):
+        held = sum(shard.masters.length for shard in of_rank)
+        if held == 0 < wanted:
+            raise Unreadable(
+                f"{path} holds no master weights: they were offloaded to NVMe, whose files have a "
+                "layout of their own; save without offload_optimizer=nvme, or convert it by "
+                "DeepSpeed's load_checkpoint"
+            )
+        if held != wanted:
+            raise Unreadable(
+                f"{path} holds {held} elements of master weights, where a rank's part of the "
+                f"model's shapes has {wanted}; its files are of two checkpoints"
+            )
     sub_group, begin = 0, 0
     for name, shape in shapes.items():
         elements = math.prod(shape)
@@ -159,7 +213,6 @@ def _stage_3(
                 pieces.append((of_rank[sub_group], begin, length, rank * share))
         collected.add(name, shape, pieces)
         begin += share
-    return collected.state()
 
 
 class _Collected:
@@ -179,8 +232,11 @@ class _Collected:
             cut = (part(f, dtype.itemsize, begin, n, at) for f, begin, n, at in fragments)
             return LazyTensor(shape, dtype, tuple(cut))
 
+        dtype = pieces[0][0].dtype if pieces else torch.float32
+        if any(shard.dtype != dtype for shard, *_ in pieces):
+            raise Unreadable(f"the ranks hold {name} in different dtypes")
         self._weights[name] = tensor(
-            torch.float32, [(shard.masters, begin, n, at) for shard, begin, n, at in pieces]
+            dtype, [(shard.masters, begin, n, at) for shard, begin, n, at in pieces]
         )
         if not pieces:
             return
@@ -191,38 +247,15 @@ class _Collected:
         }
         self._scalars[name] = pieces[0][0].scalars
 
-    def state(self) -> PortableState:
-        return PortableState(self._weights, self._moments, self._scalars)
-
-
-# --- stage 0: whole tensors ---------------------------------------------------------------------
-
-
-def _stage_0(model: Mapping[str, Any], path: Path) -> PortableState:
-    weights = {name: lazy(tensor, path) for name, tensor in model["module"].items()}
-    optimizer = model["optimizer"]
-    order_file = path.parent / PARAMETER_ORDER
-    if optimizer is None or not order_file.is_file():
-        return PortableState(weights, {}, {})
-    order: list[str] = json.loads(order_file.read_text())
-    if "fp32_groups" in optimizer:
-        masters = [tensor for group in optimizer["fp32_groups"] for tensor in group]
-        weights |= {n: lazy(t, path) for n, t in zip(order, masters, strict=True)}
-    inner = optimizer.get("optimizer_state_dict", optimizer)
-    moments: dict[str, dict[str, LazyTensor]] = {}
-    scalars: dict[str, dict[str, float]] = {}
-    for name, kind, value in _entries(inner["state"], order):
-        if value.ndim:
-            moments.setdefault(name, {})[kind] = lazy(value, path)
-        else:
-            scalars.setdefault(name, {})[kind] = float(lazy(value, path).read())
-    return PortableState(weights, moments, scalars)
-
-
-def _entries(
-    state: Mapping[int, Mapping[str, Any]], order: Sequence[str]
-) -> Iterator[tuple[str, str, torch.Tensor]]:
-    for index, entries in state.items():
-        for kind, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                yield order[index], kind, value
+    def state(self, states: ModelStates, origin: str) -> PortableState:
+        """Return it together with what the model's file has besides."""
+        weights = {**states.frozen(), **self._weights}
+        weights |= {n: weights[kept] for n, kept in states.tied().items() if kept in weights}
+        return PortableState(
+            weights,
+            self._moments,
+            self._scalars,
+            buffers=states.buffers(),
+            origin=origin,
+            step=states.step,
+        )

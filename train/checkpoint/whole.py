@@ -165,16 +165,15 @@ class Writer:
     def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
         """Write some consecutive elements from the ``start``-th on, in the plan's dtype.
 
-        Raises FloatingPointError where one is not finite (NaN and infinity that were there before
-        may be allowed) and OSError.
+        Raises FloatingPointError where one is not finite, unless that is allowed, OverflowError
+        where one becomes infinite in the plan's dtype, and OSError.
         """
         dtype = self.plan.outputs[name].dtype
         values = values.detach().flatten()
         if not values.numel():
             return
         cast = values.to(dtype).contiguous()
-        if problem := _not_finite(values, cast, allow_nan=self._allow_nan):
-            raise FloatingPointError(f"{name} {problem}")
+        _check_finite(name, values, cast, allow_nan=self._allow_nan)
         file = self._files[name]
         path = self._directory / file.name
         offset = file.offsets[name] + start * dtype.itemsize
@@ -190,18 +189,18 @@ class Writer:
                 raise OSError(errno.EIO, f"it has {size} bytes instead of {file.bytes}", str(path))
 
 
-def _not_finite(values: torch.Tensor, cast: torch.Tensor, *, allow_nan: bool) -> str | None:
-    """Return what is wrong with values that were cast, or None."""
-    # The extremes tell it in one pass and without a copy: NaN is among them wherever it is.
+def _check_finite(name: str, values: torch.Tensor, cast: torch.Tensor, *, allow_nan: bool) -> None:
+    # The extremes tell it in one pass and without a copy: NaN is both of them wherever it is.
     if not cast.is_floating_point() or (cast.dtype.itemsize > 1 and _is_finite(cast)):
-        return None
-    values, cast = values.float(), cast.float()
+        return
+    word = str(cast.dtype).removeprefix("torch.")
+    if cast.dtype.itemsize == 1:  # for which torch has no such functions
+        values, cast = values.float(), cast.float()
     if (cast.isinf() & values.isfinite()).any():
         largest = values[values.isfinite()].abs().max().item()
-        return f"holds {largest:g}, which is infinity in the dtype that it is written in"
-    if allow_nan or cast.isfinite().all():
-        return None
-    return "holds NaN or infinity"
+        raise OverflowError(f"{name} holds {largest:g}, which is infinity in {word}")
+    if not (allow_nan or cast.isfinite().all()):
+        raise FloatingPointError(f"{name} holds NaN or infinity")
 
 
 def _is_finite(values: torch.Tensor) -> bool:

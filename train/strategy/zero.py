@@ -635,7 +635,7 @@ def release() -> None:
 
 def save_state(trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
     from train.checkpoint.deepspeed_files import DeepSpeedState
-    from train.checkpoint.read_zero import PARAMETER_ORDER
+    from train.checkpoint.read_zero_0 import PARAMETER_ORDER
 
     engine = trainer.model_wrapped
     texts: dict[str, str] = {}
