@@ -53,7 +53,8 @@ VOCABULARY = {"model": {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk
 def save(directory: Path, tensors: Mapping[str, torch.Tensor], config: Any = GPT2) -> Path:
     """Write a distributed checkpoint of some weights, with the model's config beside it."""
     dcp.save({"model": dict(tensors)}, checkpoint_id=directory, no_dist=True)
-    config.architectures = ["GPT2LMHeadModel" if config is GPT2 else "RobertaForMaskedLM"]
+    causal = isinstance(config, GPT2Config)
+    config.architectures = ["GPT2LMHeadModel" if causal else "RobertaForMaskedLM"]
     config.save_pretrained(directory)
     return directory
 
@@ -137,7 +138,9 @@ def test_a_masked_model_in_small_files_comes_out_as_it_was(tmp_path: Path) -> No
     found, said, _ = recovered(tmp_path / "checkpoint", tmp_path / "out", max_shard_bytes=5000)
     # The head's bias is tied too, and stands under the name that `named_parameters` has first.
     assert_equal(found, {name: p.detach() for name, p in model.named_parameters()})
-    assert " in 9 files, " in said
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 5
+    assert f" in {len(files)} files, " in said
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in model.state_dict().items())
 
@@ -534,14 +537,13 @@ recover(Options(large, out / "killed"), io.StringIO(), kill)
 def test_memory_stays_below_the_bound_and_a_kill_leaves_nothing_that_looks_finished(
     saved: Path, tmp_path: Path
 ) -> None:
-    config = GPT2Config(vocab_size=30_000, n_embd=1024, n_layer=5, n_head=2, n_positions=24)
-    config.architectures = ["GPT2LMHeadModel"]
-    model = GPT2LMHeadModel(config)
-    assert model.transformer.wte.weight.nbytes > 1.5 * MAX_MEMORY
-    large = tmp_path / "large checkpoint"
-    dcp.save({"model": model.state_dict()}, checkpoint_id=large, no_dist=True)
-    config.save_pretrained(large)
-    assert (large / "__0_0.distcp").stat().st_size > 5 * MAX_MEMORY
+    config = GPT2Config(vocab_size=30_000, n_embd=1024, n_layer=3, n_head=2, n_positions=24)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    weights = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+    assert weights["transformer.wte.weight"].nbytes > 1.5 * MAX_MEMORY
+    large = save(tmp_path / "large checkpoint", weights, config)
+    assert (large / "__0_0.distcp").stat().st_size > 4 * MAX_MEMORY
 
     ended = subprocess.run(
         [sys.executable, "-c", CHILD, str(saved), str(large), str(tmp_path)],
@@ -553,7 +555,7 @@ def test_memory_stays_below_the_bound_and_a_kill_leaves_nothing_that_looks_finis
     above = int(ended.stdout.split("above ")[-1])
     assert 0 < above < MAX_MEMORY
     found = load_file(tmp_path / "large/model.safetensors")
-    assert all(torch.equal(t, found[n]) for n, t in model.named_parameters())
+    assert_equal(found, weights)
 
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / ".killed.tmp/model.safetensors").is_file()

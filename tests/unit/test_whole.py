@@ -85,13 +85,13 @@ def test_tensors_are_streamed_in_slices_and_cast(dtype: torch.dtype, tmp_path: P
         lazy[name] = in_fragments(tensor, tmp_path / name, [1, 17][: tensor.ndim])
     plan = whole.plan(Output(name, tuple(t.shape), dtype) for name, t in stored.items())
     counted: list[int] = []
-    whole.stream(lazy, Writer(tmp_path, plan), Budget(threads=3, slice_bytes=28), counted.append)
+    whole.stream(lazy, Writer(tmp_path, plan), Budget(threads=3, slice_bytes=32), counted.append)
     found = load_file(tmp_path / "model.safetensors")
     assert {n: bits(t) for n, t in found.items()} == {
         n: bits(t.to(dtype)) for n, t in stored.items()
     }
     assert sum(counted) == plan.tensor_bytes
-    assert len(counted) > 33
+    assert len(counted) > 30
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

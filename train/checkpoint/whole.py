@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event, Lock, local
 from typing import TypeVar
 
 import torch
@@ -162,9 +162,16 @@ class Writer:
         if plan.index is not None:
             (directory / INDEX).write_bytes(plan.index)
 
-    def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
+    def write(
+        self,
+        name: str,
+        values: torch.Tensor,
+        start: int = 0,
+        buffer: torch.Tensor | None = None,
+    ) -> None:
         """Write some consecutive elements from the ``start``-th on, in the plan's dtype.
 
+        They are cast into ``buffer``, bytes that are enough for it, where one is given.
         Raises FloatingPointError where one is not finite, unless that is allowed, OverflowError
         where one becomes infinite in the plan's dtype, and OSError.
         """
@@ -172,7 +179,10 @@ class Writer:
         values = values.detach().flatten()
         if not values.numel():
             return
-        cast = values.to(dtype).contiguous()
+        if buffer is None or values.dtype == dtype:
+            cast = values.to(dtype).contiguous()
+        else:
+            cast = buffer[: values.numel() * dtype.itemsize].view(dtype).copy_(values)
         _check_finite(name, values, cast, allow_nan=self._allow_nan)
         file = self._files[name]
         path = self._directory / file.name
@@ -254,19 +264,19 @@ class Budget:
 
 RESERVED_BYTES = 40 * 2**20
 """What everything but the slices may take: where tensors lie, the model's description, its load."""
-_COPIES = 4
-"""Of a slice: as read, as cast, as compared, and what the allocator keeps of earlier ones."""
-_SLICE_BYTES = range(2**18, 2**23 + 1)
-"""The least that a disk likes to be asked for, and what is no faster when it grows."""
-LEAST_MEMORY_BYTES = RESERVED_BYTES + _COPIES * _SLICE_BYTES[0]
+_COPIES = 3
+"""Of a slice: as read, as cast, and what comparing takes where it is not finite."""
+_LEAST_SLICE_BYTES, _MOST_SLICE_BYTES = 2**18, 2**23
+"""What a disk likes to be asked for at least, and what is no faster when it grows."""
+LEAST_MEMORY_BYTES = RESERVED_BYTES + _COPIES * _LEAST_SLICE_BYTES
 
 
 def budget(max_memory_bytes: int, cores: int) -> Budget:
     """Return how to use so much memory, at least LEAST_MEMORY_BYTES of it. Pure."""
     room = (max_memory_bytes - RESERVED_BYTES) // _COPIES
-    assert room >= _SLICE_BYTES[0]
-    threads = min(cores, room // _SLICE_BYTES[0])
-    return Budget(threads, min(room // threads, _SLICE_BYTES[-1]))
+    assert room >= _LEAST_SLICE_BYTES
+    threads = min(cores, room // _LEAST_SLICE_BYTES)
+    return Budget(threads, min(room // threads, _MOST_SLICE_BYTES) // 8 * 8)
 
 
 def stream(
@@ -288,11 +298,15 @@ def stream(
             for start in range(0, tensor.numel, step):
                 yield name, start, min(start + step, tensor.numel)
 
-    counting = Lock()
+    counting, of_thread = Lock(), local()
 
     def write(part: tuple[str, int, int]) -> None:
         name, start, stop = part
-        writer.write(name, tensors[name].read(start, stop), start)
+        if not hasattr(of_thread, "buffers"):
+            # The allocator would keep several of each thread's.
+            of_thread.buffers = torch.empty(2, budget.slice_bytes, dtype=torch.uint8)
+        source, target = of_thread.buffers
+        writer.write(name, tensors[name].read(start, stop, source), start, target)
         with counting:
             advance((stop - start) * writer.plan.outputs[name].dtype.itemsize)
 
