@@ -31,6 +31,7 @@ from launchers import (
     compose_errors,
     machine,
     preflight,
+    push,
     recover,
     report,
     resume,
@@ -43,7 +44,7 @@ from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-COMMANDS = ("train", "resume", "sample", "checkpoints", "recover")
+COMMANDS = ("train", "resume", "sample", "checkpoints", "recover", "push")
 
 USAGE = """\
 Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
@@ -62,6 +63,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright recover CHECKPOINT_OR_RUN OUT [--dtype bf16] [--step N] [--dry-run]
       make a Hugging Face model directory of whole weights out of any sharded checkpoint, in
       bounded memory; --help lists more flags
+  shardwright push DIR REPO [--public] [--dry-run]
+      upload a model directory with its card to a hub, private unless asked otherwise
   shardwright --version
 
 Examples
@@ -109,6 +112,8 @@ def _dispatch(arguments: list[str]) -> int:
             return checkpoints.main(rest)
         case ["recover", *rest]:
             return recover.main(rest)
+        case ["push", *rest]:
+            return push.main(rest)
     command = arguments[0]
     if "=" in command:
         raise UserError(f"{command} comes behind a command: shardwright train {command}")

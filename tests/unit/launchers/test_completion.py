@@ -23,6 +23,7 @@ COMMANDS = ("train", "sample")
         ("shardwright sample runs/", []),
         ("shardwright checkpoints runs/", []),
         ("shardwright checkpoints --ver", ["--verify"]),
+        ("shardwright push --pu", ["--public"]),
         ("shardwright train --dr", ["--dry-run"]),
         ("shardwright train ", "shardwright "),
         ("shardwright train strat", "shardwright strat"),
