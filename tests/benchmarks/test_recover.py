@@ -73,7 +73,7 @@ def test_presets_are_as_large_as_they_are_called() -> None:
 
 
 def figures(seconds: float, peak: int) -> dict[str, Any]:
-    return {"seconds": seconds, "peak_memory_bytes": peak}
+    return {"seconds": seconds, "cpu_seconds": seconds / 2, "peak_memory_bytes": peak}
 
 
 def test_ratios_are_the_peers_figures_over_ours() -> None:
@@ -86,7 +86,7 @@ def test_ratios_are_the_peers_figures_over_ours() -> None:
     assert (found["ratio"], found["ratio_peak"], found["ratio_above_imports"]) == (2.0, 2.0, 5.0)
     rows = shown({"checkpoints": {"zero2": found}}).splitlines()
     assert rows[1].split()[:3] == ["zero2", "shardwright", "3.00"]
-    assert rows[1].endswith("2.00, 2.00, 5.00")
+    assert rows[1].endswith("2.00, 2.00, 2.00, 5.00")
 
 
 def test_a_program_that_fails_has_no_ratio() -> None:
