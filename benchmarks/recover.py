@@ -149,7 +149,7 @@ class Ended:
     code: int
     peak_memory_bytes: int
     cpu_seconds: float
-    """Of all its threads, in the kernel too: what is left of its time when others keep cores busy."""
+    """Of all its threads, in the kernel too."""
     log: str
 
 
