@@ -129,17 +129,32 @@ def measure(program: Program, checkpoint: Path, output: Path) -> Figures:
     for path in _files(checkpoint):
         _drop(path)
     began = time.perf_counter()
-    code, peak, log = _run(program.command)
-    if code != 0:
-        return {"error": f"exit code {code}\n{log[-1500:]}"}
+    ended = _run(program.command)
+    if ended.code != 0:
+        return {"error": f"exit code {ended.code}\n{ended.log[-1500:]}"}
     for path in _files(output):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    return {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak}
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": ended.cpu_seconds,
+        "peak_memory_bytes": ended.peak_memory_bytes,
+    }
 
 
-def _run(command: list[str]) -> tuple[int, int, str]:
-    """Run a program; return its exit code, its peak resident memory in bytes and its output.
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a program that has run."""
+
+    code: int
+    peak_memory_bytes: int
+    cpu_seconds: float
+    """Of all its threads, in the kernel too."""
+    log: str
+
+
+def _run(command: list[str]) -> Ended:
+    """Run a program to its end.
 
     The peak is asked for while the program lives: what `wait4` tells includes the process that
     started it. A program that replaces itself by another keeps its number.
@@ -149,12 +164,15 @@ def _run(command: list[str]) -> tuple[int, int, str]:
             command, env=_environment(), stdout=log, stderr=subprocess.STDOUT, cwd=ROOT
         )
         status, peak = Path(f"/proc/{process.pid}/status"), 0
-        while process.poll() is None:
+        pid = 0
+        while pid == 0:
             if match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text()):
                 peak = max(peak, int(match[1]) * 1024)
             time.sleep(POLL_SECONDS)
+            pid, wait_status, used = os.wait4(process.pid, os.WNOHANG)
+        process.returncode = os.waitstatus_to_exitcode(wait_status)
         log.seek(0)
-        return process.returncode, peak, log.read()
+        return Ended(process.returncode, peak, used.ru_utime + used.ru_stime, log.read())
 
 
 def _environment() -> dict[str, str]:
@@ -204,6 +222,9 @@ def _places(directory: Path) -> dict[str, Path]:
 # --- figures ------------------------------------------------------------------------------------
 
 
+_RATIOS = ("ratio", "ratio_cpu", "ratio_peak", "ratio_above_imports")
+
+
 def summary(runs: dict[str, list[Figures]], imports: dict[str, int]) -> Figures:
     """Return medians for each program, and the peer's over ours. Pure."""
     found: Figures = {}
@@ -215,15 +236,17 @@ def summary(runs: dict[str, list[Figures]], imports: dict[str, int]) -> Figures:
         found[name] = {
             "seconds": median(run["seconds"] for run in each),
             "seconds_of_each_run": [run["seconds"] for run in each],
+            "cpu_seconds": median(run["cpu_seconds"] for run in each),
             "peak_memory_bytes": peak,
             "imports_bytes": imports[name],
             "peak_above_imports_bytes": max(0, peak - imports[name]),
         }
     ours, (peer,) = found[OURS], [values for name, values in found.items() if name != OURS]
-    ratios: dict[str, float | None] = dict.fromkeys(("ratio", "ratio_peak", "ratio_above_imports"))
+    ratios: dict[str, float | None] = dict.fromkeys(_RATIOS)
     if "error" not in ours and "error" not in peer:
         ratios = {
             "ratio": peer["seconds"] / ours["seconds"],
+            "ratio_cpu": peer["cpu_seconds"] / ours["cpu_seconds"],
             "ratio_peak": peer["peak_memory_bytes"] / ours["peak_memory_bytes"],
             "ratio_above_imports": peer["peak_above_imports_bytes"]
             / max(1, ours["peak_above_imports_bytes"]),
@@ -264,7 +287,7 @@ def _of_kind(model: str, kind: str, repeats: int, scratch: Path) -> Figures:
         parameters = sum(p.numel() for p in GPT2LMHeadModel(settings).parameters())
     written_by = write_checkpoint(kind, config, checkpoint, large=parameters > LARGE_PARAMETERS)
     both = programs(kind, checkpoint, config, out)
-    imports = {program.name: _run(program.imports)[1] for program in both}
+    imports = {program.name: _run(program.imports).peak_memory_bytes for program in both}
     runs: dict[str, list[Figures]] = {program.name: [] for program in both}
     for number in range(repeats):
         for program in both if number % 2 == 0 else both[::-1]:
@@ -293,7 +316,10 @@ def shown(results: Figures) -> str:
 
 
 def _lines(results: Figures) -> Iterator[str]:
-    yield "checkpoint  program        seconds   peak MiB  above imports   ratios: time, peak, above"
+    yield (
+        "checkpoint  program        seconds  CPU seconds   peak MiB  above imports   "
+        "ratios: time, CPU, peak, above"
+    )
     for kind, figures in results["checkpoints"].items():
         if different := figures.get("different"):
             yield f"{kind:10}  these tensors differ: {', '.join(different)}"
@@ -302,7 +328,7 @@ def _lines(results: Figures) -> Iterator[str]:
                 yield f"{kind:10}  {name:13}  failed:\n{values['error']}"
                 continue
             yield (
-                f"{kind:10}  {name:13}  {values['seconds']:7.2f}  "
+                f"{kind:10}  {name:13}  {values['seconds']:7.2f}  {values['cpu_seconds']:11.2f}  "
                 f"{values['peak_memory_bytes'] / 2**20:9,.0f}  "
                 f"{values['peak_above_imports_bytes'] / 2**20:13,.0f}" + _ratios(name, figures)
             )
@@ -311,8 +337,7 @@ def _lines(results: Figures) -> Iterator[str]:
 def _ratios(name: str, figures: dict[str, Any]) -> str:
     if name != OURS or figures["ratio"] is None:
         return ""
-    names = ("ratio", "ratio_peak", "ratio_above_imports")
-    return "   " + ", ".join(f"{figures[each]:.2f}" for each in names)
+    return "   " + ", ".join(f"{figures[each]:.2f}" for each in _RATIOS)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

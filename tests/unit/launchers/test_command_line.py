@@ -112,7 +112,8 @@ def test_launcher_side_imports_no_torch(tmp_path: Path) -> None:
 import sys
 from launchers.__main__ import main
 code = main(["train", "--dry-run", "experiment=demo", "launcher.device=cpu"])
-heavy = {"torch", "transformers", "deepspeed", "accelerate", "datasets"} & set(sys.modules)
+libraries = {"torch", "transformers", "deepspeed", "accelerate", "datasets", "huggingface_hub"}
+heavy = libraries & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else code)
 """
     done = python(tmp_path, "-c", program)
