@@ -31,6 +31,8 @@ from launchers import (
     compose_errors,
     machine,
     preflight,
+    push,
+    recover,
     report,
     resume,
     start,
@@ -43,7 +45,7 @@ from train.owner import owned
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-COMMANDS = ("train", "resume", "sample", "checkpoints")
+COMMANDS = ("train", "resume", "sample", "checkpoints", "recover", "push")
 
 USAGE = """\
 Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
@@ -59,6 +61,11 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       among ranks (--nproc-per-node N) where it does not fit one device
   shardwright checkpoints RUN_DIR [--verify]
       list what a run has saved and whether it is whole; --verify checks every hash
+  shardwright recover CHECKPOINT_OR_RUN OUT [--dtype bf16] [--step N] [--dry-run]
+      make a Hugging Face model directory of whole weights out of any sharded checkpoint, in
+      bounded memory; --help lists more flags
+  shardwright push DIR REPO [--public] [--dry-run]
+      upload a model directory with its card to a hub, private unless asked otherwise
   shardwright --version
 
 Examples
@@ -104,6 +111,10 @@ def _dispatch(arguments: list[str]) -> int:
             return _sample(rest)
         case ["checkpoints", *rest]:
             return checkpoints.main(rest)
+        case ["recover", *rest]:
+            return recover.main(rest)
+        case ["push", *rest]:
+            return push.main(rest)
     command = arguments[0]
     if "=" in command:
         raise UserError(f"{command} comes behind a command: shardwright train {command}")

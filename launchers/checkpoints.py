@@ -57,7 +57,7 @@ def listing(
     now: float,
 ) -> str:
     """Return the table, and below it every problem of what is not whole. Pure."""
-    total = _size(sum(row.bytes for row in rows))
+    total = size(sum(row.bytes for row in rows))
     count = f"{len(rows)} checkpoint" + "s" * (len(rows) != 1)
     lines = [f"{directory}: {count}, {total}" if rows else f"{directory}: no checkpoints yet"]
     if rows:
@@ -170,7 +170,7 @@ def _cells(
                 str(row.step),
                 strategy_name(manifest.strategy) if manifest is not None else "?",
                 str(manifest.world_size) if manifest is not None else "?",
-                _size(row.bytes),
+                size(row.bytes),
                 _age(now - row.written_at),
                 f"{value:.4f}" if value is not None else "-",
                 ", ".join(kept.get(row.step, [])) or "-",
@@ -224,7 +224,7 @@ def strategy_name(strategy: dict[str, Any]) -> str:
     return name
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             break

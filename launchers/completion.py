@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launchers import checkpoints
+from launchers import checkpoints, push, recover
 from launchers.compose_errors import qualify
 
 TRAIN_FLAGS = (
@@ -33,8 +33,9 @@ def complete(line: str, commands: Sequence[str]) -> list[str] | str:
     last = "" if line.endswith(" ") else words.pop()
     if not words:
         return [command for command in commands if command.startswith(last)]
-    if words[0] == "checkpoints":
-        return [flag for flag in checkpoints.FLAGS if flag.startswith(last)] * last.startswith("-")
+    flags_of = {"checkpoints": checkpoints.FLAGS, "push": push.FLAGS, "recover": recover.FLAGS}
+    if flags := flags_of.get(words[0]):
+        return [flag for flag in flags if flag.startswith(last)] * last.startswith("-")
     if words[0] != "train":
         return []
     if last.startswith("-"):

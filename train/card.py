@@ -1,82 +1,132 @@
-"""The model card of final/: what was trained, on what, how, and how well."""
+"""The model card of a training's result or of a recovered checkpoint, out of the run's files.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train import config as run_config
+from train import curve
+from train.card_text import PICTURE, Facts, is_hub_name, readme_of
 from train.checkpoint.layout import Manifest
-from train.models import parameter_count
+from train.config import RunConfig
+from train.errors import UserError
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
+README = "README.md"
+
+
+@dataclass(frozen=True)
+class Card:
+    """README.md of a model directory, and the picture that it shows."""
+
+    readme: str
+    picture: str | None = None
+    """loss.svg, which the README refers to where it is there."""
+
+    def write(self, directory: Path) -> None:
+        """Write README.md and, where there are losses to draw, loss.svg."""
+        (directory / README).write_text(self.readme, encoding="utf-8")
+        if self.picture is not None:
+            (directory / PICTURE).write_text(self.picture, encoding="utf-8")
+
 
 def model_card(
     trainer: Trainer, evaluation: Mapping[str, Any], checkpoint: Manifest | None = None
-) -> str:
-    """Return README.md with the hub's metadata header.
+) -> Card:
+    """Return the card of a training's result.
 
     ``checkpoint`` holds the weights, or the live engine where there is none; ``evaluation`` is
     theirs.
     """
-    config = trainer.config
-    samples, tokens, steps = (
-        (trainer.samples_seen, trainer.tokens_seen, trainer.state.global_step)
-        if checkpoint is None
-        else (checkpoint.samples, checkpoint.tokens, checkpoint.step)
+    from train.models import parameter_count
+
+    step = None if checkpoint is None else checkpoint.step
+    return card_of(
+        Facts(
+            config_json=trainer.model.config.to_dict(),
+            dtype="fp32",
+            parameters=parameter_count(trainer.model),
+            step=trainer.state.global_step if checkpoint is None else checkpoint.step,
+            samples=trainer.samples_seen if checkpoint is None else checkpoint.samples,
+            tokens=trainer.tokens_seen if checkpoint is None else checkpoint.tokens,
+            world_size=trainer.args.world_size if checkpoint is None else checkpoint.world_size,
+            metrics=evaluation,
+            **_of_run(trainer.config, trainer.run_dir, until_step=step),
+        )
     )
-    parameters = parameter_count(trainer.model)
-    task = "text-generation" if config.objective.kind == "clm" else "fill-mask"
-    settings = config.trainer
-    rows = {
-        "Architecture": f"{config.model.kind}, {parameters:,} parameters",
-        "Objective": config.objective.kind,
-        "Data": config.data.kind,
-        "Tokenizer": config.tokenizer.kind,
-        "Sequence length": f"{config.data.sequence_length} tokens",
-        "Seen": f"{samples:,} samples, {tokens:,} tokens, {steps:,} steps",
-        "Batch": f"{settings.global_batch_size} samples",
-        "Optimizer": f"{settings.optimizer}, peak learning rate {settings.learning_rate:g}, "
-        f"{settings.lr_scheduler} schedule, weight decay {settings.weight_decay:g}",
-        "Precision": f"{config.precision.compute_dtype} compute, fp32 master weights",
-        "Strategy": f"{config.strategy.kind} on {trainer.args.world_size} rank(s)",
+
+
+def recovered_card(
+    config_json: Mapping[str, Any],
+    origin: str,
+    step: int | None,
+    run_dir: Path | None,
+    manifest: Manifest | None,
+    dtype: str,
+    parameters: int | None = None,
+) -> Card:
+    """Return the card of a model that was taken out of a checkpoint; write it with `Card.write`.
+
+    ``config_json`` is the model's config.json as written, ``architectures`` included; ``origin``
+    says where the weights come from, as a reader may see it ("checkpoint-500 of a Shardwright
+    run"); no absolute path goes into a card. ``step`` is None where no file says it. ``run_dir``
+    is the run that the checkpoint lies in, None for a foreign one; its files are read where they
+    are there. ``dtype`` is that of the weights as written: fp32, bf16 or fp16. ``parameters`` is
+    their number, tied ones once.
+    """
+    step = manifest.step if manifest is not None else step
+    of_run: dict[str, Any] = {}
+    if run_dir is not None:
+        with suppress(UserError):  # what cannot be read is not known
+            of_run = _of_run(run_config.load(run_dir), run_dir, until_step=step)
+    return card_of(
+        Facts(
+            config_json=config_json,
+            dtype=dtype,
+            origin=origin,
+            parameters=parameters,
+            step=step,
+            samples=manifest.samples if manifest else None,
+            tokens=manifest.tokens if manifest else None,
+            world_size=manifest.world_size if manifest else None,
+            metrics=manifest.metrics if manifest else {},
+            **of_run,
+        )
+    )
+
+
+def _of_run(config: RunConfig, run_dir: Path, *, until_step: int | None) -> dict[str, Any]:
+    """Return the facts that the files of a run hold; nothing of those that are not there."""
+    base = config.model.name if config.model.kind == "pretrained" else None
+    return {
+        "run": config,
+        "base_model": base if base and is_hub_name(base) and not Path(base).exists() else None,
+        "corpus": _json(run_dir / "data.json"),
+        "provenance": _json(run_dir / "provenance.json"),
+        "resumes": len(list((run_dir / run_config.RESUMES).glob("*.yaml"))),
+        "curve": curve.read(run_dir / "metrics.jsonl", until_step),
     }
-    measured = {
-        name.removeprefix("eval_").replace("_", " "): value
-        for name, value in evaluation.items()
-        if name in ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
-    }
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"pipeline_tag: {task}",
-        "tags: [shardwright]",
-        "---",
-        "",
-        f"# {config.name}",
-        "",
-        "Trained from scratch with Shardwright."
-        if config.model.kind != "pretrained"
-        else f"Trained with Shardwright from `{config.model.name}`.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
-        "",
-    ]
-    if measured:
-        lines += ["## On held-out documents", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in measured.items()]
-        lines += [""]
-    lines += [
-        "## Use",
-        "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        f'pipeline("{task}", model="PATH")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def card_of(facts: Facts) -> Card:
+    """Return what a card tells of these facts. Pure."""
+    picture = curve.picture(facts.curve.points)
+    return Card(readme_of(facts, has_picture=picture is not None), picture)

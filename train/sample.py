@@ -139,7 +139,8 @@ def model_directory(path: Path) -> Path:
         run_dir = path.absolute().parent.parent
         raise UserError(
             f"{path} is a checkpoint, in the shards of the engine that trained it; give its run "
-            f"directory {run_dir}, whose final/ is read once the training has ended"
+            f"directory {run_dir}, whose final/ is read once the training has ended, or "
+            f"make a model directory with `shardwright recover {path} OUT`"
         )
     raise UserError(
         f"{path} holds no model: neither {path / 'config.json'} nor {path / 'final'} is there; "

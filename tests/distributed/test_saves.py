@@ -462,6 +462,7 @@ def test_the_files_are_those_that_deepspeed_writes_itself(
         *(names - {"zero_to_fp32.py", "zero_to_torch.py"}),
         *({"engine/parameter_order.json"} if strategy == "zero0" else ()),
         *("rng-0.pt", "rng-1.pt", "scheduler.pt", "trainer_state.json"),
+        *("config.json", "generation_config.json"),
     }
     for name in names:
         if not name.endswith(".py"):

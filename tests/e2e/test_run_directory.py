@@ -153,7 +153,7 @@ def test_final_is_a_model_directory_in_fp32(run: Run) -> None:
     final = run.directory / "final"
     generation = {"generation_config.json"} if run.objective == "clm" else set()
     assert {path.name for path in final.iterdir()} == generation | {
-        *("README.md", "config.json", "model.safetensors"),
+        *("README.md", "loss.svg", "config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     assert {t.dtype for t in load_file(final / "model.safetensors").values()} == {torch.float32}
@@ -173,13 +173,23 @@ def test_final_is_a_model_directory_in_fp32(run: Run) -> None:
 def test_model_card_has_a_metadata_header_and_the_measured_loss(run: Run) -> None:
     card = (run.directory / "final" / "README.md").read_text()
     _, header, text = card.split("---\n", maxsplit=2)
-    assert yaml.safe_load(header) == {
+    (last,) = [x for x in metrics_of(run.directory) if "eval_loss" in x and x["step"] == STEPS]
+    found = yaml.safe_load(header)
+    (results,) = found.pop("model-index")[0]["results"]
+    assert found == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation" if run.objective == "clm" else "fill-mask",
-        "tags": ["shardwright"],
+        "tags": ["shardwright", "gpt2" if run.objective == "clm" else "roberta"],
     }
+    measured = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    assert measured["loss"] == last["eval_loss"]
     assert f"# tiny_{run.objective}\n" in text
-    (last,) = [x for x in metrics_of(run.directory) if "eval_loss" in x and x["step"] == STEPS]
+    assert f'("{PROMPTS[run.objective]}"' in text
+    data, provenance = (
+        json.loads((run.directory / name).read_text()) for name in ("data.json", "provenance.json")
+    )
+    assert f"| For training | {data['training']['documents']:,} documents, " in text
+    assert f"| Parameters | {provenance['parameters']:,} |" in text
     assert f"| loss | {last['eval_loss']:.4f} |" in text
     assert f"{last['samples']:,} samples, {last['tokens']:,} tokens, {STEPS} steps" in text
 

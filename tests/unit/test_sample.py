@@ -138,7 +138,8 @@ def test_a_checkpoint_is_no_model_and_its_run_is_named(tmp_path: Path) -> None:
         model_directory(checkpoint)
     assert str(error.value) == (
         f"{checkpoint} is a checkpoint, in the shards of the engine that trained it; give its run "
-        f"directory {tmp_path / 'run'}, whose final/ is read once the training has ended"
+        f"directory {tmp_path / 'run'}, whose final/ is read once the training has ended, or "
+        f"make a model directory with `shardwright recover {checkpoint} OUT`"
     )
 
 

@@ -82,17 +82,19 @@ def newest_whole(
     *,
     gather: Gather = lambda value: [value],
     share: tuple[int, int] = (0, 1),
+    advance: Callable[[int], object] = lambda read_bytes: None,
 ) -> tuple[Path | None, list[PassedOver]]:
     """Return the newest whole checkpoint, or None, and those newer that are not, newest first.
 
     With several ranks it is collective and returns the same on all: ``share`` is this rank's place
     among those that read one disk (rank and world size; on node-local storage local rank and ranks
     of the node), of which the first looks for checkpoints and each reads its share of the files.
-    Sizes are checked first, so that of most of what a crash leaves no hash is read.
+    Sizes are checked first, so that of most of what a crash leaves no hash is read. ``advance`` is
+    called as by `layout.verify`.
     """
     seen = gather(parts_in(directory) if share[0] == 0 else None)
     whole, passed_over = together([parts for parts in seen if parts is not None])
-    chosen, damaged = _first_sound(directory, whole[::-1], gather, share)
+    chosen, damaged = _first_sound(directory, whole[::-1], gather, share, advance)
     newer = [p for p in passed_over if chosen is None or p.step > (layout.step_of(chosen) or 0)]
     return chosen, sorted([*newer, *damaged], key=lambda p: p.step, reverse=True)
 
@@ -103,23 +105,28 @@ def best_whole(
     *,
     gather: Gather = lambda value: [value],
     share: tuple[int, int] = (0, 1),
+    advance: Callable[[int], object] = lambda read_bytes: None,
 ) -> tuple[Path | None, list[PassedOver]]:
     """Return the whole checkpoint that was evaluated best, or None, and better ones, if damaged.
 
     Collective, as `newest_whole` is, on a file system that all ranks share.
     """
     order = gather(best(saved_in(directory), rule) if share[0] == 0 else None)[0]
-    return _first_sound(directory, order, gather, share)
+    return _first_sound(directory, order, gather, share, advance)
 
 
 def _first_sound(
-    directory: Path, steps: Sequence[int], gather: Gather, share: tuple[int, int]
+    directory: Path,
+    steps: Sequence[int],
+    gather: Gather,
+    share: tuple[int, int],
+    advance: Callable[[int], object],
 ) -> tuple[Path | None, list[PassedOver]]:
     """Return the first of some checkpoints whose every hash is right, and those before it."""
     damaged: list[PassedOver] = []
     for step in steps:
         path = directory / f"checkpoint-{step}"
-        found = gather(layout.verify(path, share=share))
+        found = gather(layout.verify(path, share=share, advance=advance))
         problems = list(dict.fromkeys(problem for part in found for problem in part))
         if not problems:
             return path, damaged

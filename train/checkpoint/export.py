@@ -2,67 +2,62 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from train.checkpoint import portable
+from train.card import Card
+from train.checkpoint import portable, whole
 from train.checkpoint.discovery import best_whole
 from train.checkpoint.layout import atomic_directory, read_manifest, step_of
+from train.checkpoint.model_directory import check_loads, finished_config
 from train.rank import from_all
 from train.strategy import engine_of
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
-MAX_SHARD_BYTES = 5 * 10**9
+_BUDGET = whole.budget(2**28, cores=4)
+"""Other ranks may be on this node, each with its model."""
 
 
 def export(
     trainer: Trainer,
-    card: str,
+    card: Card,
     checkpoint: Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = whole.MAX_SHARD_BYTES,
 ) -> Path:
     """Write RUN_DIR/final and return its path. Collective; rank 0 writes.
 
     The weights are those of ``checkpoint``, or of the live engine where there is none.
 
-    Rank 0 holds one shard of at most ``max_shard_bytes`` (or one tensor, where that is larger) in
-    memory at a time. Raises FloatingPointError where a weight is not finite, and RuntimeError where
-    `from_pretrained` would not find exactly the weights it looks for; final/ is not made then.
+    Rank 0 holds one whole tensor in memory at a time, or slices of a checkpoint's. Raises
+    FloatingPointError where a weight is not finite, and RuntimeError where `from_pretrained` would
+    not find exactly the weights it looks for; final/ is not made then.
     """
     final = trainer.run_dir / "final"
-    tensors = _whole_tensors(trainer, checkpoint)
     if trainer.is_world_process_zero():
         with atomic_directory(final) as directory:
-            _write_shards(tensors, directory, max_shard_bytes)
-            config = trainer.model.config
-            config.architectures = [_architecture(trainer.model)]
-            config.dtype = torch.float32
-            # transformers switches the cache off for training; who samples wants it.
-            config.use_cache = True
-            config.save_pretrained(directory)
+            try:
+                _write_tensors(trainer, checkpoint, directory, max_shard_bytes)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"{error}; final/ is not written, the checkpoints stand"
+                ) from None
+            finished_config(trainer.model).save_pretrained(directory)
             if trainer.model.can_generate() and trainer.model.generation_config is not None:
                 trainer.model.generation_config.save_pretrained(directory)
             assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)
             trainer.processing_class.save_pretrained(directory)
-            (directory / "README.md").write_text(card, encoding="utf-8")
+            card.write(directory)
             engine_of(trainer.config).release()
-            check_loads(directory, causal=trainer.config.objective.kind == "clm")
-    else:
-        for _ in tensors:
+            causal = trainer.config.objective.kind == "clm"
+            check_loads(directory, AutoModelForCausalLM if causal else AutoModelForMaskedLM)
+    elif checkpoint is None:
+        for _ in engine_of(trainer.config).full_parameters(trainer):
             pass
     if dist.is_initialized():
         dist.barrier()
@@ -93,91 +88,33 @@ def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
     return None if is_last else best
 
 
-def check_loads(directory: Path, *, causal: bool) -> None:
-    """Let `from_pretrained` find every weight of the model, on the meta device.
-
-    Raises RuntimeError naming the weights that are missing, unexpected or of another shape.
-    """
-    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    loaded: Any = auto.from_pretrained(directory, device_map="meta", output_loading_info=True)
-    _, info = loaded
-    wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
-    if wrong or info.get("error_msgs"):
-        raise RuntimeError(f"{directory} does not load: {wrong or info['error_msgs']}")
-
-
-def _architecture(model: PreTrainedModel) -> str:
-    """Return the name of the model's class, without the one that `fully_shard` puts before it."""
-    return next(c.__name__ for c in type(model).__mro__ if not c.__module__.startswith("torch."))
-
-
-def _whole_tensors(
-    trainer: Trainer, checkpoint: Path | None
-) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield fp32 parameters, tied ones once, then persistent buffers as they are."""
-    names = set()
-    for name, tensor in (
-        engine_of(trainer.config).full_parameters(trainer)
-        if checkpoint is None
-        else _saved_parameters(trainer, checkpoint)
-    ):
-        names.add(name)
-        yield name, tensor
-    saved = trainer.model.state_dict().keys()
-    for name, buffer in trainer.model.named_buffers():
-        if name in saved and name not in names:
-            yield name, buffer.detach().cpu()
-
-
-def _saved_parameters(
-    trainer: Trainer, checkpoint: Path
-) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield each parameter's name and, on rank 0, its fp32 master weight in a checkpoint."""
-    is_first = trainer.is_world_process_zero()
-    weights = portable.read(checkpoint).weights if is_first else {}
-    for name, _ in trainer.model.named_parameters():
-        yield name, weights[name].whole().float() if is_first else None
-
-
-def _write_shards(
-    tensors: Iterator[tuple[str, torch.Tensor | None]], directory: Path, max_shard_bytes: int
+def _write_tensors(
+    trainer: Trainer, checkpoint: Path | None, directory: Path, max_shard_bytes: int
 ) -> None:
-    files: list[Path] = []
-    place: dict[str, int] = {}
-    shard: dict[str, torch.Tensor] = {}
-    total_bytes = shard_bytes = 0
-
-    def write() -> None:
-        files.append(directory / f"part-{len(files)}")
-        save_file(shard, files[-1], metadata={"format": "pt"})
-        shard.clear()
-
-    for name, tensor in tensors:
-        assert tensor is not None
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FloatingPointError(
-                f"{name} holds NaN or infinity; final/ is not written, the checkpoints stand"
-            )
-        size = tensor.numel() * tensor.element_size()
-        if shard and shard_bytes + size > max_shard_bytes:
-            write()
-            shard_bytes = 0
-        place[name] = len(files)
-        shard[name] = tensor.contiguous()
-        shard_bytes += size
-        total_bytes += size
-    write()
-
-    if len(files) == 1:
-        files[0].rename(directory / "model.safetensors")
-        return
-    final_names = [
-        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
-    ]
-    for file, final_name in zip(files, final_names, strict=True):
-        file.rename(directory / final_name)
-    index: dict[str, Any] = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": {name: final_names[i] for name, i in place.items()},
-    }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    """Write fp32 parameters, tied ones once, then persistent buffers as they are."""
+    model = trainer.model
+    parameters = dict(model.named_parameters())
+    saved = model.state_dict().keys() - parameters.keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    # ZeRO-3 leaves an empty tensor in place of a parameter and the whole shape beside it.
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    writer = whole.Writer(
+        directory,
+        whole.plan(
+            [
+                *(whole.Output(name, shape, torch.float32) for name, shape in shapes.items()),
+                *(whole.Output(name, tuple(b.shape), b.dtype) for name, b in buffers.items()),
+            ],
+            max_shard_bytes,
+        ),
+    )
+    if checkpoint is not None:
+        weights = portable.read(checkpoint).weights
+        whole.stream({name: weights[name] for name in parameters}, writer, _BUDGET)
+    else:
+        for name, tensor in engine_of(trainer.config).full_parameters(trainer):
+            assert tensor is not None
+            writer.write(name, tensor)
+    for name, buffer in buffers.items():
+        writer.write(name, buffer.cpu())
+    writer.flush()

@@ -275,16 +275,26 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     return None
 
 
+def temporary_of(final: Path) -> Path:
+    """Return where `atomic_directory` writes what becomes ``final``."""
+    return final.with_name(f".{final.name}.tmp")
+
+
 @contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
     """Give a temporary sibling to write into; it becomes ``final`` when the block ends well.
 
-    An older ``final`` stays until then, and is set aside just before.
+    An older ``final`` stays until then, and is set aside just before. The sibling is removed when
+    the block raises; what a kill leaves of it, the next one replaces.
     """
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary = temporary_of(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for path in temporary.rglob("*"):
         flush(path)
     older = final.with_name(f".{final.name}.old")

@@ -18,7 +18,7 @@ class Unreadable(ValueError):
     """A file that is not what its name says, or holds what must not be run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a large checkpoint has millions of them
 class Fragment:
     """Some elements of a flattened tensor that lie without a gap in a file.
 
@@ -62,15 +62,21 @@ class LazyTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(
+        self, start: int = 0, stop: int | None = None, buffer: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the flattened elements [start, stop) on the CPU, in the dtype of the file.
 
-        Memory is that of the result. Raises Unreadable where a file ends too early.
+        Memory is that of the result, which lies in ``buffer``, bytes that are enough for it, where
+        one is given. Raises Unreadable where a file ends too early.
         """
         stop = self.numel if stop is None else stop
         if not 0 <= start <= stop <= self.numel:
             raise Unreadable(f"elements {start} to {stop} of a tensor of {self.numel}")
-        result = torch.empty(stop - start, dtype=self.dtype)
+        if buffer is None:
+            result = torch.empty(stop - start, dtype=self.dtype)
+        else:
+            result = buffer[: (stop - start) * self.dtype.itemsize].view(self.dtype)
         for fragment in self.fragments:
             if fragment.run:
                 _read_runs(result, start, fragment)

@@ -20,6 +20,7 @@ import torch
 from train.checkpoint import layout, retention
 from train.checkpoint.discovery import Part, parts_in, together
 from train.checkpoint.hashed import HashedFolder
+from train.checkpoint.model_directory import config_texts
 from train.checkpoint.peers import Peers, SaveFailed
 from train.config import CheckpointConfig
 from train.strategy import engine_of, loop
@@ -89,6 +90,7 @@ def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
         texts["scheduler.pt"] = _torch_bytes(trainer.lr_scheduler.state_dict())
         state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
         texts["trainer_state.json"] = f"{state}\n".encode()
+        texts |= config_texts(trainer.model)
         if scale := loop.loss_scale_state(trainer):
             texts[LOSS_SCALE] = json.dumps(scale).encode()
     return Draft(

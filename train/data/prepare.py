@@ -76,7 +76,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
         entry = _packed(config, tokenizer, directory, identity, parent, name)
     prepared = _open(config, tokenizer, entry)
     if name is None:
-        _note(note, entry.path.name)
+        _note(note, entry.path.name, prepared)
     log.info(
         "%s documents, %s tokens, held out %s documents, %s tokens, %s in %.1f s",
         *(
@@ -183,7 +183,15 @@ def _noted(note: Path) -> str | None:
         return None
 
 
-def _note(note: Path, name: str) -> None:
+def _note(note: Path, name: str, prepared: Prepared) -> None:
+    tree = {
+        "tokens": name,
+        "training": {"documents": prepared.documents, "tokens": prepared.tokens},
+        "heldout": {
+            "documents": prepared.heldout_documents,
+            "tokens": prepared.heldout_tokens,
+        },
+    }
     temporary = note.with_name(f".{note.name}-{uuid.uuid4().hex}")
-    temporary.write_text(json.dumps({"tokens": name}) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")
     os.replace(temporary, note)

@@ -35,7 +35,11 @@ def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
     ("word", "message"),
     [
         ("trian", "error: unknown command trian: did you mean train?\n"),
-        ("xyz", "error: unknown command xyz: there are train, resume, sample and checkpoints\n"),
+        (
+            "xyz",
+            "error: unknown command xyz: there are train, resume, sample, checkpoints, recover "
+            "and push\n",
+        ),
         (
             "seed=1",
             "error: seed=1 comes behind a command: shardwright train seed=1\n",
@@ -108,7 +112,8 @@ def test_launcher_side_imports_no_torch(tmp_path: Path) -> None:
 import sys
 from launchers.__main__ import main
 code = main(["train", "--dry-run", "experiment=demo", "launcher.device=cpu"])
-heavy = {"torch", "transformers", "deepspeed", "accelerate", "datasets"} & set(sys.modules)
+libraries = {"torch", "transformers", "deepspeed", "accelerate", "datasets", "huggingface_hub"}
+heavy = libraries & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else code)
 """
     done = python(tmp_path, "-c", program)

@@ -1,0 +1,247 @@
+"""The model card tells what is known of a run, no more, and its header is one that a hub takes."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from train import curve
+from train.card import card_of, recovered_card
+from train.card_text import Facts
+from train.checkpoint.layout import Manifest
+from train.config import from_tree
+
+GPT2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "n_positions": 66,
+    "vocab_size": 384,
+}
+ROBERTA = {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "vocab_size": 384}
+
+Tree = Callable[[str], dict[str, Any]]
+
+
+def facts(tree: dict[str, Any], **values: Any) -> Facts:
+    return Facts(config_json=GPT2, dtype="fp32", run=from_tree(tree), **values)
+
+
+def header(readme: str) -> dict[str, Any]:
+    """Return the header as the hub's own library reads it, evaluation results checked."""
+    return ModelCard(readme).data.to_dict()
+
+
+@pytest.fixture
+def run_dir(tiny_tree: Tree, tmp_path: Path) -> Path:
+    """Return a run of 60 steps, evaluated at 20 and 40, and killed while it wrote a line."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**tiny_tree("clm"), "name": "small"}))
+    counts = {"documents": 90, "tokens": 4000}
+    (tmp_path / "data.json").write_text(
+        json.dumps({"tokens": "abc", "training": counts, "heldout": {"documents": 0, "tokens": 0}})
+    )
+    provenance = {
+        "started": "2026-01-31T12:00:00Z",
+        "versions": {"torch": "2.13.0", "deepspeed": None},
+        "world_size": 2,
+        "hardware": {
+            "host": "node-17.corp",
+            "cores": 8,
+            "memory_bytes": 2**35,
+            "gpus": ["H200"] * 2,
+        },
+    }
+    (tmp_path / "provenance.json").write_text(json.dumps(provenance))
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(5, 65, 5):
+            line = {"step": step, "tokens": step * 512, "time": 1769860810.0 + step}
+            loss = {"loss": 6 - step / 20, "tokens_per_second": 512.0}
+            file.write(json.dumps(line | loss) + "\n")
+            if step in (20, 40):
+                file.write(json.dumps(line | {"eval_loss": 7 - step / 20}) + "\n")
+        file.write('{"step": 65, "tok')
+    return tmp_path
+
+
+def test_the_card_of_a_recovered_checkpoint(run_dir: Path) -> None:
+    manifest = Manifest(
+        step=40,
+        files={},
+        world_size=4,
+        samples=640,
+        tokens=20480,
+        metrics={"eval_loss": 5.0, "eval_perplexity": 148.41},
+    )
+    card = recovered_card(
+        GPT2, "checkpoint-40 of a Shardwright run", 40, run_dir, manifest, "fp32", 30_000
+    )
+    assert header(card.readme) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["shardwright", "gpt2"],
+        "model-index": [
+            {
+                "name": "small",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"type": "text", "name": "text, held-out documents"},
+                        "metrics": [
+                            {"type": "loss", "value": 5.0, "name": "loss"},
+                            {"type": "perplexity", "value": 148.41, "name": "perplexity"},
+                        ],
+                    }
+                ],
+            }
+        ],
+    }
+    for line in (
+        "# small",
+        "Recovered with Shardwright from checkpoint-40 of a Shardwright run. "
+        "Trained from scratch with Shardwright.",
+        "| Parameters | 30,000 |",
+        "| Context length | 66 tokens |",
+        "| Corpus | local files, `corpus.jsonl` |",
+        "| Licence | not known |",
+        "| For training | 90 documents, 4,000 tokens |",
+        "| Held out | nothing |",
+        "| Seen | 640 samples, 20,480 tokens, 40 steps |",
+        "| Epochs | 5.1 |",
+        "| Strategy | DDP on 4 rank(s) |",
+        "| Time | 40 s of training, 50 s with start, evaluations and saves |",
+        "| loss | 5.0000 |",
+        "| training loss | 4.0000 at step 40 | 4.0000 at step 40 |",
+        "| evaluation loss | 5.0000 at step 40 | 5.0000 at step 40 |",
+        "| 20 | 10,240 | 5.0000 | 6.0000 |",
+        "| GPUs | 2 x H200 |",
+        "| Versions | torch 2.13.0 |",
+        'generate = pipeline("text-generation", model="PATH_OR_NAME")',
+        "![Loss over the steps of the training](loss.svg)",
+        "- 30 thousand parameters and 20.5 thousand tokens: that is 0.68 tokens per parameter, "
+        "where about 20 make the best of the same compute (arXiv 2203.15556). It has seen too "
+        "little to know much.",
+        "- It has seen its corpus 5.1 times, and may repeat passages of it word for word.",
+        "- It was trained on samples of 32 tokens; its positions from there to 66 are untrained.",
+    ):
+        assert line in card.readme.splitlines(), line
+    assert "| 45 |" not in card.readme, "these weights have not come that far"
+    # A card is public: neither the host nor a directory of its own is in it.
+    assert "corp" not in card.readme.replace("corpus", "")
+    assert str(run_dir.parent) not in card.readme
+
+
+def test_a_foreign_checkpoint_says_what_is_not_known() -> None:
+    card = recovered_card(ROBERTA, "a checkpoint of DeepSpeed", None, None, None, "bf16")
+    assert header(card.readme) == {
+        "library_name": "transformers",
+        "pipeline_tag": "fill-mask",
+        "tags": ["shardwright", "roberta"],
+    }
+    assert card.picture is None
+    assert "loss.svg" not in card.readme
+    assert "## Data\n\nNot known.\n" in card.readme
+    assert "## Training\n\nNot known.\n" in card.readme
+    assert "What it was trained on is not known" in card.readme
+    assert "| Weights | bf16 |" in card.readme
+    assert "fill(fill.tokenizer.mask_token)" in card.readme
+    assert "None" not in card.readme
+
+
+def test_an_architecture_without_a_head_for_language_gets_no_task() -> None:
+    card = recovered_card({"architectures": ["T5Model"]}, "a checkpoint", 3, None, None, "fp32")
+    assert "pipeline" not in card.readme
+    assert "| Steps | 3 |" in card.readme
+
+
+def test_a_run_directory_that_cannot_be_read_is_as_good_as_none(tmp_path: Path) -> None:
+    assert recovered_card(GPT2, "x", 3, tmp_path, None, "fp32") == recovered_card(
+        GPT2, "x", 3, None, None, "fp32"
+    )
+
+
+def test_data_of_a_hub_and_weights_to_go_on_from_are_linked(tiny_tree: Tree) -> None:
+    tree = tiny_tree("clm") | {
+        "data": {"kind": "hub", "name": "org/books", "config": "en", "sequence_length": 32},
+        "model": {"kind": "pretrained", "name": "org/base"},
+        "tokenizer": {"kind": "pretrained", "name": "/home/me/secret/words"},
+    }
+    readme = card_of(facts(tree, base_model="org/base", metrics={"eval_loss": 2.5})).readme
+    found = header(readme)
+    assert (found["datasets"], found["base_model"]) == (["org/books"], "org/base")
+    (result,) = found["model-index"][0]["results"]
+    assert result["dataset"] == {
+        "type": "org/books",
+        "name": "org/books, held-out documents",
+        "config": "en",
+    }
+    assert "Trained with Shardwright from `org/base`." in readme
+    assert "| Licence | see the data set's own card |" in readme
+    assert "| Tokenizer | that of `words` |" in readme
+
+
+@pytest.mark.parametrize(
+    ("data", "language", "licence", "limit"),
+    [
+        ("stdlib", ["code", "en"], "Python Software Foundation License", "It knows Python as"),
+        ("kant", ["en"], "public domain in the USA", "repeats the views of its author"),
+    ],
+)
+def test_languages_and_licences_where_they_are_known(
+    tiny_tree: Tree, data: str, language: list[str], licence: str, limit: str
+) -> None:
+    section: dict[str, Any] = {"kind": data, "sequence_length": 32}
+    if data == "kant":
+        section["urls"] = ["https://www.gutenberg.org/cache/epub/4280/pg4280.txt"]
+    readme = card_of(facts(tiny_tree("clm") | {"data": section})).readme
+    assert header(readme)["language"] == language
+    assert f"| Licence | {licence}" in readme
+    assert limit in readme
+
+
+def test_a_prompt_and_a_path_cannot_break_out_of_their_places(tiny_tree: Tree) -> None:
+    tree = tiny_tree("clm")
+    tree["objective"]["prompts"] = ['say "hi"', "```\n# not ours"]
+    tree["data"]["paths"] = ["a|b`c.txt"]
+    readme = card_of(facts(tree)).readme
+    assert 'generate("say \\"hi\\"", max_new_tokens=40, do_sample=True)' in readme
+    assert "| Corpus | local files, `a\\|bc.txt` |" in readme
+    assert "not ours" not in readme
+
+
+def test_the_picture_shows_both_losses_inside_its_frame(run_dir: Path) -> None:
+    points = curve.read(run_dir / "metrics.jsonl").points
+    drawn = curve.picture(points)
+    assert drawn is not None
+    svg = ET.fromstring(drawn)
+    lines = svg.findall("{http://www.w3.org/2000/svg}polyline")
+    corners = [
+        [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+        for line in lines
+    ]
+    assert [len(each) for each in corners] == [12, 2]
+    assert all(58 <= x <= 704 and 34 <= y <= 314 for each in corners for x, y in each)
+    falling = [y for _, y in corners[0]]
+    assert falling == sorted(falling), "a lower loss lies lower"
+
+
+def test_a_long_run_is_drawn_and_tabled_in_bounded_size() -> None:
+    points = [curve.Point(step, step * 10, loss=1.0) for step in range(1, 5001)]
+    drawn = curve.picture(points)
+    assert drawn is not None
+    assert len(drawn) < 20_000
+    assert len(curve.table(points)) == curve.TABLE_ROWS
+    assert [row[0] for row in curve.table(points)][:: curve.TABLE_ROWS - 1] == ["1", "5,000"]
+
+
+def test_nothing_is_drawn_of_one_point() -> None:
+    assert curve.picture([curve.Point(1, 10, loss=2.0)]) is None
+    assert curve.picture([]) is None
