@@ -91,14 +91,15 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     with memory.of_imports():
         model_class = architecture(config_path)
     model = on_meta(model_class, config_path)
+    state = chosen.state
+    check_extents([*state.weights.values(), *state.buffers.values(), *state.ema.values()])
     found = contents(
         model,
-        chosen.state,
+        state,
         DTYPES[options.dtype],
         ema=options.ema,
         allow_upcast=options.allow_upcast,
     )
-    check_extents(found.tensors.values())
     tokenizer = _tokenizer_files(options, chosen)
     for note in [*found.notes, *([] if tokenizer else [_NO_TOKENIZER])]:
         print(f"warning: {note}", file=err)
@@ -109,23 +110,26 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     if options.dry_run:
         return
 
+    config = _config_as_written(config_path, DTYPES[options.dtype])
+    card = recovered_card(
+        config,
+        chosen.origin,
+        chosen.step,
+        chosen.run_dir,
+        chosen.manifest,
+        options.dtype,
+        found.parameters,
+    )
     with _writing(options.out) as directory:
         writer = whole.Writer(directory, plan, allow_nan=options.allow_nan)
         with _bar("writing", err, plan.tensor_bytes) as advance:
             whole.stream(found.tensors, writer, budget, advance)
         writer.flush()
-        config = _write_configs(directory, config_path, DTYPES[options.dtype])
-        for file in tokenizer:
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (directory / CONFIG).write_text(text, encoding="utf-8")
+        for file in [*_generation_config(config_path), *tokenizer]:
             shutil.copyfile(file, directory / file.name)
-        recovered_card(
-            config,
-            chosen.origin,
-            chosen.step,
-            chosen.run_dir,
-            chosen.manifest,
-            options.dtype,
-            found.parameters,
-        ).write(directory)
+        card.write(directory)
         check_loads(directory, auto_class(model_class))
     seconds = time.monotonic() - began
     print(
@@ -176,6 +180,18 @@ def _config_path(options: Options, chosen: Chosen) -> Path:
         f"which model {chosen.path} holds is not said: neither {places[0]} nor {places[1]} is "
         "there; give the model's config.json, or its directory, with --config"
     )
+
+
+def _config_as_written(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the model's config with the dtype that its weights are to have."""
+    config = {**parsed_config(path), "dtype": str(dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)  # its name before transformers 5
+    return config
+
+
+def _generation_config(config_path: Path) -> list[Path]:
+    path = config_path.with_name(GENERATION_CONFIG)
+    return [path] if path.is_file() else []
 
 
 _NO_TOKENIZER = (
@@ -282,17 +298,6 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _write_configs(directory: Path, source: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Write the model's config with the dtype that its weights have now, and return it."""
-    config = {**parsed_config(source), "dtype": str(dtype).removeprefix("torch.")}
-    config.pop("torch_dtype", None)  # its name before transformers 5
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / CONFIG).write_text(text, encoding="utf-8")
-    if (generation := source.with_name(GENERATION_CONFIG)).is_file():
-        shutil.copyfile(generation, directory / GENERATION_CONFIG)
-    return config
 
 
 # --- what is said -------------------------------------------------------------------------------

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import whole_run
-from train.strategy import nvme
 
 pytestmark = pytest.mark.distributed
 
@@ -106,17 +102,7 @@ def test_two_ranks_learn_what_one_rank_learns(
     assert lines(run_dir)[-1]["samples"] == 20 * 16
 
 
-@pytest.fixture(scope="session")
-def async_io() -> None:
-    """Compile DeepSpeed's operator before any rank waits for it: minutes, the first time."""
-    if not nvme.can_be_built():
-        pytest.skip("no C++ compiler, or no libaio")
-    program = "from deepspeed.ops.op_builder import AsyncIOBuilder as b; b().load(verbose=False)"
-    path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=1200)
-
-
+@pytest.mark.timeout(1500)  # that of a cold compiler
 @pytest.mark.usefixtures("async_io")
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_weights_and_optimizer_on_a_disk_learn_the_same(

@@ -34,7 +34,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     [
         ("zero0", "mlm", "bf16", 2),
         ("zero2", "clm", "bf16", 4),
-        ("ddp", "mlm", "fp32", 1),
+        pytest.param("ddp", "mlm", "fp32", 1, marks=slow),
         pytest.param("ddp", "clm", "bf16", 4, marks=slow),
         pytest.param("fsdp", "clm", "fp32", 1, marks=slow),
         pytest.param("fsdp", "mlm", "bf16", 4, marks=slow),

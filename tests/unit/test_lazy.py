@@ -53,6 +53,52 @@ def test_fragments_that_do_not_cover_a_tensor_are_refused(tmp_path: Path) -> Non
             LazyTensor((5,), torch.float32, fragments)
 
 
+def in_boxes(
+    tensor: torch.Tensor, directory: Path, boxes: list[tuple[int, int, int, int]]
+) -> LazyTensor:
+    """Lay rectangles (top, left, bottom, right) of a matrix into a file for each."""
+    fragments, stride = [], tensor.shape[1]
+    for top, left, bottom, right in boxes:
+        path, part = directory / f"box-{top}-{left}", tensor[top:bottom, left:right].contiguous()
+        path.write_bytes(part.view(torch.uint8).numpy().tobytes())
+        where = Fragment(path, 0, top * stride + left, part.numel(), right - left, stride)
+        fragments.append(where)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, tuple(fragments))
+
+
+def test_a_matrix_cut_along_columns_reads_as_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.checkpoint.lazy._SCATTERED_BYTES", 50)
+    tensor = torch.arange(9 * 11).view(9, 11).to(torch.float32)
+    boxes = [(0, 0, 9, 4), (0, 4, 5, 11), (5, 4, 9, 5), (5, 5, 9, 11)]
+    stored = in_boxes(tensor, tmp_path, boxes)
+    assert torch.equal(stored.whole(), tensor)
+    for start in range(tensor.numel() + 1):
+        for stop in range(start, tensor.numel() + 1):
+            assert torch.equal(stored.read(start, stop), tensor.flatten()[start:stop])
+
+
+@pytest.mark.parametrize(
+    ("boxes", "reason"),
+    [
+        ([(0, 0, 3, 2)], "6 of a tensor's 12 elements are in the files"),
+        ([(0, 0, 3, 2), (0, 1, 3, 3)], "some of a tensor's 12 elements are in no file, others"),
+        ([(0, 0, 3, 2), (1, 2, 4, 4)], "some of a tensor's 12 elements are in no file, others"),
+        ([(0, 0, 3, 2), (0, 2, 3, 5)], "a tensor of 12 elements is cut in an unknown way"),
+    ],
+)
+def test_rectangles_that_do_not_cover_a_matrix_are_refused(
+    boxes: list[tuple[int, int, int, int]], reason: str
+) -> None:
+    fragments = tuple(
+        Fragment(Path("box"), 0, top * 4 + left, (bottom - top) * (right - left), right - left, 4)
+        for top, left, bottom, right in boxes
+    )
+    with pytest.raises(Unreadable, match=reason):
+        LazyTensor((3, 4), torch.float32, fragments)
+
+
 def test_a_file_that_ends_too_early_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(bytes(10))
     tensor = LazyTensor((5,), torch.float32, (Fragment(tmp_path / "short", 0, 0, 5),))

@@ -5,6 +5,7 @@ The checkpoints are made by torch's own `dcp.save`; those of real engines are in
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -32,7 +33,8 @@ from transformers import (
 
 from tests.checkpoints import described
 from tests.unit.test_lazy import in_fragments
-from train.checkpoint import layout
+from train.checkpoint import layout, portable
+from train.checkpoint.contents import contents
 from train.errors import UserError
 from train.recover import Options, check_extents, recover
 
@@ -177,9 +179,44 @@ def test_tied_weights_that_differ_are_both_written(weights: Tensors, tmp_path: P
     found, _, warned = recovered(tmp_path / "checkpoint", tmp_path / "out")
     assert found.keys() == differing.keys()
     assert "transformer.wte.weight and lm_head.weight are tied in the config and differ" in warned
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(model.lm_head.weight, differing["lm_head.weight"])
-    assert torch.equal(model.transformer.wte.weight, weights["transformer.wte.weight"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert torch.equal(loaded["lm_head.weight"], differing["lm_head.weight"])
+    assert torch.equal(loaded["transformer.wte.weight"], weights["transformer.wte.weight"])
+
+
+@pytest.fixture
+def gpt2_on_meta() -> GPT2LMHeadModel:
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2)
+
+
+def test_buffers_are_kept_as_they_are(
+    gpt2_on_meta: GPT2LMHeadModel, saved: Path, weights: Tensors, tmp_path: Path
+) -> None:
+    counts = torch.arange(3)
+    gpt2_on_meta.register_buffer("counts", counts.to("meta"))
+    save(tmp_path / "checkpoint", {**weights, "counts": counts})
+    found = contents(gpt2_on_meta, portable.read(tmp_path / "checkpoint"), torch.bfloat16)
+    assert torch.equal(found.tensors["counts"].whole(), counts)
+    kinds = {output.name: output.dtype for output in found.outputs}
+    assert kinds.pop("counts") == torch.int64
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert found.parameters == gpt2_on_meta.num_parameters()
+    with pytest.raises(UserError, match="the buffer counts is missing"):
+        contents(gpt2_on_meta, portable.read(saved), torch.bfloat16)
+
+
+def test_the_moving_average_is_taken_where_it_is_kept(
+    gpt2_on_meta: GPT2LMHeadModel, saved: Path, weights: Tensors, tmp_path: Path
+) -> None:
+    save(tmp_path / "average", {name: tensor + 1 for name, tensor in weights.items()})
+    average = portable.read(tmp_path / "average").weights
+    state = dataclasses.replace(portable.read(saved), ema=average)
+    for ema, shift in ((True, 1), (False, 0)):
+        found = contents(gpt2_on_meta, state, torch.float32, ema=ema).tensors
+        assert_equal(
+            {n: t.whole() for n, t in found.items()}, {n: t + shift for n, t in weights.items()}
+        )
 
 
 def test_a_dry_run_says_all_and_writes_nothing(saved: Path, tmp_path: Path) -> None:
@@ -226,6 +263,15 @@ def test_the_newest_of_another_program_is_the_newest_that_can_be_read(
     assert "outputs/checkpoint-5\n" in said
     assert "passed over: " in warned
     assert "checkpoint-10/.metadata cannot be read" in warned
+
+
+def test_a_step_of_deepspeeds_folders_is_taken_by_its_number(
+    weights: Tensors, tmp_path: Path
+) -> None:
+    for step in (5, 10):
+        save(tmp_path / f"saves/global_step{step}", weights)
+    _, said, _ = recovered(tmp_path / "saves", tmp_path / "out", step=5)
+    assert "saves/global_step5\n" in said
 
 
 def test_a_step_that_is_not_there_names_those_that_are(run_dir: Path, tmp_path: Path) -> None:
@@ -503,7 +549,7 @@ def test_an_interrupted_recovery_leaves_nothing(saved: Path, tmp_path: Path) -> 
 def test_two_recoveries_of_one_output_are_kept_apart(
     saved: Path, weights: Tensors, tmp_path: Path
 ) -> None:
-    seen = []
+    seen: list[str] = []
 
     def recover_again() -> None:
         if not seen:

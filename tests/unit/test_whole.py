@@ -62,8 +62,8 @@ def test_safetensors_reads_every_bit(max_shard_bytes: int, tmp_path: Path) -> No
         assert sum(sizes) <= max_shard_bytes or sum(size > 0 for size in sizes) == 1
         found |= load_file(file)
     assert {name: bits(t) for name, t in found.items()} == {n: bits(t) for n, t in TENSORS.items()}
-    for file in plan.files:
-        for name, offset in file.offsets.items():
+    for planned in plan.files:
+        for name, offset in planned.offsets.items():
             assert offset % TENSORS[name].dtype.itemsize == 0, "aligned for whoever maps it"
     if len(files) == 1:
         assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

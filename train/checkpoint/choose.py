@@ -124,7 +124,7 @@ def _read(path: Path) -> Chosen:
         )
     try:
         state = portable.read(path)
-    except Unreadable as error:
+    except (Unreadable, OSError) as error:
         raise UserError(str(error)) from None
     above = [parent for parent in path.parents[1:3] if _is_run_dir(parent)]
     return Chosen(path, state, manifest, above[0] if above else None)

@@ -32,11 +32,16 @@ def read(directory: Path) -> PortableState:
 
 def _state(directory: Path, states: ModelStates) -> PortableState:
     shapes = {name: shape for group in states.shapes or [] for name, shape in group.items()}
+    is_split = any(directory.glob("*mp_rank_01*_model_states.pt"))
     weights: dict[str, LazyTensor] = {}
     moments: dict[str, dict[str, LazyTensor]] = {}
     scalars: dict[str, dict[str, float]] = {}
     for folder in _folders(directory):
         name = folder.name
+        if name not in shapes and not is_split:
+            # Of stages 1 and 2 it holds all else of the model too, cast to fp32: that is read
+            # below as it was.
+            continue
         weights[name] = _tensor(folder / MASTER, shapes.get(name))
         for kind in _MOMENTS:
             if (path := folder / f"{kind}.pt").is_file():
@@ -49,12 +54,12 @@ def _state(directory: Path, states: ModelStates) -> PortableState:
             f"{directory / FOLDER} has no {missing[0]}/{MASTER}, nor those of {len(missing) - 1} "
             "more parameters"
         )
-    is_split = len(list(directory.glob("*mp_rank_01_model_states.pt"))) > 0
-    # Those of a rank of model parallelism are parts, and nothing says how they belong together.
+    # What a rank of model parallelism has is parts, and nothing says how they belong together.
     frozen = {} if is_split else states.frozen()
-    tied = {n: weights[kept] for n, kept in states.tied().items() if kept in weights}
+    weights |= {name: tensor for name, tensor in frozen.items() if name not in weights}
+    weights |= {n: weights[kept] for n, kept in states.tied().items() if kept in weights}
     return PortableState(
-        {**{n: t for n, t in frozen.items() if n not in weights}, **weights, **tied},
+        weights,
         moments,
         scalars,
         buffers={} if is_split else states.buffers(),

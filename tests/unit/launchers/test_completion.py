@@ -23,6 +23,7 @@ COMMANDS = ("train", "sample")
         ("shardwright sample runs/", []),
         ("shardwright checkpoints runs/", []),
         ("shardwright checkpoints --ver", ["--verify"]),
+        ("shardwright recover runs/x out --dt", ["--dtype"]),
         ("shardwright push --pu", ["--public"]),
         ("shardwright train --dr", ["--dry-run"]),
         ("shardwright train ", "shardwright "),
