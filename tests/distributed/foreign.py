@@ -143,13 +143,16 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3_offload": {"stage": 3, "dtype": "bf16", "offload_optimizer": _CPU},
 }
 """By name: the stage, the dtype of the weights, whether some are frozen, and keys of ZeRO."""
+COMPILED: dict[str, dict[str, Any]] = {"zero0_fused": {"stage": 0, "dtype": "bf16", "fused": True}}
+"""Those that need an operator of DeepSpeed's own."""
 
 
 def deepspeed_checkpoints(root: Path, jobs: list[tuple[str, str]]) -> None:
     """Train by each engine of ``jobs`` (engine, model) and save into root/engine-model."""
     with group() as rank:
         for engine, kind in jobs:
-            _deepspeed_checkpoint(root / f"{engine}-{kind}", ENGINES[engine], kind, rank)
+            asked = {**ENGINES, **COMPILED}[engine]
+            _deepspeed_checkpoint(root / f"{engine}-{kind}", asked, kind, rank)
 
 
 def _deepspeed_config(dtype: str, stage: int, **zero: Any) -> dict[str, Any]:
@@ -174,14 +177,18 @@ def _deepspeed_checkpoint(directory: Path, asked: dict[str, Any], kind: str, ran
     if rest.pop("frozen", False):
         for name, parameter in model.named_parameters():
             parameter.requires_grad = "position_embeddings" not in name and "wpe" not in name
-    fp32_gradients = rest.pop("fp32_gradients", False)
+    fp32_gradients, is_fused = rest.pop("fp32_gradients", False), rest.pop("fused", False)
     config = _deepspeed_config(dtype, stage, **rest)
     if fp32_gradients:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    optimizer = torch.optim.AdamW(groups_of(model, 1e-2))
+    groups = groups_of(model, 1e-2)
+    given: dict[str, Any] = {"optimizer": torch.optim.AdamW(groups)}
+    if is_fused:
+        config["optimizer"] = {"type": "Adam", "params": {"lr": 1e-2}}
+        given = {"model_parameters": groups}
     # torch multiplies fp16 on any CPU, but DeepSpeed refuses it where that is slow.
     with mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine, *_ = deepspeed.initialize(model=model, config=config, **given)
         for ids in batches(kind, rank):
             engine.backward(engine(input_ids=ids, labels=ids).loss)
             engine.step()
@@ -324,15 +331,14 @@ LIBRARIES = (
 )
 
 
-def library_checkpoints(root: Path, library: str, kinds: tuple[str, ...]) -> None:
-    """Train each kind of model by one of LIBRARIES and save into root/library-kind.
+def library_checkpoint(directory: Path, library: str, kind: str) -> None:
+    """Train a kind of model by one of LIBRARIES and save.
 
     With accelerate the checkpoint is that directory, with the Trainer checkpoint-2 in it.
     """
-    for kind in kinds:
-        with group() as rank:
-            save = _accelerate if library.startswith("accelerate") else _transformers
-            save(root / f"{library}-{kind}", library, kind, rank)
+    with group() as rank:
+        save = _accelerate if library.startswith("accelerate") else _transformers
+        save(directory, library, kind, rank)
 
 
 def _fsdp_on_a_cpu() -> None:

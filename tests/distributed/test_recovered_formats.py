@@ -19,6 +19,7 @@ Written = Callable[[int], Path]
 KINDS = {1: ("odd",), 2: ("mlm", "odd"), 4: ("clm", "mlm", "odd")}
 """By world size, the models that are trained by every engine."""
 WORLD_SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
+SECOND = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,18 @@ def test_a_checkpoint_of_deepspeed_holds_the_masters_of_its_engine(
         assert portable.read(folder).weights == state.weights
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.slow  # DeepSpeed compiles its fused Adam first
+def test_masters_of_a_fused_optimizer_are_told_by_their_values(
+    ranks: Callable[[int], Any], tmp_path: Path
+) -> None:
+    jobs = [("zero0_fused", kind) for kind in foreign.SIZES]
+    ranks(1)(foreign.deepspeed_checkpoints, tmp_path, jobs)
+    for engine, kind in jobs:
+        state = check(tmp_path / f"{engine}-{kind}")
+        assert {t.dtype for t in state.weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("world_size", SECOND)
 def test_deepspeeds_own_script_finds_the_same(
     world_size: int, by_deepspeed: Written, ranks: Callable[[int], Any]
 ) -> None:
@@ -92,7 +104,7 @@ def test_deepspeeds_own_script_finds_the_same(
             assert torch.equal(found.to(merged.dtype), merged), (checkpoint.name, name)
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", SECOND)
 @pytest.mark.parametrize(
     "engine", ["zero1_bf16", "zero2_fp32", "zero2_frozen", "zero3_fp32", "zero3_frozen"]
 )
@@ -118,7 +130,7 @@ def test_a_universal_checkpoint_holds_the_same_masters(
             assert torch.equal(state.moments[name][kind].whole(), moment.whole())
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", SECOND)
 def test_a_distributed_checkpoint_of_any_sections_and_cuts_holds_the_weights(
     world_size: int, ranks: Callable[[int], Any], tmp_path: Path
 ) -> None:
@@ -134,22 +146,24 @@ def test_a_distributed_checkpoint_of_any_sections_and_cuts_holds_the_weights(
             assert torch.equal(state.ema[name].whole(), tensor.whole() * 0.5)
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", SECOND)
 @pytest.mark.parametrize("library", foreign.LIBRARIES)
+@pytest.mark.parametrize(
+    "kind", ["odd", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("clm", "mlm"))]
+)
 def test_a_checkpoint_of_accelerate_or_the_trainer_holds_the_masters_of_its_engine(
-    library: str, world_size: int, ranks: Callable[[int], Any], tmp_path: Path
+    library: str, kind: str, world_size: int, ranks: Callable[[int], Any], tmp_path: Path
 ) -> None:
     if world_size == 1 and "fsdp" in library:
         pytest.skip("accelerate takes FSDP on one rank for no FSDP")
-    ranks(world_size)(foreign.library_checkpoints, tmp_path, library, KINDS[world_size])
-    for kind in KINDS[world_size]:
-        checkpoint = tmp_path / f"{library}-{kind}"
-        if library.startswith("trainer"):
-            checkpoint = checkpoint / f"checkpoint-{foreign.STEPS}"
-        state = check(checkpoint, tells_buffers="zero" in library)
-        assert {t.dtype for t in state.weights.values()} == {torch.float32}
-        has_step = library not in ("accelerate_ddp", "accelerate_fsdp_full")
-        assert state.step == (foreign.STEPS if has_step else None)
-        if library in ("accelerate_fsdp", "trainer_fsdp"):
-            assert {"exp_avg", "exp_avg_sq"} == set().union(*state.moments.values())
-            assert state.moments.keys() <= state.weights.keys()
+    checkpoint = tmp_path / f"{library}-{kind}"
+    ranks(world_size)(foreign.library_checkpoint, checkpoint, library, kind)
+    if library.startswith("trainer"):
+        checkpoint = checkpoint / f"checkpoint-{foreign.STEPS}"
+    state = check(checkpoint, tells_buffers="zero" in library)
+    assert {t.dtype for t in state.weights.values()} == {torch.float32}
+    has_step = library not in ("accelerate_ddp", "accelerate_fsdp_full")
+    assert state.step == (foreign.STEPS if has_step else None)
+    if library in ("accelerate_fsdp", "trainer_fsdp"):
+        assert {"exp_avg", "exp_avg_sq"} == set().union(*state.moments.values())
+        assert state.moments.keys() <= state.weights.keys()
