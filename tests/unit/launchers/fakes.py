@@ -124,8 +124,8 @@ def make_checkout(tmp_path: Path) -> Checkout:
     shutil.copytree(ROOT / "conf", root / "conf")
     for folder in ("strategy", "checkpoint"):
         shutil.copytree(ROOT / "train" / folder, root / "train" / folder)
-    for name in ("__init__.py", "config.py", "durable.py", "errors.py"):
-        shutil.copy(ROOT / "train" / name, root / "train")
+    for module in (ROOT / "train").glob("*.py"):
+        shutil.copy(module, root / "train")
     (root / "train" / "__main__.py").write_text(FAKE_RANK)
     (root / "train" / "data").mkdir()
     (root / "train" / "data" / "__init__.py").write_text("def check_corpus(data): pass\n")
