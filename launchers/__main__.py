@@ -37,6 +37,7 @@ from launchers import (
 )
 from launchers.machine import Machine
 from train import config as run_config
+from train import stop
 from train.config import RunConfig, from_tree, to_yaml
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
@@ -205,18 +206,21 @@ def launch(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
     print(report.header(config, choices, here, environment), flush=True)
     try:
         prepared = start.run(
-            commands.prepare_command(run_dir), commands.package_environment(os.environ)
+            commands.prepare_command(run_dir),
+            commands.package_environment(os.environ),
+            grace_seconds=config.launcher.grace_seconds,
         )
     except BaseException:
         preflight.take_back(made)
         raise
     if prepared.code != 0:
-        if prepared.code == BAD_INPUT or prepared.stopped_by is not None:
+        if prepared.stopped_by is not None:
+            print(report.stopped_early(run_dir, prepared.stopped_by), file=sys.stderr)
+            return RESUMABLE
+        if prepared.code == BAD_INPUT:
             preflight.take_back(made)
         else:
             print(f"preparing the data failed; {run_dir} is kept", file=sys.stderr)
-        if prepared.stopped_by is not None:
-            return 128 + prepared.stopped_by
         return BAD_INPUT if prepared.code == BAD_INPUT else FAILED
 
     return _run_ranks(config, argv, environment)
@@ -228,7 +232,13 @@ def _run_ranks(config: RunConfig, argv: Sequence[str], environment: Mapping[str,
     # torchrun writes its own pages about a failed rank to stderr, the ranks the terminal's lines
     # to stdout.
     quiet = run_dir / "logs" / report.TORCHRUN_LOG if config.launcher.kind == "torchrun" else None
-    ended = start.run(argv, environment, stderr_file=quiet)
+    stop.forget(run_dir)
+    ended = start.run(
+        argv, environment, stderr_file=quiet, grace_seconds=config.launcher.grace_seconds
+    )
+    if where := stop.read(run_dir):
+        print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)
+        return RESUMABLE
     if ended.code == 0:
         print(report.finish(run_dir))
         return 0

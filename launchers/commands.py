@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,9 @@ def rank_environment(
         # Ranks fork their data loader's workers, after which tokenizers' threads deadlock.
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if config.launcher.kind == "torchrun":
+        # Its own is 30 seconds, however long a checkpoint may take.
+        wanted["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.launcher.grace_seconds))
     if config.launcher.device == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
         if machine.gpus:

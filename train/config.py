@@ -678,6 +678,10 @@ class LauncherSection(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where this machine has a GPU; resolved before config.yaml is written."""
+    grace_seconds: PositiveFloat = 30.0
+    """Seconds from a signal to stop until the ranks are killed: SLURM's KillWait, Kubernetes'
+    terminationGracePeriodSeconds or the time that --signal gives. A last checkpoint that would not
+    fit is not begun."""
 
 
 class LocalLauncher(LauncherSection):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from train import optimizer
+from train import optimizer, stop
 from train.checkpoint.saver import Saver
 from train.config import RunConfig, accumulation_steps
 from train.strategy import engine_of, loop
@@ -141,6 +141,7 @@ class Trainer(transformers.Trainer):
         """Return one step's micro-batches and the number of labels in them, over all ranks.
 
         There are none where a run goes on from its last step, as one does that was killed later.
+        Raises Stop, before anything of the step is done, where a rank was told to.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
@@ -150,8 +151,11 @@ class Trainer(transformers.Trainer):
             int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel()
             for b in batches
         )
-        counts = torch.tensor([labels, tokens], device=device)
+        # One reduction for all: whether to stop costs no collective of its own.
+        counts = torch.tensor([labels, tokens, stop.asked() is not None], device=device)
         counts = self.accelerator.reduce(counts, "sum")
+        if counts[2]:
+            raise stop.Stop
         self.tokens_seen += int(counts[1])
         return batches, counts[0].clamp(min=1)
 
