@@ -205,25 +205,35 @@ def launch(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
     made = preflight.create(config, run_dir)
     print(report.header(config, choices, here, environment), flush=True)
     try:
-        prepared = start.run(
-            commands.prepare_command(run_dir),
-            commands.package_environment(os.environ),
-            grace_seconds=config.launcher.grace_seconds,
-        )
+        prepared = _prepare(config)
     except BaseException:
         preflight.take_back(made)
         raise
-    if prepared.code != 0:
-        if prepared.stopped_by is not None:
-            print(report.stopped_early(run_dir, prepared.stopped_by), file=sys.stderr)
-            return RESUMABLE
-        if prepared.code == BAD_INPUT:
-            preflight.take_back(made)
-        else:
-            print(f"preparing the data failed; {run_dir} is kept", file=sys.stderr)
-        return BAD_INPUT if prepared.code == BAD_INPUT else FAILED
-
+    if prepared == BAD_INPUT:
+        preflight.take_back(made)
+    if prepared != 0:
+        return prepared
     return _run_ranks(config, argv, environment)
+
+
+def _prepare(config: RunConfig) -> int:
+    """Make the tokenizer and tokens of a run directory where they are not yet there.
+
+    Returns the exit code, and has said what went wrong where it is not 0.
+    """
+    run_dir = Path(str(config.run_dir))
+    ended = start.run(
+        commands.prepare_command(run_dir),
+        commands.package_environment(os.environ),
+        grace_seconds=config.launcher.grace_seconds,
+    )
+    if ended.stopped_by is not None:
+        print(report.stopped_early(run_dir, ended.stopped_by), file=sys.stderr)
+        return RESUMABLE
+    if ended.code in (0, BAD_INPUT):
+        return ended.code
+    print(f"preparing the data failed; {run_dir} is kept", file=sys.stderr)
+    return FAILED
 
 
 def _run_ranks(config: RunConfig, argv: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -346,6 +356,10 @@ def _resume(arguments: list[str]) -> int:
     print(report.header(config, choices, here, environment))
     where = newest.name if newest else "the beginning: there is no checkpoint yet"
     print(f"  {'goes on':<10}from {where}", flush=True)
+    if not (run_dir / "data.json").exists():  # stopped while they were being prepared
+        prepared = _prepare(config)
+        if prepared != 0:
+            return prepared
     return _run_ranks(config, commands.rank_command(config, run_dir), environment)
 
 

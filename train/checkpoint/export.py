@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from train import stop
 from train.checkpoint import portable
 from train.checkpoint.discovery import best_whole
 from train.checkpoint.layout import atomic_directory, read_manifest, step_of
@@ -38,6 +39,8 @@ def export(
     """Write RUN_DIR/final and return its path. Collective; rank 0 writes.
 
     The weights are those of ``checkpoint``, or of the live engine where there is none.
+
+    Raises Stop where a rank was told to before the last tensor is there; final/ is not made then.
 
     Rank 0 holds one shard of at most ``max_shard_bytes`` (or one tensor, where that is larger) in
     memory at a time. Raises FloatingPointError where a weight is not finite, and RuntimeError where
@@ -121,6 +124,7 @@ def _whole_tensors(
         if checkpoint is None
         else _saved_parameters(trainer, checkpoint)
     ):
+        stop.check()
         names.add(name)
         yield name, tensor
     saved = trainer.model.state_dict().keys()
