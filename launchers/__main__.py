@@ -400,6 +400,7 @@ def _sample_together(options: argparse.Namespace, arguments: list[str]) -> int:
             ),
             commands.rank_environment(config, here, os.environ),
             stderr_file=directory / "logs" / report.TORCHRUN_LOG,
+            grace_seconds=0,  # they have nothing to save
         )
         failures = report.rank_failures(directory)
         code = report.exit_code(ended.code, failures, ended.stopped_by)

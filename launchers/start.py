@@ -55,9 +55,10 @@ def run(
     """Run a command to its end, under this process's environment and the one given.
 
     Each of ASKS_TO_STOP has the ranks told STOP; those that have not ended ``grace_seconds`` later
-    are killed, and after a second SIGINT at once. When the child has ended, all that descends from
-    it is ended too; when this process is killed, the child gets SIGTERM. What asks to stop is
-    blocked behind a run that was stopped: another one must not keep its end from being told.
+    are killed, and after a second SIGINT at once; 0 is for those that do not heed STOP. When the
+    child has ended, all that descends from it is ended too; when this process is killed, the child
+    gets SIGTERM. What asks to stop is blocked behind a run that was stopped: another one must not
+    keep its end from being told.
     """
     before = set(descendants(os.getpid()))
     request = _Request(grace_seconds)

@@ -1042,6 +1042,7 @@ _ALIASES = {
     "gradient_checkpointing": (
         "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
     ),
+    "grace_period": "launcher.grace_seconds",
     "gradient_clipping": "trainer.max_grad_norm",
     "greater_is_better": "checkpoint.best_metric: its direction follows from it",
     "keep_checkpoints": "checkpoint.keep_last",
@@ -1072,6 +1073,8 @@ _ALIASES = {
     "save_steps": "trainer.save_every_steps",
     "save_top_k": "checkpoint.keep_best",
     "save_total_limit": "checkpoint.keep_last",
+    "shutdown_timeout": "launcher.grace_seconds",
+    "termination_grace_period_seconds": "launcher.grace_seconds",
     "tf32": "precision=tf32",
     "tokenizer_name": "tokenizer=pretrained tokenizer.name=...",
     "torch_compile": "trainer.compile",

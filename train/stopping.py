@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from tqdm import tqdm
+
 from train import stop
 from train.checkpoint import layout
 from train.rank import Rank, from_all
@@ -22,7 +24,7 @@ def end(run_dir: Path, rank: Rank, trainer: Trainer | None, console: TextIO) -> 
     """
     reason = stop.reason(from_all(stop.asked()))
     if rank.index == 0:
-        print(f"stopping: {reason}", file=console)
+        tqdm.write(f"stopping: {reason}", file=console)
     unsaved = trainer.saver.save_before_stop() if trainer is not None else None
     if rank.index == 0:
         _stopped(run_dir, trainer, reason, unsaved).write(run_dir)

@@ -21,13 +21,10 @@ pytestmark = pytest.mark.distributed
 Tiny = Callable[[str], tuple[str, ...]]
 
 FOR_EVER = "trainer.max_steps=100000"
-GRACE_SECONDS = 30.0
 
 
-def assert_stopped(
-    ended: subprocess.CompletedProcess[str], signalled_at: float, run_dir: Path
-) -> stop.Stopped:
-    assert time.monotonic() - signalled_at < GRACE_SECONDS
+def assert_stopped(ended: subprocess.CompletedProcess[str], run_dir: Path) -> stop.Stopped:
+    """The launcher kills at the end of the grace period: a clean end is one within it."""
     where = stop.read(run_dir)
     assert where is not None, ended
     assert where.checkpoint == str(run_dir / "checkpoints" / f"checkpoint-{where.step}")
@@ -40,20 +37,19 @@ def assert_stopped(
 
 def stopped_by(
     number: signal.Signals, at: Iterable[int], process: subprocess.Popen[str]
-) -> tuple[subprocess.CompletedProcess[str], float]:
-    signalled_at = time.monotonic()
+) -> subprocess.CompletedProcess[str]:
     for pid in at:
         os.kill(pid, number)
-    return finish(process), signalled_at
+    return finish(process)
 
 
 def test_sigusr1_to_the_launcher_stops_the_ranks_below_torchrun(tiny: Tiny, tmp_path: Path) -> None:
     process = start("train", *tiny("clm"), FOR_EVER, cwd=tmp_path)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    ended, at = stopped_by(signal.SIGUSR1, [process.pid], process)
+    ended = stopped_by(signal.SIGUSR1, [process.pid], process)
 
     assert ended.returncode == 75
-    where = assert_stopped(ended, at, tmp_path / "run")
+    where = assert_stopped(ended, tmp_path / "run")
     assert (
         f"stopped at step {where.step} by SIGUSR1; go on with: shardwright resume" in ended.stderr
     )
@@ -120,10 +116,10 @@ def test_a_signal_to_any_process_stops_all(
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     ranks = [rank_process(tmp_path, rank) for rank in range(2)]
     torchrun = _parent(ranks[0])
-    ended, at = stopped_by(number, TARGETS[target](process.pid, torchrun, ranks), process)
+    ended = stopped_by(number, TARGETS[target](process.pid, torchrun, ranks), process)
 
     assert ended.returncode == 75, ended
-    assert_stopped(ended, at, tmp_path / "run")
+    assert_stopped(ended, tmp_path / "run")
 
 
 @pytest.mark.faults
@@ -135,10 +131,10 @@ def test_a_run_of_one_rank_stops_too(
     process = start("train", *on_one_rank(tiny("clm")), FOR_EVER, cwd=tmp_path)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     (rank,) = set(processes(tmp_path)) - {process.pid}
-    ended, at = stopped_by(number, [process.pid if target == "launcher" else rank], process)
+    ended = stopped_by(number, [process.pid if target == "launcher" else rank], process)
 
     assert ended.returncode == 75, ended
-    assert_stopped(ended, at, tmp_path / "run")
+    assert_stopped(ended, tmp_path / "run")
 
 
 @pytest.mark.faults
@@ -155,10 +151,9 @@ def test_torchrun_started_by_hand_stops_too(tiny: Tiny, tmp_path: Path) -> None:
     while f'"step": {before.step + 2}' not in metrics.read_text():
         assert process.poll() is None, finish(process)
         time.sleep(0.05)
-    ended, at = stopped_by(signal.SIGTERM, [process.pid], process)
+    ended = stopped_by(signal.SIGTERM, [process.pid], process)
 
     assert ended.returncode == 1, "torchrun's own"
-    assert time.monotonic() - at < GRACE_SECONDS
     after = stop.read(run_dir)
     assert after is not None
     assert after.progress_steps == after.step - before.step >= 2

@@ -230,4 +230,4 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
 
         return sound_evaluation(self, noted(), *arguments, **options)  # type: ignore[arg-type]
 
-    Trainer.evaluation_loop = evaluation  # type: ignore[method-assign]
+    Trainer.evaluation_loop = evaluation  # type: ignore[method-assign, assignment]

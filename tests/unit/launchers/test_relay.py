@@ -90,9 +90,7 @@ def test_the_second_changes_nothing_and_the_grace_period_ends_it(
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    started = time.monotonic()
-    assert process.wait(60) == 128 + signal.SIGKILL
-    assert time.monotonic() - started < 10
+    assert process.wait(40) == 128 + signal.SIGKILL
     assert not list(tmp_path.glob("saved-*"))
 
 
