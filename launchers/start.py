@@ -122,6 +122,8 @@ class _Request:
     def note(self, number: int, frame: FrameType | None) -> None:
         del frame
         impatient = number == signal.SIGINT and number in self.signals
+        if number == signal.SIGINT and not self.signals and self.grace_seconds:
+            os.write(2, b"\nstopping as soon as all is saved; Ctrl-C again kills\n")
         self.signals.append(number)
         left = 0.0 if impatient else self.grace_seconds
         self.deadline = min(self.deadline, time.monotonic() + left)
@@ -145,15 +147,17 @@ def _is_rank(pid: int) -> bool:
         parent = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except (OSError, IndexError):
         return False
-    return _has_rank(pid) and not _has_rank(parent)
+    mine = _rank_variables(pid)
+    # Some clusters set RANK for whatever they start, launchers included.
+    return any(v.startswith(b"RANK=") for v in mine) and mine != _rank_variables(parent)
 
 
-def _has_rank(pid: int) -> bool:
+def _rank_variables(pid: int) -> set[bytes]:
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
-        return False
-    return any(variable.startswith(b"RANK=") for variable in variables)
+        return set()
+    return {v for v in variables if v.startswith((b"RANK=", b"LOCAL_RANK="))}
 
 
 def _listens(pid: int) -> bool:

@@ -135,6 +135,7 @@ def stopped(run_dir: Path, when: AtEvent) -> stop.Stopped:
     directory = run_dir / "checkpoints"
     assert not any(layout.what_is_wrong(path) for path in directory.glob("checkpoint-*"))
     assert not list(directory.glob(".*.tmp"))
+    assert not list(run_dir.glob(".tokenizer-*"))
     where = stop.read(run_dir)
     assert where is not None
     return where
@@ -147,8 +148,12 @@ def assert_goes_on_to_the_same_end(run_dir: Path, undisturbed: Path) -> None:
     weights = "final/model.safetensors"
     assert (run_dir / weights).read_bytes() == (undisturbed / weights).read_bytes()
     assert metrics(run_dir) == metrics(undisturbed)
-    newest = f"checkpoints/checkpoint-{MAX_STEPS}/manifest.json"
-    assert layout.what_is_wrong((run_dir / newest).parent) is None
+    # What was evaluated at a checkpoint's step stands in its manifest, cut or not.
+    for step, checkpoint in layout.whole_checkpoints(undisturbed / "checkpoints"):
+        mine = run_dir / "checkpoints" / checkpoint.name
+        assert mine.is_dir() or step != MAX_STEPS
+        if mine.is_dir():
+            assert layout.read_manifest(mine).metrics == layout.read_manifest(checkpoint).metrics
 
 
 @pytest.mark.parametrize(("strategy", "when", "step"), cases())
@@ -214,6 +219,30 @@ def test_workers_that_load_the_data_outlive_the_signal(
     where = stopped(run_dir, AtEvent("train.micro_batch", 4, everyone=True, signal=TERM, times=2))
     assert where.step == 3
     assert_goes_on_to_the_same_end(run_dir, undisturbed("ddp"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("everyone", [False, True])
+def test_ranks_that_prepare_their_data_begin_anew(
+    everyone: bool,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    undisturbed: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    run_dir = frozen(tmp_path / "run", "ddp", tiny_tree("clm"))
+    where = stopped(run_dir, AtEvent("os.mkdir .tokenizer-", everyone=everyone, signal=TERM))
+    assert (where.step, where.checkpoint, where.progress_steps) == (0, None, 0)
+    assert not (run_dir / "checkpoints").exists()
+    assert_goes_on_to_the_same_end(run_dir, undisturbed("ddp"))
+
+
+def test_torchrun_gets_the_code_that_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would start ranks again that end with any other than 0, while it has restarts left."""
+    assert not stop.is_restarted_on_failure()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    for restarts, is_restarted in enumerate((True, True, False)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        assert stop.is_restarted_on_failure() is is_restarted
 
 
 def test_a_signal_to_one_rank_only_leaves_which_and_how() -> None:

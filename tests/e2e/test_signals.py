@@ -81,6 +81,7 @@ def test_ctrl_c_while_the_data_are_prepared_leaves_a_run_that_goes_on(
     ended = finish(process)
 
     assert ended.returncode == 75
+    assert "stopping as soon as all is saved; Ctrl-C again kills" in ended.stderr
     assert "stopped by SIGINT while the data were being prepared; go on with" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not list(tmp_path.glob("cache/*/*.tmp-*"))

@@ -24,7 +24,7 @@ from tests.distributed.pool import free_port
 
 WORLD_SIZE = 2
 TIMEOUT_SECONDS = 120
-_WATCHED = re.compile(r"checkpoints\b|\.?final\b|metrics\.|\.$")
+_WATCHED = re.compile(r"checkpoints\b|\.?final\b|\.tokenizer-|metrics\.|\.$")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from tests.unit.launchers.fakes import ROOT
 # A launcher that dies of SIGUSR1, as torchrun does; a rank with a child of its own that does too.
 LAUNCHER = """
 import os, subprocess, sys
-ranks = [subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]],
-                          env={**os.environ, "RANK": str(rank)}, start_new_session=True)
-         for rank in range(2)]
+ranks = []
+for rank in "01":
+    environment = {**os.environ, "RANK": rank, "LOCAL_RANK": rank}
+    ranks.append(subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]],
+                                  env=environment, start_new_session=True))
 sys.exit(max(rank.wait() for rank in ranks))
 """
 RANK = """
@@ -46,11 +48,13 @@ Relay = Callable[..., "subprocess.Popen[bytes]"]
 def relay(tmp_path: Path) -> Relay:
     """Return a function that starts two ranks below a launcher below a relay."""
 
-    def start(*options: str, imports: float = 0.0, save: float = 0.0) -> subprocess.Popen[bytes]:
+    def start(
+        *options: str, imports: float = 0.0, save: float = 0.0, **environment: str
+    ) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path), str(imports), str(save)]
         return subprocess.Popen(
             [sys.executable, "-m", "launchers.relay", *options, *command],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         )
 
     return start
@@ -76,7 +80,7 @@ def test_the_ranks_get_it_and_their_exit_code_comes_back(
 
 
 def test_a_rank_that_does_not_listen_yet_gets_it_later(relay: Relay, tmp_path: Path) -> None:
-    process = relay(imports=1.0)
+    process = relay(imports=1.0, RANK="0")  # as Kubernetes' operators set for a node
     time.sleep(0.5)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75
