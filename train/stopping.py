@@ -32,6 +32,8 @@ def end(run_dir: Path, rank: Rank, trainer: Trainer | None, console: TextIO) -> 
         # Closes the progress bar, and what the trackers have open.
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         engine_of(trainer.config).clean_up(trainer.config)
+    # Launchers kill the others as soon as one rank has left with a code that is not 0.
+    from_all(None)
 
 
 def _stopped(
