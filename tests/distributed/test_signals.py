@@ -234,18 +234,3 @@ def test_ranks_that_prepare_their_data_begin_anew(
     assert (where.step, where.checkpoint, where.progress_steps) == (0, None, 0)
     assert not (run_dir / "checkpoints").exists()
     assert_goes_on_to_the_same_end(run_dir, undisturbed("ddp"))
-
-
-def test_torchrun_gets_the_code_that_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would start ranks again that end with any other than 0, while it has restarts left."""
-    assert not stop.is_restarted_on_failure()
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
-    for restarts, is_restarted in enumerate((True, True, False)):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
-        assert stop.is_restarted_on_failure() is is_restarted
-
-
-def test_a_signal_to_one_rank_only_leaves_which_and_how() -> None:
-    assert stop.reason(["SIGTERM", None, "SIGTERM"]) == "SIGTERM on ranks 0, 2"
-    assert stop.reason([None, "SIGUSR1"]) == "SIGUSR1 on rank 1"
-    assert stop.reason(["SIGUSR1", "SIGTERM"]) == "SIGUSR1 on rank 0; SIGTERM on rank 1"
