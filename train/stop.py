@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 """What asks a rank to stop. SIGUSR1 is the one that no launcher between acts on by itself."""
 NOTE = "stopped.json"
+SECONDS_BETWEEN_LOOKS = 0.5
+_KEY = "shardwright/stop"
 
 
 class Stop(BaseException):
@@ -30,6 +33,8 @@ class _Request:
 
 _request: _Request | None = None
 _at_once = False
+_heard = False
+"""Whether the next signal is only to say that another rank was asked."""
 
 
 # --- one process --------------------------------------------------------------------------------
@@ -52,6 +57,10 @@ def install() -> None:
 def _note(number: int, frame: FrameType | None) -> None:
     global _request
     del frame
+    if _heard:
+        if _at_once:
+            raise Stop
+        return
     if number == signal.SIGINT:
         signal.signal(number, signal.SIG_DFL)
     if _request is None:
@@ -118,16 +127,46 @@ def check() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Let a signal end the block at once, and raise Stop on all ranks behind it. Collective.
+    """Let a signal to any rank end the block on all at once, and raise Stop. Collective.
 
-    Nothing inside may be collective.
+    Nothing inside may be: a rank that waits for another's work waits in no collective.
     """
-    try:
-        with at_once():
-            yield
-    except Stop:
-        pass
+    with _hearing_others() as tell_others:
+        try:
+            with at_once():
+                yield
+        except Stop:
+            tell_others()
     check()
+
+
+@contextmanager
+def _hearing_others() -> Iterator[Callable[[], object]]:
+    """Have a thread interrupt this process once another rank calls what the block is given."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    if not dist.is_initialized():
+        yield lambda: None
+        return
+    store, over = _get_default_store(), threading.Event()
+
+    def listen() -> None:
+        global _heard
+        while not over.wait(SECONDS_BETWEEN_LOOKS):
+            if store.check([_KEY]):
+                _heard = True
+                signal.pthread_kill(main, signal.SIGUSR1)
+                return
+
+    main = threading.get_ident()
+    listener = threading.Thread(target=listen, name="stop", daemon=True)
+    listener.start()
+    try:
+        yield lambda: store.set(_KEY, "")
+    finally:
+        over.set()
+        listener.join()
 
 
 def reason(signals: Sequence[str | None]) -> str:

@@ -7,11 +7,13 @@ of a signal is in tests/e2e/test_signals.py.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from tests.faults.killable import WORLD_SIZE, AtEvent, start
@@ -229,8 +231,17 @@ def test_ranks_that_prepare_their_data_begin_anew(
     undisturbed: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    run_dir = frozen(tmp_path / "run", "ddp", tiny_tree("clm"))
-    where = stopped(run_dir, AtEvent("os.mkdir .tokenizer-", everyone=everyone, signal=TERM))
+    tree, reference = tiny_tree("clm"), undisturbed("ddp")
+    own_cache = tmp_path / "cache"
+    shutil.copytree(Path(tree["data"]["cache_dir"]) / "tokenizers", own_cache / "tokenizers")
+    tree["data"]["cache_dir"] = str(own_cache)
+    run_dir = frozen(tmp_path / "run", "ddp", tree)
+    # Whoever is not told waits for tokens that another process seems to pack.
+    name = json.loads((reference / "data.json").read_text())["tokens"]
+    (own_cache / "tokens").mkdir()
+    with filelock.FileLock(own_cache / "tokens" / f"{name}.lock"):
+        where = stopped(run_dir, AtEvent("os.mkdir .tokenizer-", everyone=everyone, signal=TERM))
     assert (where.step, where.checkpoint, where.progress_steps) == (0, None, 0)
+    assert where.reason == f"SIGTERM on {'ranks 0, 1' if everyone else 'rank 0'}"
     assert not (run_dir / "checkpoints").exists()
-    assert_goes_on_to_the_same_end(run_dir, undisturbed("ddp"))
+    assert_goes_on_to_the_same_end(run_dir, reference)
