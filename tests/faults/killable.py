@@ -84,7 +84,7 @@ def start(run_dir: Path, kill: Kill | None = None) -> Ended:
     for rank in range(WORLD_SIZE):
         leader = processes[0].pid if processes else 0
         arguments = (run_dir, rank, port, leader, kill, console)
-        process = context.Process(target=_rank, args=arguments, daemon=True)
+        process = context.Process(target=_rank, args=arguments)  # its loader has workers
         process.start()
         processes.append(process)
     try:
