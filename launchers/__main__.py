@@ -25,15 +25,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launchers import (
+    cancel,
     checkpoints,
     commands,
     completion,
     compose_errors,
+    logs,
     machine,
     preflight,
     report,
     resume,
     start,
+    status,
+    submit,
 )
 from launchers.machine import Machine
 from train import config as run_config
@@ -43,7 +47,7 @@ from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-COMMANDS = ("train", "resume", "sample", "checkpoints")
+COMMANDS = ("train", "resume", "sample", "checkpoints", "status", "logs", "cancel")
 
 USAGE = """\
 Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
@@ -59,11 +63,18 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       among ranks (--nproc-per-node N) where it does not fit one device
   shardwright checkpoints RUN_DIR [--verify]
       list what a run has saved and whether it is whole; --verify checks every hash
+  shardwright status RUN_DIR|all
+      state in the queue, step, loss, tokens per second, time left, newest checkpoint
+  shardwright logs RUN_DIR [--rank N] [--follow]
+      what a run's job or one of its ranks prints
+  shardwright cancel RUN_DIR [--now]
+      stop a run after a checkpoint, wherever it runs; --now: at once
   shardwright --version
 
 Examples
   shardwright train experiment=demo
   shardwright train model=gpt2_small strategy=zero2 precision=bf16 trainer.max_steps=2000
+  shardwright train launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8 model=llama_1b
   shardwright sample runs/demo-20260131-120000 --prompt 'def __init__(self'
 """
 
@@ -104,6 +115,12 @@ def _dispatch(arguments: list[str]) -> int:
             return _sample(rest)
         case ["checkpoints", *rest]:
             return checkpoints.main(rest)
+        case ["status", *rest]:
+            return status.main(rest)
+        case ["logs", *rest]:
+            return logs.main(rest)
+        case ["cancel", *rest]:
+            return cancel.main(rest)
     command = arguments[0]
     if "=" in command:
         raise UserError(f"{command} comes behind a command: shardwright train {command}")
@@ -133,6 +150,13 @@ def _train(arguments: list[str]) -> int:
     here = machine.detect(os.environ)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     configs = [_resolved(job, here, stamp) for job in jobs]
+    if "slurm" in (kinds := {config.launcher.kind for config in configs}):
+        if len(kinds) > 1:
+            raise UserError(
+                f"launcher={','.join(sorted(kinds))}: the runs of a sweep start here or by SLURM, "
+                "not both; choose one launcher"
+            )
+        return _train_by_slurm(configs, [job.choices for job in jobs], here, dry_run=dry_run)
     if dry_run:
         for config in configs:
             _show(config, here)
@@ -147,6 +171,17 @@ def _train(arguments: list[str]) -> int:
             return code
         worst = worst or code
     return worst
+
+
+def _train_by_slurm(
+    configs: list[RunConfig], choices: list[Mapping[str, str]], here: Machine, *, dry_run: bool
+) -> int:
+    if dry_run:
+        print("\n".join(_shown(config) for config in configs))
+        print(submit.show(configs), flush=True)
+    for config in configs:
+        preflight.check(config, here)
+    return 0 if dry_run else submit.new_runs(configs, choices, here)
 
 
 def compose(arguments: list[str]) -> list[Job]:
@@ -288,15 +323,23 @@ def _run_dir(config: RunConfig, number: int | None, stamp: str) -> str:
     return os.path.abspath(sweep_dir / str(number))
 
 
-def _show(config: RunConfig, here: Machine) -> None:
-    """Print what a run would be, as `--dry-run` does."""
+def _shown(config: RunConfig) -> str:
+    """Return a run's config and its engine settings, as `--dry-run` prints them."""
     from train.strategy import engine_settings
 
+    settings = json.dumps(engine_settings(config), indent=2)
+    return f"# {config.run_dir}/config.yaml\n{to_yaml(config)}\n# engine settings\n{settings}\n"
+
+
+def _show(config: RunConfig, here: Machine) -> None:
+    """Print what a run would be, as `--dry-run` does."""
     assert config.run_dir is not None, "resolved"
+    print(_shown(config))
+    if config.launcher.kind == "slurm":
+        print(submit.show([config]), flush=True)
+        return
     environment = commands.rank_environment(config, here, os.environ)
     argv = commands.rank_command(config, Path(config.run_dir))
-    print(f"# {config.run_dir}/config.yaml\n{to_yaml(config)}")
-    print(f"# engine settings\n{json.dumps(engine_settings(config), indent=2)}\n")
     print("# environment")
     print("\n".join(f"{name}={shlex.quote(value)}" for name, value in environment.items()))
     print(f"\n# command\n{shlex.join(argv)}", flush=True)
@@ -336,6 +379,7 @@ def _resume(arguments: list[str]) -> int:
                 "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
             )
     before = run_config.load(run_dir)
+    submit.check_no_job(run_dir)
     groups = {name for name in RunConfig.model_fields if (CONF / name).is_dir()}
     options: dict[str, Any] = {}
     if picked := resume.chosen(overrides, groups):
@@ -352,9 +396,16 @@ def _resume(arguments: list[str]) -> int:
 
     newest = resume.write(run_dir, config, overrides)
     choices = dict(choice.split("=", 1) for choice in picked)
+    where = newest.name if newest else "the beginning: there is no checkpoint yet"
+    if config.launcher.kind == "slurm":
+        print(f"goes on from {where}")
+        try:
+            return submit.again(config, choices, here)
+        except UserError:
+            resume.take_back(run_dir)
+            raise
     environment = commands.rank_environment(config, here, os.environ)
     print(report.header(config, choices, here, environment))
-    where = newest.name if newest else "the beginning: there is no checkpoint yet"
     print(f"  {'goes on':<10}from {where}", flush=True)
     if not (run_dir / "data.json").exists():  # stopped while they were being prepared
         prepared = _prepare(config)

@@ -70,6 +70,22 @@ def rank_environment(
     }
 
 
+def job_environment(
+    config: RunConfig, user: Mapping[str, str], *, packages: Path = PACKAGES
+) -> dict[str, str]:
+    """Return the variables that a job's script sets; sbatch carries the user's own to the nodes."""
+    wanted = {
+        **package_environment(user, packages=packages),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if config.launcher.device == "cpu":
+        wanted["DS_ACCELERATOR"] = "cpu"
+    return {
+        name: value for name, value in wanted.items() if name == "PYTHONPATH" or name not in user
+    }
+
+
 def package_environment(user: Mapping[str, str], *, packages: Path = PACKAGES) -> dict[str, str]:
     """Return the variables with which a child finds this very `train`.
 
