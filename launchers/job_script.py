@@ -73,7 +73,7 @@ def directives(config: RunConfig, array: Array | None = None) -> list[str]:
     """
     launcher = config.launcher
     assert isinstance(launcher, SlurmLauncher)
-    # A relative path is taken from the job's own directory, in which SLURM expands no %.
+    # Relative to the job's own directory, whose name may hold what no directive may.
     log = "logs/job-%j.log" if array is None else "%a/logs/job-%A_%a.log"
     flags: dict[str, object] = {
         "job-name": config.name,

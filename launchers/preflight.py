@@ -41,7 +41,7 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
         # This is a login node: what GPUs, disks and compilers there are, the ranks find out.
         return [
             *_missing_packages(config),
-            *_site_problems(config.launcher),
+            *_slurm_problems(config),
             *_tracking_problems(config, machine),
         ]
     return [
@@ -114,7 +114,14 @@ def _node_problems(config: RunConfig) -> list[str]:
     ]
 
 
-def _site_problems(launcher: SlurmLauncher) -> Iterator[str]:
+def _slurm_problems(config: RunConfig) -> Iterator[str]:
+    launcher, run_dir = config.launcher, str(config.run_dir)
+    assert isinstance(launcher, SlurmLauncher)
+    if "%" in run_dir or "\\" in run_dir:
+        yield (
+            f"run_dir={run_dir} holds % or a backslash, which SLURM replaces in the path of a "
+            "job's log; choose another"
+        )
     if launcher.site is not None and not os.access(launcher.site, os.R_OK):
         yield (
             f"launcher.site={launcher.site} cannot be read; copy slurm/site.example.sh there, or "

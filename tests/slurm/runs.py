@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.status import rank_processes
-from tests.e2e.cli import ROOT, TINY
+from tests.e2e.cli import ROOT, TINY, finish
 from tests.slurm.cluster import Cluster, until
 
 STEPS = 60
@@ -35,9 +35,9 @@ def overrides(corpus: Path, cache_dir: Path, *, ranks: int = 2) -> tuple[str, ..
     )
 
 
-def shardwright(cluster: Cluster, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run `shardwright ...` on the login node."""
-    return subprocess.run(
+def start(cluster: Cluster, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start `shardwright ...` on the login node."""
+    return subprocess.Popen(
         cluster.on_login(sys.executable, "-m", "launchers", *arguments),
         cwd=cwd,
         env={
@@ -47,10 +47,15 @@ def shardwright(cluster: Cluster, *arguments: str, cwd: Path) -> subprocess.Comp
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=280,
     )
+
+
+def shardwright(cluster: Cluster, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `shardwright ...` on the login node to its end."""
+    return finish(start(cluster, *arguments, cwd=cwd))
 
 
 def submitted(cluster: Cluster, *arguments: str, cwd: Path) -> str:
@@ -66,6 +71,11 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def weights(run_dir: Path) -> bytes:
+    """Return the weights of a run that is done, with whatever else is in their file."""
+    return (run_dir / "final" / "model.safetensors").read_bytes()
 
 
 def log(run_dir: Path) -> str:
