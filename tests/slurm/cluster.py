@@ -21,8 +21,8 @@ from typing import Any
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
 NETWORK = "10.77.0"
-KILL_WAIT_SECONDS = 20
-"""From SIGTERM to SIGKILL; 30 is usual."""
+KILL_WAIT_SECONDS = 30
+"""From SIGTERM to SIGKILL, as on most clusters."""
 CPUS = 4
 """As SLURM sees a node, whatever the machine has."""
 GPUS = 2

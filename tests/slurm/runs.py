@@ -107,7 +107,12 @@ def resume(pids: Sequence[int]) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def has_pending(pid: int, number: signal.Signals) -> bool:
+def wait_for_signal(paused: Sequence[int], number: signal.Signals, seconds: float = 60) -> None:
+    """Wait until each of the paused processes was sent a signal."""
+    until(lambda: all(_has_pending(pid, number) for pid in paused), f"{number.name}", seconds)
+
+
+def _has_pending(pid: int, number: signal.Signals) -> bool:
     """Return whether a paused process was sent a signal."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     masks = [int(line.split()[1], 16) for line in lines if line[:6] in ("SigPnd", "ShdPnd")]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from launchers import slurm
+from tests.e2e.cli import finish
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import SLURM, STEPS, shardwright, submitted
@@ -142,8 +144,10 @@ def test_cancel_stops_a_run_with_a_checkpoint_and_resume_submits_it_again(
     assert rank_log.returncode == 0
 
     follower = runs.start(cluster, "logs", str(run_dir), "--follow", cwd=tmp_path)
+    canceller = runs.start(cluster, "cancel", str(run_dir), cwd=tmp_path)
+    runs.wait_for_signal(paused, signal.SIGUSR1)
     runs.resume(paused)
-    cancelled = shardwright(cluster, "cancel", str(run_dir), cwd=tmp_path)
+    cancelled = finish(canceller)
     assert cancelled.returncode == 0, cancelled.stderr
     assert "stopped at step" in cancelled.stdout
     shown, _ = follower.communicate(timeout=60)
