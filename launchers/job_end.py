@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +68,7 @@ def why_not_go_on(launcher: SlurmLauncher, *, is_ended: bool, is_cancelled: bool
 
 def _is_past_its_limit() -> bool:
     """Return whether this job ends because its time is up; SLURM says COMPLETING whatever it is."""
-    job = slurm.look(os.environ["SLURM_JOB_ID"]) if shutil.which("scontrol") else None
+    job = slurm.look(os.environ["SLURM_JOB_ID"])
     return job is not None and job.is_past_its_limit
 
 

@@ -64,10 +64,18 @@ def submit(argv: Sequence[str], cwd: Path) -> str:
 
 
 def look(job: str) -> Job | None:
-    """Return what the controller, or else the accounting, knows of a job; None where neither."""
-    ended = _run(["scontrol", "show", "job", "--oneliner", job])
+    """Return what the controller, or else the accounting, knows of a job; None where neither.
+
+    Raises UserError where there is a controller and it does not answer.
+    """
+    try:
+        ended = _run(["scontrol", "show", "job", "--oneliner", job])
+    except FileNotFoundError:  # the run is seen from a machine without SLURM
+        return None
     if ended.returncode == 0 and (found := parsed(ended.stdout, job)):
         return found
+    if ended.returncode != 0 and "Invalid job id" not in ended.stderr:
+        raise UserError(f"SLURM does not tell of job {job}: {ended.stderr.strip()}")
     for flags in (["-X"], ["-c"]):  # the database, or the file of those that ended
         try:
             ended = _run(["sacct", *flags, "-nP", "-j", job, "-o", "state,exitcode"])
@@ -188,6 +196,12 @@ def _checked(argv: Sequence[str]) -> None:
 
 
 def _run(argv: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        argv, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
-    )
+    try:
+        return subprocess.run(
+            argv, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{argv[0]} has had no answer for {TIMEOUT_SECONDS} s: the cluster's controller may "
+            "be down; try again later"
+        ) from None

@@ -109,7 +109,7 @@ def of(run_dir: Path) -> Status:
     """Look at a run's directory, at the queue and at the processes of this machine."""
     config = run_config.load(run_dir)
     known = slurm.job_of(run_dir)
-    job = _job(known)
+    job = slurm.look(known) if known is not None else None
     lines = tail(run_dir / "metrics.jsonl")
     last: dict[str, Any] = {}
     for line in lines:  # a line of an evaluation has no loss, and the last has none of the speed
@@ -136,15 +136,6 @@ def of(run_dir: Path) -> Status:
         left_seconds=None if is_over else left_seconds(last, total),
         checkpoint=whole[-1][1].name if whole else None,
     )
-
-
-def _job(known: str | None) -> slurm.Job | None:
-    if known is None:
-        return None
-    try:
-        return slurm.look(known)
-    except FileNotFoundError:  # the directory is seen from a machine without SLURM
-        return None
 
 
 def state_of(

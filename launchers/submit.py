@@ -20,6 +20,8 @@ from train.errors import UserError
 SITE = job_script.TEMPLATE.with_name(job_script.SITE)
 """The cluster's own settings, which users make out of site.example.sh."""
 POLL_SECONDS = 2.0
+UNANSWERED = 150
+"""So often in a row the controller may leave `wait` without an answer."""
 
 
 def array_of(configs: Sequence[RunConfig]) -> Array | None:
@@ -83,7 +85,7 @@ def again(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
 def check_no_job(run_dir: Path) -> None:
     """Raise UserError where the job of a run is not over yet: two would train in one directory."""
     known = slurm.job_of(run_dir)
-    job = slurm.look(known) if known and shutil.which("scontrol") else None
+    job = slurm.look(known) if known is not None else None
     if job is not None and not job.is_over:
         raise UserError(
             f"job {job.id} of {run_dir} is {job.state}, and two cannot train in one directory; "
@@ -157,9 +159,17 @@ def _end_of_all(config: RunConfig, run_dirs: Mapping[str, Path]) -> int:
 
 def wait(job: str, run_dir: Path) -> int:
     """Wait until a job is over, telling of each change; return its exit code."""
-    told = ""
+    told, unanswered = "", 0
     while True:
-        found = slurm.look(job)
+        try:
+            found = slurm.look(job)
+            unanswered = 0
+        except UserError:  # a controller that restarts
+            unanswered += 1
+            if unanswered > UNANSWERED:
+                raise
+            time.sleep(POLL_SECONDS)
+            continue
         if found is None:
             raise UserError(f"SLURM no longer knows job {job}; its log is in {run_dir / 'logs'}")
         text = found.state + (f" on {found.nodes}" if found.nodes else "")

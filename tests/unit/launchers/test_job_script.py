@@ -30,7 +30,7 @@ def script(run: RunConfig, **how: Any) -> str:
     return job_script(run, environment, **{**where, **how})
 
 
-EVERYTHING = {
+EVERYTHING: dict[str, Any] = {
     "nodes": 2,
     "gpus_per_node": 4,
     "gpu_type": "a100",
