@@ -83,7 +83,7 @@ def log(run_dir: Path) -> str:
     return "".join(path.read_text() for path in sorted((run_dir / "logs").glob("job-*.log")))
 
 
-def wait_for_step(run_dir: Path, step: int, seconds: float = 90) -> None:
+def wait_for_step(run_dir: Path, step: int, seconds: float = 180) -> None:
     """Wait until a run has logged a step."""
     until(
         lambda: any(line["step"] >= step for line in metrics(run_dir)),
