@@ -19,6 +19,13 @@ TRAIN_FLAGS = (
     "--resolve",
 )
 
+FLAGS = {
+    "cancel": ("--now", "--help"),
+    "checkpoints": checkpoints.FLAGS,
+    "logs": ("--rank", "--follow", "--help"),
+    "status": ("--help",),
+}
+
 
 def complete(line: str, commands: Sequence[str]) -> list[str] | str:
     """Return the candidates for a command line, or the line to put to Hydra.
@@ -33,8 +40,8 @@ def complete(line: str, commands: Sequence[str]) -> list[str] | str:
     last = "" if line.endswith(" ") else words.pop()
     if not words:
         return [command for command in commands if command.startswith(last)]
-    if words[0] == "checkpoints":
-        return [flag for flag in checkpoints.FLAGS if flag.startswith(last)] * last.startswith("-")
+    if (flags := FLAGS.get(words[0])) is not None:
+        return [flag for flag in flags if flag.startswith(last)] * last.startswith("-")
     if words[0] != "train":
         return []
     if last.startswith("-"):

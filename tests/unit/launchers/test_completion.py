@@ -23,6 +23,8 @@ COMMANDS = ("train", "sample")
         ("shardwright sample runs/", []),
         ("shardwright checkpoints runs/", []),
         ("shardwright checkpoints --ver", ["--verify"]),
+        ("shardwright logs runs/a --f", ["--follow"]),
+        ("shardwright cancel runs/a --", ["--now", "--help"]),
         ("shardwright train --dr", ["--dry-run"]),
         ("shardwright train ", "shardwright "),
         ("shardwright train strat", "shardwright strat"),
