@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e import cli
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import SLURM, STEPS, submitted
@@ -66,8 +67,8 @@ def test_a_job_that_is_preempted_with_a_grace_time_requeues_itself(
     assert_goes_on(cluster, job, run_dir, uninterrupted)
 
 
-def test_scancel_leaves_a_checkpoint_and_ends_the_job(
-    cluster: Cluster, tiny: tuple[str, ...], tmp_path: Path
+def test_scancel_leaves_a_checkpoint_from_which_the_run_goes_on_without_slurm(
+    cluster: Cluster, uninterrupted: Path, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
     job = submitted(cluster, *tiny, *RUN, cwd=tmp_path)
     run_dir = tmp_path / "run"
@@ -83,6 +84,11 @@ def test_scancel_leaves_a_checkpoint_and_ends_the_job(
     stopped = json.loads((run_dir / "stopped.json").read_text())
     ((step, _),) = layout.whole_checkpoints(run_dir / "checkpoints")
     assert step == stopped["step"]
+
+    here = ("launcher=torchrun", "launcher.nproc_per_node=2", "launcher.device=cpu")
+    ended = cli.shardwright("resume", "run", *here, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert runs.weights(run_dir) == runs.weights(uninterrupted)
 
 
 def test_a_job_whose_node_dies_goes_on_from_the_last_checkpoint(
