@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from launchers import slurm, status
@@ -46,18 +47,22 @@ def cancel(run_dir: Path, *, now: bool) -> int:
         else:
             print(f"job {job.id} is {job.state}", flush=True)
             slurm.stop(job)
-        is_over = lambda: (found := slurm.look(job.id)) is None or found.is_over  # noqa: E731
-    elif ranks := status.rank_processes(run_dir):
-        for pid in ranks:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if now else signal.SIGUSR1)
-        is_over = lambda: not status.rank_processes(run_dir)  # noqa: E731
-    else:
+        return _wait(run_dir, partial(_is_over, job.id))
+    ranks = status.rank_processes(run_dir)
+    if not ranks:
         raise UserError(
             f"{run_dir} does not run: no job in the queue and no process here"
             + (f" (job {job.id} is {job.state})" if job else "")
         )
-    return _wait(run_dir, is_over)
+    for pid in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL if now else signal.SIGUSR1)
+    return _wait(run_dir, lambda: not status.rank_processes(run_dir))
+
+
+def _is_over(job: str) -> bool:
+    found = slurm.look(job)
+    return found is None or found.is_over
 
 
 def _wait(run_dir: Path, is_over: Callable[[], bool]) -> int:

@@ -33,8 +33,9 @@ def main(arguments: Sequence[str]) -> int:
         print(report.finish(run_dir))
         return 0
     if stopped is None and (failures or not (signals or code == RESUMABLE)):
-        print(report.failure(code, failures, run_dir, None))
-        return report.exit_code(code, failures, None)
+        child_code = 128 - code if code > 128 else code  # srun's word for a signal, and Python's
+        print(report.failure(child_code, failures, run_dir, None))
+        return report.exit_code(child_code, failures, None)
 
     by = stopped.reason if stopped else " ".join(signals) or "a signal"
     print(f"\nstopped at step {stopped.step} by {by}" if stopped else f"\nstopped by {by}")

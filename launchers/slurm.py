@@ -50,8 +50,14 @@ class Job:
 
 def submit(argv: Sequence[str], cwd: Path) -> str:
     """Run sbatch; return the job's id. Raises UserError with SLURM's own reason."""
+    # Within another job, its own numbers would be taken for the new one's.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not name.startswith("SLURM_")
+    }
     try:
-        ended = _run(argv, cwd=cwd)
+        ended = _run(argv, cwd=cwd, environment=environment)
     except FileNotFoundError:
         raise UserError(
             "launcher=slurm needs sbatch, which this machine does not have; submit from a login "
@@ -195,10 +201,18 @@ def _checked(argv: Sequence[str]) -> None:
         raise UserError(f"{argv[0]} failed: {ended.stderr.strip()}")
 
 
-def _run(argv: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _run(
+    argv: Sequence[str], cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            argv, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+            argv,
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise UserError(

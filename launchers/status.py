@@ -17,6 +17,7 @@ from train import config as run_config
 from train import stop
 from train.checkpoint import layout
 from train.config import RunConfig
+from train.errors import UserError
 
 TAIL_BYTES = 2**16
 """Of metrics.jsonl; a line has some 250."""
@@ -49,12 +50,18 @@ def main(arguments: Sequence[str]) -> int:
             print("no runs in runs/ and sweeps/, and none in the queue")
     else:
         found = runs_in(Path(os.path.abspath(options.run_dir)))
-    statuses = [of(run_dir) for run_dir in found]
-    if len(statuses) == 1:
-        print(described(statuses[0]))
-    elif statuses:
-        print(table(statuses, Path.cwd()))
+    if len(found) == 1:
+        print(described(of(found[0])))
+    elif found:
+        print(table([_of_one_among_many(run_dir) for run_dir in found], Path.cwd()))
     return 0
+
+
+def _of_one_among_many(run_dir: Path) -> Status:
+    try:
+        return of(run_dir)
+    except UserError as error:
+        return Status(run_dir, f"cannot be read: {str(error).partition(chr(10))[0]}", is_over=True)
 
 
 def _parser() -> argparse.ArgumentParser:

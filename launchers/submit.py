@@ -94,8 +94,10 @@ def check_no_job(run_dir: Path) -> None:
 
 
 def show(configs: Sequence[RunConfig]) -> str:
-    """Return the job script and the command that would submit it, as `--dry-run` prints them."""
+    """Return the job scripts and the commands that would submit them, as `--dry-run` prints."""
     array = array_of(configs)
+    if array is None and len(configs) > 1:
+        return "\n\n".join(show([config]) for config in configs)
     home = job_script.job_directory(configs[0], array)
     command = shlex.join(job_script.submit_command(home))
     return f"# {home / job_script.NAME}\n{_script(configs[0], array)}\n# command\n{command}"

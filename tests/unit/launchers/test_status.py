@@ -123,8 +123,10 @@ def test_all_are_those_here_and_those_in_the_queue(tmp_path: Path) -> None:
 def test_a_sweeps_directory_stands_for_its_runs(shardwright: Shardwright, tmp_path: Path) -> None:
     for number in "01":
         a_run(tmp_path / "sweep" / number)
+    (tmp_path / "sweep" / "1" / "config.yaml").write_text("nonsense: 1\n")
     shown = shardwright("status", "sweep").out.splitlines()
     assert [line.split()[0] for line in shown] == ["run", "sweep/0", "sweep/1"]
+    assert "cannot be read: " in shown[2]
     outcome = shardwright("logs", "sweep")
     assert outcome.code == 2
     assert "holds 2 runs; give one of them, such as" in outcome.err
