@@ -15,13 +15,13 @@ from launchers.job_script import Array
 from launchers.machine import Machine
 from train import stop
 from train.config import RunConfig, SlurmLauncher
-from train.errors import UserError
+from train.errors import FAILED, UserError
 
 SITE = job_script.TEMPLATE.with_name(job_script.SITE)
 """The cluster's own settings, which users make out of site.example.sh."""
 POLL_SECONDS = 2.0
 UNANSWERED = 150
-"""So often in a row the controller may leave `wait` without an answer."""
+"""So often in a row `wait` may get no answer: a controller may be restarted meanwhile."""
 
 
 def array_of(configs: Sequence[RunConfig]) -> Array | None:
@@ -165,19 +165,20 @@ def wait(job: str, run_dir: Path) -> int:
     while True:
         try:
             found = slurm.look(job)
-            unanswered = 0
-        except UserError:  # a controller that restarts
+            problem = "SLURM no longer knows it"
+        except UserError as error:
+            found, problem = None, str(error)
+        if found is None:
             unanswered += 1
             if unanswered > UNANSWERED:
-                raise
-            time.sleep(POLL_SECONDS)
-            continue
-        if found is None:
-            raise UserError(f"SLURM no longer knows job {job}; its log is in {run_dir / 'logs'}")
-        text = found.state + (f" on {found.nodes}" if found.nodes else "")
-        if text != told:
-            print(f"job {job}: {text}", flush=True)
-            told = text
-        if found.is_over:
-            return slurm.exit_code(found, stop.read(run_dir) is not None)
+                print(f"job {job}: {problem}; see {run_dir / 'logs'}", file=sys.stderr)
+                return FAILED
+        else:
+            unanswered = 0
+            text = found.state + (f" on {found.nodes}" if found.nodes else "")
+            if text != told:
+                print(f"job {job}: {text}", flush=True)
+                told = text
+            if found.is_over:
+                return slurm.exit_code(found, stop.read(run_dir) is not None)
         time.sleep(POLL_SECONDS)
