@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Cluster:
         self.directory = directory
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self._machines: dict[str, subprocess.Popen[bytes]] = {}
-        self._cgroup = f"shardwright-test-{os.getpid()}"
+        self._cgroup = f"shardwright-test-{uuid.uuid4().hex}"  # this kernel's, for all clusters
 
     # --- from start to stop ---------------------------------------------------------------------
 

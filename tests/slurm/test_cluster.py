@@ -43,4 +43,5 @@ def test_a_stopped_cluster_leaves_no_process_mount_or_interface(
     finally:
         cluster.stop()
     assert traces() == []
+    assert running_cluster.run("srun", "--nodes=2", "hostname"), "the other cluster is untouched"
     assert Path("/proc/net/dev").read_text().count(":") == interfaces
