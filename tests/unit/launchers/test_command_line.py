@@ -35,7 +35,11 @@ def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
     ("word", "message"),
     [
         ("trian", "error: unknown command trian: did you mean train?\n"),
-        ("xyz", "error: unknown command xyz: there are train, resume, sample and checkpoints\n"),
+        (
+            "xyz",
+            "error: unknown command xyz: there are train, resume, sample, checkpoints, status, "
+            "logs and cancel\n",
+        ),
         (
             "seed=1",
             "error: seed=1 comes behind a command: shardwright train seed=1\n",
