@@ -85,7 +85,13 @@ def again(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
 def check_no_job(run_dir: Path) -> None:
     """Raise UserError where the job of a run is not over yet: two would train in one directory."""
     known = slurm.job_of(run_dir)
-    job = slurm.look(known) if known is not None else None
+    try:
+        job = slurm.look(known) if known is not None else None
+    except UserError as error:
+        raise UserError(
+            f"{error}\nso it may be training in {run_dir}; where you know that it is over, remove "
+            f"{run_dir / slurm.NOTE}"
+        ) from None
     if job is not None and not job.is_over:
         raise UserError(
             f"job {job.id} of {run_dir} is {job.state}, and two cannot train in one directory; "

@@ -11,7 +11,7 @@ import pytest
 from tests.e2e import cli
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import SLURM, STEPS, submitted
+from tests.slurm.runs import SLURM, STEPS, shardwright, submitted
 from train.checkpoint import layout
 
 pytestmark = pytest.mark.slurm
@@ -86,7 +86,11 @@ def test_scancel_leaves_a_checkpoint_from_which_the_run_goes_on_without_slurm(
     assert step == stopped["step"]
 
     here = ("launcher=torchrun", "launcher.nproc_per_node=2", "launcher.device=cpu")
-    ended = cli.shardwright("resume", "run", *here, cwd=tmp_path)
+    outside = cli.shardwright("resume", "run", *here, cwd=tmp_path)
+    assert outside.returncode == 2
+    assert f"SLURM does not tell of job {job}" in outside.stderr
+    assert f"where you know that it is over, remove {run_dir}/slurm.json" in outside.stderr
+    ended = shardwright(cluster, "resume", "run", *here, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert runs.weights(run_dir) == runs.weights(uninterrupted)
 
