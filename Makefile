@@ -7,7 +7,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 # On a machine with GPUs the demo takes them all, in bf16; on a CPU it runs as it is written.
 DEVICES := $(if $(filter-out 0,$(GPUS)),precision=bf16 launcher.nproc_per_node=$(GPUS))
 
-.PHONY: run test test-slow test-matrix test-faults lint typecheck format setup clean
+.PHONY: run test test-slow test-matrix test-faults test-slurm lint typecheck format setup clean
 
 run: .venv/run
 	$(BIN)/shardwright train experiment=$(EXPERIMENT) $(DEVICES) $(ARGS)
@@ -23,6 +23,10 @@ test-matrix: .venv/dev
 
 test-faults: .venv/dev
 	$(BIN)/python -m pytest -m faults $(ARGS)
+
+# As root, with slurm-wlm, munge and iproute2 installed; a test that cannot run fails.
+test-slurm: .venv/dev
+	SHARDWRIGHT_REQUIRE_SLURM=1 $(BIN)/python -m pytest -m slurm $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

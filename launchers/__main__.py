@@ -25,10 +25,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launchers import (
+    cancel,
     checkpoints,
     commands,
     completion,
     compose_errors,
+    logs,
     machine,
     preflight,
     push,
@@ -36,16 +38,22 @@ from launchers import (
     report,
     resume,
     start,
+    status,
+    submit,
 )
 from launchers.machine import Machine
 from train import config as run_config
+from train import stop
 from train.config import RunConfig, from_tree, to_yaml
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 from train.owner import owned
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-COMMANDS = ("train", "resume", "sample", "checkpoints", "recover", "push")
+COMMANDS = (
+    *("train", "resume", "sample", "checkpoints", "recover", "push"),
+    *("status", "logs", "cancel"),
+)
 
 USAGE = """\
 Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
@@ -66,11 +74,18 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       bounded memory; --help lists more flags
   shardwright push DIR REPO [--public] [--dry-run]
       upload a model directory with its card to a hub, private unless asked otherwise
+  shardwright status RUN_DIR|all
+      state in the queue, step, loss, tokens per second, time left, newest checkpoint
+  shardwright logs RUN_DIR [--rank N] [--follow]
+      what a run's job or one of its ranks prints
+  shardwright cancel RUN_DIR [--now]
+      stop a run after a checkpoint, wherever it runs; --now: at once
   shardwright --version
 
 Examples
   shardwright train experiment=demo
   shardwright train model=gpt2_small strategy=zero2 precision=bf16 trainer.max_steps=2000
+  shardwright train launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8 model=llama_1b
   shardwright sample runs/demo-20260131-120000 --prompt 'def __init__(self'
 """
 
@@ -115,6 +130,12 @@ def _dispatch(arguments: list[str]) -> int:
             return recover.main(rest)
         case ["push", *rest]:
             return push.main(rest)
+        case ["status", *rest]:
+            return status.main(rest)
+        case ["logs", *rest]:
+            return logs.main(rest)
+        case ["cancel", *rest]:
+            return cancel.main(rest)
     command = arguments[0]
     if "=" in command:
         raise UserError(f"{command} comes behind a command: shardwright train {command}")
@@ -144,6 +165,13 @@ def _train(arguments: list[str]) -> int:
     here = machine.detect(os.environ)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     configs = [_resolved(job, here, stamp) for job in jobs]
+    if "slurm" in (kinds := {config.launcher.kind for config in configs}):
+        if len(kinds) > 1:
+            raise UserError(
+                f"launcher={','.join(sorted(kinds))}: the runs of a sweep start here or by SLURM, "
+                "not both; choose one launcher"
+            )
+        return _train_by_slurm(configs, [job.choices for job in jobs], here, dry_run=dry_run)
     if dry_run:
         for config in configs:
             _show(config, here)
@@ -158,6 +186,17 @@ def _train(arguments: list[str]) -> int:
             return code
         worst = worst or code
     return worst
+
+
+def _train_by_slurm(
+    configs: list[RunConfig], choices: list[Mapping[str, str]], here: Machine, *, dry_run: bool
+) -> int:
+    if dry_run:
+        print("\n".join(_shown(config) for config in configs))
+        print(submit.show(configs), flush=True)
+    for config in configs:
+        preflight.check(config, here)
+    return 0 if dry_run else submit.new_runs(configs, choices, here)
 
 
 def compose(arguments: list[str]) -> list[Job]:
@@ -216,22 +255,35 @@ def launch(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
     made = preflight.create(config, run_dir)
     print(report.header(config, choices, here, environment), flush=True)
     try:
-        prepared = start.run(
-            commands.prepare_command(run_dir), commands.package_environment(os.environ)
-        )
+        prepared = _prepare(config)
     except BaseException:
         preflight.take_back(made)
         raise
-    if prepared.code != 0:
-        if prepared.code == BAD_INPUT or prepared.stopped_by is not None:
-            preflight.take_back(made)
-        else:
-            print(f"preparing the data failed; {run_dir} is kept", file=sys.stderr)
-        if prepared.stopped_by is not None:
-            return 128 + prepared.stopped_by
-        return BAD_INPUT if prepared.code == BAD_INPUT else FAILED
-
+    if prepared == BAD_INPUT:
+        preflight.take_back(made)
+    if prepared != 0:
+        return prepared
     return _run_ranks(config, argv, environment)
+
+
+def _prepare(config: RunConfig) -> int:
+    """Make the tokenizer and tokens of a run directory where they are not yet there.
+
+    Returns the exit code, and has said what went wrong where it is not 0.
+    """
+    run_dir = Path(str(config.run_dir))
+    ended = start.run(
+        commands.prepare_command(run_dir),
+        commands.package_environment(os.environ),
+        grace_seconds=config.launcher.grace_seconds,
+    )
+    if ended.stopped_by is not None:
+        print(report.stopped_early(run_dir, ended.stopped_by), file=sys.stderr)
+        return RESUMABLE
+    if ended.code in (0, BAD_INPUT):
+        return ended.code
+    print(f"preparing the data failed; {run_dir} is kept", file=sys.stderr)
+    return FAILED
 
 
 def _run_ranks(config: RunConfig, argv: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -240,7 +292,13 @@ def _run_ranks(config: RunConfig, argv: Sequence[str], environment: Mapping[str,
     # torchrun writes its own pages about a failed rank to stderr, the ranks the terminal's lines
     # to stdout.
     quiet = run_dir / "logs" / report.TORCHRUN_LOG if config.launcher.kind == "torchrun" else None
-    ended = start.run(argv, environment, stderr_file=quiet)
+    stop.forget(run_dir)
+    ended = start.run(
+        argv, environment, stderr_file=quiet, grace_seconds=config.launcher.grace_seconds
+    )
+    if where := stop.read(run_dir):
+        print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)
+        return RESUMABLE
     if ended.code == 0:
         print(report.finish(run_dir))
         return 0
@@ -280,15 +338,23 @@ def _run_dir(config: RunConfig, number: int | None, stamp: str) -> str:
     return os.path.abspath(sweep_dir / str(number))
 
 
-def _show(config: RunConfig, here: Machine) -> None:
-    """Print what a run would be, as `--dry-run` does."""
+def _shown(config: RunConfig) -> str:
+    """Return a run's config and its engine settings, as `--dry-run` prints them."""
     from train.strategy import engine_settings
 
+    settings = json.dumps(engine_settings(config), indent=2)
+    return f"# {config.run_dir}/config.yaml\n{to_yaml(config)}\n# engine settings\n{settings}\n"
+
+
+def _show(config: RunConfig, here: Machine) -> None:
+    """Print what a run would be, as `--dry-run` does."""
     assert config.run_dir is not None, "resolved"
+    print(_shown(config))
+    if config.launcher.kind == "slurm":
+        print(submit.show([config]), flush=True)
+        return
     environment = commands.rank_environment(config, here, os.environ)
     argv = commands.rank_command(config, Path(config.run_dir))
-    print(f"# {config.run_dir}/config.yaml\n{to_yaml(config)}")
-    print(f"# engine settings\n{json.dumps(engine_settings(config), indent=2)}\n")
     print("# environment")
     print("\n".join(f"{name}={shlex.quote(value)}" for name, value in environment.items()))
     print(f"\n# command\n{shlex.join(argv)}", flush=True)
@@ -328,6 +394,7 @@ def _resume(arguments: list[str]) -> int:
                 "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
             )
     before = run_config.load(run_dir)
+    submit.check_no_job(run_dir)
     groups = {name for name in RunConfig.model_fields if (CONF / name).is_dir()}
     options: dict[str, Any] = {}
     if picked := resume.chosen(overrides, groups):
@@ -345,10 +412,21 @@ def _resume(arguments: list[str]) -> int:
     with owned(run_dir, lambda text: print(text, flush=True)):
         newest = resume.write(run_dir, config, overrides)
     choices = dict(choice.split("=", 1) for choice in picked)
+    where = newest.name if newest else "the beginning: there is no checkpoint yet"
+    if config.launcher.kind == "slurm":
+        print(f"goes on from {where}")
+        try:
+            return submit.again(config, choices, here)
+        except UserError:
+            resume.take_back(run_dir)
+            raise
     environment = commands.rank_environment(config, here, os.environ)
     print(report.header(config, choices, here, environment))
-    where = newest.name if newest else "the beginning: there is no checkpoint yet"
     print(f"  {'goes on':<10}from {where}", flush=True)
+    if not (run_dir / "data.json").exists():  # stopped while they were being prepared
+        prepared = _prepare(config)
+        if prepared != 0:
+            return prepared
     return _run_ranks(config, commands.rank_command(config, run_dir), environment)
 
 
@@ -389,6 +467,7 @@ def _sample_together(options: argparse.Namespace, arguments: list[str]) -> int:
             ),
             commands.rank_environment(config, here, os.environ),
             stderr_file=directory / "logs" / report.TORCHRUN_LOG,
+            grace_seconds=0,  # they have nothing to save
         )
         failures = report.rank_failures(directory)
         code = report.exit_code(ended.code, failures, ended.stopped_by)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,9 @@ def rank_environment(
         # Ranks fork their data loader's workers, after which tokenizers' threads deadlock.
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if config.launcher.kind == "torchrun":
+        # Its own is 30 seconds, however long a checkpoint may take.
+        wanted["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.launcher.grace_seconds))
     if config.launcher.device == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
         if machine.gpus:
@@ -61,6 +65,22 @@ def rank_environment(
         if machine.has_loopback:
             # Gloo takes the address of the host's name otherwise, which need not be reachable.
             wanted["GLOO_SOCKET_IFNAME"] = "lo"
+    return {
+        name: value for name, value in wanted.items() if name == "PYTHONPATH" or name not in user
+    }
+
+
+def job_environment(
+    config: RunConfig, user: Mapping[str, str], *, packages: Path = PACKAGES
+) -> dict[str, str]:
+    """Return the variables that a job's script sets; sbatch carries the user's own to the nodes."""
+    wanted = {
+        **package_environment(user, packages=packages),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if config.launcher.device == "cpu":
+        wanted["DS_ACCELERATOR"] = "cpu"
     return {
         name: value for name, value in wanted.items() if name == "PYTHONPATH" or name not in user
     }

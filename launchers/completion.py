@@ -19,6 +19,15 @@ TRAIN_FLAGS = (
     "--resolve",
 )
 
+FLAGS = {
+    "cancel": ("--now", "--help"),
+    "checkpoints": checkpoints.FLAGS,
+    "logs": ("--rank", "--follow", "--help"),
+    "push": push.FLAGS,
+    "recover": recover.FLAGS,
+    "status": ("--help",),
+}
+
 
 def complete(line: str, commands: Sequence[str]) -> list[str] | str:
     """Return the candidates for a command line, or the line to put to Hydra.
@@ -33,8 +42,7 @@ def complete(line: str, commands: Sequence[str]) -> list[str] | str:
     last = "" if line.endswith(" ") else words.pop()
     if not words:
         return [command for command in commands if command.startswith(last)]
-    flags_of = {"checkpoints": checkpoints.FLAGS, "push": push.FLAGS, "recover": recover.FLAGS}
-    if flags := flags_of.get(words[0]):
+    if (flags := FLAGS.get(words[0])) is not None:
         return [flag for flag in flags if flag.startswith(last)] * last.startswith("-")
     if words[0] != "train":
         return []

@@ -84,11 +84,17 @@ def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
     if data["cache_dir"] is not None:
         data["cache_dir"] = os.path.abspath(os.path.expanduser(data["cache_dir"]))
     launcher = tree["launcher"]
+    gpus = machine.gpus if machine.torch_has_cuda else 0
+    if launcher["kind"] == "slurm":  # the nodes count, not this machine
+        gpus = launcher["gpus_per_node"]
+        launcher["site"] = launcher["site"] and os.path.abspath(
+            os.path.expanduser(launcher["site"])
+        )
     if launcher["device"] == "auto":
-        launcher["device"] = "cuda" if machine.gpus and machine.torch_has_cuda else "cpu"
+        launcher["device"] = "cuda" if gpus else "cpu"
     if launcher.get("nproc_per_node") == "auto":
         one_rank = launcher["device"] == "cpu" or config.strategy.kind == "single"
-        launcher["nproc_per_node"] = 1 if one_rank else max(1, machine.gpus)
+        launcher["nproc_per_node"] = 1 if one_rank else max(1, gpus)
     if tree["tracking"].get("mode") == "auto":
         tree["tracking"]["mode"] = "online" if machine.has_wandb_key else "offline"
     return from_tree(tree)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launchers.machine import Machine, lacking
-from train.config import RunConfig, to_yaml
+from train.config import RunConfig, SlurmLauncher, to_yaml
 from train.errors import UserError
 from train.strategy import engine_of
 
@@ -37,6 +37,13 @@ def check_machine(config: RunConfig, machine: Machine) -> None:
 
 
 def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
+    if config.launcher.kind == "slurm":
+        # This is a login node: what GPUs, disks and compilers there are, the ranks find out.
+        return [
+            *_missing_packages(config),
+            *_slurm_problems(config),
+            *_tracking_problems(config, machine),
+        ]
     return [
         *lacking(config.launcher.device, config.launcher.world_size, config.precision, machine),
         *_node_problems(config),
@@ -105,6 +112,21 @@ def _node_problems(config: RunConfig) -> list[str]:
         "with `--cfg job` and start `torchrun -m train RUN_DIR` on each node, or set "
         "launcher.nodes=1"
     ]
+
+
+def _slurm_problems(config: RunConfig) -> Iterator[str]:
+    launcher, run_dir = config.launcher, str(config.run_dir)
+    assert isinstance(launcher, SlurmLauncher)
+    if "%" in run_dir or "\\" in run_dir:
+        yield (
+            f"run_dir={run_dir} holds % or a backslash, which SLURM replaces in the path of a "
+            "job's log; choose another"
+        )
+    if launcher.site is not None and not os.access(launcher.site, os.R_OK):
+        yield (
+            f"launcher.site={launcher.site} cannot be read; copy slurm/site.example.sh there, or "
+            "leave it out"
+        )
 
 
 def _run_dir_problems(run_dir: Path) -> list[str]:

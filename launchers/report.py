@@ -14,6 +14,7 @@ from pathlib import Path
 from launchers.machine import Machine
 from train.config import RunConfig, accumulation_steps
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
+from train.stop import Stopped
 
 TRACEBACK_LINES = 8
 TORCHRUN_LOG = "torchrun.log"
@@ -75,6 +76,28 @@ def finish(run_dir: Path) -> str:
     return "\ndone\n" + "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
 
 
+def stopped(where: Stopped, run_dir: Path, stopped_by: int | None) -> str:
+    """Return where a run has stopped cleanly, and how to go on. ``stopped_by``: the launcher."""
+    by = where.reason if stopped_by is None else signal.Signals(stopped_by).name
+    text = f"\nstopped at step {where.step} by {by}; {_go_on(run_dir)}"
+    if where.unsaved is not None:
+        newest = Path(where.checkpoint).name if where.checkpoint else "no checkpoint"
+        text += f"\n  {newest} is the newest: {where.unsaved}; raise it to keep the last steps"
+    return text
+
+
+def stopped_early(run_dir: Path, stopped_by: int) -> str:
+    """Return how to go on where the data were still being prepared."""
+    return (
+        f"\nstopped by {signal.Signals(stopped_by).name} while the data were being prepared; "
+        f"{_go_on(run_dir)}"
+    )
+
+
+def _go_on(run_dir: Path) -> str:
+    return f"go on with: shardwright resume {shlex.quote(str(run_dir))}"
+
+
 # --- failure ------------------------------------------------------------------------------------
 
 
@@ -82,8 +105,7 @@ def finish(run_dir: Path) -> str:
 class RankFailure:
     """One logs/rank-<N>.error.json, which a rank writes when it ends before its work is done.
 
-    ``kind`` is the class of its exception. "UserError" is bad input, "Resumable" a stop with a
-    checkpoint that is meant to be resumed.
+    ``kind`` is the class of its exception; "UserError" is bad input.
     """
 
     time: float
@@ -123,9 +145,9 @@ def exit_code(child_code: int, failures: Sequence[RankFailure], stopped_by: int 
     """
     if child_code == 0:
         return 0
-    first = failures[0].kind if failures else None
-    if first == "Resumable" or child_code == RESUMABLE:
+    if child_code == RESUMABLE:
         return RESUMABLE
+    first = failures[0].kind if failures else None
     if first == "UserError" or (child_code == BAD_INPUT and not failures):
         return BAD_INPUT
     if stopped_by is not None:
@@ -140,10 +162,12 @@ def failure(
     code = exit_code(child_code, failures, stopped_by)
     logs = run_dir / "logs"
     if code == RESUMABLE:
-        message = failures[0].message if failures else "the ranks stopped with a checkpoint"
-        return f"stopped, and meant to be resumed: {message}"
+        return f"the ranks have stopped; {_go_on(run_dir)}"
     if stopped_by is not None and code != BAD_INPUT:
-        return f"stopped by {signal.Signals(stopped_by).name}; logs are in {logs}"
+        return (
+            f"stopped by {signal.Signals(stopped_by).name} before the ranks could say where; "
+            f"{_go_on(run_dir)}\n  logs are in {logs}"
+        )
     if failures:
         first = failures[0]
         log = logs / f"rank-{first.rank}.log"

@@ -112,6 +112,16 @@ def write(run_dir: Path, config: RunConfig, overrides: Sequence[str]) -> Path | 
     return newest
 
 
+def take_back(run_dir: Path) -> None:
+    """Undo `write` where the run was not started after all; what failed before stays aside."""
+    folder = run_dir / run_config.RESUMES
+    newest = max((p for p in folder.glob("*.yaml")), key=lambda p: int(p.stem))
+    history = run_dir / "history.jsonl"
+    kept = history.read_text().splitlines(keepends=True)[:-1]
+    history.write_text("".join(kept))
+    newest.unlink()
+
+
 def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for text in overrides:
         try:

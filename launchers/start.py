@@ -1,21 +1,33 @@
-"""Run a command as a child: signals go on to it, and nothing that it started outlives it."""
+"""Run a command as a child: a signal to stop reaches its ranks, and nothing of it is left."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-GRACE_SECONDS = 5.0
+ASKS_TO_STOP = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+STOP = signal.SIGUSR1
+"""What ranks are told, whatever this process was. The launchers between have no use for it, so the
+child has it blocked from birth: it cannot kill them, and a rank gets it once it listens."""
+GRACE_SECONDS = 30.0
+"""From the signal to SIGKILL: as SLURM, Kubernetes and torchrun have it where nobody says more."""
+LEFTOVER_SECONDS = 5.0
 """From SIGTERM to SIGKILL for what a child left behind."""
 
 # Linux's prctl(2).
@@ -34,45 +46,131 @@ class Ended:
 
 
 def run(
-    argv: Sequence[str], environment: Mapping[str, str], *, stderr_file: Path | None = None
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    stderr_file: Path | None = None,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> Ended:
     """Run a command to its end, under this process's environment and the one given.
 
-    SIGTERM, SIGINT and SIGHUP are sent on; a second SIGINT kills. When the child has ended, all
-    that descends from it is ended too; when this process is killed, the child gets SIGTERM.
+    Each of ASKS_TO_STOP has the ranks told STOP; those that have not ended ``grace_seconds`` later
+    are killed, and after a second SIGINT at once; 0 is for those that do not heed STOP. When the
+    child has ended, all that descends from it is ended too; when this process is killed, the child
+    gets SIGTERM. What asks to stop is blocked behind a run that was stopped: another one must not
+    keep its end from being told.
     """
     before = set(descendants(os.getpid()))
-    stopped_by: list[int] = []
+    request = _Request(grace_seconds)
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        del frame
-        impatient = number == signal.SIGINT and number in stopped_by
-        stopped_by.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(signal.SIGKILL if impatient else number)
+    def left_over() -> set[int]:
+        return set(descendants(os.getpid())) - before
 
     _become_subreaper()
-    # Blocked until the child is there to send them to.
-    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-    handlers = {number: signal.signal(number, forward) for number in FORWARDED}
+    # Blocked until the child is there to be told.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
+    handled = [n for n in ASKS_TO_STOP if signal.getsignal(n) != signal.SIG_IGN or n == STOP]
+    handlers = {number: signal.signal(number, request.note) for number in handled}
     try:
         with stderr_file.open("ab") if stderr_file else contextlib.nullcontext() as stderr:
             child = subprocess.Popen(
                 argv,
                 env={**os.environ, **environment},
                 stderr=stderr,
-                # A Ctrl-C at the terminal reaches the child once, through this process.
+                # A Ctrl-C at the terminal reaches the ranks once, through this process.
                 start_new_session=True,
-                preexec_fn=_child_setup(os.getpid()),
+                preexec_fn=_child_setup(os.getpid(), mask),
             )
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        request.child = child.pid
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask - set(ASKS_TO_STOP))
+        while child.poll() is None and time.monotonic() < request.deadline:
+            # Ranks may be started, and begin to listen, after the signal has come.
+            request.tell()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.1 if request.signals else 1.0)
+        if child.poll() is None:
+            child.kill()
         code = child.wait()
     finally:
-        end(lambda: set(descendants(os.getpid())) - before)
+        left_seconds = max(min(request.deadline - time.monotonic(), grace_seconds), 0.0)
+        if request.signals and not left_seconds:
+            end(left_over, grace_seconds=0.0)
+        elif any(map(_is_rank, left_over())):
+            # Whoever stood above them is gone, and they may have to save.
+            end(left_over, grace_seconds=left_seconds)
+        else:
+            end(left_over)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    return Ended(code, stopped_by[0] if stopped_by else None)
+        if not request.signals:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return Ended(code, request.signals[0] if request.signals else None)
+
+
+@dataclass
+class _Request:
+    """What this process was sent, and which of the processes below know of it."""
+
+    grace_seconds: float
+    child: int | None = None
+    signals: list[int] = field(default_factory=list)
+    told: set[int] = field(default_factory=set)
+    deadline: float = math.inf
+    """On the monotonic clock."""
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        impatient = number == signal.SIGINT and number in self.signals
+        if number == signal.SIGINT and not self.signals and self.grace_seconds:
+            os.write(2, b"\nstopping as soon as all is saved; Ctrl-C again kills\n")
+        self.signals.append(number)
+        left = 0.0 if impatient else self.grace_seconds
+        self.deadline = min(self.deadline, time.monotonic() + left)
+        self.tell()
+
+    def tell(self) -> None:
+        """Send STOP to the child and its ranks, once to each that it does not kill."""
+        if not self.signals or self.child is None:
+            return
+        below = [pid for pid in descendants(self.child) if _is_rank(pid)]
+        for pid in {self.child, *below} - self.told:
+            if _listens(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, STOP)
+                self.told.add(pid)
+
+
+def _is_rank(pid: int) -> bool:
+    """Return whether a process was started as a rank; what it starts itself is none."""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except (OSError, IndexError):
+        return False
+    mine = _rank_variables(pid)
+    # Some clusters set RANK for whatever they start, launchers included.
+    return any(v.startswith(b"RANK=") for v in mine) and mine != _rank_variables(parent)
+
+
+def _rank_variables(pid: int) -> set[bytes]:
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return set()
+    return {v for v in variables if v.startswith((b"RANK=", b"LOCAL_RANK="))}
+
+
+def _listens(pid: int) -> bool:
+    """Return whether a process catches, blocks or ignores STOP; any other it would kill."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    masks = (line.split()[1] for line in status.splitlines() if line[:6] in _DISPOSITIONS)
+    return any(int(mask, 16) >> (STOP - 1) & 1 for mask in masks)
+
+
+_DISPOSITIONS = ("SigBlk", "SigIgn", "SigCgt")
 
 
 def replace(argv: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -99,9 +197,9 @@ def descendants(pid: int) -> Iterator[int]:
         pending.extend(children.get(found, []))
 
 
-def end(processes: Callable[[], set[int]], grace_seconds: float = GRACE_SECONDS) -> None:
+def end(processes: Callable[[], set[int]], grace_seconds: float = LEFTOVER_SECONDS) -> None:
     """Send SIGTERM, then SIGKILL to whatever is left of some processes, and reap them."""
-    for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, grace_seconds)):
+    for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, LEFTOVER_SECONDS)):
         for pid in processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -123,7 +221,7 @@ def _become_subreaper() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _child_setup(parent: int) -> Callable[[], None]:
+def _child_setup(parent: int, mask: set[int | signal.Signals]) -> Callable[[], None]:
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def set_up() -> None:
@@ -131,6 +229,6 @@ def _child_setup(parent: int) -> Callable[[], None]:
             prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
             if os.getppid() != parent:  # it died before the line above
                 os._exit(1)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask | {STOP})
 
     return set_up

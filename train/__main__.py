@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.errors import BAD_INPUT, FAILED, UserError
+from train import stop
+from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Run one rank; return 0, 1 where it failed, or 2 on bad input."""
+    """Run one rank; return 0, 1 where it failed, 2 on bad input, 75 where it was told to stop."""
+    stop.install()  # before the seconds that importing torch takes
     if len(argv) != 1:
         print("usage: python -m train RUN_DIR", file=sys.stderr)
         return BAD_INPUT
@@ -40,18 +42,24 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     from train.rank import join
 
     console = logs.open_rank_log(run_dir, rank.index)
+    if rank.index == 0:
+        stop.forget(run_dir)
     try:
         with join(settings, rank):
             from train.run import run
 
-            run(run_dir, rank, console)
+            final = run(run_dir, rank, console)
     except Exception as error:
         logs.log.exception("rank %d failed", rank.index)
         logs.note_failure(run_dir, rank.index, error)
         print(f"rank {rank.index} failed: {type(error).__name__}: {error}", file=console)
         return BAD_INPUT if isinstance(error, UserError) else FAILED
+    if final is None and not stop.is_restarted_on_failure():
+        return RESUMABLE
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    stop.is_over()
+    sys.exit(code)

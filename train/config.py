@@ -10,12 +10,13 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from train.errors import UserError
@@ -678,6 +679,10 @@ class LauncherSection(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where this machine has a GPU; resolved before config.yaml is written."""
+    grace_seconds: PositiveFloat = 30.0
+    """Seconds from a signal to stop until the ranks are killed: SLURM's KillWait, Kubernetes'
+    terminationGracePeriodSeconds or the time that --signal gives. A last checkpoint that would not
+    fit is not begun."""
 
 
 class LocalLauncher(LauncherSection):
@@ -705,7 +710,206 @@ class TorchrunLauncher(LauncherSection):
         return self.nproc_per_node * self.nodes
 
 
-LauncherConfig = Annotated[LocalLauncher | TorchrunLauncher, Field(discriminator="kind")]
+def _slurm_word(value: str) -> str:
+    """Refuse what would not reach SLURM as it is written: a directive has no quoting to rely on."""
+    if not re.fullmatch(r"[^\s\"'\\\\#\x00-\x1f\x7f]+", value):
+        raise ValueError(
+            f"{_shown(value)} has to be one word: SLURM would misread a blank, a quote, a "
+            "backslash, # or an empty text in a job script; leave it out"
+        )
+    return value
+
+
+SlurmWord = Annotated[str, AfterValidator(_slurm_word)]
+
+# Flags that a field decides, or that the launcher itself needs, and the field.
+_DECIDED_FLAGS = {
+    "account": "launcher.account",
+    "array": "-m with several runs, and launcher.array_limit",
+    "chdir": "run_dir",
+    "constraint": "launcher.constraint",
+    "cpus-per-task": "launcher.cpus_per_rank",
+    "dependency": "launcher.dependency",
+    "error": "run_dir, which holds the log",
+    "exclusive": "launcher.exclusive",
+    "gpus-per-node": "launcher.gpus_per_node",
+    "gres": "launcher.gpus_per_node and launcher.gpu_type",
+    "job-name": "name",
+    "mail-type": "launcher.mail_type",
+    "mail-user": "launcher.mail_user",
+    "mem": "launcher.memory_per_node",
+    "no-requeue": "launcher.requeue",
+    "nodes": "launcher.nodes",
+    "ntasks": "launcher.nodes and launcher.nproc_per_node",
+    "ntasks-per-node": "launcher.nproc_per_node",
+    "open-mode": "nothing: a log is always appended to",
+    "output": "run_dir, which holds the log",
+    "parsable": "nothing: the launcher reads what sbatch prints",
+    "partition": "launcher.partition",
+    "qos": "launcher.qos",
+    "requeue": "launcher.requeue",
+    "signal": "launcher.grace_seconds",
+    "time": "launcher.time_limit",
+    "wait": "launcher.wait",
+    "wrap": "nothing: the job script is the launcher's",
+}
+
+
+def _sbatch_line(line: str) -> str:
+    if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.+)?", line, re.DOTALL):
+        raise ValueError(
+            f"{_shown(line)} is not a whole flag of sbatch; write each as --flag=value"
+        )
+    _slurm_word(line)
+    flag = line[2:].partition("=")[0]
+    if (field := _DECIDED_FLAGS.get(flag)) is not None:
+        raise ValueError(f"--{flag} is decided by {field}; leave it out here")
+    return line
+
+
+def _slurm_time(limit: int | str) -> int | str:
+    if isinstance(limit, str) and not re.fullmatch(r"(\d+-)?\d{1,2}:[0-5]\d:[0-5]\d", limit):
+        raise ValueError(
+            f"{_shown(limit)} is read differently by SLURM and by people; write minutes as a "
+            "whole number, or hours:minutes:seconds or days-hours:minutes:seconds"
+        )
+    # What YAML makes of 12:00:00 without quotes, a number to the base of 60.
+    if isinstance(limit, int) and limit >= 3600:
+        raise ValueError(
+            f"{limit} minutes may be a time of day that YAML has read as one number; write so "
+            'long a limit in quotes as "days-hours:minutes:seconds", '
+            f'such as "{limit // 1440}-{limit // 60 % 24:02}:{limit % 60:02}:00"'
+        )
+    return limit
+
+
+def _slurm_memory(memory: str) -> str:
+    if memory != "all" and not re.fullmatch(r"[1-9]\d*[KMGT]", memory):
+        raise ValueError(
+            f"{_shown(memory)} needs a unit, since SLURM takes a plain number for megabytes; "
+            "write a whole number and K, M, G or T, such as 64G, or all"
+        )
+    return memory
+
+
+def _slurm_dependency(text: str) -> str:
+    if not re.fullmatch(r"(singleton|after\w*:[\d_+:]+|[,?])+", _slurm_word(text)):
+        raise ValueError(
+            f"{_shown(text)} is no dependency that SLURM knows; write one such as "
+            "afterok:1234, afterany:1234:1235 or singleton"
+        )
+    return text
+
+
+class SlurmLauncher(LauncherSection):
+    """A job of a SLURM cluster; its script is made out of slurm/job.sbatch."""
+
+    kind: Literal["slurm"]
+    nodes: PositiveInt = 1
+    nproc_per_node: PositiveInt | Literal["auto"] = "auto"
+    """Ranks on each node; auto is one for each GPU asked for, or 1."""
+    starts: Literal["ranks"] = "ranks"
+    """What a task of srun is. ranks: a rank, which gets its signals from SLURM itself."""
+
+    gpus_per_node: NonNegativeInt = 0
+    gpu_request: Literal["gres", "gpus-per-node", "none"] = "gres"
+    """The flag that asks for GPUs; none asks for none where a partition brings its own."""
+    gpu_type: SlurmWord | None = None
+    """As the cluster calls it (a100); null takes any."""
+    cpus_per_rank: PositiveInt | None = None
+    """CPU cores of each rank; null is SLURM's own default, mostly one."""
+    memory_per_node: Annotated[str, AfterValidator(_slurm_memory)] | None = None
+    """Host memory with its unit, such as 64G, or all; null is the partition's default."""
+    time_limit: Annotated[PositiveInt | str, AfterValidator(_slurm_time)] | None = None
+    """Minutes, "hours:minutes:seconds" or "days-hours:minutes:seconds"; null: the partition's."""
+    partition: SlurmWord | None = None
+    account: SlurmWord | None = None
+    qos: SlurmWord | None = None
+    constraint: SlurmWord | None = None
+    """Features that the nodes must have, such as a100|h100."""
+    exclusive: bool = False
+    """Share the nodes with no other job."""
+    dependency: Annotated[str, AfterValidator(_slurm_dependency)] | None = None
+    """Jobs to wait for, such as afterok:1234."""
+    array_limit: PositiveInt | None = None
+    """Of the runs of a sweep (-m), which are one job array, so many at once; null: all."""
+    mail_user: SlurmWord | None = None
+    mail_type: Annotated[
+        tuple[
+            Literal[
+                "ALL",
+                "ARRAY_TASKS",
+                "BEGIN",
+                "END",
+                "FAIL",
+                "INVALID_DEPEND",
+                "NONE",
+                "REQUEUE",
+                "STAGE_OUT",
+                "TIME_LIMIT",
+                "TIME_LIMIT_50",
+                "TIME_LIMIT_80",
+                "TIME_LIMIT_90",
+            ],
+            ...,
+        ],
+        Field(strict=False),
+    ] = ()
+    """Events that SLURM writes a mail about."""
+    extra_sbatch: Annotated[
+        tuple[Annotated[str, AfterValidator(_sbatch_line)], ...], Field(strict=False)
+    ] = ()
+    """Further flags, each whole: --reservation=lab."""
+
+    grace_seconds: Annotated[PositiveFloat, Field(le=65535)] = 120.0
+    """Seconds before the time limit at which the ranks are told to save and stop (SLURM may be a
+    minute early). A last checkpoint that would not fit is not begun."""
+    requeue: bool = True
+    """Put the job back into the queue when it was stopped, preempted or lost a node."""
+    max_requeues: NonNegativeInt = 20
+    """Starts after the first one that the job asks for by itself."""
+    wait: bool = False
+    """Wait until the job has ended and return its exit code, instead of coming back at once."""
+    site: str | None = None
+    """Shell file with the cluster's own settings; null is slurm/site.sh where there is one."""
+
+    @property
+    def world_size(self) -> int:
+        assert self.nproc_per_node != "auto", "resolved before the config is frozen"
+        return self.nproc_per_node * self.nodes
+
+    @model_validator(mode="after")
+    def _gpus_are_asked_for(self) -> SlurmLauncher:
+        if self.device == "cuda" and not self.gpus_per_node:
+            raise ValueError(
+                "device=cuda needs GPUs, but gpus_per_node=0 asks for none; set gpus_per_node "
+                "(with gpu_request=none where the partition brings them) or device=cpu"
+            )
+        if (
+            self.device == "cuda"
+            and self.nproc_per_node != "auto"
+            and self.nproc_per_node > self.gpus_per_node
+        ):
+            raise ValueError(
+                f"nproc_per_node={self.nproc_per_node} ranks need as many GPUs, but "
+                f"gpus_per_node={self.gpus_per_node}; change one of them or set device=cpu"
+            )
+        if self.gpu_type is not None and not self.gpus_per_node:
+            raise ValueError(
+                f"gpu_type={self.gpu_type} says which GPUs, but gpus_per_node=0 asks for none; "
+                "set gpus_per_node or leave gpu_type out"
+            )
+        if self.gpu_type is not None and self.gpu_request == "none":
+            raise ValueError(
+                f"gpu_type={self.gpu_type} is part of a request, but gpu_request=none makes none; "
+                "set gpu_request=gres or leave gpu_type out (launcher.constraint chooses nodes)"
+            )
+        return self
+
+
+LauncherConfig = Annotated[
+    LocalLauncher | TorchrunLauncher | SlurmLauncher, Field(discriminator="kind")
+]
 
 
 # --- the run ------------------------------------------------------------------------------------
@@ -1003,6 +1207,7 @@ _ALIASES = {
         "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
     ),
     "adam_eps": "trainer.adam_epsilon",
+    "array": "launcher.array_limit: the runs of a sweep (-m) are one job array",
     "async_save": "checkpoint.async",
     "asynchronous": "checkpoint.async",
     "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
@@ -1010,6 +1215,7 @@ _ALIASES = {
     "block_size": "data.sequence_length",
     "clip_grad": "trainer.max_grad_norm",
     "cpu_checkpointing": "trainer.offload_activations",
+    "cpus_per_task": "launcher.cpus_per_rank",
     "dataloader_num_workers": "trainer.dataloader_workers",
     "dataset_config_name": "data=hub data.config=...",
     "dataset_name": "data=hub data.name=...",
@@ -1027,8 +1233,10 @@ _ALIASES = {
     "gradient_checkpointing": (
         "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
     ),
+    "grace_period": "launcher.grace_seconds",
     "gradient_clipping": "trainer.max_grad_norm",
     "greater_is_better": "checkpoint.best_metric: its direction follows from it",
+    "gres": "launcher.gpus_per_node",
     "keep_checkpoints": "checkpoint.keep_last",
     "load_best_model_at_end": "checkpoint.export=best",
     "logging_steps": "trainer.log_every_steps",
@@ -1036,6 +1244,7 @@ _ALIASES = {
     "lr_scheduler_type": "trainer.lr_scheduler",
     "max_length": "data.sequence_length",
     "max_seq_length": "data.sequence_length",
+    "mem": "launcher.memory_per_node",
     "metric_for_best_model": "checkpoint.best_metric",
     "mlm_probability": "objective.masking_rate",
     "model_name_or_path": "model=pretrained model.name=...",
@@ -1044,6 +1253,7 @@ _ALIASES = {
     "n_layer": "model.num_hidden_layers",
     "nnodes": "launcher.nodes",
     "ns_steps": "trainer.muon_newton_schulz_steps",
+    "ntasks_per_node": "launcher.nproc_per_node",
     "num_processes": "launcher.nproc_per_node",
     "num_train_epochs": "trainer.max_epochs",
     "num_warmup_steps": "trainer.warmup_steps",
@@ -1057,7 +1267,10 @@ _ALIASES = {
     "save_steps": "trainer.save_every_steps",
     "save_top_k": "checkpoint.keep_best",
     "save_total_limit": "checkpoint.keep_last",
+    "shutdown_timeout": "launcher.grace_seconds",
+    "termination_grace_period_seconds": "launcher.grace_seconds",
     "tf32": "precision=tf32",
+    "time": "launcher.time_limit",
     "tokenizer_name": "tokenizer=pretrained tokenizer.name=...",
     "torch_compile": "trainer.compile",
     "train_batch_size": "trainer.global_batch_size",

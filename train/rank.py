@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from train import stop
 from train.checkpoint.background import finish_writing
 from train.config import RunConfig
 from train.distributed import leave_process_group
@@ -82,6 +83,9 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
     try:
         engine_of(config).adopt_process_group()
         yield
+    except BaseException:
+        stop.no_longer()
+        raise
     finally:
         finish_writing(LAST_WRITE_SECONDS)
         leave_process_group()

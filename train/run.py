@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from train import config as run_config
-from train import data, models, sample
+from train import data, models, sample, stop, stopping
 from train.callbacks import early_stopping
 from train.callbacks.engine import EngineReady
 from train.callbacks.metrics import Metrics
@@ -26,18 +26,33 @@ from train.strategy import engine_of
 from train.trainer import Trainer, training_arguments
 
 
-def run(run_dir: Path, rank: Rank, console: TextIO) -> Path:
-    """Train what ``run_dir/config.yaml`` says as one of the ranks; return final/."""
-    trainer = assemble(run_dir, rank, console)
-    trainer.train()
-    trainer.save_if_not_saved()
+def run(run_dir: Path, rank: Rank, console: TextIO) -> Path | None:
+    """Train what ``run_dir/config.yaml`` says as one of the ranks.
+
+    Returns final/, or None where a rank was told to stop and stopped.json says what came of it.
+    """
+    trainer = None
+    try:
+        trainer = assemble(run_dir, rank, console)
+        trainer.train()
+        stop.check()
+        trainer.save_if_not_saved()
+        return finish(trainer, rank, console)
+    except stop.Stop:
+        pass  # ends here, as the trainer must outlive no traceback
+    stopping.end(run_dir, rank, trainer, console)
+    return None
+
+
+def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
+    """Turn what has been trained, and saved, into final/."""
     if best := best_checkpoint(trainer, console):
         manifest = read_manifest(best)
         final = export(trainer, model_card(trainer, manifest.metrics, manifest), best)
     else:
         final = export(trainer, model_card(trainer, trainer.last_evaluation()))
     engine_of(trainer.config).clean_up(trainer.config)
-    if rank.index == 0 and trainer.config.objective.prompts:
+    if rank.index == 0 and trainer.config.objective.prompts and not stop.asked():
         sample.show(final, trainer.config.objective.prompts, console)
     return final
 
@@ -48,7 +63,8 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     # The launcher has looked at its own node only.
     if problems := list(engine_of(config).machine_problems(config)):
         raise UserError("\n".join(problems))
-    prepared = data.prepare(config, run_dir)
+    with stop.together():
+        prepared = data.prepare(config, run_dir)
     steps = total_steps(config, prepared.samples_per_epoch)
     # Not only when the model is trained and is to answer them.
     sample.check_prompts(
@@ -58,6 +74,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     # The model comes before the arguments: while those live, transformers builds whatever it builds
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
     model, values = models.build(config, prepared.tokenizer)
+    stop.check()
     resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
     if resumed is not None:
         restore.check(resumed, config, steps)
@@ -65,6 +82,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         if early_stopping.is_due(config, restore.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/
     args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=steps)
+    args.eval_on_start = resumed is not None and restore.lacks_evaluation(resumed, config)
     model = engine_of(config).shard(model, values, config)
     place = {"rank": rank.index, "world_size": rank.world_size}
     trainer = Trainer(

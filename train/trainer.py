@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from train import optimizer
+from train import optimizer, stop
 from train.checkpoint.saver import Saver
 from train.config import RunConfig, accumulation_steps
 from train.strategy import engine_of, loop
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
 """What an evaluation measures, the last with masked models only."""
+BATCHES_BETWEEN_CHECKS = 4
+"""Of an evaluation, for a signal to stop."""
 IGNORED = -100
 """Label of a position that is not predicted."""
 
@@ -141,7 +143,10 @@ class Trainer(transformers.Trainer):
         """Return one step's micro-batches and the number of labels in them, over all ranks.
 
         There are none where a run goes on from its last step, as one does that was killed later.
+        Raises Stop, before anything of the step is done, where a rank was told to.
         """
+        if self.control.should_training_stop:  # by the evaluation that a stop had cut short
+            return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
@@ -150,8 +155,11 @@ class Trainer(transformers.Trainer):
             int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel()
             for b in batches
         )
-        counts = torch.tensor([labels, tokens], device=device)
+        # One reduction for all: whether to stop costs no collective of its own.
+        counts = torch.tensor([labels, tokens, stop.asked() is not None], device=device)
         counts = self.accelerator.reduce(counts, "sum")
+        if counts[2]:
+            raise stop.Stop
         self.tokens_seen += int(counts[1])
         return batches, counts[0].clamp(min=1)
 
@@ -187,28 +195,32 @@ class Trainer(transformers.Trainer):
         """Return loss and perplexity over all held-out labels, and accuracy for masked ones.
 
         Only four sums are kept and reduced, never logits. Every rank makes the same number of
-        forward passes, as sharded engines need.
+        forward passes, as sharded engines need. Raises Stop where a rank was told to.
         """
         model = self.model_wrapped
         model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
-        with torch.no_grad():
-            for batch in dataloader:
-                batch = self._prepare_inputs(batch)
-                labels = batch.pop("labels")
-                logits = model(**batch).logits
-                kept = labels.ne(IGNORED)
-                sums[0] += cross_entropy(
-                    logits.flatten(0, 1).float(),
-                    labels.flatten(),
-                    ignore_index=IGNORED,
-                    reduction="sum",
-                )
-                sums[1] += (logits.argmax(-1).eq(labels) & kept).sum()
-                sums[2] += kept.sum()
-                sums[3] += kept.any(-1).sum()
-        model.train()
-        engine_of(self.config).after_evaluation(self)
+        try:
+            with torch.no_grad():
+                for number, batch in enumerate(dataloader):
+                    if number % BATCHES_BETWEEN_CHECKS == 0:
+                        stop.check()
+                    batch = self._prepare_inputs(batch)
+                    labels = batch.pop("labels")
+                    logits = model(**batch).logits
+                    kept = labels.ne(IGNORED)
+                    sums[0] += cross_entropy(
+                        logits.flatten(0, 1).float(),
+                        labels.flatten(),
+                        ignore_index=IGNORED,
+                        reduction="sum",
+                    )
+                    sums[1] += (logits.argmax(-1).eq(labels) & kept).sum()
+                    sums[2] += kept.sum()
+                    sums[3] += kept.any(-1).sum()
+        finally:
+            model.train()
+            engine_of(self.config).after_evaluation(self)
         total, correct, count, samples = self.accelerator.reduce(sums, "sum").tolist()
         loss = total / max(count, 1)
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -220,6 +232,16 @@ class Trainer(transformers.Trainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=int(samples),
         )
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        at_start = skip_scheduler
+        every, step = self.config.trainer.save_every_steps, self.state.global_step
+        if at_start and (step == self.state.max_steps or (every and step % every == 0)):
+            self.saver.save()  # a manifest carries what was evaluated at its step
+        return metrics
 
     # --- going on from a checkpoint -----------------------------------------------------------
 

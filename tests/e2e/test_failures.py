@@ -92,7 +92,9 @@ def test_killed_rank_is_named_and_takes_the_others_along(tiny: Tiny, tmp_path: P
     assert_all_gone(tmp_path)
 
 
-def test_sigterm_to_the_launcher_ends_every_rank(tiny: Tiny, tmp_path: Path) -> None:
+def test_sigterm_to_the_launcher_before_the_first_step_ends_every_rank(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     process = start("train", *tiny("clm"), cwd=tmp_path)
     for rank in range(2):
         wait_for(tmp_path / "run" / "logs" / f"rank-{rank}.log", process)
@@ -100,7 +102,7 @@ def test_sigterm_to_the_launcher_ends_every_rank(tiny: Tiny, tmp_path: Path) -> 
     process.send_signal(signal.SIGTERM)
     ended = finish(process)
 
-    assert ended.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM" in ended.stderr
+    assert ended.returncode == 75
+    assert "stopped at step 0 by SIGTERM; go on with: shardwright resume" in ended.stderr
     assert not (tmp_path / "run" / "final").exists()
     assert_all_gone(tmp_path)

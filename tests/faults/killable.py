@@ -1,7 +1,8 @@
-"""Ranks that can be killed: processes of their own, forked from one that has imported everything.
+"""Ranks that can be killed, or told to stop, at any moment: forked from one process.
 
-What a rank runs is the entry of `python -m train RUN_DIR`; torchrun itself would add the seconds of
-its imports to each start. As torchrun does, the ranks that are left are ended once one has died.
+That one has imported everything. What a rank runs is the entry of `python -m train RUN_DIR`;
+torchrun itself would add the seconds of its imports to each start. As torchrun does, the ranks that
+are left are ended once one has died.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -22,7 +24,7 @@ from tests.distributed.pool import free_port
 
 WORLD_SIZE = 2
 TIMEOUT_SECONDS = 120
-_WATCHED = re.compile(r"checkpoints\b|\.?final\b|metrics\.|\.$")
+_WATCHED = re.compile(r"checkpoints\b|\.?final\b|\.tokenizer-|metrics\.|\.$")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class AtEvent:
     """Kill just before a rank does something for the n-th time since it was started.
 
     Its events read like "os.rename checkpoints/.checkpoint-2.tmp" or "train.micro_batch": Python's
-    audit events below the run directory, and one for each micro-batch.
+    audit events below the run directory, and one for each micro-batch, of evaluations too.
     """
 
     pattern: str
@@ -41,6 +43,8 @@ class AtEvent:
     """Kill all ranks at the same time, not only the one whose event it is."""
     seconds_per_file: float = 0.0
     """How long it takes the rank to open a file of a checkpoint, as on a slow disk."""
+    signal: int = signal.SIGKILL
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def start(run_dir: Path, kill: Kill | None = None) -> Ended:
     for rank in range(WORLD_SIZE):
         leader = processes[0].pid if processes else 0
         arguments = (run_dir, rank, port, leader, kill, console)
-        process = context.Process(target=_rank, args=arguments, daemon=True)
+        process = context.Process(target=_rank, args=arguments)  # its loader has workers
         process.start()
         processes.append(process)
     try:
@@ -126,7 +130,8 @@ def _wait_as_torchrun_does(processes: list[Any]) -> None:
             time.sleep(0.1)  # it looks every so often
             for process in left:
                 process.terminate()
-            wait([p.sentinel for p in left], timeout=5)
+            for process in left:
+                process.join(30)
             return
         assert time.monotonic() < deadline, "the ranks hang"
         left = [p for p in left if p.is_alive()]
@@ -173,6 +178,8 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
     """Note each event of this process in ``found``, and kill at the one that is asked for."""
     import transformers
 
+    from train.trainer import Trainer
+
     pattern = re.compile(kill.pattern) if kill else None
     matches = 0
 
@@ -186,10 +193,12 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
         if not pattern.match(event):
             return
         matches += 1
-        if matches > kill.occurrence:
-            if kill.everyone:
-                os.killpg(0, signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
+        if matches == kill.occurrence + 1:
+            for _ in range(kill.times):
+                if kill.everyone:
+                    os.killpg(0, kill.signal)
+                else:
+                    os.kill(os.getpid(), kill.signal)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -217,3 +226,14 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
         return sound_step(*arguments, **options)
 
     transformers.Trainer.training_step = step  # type: ignore[method-assign]
+    sound_evaluation = Trainer.evaluation_loop
+
+    def evaluation(self: Trainer, batches: Any, *arguments: Any, **options: Any) -> Any:
+        def noted() -> Iterator[Any]:
+            for batch in batches:
+                note("train.evaluation_batch")
+                yield batch
+
+        return sound_evaluation(self, noted(), *arguments, **options)  # type: ignore[arg-type]
+
+    Trainer.evaluation_loop = evaluation  # type: ignore[method-assign, assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
+from train import stop
 from train.card import Card
 from train.checkpoint import portable, whole
 from train.checkpoint.discovery import best_whole
@@ -34,9 +36,10 @@ def export(
 
     The weights are those of ``checkpoint``, or of the live engine where there is none.
 
-    Rank 0 holds one whole tensor in memory at a time, or slices of a checkpoint's. Raises
-    FloatingPointError where a weight is not finite, and RuntimeError where `from_pretrained` would
-    not find exactly the weights it looks for; final/ is not made then.
+    Rank 0 holds one whole tensor in memory at a time, or slices of a checkpoint's. Raises Stop
+    where a rank was told to before the last tensor is there, FloatingPointError where a weight is
+    not finite, and RuntimeError where `from_pretrained` would not find exactly the weights it looks
+    for; final/ is not made then.
     """
     final = trainer.run_dir / "final"
     if trainer.is_world_process_zero():
@@ -57,7 +60,10 @@ def export(
             causal = trainer.config.objective.kind == "clm"
             check_loads(directory, AutoModelForCausalLM if causal else AutoModelForMaskedLM)
     elif checkpoint is None:
-        for _ in engine_of(trainer.config).full_parameters(trainer):
+        for _ in _live_tensors(trainer):
+            pass
+    else:
+        with stop.together():
             pass
     if dist.is_initialized():
         dist.barrier()
@@ -88,6 +94,13 @@ def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
     return None if is_last else best
 
 
+def _live_tensors(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield each parameter's name and, on rank 0, its whole fp32 value. Collective; raises Stop."""
+    for found in engine_of(trainer.config).full_parameters(trainer):
+        stop.check()
+        yield found
+
+
 def _write_tensors(
     trainer: Trainer, checkpoint: Path | None, directory: Path, max_shard_bytes: int
 ) -> None:
@@ -110,9 +123,10 @@ def _write_tensors(
     )
     if checkpoint is not None:
         weights = portable.read(checkpoint).weights
-        whole.stream({name: weights[name] for name in parameters}, writer, _BUDGET)
+        with stop.together():
+            whole.stream({name: weights[name] for name in parameters}, writer, _BUDGET)
     else:
-        for name, tensor in engine_of(trainer.config).full_parameters(trainer):
+        for name, tensor in _live_tensors(trainer):
             assert tensor is not None
             writer.write(name, tensor)
     for name, buffer in buffers.items():

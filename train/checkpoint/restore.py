@@ -148,9 +148,10 @@ def _writing(tensor: LazyTensor) -> Callable[[torch.Tensor], object]:
 def restore(trainer: Trainer, resumed: Resumed) -> None:
     """Bring optimizer, schedule and random numbers of a live engine to the checkpoint's step.
 
-    With as many ranks as wrote the checkpoint each goes on with its own random numbers; with
-    others they are drawn anew, from the seed, the step and the rank. Collective. Once all have
-    read what is theirs, the older checkpoints that a killed run had yet to delete are deleted.
+    With as many ranks as wrote the checkpoint each goes on with its own random numbers and with the
+    losses since the last logged step; with others the numbers are drawn anew, from the seed, the
+    step and the rank, and the next logged loss is the mean since this step. Collective. Once all
+    have read what is theirs, the older checkpoints that a killed run had yet to delete are deleted.
     """
     engine_of(trainer.config).restore_optimizer(trainer, resumed.state)
     _restore_schedule(trainer, resumed.checkpoint / "scheduler.pt")
@@ -158,7 +159,10 @@ def restore(trainer: Trainer, resumed: Resumed) -> None:
     loop.restore_loss_scale(trainer, json.loads(scale.read_text()) if scale.exists() else {})
     rank = trainer.args.process_index
     if resumed.world_size == trainer.args.world_size:
-        _restore_rng(resumed.checkpoint / f"rng-{rank}.pt")
+        saved = _restore_rng(resumed.checkpoint / f"rng-{rank}.pt")
+        if saved is not None:
+            trainer._tr_loss += saved[0]
+            trainer._globalstep_last_logged = saved[1]
     else:
         text = f"{trainer.config.seed}/{resumed.step}/{rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
@@ -188,9 +192,17 @@ def _restore_schedule(trainer: Trainer, path: Path) -> None:
             group["lr"] = rate
 
 
-def _restore_rng(path: Path) -> None:
+def _restore_rng(path: Path) -> tuple[float, int] | None:
+    """Set this rank's random numbers; return its loss since the last logged step, and that step.
+
+    None where the checkpoint is an older one.
+    """
     try:
-        _set_rng(torch.load(path, weights_only=True))
+        saved = torch.load(path, weights_only=True)
+        _set_rng(saved)
+        if "unlogged_loss" not in saved:
+            return None
+        return float(saved["unlogged_loss"]), int(saved["logged_step"])
     except Exception as error:
         raise UserError(
             f"{path} is refused: {type(error).__name__}: {why_refused(error)}; "
@@ -214,11 +226,19 @@ def history(resumed: Resumed) -> list[dict[str, Any]]:
     return json.loads((resumed.checkpoint / TRAINER_STATE).read_text())["log_history"]
 
 
+def lacks_evaluation(resumed: Resumed, config: RunConfig) -> bool:
+    """Return whether the evaluation at a checkpoint's step was cut short by a stop."""
+    every = config.trainer.eval_every_steps
+    if every is None or resumed.step % every or not config.data.eval_fraction:
+        return False
+    return not any("eval_loss" in e and e["step"] == resumed.step for e in history(resumed))
+
+
 def trim_metrics(run_dir: Path, resumed: Resumed | None) -> None:
     """Drop the lines of metrics.jsonl that are written again: all where the run begins anew.
 
     That is those of later steps, those that a kill has cut short, and an evaluation that came after
-    the checkpoint of the same step, at the end of a run.
+    the checkpoint of the same step, at the end of a run or where one was stopped.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():

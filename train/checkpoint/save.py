@@ -84,7 +84,7 @@ def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
 
     Collective; touches no disk.
     """
-    texts = {f"rng-{peers.rank}.pt": _torch_bytes(_rng_state())}
+    texts = {f"rng-{peers.rank}.pt": _torch_bytes(_rng_state() | _unlogged_loss(trainer))}
     if peers.is_first:
         assert trainer.lr_scheduler is not None
         texts["scheduler.pt"] = _torch_bytes(trainer.lr_scheduler.state_dict())
@@ -200,6 +200,14 @@ def _parameters(trainer: Trainer) -> list[dict[str, Any]]:
         }
         for key, aliases in names.items()
     ]
+
+
+def _unlogged_loss(trainer: Trainer) -> dict[str, Any]:
+    """Return what this rank's next logged loss, a mean over steps, has of those done already."""
+    return {
+        "unlogged_loss": float(trainer._tr_loss),
+        "logged_step": trainer._globalstep_last_logged,
+    }
 
 
 def _rng_state() -> dict[str, Any]:

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from train import stop
 from train.checkpoint.background import Background
 from train.checkpoint.peers import Peers, SaveFailed
-from train.checkpoint.save import draft, peers_of, write
+from train.checkpoint.save import Draft, draft, peers_of, write
+from train.rank import from_all
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
@@ -35,6 +37,8 @@ class Saver(TrainerCallback):
         self._peers: Peers | None = None
         self._in_flight: Background | None = None
         self._step = 0
+        self._longest_seconds = 0.0
+        """What the slowest whole save of this start took on this rank; 0 before the first."""
         self.console: TextIO | None = None
         """Where rank 0 tells a person; the rank's log has it in any case."""
 
@@ -48,15 +52,38 @@ class Saver(TrainerCallback):
             self._write_now(is_last=False)
             return
         peers = self._all_peers()
+        started = time.monotonic()
         checkpoint = draft(self._trainer, peers, copy=True)
         self._step = checkpoint.step
-        self._in_flight = Background(lambda: write(checkpoint, peers))
+        self._in_flight = Background(lambda: self._write(checkpoint, peers, started))
 
     def save_last(self) -> None:
         """Write a checkpoint of the last step unless there is one; SaveFailed stops in any case."""
         self.wait()
         if self._trainer.saved_step != self._trainer.state.global_step:
             self._write_now(is_last=True)
+
+    def save_before_stop(self) -> str | None:
+        """Write a checkpoint of this step unless there is one, and return None, or why not.
+
+        It is not begun where the longest save so far would not fit into what is left of the grace
+        period. Raises SaveFailed.
+        """
+        self.wait()
+        step = self._trainer.state.global_step
+        if step in (0, self._trainer.saved_step):
+            return None
+        grace_seconds = self._trainer.config.launcher.grace_seconds
+        everyone = from_all((stop.seconds_since(), self._longest_seconds))
+        left_seconds = grace_seconds - max(waited for waited, _ in everyone)
+        needed_seconds = max(longest for _, longest in everyone)
+        if needed_seconds > left_seconds:
+            return (
+                f"a save takes {needed_seconds:.1f} s, and {max(left_seconds, 0):.1f} s were left "
+                f"of launcher.grace_seconds={grace_seconds:g}"
+            )
+        self._write_now(is_last=True)
+        return None
 
     def wait(self) -> None:
         """Wait for the checkpoint in flight. Raises SaveFailed as `save` does."""
@@ -91,13 +118,18 @@ class Saver(TrainerCallback):
 
     def _write_now(self, *, is_last: bool) -> None:
         peers = self._all_peers()
+        started = time.monotonic()
         checkpoint = draft(self._trainer, peers, copy=False)
         try:
-            write(checkpoint, peers)
+            self._write(checkpoint, peers, started)
         except SaveFailed as failure:
             self._failed(failure, checkpoint.step, is_last=is_last)
         else:
             self._trainer.saved_step = checkpoint.step
+
+    def _write(self, checkpoint: Draft, peers: Peers, started: float) -> None:
+        write(checkpoint, peers)
+        self._longest_seconds = max(self._longest_seconds, time.monotonic() - started)
 
     def _failed(self, failure: SaveFailed, step: int, *, is_last: bool) -> None:
         if not failure.is_of_disk:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from train import stop
 from train.config import RunConfig, accumulation_steps
 from train.data.collator import Collator, Masking
 from train.data.prepare import Prepared
@@ -85,10 +89,27 @@ def _loader(
         batch_sampler=batches,
         collate_fn=collator(prepared, config, mask_seed),
         num_workers=config.trainer.dataloader_workers,
+        worker_init_fn=_obey_the_rank_alone,
         pin_memory=torch.cuda.is_available(),
         # Its own, as a loader draws a seed for its workers: dropout must not depend on that.
         generator=torch.Generator(),
     )
+
+
+def _obey_the_rank_alone(worker: int) -> None:
+    """Let only the rank itself end a worker: it needs its batches until it has stopped.
+
+    torchrun and schedulers signal whole process groups, in which the workers are.
+    """
+    del worker
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(stop.SIGNALS).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def collator(prepared: Prepared, config: RunConfig, mask_seed: int) -> Collator:

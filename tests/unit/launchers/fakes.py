@@ -70,13 +70,17 @@ if behaviour == "bad-input":
     note("UserError", "data.paths: nothing in there")
     sys.exit(2)
 if behaviour == "resumable":
-    note("Resumable", "checkpoint-7 is complete")
+    stopped = dict(step=7, samples=56, reason="SIGUSR1 on rank 1", time=time.time(),
+                   checkpoint=str(run_dir / "checkpoints" / "checkpoint-7"), progress_steps=7)
+    (run_dir / "stopped.json").write_text(json.dumps(stopped))
     sys.exit(75)
 if behaviour == "crash-early":
     import no_such_module
 if behaviour == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "hang":
+    # Ranks of the real thing do so once they listen.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
     # With a child in a session of its own, as a data loader or a debugger may have.
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"],
                              start_new_session=True)

@@ -25,6 +25,8 @@ COMMANDS = ("train", "sample")
         ("shardwright checkpoints --ver", ["--verify"]),
         ("shardwright recover runs/x out --dt", ["--dtype"]),
         ("shardwright push --pu", ["--public"]),
+        ("shardwright logs runs/a --f", ["--follow"]),
+        ("shardwright cancel runs/a --", ["--now", "--help"]),
         ("shardwright train --dr", ["--dry-run"]),
         ("shardwright train ", "shardwright "),
         ("shardwright train strat", "shardwright strat"),

@@ -57,6 +57,7 @@ def test_environment_on_a_cpu() -> None:
         "OMP_NUM_THREADS": "4",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "30",
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "lo",
     }
@@ -70,6 +71,7 @@ def test_environment_on_gpus() -> None:
         "OMP_NUM_THREADS": "16",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "30",
     }
 
 

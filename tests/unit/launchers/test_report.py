@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.report import RankFailure, exit_code, failure, rank_failures
+from launchers.report import RankFailure, exit_code, failure, rank_failures, stopped
+from train.stop import Stopped
 
 
 def note(logs: Path, rank: int, time: float, kind: str = "RuntimeError") -> None:
@@ -53,7 +54,6 @@ def test_half_written_note_is_passed_over(tmp_path: Path) -> None:
         (1, ["RuntimeError", "UserError"], None, 1),
         (2, [], None, 2),
         (75, [], None, 75),
-        (1, ["Resumable", "Resumable"], signal.SIGTERM, 75),
         (1, [], signal.SIGTERM, 143),
         (1, ["KeyboardInterrupt"], signal.SIGINT, 130),
         (0, [], signal.SIGTERM, 0),
@@ -62,6 +62,22 @@ def test_half_written_note_is_passed_over(tmp_path: Path) -> None:
 def test_exit_code(child_code: int, kinds: list[str], stopped_by: int | None, code: int) -> None:
     failures = [RankFailure(float(n), n, "host", kind, "", "") for n, kind in enumerate(kinds)]
     assert exit_code(child_code, failures, stopped_by) == code
+
+
+def test_a_clean_stop_names_its_step_and_how_to_go_on() -> None:
+    where = Stopped(7, 56, "SIGUSR1 on rank 1", 1.0, "/a b/checkpoints/checkpoint-7", 7)
+    assert stopped(where, Path("/a b"), None) == (
+        "\nstopped at step 7 by SIGUSR1 on rank 1; go on with: shardwright resume '/a b'"
+    )
+    assert "stopped at step 7 by SIGTERM; go on" in stopped(where, Path("/a b"), signal.SIGTERM)
+
+
+def test_a_stop_without_time_to_save_says_what_it_goes_on_from() -> None:
+    why = "a save takes 40.0 s, and 29.5 s were left of launcher.grace_seconds=30"
+    where = Stopped(9, 72, "SIGTERM on rank 0", 1.0, "/run/checkpoints/checkpoint-7", 4, why)
+    assert stopped(where, Path("/run"), None).endswith(
+        f"\n  checkpoint-7 is the newest: {why}; raise it to keep the last steps"
+    )
 
 
 def test_message_of_bad_input_stands_alone(tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""The end of a job's script: say what came of the ranks, and whether the job is to go on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launchers import report, requeue, slurm
+from train import config as run_config
+from train import stop
+from train.config import SlurmLauncher
+from train.errors import BAD_INPUT, RESUMABLE, UserError
+
+GO_ON = 76
+"""What the job script takes for "back into the queue"."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Take RUN_DIR, the exit code of the steps, and the signals that the job's shell got."""
+    run_dir, code, signals = Path(arguments[0]), int(arguments[1]), arguments[2:]
+    try:
+        launcher = run_config.load(run_dir).launcher
+    except UserError as error:
+        print(report.error_text(str(error)))
+        return BAD_INPUT
+    assert isinstance(launcher, SlurmLauncher)
+    stopped = stop.read(run_dir)
+    failures = report.rank_failures(run_dir)
+    if stopped is None and code == 0:
+        print(report.finish(run_dir))
+        return 0
+    if stopped is None and (failures or not (signals or code == RESUMABLE)):
+        child_code = 128 - code if code > 128 else code  # srun's word for a signal, and Python's
+        print(report.failure(child_code, failures, run_dir, None))
+        return report.exit_code(child_code, failures, None)
+
+    by = stopped.reason if stopped else " ".join(signals) or "a signal"
+    print(f"\nstopped at step {stopped.step} by {by}" if stopped else f"\nstopped by {by}")
+    ended = "TERM" in signals and not (signals[0] == "USR1" and _is_past_its_limit())
+    reason = why_not_go_on(launcher, is_ended=ended, is_cancelled=slurm.is_cancelled(run_dir))
+    if reason is None:
+        limits = ["--restarts", os.environ.get("SLURM_RESTART_COUNT", "0")]
+        limits += ["--limit", str(launcher.max_requeues)]
+        if requeue.main([str(run_dir), *limits]) == 0:
+            return GO_ON
+    else:
+        print(reason)
+    print(f"go on with: shardwright resume {shlex.quote(str(run_dir))}")
+    return RESUMABLE
+
+
+def why_not_go_on(launcher: SlurmLauncher, *, is_ended: bool, is_cancelled: bool) -> str | None:
+    """Return why a job that has stopped does not even ask to go on, or None where it does. Pure.
+
+    ``is_ended`` by SLURM, which requeues a job itself where it preempts it without a grace time; a
+    job that its user cancels would come back to life.
+    """
+    if is_cancelled:
+        return "it was cancelled"
+    if is_ended:
+        return "SLURM ends this job, and starts it again itself where it was preempted"
+    if not launcher.requeue:
+        return "launcher.requeue=false keeps it out of the queue"
+    return None
+
+
+def _is_past_its_limit() -> bool:
+    """Return whether this job ends because its time is up; SLURM says COMPLETING whatever it is."""
+    job = slurm.look(os.environ["SLURM_JOB_ID"])
+    return job is not None and job.is_past_its_limit
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

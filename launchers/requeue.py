@@ -1,0 +1,79 @@
+"""Whether a job that was cut may start again: python -m launchers.requeue RUN_DIR --restarts N."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import layout
+
+HISTORY = "history.jsonl"
+LIMIT = 100
+
+
+def should_requeue(
+    history: Sequence[Mapping[str, Any]], newest_step: int, *, restarts: int, limit: int
+) -> tuple[bool, str]:
+    """Return whether to start again, and why or why not. Pure.
+
+    ``history`` holds the lines of history.jsonl, oldest first, ``newest_step`` is the step of the
+    newest whole checkpoint (0: there is none) and ``restarts`` counts those that have been. Between
+    two restarts there must be a newer checkpoint; before the first one there need not.
+    """
+    if restarts >= limit:
+        return False, f"restarted {restarts} times, which is the limit"
+    last = history[-1] if history else {}
+    before = last.get("requeued_at_step")
+    if before is not None and newest_step <= before:
+        return False, (
+            f"no progress since the last restart: the newest whole checkpoint was of step {before} "
+            f"and is of step {newest_step}; a checkpoint must fit between two stops (lower "
+            "trainer.save_every_steps or raise launcher.grace_seconds)"
+        )
+    return True, f"goes on from step {newest_step} (restart {restarts + 1} of at most {limit})"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the reason and return 0 where the job is to start again, which is noted, or else 1."""
+    parser = argparse.ArgumentParser(prog="python -m launchers.requeue", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--restarts", type=int, required=True, help="how many there have been")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="how many there may be")
+    options = parser.parse_args(argv)
+    whole = layout.whole_checkpoints(options.run_dir / "checkpoints")
+    newest_step = whole[-1][0] if whole else 0
+    path = options.run_dir / HISTORY
+    yes, reason = should_requeue(
+        read_history(path), newest_step, restarts=options.restarts, limit=options.limit
+    )
+    print(reason)
+    if yes:
+        entry = {
+            "time": time.time(),
+            "requeued_at_step": newest_step,
+            "checkpoint": whole[-1][1].name if whole else None,
+            "restart": options.restarts + 1,
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    return 0 if yes else 1
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return a run's restarts and resumes, oldest first; lines that a crash cut are left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""Hand runs over to SLURM: a directory and a script for each job, and what its user is told."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launchers import commands, job_script, preflight, report, slurm
+from launchers.job_script import Array
+from launchers.machine import Machine
+from train import stop
+from train.config import RunConfig, SlurmLauncher
+from train.errors import FAILED, UserError
+
+SITE = job_script.TEMPLATE.with_name(job_script.SITE)
+"""The cluster's own settings, which users make out of site.example.sh."""
+POLL_SECONDS = 2.0
+UNANSWERED = 150
+"""So often in a row `wait` may get no answer: a controller may be restarted meanwhile."""
+
+
+def array_of(configs: Sequence[RunConfig]) -> Array | None:
+    """Return the job array that a sweep's runs are: alike for SLURM, in directories 0, 1, ... Pure.
+
+    None where each run is a job of its own.
+    """
+    directories = [Path(str(config.run_dir)) for config in configs]
+    parent = directories[0].parent
+    alike = all(config.launcher == configs[0].launcher for config in configs)
+    if len(configs) == 1 or not alike:
+        return None
+    if directories != [parent / str(number) for number in range(len(configs))]:
+        return None
+    return Array(parent, len(configs))
+
+
+def new_runs(
+    configs: Sequence[RunConfig], choices: Sequence[Mapping[str, str]], here: Machine
+) -> int:
+    """Create the directories of runs and submit them; return the exit code.
+
+    Raises UserError, and leaves nothing, where SLURM refuses.
+    """
+    array = array_of(configs)
+    if array is None and len(configs) > 1:
+        codes = [new_runs([c], [o], here) for c, o in zip(configs, choices, strict=True)]
+        return next(filter(None, codes), 0)
+    made: list[list[Path]] = []
+    home = job_script.job_directory(configs[0], array)
+    try:
+        for config in configs:
+            made.append(preflight.create(config, Path(str(config.run_dir))))
+        job = _submit(configs[0], home, array)
+    except BaseException:
+        for name in (job_script.NAME, job_script.SITE):
+            (home / name).unlink(missing_ok=True)
+        for directories in reversed(made):
+            preflight.take_back(directories)
+        raise
+    run_dirs = [Path(str(config.run_dir)) for config in configs]
+    jobs = [job] if array is None else [f"{job}_{number}" for number in range(array.tasks)]
+    for run_dir, each in zip(run_dirs, jobs, strict=True):
+        slurm.note(run_dir, each)
+    environment = commands.job_environment(configs[0], os.environ)
+    print(report.header(configs[0], choices[0], here, environment))
+    print(_submitted(home, job, array), flush=True)
+    return _end_of_all(configs[0], dict(zip(jobs, run_dirs, strict=True)))
+
+
+def again(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
+    """Submit a run that has its directory already; return the exit code."""
+    run_dir = Path(str(config.run_dir))
+    slurm_job = _submit(config, run_dir, None)
+    slurm.note(run_dir, slurm_job)
+    print(report.header(config, choices, here, commands.job_environment(config, os.environ)))
+    print(_submitted(run_dir, slurm_job, None), flush=True)
+    return _end_of_all(config, {slurm_job: run_dir})
+
+
+def check_no_job(run_dir: Path) -> None:
+    """Raise UserError where the job of a run is not over yet: two would train in one directory."""
+    known = slurm.job_of(run_dir)
+    try:
+        job = slurm.look(known) if known is not None else None
+    except UserError as error:
+        raise UserError(
+            f"{error}\nso it may be training in {run_dir}; where you know that it is over, remove "
+            f"{run_dir / slurm.NOTE}"
+        ) from None
+    if job is not None and not job.is_over:
+        raise UserError(
+            f"job {job.id} of {run_dir} is {job.state}, and two cannot train in one directory; "
+            f"wait for it, or end it with `shardwright cancel {shlex.quote(str(run_dir))}`"
+        )
+
+
+def show(configs: Sequence[RunConfig]) -> str:
+    """Return the job scripts and the commands that would submit them, as `--dry-run` prints."""
+    array = array_of(configs)
+    if array is None and len(configs) > 1:
+        return "\n\n".join(show([config]) for config in configs)
+    home = job_script.job_directory(configs[0], array)
+    command = shlex.join(job_script.submit_command(home))
+    return f"# {home / job_script.NAME}\n{_script(configs[0], array)}\n# command\n{command}"
+
+
+def _script(config: RunConfig, array: Array | None) -> str:
+    return job_script.job_script(
+        config,
+        commands.job_environment(config, os.environ),
+        directory=Path.cwd(),
+        has_site=_site_of(config) is not None,
+        array=array,
+    )
+
+
+def _site_of(config: RunConfig) -> Path | None:
+    assert isinstance(config.launcher, SlurmLauncher)
+    if config.launcher.site is not None:
+        return Path(config.launcher.site)
+    return SITE if SITE.exists() else None
+
+
+def _submit(config: RunConfig, home: Path, array: Array | None) -> str:
+    (home / job_script.NAME).write_text(_script(config, array), encoding="utf-8")
+    if site := _site_of(config):
+        shutil.copyfile(site, home / job_script.SITE)
+    return slurm.submit(job_script.submit_command(home), Path.cwd())
+
+
+def _submitted(home: Path, job: str, array: Array | None) -> str:
+    where = shlex.quote(str(home))
+    log = (
+        home / "logs" / f"job-{job}.log" if array is None else f"{home}/<n>/logs/job-{job}_<n>.log"
+    )
+    one = where if array is None else f"{where}/0"
+    rows = {
+        "job": job if array is None else f"{job}, an array of {array.tasks}",
+        "log": str(log),
+        "follow": f"shardwright logs {one} --follow",
+        "state": f"shardwright status {where}",
+        "stop": f"shardwright cancel {where}",
+        "checks": "of GPUs, disks and compilers are left to the nodes",
+    }
+    return "\n".join(f"  {name:<10}{text}" for name, text in rows.items())
+
+
+def _end_of_all(config: RunConfig, run_dirs: Mapping[str, Path]) -> int:
+    """Wait for the jobs if asked to; return the first exit code that is not 0."""
+    assert isinstance(config.launcher, SlurmLauncher)
+    if not config.launcher.wait:
+        return 0
+    worst = 0
+    for job, run_dir in run_dirs.items():
+        try:
+            worst = worst or wait(job, run_dir)
+        except KeyboardInterrupt:
+            print(f"\njob {job} goes on without this command", file=sys.stderr)
+            raise
+    return worst
+
+
+def wait(job: str, run_dir: Path) -> int:
+    """Wait until a job is over, telling of each change; return its exit code."""
+    told, unanswered = "", 0
+    while True:
+        try:
+            found = slurm.look(job)
+            problem = "SLURM no longer knows it"
+        except UserError as error:
+            found, problem = None, str(error)
+        if found is None:
+            unanswered += 1
+            if unanswered > UNANSWERED:
+                print(f"job {job}: {problem}; see {run_dir / 'logs'}", file=sys.stderr)
+                return FAILED
+        else:
+            unanswered = 0
+            text = found.state + (f" on {found.nodes}" if found.nodes else "")
+            if text != told:
+                print(f"job {job}: {text}", flush=True)
+                told = text
+            if found.is_over:
+                return slurm.exit_code(found, stop.read(run_dir) is not None)
+        time.sleep(POLL_SECONDS)

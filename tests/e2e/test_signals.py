@@ -1,0 +1,188 @@
+"""A signal to whichever process of a run stops all of it, with code 75 and a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cli import TINY, finish, on_one_rank, processes, start, start_python, wait_for
+from tests.e2e.test_failures import assert_all_gone
+from train import stop
+from train.checkpoint import layout
+
+pytestmark = pytest.mark.distributed
+
+Tiny = Callable[[str], tuple[str, ...]]
+
+FOR_EVER = "trainer.max_steps=100000"
+
+
+def assert_stopped(ended: subprocess.CompletedProcess[str], run_dir: Path) -> stop.Stopped:
+    """The launcher kills at the end of the grace period: a clean end is one within it."""
+    where = stop.read(run_dir)
+    assert where is not None, ended
+    assert where.checkpoint == str(run_dir / "checkpoints" / f"checkpoint-{where.step}")
+    assert layout.what_is_wrong(Path(where.checkpoint)) is None
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert not (run_dir / "final").exists()
+    assert_all_gone(run_dir.parent)
+    return where
+
+
+def stopped_by(
+    number: signal.Signals, at: Iterable[int], process: subprocess.Popen[str]
+) -> subprocess.CompletedProcess[str]:
+    for pid in at:
+        os.kill(pid, number)
+    return finish(process)
+
+
+def test_sigusr1_to_the_launcher_stops_the_ranks_below_torchrun(tiny: Tiny, tmp_path: Path) -> None:
+    process = start("train", *tiny("clm"), FOR_EVER, cwd=tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    ended = stopped_by(signal.SIGUSR1, [process.pid], process)
+
+    assert ended.returncode == 75
+    where = assert_stopped(ended, tmp_path / "run")
+    assert (
+        f"stopped at step {where.step} by SIGUSR1; go on with: shardwright resume" in ended.stderr
+    )
+    assert where.reason == "SIGUSR1 on ranks 0, 1"
+
+
+def test_ctrl_c_while_the_data_are_prepared_leaves_a_run_that_goes_on(
+    corpus: Path, tmp_path: Path
+) -> None:
+    large = tmp_path / "corpus.jsonl"
+    large.write_text(corpus.read_text() * 20)
+    arguments = (
+        "model=gpt2_tiny",
+        *TINY,
+        *on_one_rank(()),
+        "data=text",
+        f"data.paths=['{large}']",
+        f"data.cache_dir='{tmp_path / 'cache'}'",
+        "data.sequence_length=32",
+        "data.eval_fraction=0",
+        "trainer.max_steps=1",
+        "trainer.global_batch_size=4",
+        "trainer.micro_batch_size=4",
+        "run_dir=run",
+    )
+    process = start("train", *arguments, cwd=tmp_path)
+    wait_for(tmp_path / "cache" / "tokenizers", process)
+    process.send_signal(signal.SIGINT)
+    ended = finish(process)
+
+    assert ended.returncode == 75
+    assert "stopping as soon as all is saved; Ctrl-C again kills" in ended.stderr
+    assert "stopped by SIGINT while the data were being prepared; go on with" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.glob("cache/*/*.tmp-*"))
+    assert_all_gone(tmp_path)
+    ended = finish(start("resume", "run", cwd=tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+# Whom a signal is sent, of launcher, torchrun and two ranks.
+TARGETS: dict[str, Callable[[int, int, list[int]], list[int]]] = {
+    "launcher": lambda launcher, torchrun, ranks: [launcher],
+    "torchrun": lambda launcher, torchrun, ranks: [torchrun],
+    "rank 1": lambda launcher, torchrun, ranks: [ranks[1]],
+    "both ranks": lambda launcher, torchrun, ranks: ranks,
+    "every process": lambda launcher, torchrun, ranks: [launcher, torchrun, *ranks],
+    "every process twice": lambda launcher, torchrun, ranks: 2 * [launcher, torchrun, *ranks],
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("objective", ["clm", "mlm"])  # under fsdp and zero3
+def test_a_signal_to_any_process_stops_all(
+    objective: str, target: str, number: signal.Signals, tiny: Tiny, tmp_path: Path
+) -> None:
+    if number == signal.SIGINT and "twice" in target:
+        pytest.skip("a second Ctrl-C kills")
+    process = start(
+        "train", *tiny(objective), FOR_EVER, "trainer.dataloader_workers=1", cwd=tmp_path
+    )
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    ranks = [rank_process(tmp_path, rank) for rank in range(2)]
+    torchrun = _parent(ranks[0])
+    ended = stopped_by(number, TARGETS[target](process.pid, torchrun, ranks), process)
+
+    assert ended.returncode == 75, ended
+    assert_stopped(ended, tmp_path / "run")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("target", ["launcher", "rank"])
+def test_a_run_of_one_rank_stops_too(
+    target: str, number: signal.Signals, tiny: Tiny, tmp_path: Path
+) -> None:
+    process = start("train", *on_one_rank(tiny("clm")), FOR_EVER, cwd=tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    (rank,) = set(processes(tmp_path)) - {process.pid}
+    ended = stopped_by(number, [process.pid if target == "launcher" else rank], process)
+
+    assert ended.returncode == 75, ended
+    assert_stopped(ended, tmp_path / "run")
+
+
+@pytest.mark.faults
+def test_torchrun_started_by_hand_stops_too(tiny: Tiny, tmp_path: Path) -> None:
+    process = start("train", *tiny("clm"), FOR_EVER, cwd=tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    stopped_by(signal.SIGTERM, [process.pid], process)
+    run_dir = tmp_path / "run"
+    command = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "train", str(run_dir))
+    before = stop.read(run_dir)
+    assert before is not None
+    process = start_python(*command, cwd=tmp_path)
+    metrics = run_dir / "metrics.jsonl"
+    while f'"step": {before.step + 2}' not in metrics.read_text():
+        assert process.poll() is None, finish(process)
+        time.sleep(0.05)
+    ended = stopped_by(signal.SIGTERM, [process.pid], process)
+
+    assert ended.returncode == 1, "torchrun's own"
+    after = stop.read(run_dir)
+    assert after is not None
+    assert after.progress_steps == after.step - before.step >= 2
+    assert_all_gone(tmp_path)
+
+
+@pytest.mark.faults
+def test_a_second_ctrl_c_kills(tiny: Tiny, tmp_path: Path) -> None:
+    process = start("train", *tiny("clm"), FOR_EVER, cwd=tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    for rank in range(2):
+        os.kill(rank_process(tmp_path, rank), signal.SIGSTOP)  # they would stop too soon
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    ended = finish(process)
+
+    assert ended.returncode == 128 + signal.SIGINT
+    assert "stopped by SIGINT before the ranks could say where; go on with" in ended.stderr
+    assert_all_gone(tmp_path)
+
+
+def rank_process(cwd: Path, rank: int) -> int:
+    """Return a rank's pid; its children have its environment."""
+    found = set(processes(cwd, RANK=str(rank)))
+    (pid,) = {pid for pid in found if _parent(pid) not in found}
+    return pid
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -1,0 +1,1 @@
+"""Training on a real SLURM that runs on this machine."""

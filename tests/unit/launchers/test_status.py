@@ -1,0 +1,168 @@
+"""What `shardwright status`, `logs` and `cancel` make of a run's directory."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers import logs
+from launchers.report import RankFailure
+from launchers.slurm import Job
+from launchers.status import (
+    Status,
+    described,
+    duration,
+    everywhere,
+    left_seconds,
+    state_of,
+    table,
+    tail,
+)
+from tests.unit.launchers.fakes import Shardwright, make_shardwright
+from tests.unit.launchers.test_job_script import slurm_run
+from train.config import to_yaml
+from train.stop import Stopped
+
+shardwright = pytest.fixture(make_shardwright)
+
+FAILURE = RankFailure(1.0, 3, "node2", "RuntimeError", "boom", "")
+STOPPED = Stopped(8, 64, "SIGUSR1 on ranks 0, 1", 1.0, "/r/checkpoints/checkpoint-8", 8)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"job": Job("7", "PENDING", "Priority")}, ("pending (Priority)", False)),
+        (
+            {"job": Job("7", "RUNNING", nodes="node[1-2]", restarts=1), "is_done": True},
+            ("running on node[1-2], restart 1", False),
+        ),
+        ({"ranks_here": 2, "stopped": STOPPED}, ("running, 2 rank(s) here", False)),
+        ({"is_done": True}, ("done", True)),
+        ({"job": Job("7", "COMPLETED"), "is_done": True}, ("done", True)),
+        ({"stopped": STOPPED}, ("stopped at step 8 by SIGUSR1 on ranks 0, 1", True)),
+        # A run that was done, went on and failed.
+        (
+            {"is_done": True, "failures": [FAILURE]},
+            ("failed: rank 3 on node2, RuntimeError: boom", True),
+        ),
+        ({"job": Job("7", "OUT_OF_MEMORY", exit_code=137)}, ("out_of_memory, exit code 137", True)),
+        ({"silent_seconds": 5.0}, ("running, last heard of 5 s ago", False)),
+        ({"silent_seconds": 7200.0}, ("silent for 2 h 0 min", True)),
+        ({}, ("no step yet, and no process here", False)),
+    ],
+)
+def test_state(known: dict[str, Any], expected: tuple[str, bool]) -> None:
+    nothing: dict[str, Any] = {
+        "job": None,
+        "is_done": False,
+        "stopped": None,
+        "failures": [],
+        "ranks_here": 0,
+        "silent_seconds": None,
+    }
+    assert state_of(**{**nothing, **known}) == expected
+
+
+def test_time_left_follows_from_the_speed_of_the_last_steps() -> None:
+    last = {"step": 25, "tokens": 25 * 1024, "tokens_per_second": 512.0}
+    assert left_seconds(last, 100) == 150.0
+    assert left_seconds(last, None) is None
+    assert left_seconds({}, 100) is None
+    assert [duration(s) for s in (5.4, 119, 150, 3700, 100000)] == [
+        *("5 s", "119 s", "2 min", "1 h 1 min", "1 d 3 h")
+    ]
+
+
+def test_one_run_is_described_and_several_are_a_table() -> None:
+    one = Status(
+        Path("/w/runs/a"), "running on node1", False, "7", 25, 100, 4.87654, 5120.4, 150.0, None
+    )
+    assert described(one) == (
+        "/w/runs/a\n  state       running on node1\n  job         7\n  step        25/100\n"
+        "  loss        4.8765\n  tokens/s    5,120\n  left        2 min\n  checkpoint  none yet"
+    )
+    done = Status(Path("/elsewhere/b"), "done", True, step=9, checkpoint="checkpoint-9")
+    assert table([one, done], Path("/w")) == (
+        "run           job    step    loss  tokens/s   left  checkpoint  state\n"
+        "runs/a          7  25/100  4.8765     5,120  2 min           -  running on node1\n"
+        "/elsewhere/b    -       9       -         -      -           9  done"
+    )
+
+
+def test_metrics_are_read_from_the_end_without_the_line_that_is_being_written(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(9000)) + '{"step": 90')
+    assert tail(path)[-1] == {"step": 8999}
+    assert 0 < len(tail(path)) < 9000
+    assert tail(tmp_path / "none.jsonl") == []
+
+
+def a_run(directory: Path) -> Path:
+    (directory / "logs").mkdir(parents=True)
+    (directory / "config.yaml").write_text(to_yaml(slurm_run(str(directory))))
+    return directory
+
+
+def test_all_are_those_here_and_those_in_the_queue(tmp_path: Path) -> None:
+    here = [
+        a_run(tmp_path / "here" / p) for p in ("runs/b", "sweeps/s/0", "sweeps/s/2", "sweeps/s/10")
+    ]
+    there, task = a_run(tmp_path / "there"), a_run(tmp_path / "array" / "3")
+    queued = {"7": there, "8_3": task.parent, "9": here[0], "10": tmp_path}
+    assert everywhere(tmp_path / "here", queued) == [*here, there, task]
+
+
+def test_a_sweeps_directory_stands_for_its_runs(shardwright: Shardwright, tmp_path: Path) -> None:
+    for number in "01":
+        a_run(tmp_path / "sweep" / number)
+    (tmp_path / "sweep" / "1" / "config.yaml").write_text("nonsense: 1\n")
+    shown = shardwright("status", "sweep").out.splitlines()
+    assert [line.split()[0] for line in shown] == ["run", "sweep/0", "sweep/1"]
+    assert "cannot be read: " in shown[2]
+    outcome = shardwright("logs", "sweep")
+    assert outcome.code == 2
+    assert "holds 2 runs; give one of them, such as" in outcome.err
+
+
+def test_logs_are_the_jobs_or_a_ranks(shardwright: Shardwright, tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path / "run")
+    assert "has no log yet; --follow waits for it" in shardwright("logs", "run").err
+    (run_dir / "logs" / "rank-0.log").write_text("all of rank 0\n")
+    assert shardwright("logs", "run").out == "all of rank 0\n"
+    (run_dir / "logs" / "job-7.log").write_text("what the job says\n")
+    assert shardwright("logs", "run").out == "what the job says\n"
+    assert shardwright("logs", "run", "--rank", "0").out == "all of rank 0\n"
+    outcome = shardwright("logs", "run", "--rank", "3")
+    assert outcome.code == 2
+    assert "has no logs/rank-3.log; there are job-7.log, rank-0.log" in outcome.err
+
+
+def test_following_a_log_shows_what_comes_to_it_until_the_run_is_over(tmp_path: Path) -> None:
+    path, out = tmp_path / "log", io.BytesIO()
+    texts = ["first\n", "second\n", "written at the very end\n"]
+
+    def is_over() -> bool:
+        with path.open("a") as file:
+            file.write(texts.pop(0))
+        return not texts
+
+    started = time.monotonic()
+    logs.follow(lambda: path if path.exists() else None, out, is_over=is_over)
+    assert out.getvalue() == b"first\nsecond\nwritten at the very end\n"
+    assert time.monotonic() - started < 10
+
+
+def test_cancelling_what_does_not_run(shardwright: Shardwright, tmp_path: Path) -> None:
+    a_run(tmp_path / "run")
+    outcome = shardwright("cancel", "run")
+    assert outcome.code == 2
+    assert "does not run: no job in the queue and no process here" in outcome.err
+    assert "is not a run directory" in shardwright("status", "nowhere").err

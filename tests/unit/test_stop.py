@@ -1,0 +1,120 @@
+"""What a signal does to one process: it leaves a note, and little else."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train import stop
+
+# What each begins with: two ways to be signalled.
+PRELUDE = """
+import os, signal, sys, time
+from train import stop
+def get(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+"""
+
+CASES = {
+    "any signal leaves a note, and only the first counts": (
+        "stop.install(); get(signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)\n"
+        "print(stop.asked(), stop.seconds_since() > 0)",
+        "SIGTERM True",
+        0,
+    ),
+    "none, no note": ("stop.install(); print(stop.asked(), stop.seconds_since())", "None 0.0", 0),
+    "one that came before the handlers, and was blocked till then, counts": (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS); get(signal.SIGUSR1)\n"
+        "stop.install(); print(stop.asked())",
+        "SIGUSR1",
+        0,
+    ),
+    "a second ctrl-c kills": (
+        "stop.install(); get(signal.SIGINT); print(stop.asked(), flush=True)\n"
+        "get(signal.SIGINT); print('alive')",
+        "SIGINT",
+        -signal.SIGINT,
+    ),
+    "what nohup ignores stays ignored": (
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); stop.install(); get(signal.SIGHUP)\n"
+        "print(stop.asked())",
+        "None",
+        0,
+    ),
+    "work without collectives ends at once, and once": (
+        "stop.install()\n"
+        "try:\n"
+        "    with stop.at_once():\n"
+        "        get(signal.SIGTERM); print('went on')\n"
+        "except stop.Stop:\n"
+        "    get(signal.SIGTERM); print('ended')",
+        "ended",
+        0,
+    ),
+    "such work does not begin behind a signal": (
+        "stop.install(); get(signal.SIGTERM)\n"
+        "try:\n"
+        "    with stop.at_once(): print('began')\n"
+        "except stop.Stop: print('ended')",
+        "ended",
+        0,
+    ),
+    "a rank that has failed goes like any process": (
+        "stop.install(); stop.no_longer(); get(signal.SIGTERM); print('alive')",
+        "",
+        -signal.SIGTERM,
+    ),
+    "one that comes as the interpreter ends does not change the exit code": (
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 15)\n"
+        "stop.install(); sys.late = Late(); stop.is_over(); sys.exit(75)",
+        "",
+        75,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_with_a_signal(case: str) -> None:
+    script, printed, code = CASES[case]
+    ended = subprocess.run(
+        [sys.executable, "-c", PRELUDE + script],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.stdout.strip(), ended.returncode) == (printed, code)
+    assert ended.stderr == ""
+
+
+def test_the_note_of_a_stop_round_trips_and_half_of_one_is_none(tmp_path: Path) -> None:
+    where = stop.Stopped(7, 56, "SIGTERM on rank 0", 1.5, None, 7)
+    assert stop.read(tmp_path) is None
+    where.write(tmp_path)
+    assert stop.read(tmp_path) == where
+    (tmp_path / stop.NOTE).write_text('{"step": 7')
+    assert stop.read(tmp_path) is None
+    stop.forget(tmp_path)
+    assert not list(tmp_path.iterdir())
+    stop.forget(tmp_path)
+
+
+def test_the_reason_names_signals_and_ranks() -> None:
+    assert stop.reason(["SIGTERM", None, "SIGTERM"]) == "SIGTERM on ranks 0, 2"
+    assert stop.reason([None, "SIGUSR1"]) == "SIGUSR1 on rank 1"
+    assert stop.reason(["SIGUSR1", "SIGTERM"]) == "SIGUSR1 on rank 0; SIGTERM on rank 1"
+
+
+def test_torchrun_gets_the_code_that_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would start ranks again that end with any other than 0, while it has restarts left."""
+    assert not stop.is_restarted_on_failure()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    for restarts, is_restarted in enumerate((True, True, False)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        assert stop.is_restarted_on_failure() is is_restarted

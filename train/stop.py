@@ -1,0 +1,226 @@
+"""Stop cleanly when told to: a signal leaves a note, and all ranks agree on where they stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+"""What asks a rank to stop. SIGUSR1 is the one that no launcher between acts on by itself."""
+NOTE = "stopped.json"
+SECONDS_BETWEEN_LOOKS = 0.5
+_KEY = "shardwright/stop"
+
+
+class Stop(BaseException):
+    """The work ends here, to be gone on with later; raised on all ranks at one place."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    signal_name: str
+    time: float
+    """On the monotonic clock."""
+
+
+_request: _Request | None = None
+_at_once = False
+_heard = False
+"""Whether the next signal is only to say that another rank was asked."""
+
+
+# --- one process --------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Have SIGNALS ask for a clean stop from now on; whoever started this process may block them.
+
+    A second SIGINT kills, any other second signal changes nothing. What nohup ignores stays so.
+    """
+    global _request
+    _request = None
+    for number in SIGNALS:
+        may_be_ignored = number in (signal.SIGHUP, signal.SIGINT)
+        if not (may_be_ignored and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _request
+    del frame
+    if _heard:
+        if _at_once:
+            raise Stop
+        return
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+    if _request is None:
+        _request = _Request(signal.Signals(number).name, time.monotonic())
+        if _at_once:
+            raise Stop
+
+
+def asked() -> str | None:
+    """Return the name of the first signal that this very process got, None where it got none."""
+    return _request.signal_name if _request else None
+
+
+def seconds_since() -> float:
+    """Return how long ago that was; 0 where there was none."""
+    return time.monotonic() - _request.time if _request else 0.0
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Have a signal raise Stop inside of the block as soon as it comes, or has come before."""
+    global _at_once
+    _at_once = True
+    try:
+        if _request is not None:
+            raise Stop
+        yield
+    finally:
+        _at_once = False
+
+
+def no_longer() -> None:
+    """Let signals end this process as they end any other: it has failed, and holds up the rest."""
+    _set_all(signal.SIG_DFL)
+
+
+def is_over() -> None:
+    """Ignore signals from now on: all is done but for the exit, whose code they would change."""
+    _set_all(signal.SIG_IGN)
+
+
+def _set_all(handler: signal.Handlers) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) == _note:
+            signal.signal(number, handler)
+
+
+# --- all ranks ----------------------------------------------------------------------------------
+
+
+def check() -> None:
+    """Raise Stop on all ranks where one of them was asked to stop. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    is_asked = _request is not None
+    if dist.is_initialized():
+        flag = torch.tensor(int(is_asked))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        is_asked = bool(flag)
+    if is_asked:
+        raise Stop
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let a signal to any rank end the block on all at once, and raise Stop. Collective.
+
+    Nothing inside may be: a rank that waits for another's work waits in no collective.
+    """
+    with _hearing_others() as tell_others:
+        try:
+            with at_once():
+                yield
+        except Stop:
+            tell_others()
+    check()
+
+
+@contextmanager
+def _hearing_others() -> Iterator[Callable[[], object]]:
+    """Have a thread interrupt this process once another rank calls what the block is given."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    if not dist.is_initialized():
+        yield lambda: None
+        return
+    store, over = _get_default_store(), threading.Event()
+
+    def listen() -> None:
+        global _heard
+        while not over.wait(SECONDS_BETWEEN_LOOKS):
+            if store.check([_KEY]):
+                _heard = True
+                signal.pthread_kill(main, signal.SIGUSR1)
+                return
+
+    main = threading.get_ident()
+    listener = threading.Thread(target=listen, name="stop", daemon=True)
+    listener.start()
+    try:
+        yield lambda: store.set(_KEY, "")
+    finally:
+        over.set()
+        listener.join()
+
+
+def reason(signals: Sequence[str | None]) -> str:
+    """Return in words which ranks were asked, by the signal's name that each rank got. Pure."""
+    parts = []
+    for name in dict.fromkeys(signals):
+        ranks = [str(rank) for rank, found in enumerate(signals) if found == name]
+        if name is not None:
+            parts.append(f"{name} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}")
+    return "; ".join(parts)
+
+
+def is_restarted_on_failure() -> bool:
+    """Return whether torchrun would start the ranks again if they ended with any code but 0."""
+    done = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return done < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+# --- what is left of it -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Where a run has stopped: RUN_DIR/stopped.json, there until its ranks start again.
+
+    It tells the outcome where exit codes do not: torchrun turns each of its ranks' into 1.
+    """
+
+    step: int
+    samples: int
+    reason: str
+    time: float
+    """Seconds since the epoch."""
+    checkpoint: str | None
+    """The newest whole checkpoint; of an earlier step where ``unsaved`` says why."""
+    progress_steps: int
+    """Steps made since the ranks were started."""
+    unsaved: str | None = None
+    """Why the last steps are not in a checkpoint."""
+
+    def write(self, run_dir: Path) -> None:
+        temporary = run_dir / f".{NOTE}.tmp"
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(temporary, run_dir / NOTE)
+
+
+def read(run_dir: Path) -> Stopped | None:
+    """Return where a run has stopped; None where it has not, or goes on."""
+    try:
+        return Stopped(**json.loads((run_dir / NOTE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def forget(run_dir: Path) -> None:
+    """Remove what an earlier start has left."""
+    (run_dir / NOTE).unlink(missing_ok=True)
