@@ -28,6 +28,7 @@ RANK = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 directory, rank, seconds = Path(sys.argv[1]), os.environ["RANK"], float(sys.argv[2])
+(directory / f"began-{rank}").touch()
 time.sleep(seconds)  # of imports
 got = []
 signal.signal(signal.SIGUSR1, lambda number, frame: got.append(number))
@@ -81,7 +82,7 @@ def test_the_ranks_get_it_and_their_exit_code_comes_back(
 
 def test_a_rank_that_does_not_listen_yet_gets_it_later(relay: Relay, tmp_path: Path) -> None:
     process = relay(imports=1.0, RANK="0")  # as Kubernetes' operators set for a node
-    time.sleep(0.5)
+    wait_for(tmp_path / "began-1")
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75
 
