@@ -51,7 +51,7 @@ from train.owner import owned
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 COMMANDS = (
-    *("train", "resume", "sample", "checkpoints", "recover", "push"),
+    *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
     *("status", "logs", "cancel"),
 )
 
@@ -64,6 +64,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright resume RUN_DIR [--dry-run] [group=option] [key=value]
       go on from the newest whole checkpoint, with other ranks, strategy, precision or
       more steps if asked
+  shardwright join RUN_DIR [--node-rank N]
+      on each other node of a run over several: start its ranks there
   shardwright sample RUN_DIR --prompt TEXT
       fill masks or continue a text with a trained model; --strategy zero3 or fsdp divides it
       among ranks (--nproc-per-node N) where it does not fit one device
@@ -122,6 +124,8 @@ def _dispatch(arguments: list[str]) -> int:
             return _train(rest)
         case ["resume", *rest]:
             return _resume(rest)
+        case ["join", *rest]:
+            return _join(rest)
         case ["sample", *rest]:
             return _sample(rest)
         case ["checkpoints", *rest]:
@@ -249,7 +253,6 @@ def launch(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
     """Create the run directory, prepare the data, run the ranks; return the exit code."""
     assert config.run_dir is not None, "resolved"
     run_dir = Path(config.run_dir)
-    argv = commands.rank_command(config, run_dir)
     environment = commands.rank_environment(config, here, os.environ)
 
     made = preflight.create(config, run_dir)
@@ -263,7 +266,8 @@ def launch(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
         preflight.take_back(made)
     if prepared != 0:
         return prepared
-    return _run_ranks(config, argv, environment)
+    print(report.other_nodes(config), end="", flush=True)
+    return _run_ranks(config, here)
 
 
 def _prepare(config: RunConfig) -> int:
@@ -286,15 +290,23 @@ def _prepare(config: RunConfig) -> int:
     return FAILED
 
 
-def _run_ranks(config: RunConfig, argv: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Start the ranks of a run directory and wait; return the exit code."""
+def _run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
+    """Start this node's ranks of a run directory and wait; return the exit code."""
     run_dir = Path(str(config.run_dir))
-    # torchrun writes its own pages about a failed rank to stderr, the ranks the terminal's lines
+    environment = commands.rank_environment(config, here, os.environ)
+    for name, text in commands.launcher_files(config, environment, here).items():
+        (run_dir / name).write_text(text, encoding="utf-8")
+    # Launchers write their own pages about a failed rank to stderr, the ranks the terminal's lines
     # to stdout.
-    quiet = run_dir / "logs" / report.TORCHRUN_LOG if config.launcher.kind == "torchrun" else None
-    stop.forget(run_dir)
+    name = f"torchrun-{node_rank}.log" if node_rank else report.TORCHRUN_LOG
+    quiet = run_dir / "logs" / name if config.launcher.kind != "local" else None
+    if node_rank == 0:
+        stop.forget(run_dir)
     ended = start.run(
-        argv, environment, stderr_file=quiet, grace_seconds=config.launcher.grace_seconds
+        commands.rank_command(config, run_dir, machine=here, node_rank=node_rank),
+        environment,
+        stderr_file=quiet,
+        grace_seconds=config.launcher.grace_seconds,
     )
     if where := stop.read(run_dir):
         print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)
@@ -354,7 +366,9 @@ def _show(config: RunConfig, here: Machine) -> None:
         print(submit.show([config]), flush=True)
         return
     environment = commands.rank_environment(config, here, os.environ)
-    argv = commands.rank_command(config, Path(config.run_dir))
+    argv = commands.rank_command(config, Path(config.run_dir), machine=here)
+    for name, text in commands.launcher_files(config, environment, here).items():
+        print(f"# {config.run_dir}/{name}\n{text}")
     print("# environment")
     print("\n".join(f"{name}={shlex.quote(value)}" for name, value in environment.items()))
     print(f"\n# command\n{shlex.join(argv)}", flush=True)
@@ -423,11 +437,34 @@ def _resume(arguments: list[str]) -> int:
     environment = commands.rank_environment(config, here, os.environ)
     print(report.header(config, choices, here, environment))
     print(f"  {'goes on':<10}from {where}", flush=True)
+    print(report.other_nodes(config), end="", flush=True)
     if not (run_dir / "data.json").exists():  # stopped while they were being prepared
         prepared = _prepare(config)
         if prepared != 0:
             return prepared
-    return _run_ranks(config, commands.rank_command(config, run_dir), environment)
+    return _run_ranks(config, here)
+
+
+# --- join ---------------------------------------------------------------------------------------
+
+
+def _join(arguments: list[str]) -> int:
+    """Start this node's ranks of a run that another node has begun."""
+    parser = argparse.ArgumentParser(
+        prog="shardwright join",
+        description="Start this node's ranks of a run over several nodes. Its directory lies on a "
+        "file system that all of them share; `shardwright train` on the first node made it.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--node-rank", type=int, metavar="N", help="with rendezvous=static")
+    options = parser.parse_args(arguments)
+    run_dir = Path(os.path.abspath(options.run_dir))
+    config = run_config.load(run_dir)
+    node_rank = preflight.node_rank(config, options.node_rank)
+    here = machine.detect(os.environ)
+    preflight.check_machine(config, here)
+    # Found where the nodes share the cache.
+    return _prepare(config) or _run_ranks(config, here, node_rank)
 
 
 # --- the other commands -------------------------------------------------------------------------

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import yaml
 
 import train
 from launchers.machine import Machine
-from train.config import RunConfig
+from train.config import (
+    AccelerateLauncher,
+    DeepspeedLauncher,
+    LocalLauncher,
+    RunConfig,
+    TorchrunLauncher,
+)
+from train.errors import ENCODED
 
 PACKAGES = Path(train.__file__).resolve().parent.parent
 """The folder from which `train` is imported."""
+UNKNOWN = Machine()
+ACCELERATE_YAML = "accelerate.yaml"
+DEEPSPEED_ENVIRONMENT = "deepspeed.env"
+"""In a run's directory: what its launcher reads."""
 
 
 def rank_command(
@@ -23,20 +39,135 @@ def rank_command(
     module: str = "train",
     arguments: Sequence[str] = (),
     python: str = sys.executable,
+    node_rank: int = 0,
+    machine: Machine = UNKNOWN,
 ) -> list[str]:
-    """Return the argv that runs all ranks of ``run_dir``, an absolute path."""
+    """Return the argv that runs the ranks of ``run_dir``, an absolute path, from this node."""
     assert run_dir.is_absolute(), "ranks may start in another directory"
     rank = [str(run_dir), *arguments]
-    if config.launcher.kind == "local":
-        return [python, "-m", module, *rank]
-    # --standalone brings its own rendezvous on a free port of localhost. torchrun expands
-    # ${local_rank} in the arguments of its ranks, and takes $$ for a plain $.
+    match config.launcher:
+        case LocalLauncher():
+            return [python, "-m", module, *rank]
+        case TorchrunLauncher() as launcher:
+            return [python, *_torchrun(launcher, run_dir, node_rank), "-m", module, *_plain(rank)]
+        case DeepspeedLauncher() as launcher:
+            start = [python, *_deepspeed(launcher, machine), "--module", module]
+            return [*start, *(map(encoded, rank) if launcher.hostfile else rank)]
+        case AccelerateLauncher() as launcher:
+            flags = [f"--config_file={run_dir / ACCELERATE_YAML}", f"--machine_rank={node_rank}"]
+            return [python, "-m", "accelerate.commands.launch", *flags, "-m", module, *_plain(rank)]
+    raise AssertionError("a job's script starts its ranks")
+
+
+def _plain(arguments: Sequence[str]) -> Iterator[str]:
+    """torchrun expands ${local_rank} in the arguments of its ranks, and takes $$ for a plain $."""
+    return (argument.replace("$", "$$") for argument in arguments)
+
+
+def _torchrun(launcher: TorchrunLauncher, run_dir: Path, node_rank: int) -> list[str]:
+    start = ["-m", "torch.distributed.run"]
+    counts = [f"--nproc-per-node={launcher.nproc_per_node}"]
+    if launcher.max_restarts:
+        counts.append(f"--max-restarts={launcher.max_restarts}")
+    if launcher.bind == "numa":
+        counts.append("--numa-binding=node")
+    if launcher.nodes == 1:
+        # It brings its own rendezvous on a free port of localhost.
+        return [*start, "--standalone", "--nnodes=1", *counts]
+    fewest = launcher.min_nodes or launcher.nodes
+    nodes = f"{fewest}:{launcher.nodes}" if fewest < launcher.nodes else f"{launcher.nodes}"
+    if launcher.rendezvous == "static":
+        return [
+            *(*start, f"--nnodes={nodes}", *counts, f"--node-rank={node_rank}"),
+            *(f"--master-addr={launcher.head_address}", f"--master-port={launcher.head_port}"),
+        ]
+    # Two runs that meet at one address by mistake do not mix.
+    name = hashlib.blake2b(str(run_dir).encode(), digest_size=8).hexdigest()
     return [
-        *(python, "-m", "torch.distributed.run"),
-        *("--standalone", f"--nnodes={config.launcher.nodes}"),
-        f"--nproc-per-node={config.launcher.nproc_per_node}",
-        *("-m", module, *(argument.replace("$", "$$") for argument in rank)),
+        *(*start, f"--nnodes={nodes}", *counts, "--rdzv-backend=c10d", f"--rdzv-id={name}"),
+        f"--rdzv-endpoint={launcher.head_address}:{launcher.head_port}",
     ]
+
+
+def _deepspeed(launcher: DeepspeedLauncher, machine: Machine) -> list[str]:
+    start = ["-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"]
+    if launcher.bind_cores_to_rank:
+        start.append("--bind_cores_to_rank")
+    port = machine.free_port if launcher.head_port == "auto" else launcher.head_port
+    start.append(f"--master_port={port}")
+    if launcher.hostfile is None:
+        # It takes /job/hostfile, where that is, if none is named; /dev/null counts as none.
+        start.append("--hostfile=/dev/null")
+        # Beside --num_accelerators it ignores CUDA_VISIBLE_DEVICES (launcher/runner.py, 0.19.8).
+        if launcher.device == "cuda" and machine.cuda_visible_devices:
+            assert isinstance(launcher.nproc_per_node, int)
+            chosen = machine.cuda_visible_devices.split(",")[: launcher.nproc_per_node]
+            return [*start, f"--include=localhost:{','.join(name.strip() for name in chosen)}"]
+        return [*start, f"--num_accelerators={launcher.nproc_per_node}"]
+    flags = {
+        "hostfile": launcher.hostfile,
+        "include": launcher.include,
+        "exclude": launcher.exclude,
+        "launcher": launcher.backend,
+        "launcher_args": launcher.backend_arguments or None,
+        "master_addr": launcher.head_address,
+        "ssh_port": launcher.ssh_port,
+    }
+    given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    # A hostfile of one host may name another machine than this one.
+    return [*start, *given, "--force_multi"]
+
+
+def encoded(argument: str) -> str:
+    """Return an argument that no shell and no pdsh changes; `train.__main__` reads it back."""
+    return ENCODED + base64.urlsafe_b64encode(argument.encode()).decode()
+
+
+def launcher_files(
+    config: RunConfig, environment: Mapping[str, str], machine: Machine = UNKNOWN
+) -> dict[str, str]:
+    """Return what a launcher reads from the run's directory, by file name."""
+    asked = getattr(config.launcher, "head_port", "auto")
+    port = machine.free_port if asked == "auto" else int(asked)
+    match config.launcher:
+        case AccelerateLauncher():
+            return {ACCELERATE_YAML: accelerate_yaml(config.launcher, port)}
+        case DeepspeedLauncher(hostfile=str()) as launcher:
+            wanted = dict(environment) | {"SHARDWRIGHT_RANKS_OF": launcher.backend}
+            if launcher.backend == "openmpi":
+                wanted |= {
+                    "MASTER_ADDR": str(launcher.head_address),
+                    "MASTER_PORT": str(port),
+                }
+            lines = (f"{name}={_in_quotes(value)}\n" for name, value in wanted.items())
+            return {DEEPSPEED_ENVIRONMENT: "".join(lines)}
+    return {}
+
+
+def _in_quotes(value: str) -> str:
+    """Escape what means something between the double quotes that DeepSpeed writes around values."""
+    return re.sub(r'([\\"$`])', r"\\\1", value)
+
+
+def accelerate_yaml(launcher: AccelerateLauncher, port: int) -> str:
+    """Return what `accelerate config` would have written; the engine is the run's own affair."""
+    settings: dict[str, object] = {
+        "compute_environment": "LOCAL_MACHINE",
+        # Its CPU kinds start one process, or want mpirun; this one starts ranks, on CPUs too.
+        "distributed_type": "MULTI_GPU" if launcher.world_size > 1 else "NO",
+        "num_machines": launcher.nodes,
+        "num_processes": launcher.world_size,
+        "main_process_ip": launcher.head_address or "127.0.0.1",
+        "main_process_port": port,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "gpu_ids": "all",
+        "main_training_function": "main",
+        "mixed_precision": "no",
+        "use_cpu": False,
+    }
+    note = "# Written for `accelerate launch`; the engine and its precision are set by the run.\n"
+    return note + yaml.safe_dump(settings, sort_keys=False)
 
 
 def prepare_command(run_dir: Path, *, python: str = sys.executable) -> list[str]:
@@ -50,24 +181,32 @@ def rank_environment(
     """Return the variables to add to the user's environment; none that the user has set."""
     wanted = {
         **package_environment(user, packages=packages),
-        "OMP_NUM_THREADS": str(max(1, machine.cores // config.launcher.world_size)),
+        "OMP_NUM_THREADS": str(max(1, machine.cores // ranks_here(config))),
         "PYTHONUNBUFFERED": "1",
         # Ranks fork their data loader's workers, after which tokenizers' threads deadlock.
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if config.launcher.kind == "torchrun":
+    if config.launcher.kind in ("torchrun", "accelerate"):
         # Its own is 30 seconds, however long a checkpoint may take.
         wanted["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.launcher.grace_seconds))
     if config.launcher.device == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
         if machine.gpus:
             wanted["CUDA_VISIBLE_DEVICES"] = ""
-        if machine.has_loopback:
+        if machine.has_loopback and getattr(config.launcher, "nodes", 1) == 1:
             # Gloo takes the address of the host's name otherwise, which need not be reachable.
             wanted["GLOO_SOCKET_IFNAME"] = "lo"
+    if getattr(config.launcher, "hostfile", None) is not None:
+        # DeepSpeed looks for it in the working directory and at home otherwise.
+        wanted["DS_ENV_FILE"] = str(Path(str(config.run_dir)) / DEEPSPEED_ENVIRONMENT)
     return {
         name: value for name, value in wanted.items() if name == "PYTHONPATH" or name not in user
     }
+
+
+def ranks_here(config: RunConfig) -> int:
+    """Return how many ranks of a run this node has."""
+    return int(getattr(config.launcher, "nproc_per_node", 1))
 
 
 def job_environment(

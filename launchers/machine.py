@@ -10,8 +10,11 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from launchers import hostfile
 from train.config import PrecisionConfig, RunConfig, from_tree
+from train.errors import UserError
 
 AMPERE = 8.0
 """First compute capability with bf16 and TF32 arithmetic."""
@@ -30,6 +33,9 @@ class Machine:
     has_loopback: bool = True
     torch_has_cuda: bool = True
     has_wandb_key: bool = False
+    free_port: int = 29500
+    """One that nothing listens on."""
+    cuda_visible_devices: str = ""
 
     @property
     def gpus(self) -> int:
@@ -44,6 +50,8 @@ def detect(environment: Mapping[str, str]) -> Machine:
         has_loopback="lo" in (name for _, name in socket.if_nameindex()),
         torch_has_cuda=not importlib.metadata.version("torch").endswith("+cpu"),
         has_wandb_key=_has_wandb_key(environment),
+        free_port=_free_port(),
+        cuda_visible_devices=environment.get("CUDA_VISIBLE_DEVICES", ""),
     )
 
 
@@ -92,12 +100,38 @@ def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
         )
     if launcher["device"] == "auto":
         launcher["device"] = "cuda" if gpus else "cpu"
+    if launcher.get("hostfile") is not None:
+        launcher.update(_from_hostfile(launcher))
+    if launcher.get("head_port") == "auto" and launcher["nodes"] > 1:
+        launcher["head_port"] = machine.free_port
     if launcher.get("nproc_per_node") == "auto":
         one_rank = launcher["device"] == "cpu" or config.strategy.kind == "single"
         launcher["nproc_per_node"] = 1 if one_rank else max(1, gpus)
     if tree["tracking"].get("mode") == "auto":
         tree["tracking"]["mode"] = "online" if machine.has_wandb_key else "offline"
     return from_tree(tree)
+
+
+def _from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
+    """Return what a hostfile decides: nodes, ranks of each and where they meet; its own path."""
+    path = os.path.abspath(os.path.expanduser(launcher["hostfile"]))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"launcher.hostfile={path} cannot be read ({error}); give a file with lines of: "
+            "host slots=8"
+        ) from None
+    chosen = hostfile.hosts(text, launcher["include"], launcher["exclude"])
+    decided = {"nodes": len(chosen), "nproc_per_node": hostfile.ranks_per_node(chosen)}
+    for name, value in decided.items():
+        if launcher[name] not in (value, "auto", 1):
+            raise UserError(
+                f"launcher.{name}={launcher[name]}, but launcher.hostfile={path} gives {value}; "
+                f"leave it out, or choose hosts and slots with launcher.include"
+            )
+    head = launcher["head_address"] or next(iter(chosen))
+    return {**decided, "hostfile": path, "head_address": head}
 
 
 def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machine) -> list[str]:
@@ -173,6 +207,12 @@ def _gpus() -> list[tuple[str, float | None]]:
         except ValueError:
             gpus.append((uuid, None))
     return gpus
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _has_wandb_key(environment: Mapping[str, str]) -> bool:

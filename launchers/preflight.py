@@ -5,13 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from launchers.commands import PACKAGES, ranks_here
 from launchers.machine import Machine, lacking
-from train.config import RunConfig, SlurmLauncher, to_yaml
+from train.config import (
+    AccelerateLauncher,
+    DeepspeedLauncher,
+    RunConfig,
+    SlurmLauncher,
+    TorchrunLauncher,
+    to_yaml,
+)
 from train.errors import UserError
 from train.strategy import engine_of
 
@@ -45,8 +55,8 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
             *_tracking_problems(config, machine),
         ]
     return [
-        *lacking(config.launcher.device, config.launcher.world_size, config.precision, machine),
-        *_node_problems(config),
+        *lacking(config.launcher.device, ranks_here(config), config.precision, machine),
+        *_launcher_problems(config),
         *_missing_packages(config),
         *engine_of(config).machine_problems(config),
         *_missing_build_tools(config),
@@ -103,15 +113,63 @@ def _exists(run_dir: Path) -> str:
     return f"run_dir={run_dir} exists already; choose another, or remove it first"
 
 
-def _node_problems(config: RunConfig) -> list[str]:
-    nodes = getattr(config.launcher, "nodes", 1)
-    if nodes == 1:
-        return []
-    return [
-        f"launcher.nodes={nodes}, but this command starts one node; write the run's config.yaml "
-        "with `--cfg job` and start `torchrun -m train RUN_DIR` on each node, or set "
-        "launcher.nodes=1"
-    ]
+def node_rank(config: RunConfig, asked: int | None) -> int:
+    """Return the rank of a node that joins a run.
+
+    Raises UserError where the run has no other nodes, or the rank is none of theirs.
+    """
+    launcher = config.launcher
+    if not isinstance(launcher, TorchrunLauncher | AccelerateLauncher) or launcher.nodes == 1:
+        raise UserError(
+            f"launcher={launcher.kind} of {config.run_dir} starts all of its ranks itself; join is "
+            "for launcher=torchrun and launcher=accelerate with launcher.nodes above 1"
+        )
+    nodes = launcher.nodes
+    is_fixed = isinstance(launcher, AccelerateLauncher) or launcher.rendezvous == "static"
+    if asked is None and is_fixed:
+        raise UserError(
+            f"launcher={launcher.kind} gives each node its rank; add --node-rank N, from 1 to "
+            f"{nodes - 1}"
+        )
+    if asked is not None and not 1 <= asked < nodes:
+        raise UserError(
+            f"--node-rank {asked}, but the run has {nodes} nodes and its first one is 0; give 1 to "
+            f"{nodes - 1}"
+        )
+    return asked or 1
+
+
+def _launcher_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each program that a launcher needs and this machine does not have."""
+    launcher = config.launcher
+    if not isinstance(launcher, DeepspeedLauncher):
+        return
+    programs = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "slurm": "srun"}
+    if launcher.hostfile is not None:
+        program = programs[launcher.backend]
+        if shutil.which(program) is None:
+            yield (
+                f"launcher.backend={launcher.backend} starts ranks with {program}, which is not "
+                "installed; install it, choose another backend, or launcher=torchrun"
+            )
+        if launcher.backend != "pdsh" and (launcher.include or launcher.exclude):
+            yield (
+                f"launcher.backend={launcher.backend} takes whole hostfiles only, but "
+                "launcher.include or exclude is given; write another hostfile, or set backend=pdsh"
+            )
+        unsafe = [
+            p for p in (sys.executable, str(PACKAGES)) if not re.fullmatch(r"[\w@%+=:,./-]+", p)
+        ]
+        if launcher.backend == "pdsh" and unsafe:
+            yield (
+                f"launcher.backend=pdsh sends {unsafe[0]} through a shell unquoted, which would "
+                "not arrive; install to a path without blanks and quotes, or use launcher=torchrun"
+            )
+    if launcher.bind_cores_to_rank and shutil.which("numactl") is None:
+        yield (
+            "launcher.bind_cores_to_rank=true needs numactl, which is not installed; install it "
+            "(apt install numactl) or leave it out"
+        )
 
 
 def _slurm_problems(config: RunConfig) -> Iterator[str]:

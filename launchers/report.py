@@ -63,6 +63,16 @@ def header(
     )
 
 
+def other_nodes(config: RunConfig) -> str:
+    """Return what to do on the other nodes; nothing where this command starts them all."""
+    launcher = config.launcher
+    if launcher.kind not in ("torchrun", "accelerate") or launcher.nodes == 1:
+        return ""
+    is_fixed = launcher.kind == "accelerate" or launcher.rendezvous == "static"
+    command = f"shardwright join {shlex.quote(str(config.run_dir))}" + " --node-rank N" * is_fixed
+    return f"\non each of the {launcher.nodes - 1} other node(s)\n  {command}\n\n"
+
+
 def finish(run_dir: Path) -> str:
     """Return where everything of a successful run lies."""
     what = {

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -684,6 +684,16 @@ class LauncherSection(Section):
     terminationGracePeriodSeconds or the time that --signal gives. A last checkpoint that would not
     fit is not begun."""
 
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run, the most where nodes may come and go."""
+        raise NotImplementedError
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """All numbers of ranks with which it may run."""
+        return (self.world_size,)
+
 
 class LocalLauncher(LauncherSection):
     """One rank in one process on this machine."""
@@ -695,19 +705,125 @@ class LocalLauncher(LauncherSection):
         return 1
 
 
-class TorchrunLauncher(LauncherSection):
-    """torchrun on one node."""
+class SeveralNodes(LauncherSection):
+    """What launchers have that start ranks on one node or on several."""
 
-    kind: Literal["torchrun"]
     nproc_per_node: PositiveInt | Literal["auto"] = "auto"
-    """Ranks on this node; auto is one for each GPU, or 1 on a CPU."""
+    """Ranks on each node; auto is one for each GPU, or 1 on a CPU."""
     nodes: PositiveInt = 1
-    """Nodes of the run; more than one are started by hand, with torchrun on each."""
+    head_address: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$")] | None = None
+    """Name or address of the first node, where the ranks meet; null where there is one node."""
+    head_port: Annotated[int, Field(ge=1, le=65535)] | Literal["auto"] = "auto"
+    """Where they meet; auto is a port that is free on the machine that composes the run."""
 
     @property
     def world_size(self) -> int:
         assert self.nproc_per_node != "auto", "resolved before the config is frozen"
         return self.nproc_per_node * self.nodes
+
+    @model_validator(mode="after")
+    def _nodes_meet_somewhere(self) -> Self:
+        if self.nodes > 1 and self.head_address is None:
+            raise ValueError(
+                f"nodes={self.nodes} have to meet, but head_address is not given; set it to the "
+                "first node's name or address"
+            )
+        return self
+
+
+class TorchrunLauncher(SeveralNodes):
+    """torchrun, on each node; the others than the first are started by `shardwright join`."""
+
+    kind: Literal["torchrun"]
+    rendezvous: Literal["c10d", "static"] = "c10d"
+    """c10d: nodes come in any order and may be lost and come back; static: each has its rank."""
+    min_nodes: PositiveInt | None = None
+    """Start with, and go on with, as few nodes as these; null waits for all of ``nodes``."""
+    max_restarts: NonNegativeInt = 0
+    """How often all ranks are started again, from the newest whole checkpoint, after one of them
+    has failed or a node was lost."""
+    bind: Literal["none", "cores", "numa"] = "none"
+    """cores: each rank gets an equal part of its node's cores; numa: those near its GPU."""
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        assert self.nproc_per_node != "auto", "resolved before the config is frozen"
+        fewest = self.min_nodes or self.nodes
+        return tuple(self.nproc_per_node * nodes for nodes in range(fewest, self.nodes + 1))
+
+    @model_validator(mode="after")
+    def _is_elastic(self) -> TorchrunLauncher:
+        if self.min_nodes is None or self.min_nodes == self.nodes:
+            return self
+        if self.min_nodes > self.nodes:
+            raise ValueError(
+                f"min_nodes={self.min_nodes} is more than nodes={self.nodes}; nodes is the most"
+            )
+        if self.rendezvous == "static":
+            raise ValueError(
+                f"min_nodes={self.min_nodes} lets nodes come and go, but rendezvous=static fixes "
+                "their ranks; set rendezvous=c10d"
+            )
+        if self.max_restarts == 0:
+            raise ValueError(
+                f"min_nodes={self.min_nodes} goes on without a lost node by starting all ranks "
+                "again, but max_restarts=0 allows no such start; set max_restarts=3"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _numa_is_that_of_gpus(self) -> TorchrunLauncher:
+        if self.bind == "numa" and self.device == "cpu":
+            raise ValueError(
+                "bind=numa asks which memory is near each rank's GPU, but device=cpu; set "
+                "bind=cores"
+            )
+        return self
+
+
+class DeepspeedLauncher(SeveralNodes):
+    """DeepSpeed's own command, on one node or over a hostfile."""
+
+    kind: Literal["deepspeed"]
+    hostfile: str | None = None
+    """Lines of "host slots=N"; null is this machine alone. It decides nodes and nproc_per_node."""
+    include: str | None = None
+    """Of the hostfile only these: host1@host2:0,1."""
+    exclude: str | None = None
+    """Of the hostfile all but these."""
+    backend: Literal["pdsh", "openmpi", "mpich", "slurm"] = "pdsh"
+    """What starts the other nodes' processes."""
+    backend_arguments: str = ""
+    """Further arguments of pdsh, mpirun or srun, as in a shell."""
+    ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    bind_cores_to_rank: bool = False
+    """Give each rank an equal part of its node's cores (needs numactl)."""
+
+    @model_validator(mode="after")
+    def _filters_have_a_hostfile(self) -> DeepspeedLauncher:
+        for name, value in (("include", self.include), ("exclude", self.exclude)):
+            if value is not None and self.hostfile is None:
+                raise ValueError(
+                    f"{name}={_shown(value)} chooses among the hosts of a hostfile, but "
+                    "hostfile=null; give one or leave it out"
+                )
+        if self.include is not None and self.exclude is not None:
+            raise ValueError(
+                f"include={_shown(self.include)} and exclude={_shown(self.exclude)} exclude each "
+                "other; give one of them"
+            )
+        if self.nodes > 1 and self.hostfile is None:
+            raise ValueError(
+                f"nodes={self.nodes}, but hostfile=null: DeepSpeed starts other nodes over a "
+                "hostfile; give one, or set launcher=torchrun"
+            )
+        return self
+
+
+class AccelerateLauncher(SeveralNodes):
+    """`accelerate launch` with a YAML that is written into the run's directory."""
+
+    kind: Literal["accelerate"]
 
 
 def _slurm_word(value: str) -> str:
@@ -908,7 +1024,8 @@ class SlurmLauncher(LauncherSection):
 
 
 LauncherConfig = Annotated[
-    LocalLauncher | TorchrunLauncher | SlurmLauncher, Field(discriminator="kind")
+    LocalLauncher | TorchrunLauncher | DeepspeedLauncher | AccelerateLauncher | SlurmLauncher,
+    Field(discriminator="kind"),
 ]
 
 
@@ -1038,13 +1155,13 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     from train.strategy import engine_of
 
     known = getattr(config.launcher, "nproc_per_node", 1) != "auto"
-    world_size = config.launcher.world_size if known else None
-    yield from engine_of(config).contradictions(config, world_size)
-    if world_size is not None:
-        try:
-            accumulation_steps(config.trainer, world_size)
-        except UserError as error:
-            yield str(error)
+    for world_size in config.launcher.world_sizes if known else (None,):
+        yield from engine_of(config).contradictions(config, world_size)
+        if world_size is not None:
+            try:
+                accumulation_steps(config.trainer, world_size)
+            except UserError as error:
+                yield str(error)
 
 
 def _checkpoint_contradictions(config: RunConfig) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,13 +33,33 @@ class Rank:
     world_size: int
 
 
+# What mpirun and srun call a rank's number, its number on the node and their count.
+_NAMES_OF = {
+    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+}
+
+
 def rank_from_environment() -> Rank:
-    """Read what torchrun and its like set; without it this is the only rank."""
+    """Read what torchrun and its like set; without it this is the only rank.
+
+    SHARDWRIGHT_RANKS_OF says that a launcher has names of its own.
+    """
+    if names := _NAMES_OF.get(os.environ.get("SHARDWRIGHT_RANKS_OF", "")):
+        for wanted, found in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), names, strict=True):
+            os.environ.setdefault(wanted, os.environ[found])
     return Rank(
         index=int(os.environ.get("RANK", "0")),
         local_index=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
+
+
+def cores_of(cores: Iterable[int], local_index: int, ranks: int) -> set[int]:
+    """Return one rank's share of a node's cores, neighbours by number. Pure."""
+    ordered = sorted(cores)
+    begin, end = (len(ordered) * n // ranks for n in (local_index, local_index + 1))
+    return set(ordered[begin:end]) or {ordered[local_index % len(ordered)]}
 
 
 @contextmanager
@@ -48,12 +68,15 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
 
     strategy=single has no group. Raises UserError where the number of ranks is not the config's.
     """
-    if rank.world_size != config.launcher.world_size:
+    if rank.world_size not in config.launcher.world_sizes:
         raise UserError(
             f"the config asks for {config.launcher.world_size} rank(s) "
             f"(launcher={config.launcher.kind}) but {rank.world_size} were started; start as many, "
             "or make a run with another launcher.nproc_per_node"
         )
+    if getattr(config.launcher, "bind", "none") == "cores":
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.sched_setaffinity(0, cores_of(os.sched_getaffinity(0), rank.local_index, ranks_here))
     on_gpu = config.launcher.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(rank.local_index)
