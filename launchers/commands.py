@@ -189,6 +189,10 @@ def rank_environment(
     if config.launcher.kind in ("torchrun", "accelerate"):
         # Its own is 30 seconds, however long a checkpoint may take.
         wanted["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.launcher.grace_seconds))
+    if config.launcher.kind == "torchrun" and config.launcher.nodes > 1:
+        # An agent that stays keeps where the ranks met and tells a node that comes back nothing,
+        # which then waits in vain (elastic/rendezvous/dynamic_rendezvous.py, torch 2.13).
+        wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if config.launcher.device == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
         if machine.gpus:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from launchers.commands import prepare_command, rank_command, rank_environment
+from launchers.commands import launcher_files, prepare_command, rank_command, rank_environment
 from launchers.machine import Machine, resolve
 from tests.unit.launchers.test_machine import config
+from train.__main__ import _run_dir
 from train.config import RunConfig
+from train.errors import UserError
 
 HOSTILE = ["/runs/a b", "/runs/'q' \"r\"", "/runs/$(rm -rf ~)", "/runs/line\nbreak", "/runs/;&|*"]
 
@@ -32,6 +38,137 @@ def test_torchrun_on_one_node() -> None:
         *("--standalone", "--nnodes=1", "--nproc-per-node=4"),
         *("-m", "train", "/runs/a"),
     ]
+
+
+def test_torchrun_on_nodes_that_come_in_any_order() -> None:
+    run = resolved(
+        "torchrun",
+        nproc_per_node=4,
+        nodes=2,
+        min_nodes=1,
+        max_restarts=3,
+        head_address="node1",
+        head_port=29501,
+        bind="numa",
+        device="cuda",
+    )
+    assert rank_command(run, Path("/runs/a"), python="python") == [
+        *("python", "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=4"),
+        *("--max-restarts=3", "--numa-binding=node"),
+        *("--rdzv-backend=c10d", "--rdzv-id=7e6164a1bfdc942c", "--rdzv-endpoint=node1:29501"),
+        *("-m", "train", "/runs/a"),
+    ]
+
+
+def test_torchrun_on_nodes_of_fixed_ranks() -> None:
+    run = resolved(
+        "torchrun", nproc_per_node=2, nodes=2, rendezvous="static", head_address="10.0.0.1"
+    )
+    machine = Machine(free_port=23456)
+    run = resolve(run, machine, "/runs/a")
+    assert rank_command(run, Path("/runs/a"), python="python", node_rank=1) == [
+        *("python", "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
+        *("--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29500"),
+        *("-m", "train", "/runs/a"),
+    ]
+
+
+def test_deepspeed_on_this_machine() -> None:
+    run = resolved("deepspeed", nproc_per_node=2, bind_cores_to_rank=True)
+    here = Machine(free_port=23456)
+    assert rank_command(run, Path("/runs/a"), python="python", machine=here) == [
+        *("python", "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"),
+        *("--bind_cores_to_rank", "--master_port=23456"),
+        *("--hostfile=/dev/null", "--num_accelerators=2"),
+        *("--module", "train", "/runs/a"),
+    ]
+
+
+def test_deepspeed_on_the_gpus_that_the_user_has_chosen() -> None:
+    here = Machine(compute_capabilities=(9.0, 9.0, 9.0), cuda_visible_devices="4,5, 6")
+    run = resolved("deepspeed", here, nproc_per_node=2)
+    command = rank_command(run, Path("/runs/a"), machine=here)
+    assert "--include=localhost:4,5" in command
+    assert not any(argument.startswith("--num") for argument in command)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> str:
+    path = tmp_path / "hosts"
+    path.write_text("node1 slots=2\nnode2 slots=2\nnode3 slots=2\nnode4 slots=2\n")
+    return str(path)
+
+
+def test_deepspeed_over_a_hostfile(hosts: str) -> None:
+    run = resolved(
+        "deepspeed",
+        hostfile=hosts,
+        include="node2@node3",
+        ssh_port=2222,
+        backend_arguments="-t 30",
+        head_port=29501,
+    )
+    assert (run.launcher.nodes, run.launcher.nproc_per_node) == (2, 2)  # type: ignore[union-attr]
+    command = rank_command(run, Path("/runs/a"), python="python")
+    assert command == [
+        *("python", "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"),
+        *("--master_port=29501", f"--hostfile={hosts}", "--include=node2@node3"),
+        *("--launcher=pdsh", "--launcher_args=-t 30", "--master_addr=node2", "--ssh_port=2222"),
+        *("--force_multi", "--module", "train", "base64:L3J1bnMvYQ=="),
+    ]
+
+
+def test_deepspeeds_other_back_ends_tell_ranks_whose_they_are(hosts: str) -> None:
+    run = resolved("deepspeed", hostfile=hosts, backend="openmpi", head_port=29501)
+    assert "--launcher=openmpi" in rank_command(run, Path("/runs/a"))
+    assert launcher_files(run, {"OMP_NUM_THREADS": "4"}) == {
+        "deepspeed.env": "OMP_NUM_THREADS=4\nSHARDWRIGHT_RANKS_OF=openmpi\n"
+        "MASTER_ADDR=node1\nMASTER_PORT=29501\n"
+    }
+    assert rank_environment(run, Machine(), {})["DS_ENV_FILE"] == "/runs/a/deepspeed.env"
+
+
+def test_what_a_hostfile_decides_contradicts_nothing(hosts: str) -> None:
+    with pytest.raises(UserError) as error:
+        resolved("deepspeed", hostfile=hosts, nproc_per_node=8)
+    assert f"launcher.nproc_per_node=8, but launcher.hostfile={hosts} gives 2" in str(error.value)
+    with pytest.raises(UserError, match="launcher.hostfile=/nowhere cannot be read"):
+        resolved("deepspeed", hostfile="/nowhere")
+
+
+@pytest.mark.parametrize("run_dir", [*HOSTILE, "/runs/%h"])
+def test_a_run_directory_passes_shells_and_pdsh_unchanged(hosts: str, run_dir: str) -> None:
+    argument = rank_command(resolved("deepspeed", hostfile=hosts), Path(run_dir))[-1]
+    assert re.fullmatch(r"base64:[A-Za-z0-9_=-]+", argument)
+    assert _run_dir(argument) == Path(run_dir)
+
+
+@pytest.mark.parametrize("value", ["a b", 'a"b', "$(touch /tmp/x)", "a`b`", "a\\b"])
+def test_an_environment_passes_the_shell_of_the_other_node_unchanged(
+    hosts: str, value: str
+) -> None:
+    run = resolved("deepspeed", hostfile=hosts)
+    line = launcher_files(run, {"NAME": value})["deepspeed.env"].splitlines()[0]
+    exported = PDSHRunner.__new__(PDSHRunner)
+    exported.exports = {}
+    exported.add_export(*line.split("=", maxsplit=1))
+    script = f'export NAME={exported.exports["NAME"]}; printf %s "$NAME"'
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == value
+
+
+def test_accelerate_reads_how_many_there_are_and_nothing_of_the_engine() -> None:
+    run = resolved("accelerate", nproc_per_node=2, nodes=2, head_address="node1", head_port=29501)
+    assert rank_command(run, Path("/runs/a"), python="python", node_rank=1) == [
+        *("python", "-m", "accelerate.commands.launch"),
+        *("--config_file=/runs/a/accelerate.yaml", "--machine_rank=1", "-m", "train", "/runs/a"),
+    ]
+    (text,) = launcher_files(run, {}).values()
+    settings = yaml.safe_load(text)
+    assert settings["num_machines"] == 2
+    assert settings["num_processes"] == 4
+    assert (settings["main_process_ip"], settings["main_process_port"]) == ("node1", 29501)
+    assert settings["mixed_precision"] == "no"
+    assert not {"deepspeed_config", "fsdp_config"} & settings.keys()
 
 
 @pytest.mark.parametrize("run_dir", HOSTILE)

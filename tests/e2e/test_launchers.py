@@ -1,0 +1,186 @@
+"""Every launcher starts real ranks, which learn what torchrun's learn."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launchers.start import descendants
+from tests.distributed.pool import free_port
+from tests.e2e.cli import finish, shardwright, start
+
+Tiny = Callable[[str], tuple[str, ...]]
+# What reaches a shell on its way would run here, or fall apart.
+HOSTILE = "a b $(touch ran) %h 'q'"
+SAME = (
+    "strategy=zero2",
+    "precision=fp32",
+    "launcher.device=cpu",
+    "data.eval_fraction=0",
+    "trainer.max_steps=6",
+)
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Return the losses of two ranks of torchrun."""
+    cwd = tmp_path_factory.mktemp("torchrun")
+    ended = shardwright("train", *tiny("clm"), *SAME, "launcher=torchrun", cwd=cwd)
+    assert ended.returncode == 0, ended.stderr
+    return losses(cwd / "run")
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])
+def test_two_ranks_on_this_machine(
+    launcher: str, tiny: Tiny, tmp_path: Path, expected: list[float]
+) -> None:
+    ended = shardwright(
+        *("train", *tiny("clm"), *SAME, f"launcher={launcher}"),
+        f'run_dir="{HOSTILE}"',
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert losses(tmp_path / HOSTILE) == expected
+    assert (tmp_path / HOSTILE / "final" / "model.safetensors").is_file()
+    assert f"2 x cpu ({launcher})" in ended.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [HOSTILE], "a name was run"
+
+
+# --- over ssh -----------------------------------------------------------------------------------
+
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+needs_ssh = pytest.mark.skipif(
+    SSHD is None or shutil.which("pdsh") is None or os.geteuid() != 0,
+    reason="needs sshd and pdsh, and to be root",
+)
+
+
+@pytest.fixture(scope="module")
+def ssh_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Serve ssh to this machine with keys of our own; `ssh` from PATH uses them."""
+    folder = tmp_path_factory.mktemp("ssh")
+    for key in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", folder / key], check=True)
+    port = free_port()
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\n"
+        f"AuthorizedKeysFile {folder}/user.pub\nStrictModes no\nUsePAM no\n"
+    )
+    (folder / "config").write_text(
+        f"IdentityFile {folder}/user\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n"
+        f"LogLevel ERROR\nUser {getpass.getuser()}\n"
+    )
+    # ssh looks for ~/.ssh in the password file, not in $HOME.
+    wrapper = folder / "bin" / "ssh"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
+    wrapper.chmod(0o755)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    server = subprocess.Popen([str(SSHD), "-D", "-e", "-f", folder / "sshd_config"])
+    path = os.environ["PATH"]
+    os.environ["PATH"] = f"{wrapper.parent}:{path}"
+    try:
+        _wait_until(lambda: _answers(port))
+        yield port
+    finally:
+        os.environ["PATH"] = path
+        server.terminate()
+        server.wait()
+
+
+@needs_ssh
+def test_deepspeed_over_a_hostfile(
+    tiny: Tiny, tmp_path: Path, ssh_port: int, expected: list[float]
+) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=1\nelsewhere slots=1\n")
+    ended = shardwright(
+        *("train", *tiny("clm"), *SAME, "launcher=deepspeed", "launcher.nproc_per_node=1"),
+        *(f"launcher.hostfile={hostfile}", "launcher.exclude=elsewhere"),
+        *(f"launcher.ssh_port={ssh_port}", f'run_dir="{HOSTILE}"'),
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert losses(tmp_path / HOSTILE) == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"hosts", HOSTILE}, "a name was run"
+
+
+@needs_ssh
+def test_a_host_that_is_not_reached_is_a_failure(tiny: Tiny, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("127.0.0.1 slots=2\n")
+    ended = shardwright(
+        *("train", *tiny("clm"), *SAME, "launcher=deepspeed"),
+        *(f"launcher.hostfile={hostfile}", f"launcher.ssh_port={free_port()}"),
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 1
+    assert "host=127.0.0.1 was not reachable via ssh" in ended.stderr
+
+
+# --- several nodes ------------------------------------------------------------------------------
+
+
+def crash(node: subprocess.Popen[str]) -> None:
+    """Kill all of a node's processes, none of which hears of the others' end before."""
+    processes = [node.pid, *descendants(node.pid)]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in processes:
+            os.kill(pid, number)
+    node.wait()
+
+
+def test_a_node_that_is_killed_comes_back(tiny: Tiny, tmp_path: Path) -> None:
+    settings = (
+        *tiny("clm"),
+        *SAME,
+        *("trainer.max_steps=60", "trainer.save_every_steps=5", "checkpoint.keep_last=2"),
+        "launcher=torchrun",
+    )
+    alone = shardwright("train", *settings, "run_dir=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+
+    nodes = ("launcher.nodes=2", "launcher.nproc_per_node=1", "launcher.head_address=localhost")
+    first = start("train", *settings, *nodes, "launcher.max_restarts=3", cwd=tmp_path)
+    run_dir = tmp_path / "run"
+    _wait_until((run_dir / "config.yaml").is_file)
+    second = start("join", str(run_dir), cwd=tmp_path)
+    try:
+        _wait_until(lambda: any((run_dir / "checkpoints").glob("checkpoint-*")))
+        crash(second)
+        second = start("join", str(run_dir), cwd=tmp_path)
+        ends = [finish(first), finish(second)]
+    finally:
+        for node in (first, second):
+            if node.poll() is None:
+                crash(node)
+    assert [end.returncode for end in ends] == [0, 0], ends
+    assert losses(run_dir) == losses(tmp_path / "alone")
+    assert "going on from checkpoint-" in ends[0].stdout
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait_until(condition: Callable[[], bool], timeout_seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
