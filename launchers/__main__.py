@@ -8,6 +8,7 @@ import difflib
 import importlib.metadata
 import json
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -30,6 +31,8 @@ from launchers import (
     commands,
     completion,
     compose_errors,
+    doctor,
+    health,
     logs,
     machine,
     preflight,
@@ -52,7 +55,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 COMMANDS = (
     *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
-    *("status", "logs", "cancel"),
+    *("status", "logs", "cancel", "doctor"),
 )
 
 USAGE = """\
@@ -82,6 +85,9 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       what a run's job or one of its ranks prints
   shardwright cancel RUN_DIR [--now]
       stop a run after a checkpoint, wherever it runs; --now: at once
+  shardwright doctor [group=option] [key=value]
+      look for what stops or slows training here; with launcher=... on all of its nodes,
+      with measured collectives and matrix products
   shardwright --version
 
 Examples
@@ -140,6 +146,8 @@ def _dispatch(arguments: list[str]) -> int:
             return logs.main(rest)
         case ["cancel", *rest]:
             return cancel.main(rest)
+        case ["doctor", *rest]:
+            return _doctor(rest)
     command = arguments[0]
     if "=" in command:
         raise UserError(f"{command} comes behind a command: shardwright train {command}")
@@ -536,6 +544,56 @@ def sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
         f"trainer.global_batch_size={ranks}",
         "data.sequence_length=8",
     ]
+
+
+def _doctor(arguments: list[str]) -> int:
+    """Say what is wrong with this machine and, with overrides, with a launcher's ranks."""
+    options = doctor.parser().parse_args(arguments)
+    here = machine.detect(os.environ)
+    print(f"{platform.node()}\n")
+    findings = health.look(Path(os.path.abspath(options.directory)), here, os.environ)
+    print(doctor.text(findings), flush=True)
+    if options.overrides:
+        print("\nranks\n", flush=True)
+        among_ranks = list(doctor.judge_ranks(_measured(options, here)))
+        print(doctor.text(among_ranks))
+        findings += among_ranks
+    return FAILED if any(finding.state == "wrong" for finding in findings) else 0
+
+
+def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]]:
+    """Start the ranks that the overrides ask for and return what each has measured.
+
+    Raises UserError, which names the logs, where they do not come to an end.
+    """
+    (job,) = compose([*doctor.DEFAULTS, *options.overrides])
+    tree = plain(job.tree)
+    launcher = tree["launcher"]
+    ranks = launcher.get("nproc_per_node", 1)
+    if ranks == "auto":
+        ranks = launcher["nproc_per_node"] = 1 if launcher["device"] == "cpu" else max(1, here.gpus)
+    # No step is made, but a config has a batch that divides.
+    tree["trainer"]["global_batch_size"] = ranks * launcher.get("nodes", 1)
+    # Where all nodes see it, as a run directory.
+    directory = Path(os.path.abspath(options.directory)) / time.strftime("doctor-%Y%m%d-%H%M%S")
+    config = machine.resolve(from_tree(tree), here, str(directory))
+    preflight.check_machine(config, here)
+    made = preflight.create(config, directory)
+    environment = commands.rank_environment(config, here, os.environ)
+    for name, text in commands.launcher_files(config, environment, here).items():
+        (directory / name).write_text(text, encoding="utf-8")
+    ended = start.run(
+        commands.rank_command(config, directory, module="train.doctor", machine=here),
+        environment,
+        stderr_file=directory / "logs" / report.TORCHRUN_LOG,
+        grace_seconds=0.0,  # there is nothing to save
+    )
+    if ended.code != 0:
+        failures = report.rank_failures(directory)
+        raise UserError(report.failure(ended.code, failures, directory, ended.stopped_by))
+    measured = json.loads((directory / doctor.REPORT).read_text())
+    preflight.take_back(made)
+    return measured
 
 
 def _complete(arguments: list[str]) -> int:

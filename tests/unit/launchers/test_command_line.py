@@ -37,8 +37,8 @@ def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
         ("trian", "error: unknown command trian: did you mean train?\n"),
         (
             "xyz",
-            "error: unknown command xyz: there are train, resume, sample, checkpoints, recover, "
-            "push, status, logs and cancel\n",
+            "error: unknown command xyz: there are train, resume, join, sample, checkpoints, "
+            "recover, push, status, logs, cancel and doctor\n",
         ),
         (
             "seed=1",

@@ -1,0 +1,122 @@
+"""`shardwright doctor`: is this machine, or are all nodes of a launcher, fit to train?"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launchers.health import CLOCK_SKEW_SECONDS, Finding
+
+SLOW_SHARE = 0.85
+"""A node below this share of the median holds up all others noticeably."""
+
+DEFAULTS = (
+    *("model=gpt2_tiny", "objective=clm", "data=stdlib", "strategy=ddp", "precision=fp32"),
+    *("tracking=none", "trainer.micro_batch_size=1", "data.sequence_length=8"),
+)
+"""A run that is never trained, on which the launcher's overrides are composed."""
+REPORT = "doctor.json"
+"""What the first rank of `train.doctor` writes."""
+
+_MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's own flags; overrides are what is left."""
+    parser = argparse.ArgumentParser(
+        prog="shardwright doctor",
+        description="Look for what stops or slows training: versions, GPUs, compilers, memory, "
+        "disk, clock, names, ports. With overrides (launcher=torchrun launcher.nproc_per_node=8) "
+        "it starts the ranks too and measures matrix products and collectives among them.",
+        epilog="Exit codes: 0, 1 where something is wrong, 2 on bad input.",
+    )
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where runs go, whose disk is tried (runs)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def text(findings: Sequence[Finding]) -> str:
+    """Return the findings as a table, each remedy below its finding. Pure."""
+    width = max(len(finding.topic) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{_MARKS[finding.state]:<6}{finding.topic:<{width}}  {finding.text}")
+        if finding.remedy:
+            lines.append(f"{'':<{width + 8}}-> {finding.remedy}")
+    wrong = sum(finding.state == "wrong" for finding in findings)
+    notes = sum(finding.state == "note" for finding in findings)
+    ending = f"{wrong} wrong, {notes} worth a look" if wrong or notes else "nothing is wrong"
+    return "\n".join([*lines, "", ending])
+
+
+def judge_ranks(measured: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Judge what the ranks measured (`train.doctor.Measured`); name the slowest node. Pure."""
+    nodes: dict[str, list[Mapping[str, Any]]] = {}
+    for rank in measured:
+        nodes.setdefault(rank["host"], []).append(rank)
+    devices = ", ".join(dict.fromkeys(rank["device"] for rank in measured))
+    yield Finding("ranks", "ok", f"{len(measured)} on {len(nodes)} node(s), {devices}")
+
+    rates = {h: statistics.median(r["matmul_flops"] for r in ranks) for h, ranks in nodes.items()}
+    yield from _compared("matrix product", rates, 1e9, "GFLOP/s a rank")
+
+    for name, key in (("all-reduce", "all_reduce"), ("all-gather", "all_gather")):
+        values = [rank[f"{key}_bytes_per_second"] for rank in measured]
+        if None not in values:
+            slowest = min(values)
+            yield Finding(name, "ok", f"right, {slowest / 1e9:.2f} GB/s through each rank's link")
+    latencies = [rank["small_all_reduce_seconds"] for rank in measured]
+    if None not in latencies:
+        yield Finding("latency", "ok", f"{1e6 * max(latencies):,.0f} us for an empty all-reduce")
+
+    links = {
+        f"{rank['host']} to {rank['next_node']}": rank["link_bytes_per_second"]
+        for rank in measured
+        if rank["next_node"] is not None
+    }
+    if links:
+        yield from _compared("link", links, 1e9, "GB/s")
+
+    clocks = [rank["clock"] for rank in measured]
+    skew = max(clocks) - min(clocks)
+    if skew > CLOCK_SKEW_SECONDS:
+        last = max(measured, key=lambda rank: rank["clock"])["host"]
+        first = min(measured, key=lambda rank: rank["clock"])["host"]
+        yield Finding(
+            "clocks",
+            "note",
+            f"{last} is {skew:.1f} s ahead of {first}: times in their logs do not agree",
+            "let chrony or ntpd set the clocks of all nodes",
+        )
+    elif len(nodes) > 1:
+        yield Finding("clocks", "ok", f"all nodes agree within {skew:.2f} s")
+
+
+def _compared(topic: str, rates: Mapping[str, float], unit: float, name: str) -> Iterator[Finding]:
+    """Compare nodes, or links between them, with their median."""
+    middle = statistics.median(rates.values())
+    slowest = min(rates, key=lambda key: rates[key])
+    shown = f"{rates[slowest] / unit:,.1f} {name}"
+    if len(rates) == 1:
+        yield Finding(topic, "ok", shown)
+    elif rates[slowest] < SLOW_SHARE * middle:
+        yield Finding(
+            topic,
+            "note",
+            f"{slowest} is the slowest with {shown}, {rates[slowest] / middle:.0%} of the median: "
+            "it holds up all the others",
+            f"see what else runs there, or leave it out (launcher=slurm: --exclude={slowest})"
+            if " to " not in slowest
+            else "look at the cable, the switch and the interface that is used",
+        )
+    else:
+        yield Finding(topic, "ok", f"{shown} on {slowest}, the slowest of {len(rates)}")

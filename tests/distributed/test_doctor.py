@@ -1,0 +1,49 @@
+"""What the doctor's ranks measure among several nodes."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from train import config as run_config
+from train import doctor
+from train.rank import join, rank_from_environment
+
+pytestmark = pytest.mark.distributed
+
+
+def measure_as_a_node_of_its_own(run_dir: Path) -> list[doctor.Measured]:
+    """One machine has one name: that the ranks lie on two is all that is made up here."""
+    rank = rank_from_environment()
+    name, socket.gethostname = socket.gethostname, lambda: f"node{rank.index}"
+    try:
+        config = run_config.load(run_dir)
+        with join(config, rank):
+            return doctor.measure(config)
+    finally:
+        socket.gethostname = name
+
+
+def test_every_node_measures_its_link_to_the_next(
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    first, second = ranks(2)(measure_as_a_node_of_its_own, frozen_run(tiny_tree("clm")))
+    assert first == second, "all ranks know the same"
+    assert [(m.rank, m.host, m.next_node) for m in first] == [
+        (0, "node0", "node1"),
+        (1, "node1", "node0"),
+    ]
+    assert all(m.link_bytes_per_second and m.link_bytes_per_second > 0 for m in first)
+
+
+def test_a_wrong_value_stops_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    with pytest.raises(RuntimeError, match=r"all-reduce .* gave 1 wrong values on node7"):
+        doctor._expect(torch.tensor([3.0, 4.0]), 3.0, "all-reduce")

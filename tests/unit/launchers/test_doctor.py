@@ -1,0 +1,90 @@
+"""What the doctor says of many ranks, and how it says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launchers import doctor
+from launchers.health import Finding
+
+
+def rank(number: int, host: str, **other: Any) -> dict[str, Any]:
+    measured: dict[str, Any] = {
+        "rank": number,
+        "host": host,
+        "device": "cpu",
+        "clock": 1000.0,
+        "matmul_flops": 50e9,
+        "all_reduce_bytes_per_second": 2e9,
+        "all_gather_bytes_per_second": 1e9,
+        "small_all_reduce_seconds": 1e-4,
+        "next_node": None,
+        "link_bytes_per_second": None,
+    }
+    return measured | other
+
+
+def by_topic(measured: list[dict[str, Any]]) -> dict[str, Finding]:
+    return {finding.topic: finding for finding in doctor.judge_ranks(measured)}
+
+
+def test_all_well() -> None:
+    found = by_topic([rank(0, "a"), rank(1, "a"), rank(2, "b"), rank(3, "b")])
+    assert {finding.state for finding in found.values()} == {"ok"}
+    assert found["ranks"].text == "4 on 2 node(s), cpu"
+    assert found["all-reduce"].text == "right, 2.00 GB/s through each rank's link"
+    assert found["latency"].text == "100 us for an empty all-reduce"
+
+
+def test_the_slowest_node_is_named() -> None:
+    nodes = [rank(i, host) for i, host in enumerate(("a", "b", "c"))]
+    nodes[1]["matmul_flops"] = 20e9
+    found = by_topic(nodes)["matrix product"]
+    assert found.state == "note"
+    assert found.text == (
+        "b is the slowest with 20.0 GFLOP/s a rank, 40% of the median: it holds up all the others"
+    )
+    assert "--exclude=b" in found.remedy
+
+
+def test_the_slowest_link_is_named() -> None:
+    nodes = [
+        rank(0, "a", next_node="b", link_bytes_per_second=9e9),
+        rank(1, "b", next_node="c", link_bytes_per_second=1e9),
+        rank(2, "c", next_node="a", link_bytes_per_second=9e9),
+    ]
+    found = by_topic(nodes)["link"]
+    assert found.text.startswith("b to c is the slowest with 1.0 GB/s")
+    assert "the cable" in found.remedy
+
+
+def test_clocks_that_differ_are_noted() -> None:
+    found = by_topic([rank(0, "a"), rank(1, "b", clock=1012.0)])["clocks"]
+    assert found.text == "b is 12.0 s ahead of a: times in their logs do not agree"
+
+
+def test_one_rank_has_no_collectives() -> None:
+    alone = rank(
+        0,
+        "a",
+        all_reduce_bytes_per_second=None,
+        all_gather_bytes_per_second=None,
+        small_all_reduce_seconds=None,
+    )
+    assert set(by_topic([alone])) == {"ranks", "matrix product"}
+
+
+def test_each_remedy_stands_below_its_finding() -> None:
+    shown = doctor.text(
+        [
+            Finding("cores", "ok", "8"),
+            Finding("/dev/shm", "wrong", "64 MiB", "docker run --shm-size=8g"),
+        ]
+    )
+    assert shown.splitlines() == [
+        "ok    cores     8",
+        "WRONG /dev/shm  64 MiB",
+        "                -> docker run --shm-size=8g",
+        "",
+        "1 wrong, 0 worth a look",
+    ]
