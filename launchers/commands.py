@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import math
 import os
@@ -15,6 +14,7 @@ import yaml
 
 import train
 from launchers.machine import Machine
+from train.arguments import encoded
 from train.config import (
     AccelerateLauncher,
     DeepspeedLauncher,
@@ -22,7 +22,6 @@ from train.config import (
     RunConfig,
     TorchrunLauncher,
 )
-from train.errors import ENCODED
 
 PACKAGES = Path(train.__file__).resolve().parent.parent
 """The folder from which `train` is imported."""
@@ -116,11 +115,6 @@ def _deepspeed(launcher: DeepspeedLauncher, machine: Machine) -> list[str]:
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     # A hostfile of one host may name another machine than this one.
     return [*start, *given, "--force_multi"]
-
-
-def encoded(argument: str) -> str:
-    """Return an argument that no shell and no pdsh changes; `train.__main__` reads it back."""
-    return ENCODED + base64.urlsafe_b64encode(argument.encode()).decode()
 
 
 def launcher_files(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train import stop
-from train.errors import BAD_INPUT, ENCODED, FAILED, RESUMABLE, UserError
+from train.arguments import decoded
+from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1:
         print("usage: python -m train RUN_DIR", file=sys.stderr)
         return BAD_INPUT
-    run_dir = _run_dir(argv[0])
+    run_dir = Path(decoded(argv[0]))
 
     from train import config
     from train.owner import owned
@@ -58,12 +58,6 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     if final is None and not stop.is_restarted_on_failure():
         return RESUMABLE
     return 0
-
-
-def _run_dir(argument: str) -> Path:
-    if argument.startswith(ENCODED):
-        argument = base64.urlsafe_b64decode(argument.removeprefix(ENCODED)).decode()
-    return Path(argument)
 
 
 if __name__ == "__main__":

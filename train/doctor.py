@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from train.arguments import decoded
 from train.config import RunConfig, load
 from train.errors import BAD_INPUT, FAILED, UserError
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     from train import logs
     from train.rank import join, rank_from_environment
 
-    directory = Path(argv[0])
+    directory = Path(decoded(argv[0]))
     rank = rank_from_environment()
     config = load(directory)
     logs.open_rank_log(directory, rank.index)

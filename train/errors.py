@@ -12,6 +12,3 @@ class UserError(ValueError):
 FAILED = 1
 BAD_INPUT = 2
 RESUMABLE = 75
-
-ENCODED = "base64:"
-"""How an argument of a rank begins that had to pass through shells on its way."""

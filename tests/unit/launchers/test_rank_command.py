@@ -13,7 +13,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from launchers.commands import launcher_files, prepare_command, rank_command, rank_environment
 from launchers.machine import Machine, resolve
 from tests.unit.launchers.test_machine import config
-from train.__main__ import _run_dir
+from train.arguments import decoded
 from train.config import RunConfig
 from train.errors import UserError
 
@@ -140,7 +140,7 @@ def test_what_a_hostfile_decides_contradicts_nothing(hosts: str) -> None:
 def test_a_run_directory_passes_shells_and_pdsh_unchanged(hosts: str, run_dir: str) -> None:
     argument = rank_command(resolved("deepspeed", hostfile=hosts), Path(run_dir))[-1]
     assert re.fullmatch(r"base64:[A-Za-z0-9_=-]+", argument)
-    assert _run_dir(argument) == Path(run_dir)
+    assert decoded(argument) == run_dir
 
 
 @pytest.mark.parametrize("value", ["a b", 'a"b', "$(touch /tmp/x)", "a`b`", "a\\b"])
