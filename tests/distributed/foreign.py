@@ -123,6 +123,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero0_fp32": {"stage": 0, "dtype": "fp32"},
     "zero0_bf16": {"stage": 0, "dtype": "bf16"},
     "zero0_fp16": {"stage": 0, "dtype": "fp16"},
+    "zero0_fused": {"stage": 0, "dtype": "bf16", "fused": True},
+    "zero0_fused_fp16": {"stage": 0, "dtype": "fp16", "fused": True},
     "zero0_frozen": {"stage": 0, "dtype": "bf16", "frozen": True},
     "zero1_fp32": {"stage": 1, "dtype": "fp32"},
     "zero1_bf16": {"stage": 1, "dtype": "bf16"},
@@ -143,16 +145,13 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3_offload": {"stage": 3, "dtype": "bf16", "offload_optimizer": _CPU},
 }
 """By name: the stage, the dtype of the weights, whether some are frozen, and keys of ZeRO."""
-COMPILED: dict[str, dict[str, Any]] = {"zero0_fused": {"stage": 0, "dtype": "bf16", "fused": True}}
-"""Those that need an operator of DeepSpeed's own."""
 
 
 def deepspeed_checkpoints(root: Path, jobs: list[tuple[str, str]]) -> None:
     """Train by each engine of ``jobs`` (engine, model) and save into root/engine-model."""
     with group() as rank:
         for engine, kind in jobs:
-            asked = {**ENGINES, **COMPILED}[engine]
-            _deepspeed_checkpoint(root / f"{engine}-{kind}", asked, kind, rank)
+            _deepspeed_checkpoint(root / f"{engine}-{kind}", ENGINES[engine], kind, rank)
 
 
 def _deepspeed_config(dtype: str, stage: int, **zero: Any) -> dict[str, Any]:
@@ -181,17 +180,19 @@ def _deepspeed_checkpoint(directory: Path, asked: dict[str, Any], kind: str, ran
     config = _deepspeed_config(dtype, stage, **rest)
     if fp32_gradients:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    groups = groups_of(model, 1e-2)
-    given: dict[str, Any] = {"optimizer": torch.optim.AdamW(groups)}
-    if is_fused:
-        config["optimizer"] = {"type": "Adam", "params": {"lr": 1e-2}}
-        given = {"model_parameters": groups}
+    optimizer = torch.optim.AdamW(groups_of(model, 1e-2))
+    # DeepSpeed gives flat masters to its own Adam only, which needs a compiler.
+    fused = torch.optim.AdamW if is_fused else deepspeed.ops.adam.FusedAdam
     # torch multiplies fp16 on any CPU, but DeepSpeed refuses it where that is slow.
-    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True):
-        engine, *_ = deepspeed.initialize(model=model, config=config, **given)
+    with (
+        mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True),
+        mock.patch.object(deepspeed.runtime.engine, "FusedAdam", fused),
+    ):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for ids in batches(kind, rank):
             engine.backward(engine(input_ids=ids, labels=ids).loss)
             engine.step()
+    assert is_fused == hasattr(engine.optimizer, "fp32_groups_flat")
     engine.save_checkpoint(str(directory))
     note(directory, _masters(engine), engine.module)
     engine.destroy()

@@ -78,17 +78,6 @@ def test_a_checkpoint_of_deepspeed_holds_the_masters_of_its_engine(
         assert portable.read(folder).weights == state.weights
 
 
-@pytest.mark.slow  # DeepSpeed compiles its fused Adam first
-def test_masters_of_a_fused_optimizer_are_told_by_their_values(
-    ranks: Callable[[int], Any], tmp_path: Path
-) -> None:
-    jobs = [("zero0_fused", kind) for kind in foreign.SIZES]
-    ranks(1)(foreign.deepspeed_checkpoints, tmp_path, jobs)
-    for engine, kind in jobs:
-        state = check(tmp_path / f"{engine}-{kind}")
-        assert {t.dtype for t in state.weights.values()} == {torch.float32}
-
-
 @pytest.mark.parametrize("world_size", SECOND)
 def test_deepspeeds_own_script_finds_the_same(
     world_size: int, by_deepspeed: Written, ranks: Callable[[int], Any]
