@@ -156,8 +156,17 @@ def _stages_1_and_2(
     """
     for index, group in enumerate(groups):
         of_group = [rank[index] for rank in shards]
+        padded = [0] * len(group) if paddings is None else paddings[index]
+        wanted = sum(map(math.prod, group.values())) + sum(padded)
+        # Some versions pad the whole to twice the ranks, some take the padding off again.
+        held, align = sum(shard.masters.length for shard in of_group), 2 * len(files)
+        if -(-wanted // align) != -(-held // align):
+            raise Unreadable(
+                f"{files[0].parent} holds {held} elements of group {index}, whose parameters have "
+                f"{wanted}; its files are of two checkpoints"
+            )
         start = 0
-        for position, (name, shape) in enumerate(group.items()):
+        for (name, shape), padding in zip(group.items(), padded, strict=True):
             length = math.prod(shape)
             pieces: list[tuple[_Shard, int, int, int]] = []
             offset = 0
@@ -168,14 +177,7 @@ def _stages_1_and_2(
                     pieces.append((shard, first - offset, last - first, first - start))
                 offset += shard.masters.length
             collected.add(name, shape, pieces)
-            start += length + (paddings[index][position] if paddings else 0)
-        # Some versions pad the whole to twice the ranks, some take the padding off again.
-        held, align = sum(shard.masters.length for shard in of_group), 2 * len(files)
-        if -(-start // align) != -(-held // align):
-            raise Unreadable(
-                f"{files[0].parent} holds {held} elements of group {index}, whose parameters have "
-                f"{start}; its files are of two checkpoints"
-            )
+            start += length + padding
 
 
 def _stage_3(
@@ -191,9 +193,8 @@ def _stage_3(
         held = sum(shard.masters.length for shard in of_rank)
         if held == 0 < wanted:
             raise Unreadable(
-                f"{path} holds no master weights: they were offloaded to NVMe, whose files have a "
-                "layout of their own; save without offload_optimizer=nvme, or convert it by "
-                "DeepSpeed's load_checkpoint"
+                f"{path} holds no master weights: they were offloaded to NVMe, whose swap files "
+                "are not read; load the checkpoint into DeepSpeed and save it without such offload"
             )
         if held != wanted:
             raise Unreadable(
