@@ -11,7 +11,7 @@ import pytest
 from tests.e2e import cli
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import SLURM, STEPS, shardwright, submitted
+from tests.slurm.runs import SLURM, STEPS, submitted
 from train.checkpoint import layout
 
 pytestmark = pytest.mark.slurm
@@ -90,7 +90,8 @@ def test_scancel_leaves_a_checkpoint_from_which_the_run_goes_on_without_slurm(
     assert outside.returncode == 2
     assert f"SLURM does not tell of job {job}" in outside.stderr
     assert f"where you know that it is over, remove {run_dir}/slurm.json" in outside.stderr
-    ended = shardwright(cluster, "resume", "run", *here, cwd=tmp_path)
+    (run_dir / "slurm.json").unlink()
+    ended = cli.shardwright("resume", "run", *here, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert runs.weights(run_dir) == runs.weights(uninterrupted)
 
