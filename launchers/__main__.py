@@ -33,6 +33,7 @@ from launchers import (
     compose_errors,
     doctor,
     health,
+    job_script,
     logs,
     machine,
     preflight,
@@ -579,11 +580,17 @@ def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]
     config = machine.resolve(from_tree(tree), here, str(directory))
     preflight.check_machine(config, here)
     made = preflight.create(config, directory)
-    environment = commands.rank_environment(config, here, os.environ)
-    for name, text in commands.launcher_files(config, environment, here).items():
-        (directory / name).write_text(text, encoding="utf-8")
+    if config.launcher.kind == "slurm":
+        measure = [sys.executable, "-m", "train.doctor", str(directory)]
+        argv = job_script.waited_command(config, measure, submit.site_of(config))
+        environment = commands.job_environment(config, os.environ)
+    else:
+        argv = commands.rank_command(config, directory, module="train.doctor", machine=here)
+        environment = commands.rank_environment(config, here, os.environ)
+        for name, text in commands.launcher_files(config, environment, here).items():
+            (directory / name).write_text(text, encoding="utf-8")
     ended = start.run(
-        commands.rank_command(config, directory, module="train.doctor", machine=here),
+        argv,
         environment,
         stderr_file=directory / "logs" / report.TORCHRUN_LOG,
         grace_seconds=0.0,  # there is nothing to save

@@ -218,6 +218,8 @@ def job_environment(
     }
     if config.launcher.device == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
+    if config.launcher.kind == "slurm" and config.launcher.starts == "torchrun":
+        wanted["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.launcher.grace_seconds))
     return {
         name: value for name, value in wanted.items() if name == "PYTHONPATH" or name not in user
     }

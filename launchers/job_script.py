@@ -50,6 +50,8 @@ def job_script(
         "site": shlex.quote(str(home / SITE)) if has_site else "",
         "python": shlex.quote(python),
         "ranks_per_node": str(config.launcher.nproc_per_node),
+        "starts": config.launcher.starts,
+        "grace_seconds": f"{config.launcher.grace_seconds:g}",
         "directory": shlex.quote(str(directory)),
         "environment": "\n".join(
             f"export {name}={shlex.quote(value)}" for name, value in environment.items()
@@ -114,6 +116,30 @@ def _gpus(launcher: SlurmLauncher) -> dict[str, str]:
 
 def _tasks(array: Array, limit: int | None) -> str:
     return f"0-{array.tasks - 1}" + (f"%{limit}" if limit else "")
+
+
+# A rank of `srun` without a job script: on the first node it meets the others.
+_RANK = """
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID * 7 % 10000))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+inside=()
+site=$1
+shift
+if [ -n "$site" ]; then source "$site"; fi
+exec "${inside[@]}" "$@"
+"""
+_OF_JOBS_ONLY = ("--output=", "--open-mode=", "--signal=", "--mail-", "--dependency=", "--requeue")
+
+
+def waited_command(config: RunConfig, command: Sequence[str], site: Path | None) -> list[str]:
+    """Return the argv that runs a command as every rank of a job, and waits for it. Pure."""
+    flags = [
+        flag for flag in directives(config) if not flag.startswith((*_OF_JOBS_ONLY, "--no-requeue"))
+    ]
+    return ["srun", *flags, "--label", "bash", "-c", _RANK, "rank", str(site or ""), *command]
 
 
 def submit_command(home: Path, arguments: Sequence[str] = ()) -> list[str]:

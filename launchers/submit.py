@@ -114,12 +114,13 @@ def _script(config: RunConfig, array: Array | None) -> str:
         config,
         commands.job_environment(config, os.environ),
         directory=Path.cwd(),
-        has_site=_site_of(config) is not None,
+        has_site=site_of(config) is not None,
         array=array,
     )
 
 
-def _site_of(config: RunConfig) -> Path | None:
+def site_of(config: RunConfig) -> Path | None:
+    """Return the cluster's own settings, None where there are none."""
     assert isinstance(config.launcher, SlurmLauncher)
     if config.launcher.site is not None:
         return Path(config.launcher.site)
@@ -128,7 +129,7 @@ def _site_of(config: RunConfig) -> Path | None:
 
 def _submit(config: RunConfig, home: Path, array: Array | None) -> str:
     (home / job_script.NAME).write_text(_script(config, array), encoding="utf-8")
-    if site := _site_of(config):
+    if site := site_of(config):
         shutil.copyfile(site, home / job_script.SITE)
     return slurm.submit(job_script.submit_command(home), Path.cwd())
 

@@ -924,8 +924,9 @@ class SlurmLauncher(LauncherSection):
     nodes: PositiveInt = 1
     nproc_per_node: PositiveInt | Literal["auto"] = "auto"
     """Ranks on each node; auto is one for each GPU asked for, or 1."""
-    starts: Literal["ranks"] = "ranks"
-    """What a task of srun is. ranks: a rank, which gets its signals from SLURM itself."""
+    starts: Literal["ranks", "torchrun", "deepspeed"] = "ranks"
+    """What a task of srun is. ranks: a rank, which gets its signals from SLURM itself; torchrun,
+    deepspeed: a node's launcher, behind a parent that passes signals on to its ranks."""
 
     gpus_per_node: NonNegativeInt = 0
     gpu_request: Literal["gres", "gpus-per-node", "none"] = "gres"
