@@ -1,5 +1,4 @@
-"""What all of DeepSpeed's formats keep in their *_model_states.pt: shapes, buffers, frozen and tied
-weights."""
+"""What DeepSpeed keeps in *_model_states.pt: shapes, buffers, frozen and tied names."""
 
 from __future__ import annotations
 
