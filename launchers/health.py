@@ -510,9 +510,9 @@ def host_name(name: str, addresses: Iterable[str]) -> Iterator[Finding]:
     if not found:
         yield Finding(
             "host name",
-            "wrong",
-            f"{name} does not resolve: gloo and torchrun cannot meet there",
-            f"add it to DNS or to /etc/hosts, or set GLOO_SOCKET_IFNAME to {_interface()}",
+            "note",
+            f"{name} does not resolve: ranks on several nodes cannot meet there",
+            f"add it to DNS or to /etc/hosts, or set GLOO_SOCKET_IFNAME={_interface()}",
         )
     elif all(address.startswith("127.") or address == "::1" for address in found):
         yield Finding(

@@ -1,0 +1,47 @@
+"""Ranks below a launcher of each node's own, and ranks that the doctor asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import runs
+from tests.slurm.cluster import Cluster
+from tests.slurm.runs import STEPS, shardwright, submitted
+
+pytestmark = pytest.mark.slurm
+
+TWO_NODES = ("launcher=slurm", "launcher.nodes=2", "launcher.time_limit=10")
+
+
+@pytest.mark.parametrize("starts", ["torchrun", "deepspeed"])
+def test_a_signal_reaches_ranks_below_a_launcher_and_the_job_goes_on(
+    starts: str, cluster: Cluster, uninterrupted: Path, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    settings = (f"launcher.starts={starts}", "launcher.nproc_per_node=1", "run_dir='a $b'")
+    job = submitted(cluster, *tiny, *TWO_NODES, *settings, cwd=tmp_path)
+    run_dir = tmp_path / "a $b"
+    runs.wait_for_step(run_dir, 5)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for_state(job, "COMPLETED", seconds=240)
+    log = runs.log(run_dir)
+    assert "start 2, on node1 node2" in log
+    assert "stopped at step" in log
+    assert [line["step"] for line in runs.metrics(run_dir)] == list(range(1, STEPS + 1))
+    assert runs.weights(run_dir) == runs.weights(uninterrupted)
+
+
+def test_the_doctor_measures_the_ranks_of_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    ended = shardwright(
+        cluster,
+        *("doctor", "--directory", "runs"),
+        *(*TWO_NODES, "launcher.nproc_per_node=1", "launcher.device=cpu"),
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 on 2 node(s), cpu" in ended.stdout
+    assert "all-reduce      right," in ended.stdout
+    # Which of two virtual nodes is slower, and by how much, is chance.
+    assert "node2 to node1" in ended.stdout or "node1 to node2" in ended.stdout
+    assert list((tmp_path / "runs").iterdir()) == []
