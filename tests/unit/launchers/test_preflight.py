@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,14 @@ from launchers import preflight
 from launchers.machine import Machine, resolve
 from tests.unit.launchers.test_machine import config
 from train import config as run_config
-from train.config import RunConfig, TorchrunLauncher
+from train.config import (
+    AccelerateLauncher,
+    DeepspeedLauncher,
+    LauncherConfig,
+    LocalLauncher,
+    RunConfig,
+    TorchrunLauncher,
+)
 from train.errors import UserError
 
 
@@ -102,8 +110,68 @@ def test_adamw_8bit_needs_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         preflight.check(run, Machine(cores=2))
 
 
-def test_several_nodes_are_started_by_hand(tmp_path: Path) -> None:
-    launcher = TorchrunLauncher(kind="torchrun", device="cpu", nproc_per_node=1, nodes=2)
-    several = resolved(tmp_path / "run").model_copy(update={"launcher": launcher})
-    with pytest.raises(UserError, match="launcher.nodes=2, but this command starts one node; .*"):
-        preflight.check(several, Machine(cores=2))
+def with_launcher(tmp_path: Path, launcher: LauncherConfig) -> RunConfig:
+    return resolved(tmp_path / "run").model_copy(update={"launcher": launcher})
+
+
+def test_programs_that_a_hostfile_needs_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    launcher = DeepspeedLauncher(
+        kind="deepspeed",
+        device="cpu",
+        nproc_per_node=1,
+        hostfile="hosts",
+        include="a:0",
+        backend="openmpi",
+        bind_cores_to_rank=True,
+    )
+    with pytest.raises(UserError) as error:
+        preflight.check_machine(with_launcher(tmp_path, launcher), Machine(cores=2))
+    assert str(error.value).splitlines() == [
+        "launcher.backend=openmpi starts ranks with mpirun, which is not installed; install it, "
+        "choose another backend, or launcher=torchrun",
+        "launcher.backend=openmpi takes whole hostfiles only, but launcher.include or exclude is "
+        "given; write another hostfile, or set backend=pdsh",
+        "launcher.bind_cores_to_rank=true needs numactl, which is not installed; install it (apt "
+        "install numactl) or leave it out",
+    ]
+
+
+SEVERAL: dict[str, Any] = {
+    "device": "cpu",
+    "nproc_per_node": 1,
+    "nodes": 3,
+    "head_address": "a",
+    "head_port": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "asked", "message"),
+    [
+        (LocalLauncher(kind="local"), None, "launcher=local of .* starts all of its ranks itself"),
+        (
+            AccelerateLauncher(kind="accelerate", **SEVERAL),
+            None,
+            "launcher=accelerate gives each node its rank; add --node-rank N, from 1 to 2",
+        ),
+        (
+            TorchrunLauncher(kind="torchrun", **SEVERAL),
+            3,
+            "--node-rank 3, but the run has 3 nodes and its first one is 0; give 1 to 2",
+        ),
+    ],
+)
+def test_a_node_that_cannot_join_is_told_why(
+    tmp_path: Path, launcher: LauncherConfig, asked: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        preflight.node_rank(with_launcher(tmp_path, launcher), asked)
+
+
+def test_a_node_joins_with_its_rank_or_in_any_order(tmp_path: Path) -> None:
+    run = with_launcher(tmp_path, TorchrunLauncher(kind="torchrun", **SEVERAL))
+    assert preflight.node_rank(run, 2) == 2
+    assert preflight.node_rank(run, None) == 1
