@@ -92,7 +92,7 @@ def _deepspeed(launcher: DeepspeedLauncher, machine: Machine) -> list[str]:
     start = ["-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"]
     if launcher.bind_cores_to_rank:
         start.append("--bind_cores_to_rank")
-    port = machine.free_port if launcher.head_port == "auto" else launcher.head_port
+    port = launcher.head_port or machine.free_port
     start.append(f"--master_port={port}")
     if launcher.hostfile is None:
         # It takes /job/hostfile, where that is, if none is named; /dev/null counts as none.
@@ -121,8 +121,7 @@ def launcher_files(
     config: RunConfig, environment: Mapping[str, str], machine: Machine = UNKNOWN
 ) -> dict[str, str]:
     """Return what a launcher reads from the run's directory, by file name."""
-    asked = getattr(config.launcher, "head_port", "auto")
-    port = machine.free_port if asked == "auto" else int(asked)
+    port = getattr(config.launcher, "head_port", None) or machine.free_port
     match config.launcher:
         case AccelerateLauncher():
             return {ACCELERATE_YAML: accelerate_yaml(config.launcher, port)}

@@ -102,7 +102,7 @@ def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
         launcher["device"] = "cuda" if gpus else "cpu"
     if launcher.get("hostfile") is not None:
         launcher.update(_from_hostfile(launcher))
-    if launcher.get("head_port") == "auto" and launcher["nodes"] > 1:
+    if launcher.get("nodes", 1) > 1 and launcher.get("head_port", 1) is None:
         launcher["head_port"] = machine.free_port
     if launcher.get("nproc_per_node") == "auto":
         one_rank = launcher["device"] == "cpu" or config.strategy.kind == "single"

@@ -713,8 +713,8 @@ class SeveralNodes(LauncherSection):
     nodes: PositiveInt = 1
     head_address: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$")] | None = None
     """Name or address of the first node, where the ranks meet; null where there is one node."""
-    head_port: Annotated[int, Field(ge=1, le=65535)] | Literal["auto"] = "auto"
-    """Where they meet; auto is a port that is free on the machine that composes the run."""
+    head_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Where they meet; null takes a port that is free on the machine that starts the run."""
 
     @property
     def world_size(self) -> int:
