@@ -11,7 +11,8 @@ def test_ranks_of_mpirun_and_srun_are_read_by_their_own_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # for it to be taken back: the function sets it
+        monkeypatch.delenv(name)
     monkeypatch.setenv("SHARDWRIGHT_RANKS_OF", "openmpi")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "5")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
