@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from train.config import (
 
 PACKAGES = Path(train.__file__).resolve().parent.parent
 """The folder from which `train` is imported."""
+NODE_CACHE = Path(tempfile.gettempdir()) / f"shardwright-{os.getuid()}"
 UNKNOWN = Machine()
 ACCELERATE_YAML = "accelerate.yaml"
 DEEPSPEED_ENVIRONMENT = "deepspeed.env"
@@ -186,11 +188,15 @@ def rank_environment(
         # An agent that stays keeps where the ranks met and tells a node that comes back nothing,
         # which then waits in vain (elastic/rendezvous/dynamic_rendezvous.py, torch 2.13).
         wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if _nodes(config) > 1:
+        wanted |= _caches(NODE_CACHE)
+        if machine.interface is not None:
+            wanted |= {f"{name}_SOCKET_IFNAME": machine.interface for name in ("GLOO", "NCCL")}
     if config.launcher.device == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
         if machine.gpus:
             wanted["CUDA_VISIBLE_DEVICES"] = ""
-        if machine.has_loopback and getattr(config.launcher, "nodes", 1) == 1:
+        if machine.has_loopback and _nodes(config) == 1:
             # Gloo takes the address of the host's name otherwise, which need not be reachable.
             wanted["GLOO_SOCKET_IFNAME"] = "lo"
     if getattr(config.launcher, "hostfile", None) is not None:
@@ -201,13 +207,29 @@ def rank_environment(
     }
 
 
+def _nodes(config: RunConfig) -> int:
+    return int(getattr(config.launcher, "nodes", 1))
+
+
+def _caches(folder: Path) -> dict[str, str]:
+    """Keep what a node compiles on the node: nodes may differ, and home be a slow disk."""
+    return {
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
+    }
+
+
 def ranks_here(config: RunConfig) -> int:
     """Return how many ranks of a run this node has."""
     return int(getattr(config.launcher, "nproc_per_node", 1))
 
 
 def job_environment(
-    config: RunConfig, user: Mapping[str, str], *, packages: Path = PACKAGES
+    config: RunConfig,
+    user: Mapping[str, str],
+    *,
+    packages: Path = PACKAGES,
+    cache: Path = NODE_CACHE,
 ) -> dict[str, str]:
     """Return the variables that a job's script sets; sbatch carries the user's own to the nodes."""
     wanted = {
@@ -217,6 +239,8 @@ def job_environment(
     }
     if config.launcher.device == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
+    if _nodes(config) > 1:
+        wanted |= _caches(cache)
     if config.launcher.kind == "slurm" and config.launcher.starts == "torchrun":
         wanted["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.launcher.grace_seconds))
     return {

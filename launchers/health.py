@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from typing import Literal
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from launchers.machine import Machine
+from launchers.machine import Machine, addresses, default_interface, is_reached_by
 from train.strategy import nvme
 
 MIB, GIB = 2**20, 2**30
@@ -65,7 +65,7 @@ def look(directory: Path, machine: Machine, environment: Mapping[str, str]) -> l
         *shared_memory(_size_of("/dev/shm")),
         *limits(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         *disk(directory),
-        *host_name(socket.gethostname(), _addresses(socket.gethostname())),
+        *host_name(socket.gethostname(), addresses()),
         *port(RENDEZVOUS_PORT),
         *settings(environment),
     ]
@@ -504,25 +504,20 @@ def _is_synchronised() -> bool | None:
 # --- network ------------------------------------------------------------------------------------
 
 
-def host_name(name: str, addresses: Iterable[str]) -> Iterator[Finding]:
+def host_name(name: str, found: Sequence[str]) -> Iterator[Finding]:
     """Judge whether other ranks can reach this machine by its name."""
-    found = list(addresses)
-    if not found:
-        yield Finding(
-            "host name",
-            "note",
-            f"{name} does not resolve: ranks on several nodes cannot meet there",
-            f"add it to DNS or to /etc/hosts, or set GLOO_SOCKET_IFNAME={_interface()}",
-        )
-    elif all(address.startswith("127.") or address == "::1" for address in found):
-        yield Finding(
-            "host name",
-            "note",
-            f"{name} resolves to {found[0]} only: other nodes cannot reach it by that name",
-            f"for several nodes set GLOO_SOCKET_IFNAME={_interface()}",
-        )
-    else:
+    if is_reached_by(found):
         yield Finding("host name", "ok", f"{name} resolves to {found[0]}")
+        return
+    what = f"resolves to {found[0]} only" if found else "does not resolve"
+    yield Finding(
+        "host name",
+        "note",
+        f"{name} {what}: other nodes cannot reach it by that name",
+        "runs on several nodes take the interface of the default route, "
+        f"{default_interface() or 'of which there is none'}; set GLOO_SOCKET_IFNAME and "
+        "NCCL_SOCKET_IFNAME for another",
+    )
 
 
 def port(number: int) -> Iterator[Finding]:
@@ -551,19 +546,6 @@ def port(number: int) -> Iterator[Finding]:
             )
             return
     yield Finding("ports", "ok", f"{number} and others are free")
-
-
-def _addresses(name: str) -> list[str]:
-    try:
-        return sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
-    except OSError:
-        return []
-
-
-def _interface() -> str:
-    """Return the interface of the default route, as far as the kernel tells."""
-    routes = (line.split() for line in (_text("/proc/net/route") or "").splitlines()[1:])
-    return next((route[0] for route in routes if route[1] == "00000000"), "eth0")
 
 
 # --- environment --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import netrc
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Machine:
     free_port: int = 29500
     """One that nothing listens on."""
     cuda_visible_devices: str = ""
+    interface: str | None = None
+    """Through which other nodes are reached, where this machine's own name does not lead there."""
 
     @property
     def gpus(self) -> int:
@@ -52,6 +54,7 @@ def detect(environment: Mapping[str, str]) -> Machine:
         has_wandb_key=_has_wandb_key(environment),
         free_port=_free_port(),
         cuda_visible_devices=environment.get("CUDA_VISIBLE_DEVICES", ""),
+        interface=None if is_reached_by(addresses()) else default_interface(),
     )
 
 
@@ -207,6 +210,29 @@ def _gpus() -> list[tuple[str, float | None]]:
         except ValueError:
             gpus.append((uuid, None))
     return gpus
+
+
+def addresses() -> list[str]:
+    """Return what this machine's own name resolves to; gloo meets its peers there."""
+    try:
+        return sorted({str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), 0)})
+    except OSError:
+        return []
+
+
+def is_reached_by(found: Sequence[str]) -> bool:
+    """Return whether other nodes can reach one of some addresses. Pure."""
+    return any(not address.startswith("127.") and address != "::1" for address in found)
+
+
+def default_interface() -> str | None:
+    """Return the interface of the default route, as far as the kernel tells."""
+    try:
+        routes = Path("/proc/net/route").read_text().splitlines()[1:]
+    except OSError:
+        return None
+    fields = (line.split() for line in routes)
+    return next((route[0] for route in fields if route[1] == "00000000"), None)
 
 
 def _free_port() -> int:

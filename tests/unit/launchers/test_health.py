@@ -144,7 +144,7 @@ def test_a_clock_that_is_off_is_noted() -> None:
 
 def test_a_host_name_that_does_not_resolve_is_noted() -> None:
     found = wrong(health.host_name("node7", []))
-    assert found.text == "node7 does not resolve: ranks on several nodes cannot meet there"
+    assert found.text == "node7 does not resolve: other nodes cannot reach it by that name"
     assert wrong(health.host_name("node7", ["127.0.1.1"])).state == "note"
     assert next(health.host_name("node7", ["10.1.2.3", "127.0.0.1"])).state == "ok"
 

@@ -25,7 +25,7 @@ def slurm_run(run_dir: str = "/runs/a", **settings: Any) -> RunConfig:
 
 
 def script(run: RunConfig, **how: Any) -> str:
-    environment = job_environment(run, {}, packages=Path("/opt/site"))
+    environment = job_environment(run, {}, packages=Path("/opt/site"), cache=Path("/tmp/me"))
     where = {"directory": Path("/home/me"), "has_site": True, "python": "/usr/bin/python3"}
     return job_script(run, environment, **{**where, **how})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,17 @@ def test_environment_on_gpus() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "30",
     }
+
+
+def test_environment_on_several_nodes() -> None:
+    run = resolved("torchrun", nproc_per_node=1, nodes=2, head_address="node1", device="cpu")
+    added = rank_environment(run, Machine(interface="ib0"), {})
+    assert (added["GLOO_SOCKET_IFNAME"], added["NCCL_SOCKET_IFNAME"]) == ("ib0", "ib0")
+    # What is compiled stays on the node: its cores may differ from the next one's.
+    assert added["TRITON_CACHE_DIR"].startswith(tempfile.gettempdir())
+    assert added["TORCH_EXTENSIONS_DIR"].startswith(tempfile.gettempdir())
+    # torch 2.13 leaves a node that comes back without the others' address otherwise.
+    assert added["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
 def test_cpu_ranks_on_a_machine_with_gpus_see_none() -> None:
