@@ -44,4 +44,4 @@ def test_the_doctor_measures_the_ranks_of_a_job(cluster: Cluster, tmp_path: Path
     assert "all-reduce      right," in ended.stdout
     # Which of two virtual nodes is slower, and by how much, is chance.
     assert "node2 to node1" in ended.stdout or "node1 to node2" in ended.stdout
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []

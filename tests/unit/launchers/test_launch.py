@@ -116,7 +116,8 @@ def test_killed_rank_is_named_with_its_signal(checkout: Checkout) -> None:
 def test_a_signal_reaches_the_ranks_and_leaves_no_process(
     checkout: Checkout, launcher: tuple[str, ...], number: signal.Signals
 ) -> None:
-    process = checkout.start(*launcher, "run_dir=run", FAKE_RANK="hang,hang")
+    brief = "launcher.grace_seconds=2"
+    process = checkout.start(*launcher, brief, "run_dir=run", FAKE_RANK="hang,hang")
     pids = pids_of(checkout.cwd / "run", ranks=1 if launcher is LOCAL else 2)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
