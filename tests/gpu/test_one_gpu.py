@@ -64,11 +64,15 @@ LLAMA_LINEAR_LAYERS = 2 * 7
 TOLERANCES = {"fp32": 2e-4, "tf32": 2e-3, "bf16": 5e-3, "fp16": 2e-3, "fp8": 1e-2}
 HEAD_DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
+
+def on_cpu(strategy: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a case that shows on a CPU that these tests run; one of each suffices."""
+    often = strategy in ("zero3", "zero3_offload")
+    return [pytest.mark.distributed] + ([] if often else [pytest.mark.slow])
+
+
 CASES = [
-    *(
-        pytest.param("cpu", "bf16", strategy, marks=pytest.mark.distributed)
-        for strategy in STRATEGIES
-    ),
+    *(pytest.param("cpu", "bf16", strategy, marks=on_cpu(strategy)) for strategy in STRATEGIES),
     *(
         pytest.param("cuda", precision, strategy, marks=pytest.mark.gpu)
         for precision in ("fp32", "tf32", "bf16", "fp16")
@@ -76,8 +80,13 @@ CASES = [
     ),
 ]
 OFFLOADED_CASES = [
-    pytest.param(device, precision, strategy, marks=mark)
-    for device, mark in (("cpu", pytest.mark.distributed), ("cuda", pytest.mark.gpu))
+    pytest.param(
+        device,
+        precision,
+        strategy,
+        marks=on_cpu(strategy) if device == "cpu" else [pytest.mark.gpu],
+    )
+    for device in ("cpu", "cuda")
     for precision in ("fp32", "bf16")
     for strategy in OFFLOADED
     # A CPU has these in test_parity.py.
