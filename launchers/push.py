@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -250,14 +251,16 @@ def card_warnings(readme: str) -> list[str]:
 
 def _check_loads(directory: Path) -> None:
     """Let `from_pretrained` find every weight, on the meta device. Raises UserError."""
+    for name in ("torchao", "torch.utils._pytree"):  # about kernels for GPUs, as they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from train.checkpoint.model_directory import check_loads
     from train.sample import is_masked
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         auto = AutoModelForMaskedLM if is_masked(directory) else AutoModelForCausalLM
         check_loads(directory, auto)
