@@ -29,6 +29,7 @@ from packaging.utils import canonicalize_name
 
 from launchers.machine import Machine, addresses, default_interface, is_reached_by
 from train.strategy import nvme
+from train.strategy.deepspeed_ops import is_abandoned
 
 MIB, GIB = 2**20, 2**30
 PROBE_BYTES = 256 * MIB
@@ -59,7 +60,7 @@ def look(directory: Path, machine: Machine, environment: Mapping[str, str]) -> l
         *python_and_packages(installed()),
         *gpus(_nvidia_smi()),
         *build_tools(),
-        *operators(_deepspeed_operators(environment), _abandoned_locks(time.time())),
+        *operators(_deepspeed_operators(environment), _abandoned_locks()),
         *cores(machine.cores, _cpu_quota()),
         *host_memory(_meminfo(), _cgroup_memory_limit()),
         *shared_memory(_size_of("/dev/shm")),
@@ -278,7 +279,7 @@ def operators(
         yield Finding(
             "operators",
             "wrong",
-            f"{lock} is left by a build that was killed: the next one waits for it for ever",
+            f"{lock} is left by a build that was killed: the next one waits for ever",
             f"remove it: rm {lock}",
         )
 
@@ -311,9 +312,10 @@ def _deepspeed_operators(environment: Mapping[str, str]) -> dict[str, bool] | No
     return answer
 
 
-def _abandoned_locks(now: float, oldest_seconds: float = 1200.0) -> list[Path]:
+def _abandoned_locks() -> list[Path]:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
-    return [lock for lock in root.glob("*/*/lock") if now - lock.stat().st_mtime > oldest_seconds]
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]  # the second below torch's own default
+    return [lock for lock in locks if is_abandoned(lock)]
 
 
 # --- cores and memory ---------------------------------------------------------------------------

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from train.strategy import nvme
 
-_PROGRAM = "from deepspeed.ops.op_builder import AsyncIOBuilder as b; b().load(verbose=False)"
+_PROGRAM = """
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from train.strategy.deepspeed_ops import ready_to_build
+ready_to_build("pin_memory", "async_io")
+AsyncIOBuilder().load(verbose=False)
+"""
 _COMPILER = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
@@ -20,12 +24,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     wanted = any("async_io" in getattr(item, "fixturenames", ()) for item in session.items)
     if not wanted or session.config.option.collectonly or not nvme.can_be_built():
         return
-    # Left alone at the end: killed, it would leave a lock on which the next one waits.
-    # pip puts ninja beside the interpreter, which an inactive virtual environment has not in PATH.
-    path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+    # Left alone at the end: killed, it would leave a lock that the next one waits for.
     session.config.stash[_COMPILER] = subprocess.Popen(
         ["nice", "-n19", sys.executable, "-c", _PROGRAM],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path},
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        cwd=session.config.rootpath,
         stdout=subprocess.DEVNULL,
     )
 

@@ -95,7 +95,7 @@ def test_the_lock_of_a_killed_build_is_found(
     lock.touch()
     os.utime(lock, (0, 0))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    (left,) = health._abandoned_locks(now=10_000.0)
+    (left,) = health._abandoned_locks()
     found = wrong(health.operators({"cpu_adam": True, "async_io": True}, [left]))
     assert found.state == "wrong"
     assert found.remedy == f"remove it: rm {lock}"
