@@ -67,7 +67,7 @@ def _plain(arguments: Sequence[str]) -> Iterator[str]:
 
 def _torchrun(launcher: TorchrunLauncher, run_dir: Path, node_rank: int) -> list[str]:
     start = ["-m", "torch.distributed.run"]
-    counts = [f"--nproc-per-node={launcher.nproc_per_node}"]
+    counts = [f"--nproc-per-node={launcher.ranks_per_node}"]
     if launcher.max_restarts:
         counts.append(f"--max-restarts={launcher.max_restarts}")
     if launcher.bind == "numa":
@@ -101,10 +101,9 @@ def _deepspeed(launcher: DeepspeedLauncher, machine: Machine) -> list[str]:
         start.append("--hostfile=/dev/null")
         # Beside --num_accelerators it ignores CUDA_VISIBLE_DEVICES (launcher/runner.py, 0.19.8).
         if launcher.device == "cuda" and machine.cuda_visible_devices:
-            assert isinstance(launcher.nproc_per_node, int)
-            chosen = machine.cuda_visible_devices.split(",")[: launcher.nproc_per_node]
+            chosen = machine.cuda_visible_devices.split(",")[: launcher.ranks_per_node]
             return [*start, f"--include=localhost:{','.join(name.strip() for name in chosen)}"]
-        return [*start, f"--num_accelerators={launcher.nproc_per_node}"]
+        return [*start, f"--num_accelerators={launcher.ranks_per_node}"]
     flags = {
         "hostfile": launcher.hostfile,
         "include": launcher.include,
@@ -123,11 +122,12 @@ def launcher_files(
     config: RunConfig, environment: Mapping[str, str], machine: Machine = UNKNOWN
 ) -> dict[str, str]:
     """Return what a launcher reads from the run's directory, by file name."""
-    port = getattr(config.launcher, "head_port", None) or machine.free_port
     match config.launcher:
-        case AccelerateLauncher():
-            return {ACCELERATE_YAML: accelerate_yaml(config.launcher, port)}
+        case AccelerateLauncher() as launcher:
+            port = launcher.head_port or machine.free_port
+            return {ACCELERATE_YAML: accelerate_yaml(launcher, port)}
         case DeepspeedLauncher(hostfile=str()) as launcher:
+            port = launcher.head_port or machine.free_port
             wanted = dict(environment) | {"SHARDWRIGHT_RANKS_OF": launcher.backend}
             if launcher.backend == "openmpi":
                 wanted |= {
@@ -176,7 +176,7 @@ def rank_environment(
     """Return the variables to add to the user's environment; none that the user has set."""
     wanted = {
         **package_environment(user, packages=packages),
-        "OMP_NUM_THREADS": str(max(1, machine.cores // ranks_here(config))),
+        "OMP_NUM_THREADS": str(max(1, machine.cores // config.launcher.ranks_per_node)),
         "PYTHONUNBUFFERED": "1",
         # Ranks fork their data loader's workers, after which tokenizers' threads deadlock.
         "TOKENIZERS_PARALLELISM": "false",
@@ -188,7 +188,7 @@ def rank_environment(
         # An agent that stays keeps where the ranks met and tells a node that comes back nothing,
         # which then waits in vain (elastic/rendezvous/dynamic_rendezvous.py, torch 2.13).
         wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    if _nodes(config) > 1:
+    if config.launcher.nodes > 1:
         wanted |= _caches(NODE_CACHE)
         if machine.interface is not None:
             wanted |= {f"{name}_SOCKET_IFNAME": machine.interface for name in ("GLOO", "NCCL")}
@@ -196,19 +196,15 @@ def rank_environment(
         wanted["DS_ACCELERATOR"] = "cpu"
         if machine.gpus:
             wanted["CUDA_VISIBLE_DEVICES"] = ""
-        if machine.has_loopback and _nodes(config) == 1:
+        if machine.has_loopback and config.launcher.nodes == 1:
             # Gloo takes the address of the host's name otherwise, which need not be reachable.
             wanted["GLOO_SOCKET_IFNAME"] = "lo"
-    if getattr(config.launcher, "hostfile", None) is not None:
+    if config.launcher.kind == "deepspeed" and config.launcher.hostfile is not None:
         # DeepSpeed looks for it in the working directory and at home otherwise.
         wanted["DS_ENV_FILE"] = str(Path(str(config.run_dir)) / DEEPSPEED_ENVIRONMENT)
     return {
         name: value for name, value in wanted.items() if name == "PYTHONPATH" or name not in user
     }
-
-
-def _nodes(config: RunConfig) -> int:
-    return int(getattr(config.launcher, "nodes", 1))
 
 
 def _caches(folder: Path) -> dict[str, str]:
@@ -217,11 +213,6 @@ def _caches(folder: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
     }
-
-
-def ranks_here(config: RunConfig) -> int:
-    """Return how many ranks of a run this node has."""
-    return int(getattr(config.launcher, "nproc_per_node", 1))
 
 
 def job_environment(
@@ -239,7 +230,7 @@ def job_environment(
     }
     if config.launcher.device == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
-    if _nodes(config) > 1:
+    if config.launcher.nodes > 1:
         wanted |= _caches(cache)
     if config.launcher.kind == "slurm" and config.launcher.starts == "torchrun":
         wanted["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.launcher.grace_seconds))

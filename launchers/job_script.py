@@ -49,7 +49,7 @@ def job_script(
         "run_dir": quoted_home if array is None else f'{quoted_home}/"$SLURM_ARRAY_TASK_ID"',
         "site": shlex.quote(str(home / SITE)) if has_site else "",
         "python": shlex.quote(python),
-        "ranks_per_node": str(config.launcher.nproc_per_node),
+        "ranks_per_node": str(config.launcher.ranks_per_node),
         "starts": config.launcher.starts,
         "grace_seconds": f"{config.launcher.grace_seconds:g}",
         "directory": shlex.quote(str(directory)),
@@ -80,7 +80,7 @@ def directives(config: RunConfig, array: Array | None = None) -> list[str]:
     flags: dict[str, object] = {
         "job-name": config.name,
         "nodes": launcher.nodes,
-        "ntasks-per-node": launcher.nproc_per_node,
+        "ntasks-per-node": launcher.ranks_per_node,
         **_gpus(launcher),
         "cpus-per-task": launcher.cpus_per_rank,
         "mem": "0" if launcher.memory_per_node == "all" else launcher.memory_per_node,

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from launchers.commands import PACKAGES, ranks_here
+from launchers.commands import PACKAGES
 from launchers.machine import Machine, lacking
 from train.config import (
     AccelerateLauncher,
@@ -55,7 +55,7 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
             *_tracking_problems(config, machine),
         ]
     return [
-        *lacking(config.launcher.device, ranks_here(config), config.precision, machine),
+        *lacking(config.launcher.device, config.launcher.ranks_per_node, config.precision, machine),
         *_launcher_problems(config),
         *_missing_packages(config),
         *engine_of(config).machine_problems(config),

@@ -684,16 +684,6 @@ class LauncherSection(Section):
     terminationGracePeriodSeconds or the time that --signal gives. A last checkpoint that would not
     fit is not begun."""
 
-    @property
-    def world_size(self) -> int:
-        """Ranks of the run, the most where nodes may come and go."""
-        raise NotImplementedError
-
-    @property
-    def world_sizes(self) -> tuple[int, ...]:
-        """All numbers of ranks with which it may run."""
-        return (self.world_size,)
-
 
 class LocalLauncher(LauncherSection):
     """One rank in one process on this machine."""
@@ -701,25 +691,53 @@ class LocalLauncher(LauncherSection):
     kind: Literal["local"]
 
     @property
+    def nodes(self) -> int:
+        return 1
+
+    @property
+    def ranks_per_node(self) -> int:
+        return 1
+
+    @property
     def world_size(self) -> int:
         return 1
 
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        return (1,)
 
-class SeveralNodes(LauncherSection):
-    """What launchers have that start ranks on one node or on several."""
+
+class SeveralRanks(LauncherSection):
+    """What launchers have that start several ranks, on one node or more."""
 
     nproc_per_node: PositiveInt | Literal["auto"] = "auto"
-    """Ranks on each node; auto is one for each GPU, or 1 on a CPU."""
+    """Ranks on each node; auto is one for each GPU (of the job's, under SLURM), or 1 on a CPU."""
     nodes: PositiveInt = 1
+
+    @property
+    def ranks_per_node(self) -> int:
+        """``nproc_per_node``, once the launcher has resolved it."""
+        assert self.nproc_per_node != "auto", "resolved before the config is frozen"
+        return self.nproc_per_node
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run, the most where nodes may come and go."""
+        return self.ranks_per_node * self.nodes
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """All numbers of ranks with which it may run."""
+        return (self.world_size,)
+
+
+class MeetingRanks(SeveralRanks):
+    """What launchers have whose nodes are told where they meet."""
+
     head_address: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$")] | None = None
     """Name or address of the first node, where the ranks meet; null where there is one node."""
     head_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Where they meet; null takes a port that is free on the machine that starts the run."""
-
-    @property
-    def world_size(self) -> int:
-        assert self.nproc_per_node != "auto", "resolved before the config is frozen"
-        return self.nproc_per_node * self.nodes
 
     @model_validator(mode="after")
     def _nodes_meet_somewhere(self) -> Self:
@@ -731,7 +749,7 @@ class SeveralNodes(LauncherSection):
         return self
 
 
-class TorchrunLauncher(SeveralNodes):
+class TorchrunLauncher(MeetingRanks):
     """torchrun, on each node; the others than the first are started by `shardwright join`."""
 
     kind: Literal["torchrun"]
@@ -747,9 +765,8 @@ class TorchrunLauncher(SeveralNodes):
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
-        assert self.nproc_per_node != "auto", "resolved before the config is frozen"
         fewest = self.min_nodes or self.nodes
-        return tuple(self.nproc_per_node * nodes for nodes in range(fewest, self.nodes + 1))
+        return tuple(self.ranks_per_node * nodes for nodes in range(fewest, self.nodes + 1))
 
     @model_validator(mode="after")
     def _is_elastic(self) -> TorchrunLauncher:
@@ -781,7 +798,7 @@ class TorchrunLauncher(SeveralNodes):
         return self
 
 
-class DeepspeedLauncher(SeveralNodes):
+class DeepspeedLauncher(MeetingRanks):
     """DeepSpeed's own command, on one node or over a hostfile."""
 
     kind: Literal["deepspeed"]
@@ -820,7 +837,7 @@ class DeepspeedLauncher(SeveralNodes):
         return self
 
 
-class AccelerateLauncher(SeveralNodes):
+class AccelerateLauncher(MeetingRanks):
     """`accelerate launch` with a YAML that is written into the run's directory."""
 
     kind: Literal["accelerate"]
@@ -917,13 +934,10 @@ def _slurm_dependency(text: str) -> str:
     return text
 
 
-class SlurmLauncher(LauncherSection):
+class SlurmLauncher(SeveralRanks):
     """A job of a SLURM cluster; its script is made out of slurm/job.sbatch."""
 
     kind: Literal["slurm"]
-    nodes: PositiveInt = 1
-    nproc_per_node: PositiveInt | Literal["auto"] = "auto"
-    """Ranks on each node; auto is one for each GPU asked for, or 1."""
     starts: Literal["ranks", "torchrun", "deepspeed"] = "ranks"
     """What a task of srun is. ranks: a rank, which gets its signals from SLURM itself; torchrun,
     deepspeed: a node's launcher, behind a parent that passes signals on to its ranks."""
@@ -989,11 +1003,6 @@ class SlurmLauncher(LauncherSection):
     """Wait until the job has ended and return its exit code, instead of coming back at once."""
     site: str | None = None
     """Shell file with the cluster's own settings; null is slurm/site.sh where there is one."""
-
-    @property
-    def world_size(self) -> int:
-        assert self.nproc_per_node != "auto", "resolved before the config is frozen"
-        return self.nproc_per_node * self.nodes
 
     @model_validator(mode="after")
     def _gpus_are_asked_for(self) -> SlurmLauncher:
@@ -1155,8 +1164,9 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
     # The engines know what they can do; they import this module, hence here and not above.
     from train.strategy import engine_of
 
-    known = getattr(config.launcher, "nproc_per_node", 1) != "auto"
-    for world_size in config.launcher.world_sizes if known else (None,):
+    launcher = config.launcher
+    known = isinstance(launcher, LocalLauncher) or launcher.nproc_per_node != "auto"
+    for world_size in launcher.world_sizes if known else (None,):
         yield from engine_of(config).contradictions(config, world_size)
         if world_size is not None:
             try:

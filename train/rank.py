@@ -74,7 +74,7 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
             f"(launcher={config.launcher.kind}) but {rank.world_size} were started; start as many, "
             "or make a run with another launcher.nproc_per_node"
         )
-    if getattr(config.launcher, "bind", "none") == "cores":
+    if config.launcher.kind == "torchrun" and config.launcher.bind == "cores":
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         os.sched_setaffinity(0, cores_of(os.sched_getaffinity(0), rank.local_index, ranks_here))
     on_gpu = config.launcher.device == "cuda"
