@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from train import config
 from train.config import (
     TrainerConfig,
     accumulation_steps,
@@ -23,6 +22,7 @@ from train.config import (
     to_yaml,
     unknown_key_message,
 )
+from train.config.messages import ALIASES
 from train.errors import UserError
 
 TREE: dict[str, Any] = {
@@ -175,7 +175,7 @@ def test_nearest_key(key: str, nearest: str | None) -> None:
 
 def test_aliases_lead_to_keys_and_groups_that_exist() -> None:
     known = set(known_keys())
-    for alias, remedy in config._ALIASES.items():
+    for alias, remedy in ALIASES.items():
         assert alias not in {key.rpartition(".")[2] for key in known}
         named = re.findall(r"\b([a-z_]+(?:\.[a-z_]+)?)\b(?==|\b)", remedy.partition(":")[0])
         assert known & set(named), f"{alias}: {remedy}"

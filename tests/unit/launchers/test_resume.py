@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launchers import resume
 from tests.unit.strategy.test_misconfiguration import TREE
@@ -87,10 +88,7 @@ def test_each_resume_is_written_down_and_the_first_config_stays(tmp_path: Path) 
         after = resume.changed(run_config.load(tmp_path), [f"trainer.max_steps={steps}"], {})
         assert resume.write(tmp_path, after, [f"trainer.max_steps={steps}"]) is None
         assert run_config.load(tmp_path) == after
-    assert (
-        run_config.from_tree(run_config.yaml.safe_load((tmp_path / "config.yaml").read_text()))
-        == first
-    )
+    assert run_config.from_tree(yaml.safe_load((tmp_path / "config.yaml").read_text())) == first
     entries = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [entry["config"] for entry in entries] == ["resumes/1.yaml", "resumes/2.yaml"]
     assert entries[1]["overrides"] == ["trainer.max_steps=30"]

@@ -1,4 +1,4 @@
-"""Every shipped option composes and validates, and YAML agrees with train/config.py."""
+"""Every shipped option composes and validates, and YAML agrees with train/config/."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def assert_same_unless_chosen(option: Path, name: str, value: object, default: o
     if str(option) == "trainer/default" and name == "max_steps":
         assert value is not None  # a run needs a length
     else:
-        assert value == default, f"conf/{option}.yaml and train/config.py disagree on {name}"
+        assert value == default, f"conf/{option}.yaml and train/config/ disagree on {name}"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

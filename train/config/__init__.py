@@ -1,0 +1,75 @@
+"""RunConfig: every setting of a run with its type, unit, default and rules.
+
+Imports no torch, so the launcher validates in a tenth of a second, and reads no file but a run's
+own ``config.yaml``.
+"""
+
+from train.config.checkpoint import CheckpointConfig
+from train.config.data import DataConfig, HubData, KantData, TextData
+from train.config.launcher import (
+    AccelerateLauncher,
+    DeepspeedLauncher,
+    LauncherConfig,
+    LocalLauncher,
+    SlurmLauncher,
+    TorchrunLauncher,
+)
+from train.config.messages import known_keys, nearest_key, unknown_key_message
+from train.config.model import (
+    BertModel,
+    Gpt2Model,
+    LlamaModel,
+    ModelConfig,
+    ModernBertModel,
+    PretrainedModel,
+    RobertaModel,
+    ScratchModel,
+)
+from train.config.objective import MlmObjective, ObjectiveConfig
+from train.config.precision import PrecisionConfig
+from train.config.run import RunConfig
+from train.config.strategy import DdpStrategy, FsdpStrategy, StrategyConfig, ZeroStrategy
+from train.config.tokenizer import ByteBpeTokenizer, PretrainedTokenizer
+from train.config.trainer import TrainerConfig, accumulation_steps
+from train.config.tree import RESUMES, from_tree, load, to_yaml
+
+__all__ = [
+    "RESUMES",
+    "AccelerateLauncher",
+    "BertModel",
+    "ByteBpeTokenizer",
+    "CheckpointConfig",
+    "DataConfig",
+    "DdpStrategy",
+    "DeepspeedLauncher",
+    "FsdpStrategy",
+    "Gpt2Model",
+    "HubData",
+    "KantData",
+    "LauncherConfig",
+    "LlamaModel",
+    "LocalLauncher",
+    "MlmObjective",
+    "ModelConfig",
+    "ModernBertModel",
+    "ObjectiveConfig",
+    "PrecisionConfig",
+    "PretrainedModel",
+    "PretrainedTokenizer",
+    "RobertaModel",
+    "RunConfig",
+    "ScratchModel",
+    "SlurmLauncher",
+    "StrategyConfig",
+    "TextData",
+    "TorchrunLauncher",
+    "TrainerConfig",
+    "ZeroStrategy",
+    "accumulation_steps",
+    "from_tree",
+    "known_keys",
+    "load",
+    "nearest_key",
+    "to_yaml",
+    "unknown_key_message",
+]

@@ -1,0 +1,74 @@
+"""The section "data": where documents come from, and how long samples are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from train.config.section import Floats, PositiveInt, Section, Strings
+
+
+class DataSection(Section):
+    """What every corpus has."""
+
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens in one sample."""
+    line_by_line: bool = False
+    """One line is one (padded, cut) sample, instead of documents packed back to back."""
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of documents held out, chosen by a hash of their text; 0 holds out none."""
+    max_documents: PositiveInt | None = None
+    """Read only the first so many documents; null reads all."""
+    cache_dir: str | None = None
+    """Where packed tokens are cached; null is shardwright/ in the user's cache directory."""
+
+
+class StdlibData(DataSection):
+    """The Python sources of the interpreter's own standard library."""
+
+    kind: Literal["stdlib"]
+
+
+class TextData(DataSection):
+    """Local files: .txt, .jsonl, .csv, .parquet, also compressed as .gz where text."""
+
+    kind: Literal["text"]
+    paths: Annotated[Strings, Field(min_length=1)]
+    """Files or globs; ``**`` descends."""
+    weights: Floats | None = None
+    """For each path, how often an epoch sees its samples (0.5: half of them); null: once."""
+    text_field: str = "text"
+    """Column of .jsonl, .csv and .parquet files that holds the text."""
+
+    @model_validator(mode="after")
+    def _one_weight_for_each_path(self) -> TextData:
+        if self.weights is not None and len(self.weights) != len(self.paths):
+            raise ValueError(
+                f"weights has {len(self.weights)} values and paths has {len(self.paths)}; "
+                "give one weight for each path, or none at all"
+            )
+        return self
+
+
+class HubData(DataSection):
+    """A data set of the Hugging Face hub."""
+
+    kind: Literal["hub"]
+    name: Annotated[str, Field(min_length=1)]
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = True
+    """Read over the network while tokenising, instead of downloading the data set first."""
+    text_field: str = "text"
+    revision: str | None = None
+
+
+class KantData(DataSection):
+    """Books by URL as plain text, a paragraph a document; Project Gutenberg's frame is cut off."""
+
+    kind: Literal["kant"]
+    urls: Annotated[Strings, Field(min_length=1)]
+
+
+DataConfig = Annotated[StdlibData | TextData | HubData | KantData, Field(discriminator="kind")]

@@ -1,0 +1,261 @@
+"""What to say to a user whose config has a wrong key or value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from train.config.run import RunConfig
+from train.config.section import shown
+
+# Names that users of transformers, accelerate and DeepSpeed type, and what to write here.
+ALIASES = {
+    "adafactor": "trainer.optimizer=adafactor",
+    "activation_checkpointing": (
+        "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
+    ),
+    "adam_eps": "trainer.adam_epsilon",
+    "array": "launcher.array_limit: the runs of a sweep (-m) are one job array",
+    "async_save": "checkpoint.async",
+    "asynchronous": "checkpoint.async",
+    "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
+    "bf16": "precision=bf16",
+    "block_size": "data.sequence_length",
+    "clip_grad": "trainer.max_grad_norm",
+    "cpu_checkpointing": "trainer.offload_activations",
+    "cpus_per_task": "launcher.cpus_per_rank",
+    "dataloader_num_workers": "trainer.dataloader_workers",
+    "dataset_config_name": "data=hub data.config=...",
+    "dataset_name": "data=hub data.name=...",
+    "deepspeed": "strategy=zero0, zero1, zero2 or zero3",
+    "early_stopping": "trainer.early_stopping_patience",
+    "epochs": "trainer.max_epochs",
+    "eval_steps": "trainer.eval_every_steps",
+    "float8": "precision=fp8",
+    "fp16": "precision=fp16",
+    "fp8": "precision=fp8",
+    "gradient_accumulation_steps": (
+        "trainer.global_batch_size: the accumulation steps follow from it, from "
+        "trainer.micro_batch_size and from the number of ranks"
+    ),
+    "gradient_checkpointing": (
+        "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
+    ),
+    "grace_period": "launcher.grace_seconds",
+    "gradient_clipping": "trainer.max_grad_norm",
+    "greater_is_better": "checkpoint.best_metric: its direction follows from it",
+    "gres": "launcher.gpus_per_node",
+    "keep_checkpoints": "checkpoint.keep_last",
+    "load_best_model_at_end": "checkpoint.export=best",
+    "logging_steps": "trainer.log_every_steps",
+    "lr": "trainer.learning_rate",
+    "lr_scheduler_type": "trainer.lr_scheduler",
+    "max_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "mem": "launcher.memory_per_node",
+    "metric_for_best_model": "checkpoint.best_metric",
+    "mlm_probability": "objective.masking_rate",
+    "model_name_or_path": "model=pretrained model.name=...",
+    "n_embd": "model.hidden_size",
+    "n_head": "model.num_attention_heads",
+    "n_layer": "model.num_hidden_layers",
+    "nnodes": "launcher.nodes",
+    "ns_steps": "trainer.muon_newton_schulz_steps",
+    "ntasks_per_node": "launcher.nproc_per_node",
+    "num_processes": "launcher.nproc_per_node",
+    "num_train_epochs": "trainer.max_epochs",
+    "num_warmup_steps": "trainer.warmup_steps",
+    "optim": "trainer.optimizer",
+    "output_dir": "run_dir",
+    "patience": "trainer.early_stopping_patience",
+    "per_device_eval_batch_size": "trainer.eval_micro_batch_size",
+    "per_device_train_batch_size": "trainer.micro_batch_size",
+    "report_to": "tracking=none, tensorboard or wandb",
+    "run_name": "name",
+    "save_steps": "trainer.save_every_steps",
+    "save_top_k": "checkpoint.keep_best",
+    "save_total_limit": "checkpoint.keep_last",
+    "shutdown_timeout": "launcher.grace_seconds",
+    "termination_grace_period_seconds": "launcher.grace_seconds",
+    "tf32": "precision=tf32",
+    "time": "launcher.time_limit",
+    "tokenizer_name": "tokenizer=pretrained tokenizer.name=...",
+    "torch_compile": "trainer.compile",
+    "train_batch_size": "trainer.global_batch_size",
+    "train_file": "data=text data.paths=[...]",
+    "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
+    "warmup_ratio": "trainer.warmup_fraction",
+    "zero_optimization": "strategy=zero0, zero1, zero2 or zero3",
+    "zero_stage": "strategy=zero0, zero1, zero2 or zero3",
+}
+
+
+def known_keys() -> list[str]:
+    """Return every dotted key that some config can have, sections included."""
+
+    def walk(section: type[BaseModel], prefix: str) -> Iterator[str]:
+        for attribute, field in section.model_fields.items():
+            name = field.alias or attribute  # a key may be a Python keyword
+            yield prefix + name
+            for inner in _sections_of(field.annotation):
+                yield from walk(inner, f"{prefix}{name}.")
+
+    return list(dict.fromkeys(walk(RunConfig, "")))
+
+
+def nearest_key(key: str) -> str | None:
+    """Return the known dotted key that looks most like ``key``, or None where none does.
+
+    A sibling comes before a key of the same or nearly the same name in another section.
+    """
+    known = known_keys()
+    section, _, leaf = key.rpartition(".")
+    by_leaf: dict[str, str] = {}
+    for candidate in known:
+        by_leaf.setdefault(candidate.rpartition(".")[2], candidate)
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    for names, cutoff in ((siblings, 0.7), (by_leaf, 0.8), (siblings, 0.5)):
+        if close := difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff):
+            return names[close[0]]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def unknown_key_message(key: str) -> str:
+    """Say what to write in place of an unknown dotted key."""
+    leaf = key.rpartition(".")[2]
+    if leaf in ALIASES:
+        return f"unknown key {key}: use {ALIASES[leaf]}"
+    near = nearest_key(key)
+    hint = f"did you mean {near}?" if near else "`shardwright train --cfg job` lists the known ones"
+    return f"unknown key {key}: {hint}"
+
+
+def problems(errors: list[ErrorDetails]) -> list[str]:
+    """Return one line for each problem; the branches of a union make one line together."""
+    lines: list[str] = []
+    wanted: dict[str, list[str]] = {}
+    paths = [tuple(error["loc"]) for error in errors]
+    for error, path in zip(errors, paths, strict=True):
+        # A list whose items are wrong is counted without them.
+        if error["type"] == "too_short" and any(p[:-1] == path for p in paths):
+            continue
+        key = _dotted_key(error)
+        if (line := _structural_problem(key, error)) is not None:
+            lines.append(line)
+            continue
+        if key not in wanted:
+            lines.append(f"{key}={shown(error['input'])}: must be ")
+        wanted.setdefault(key, []).append(_expectation(error))
+    return [
+        line + " or ".join(dict.fromkeys(wanted[line.partition("=")[0]]))
+        if line.endswith(": must be ")
+        else line
+        for line in dict.fromkeys(lines)
+    ]
+
+
+def _dotted_key(error: ErrorDetails) -> str:
+    parts = list(error["loc"])
+    # Behind a tagged union stands the tag, behind a plain one its branch ("constrained-int").
+    if len(parts) > 1 and parts[0] in _TAGGED:
+        del parts[1]
+    if error["type"] != "extra_forbidden":
+        parts = [p for p in parts if isinstance(p, int) or p.isidentifier()]
+    return ".".join(str(part) for part in parts)
+
+
+def _structural_problem(key: str, error: ErrorDetails) -> str | None:
+    """Explain an error of the tree's shape or of a rule; None where a value is to blame."""
+    group = str(error["loc"][0]) if error["loc"] else ""
+    match error["type"]:
+        case "extra_forbidden":
+            if key in known_keys():
+                return (
+                    f"{key} is no setting of {group}.kind={error['loc'][1]}; "
+                    f"leave it out or choose another option with {group}=NAME"
+                )
+            return unknown_key_message(key)
+        case "missing" if key in _SECTIONS:
+            return f"{key} is not set; choose an option with {key}=NAME"
+        case "missing":
+            return f"{key} is not set; give it with {key}=VALUE"
+        case "union_tag_invalid" | "union_tag_not_found":
+            kinds = ", ".join(_TAGGED[group])
+            found = error.get("ctx", {}).get("tag")
+            problem = f"{key}.kind={found} is not known" if found else f"{key}.kind is not set"
+            return f"{problem} (there are {kinds}); choose an option with {key}=NAME"
+        case "model_type" | "model_attributes_type" | "dict_type" if key:
+            return (
+                f"{key}={shown(error['input'])}: {key} is a section, not a value; choose an "
+                f"option with {key}=NAME or set one of its keys"
+            )
+        case "model_type":
+            return "the config is not a mapping of sections to their settings"
+        case "value_error":
+            text = error["msg"].removeprefix("Value error, ")
+            return f"{key}: {text}" if key else text
+    return None
+
+
+def _expectation(error: ErrorDetails) -> str:
+    """Return what a value has to be, in words that follow "must be"."""
+    limits = error.get("ctx", {})
+    match error["type"]:
+        case "int_type" | "int_from_float" | "int_parsing":
+            return "a whole number"
+        case "float_type" | "float_parsing":
+            return "a number"
+        case "finite_number":
+            return "a finite number"
+        case "bool_type" | "bool_parsing":
+            return "true or false"
+        case "string_type":
+            return "text (a number stays text in two pairs of quotes: \"'7'\")"
+        case "string_too_short":
+            return "text that is not empty"
+        case "tuple_type":
+            return "a list, such as [a, b]"
+        case "too_short":
+            return f"a list of at least {limits['min_length']}"
+        case "too_long":
+            return f"a list of at most {limits['max_length']}"
+        case "greater_than_equal":
+            return f"at least {limits['ge']}"
+        case "greater_than":
+            return f"more than {limits['gt']}"
+        case "less_than_equal":
+            return f"at most {limits['le']}"
+        case "less_than":
+            return f"less than {limits['lt']}"
+        case "literal_error":
+            allowed = limits["expected"].replace("'", "")
+            names = allowed.replace(" or ", ", ").split(", ")
+            near = difflib.get_close_matches(str(error["input"]), names, n=1, cutoff=0.7)
+            return allowed + (f" (did you mean {near[0]}?)" if near else "")
+        case "string_pattern_mismatch":
+            return f"text of the form {limits['pattern']}"
+    return error["msg"][0].lower() + error["msg"][1:]
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [s for arg in get_args(annotation) for s in _sections_of(arg)]
+
+
+_SECTIONS = {
+    name: sections
+    for name, field in RunConfig.model_fields.items()
+    if (sections := _sections_of(field.annotation))
+}
+# The kinds of each section that is a tagged union.
+_TAGGED = {
+    name: [get_args(section.model_fields["kind"].annotation)[0] for section in sections]
+    for name, sections in _SECTIONS.items()
+    if len(sections) > 1
+}

@@ -1,0 +1,47 @@
+"""The section "objective": what the model learns to predict."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from train.config.section import Fraction, Section, Strings
+
+
+class MlmObjective(Section):
+    """Masked language modelling."""
+
+    kind: Literal["mlm"]
+    masking_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of tokens to predict."""
+    mask_token_share: Fraction = 0.8
+    """Of these, replaced by the mask token."""
+    random_token_share: Fraction = 0.1
+    """Of these, replaced by a random token; the rest stay as they are."""
+    whole_word: bool = False
+    """Mask all tokens of a word together."""
+    prompts: Strings = ()
+    """Sentences with <mask>, filled by the trained model when the run ends."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> MlmObjective:
+        total = self.mask_token_share + self.random_token_share
+        if total > 1 + 1e-9:
+            raise ValueError(
+                f"mask_token_share={self.mask_token_share} and "
+                f"random_token_share={self.random_token_share} add up to {total:g}; "
+                "lower one so that they reach at most 1"
+            )
+        return self
+
+
+class ClmObjective(Section):
+    """Causal language modelling: predict the next token."""
+
+    kind: Literal["clm"]
+    prompts: Strings = ()
+    """Texts that the trained model continues when the run ends."""
+
+
+ObjectiveConfig = Annotated[MlmObjective | ClmObjective, Field(discriminator="kind")]

@@ -1,0 +1,73 @@
+"""The section "precision": which number goes in which dtype."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import model_validator
+
+from train.config.section import PositiveFloat, PositiveInt, Section
+
+
+class PrecisionConfig(Section):
+    """Which number goes in which dtype; the defaults mean the same under every engine."""
+
+    compute_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Parameters and activations in the forward and backward pass."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Gradients while they are summed over ranks."""
+    master_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Weights that the optimizer updates."""
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The optimizer's running averages."""
+    allow_tf32: bool = False
+    """Let fp32 matrix products run in TF32 on GPUs that have it."""
+    fp8_recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """Matrix products of the blocks' linear layers in fp8 (torchao, with compute_dtype=bf16):
+    scaled by tensor (fastest), by row, or by row with the weights' gradients in bf16 (most
+    precise); null does none. It gains speed only with trainer.compile=true."""
+    initial_loss_scale: PositiveFloat = 65536.0
+    """fp16: first factor on the loss, a power of two; it halves on overflow."""
+    loss_scale_growth_steps: PositiveInt = 1000
+    """fp16: steps without overflow after which the factor doubles."""
+
+    @model_validator(mode="after")
+    def _dtypes_fit(self) -> PrecisionConfig:
+        if self.master_dtype == "bf16" and self.compute_dtype != "bf16":
+            raise ValueError(
+                f"master_dtype=bf16 cannot serve compute_dtype={self.compute_dtype}, which is more "
+                "precise; set master_dtype=fp32 or compute_dtype=bf16"
+            )
+        if self.moments_dtype != self.master_dtype:
+            raise ValueError(
+                f"moments_dtype={self.moments_dtype} differs from "
+                f"master_dtype={self.master_dtype}, but the optimizers keep their moments in the "
+                "dtype of the weights that they update; set both to the same"
+            )
+        if self.master_dtype == "bf16" and self.reduce_dtype != "bf16":
+            raise ValueError(
+                f"reduce_dtype={self.reduce_dtype} with master_dtype=bf16: the gradients of bf16 "
+                "weights are bf16; set reduce_dtype=bf16 or master_dtype=fp32"
+            )
+        if self.compute_dtype == "fp32" and self.reduce_dtype == "bf16":
+            raise ValueError(
+                "reduce_dtype=bf16 would round the gradients of compute_dtype=fp32; "
+                "set reduce_dtype=fp32 or compute_dtype=bf16"
+            )
+        if self.compute_dtype == "fp16" and self.reduce_dtype == "bf16":
+            raise ValueError(
+                "reduce_dtype=bf16 would round the gradients of compute_dtype=fp16; "
+                "set reduce_dtype=fp32"
+            )
+        if self.fp8_recipe is not None and self.compute_dtype != "bf16":
+            raise ValueError(
+                f"fp8_recipe={self.fp8_recipe} takes and gives bf16, but "
+                f"compute_dtype={self.compute_dtype}; set compute_dtype=bf16 or fp8_recipe=null"
+            )
+        if math.log2(self.initial_loss_scale) % 1:
+            raise ValueError(
+                f"initial_loss_scale={self.initial_loss_scale:g} is not a power of two; "
+                f"set it to {2 ** round(math.log2(self.initial_loss_scale))}"
+            )
+        return self

@@ -1,0 +1,210 @@
+"""What no two sections may say together; the pure checks behind RunConfig."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from train.config.launcher import LocalLauncher
+from train.config.model import LlamaModel, ScratchModel
+from train.config.trainer import accumulation_steps
+from train.errors import UserError
+
+if TYPE_CHECKING:
+    from train.config.run import RunConfig
+
+
+def contradictions(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each pair of values that cannot both be meant."""
+    model, objective, data = config.model, config.objective, config.data
+
+    if model.causal is not None and model.causal != (objective.kind == "clm"):
+        fit = "clm" if model.causal else "mlm"
+        yield (
+            f"objective={objective.kind} does not fit model.kind={model.kind}, which is trained "
+            f"with objective={fit}; choose objective={fit} or another model"
+        )
+    limit = model.max_sequence_length
+    if limit is not None and data.sequence_length > limit:
+        yield (
+            f"data.sequence_length={data.sequence_length} is longer than the {limit} positions of "
+            f"the model (model.max_position_embeddings={model.max_position_embeddings}); "  # type: ignore[union-attr]
+            "shorten the samples or lengthen the model"
+        )
+    if isinstance(model, ScratchModel):
+        if (
+            model.hidden_size % model.num_attention_heads
+            and getattr(model, "head_dim", None) is None
+        ):
+            yield (
+                f"model.hidden_size={model.hidden_size} is not a multiple of "
+                f"model.num_attention_heads={model.num_attention_heads}; change one of them"
+            )
+        wanted = getattr(config.tokenizer, "vocab_size", None)
+        if wanted is not None and wanted > model.padded_vocab_size:
+            yield (
+                f"tokenizer.vocab_size={wanted} is more than model.vocab_size={model.vocab_size}; "
+                "raise the model's or lower the tokenizer's"
+            )
+    if isinstance(model, LlamaModel) and model.num_attention_heads % model.num_key_value_heads:
+        yield (
+            f"model.num_attention_heads={model.num_attention_heads} is not a multiple of "
+            f"model.num_key_value_heads={model.num_key_value_heads}; change one of them"
+        )
+    if (
+        model.kind == "pretrained"
+        and config.tokenizer.kind == "byte_bpe"
+        and config.tokenizer.vocab_size is None
+    ):
+        yield (
+            "tokenizer.vocab_size=null takes the model's vocabulary, but model=pretrained brings "
+            "its own with its weights; choose tokenizer=pretrained or set tokenizer.vocab_size"
+        )
+
+    if config.trainer.eval_every_steps is not None and data.eval_fraction == 0:
+        yield (
+            f"trainer.eval_every_steps={config.trainer.eval_every_steps} needs held-out documents, "
+            f"but data.eval_fraction={data.eval_fraction} holds out none; raise it or set "
+            "trainer.eval_every_steps=null"
+        )
+    yield from _checkpoint_contradictions(config)
+
+    if config.trainer.optimizer == "adafactor" and config.precision.master_dtype == "bf16":
+        yield (
+            "trainer.optimizer=adafactor with precision.master_dtype=bf16: its averages come to "
+            "move by less than bf16 can hold; set precision=bf16 (fp32 masters) or "
+            "trainer.optimizer=adamw"
+        )
+
+    every = config.trainer.checkpoint_activations_every_blocks
+    layers = getattr(model, "num_hidden_layers", None)
+    if every is not None and layers is not None and every > layers:
+        yield (
+            f"trainer.checkpoint_activations_every_blocks={every} is more than "
+            f"model.num_hidden_layers={layers}; set it to at most {layers}"
+        )
+    if config.trainer.offload_activations and every is None:
+        yield (
+            "trainer.offload_activations=true keeps the inputs of recomputed blocks in host "
+            "memory, but trainer.checkpoint_activations_every_blocks=null recomputes none; set "
+            "that to 1 or leave offload_activations=false"
+        )
+    if config.trainer.offload_activations and config.trainer.compile:
+        yield (
+            "trainer.offload_activations=true copies between GPU and host within each block, which "
+            "trainer.compile=true cannot trace; set one of them to false"
+        )
+
+    if model.attention == "flash_attention_2" and config.precision.compute_dtype == "fp32":
+        yield (
+            "model.attention=flash_attention_2 computes in 16 bits only, but "
+            "precision.compute_dtype=fp32; choose precision=bf16 or model.attention=sdpa"
+        )
+    yield from _fp8_contradictions(config)
+
+    # The engines know what they can do; they import this module, hence here and not above.
+    from train.strategy import engine_of
+
+    launcher = config.launcher
+    known = isinstance(launcher, LocalLauncher) or launcher.nproc_per_node != "auto"
+    for world_size in launcher.world_sizes if known else (None,):
+        yield from engine_of(config).contradictions(config, world_size)
+        if world_size is not None:
+            try:
+                accumulation_steps(config.trainer, world_size)
+            except UserError as error:
+                yield str(error)
+
+
+def _checkpoint_contradictions(config: RunConfig) -> Iterator[str]:
+    trainer, checkpoint = config.trainer, config.checkpoint
+    save_every, eval_every = trainer.save_every_steps, trainer.eval_every_steps
+    keep_every, patience = checkpoint.keep_every_steps, trainer.early_stopping_patience
+
+    if keep_every is not None and save_every is None:
+        yield (
+            f"checkpoint.keep_every_steps={keep_every} keeps some checkpoints for ever, but "
+            "trainer.save_every_steps=null writes one, at the end; set trainer.save_every_steps="
+            f"{keep_every} or checkpoint.keep_every_steps=null"
+        )
+    elif keep_every is not None and save_every is not None and keep_every % save_every:
+        fitting = max(1, round(keep_every / save_every)) * save_every
+        yield (
+            f"checkpoint.keep_every_steps={keep_every} is not a multiple of "
+            f"trainer.save_every_steps={save_every}, so that most of these steps are never saved; "
+            f"set checkpoint.keep_every_steps={fitting}"
+        )
+
+    wants_metric = {
+        f"checkpoint.keep_best={checkpoint.keep_best}": checkpoint.keep_best > 0,
+        f"trainer.early_stopping_patience={patience}": patience is not None,
+    }
+    readers = [setting for setting, wanted in wants_metric.items() if wanted]
+    if readers and eval_every is None:
+        lacking = "trainer.eval_every_steps=null"
+        if config.data.eval_fraction == 0:
+            lacking += " and data.eval_fraction=0, which holds out none"
+        yield (
+            f"{' and '.join(readers)} needs evaluations during training, but {lacking}; set "
+            f"trainer.eval_every_steps{'' if config.data.eval_fraction else ' and the fraction'}"
+        )
+    if checkpoint.keep_best and save_every is None:
+        yield (
+            f"checkpoint.keep_best={checkpoint.keep_best} chooses among checkpoints, but "
+            "trainer.save_every_steps=null writes one, at the end; set trainer.save_every_steps "
+            "or checkpoint.keep_best=0"
+        )
+    elif checkpoint.keep_best and save_every is not None and eval_every is not None:
+        meets_every = math.lcm(save_every, eval_every)
+        if trainer.max_steps is not None and meets_every >= trainer.max_steps > save_every:
+            yield (
+                f"checkpoint.keep_best={checkpoint.keep_best} needs checkpoints of steps that are "
+                f"evaluated, but trainer.save_every_steps={save_every} and "
+                f"trainer.eval_every_steps={eval_every} first meet at step {meets_every}, and "
+                f"trainer.max_steps={trainer.max_steps}; set trainer.save_every_steps to a "
+                f"multiple of {eval_every}"
+            )
+    if checkpoint.export == "best" and not checkpoint.keep_best:
+        yield (
+            "checkpoint.export=best takes the best checkpoint that is kept, but "
+            "checkpoint.keep_best=0 keeps none; set checkpoint.keep_best=1"
+        )
+    if checkpoint.export == "best" and getattr(config.strategy, "node_local_checkpoints", False):
+        yield (
+            "checkpoint.export=best reads a whole checkpoint, but "
+            "strategy.node_local_checkpoints=true leaves it on several nodes' disks; set one of "
+            "them to the other value"
+        )
+    if checkpoint.best_metric == "eval_masked_accuracy" and config.objective.kind != "mlm":
+        yield (
+            "checkpoint.best_metric=eval_masked_accuracy is measured with objective=mlm, but it is "
+            f"{config.objective.kind}; set checkpoint.best_metric=eval_loss"
+        )
+    if checkpoint.best_metric != "eval_loss" and not readers:
+        yield (
+            f"checkpoint.best_metric={checkpoint.best_metric} is read by checkpoint.keep_best and "
+            "trainer.early_stopping_patience, but neither is set; set one or leave "
+            "checkpoint.best_metric out"
+        )
+
+
+def _fp8_contradictions(config: RunConfig) -> Iterator[str]:
+    recipe = config.precision.fp8_recipe
+    if recipe is None:
+        return
+    if config.model.kind == "gpt2":
+        yield (
+            f"precision.fp8_recipe={recipe} converts linear layers, but the blocks of "
+            "model.kind=gpt2 have none (they are transformers' Conv1D); choose precision=bf16 or "
+            "a llama model"
+        )
+    # The gradient of a weight is a product over tokens.
+    tokens = config.trainer.micro_batch_size * config.data.sequence_length
+    if tokens % 16 and recipe != "rowwise_with_gw_hp":
+        yield (
+            f"precision.fp8_recipe={recipe} needs a multiple of 16 tokens in a micro-batch, but "
+            f"trainer.micro_batch_size={config.trainer.micro_batch_size} x "
+            f"data.sequence_length={config.data.sequence_length} = {tokens}; change one of them, "
+            "or set precision.fp8_recipe=rowwise_with_gw_hp"
+        )

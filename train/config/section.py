@@ -1,0 +1,30 @@
+"""What all sections of the config have in common, and the types of their numbers."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# YAML has lists, frozen sections need tuples.
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+Floats = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """A frozen part of the config that refuses unknown keys and wrong types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
+
+
+def shown(value: Any) -> str:
+    """Return a value as it would be typed, cut to what fits a message."""
+    text = str(value) if isinstance(value, str) else json.dumps(value, default=str)
+    text = text if text and text.isprintable() else repr(text)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,130 @@
+"""The section "strategy": how a model lies on its ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from train.config.section import NonNegativeInt, PositiveInt, Section
+
+
+class SingleStrategy(Section):
+    """One rank, no process group."""
+
+    kind: Literal["single"]
+
+
+class DdpStrategy(Section):
+    """Each rank holds everything; gradients are all-reduced."""
+
+    kind: Literal["ddp"]
+    bucket_size_bytes: PositiveInt = 25 * 2**20
+    """Gradients are all-reduced in buckets of about this many bytes."""
+
+
+class AsyncIo(Section):
+    """How ZeRO-Infinity reads and writes its files (libaio)."""
+
+    block_size_bytes: PositiveInt = 2**20
+    """Size of one request."""
+    queue_depth: PositiveInt = 8
+    """Requests in flight on one thread."""
+    threads: PositiveInt = 1
+    """Threads that share one transfer."""
+    single_submit: bool = False
+    """Submit requests one by one instead of as many as fit the queue."""
+    overlap_events: bool = True
+    """Overlap submitting requests with waiting for others."""
+
+
+class ZeroStrategy(Section):
+    """DeepSpeed ZeRO. Sizes are counted in elements, as DeepSpeed counts them."""
+
+    kind: Literal["zero"]
+    stage: Literal[0, 1, 2, 3]
+    """Sharded over ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where master weights and moments live and are updated (stages 1 to 3; nvme: stage 3)."""
+    cpu_adam: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW updates what is offloaded; deepspeed's is compiled on its first use."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where the shards of the parameters wait for their use (stage 3)."""
+    pin_memory: bool = True
+    """Page-lock host memory, for faster copies between host and GPU; GPU runs only."""
+    nvme_path: str | None = None
+    """Existing directory on a fast local disk, for nvme; a run's folder there goes when it ends."""
+    nvme_buffer_count: PositiveInt = 5
+    """Parameter buffers in host memory between disk and GPU."""
+    nvme_buffer_elements: PositiveInt = 100_000_000
+    """Elements of each; at least those of the largest parameter."""
+    max_elements_in_cpu: NonNegativeInt = 1_000_000_000
+    """Parameter elements kept in host memory when parameters live on nvme."""
+    aio: AsyncIo = AsyncIo()
+
+    reduce_bucket_elements: PositiveInt | Literal["auto"] = "auto"
+    """Gradients reduced at once; auto is hidden_size squared, at least 1,048,576."""
+    allgather_bucket_elements: PositiveInt | Literal["auto"] = "auto"
+    """Updated parameters gathered at once (stages 1 and 2); auto as above."""
+    overlap_communication: bool = False
+    """Reduce gradients while the backward pass goes on; takes a second bucket of memory."""
+    reduce_scatter: bool = True
+    """Reduce-scatter gradients instead of reducing each to its owner (stages 1 and 2)."""
+    contiguous_gradients: bool = True
+    """Copy gradients into one buffer as they come: no fragments, one copy more."""
+    round_robin_gradients: bool = False
+    """Spread gradients over ranks more finely, to copy them to the CPU in parallel (1 and 2)."""
+    prefetch_elements: NonNegativeInt | Literal["auto"] = "auto"
+    """Parameters gathered ahead of their use (stage 3); auto is 0.9 x hidden_size squared."""
+    persistence_elements: NonNegativeInt | Literal["auto"] = "auto"
+    """Parameters smaller than this are never sharded (stage 3); auto is 10 x hidden_size."""
+    max_live_elements: NonNegativeInt = 1_000_000_000
+    """Gathered parameters on one GPU before the least needed are released (stage 3)."""
+    max_reuse_distance_elements: NonNegativeInt = 1_000_000_000
+    """Keep a parameter that is used again within so many others (stage 3)."""
+    sub_group_elements: PositiveInt = 1_000_000_000
+    """Parameters updated at once (stage 3); smaller needs less memory where offloaded."""
+    gather_16bit_weights_on_save: bool = False
+    """Also gather 16-bit weights for DeepSpeed's own save; final/ needs none of it."""
+    node_local_checkpoints: bool = False
+    """Each node keeps its ranks' files on its own disk, instead of a shared file system."""
+
+    hierarchical_partition_ranks: PositiveInt = 1
+    """ZeRO++: keep a second copy of the shards within so many ranks (of one node), for backward."""
+    quantized_weights: bool = False
+    """ZeRO++: gather parameters in int8; changes the numerics."""
+    quantized_gradients: bool = False
+    """ZeRO++: reduce gradients in int4; changes the numerics."""
+
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed keys that have no field of their own, as in its JSON; unknown ones are refused."""
+
+
+class FsdpStrategy(Section):
+    """PyTorch FSDP2."""
+
+    kind: Literal["fsdp"]
+    reshard_after_forward: bool = True
+    """Free gathered parameters after each forward (full shard); false keeps them (grad-op)."""
+    replicas: PositiveInt = 1
+    """Hybrid: so many copies of the sharded model; each is sharded over world size / replicas."""
+    offload: bool = False
+    """Keep shards, gradients and optimizer state in host memory; the optimizer runs on the CPU."""
+    pin_memory: bool = True
+    """Page-lock host memory where offloaded; GPU runs only."""
+    wrap: Literal["transformer", "size", "none"] = "transformer"
+    """Units: each transformer block; modules of at least min_unit_parameters; the whole model."""
+    block_class: str | None = None
+    """Class to wrap under wrap=transformer; null infers it from the model."""
+    min_unit_parameters: PositiveInt = 1_000_000
+    """Smallest unit under wrap=size."""
+    reduce_each_micro_batch: bool = True
+    """Reduce after each micro-batch and keep gradients sharded; false: once a step, kept whole."""
+    prefetch_units: NonNegativeInt = 1
+    """Units gathered ahead of their use, forward and backward."""
+
+
+StrategyConfig = Annotated[
+    SingleStrategy | DdpStrategy | ZeroStrategy | FsdpStrategy, Field(discriminator="kind")
+]

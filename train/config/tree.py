@@ -1,0 +1,52 @@
+"""A config out of a plain tree or a run's directory, and back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from train.config.messages import problems
+from train.config.run import RunConfig
+from train.errors import UserError
+
+
+def from_tree(tree: Any) -> RunConfig:
+    """Validate a plain tree of values; raise UserError with one line for each problem."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(problems(error.errors()))) from None
+
+
+RESUMES = "resumes"
+"""Folder of a run with the config of each resume, <n>.yaml; config.yaml stays as it was."""
+
+
+def load(run_dir: Path) -> RunConfig:
+    """Read the config that a run has now: that of its last resume, or the one frozen first.
+
+    Its ``run_dir`` is where it lies now.
+    """
+    resumes = [p for p in (run_dir / RESUMES).glob("*.yaml") if p.stem.isdecimal()]
+    path = max(resumes, key=lambda p: int(p.stem), default=run_dir / "config.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} is not a run directory: cannot read {path} ({error.strerror}); "
+            "give the directory that `shardwright train` printed"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged, it does not parse as YAML: {error}") from None
+    if isinstance(tree, dict):
+        tree = {**tree, "run_dir": os.path.abspath(run_dir)}
+    return from_tree(tree)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the config as YAML text that ``from_tree`` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
