@@ -36,10 +36,11 @@ def test_a_job_cut_by_its_time_limit_goes_on_bit_for_bit(
     assert "by SIGUSR1 on ranks 0, 1" in runs.log(run_dir)
 
 
+@pytest.mark.parametrize("partition", ["low", "polite"])  # without and with a grace time
 def test_a_job_that_is_preempted_goes_on_bit_for_bit(
-    cluster: Cluster, uninterrupted: Path, tiny: tuple[str, ...], tmp_path: Path
+    partition: str, cluster: Cluster, uninterrupted: Path, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
-    job = submitted(cluster, *tiny, *RUN, "launcher.partition=low", cwd=tmp_path)
+    job = submitted(cluster, *tiny, *RUN, f"launcher.partition={partition}", cwd=tmp_path)
     run_dir = tmp_path / "run"
     runs.wait_for_step(run_dir, 5)
     runs.pause(run_dir)
@@ -50,21 +51,6 @@ def test_a_job_that_is_preempted_goes_on_bit_for_bit(
     cluster.wait_for_state(urgent, "COMPLETED", seconds=60)
     assert_goes_on(cluster, job, run_dir, uninterrupted)
     assert "by SIGTERM" in runs.log(run_dir)
-
-
-def test_a_job_that_is_preempted_with_a_grace_time_requeues_itself(
-    cluster: Cluster, uninterrupted: Path, tiny: tuple[str, ...], tmp_path: Path
-) -> None:
-    job = submitted(cluster, *tiny, *RUN, "launcher.partition=polite", cwd=tmp_path)
-    run_dir = tmp_path / "run"
-    runs.wait_for_step(run_dir, 5)
-    runs.pause(run_dir)
-    urgent = cluster.run(
-        *("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive"),
-        *("--output=/dev/null", "--wrap=sleep 1"),
-    ).strip()
-    cluster.wait_for_state(urgent, "COMPLETED", seconds=60)
-    assert_goes_on(cluster, job, run_dir, uninterrupted)
 
 
 def test_scancel_leaves_a_checkpoint_from_which_the_run_goes_on_without_slurm(
