@@ -2,6 +2,8 @@
 PYTHON ?= python3
 EXPERIMENT ?= demo
 ARGS ?=
+# Files of tests that run side by side; each brings ranks of its own, hence no more.
+JOBS ?= 2
 BIN := .venv/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 # On a machine with GPUs the demo takes them all, in bf16; on a CPU it runs as it is written.
@@ -13,7 +15,7 @@ run: .venv/run
 	$(BIN)/shardwright train experiment=$(EXPERIMENT) $(DEVICES) $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow $(ARGS)

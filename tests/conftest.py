@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 import yaml
 
 from tests.distributed.pool import Ranks
+
+# A shell starts `make test &` with Ctrl-C ignored, which tests of Ctrl-C would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A few modules of the standard library, each large enough to be a document of its own.
 _MODULES = ("argparse", "ast", "calendar", "cmd", "csv", "dis", "enum", "glob", "heapq", "inspect")
