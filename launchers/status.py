@@ -214,6 +214,12 @@ def tail(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def is_heard_of(run_dir: Path) -> bool:
+    """Return whether a run has logged something of late."""
+    lines = tail(run_dir / "metrics.jsonl")
+    return bool(lines) and time.time() - lines[-1]["time"] < SILENT_SECONDS
+
+
 def rank_processes(run_dir: Path) -> list[int]:
     """Return the processes of this machine that are ranks of a run."""
     found = []

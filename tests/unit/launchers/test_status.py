@@ -75,7 +75,8 @@ def test_state(known: dict[str, Any], expected: tuple[str, bool]) -> None:
 
 def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path: Path) -> None:
     run_dir = tmp_path / "a b"
-    (tmp_path / "train.py").write_text("import time; time.sleep(60)")
+    for module in ("train", "launcher"):
+        (tmp_path / f"{module}.py").write_text("import time; print(flush=True); time.sleep(60)")
     arguments = {
         "torchrun's": ("-u", "-m", "train", str(run_dir)),
         "DeepSpeed's over a hostfile": ("-u", "-m", "train", encoded(str(run_dir))),
@@ -85,10 +86,13 @@ def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path
         "a launcher": ("-m", "launcher", "-m", "train", str(run_dir)),
     }
     started = {
-        name: subprocess.Popen([sys.executable, *words], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        name: subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE)
         for name, words in arguments.items()
     }
     try:
+        for process in started.values():
+            assert process.stdout is not None
+            process.stdout.readline()  # it has its arguments
         found = rank_processes(run_dir)
         assert {name for name, process in started.items() if process.pid in found} == {
             *("torchrun's", "DeepSpeed's over a hostfile", "by hand")
@@ -96,7 +100,7 @@ def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path
     finally:
         for process in started.values():
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def test_time_left_follows_from_the_speed_of_the_last_steps() -> None:
