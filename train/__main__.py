@@ -42,7 +42,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     from train import logs
     from train.rank import join
 
-    console = logs.open_rank_log(run_dir, rank.index)
+    console = logs.open_rank_log(run_dir, rank, nodes=settings.launcher.nodes)
     if rank.index == 0:
         stop.forget(run_dir)
     try:

@@ -133,6 +133,8 @@ def test_deepspeed_over_a_hostfile_until_it_is_told_to_stop(
     assert ended.returncode == 75, ended
     where = assert_stopped(ended, run_dir)
     assert where.reason == f"SIGTERM to the launcher on {socket.gethostname()}"
+    log = (run_dir / "logs" / "rank-1.log").read_text()
+    assert f" [rank 1, {socket.gethostname()}/0] INFO train" in log
     assert not left
     assert losses(run_dir)[: len(expected)] == expected
     assert {path.name for path in tmp_path.iterdir()} == {"hosts", HOSTILE}, "a name was run"
