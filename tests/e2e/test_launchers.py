@@ -20,6 +20,7 @@ from launchers.status import rank_processes
 from tests.distributed.pool import free_port
 from tests.e2e.cli import finish, shardwright, start, wait_for
 from tests.e2e.test_signals import assert_stopped
+from train import history
 
 Tiny = Callable[[str], tuple[str, ...]]
 # What reaches a shell on its way would run here, or fall apart.
@@ -195,6 +196,10 @@ def test_a_node_that_is_killed_comes_back(
                 crash(node)
     assert [end.returncode for end in ends] == [0, 0], ends
     assert losses(run_dir) == losses(tmp_path / "alone")
+    restart = history.read(run_dir)[-1]
+    assert (restart["by"], restart["world_size"]) == ("torchrun", 2)
+    assert restart["restart"] >= 1
+    assert f"going on from {restart['checkpoint']}\n" in ends[0].stdout
     assert "going on from checkpoint-" in ends[0].stdout
 
 
