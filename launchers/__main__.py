@@ -316,6 +316,7 @@ def _run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
         environment,
         stderr_file=quiet,
         grace_seconds=config.launcher.grace_seconds,
+        run_dir_elsewhere=run_dir if getattr(config.launcher, "hostfile", None) else None,
     )
     if where := stop.read(run_dir):
         print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)

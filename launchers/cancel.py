@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from launchers import slurm, status
 from train import config as run_config
-from train import stop
+from train import owner, stop, stop_request
 from train.errors import FAILED, UserError
 
 POLL_SECONDS = 0.5
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 def cancel(run_dir: Path, *, now: bool) -> int:
     """Stop one run and wait until it has; return 1 where it goes on all the same.
 
-    Raises UserError where it does not run, as far as this machine can see.
+    Raises UserError where it does not run, as far as can be seen from this machine.
     """
     known = slurm.job_of(run_dir)
     job = slurm.look(known) if known is not None else None
@@ -50,14 +51,33 @@ def cancel(run_dir: Path, *, now: bool) -> int:
         return _wait(run_dir, partial(_is_over, job.id))
     ranks = status.rank_processes(run_dir)
     if not ranks:
+
+        def is_asked() -> bool:
+            by = f"shardwright cancel on {socket.gethostname()}"
+            is_alive = _is_alive_elsewhere(run_dir)
+            return is_alive and stop_request.request(run_dir, by, kill=now)
+
+        if is_asked():
+            return _wait(run_dir, lambda: not is_asked())
         raise UserError(
-            f"{run_dir} does not run: no job in the queue and no process here"
+            f"{run_dir} does not run: no job in the queue and no process here or elsewhere"
             + (f" (job {job.id} is {job.state})" if job else "")
         )
     for pid in ranks:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL if now else signal.SIGUSR1)
     return _wait(run_dir, lambda: not status.rank_processes(run_dir))
+
+
+def _is_alive_elsewhere(run_dir: Path) -> bool:
+    """Return whether the first rank of a run lives on another machine.
+
+    It holds a lock, which not every file system shows to other nodes; it is heard of then.
+    """
+    first, is_locked = owner.look(run_dir)
+    if is_locked or first is None or first.host == socket.gethostname():
+        return is_locked
+    return status.is_heard_of(run_dir)
 
 
 def _is_over(job: str) -> bool:

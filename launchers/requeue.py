@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train import history
 from train.checkpoint import layout
 
-HISTORY = "history.jsonl"
 LIMIT = 100
 
 
 def should_requeue(
-    history: Sequence[Mapping[str, Any]], newest_step: int, *, restarts: int, limit: int
+    entries: Sequence[Mapping[str, Any]], newest_step: int, *, restarts: int, limit: int
 ) -> tuple[bool, str]:
     """Return whether to start again, and why or why not. Pure.
 
-    ``history`` holds the lines of history.jsonl, oldest first, ``newest_step`` is the step of the
+    ``entries`` are the lines of history.jsonl, oldest first, ``newest_step`` is the step of the
     newest whole checkpoint (0: there is none) and ``restarts`` counts those that have been. Between
-    two restarts there must be a newer checkpoint; before the first one there need not.
+    two restarts of a job there must be a newer checkpoint, whatever torchrun restarts within it;
+    before the first one there need not.
     """
     if restarts >= limit:
         return False, f"restarted {restarts} times, which is the limit"
-    last = history[-1] if history else {}
+    of_jobs = [entry for entry in entries if entry.get("by") != history.BY_TORCHRUN]
+    last = of_jobs[-1] if of_jobs else {}
     before = last.get("requeued_at_step")
     if before is not None and newest_step <= before:
         return False, (
@@ -47,9 +48,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     whole = layout.whole_checkpoints(options.run_dir / "checkpoints")
     newest_step = whole[-1][0] if whole else 0
-    path = options.run_dir / HISTORY
     yes, reason = should_requeue(
-        read_history(path), newest_step, restarts=options.restarts, limit=options.limit
+        history.read(options.run_dir),
+        newest_step,
+        restarts=options.restarts,
+        limit=options.limit,
     )
     print(reason)
     if yes:
@@ -59,20 +62,8 @@ def main(argv: Sequence[str]) -> int:
             "checkpoint": whole[-1][1].name if whole else None,
             "restart": options.restarts + 1,
         }
-        with path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        history.append(options.run_dir, entry)
     return 0 if yes else 1
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Return a run's restarts and resumes, oldest first; lines that a crash cut are left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
-    return entries
 
 
 if __name__ == "__main__":

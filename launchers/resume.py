@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from train import config as run_config
+from train import history
 from train.checkpoint import layout
 from train.config import RunConfig, from_tree, unknown_key_message
 from train.errors import UserError
@@ -102,8 +102,7 @@ def write(run_dir: Path, config: RunConfig, overrides: Sequence[str]) -> Path | 
         "checkpoint": newest.name if newest else None,
         "world_size": config.launcher.world_size,
     }
-    with (run_dir / "history.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    history.append(run_dir, entry)
     logs = run_dir / "logs"
     aside = logs / f"before-resume-{number}"
     for old in [*logs.glob("rank-*.error.json"), *logs.glob("torchrun.log")]:
@@ -116,9 +115,9 @@ def take_back(run_dir: Path) -> None:
     """Undo `write` where the run was not started after all; what failed before stays aside."""
     folder = run_dir / run_config.RESUMES
     newest = max((p for p in folder.glob("*.yaml")), key=lambda p: int(p.stem))
-    history = run_dir / "history.jsonl"
-    kept = history.read_text().splitlines(keepends=True)[:-1]
-    history.write_text("".join(kept))
+    path = run_dir / history.FILE
+    kept = path.read_text().splitlines(keepends=True)[:-1]
+    path.write_text("".join(kept))
     newest.unlink()
 
 

@@ -7,6 +7,7 @@ import ctypes
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+
+from train import stop_request
 
 ASKS_TO_STOP = (
     signal.SIGTERM,
@@ -51,6 +54,7 @@ def run(
     *,
     stderr_file: Path | None = None,
     grace_seconds: float = GRACE_SECONDS,
+    run_dir_elsewhere: Path | None = None,
 ) -> Ended:
     """Run a command to its end, under this process's environment and the one given.
 
@@ -59,9 +63,12 @@ def run(
     child has ended, all that descends from it is ended too; when this process is killed, the child
     gets SIGTERM. What asks to stop is blocked behind a run that was stopped: another one must not
     keep its end from being told.
+
+    ``run_dir_elsewhere`` is the directory of a run whose ranks do not descend from the child, such
+    as other nodes': they are asked and killed through it.
     """
     before = set(descendants(os.getpid()))
-    request = _Request(grace_seconds)
+    request = _Request(grace_seconds, run_dir_elsewhere)
 
     def left_over() -> set[int]:
         return set(descendants(os.getpid())) - before
@@ -89,6 +96,7 @@ def run(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(0.1 if request.signals else 1.0)
         if child.poll() is None:
+            request.tell_elsewhere(kill=True)
             child.kill()
         code = child.wait()
     finally:
@@ -113,6 +121,7 @@ class _Request:
     """What this process was sent, and which of the processes below know of it."""
 
     grace_seconds: float
+    run_dir_elsewhere: Path | None = None
     child: int | None = None
     signals: list[int] = field(default_factory=list)
     told: set[int] = field(default_factory=set)
@@ -139,6 +148,15 @@ class _Request:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, STOP)
                 self.told.add(pid)
+        self.tell_elsewhere()
+
+    def tell_elsewhere(self, *, kill: bool = False) -> None:
+        if self.run_dir_elsewhere is None:
+            return
+        name = signal.Signals(self.signals[0]).name
+        by = f"{name} to the launcher on {socket.gethostname()}"
+        with contextlib.suppress(OSError):  # their own node may still tell them
+            stop_request.request(self.run_dir_elsewhere, by, kill=kill)
 
 
 def _is_rank(pid: int) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from launchers import report, slurm
 from train import config as run_config
 from train import stop
+from train.arguments import decoded
 from train.checkpoint import layout
 from train.config import RunConfig
 from train.errors import UserError
@@ -213,6 +214,12 @@ def tail(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def is_heard_of(run_dir: Path) -> bool:
+    """Return whether a run has logged something of late."""
+    lines = tail(run_dir / "metrics.jsonl")
+    return bool(lines) and time.time() - lines[-1]["time"] < SILENT_SECONDS
+
+
 def rank_processes(run_dir: Path) -> list[int]:
     """Return the processes of this machine that are ranks of a run."""
     found = []
@@ -222,9 +229,18 @@ def rank_processes(run_dir: Path) -> list[int]:
         except OSError:
             continue
         # torchrun has the same words, further behind.
-        if [b"-m", b"train", os.fsencode(run_dir)] in (words[1:4], words[2:5]):
-            found.append(int(path.parent.name))
+        for module in (words[1:4], words[2:5]):
+            if module[:2] == [b"-m", b"train"] and _is_path(module[2:], run_dir):
+                found.append(int(path.parent.name))
     return found
+
+
+def _is_path(words: Sequence[bytes], run_dir: Path) -> bool:
+    """Return whether a rank's only argument is the run's directory, plain or encoded."""
+    try:
+        return [decoded(os.fsdecode(word)) for word in words] == [str(run_dir)]
+    except ValueError:  # another program's argument that begins as one that is encoded
+        return False
 
 
 # --- as text --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train import stop
+from train import stop, stop_request
 from train.arguments import decoded
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
@@ -42,11 +42,14 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     from train import logs
     from train.rank import join
 
-    console = logs.open_rank_log(run_dir, rank.index)
+    console = logs.open_rank_log(run_dir, rank, nodes=settings.launcher.nodes)
     if rank.index == 0:
         stop.forget(run_dir)
     try:
-        with join(settings, rank):
+        with (
+            stop_request.heeded(run_dir) if rank.index == 0 else nullcontext(),
+            join(settings, rank),
+        ):
             from train.run import run
 
             final = run(run_dir, rank, console)

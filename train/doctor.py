@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     directory = Path(decoded(argv[0]))
     rank = rank_from_environment()
     config = load(directory)
-    logs.open_rank_log(directory, rank.index)
+    logs.open_rank_log(directory, rank, nodes=config.launcher.nodes)
     try:
         with join(config, rank):
             found = measure(config)

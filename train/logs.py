@@ -11,22 +11,27 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from train.rank import Rank
 
 log = logging.getLogger("train")
 
 
-def open_rank_log(run_dir: Path, rank: int) -> TextIO:
+def open_rank_log(run_dir: Path, rank: Rank, *, nodes: int = 1) -> TextIO:
     """Send all that this process prints to logs/rank-<rank>.log; return the terminal as it was.
+
+    ``nodes`` is how many the run has.
 
     Libraries print freely and from C++ too, so the file descriptors are redirected, not
     `sys.stdout`. The terminal is left to what is written to the returned stream on purpose.
     """
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
-    _failure(run_dir, rank).unlink(missing_ok=True)  # of an earlier start
+    _failure(run_dir, rank.index).unlink(missing_ok=True)  # of an earlier start
     terminal = os.fdopen(os.dup(1), "w", buffering=1)
-    file = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(logs / f"rank-{rank.index}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(file, 1)
@@ -36,10 +41,19 @@ def open_rank_log(run_dir: Path, rank: int) -> TextIO:
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO,
-        format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s",
+        format=f"%(asctime)s {label(rank, nodes)} %(levelname)s %(name)s: %(message)s",
         force=True,
     )
     return terminal
+
+
+def label(rank: Rank, nodes: int) -> str:
+    """Return "[rank 3, node7/1]", as a job's log has it: rank, node and local rank.
+
+    On the only node that is "[rank 3]": its name would say nothing, and both numbers are the same.
+    """
+    where = f", {socket.gethostname()}/{rank.local_index}" if nodes > 1 else ""
+    return f"[rank {rank.index}{where}]"
 
 
 def note_failure(run_dir: Path, rank: int, error: BaseException) -> Path:

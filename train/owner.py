@@ -84,6 +84,21 @@ def owned(run_dir: Path, say: Callable[[str], object]) -> Iterator[None]:
         os.close(descriptor)
 
 
+def look(run_dir: Path) -> tuple[Owner | None, bool]:
+    """Return who owns or has owned a run directory, and whether it is locked for somebody.
+
+    Not for its owner, who would lose it.
+    """
+    try:
+        descriptor = os.open(run_dir / FILE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None, False
+    try:
+        return _owner(descriptor), not _locked(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _locked(descriptor: int) -> bool:
     """Return whether this process holds the lock now."""
     try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from pathlib import Path
 from typing import TextIO
 
 from train import config as run_config
-from train import data, models, sample, stop, stopping
+from train import data, history, models, sample, stop, stopping
 from train.callbacks import early_stopping
 from train.callbacks.engine import EngineReady
 from train.callbacks.metrics import Metrics
@@ -17,11 +19,12 @@ from train.card import model_card
 from train.checkpoint import restore
 from train.checkpoint.export import best_checkpoint, export
 from train.checkpoint.layout import read_manifest
+from train.checkpoint.restore import Resumed
 from train.config import RunConfig
 from train.data.loader import eval_loader, train_loader
 from train.errors import UserError
 from train.provenance import write_provenance
-from train.rank import Rank
+from train.rank import Rank, from_all
 from train.strategy import engine_of
 from train.trainer import Trainer, training_arguments
 
@@ -112,7 +115,11 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         *trackers,
     ]:
         trainer.add_callback(callback)
+    # The most that any node's agent counts: that of a node which has come back begins at 0.
+    restarts = max(from_all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
     if rank.index == 0:
+        if restarts:
+            _note_restart(run_dir, restarts, resumed, rank.world_size)
         parameters = models.parameter_count(model)
         write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
         print(f"{parameters:,} parameters, {steps:,} steps", file=console)
@@ -122,6 +129,17 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         if tracked_at:
             print(tracked_at, file=console)
     return trainer
+
+
+def _note_restart(run_dir: Path, number: int, resumed: Resumed | None, world_size: int) -> None:
+    entry = {
+        "time": time.time(),
+        "by": history.BY_TORCHRUN,
+        "restart": number,
+        "checkpoint": resumed.checkpoint.name if resumed else None,
+        "world_size": world_size,
+    }
+    history.append(run_dir, entry)
 
 
 def total_steps(config: RunConfig, samples_per_epoch: int) -> int:

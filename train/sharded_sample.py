@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     options = sample.parser().parse_args(argv[1:])
     rank = rank_from_environment()
     config = load(directory)
-    terminal = logs.open_rank_log(directory, rank.index)
+    terminal = logs.open_rank_log(directory, rank)
     try:
         with join(config, rank):
             speak(config, options, terminal if rank.index == 0 else io.StringIO())

@@ -26,12 +26,13 @@ class Stop(BaseException):
 
 @dataclass(frozen=True)
 class _Request:
-    signal_name: str
+    by: str
     time: float
     """On the monotonic clock."""
 
 
 _request: _Request | None = None
+_asker: str | None = None
 _at_once = False
 _heard = False
 """Whether the next signal is only to say that another rank was asked."""
@@ -45,8 +46,8 @@ def install() -> None:
 
     A second SIGINT kills, any other second signal changes nothing. What nohup ignores stays so.
     """
-    global _request
-    _request = None
+    global _request, _asker
+    _request = _asker = None
     for number in SIGNALS:
         may_be_ignored = number in (signal.SIGHUP, signal.SIGINT)
         if not (may_be_ignored and signal.getsignal(number) == signal.SIG_IGN):
@@ -64,14 +65,26 @@ def _note(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         signal.signal(number, signal.SIG_DFL)
     if _request is None:
-        _request = _Request(signal.Signals(number).name, time.monotonic())
+        _request = _Request(_asker or signal.Signals(number).name, time.monotonic())
         if _at_once:
             raise Stop
 
 
+def ask(by: str) -> None:
+    """Have this process stop as a signal does; for another thread than the main one."""
+    global _asker
+    _asker = by
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGUSR1)
+
+
 def asked() -> str | None:
-    """Return the name of the first signal that this very process got, None where it got none."""
-    return _request.signal_name if _request else None
+    """Return who was the first to ask this very process to stop, None where nobody has.
+
+    That is a signal's name, or what `ask` was given.
+    """
+    return _request.by if _request else None
 
 
 def seconds_since() -> float:
@@ -169,13 +182,15 @@ def _hearing_others() -> Iterator[Callable[[], object]]:
         listener.join()
 
 
-def reason(signals: Sequence[str | None]) -> str:
-    """Return in words which ranks were asked, by the signal's name that each rank got. Pure."""
+def reason(askers: Sequence[str | None]) -> str:
+    """Return in words who has asked which ranks, from what `asked` returns on each. Pure."""
     parts = []
-    for name in dict.fromkeys(signals):
-        ranks = [str(rank) for rank, found in enumerate(signals) if found == name]
-        if name is not None:
-            parts.append(f"{name} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}")
+    for by in dict.fromkeys(askers):
+        ranks = [str(rank) for rank, found in enumerate(askers) if found == by]
+        if by in signal.Signals.__members__:
+            parts.append(f"{by} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}")
+        elif by is not None:
+            parts.append(by)
     return "; ".join(parts)
 
 

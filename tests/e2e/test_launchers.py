@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 
 from launchers.start import descendants
+from launchers.status import rank_processes
 from tests.distributed.pool import free_port
-from tests.e2e.cli import finish, shardwright, start
+from tests.e2e.cli import finish, shardwright, start, wait_for
+from tests.e2e.test_signals import assert_stopped
+from train import history
 
 Tiny = Callable[[str], tuple[str, ...]]
 # What reaches a shell on its way would run here, or fall apart.
@@ -28,6 +31,7 @@ SAME = (
     "launcher.device=cpu",
     "data.eval_fraction=0",
     "trainer.max_steps=6",
+    "trainer.lr_scheduler=constant",
 )
 
 
@@ -104,19 +108,36 @@ def ssh_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 @needs_ssh
-def test_deepspeed_over_a_hostfile(
+def test_deepspeed_over_a_hostfile_until_it_is_told_to_stop(
     tiny: Tiny, tmp_path: Path, ssh_port: int, expected: list[float]
 ) -> None:
-    hostfile = tmp_path / "hosts"
+    """Its ranks descend from sshd, so no signal to the launcher gets to them by itself."""
+    hostfile, run_dir = tmp_path / "hosts", tmp_path / HOSTILE
     hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=1\nelsewhere slots=1\n")
-    ended = shardwright(
-        *("train", *tiny("clm"), *SAME, "launcher=deepspeed", "launcher.nproc_per_node=1"),
+    launcher = start(
+        *("train", *tiny("clm"), *SAME, "trainer.max_steps=100000"),
+        *("launcher=deepspeed", "launcher.nproc_per_node=1"),
         *(f"launcher.hostfile={hostfile}", "launcher.exclude=elsewhere"),
         *(f"launcher.ssh_port={ssh_port}", f'run_dir="{HOSTILE}"'),
         cwd=tmp_path,
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert losses(tmp_path / HOSTILE) == expected
+    try:
+        wait_for(run_dir / "metrics.jsonl", launcher)
+        _wait_until(lambda: len(losses(run_dir)) >= len(expected))
+        assert len(rank_processes(run_dir)) == 2
+        launcher.terminate()
+        ended = finish(launcher)
+    finally:
+        left = rank_processes(run_dir)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert ended.returncode == 75, ended
+    where = assert_stopped(ended, run_dir)
+    assert where.reason == f"SIGTERM to the launcher on {socket.gethostname()}"
+    log = (run_dir / "logs" / "rank-1.log").read_text()
+    assert f" [rank 1, {socket.gethostname()}/0] INFO train" in log
+    assert not left
+    assert losses(run_dir)[: len(expected)] == expected
     assert {path.name for path in tmp_path.iterdir()} == {"hosts", HOSTILE}, "a name was run"
 
 
@@ -175,6 +196,10 @@ def test_a_node_that_is_killed_comes_back(
                 crash(node)
     assert [end.returncode for end in ends] == [0, 0], ends
     assert losses(run_dir) == losses(tmp_path / "alone")
+    restart = history.read(run_dir)[-1]
+    assert (restart["by"], restart["world_size"]) == ("torchrun", 2)
+    assert restart["restart"] >= 1
+    assert f"going on from {restart['checkpoint']}\n" in ends[0].stdout
     assert "going on from checkpoint-" in ends[0].stdout
 
 

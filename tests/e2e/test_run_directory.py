@@ -100,7 +100,7 @@ def test_no_file_holds_a_secret_or_another_variable_of_the_environment(run: Run)
 
 def test_each_rank_has_a_log(run: Run) -> None:
     for rank in range(2):
-        assert f"rank {rank} INFO train" in (run.directory / f"logs/rank-{rank}.log").read_text()
+        assert f" [rank {rank}] INFO train" in (run.directory / f"logs/rank-{rank}.log").read_text()
 
 
 def test_engine_is_the_one_asked_for(run: Run) -> None:

@@ -15,6 +15,7 @@ from tests.e2e.cli import TINY, finish, on_one_rank, processes, start, start_pyt
 from tests.e2e.test_failures import assert_all_gone
 from train import stop
 from train.checkpoint import layout
+from train.rank import cores_of
 
 pytestmark = pytest.mark.distributed
 
@@ -44,8 +45,11 @@ def stopped_by(
 
 
 def test_sigusr1_to_the_launcher_stops_the_ranks_below_torchrun(tiny: Tiny, tmp_path: Path) -> None:
-    process = start("train", *tiny("clm"), FOR_EVER, cwd=tmp_path)
+    """Each of which keeps to cores of its own until then."""
+    process = start("train", *tiny("clm"), FOR_EVER, "launcher.bind=cores", cwd=tmp_path)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    bound_to = [os.sched_getaffinity(rank_process(tmp_path, rank)) for rank in range(2)]
+    assert bound_to == [cores_of(os.sched_getaffinity(0), rank, 2) for rank in range(2)]
     ended = stopped_by(signal.SIGUSR1, [process.pid], process)
 
     assert ended.returncode == 75

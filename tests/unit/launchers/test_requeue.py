@@ -11,6 +11,7 @@ from launchers.requeue import main, should_requeue
 from tests.checkpoints import write_checkpoint
 
 RESTART, RESUME = {"requeued_at_step": 20}, {"checkpoint": "checkpoint-20", "overrides": []}
+ELASTIC_RESTART = {"by": "torchrun", "restart": 1, "checkpoint": "checkpoint-20"}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ RESTART, RESUME = {"requeued_at_step": 20}, {"checkpoint": "checkpoint-20", "ove
             "no progress since the last restart: the newest whole checkpoint",
         ),
         ([{"requeued_at_step": 0}], 0, 1, False, "was of step 0 and is of step 0"),
+        ([RESTART, ELASTIC_RESTART], 20, 1, False, "no progress since the last restart"),
         # Somebody has looked after it meanwhile.
         ([RESTART, RESUME], 20, 1, True, "goes on from step 20"),
         # By SLURM itself after a node failed, which asks nobody.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from launchers.status import (
     duration,
     everywhere,
     left_seconds,
+    rank_processes,
     state_of,
     table,
     tail,
 )
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.launchers.test_job_script import slurm_run
+from train.arguments import ENCODED, encoded
 from train.config import to_yaml
 from train.stop import Stopped
 
@@ -67,6 +71,36 @@ def test_state(known: dict[str, Any], expected: tuple[str, bool]) -> None:
         "silent_seconds": None,
     }
     assert state_of(**{**nothing, **known}) == expected
+
+
+def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path: Path) -> None:
+    run_dir = tmp_path / "a b"
+    for module in ("train", "launcher"):
+        (tmp_path / f"{module}.py").write_text("import time; print(flush=True); time.sleep(60)")
+    arguments = {
+        "torchrun's": ("-u", "-m", "train", str(run_dir)),
+        "DeepSpeed's over a hostfile": ("-u", "-m", "train", encoded(str(run_dir))),
+        "by hand": ("-m", "train", str(run_dir)),
+        "another run's": ("-m", "train", encoded(str(tmp_path / "b"))),
+        "what is no run's": ("-m", "train", f"{ENCODED}?"),
+        "a launcher": ("-m", "launcher", "-m", "train", str(run_dir)),
+    }
+    started = {
+        name: subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE)
+        for name, words in arguments.items()
+    }
+    try:
+        for process in started.values():
+            assert process.stdout is not None
+            process.stdout.readline()  # it has its arguments
+        found = rank_processes(run_dir)
+        assert {name for name, process in started.items() if process.pid in found} == {
+            *("torchrun's", "DeepSpeed's over a hostfile", "by hand")
+        }
+    finally:
+        for process in started.values():
+            process.kill()
+            process.communicate()
 
 
 def test_time_left_follows_from_the_speed_of_the_last_steps() -> None:
