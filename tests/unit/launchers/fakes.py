@@ -126,10 +126,7 @@ def make_checkout(tmp_path: Path) -> Checkout:
     root, cwd = tmp_path / "checkout", tmp_path / "work"
     shutil.copytree(ROOT / "launchers", root / "launchers")
     shutil.copytree(ROOT / "conf", root / "conf")
-    for folder in ("strategy", "checkpoint"):
-        shutil.copytree(ROOT / "train" / folder, root / "train" / folder)
-    for module in (ROOT / "train").glob("*.py"):
-        shutil.copy(module, root / "train")
+    shutil.copytree(ROOT / "train", root / "train", ignore=shutil.ignore_patterns("data"))
     (root / "train" / "__main__.py").write_text(FAKE_RANK)
     (root / "train" / "data").mkdir()
     (root / "train" / "data" / "__init__.py").write_text("def check_corpus(data): pass\n")
