@@ -28,12 +28,10 @@ def end(*nodes: subprocess.Popen[str]) -> None:
             crash(node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    [
-        ("launcher=accelerate",),
-        pytest.param(("launcher=torchrun", "launcher.rendezvous=static"), marks=pytest.mark.slow),
-    ],
+    [("launcher=accelerate",), ("launcher=torchrun", "launcher.rendezvous=static")],
     ids=["accelerate", "torchrun"],
 )
 def test_nodes_of_fixed_ranks_train_as_one_does(
