@@ -39,7 +39,7 @@ def test_the_deepspeed_command_has_srun_start_its_ranks_in_an_allocation(
     cwd.mkdir()
     hosts = tmp_path / "hosts"
     run = ("train", *tiny, "launcher=deepspeed", "launcher.backend=slurm", "run_dir=run")
-    cores = "launcher.backend_arguments=--cpus-per-task=2"
+    cores = "launcher.backend_arguments='--cpus-per-task=2'"
     over_hosts = (*run, f"launcher.hostfile={hosts}", cores)
     allocation = ("salloc", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
 
