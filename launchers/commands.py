@@ -52,12 +52,21 @@ def rank_command(
         case TorchrunLauncher() as launcher:
             return [python, *_torchrun(launcher, run_dir, node_rank), "-m", module, *_plain(rank)]
         case DeepspeedLauncher() as launcher:
-            start = [python, *_deepspeed(launcher, machine), "--module", module]
-            return [*start, *(map(encoded, rank) if launcher.hostfile else rank)]
+            start = [python, *_deepspeed(launcher, machine)]
+            if launcher.hostfile is None:
+                return [*start, "--module", module, *rank]
+            # Its back end for srun knows no --module (launcher/multinode_runner.py, 0.19.8).
+            named = [_script(module)] if launcher.backend == "slurm" else ["--module", module]
+            return [*start, *named, *map(encoded, rank)]
         case AccelerateLauncher() as launcher:
             flags = [f"--config_file={run_dir / ACCELERATE_YAML}", f"--machine_rank={node_rank}"]
             return [python, "-m", "accelerate.commands.launch", *flags, "-m", module, *_plain(rank)]
     raise AssertionError("a job's script starts its ranks")
+
+
+def _script(module: str) -> str:
+    path = PACKAGES.joinpath(*module.split("."))
+    return str(path / "__main__.py" if path.is_dir() else path.with_suffix(".py"))
 
 
 def _plain(arguments: Sequence[str]) -> Iterator[str]:
@@ -109,13 +118,24 @@ def _deepspeed(launcher: DeepspeedLauncher, machine: Machine) -> list[str]:
         "include": launcher.include,
         "exclude": launcher.exclude,
         "launcher": launcher.backend,
-        "launcher_args": launcher.backend_arguments or None,
+        "launcher_args": _backend_arguments(launcher) or None,
         "master_addr": launcher.head_address,
         "ssh_port": launcher.ssh_port,
     }
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    if launcher.backend == "slurm":
+        given.append("--no_ssh_check")
     # A hostfile of one host may name another machine than this one.
     return [*start, *given, "--force_multi"]
+
+
+def _backend_arguments(launcher: DeepspeedLauncher) -> str:
+    if launcher.backend != "slurm":
+        return launcher.backend_arguments
+    # srun is told the number of ranks only, and may put them anywhere in the allocation; of equal
+    # flags it takes the last.
+    counts = f"--nodes={launcher.nodes} --ntasks-per-node={launcher.ranks_per_node}"
+    return f"{counts} --kill-on-bad-exit=1 {launcher.backend_arguments}".rstrip()
 
 
 def launcher_files(
@@ -129,7 +149,9 @@ def launcher_files(
         case DeepspeedLauncher(hostfile=str()) as launcher:
             port = launcher.head_port or machine.free_port
             wanted = dict(environment) | {"SHARDWRIGHT_RANKS_OF": launcher.backend}
-            if launcher.backend == "openmpi":
+            for name in _LAUNCHERS_ALONE & wanted.keys():
+                del wanted[name]
+            if launcher.backend in ("openmpi", "slurm"):
                 wanted |= {
                     "MASTER_ADDR": str(launcher.head_address),
                     "MASTER_PORT": str(port),
@@ -137,6 +159,14 @@ def launcher_files(
             lines = (f"{name}={_in_quotes(value)}\n" for name, value in wanted.items())
             return {DEEPSPEED_ENVIRONMENT: "".join(lines)}
     return {}
+
+
+_LAUNCHERS_ALONE = {
+    "DS_ENV_FILE",
+    "OMPI_MCA_hwloc_base_binding_policy",
+    "OMPI_MCA_plm_rsh_args",
+}
+"""Variables that no rank reads."""
 
 
 def _in_quotes(value: str) -> str:
@@ -202,6 +232,12 @@ def rank_environment(
     if config.launcher.kind == "deepspeed" and config.launcher.hostfile is not None:
         # DeepSpeed looks for it in the working directory and at home otherwise.
         wanted["DS_ENV_FILE"] = str(Path(str(config.run_dir)) / DEEPSPEED_ENVIRONMENT)
+        if config.launcher.backend == "openmpi":
+            # mpirun gives each of two ranks a single core otherwise, whatever their threads.
+            wanted["OMPI_MCA_hwloc_base_binding_policy"] = "none"
+            if config.launcher.ssh_port is not None:
+                # DeepSpeed tells the port to pdsh only.
+                wanted["OMPI_MCA_plm_rsh_args"] = f"-p {config.launcher.ssh_port}"
     return {
         name: value for name, value in wanted.items() if name == "PYTHONPATH" or name not in user
     }

@@ -104,7 +104,7 @@ def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
     if launcher["device"] == "auto":
         launcher["device"] = "cuda" if gpus else "cpu"
     if launcher.get("hostfile") is not None:
-        launcher.update(_from_hostfile(launcher))
+        launcher.update(from_hostfile(launcher))
     if launcher.get("nodes", 1) > 1 and launcher.get("head_port", 1) is None:
         launcher["head_port"] = machine.free_port
     if launcher.get("nproc_per_node") == "auto":
@@ -115,7 +115,7 @@ def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
     return from_tree(tree)
 
 
-def _from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
+def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
     """Return what a hostfile decides: nodes, ranks of each and where they meet; its own path."""
     path = os.path.abspath(os.path.expanduser(launcher["hostfile"]))
     try:

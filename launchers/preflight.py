@@ -7,12 +7,14 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from launchers.commands import PACKAGES
+from launchers import hostfile
+from launchers.commands import PACKAGES, package_environment
 from launchers.machine import Machine, lacking
 from train.config import (
     AccelerateLauncher,
@@ -144,10 +146,11 @@ def _launcher_problems(config: RunConfig) -> Iterator[str]:
     launcher = config.launcher
     if not isinstance(launcher, DeepspeedLauncher):
         return
-    programs = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "slurm": "srun"}
+    # ompi_info tells Open MPI from another's mpirun.
+    programs = {"pdsh": ["pdsh"], "openmpi": ["mpirun", "ompi_info"], "slurm": ["srun"]}
     if launcher.hostfile is not None:
-        program = programs[launcher.backend]
-        if shutil.which(program) is None:
+        missing = [name for name in programs[launcher.backend] if shutil.which(name) is None]
+        for program in missing[:1]:
             yield (
                 f"launcher.backend={launcher.backend} starts ranks with {program}, which is not "
                 "installed; install it, choose another backend, or launcher=torchrun"
@@ -157,6 +160,8 @@ def _launcher_problems(config: RunConfig) -> Iterator[str]:
                 f"launcher.backend={launcher.backend} takes whole hostfiles only, but "
                 "launcher.include or exclude is given; write another hostfile, or set backend=pdsh"
             )
+        elif launcher.backend == "slurm":
+            yield from _allocation_problems(launcher)
         unsafe = [
             p for p in (sys.executable, str(PACKAGES)) if not re.fullmatch(r"[\w@%+=:,./-]+", p)
         ]
@@ -165,10 +170,38 @@ def _launcher_problems(config: RunConfig) -> Iterator[str]:
                 f"launcher.backend=pdsh sends {unsafe[0]} through a shell unquoted, which would "
                 "not arrive; install to a path without blanks and quotes, or use launcher=torchrun"
             )
+        path = package_environment(os.environ)["PYTHONPATH"]
+        if launcher.backend != "pdsh" and not re.fullmatch(r"[\w@%+=:,./-]+", path):
+            yield (
+                f"launcher.backend={launcher.backend} gets PYTHONPATH={path} from DeepSpeed in "
+                "quotes that the ranks would take for a part of it; install to a path without "
+                "blanks and quotes, or use launcher=torchrun"
+            )
     if launcher.bind_cores_to_rank and shutil.which("numactl") is None:
         yield (
             "launcher.bind_cores_to_rank=true needs numactl, which is not installed; install it "
             "(apt install numactl) or leave it out"
+        )
+
+
+def _allocation_problems(launcher: DeepspeedLauncher) -> Iterator[str]:
+    """Yield a message where srun would start ranks elsewhere than the hostfile says."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield (
+            "launcher.backend=slurm starts ranks with srun inside an allocation, and this is none; "
+            "begin with salloc, or set launcher=slurm, which submits a job"
+        )
+        return
+    wanted = list(hostfile.hosts(Path(str(launcher.hostfile)).read_text(encoding="utf-8")))
+    ended = subprocess.run(
+        ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=False
+    )
+    if (allocated := ended.stdout.split()) != wanted:
+        yield (
+            f"launcher.hostfile={launcher.hostfile} has {', '.join(wanted)}, but the allocation "
+            f"is {', '.join(allocated) or ended.stderr.strip()}, and srun's first rank is where "
+            "the ranks meet; write it with: scontrol show hostnames | "
+            f"sed 's/$/ slots={launcher.ranks_per_node}/'"
         )
 
 

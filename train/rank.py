@@ -74,8 +74,9 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
             f"(launcher={config.launcher.kind}) but {rank.world_size} were started; start as many, "
             "or make a run with another launcher.nproc_per_node"
         )
+    # DeepSpeed's command does not say so.
+    ranks_here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", str(config.launcher.ranks_per_node)))
     if config.launcher.kind == "torchrun" and config.launcher.bind == "cores":
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         os.sched_setaffinity(0, cores_of(os.sched_getaffinity(0), rank.local_index, ranks_here))
     on_gpu = config.launcher.device == "cuda"
     if on_gpu:

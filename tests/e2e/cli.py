@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from launchers.start import descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 280
@@ -28,6 +32,16 @@ TINY = (
     "model.num_attention_heads=2",
     "model.intermediate_size=64",
     "launcher.device=cpu",
+)
+
+# What gives the same losses under every launcher.
+SAME = (
+    "strategy=zero2",
+    "precision=fp32",
+    "launcher.device=cpu",
+    "data.eval_fraction=0",
+    "trainer.max_steps=6",
+    "trainer.lr_scheduler=constant",
 )
 
 
@@ -78,6 +92,27 @@ def processes(cwd: Path, **environment: str) -> Iterator[int]:
         with suppress(OSError):  # it has ended, or is another user's
             if wanted <= set(path.read_bytes().split(b"\0")):
                 yield int(path.parent.name)
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def crash(node: subprocess.Popen[str]) -> None:
+    """Kill all of a node's processes, none of which hears of the others' end before."""
+    processes = [node.pid, *descendants(node.pid)]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in processes:
+            os.kill(pid, number)
+    node.wait()
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def wait_for(what: Path, process: subprocess.Popen[str]) -> None:

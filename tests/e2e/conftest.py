@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.cli import TINY, shardwright
+from tests.e2e import ssh
+from tests.e2e.cli import SAME, TINY, losses, shardwright
 
 PROMPTS = {"clm": "def f(", "mlm": "import <mask>"}
 TRACKERS = {"clm": ("tracking=tensorboard",), "mlm": ("tracking=wandb", "tracking.mode=offline")}
@@ -84,3 +85,20 @@ def run(
         assert ended.returncode == 0, ended.stdout + ended.stderr
         ended_runs[objective] = Run(objective, overrides, cwd / "run", ended)
     return ended_runs[objective]
+
+
+@pytest.fixture(scope="session")
+def expected(
+    tiny: Callable[[str], tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory
+) -> list[float]:
+    """Return the losses of two ranks of torchrun."""
+    cwd = tmp_path_factory.mktemp("torchrun")
+    ended = shardwright("train", *tiny("clm"), *SAME, "launcher=torchrun", cwd=cwd)
+    assert ended.returncode == 0, ended.stderr
+    return losses(cwd / "run")
+
+
+@pytest.fixture(scope="session")
+def ssh_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with ssh.served(tmp_path_factory.mktemp("ssh")) as port:
+        yield port

@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-import getpass
-import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launchers.start import descendants
 from launchers.status import rank_processes
 from tests.distributed.pool import free_port
-from tests.e2e.cli import finish, shardwright, start, wait_for
+from tests.e2e.cli import SAME, crash, finish, losses, shardwright, start, wait_for, wait_until
+from tests.e2e.ssh import needs_ssh
 from tests.e2e.test_signals import assert_stopped
 from train import history
 
 Tiny = Callable[[str], tuple[str, ...]]
 # What reaches a shell on its way would run here, or fall apart.
 HOSTILE = "a b $(touch ran) %h 'q'"
-SAME = (
-    "strategy=zero2",
-    "precision=fp32",
-    "launcher.device=cpu",
-    "data.eval_fraction=0",
-    "trainer.max_steps=6",
-    "trainer.lr_scheduler=constant",
-)
-
-
-def losses(run_dir: Path) -> list[float]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Return the losses of two ranks of torchrun."""
-    cwd = tmp_path_factory.mktemp("torchrun")
-    ended = shardwright("train", *tiny("clm"), *SAME, "launcher=torchrun", cwd=cwd)
-    assert ended.returncode == 0, ended.stderr
-    return losses(cwd / "run")
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "accelerate"])
@@ -55,6 +28,7 @@ def test_two_ranks_on_this_machine(
 ) -> None:
     ended = shardwright(
         *("train", *tiny("clm"), *SAME, f"launcher={launcher}"),
+        "strategy.node_local_checkpoints=true",  # one rank of each node acts for its disk
         f'run_dir="{HOSTILE}"',
         cwd=tmp_path,
     )
@@ -66,45 +40,6 @@ def test_two_ranks_on_this_machine(
 
 
 # --- over ssh -----------------------------------------------------------------------------------
-
-SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
-needs_ssh = pytest.mark.skipif(
-    SSHD is None or shutil.which("pdsh") is None or os.geteuid() != 0,
-    reason="needs sshd and pdsh, and to be root",
-)
-
-
-@pytest.fixture(scope="module")
-def ssh_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Serve ssh to this machine with keys of our own; `ssh` from PATH uses them."""
-    folder = tmp_path_factory.mktemp("ssh")
-    for key in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", folder / key], check=True)
-    port = free_port()
-    (folder / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\n"
-        f"AuthorizedKeysFile {folder}/user.pub\nStrictModes no\nUsePAM no\n"
-    )
-    (folder / "config").write_text(
-        f"IdentityFile {folder}/user\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n"
-        f"LogLevel ERROR\nUser {getpass.getuser()}\n"
-    )
-    # ssh looks for ~/.ssh in the password file, not in $HOME.
-    wrapper = folder / "bin" / "ssh"
-    wrapper.parent.mkdir()
-    wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
-    wrapper.chmod(0o755)
-    Path("/run/sshd").mkdir(exist_ok=True)
-    server = subprocess.Popen([str(SSHD), "-D", "-e", "-f", folder / "sshd_config"])
-    path = os.environ["PATH"]
-    os.environ["PATH"] = f"{wrapper.parent}:{path}"
-    try:
-        _wait_until(lambda: _answers(port))
-        yield port
-    finally:
-        os.environ["PATH"] = path
-        server.terminate()
-        server.wait()
 
 
 @needs_ssh
@@ -123,7 +58,7 @@ def test_deepspeed_over_a_hostfile_until_it_is_told_to_stop(
     )
     try:
         wait_for(run_dir / "metrics.jsonl", launcher)
-        _wait_until(lambda: len(losses(run_dir)) >= len(expected))
+        wait_until(lambda: len(losses(run_dir)) >= len(expected))
         assert len(rank_processes(run_dir)) == 2
         launcher.terminate()
         ended = finish(launcher)
@@ -157,15 +92,6 @@ def test_a_host_that_is_not_reached_is_a_failure(tiny: Tiny, tmp_path: Path) -> 
 # --- several nodes ------------------------------------------------------------------------------
 
 
-def crash(node: subprocess.Popen[str]) -> None:
-    """Kill all of a node's processes, none of which hears of the others' end before."""
-    processes = [node.pid, *descendants(node.pid)]
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in processes:
-            os.kill(pid, number)
-    node.wait()
-
-
 def test_a_node_that_is_killed_comes_back(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,10 +109,10 @@ def test_a_node_that_is_killed_comes_back(
     nodes = ("launcher.nodes=2", "launcher.nproc_per_node=1", "launcher.head_address=localhost")
     first = start("train", *settings, *nodes, "launcher.max_restarts=3", cwd=tmp_path)
     run_dir = tmp_path / "run"
-    _wait_until((run_dir / "config.yaml").is_file)
+    wait_until((run_dir / "config.yaml").is_file)
     second = start("join", str(run_dir), cwd=tmp_path)
     try:
-        _wait_until(lambda: any((run_dir / "checkpoints").glob("checkpoint-*")))
+        wait_until(lambda: any((run_dir / "checkpoints").glob("checkpoint-*")))
         crash(second)
         second = start("join", str(run_dir), cwd=tmp_path)
         ends = [finish(first), finish(second)]
@@ -201,15 +127,3 @@ def test_a_node_that_is_killed_comes_back(
     assert restart["restart"] >= 1
     assert f"going on from {restart['checkpoint']}\n" in ends[0].stdout
     assert "going on from checkpoint-" in ends[0].stdout
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _wait_until(condition: Callable[[], bool], timeout_seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -35,10 +35,12 @@ def overrides(corpus: Path, cache_dir: Path, *, ranks: int = 2) -> tuple[str, ..
     )
 
 
-def start(cluster: Cluster, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start `shardwright ...` on the login node."""
+def start(
+    cluster: Cluster, *arguments: str, cwd: Path, within: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start `shardwright ...` on the login node, ``within`` a command such as salloc."""
     return subprocess.Popen(
-        cluster.on_login(sys.executable, "-m", "launchers", *arguments),
+        cluster.on_login(*within, sys.executable, "-m", "launchers", *arguments),
         cwd=cwd,
         env={
             **os.environ,
@@ -53,9 +55,11 @@ def start(cluster: Cluster, *arguments: str, cwd: Path) -> subprocess.Popen[str]
     )
 
 
-def shardwright(cluster: Cluster, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def shardwright(
+    cluster: Cluster, *arguments: str, cwd: Path, within: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run `shardwright ...` on the login node to its end."""
-    return finish(start(cluster, *arguments, cwd=cwd))
+    return finish(start(cluster, *arguments, cwd=cwd, within=within))
 
 
 def submitted(cluster: Cluster, *arguments: str, cwd: Path) -> str:

@@ -32,6 +32,35 @@ def test_a_signal_reaches_ranks_below_a_launcher_and_the_job_goes_on(
     assert runs.weights(run_dir) == runs.weights(uninterrupted)
 
 
+def test_the_deepspeed_command_has_srun_start_its_ranks_in_an_allocation(
+    cluster: Cluster, uninterrupted: Path, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    cwd = tmp_path / 'a, "b" $(touch ran)'
+    cwd.mkdir()
+    hosts = tmp_path / "hosts"
+    run = ("train", *tiny, "launcher=deepspeed", "launcher.backend=slurm", "run_dir=run")
+    cores = "launcher.backend_arguments='--cpus-per-task=2'"
+    over_hosts = (*run, f"launcher.hostfile={hosts}", cores)
+    allocation = ("salloc", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
+
+    hosts.write_text("node2 slots=1\nnode1 slots=1\n")
+    outside = shardwright(cluster, *over_hosts, cwd=cwd)
+    assert outside.returncode == 2
+    assert "inside an allocation, and this is none; begin with salloc" in outside.stderr
+    disordered = shardwright(cluster, *over_hosts, cwd=cwd, within=allocation)
+    assert disordered.returncode == 2
+    assert "has node2, node1, but the allocation is node1, node2" in disordered.stderr
+
+    hosts.write_text("node1 slots=1\nnode2 slots=1\n")
+    ended = shardwright(cluster, *over_hosts, cwd=cwd, within=allocation)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert [line["loss"] for line in runs.metrics(cwd / "run")] == [
+        line["loss"] for line in runs.metrics(uninterrupted)
+    ]
+    assert runs.weights(cwd / "run") == runs.weights(uninterrupted)
+    assert [path.name for path in cwd.iterdir()] == ["run"], "a name was run"
+
+
 def test_the_doctor_measures_the_ranks_of_a_job(cluster: Cluster, tmp_path: Path) -> None:
     ended = shardwright(
         cluster,

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TextIO
 
 from tqdm import tqdm
 from transformers import TrainerCallback
+
+
+def is_terminal(console: TextIO) -> bool:
+    """Return whether a bar can be drawn: mpirun gives ranks a terminal without any columns."""
+    return console.isatty() and os.get_terminal_size(console.fileno()).columns > 0
 
 
 class Progress(TrainerCallback):
@@ -23,7 +29,7 @@ class Progress(TrainerCallback):
                 unit="step",
                 file=self._console,
                 dynamic_ncols=True,
-                disable=not self._console.isatty(),
+                disable=not is_terminal(self._console),
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, shown
 
@@ -144,13 +144,40 @@ class DeepspeedLauncher(MeetingRanks):
     """Of the hostfile only these: host1@host2:0,1."""
     exclude: str | None = None
     """Of the hostfile all but these."""
-    backend: Literal["pdsh", "openmpi", "mpich", "slurm"] = "pdsh"
-    """What starts the other nodes' processes."""
+    backend: Literal["pdsh", "openmpi", "slurm"] = "pdsh"
+    """What starts the other nodes' processes; slurm is srun, inside an allocation of that very
+    hostfile."""
     backend_arguments: str = ""
     """Further arguments of pdsh, mpirun or srun, as in a shell."""
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     bind_cores_to_rank: bool = False
-    """Give each rank an equal part of its node's cores (needs numactl)."""
+    """Give each rank an equal part of this machine's cores (needs numactl)."""
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _failures_are_told(cls, backend: object) -> object:
+        if backend == "mpich":
+            raise ValueError(
+                "DeepSpeed 0.19 starts MPICH's ranks behind a helper that returns 0 whatever they "
+                "return, so that a failed run would pass for a finished one; set backend=openmpi "
+                "or backend=pdsh"
+            )
+        return backend
+
+    @model_validator(mode="after")
+    def _backend_takes_what_is_given(self) -> DeepspeedLauncher:
+        if self.bind_cores_to_rank and self.hostfile is not None:
+            raise ValueError(
+                f"bind_cores_to_rank=true, but DeepSpeed binds no ranks over a hostfile "
+                f"(hostfile={shown(self.hostfile)}); leave it out, or bind by backend=openmpi with "
+                'backend_arguments="--map-by numa --bind-to numa"'
+            )
+        if self.ssh_port is not None and self.backend == "slurm":
+            raise ValueError(
+                f"ssh_port={self.ssh_port}, but backend=slurm starts ranks with srun, without ssh; "
+                "leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _filters_have_a_hostfile(self) -> DeepspeedLauncher:

@@ -68,6 +68,20 @@ from train.errors import UserError
             {"kind": "deepspeed", "nodes": 2, "head_address": "a"},
             "nodes=2, but hostfile=null: DeepSpeed starts other nodes over a hostfile",
         ),
+        (
+            {"kind": "deepspeed", "hostfile": "h", "backend": "mpich"},
+            "MPICH's ranks behind a helper that returns 0 whatever they return, so that a failed "
+            "run would pass for a finished one; set backend=openmpi or backend=pdsh",
+        ),
+        (
+            {"kind": "deepspeed", "hostfile": "h", "bind_cores_to_rank": True},
+            "bind_cores_to_rank=true, but DeepSpeed binds no ranks over a hostfile (hostfile=h); "
+            "leave it out, or bind by backend=openmpi with backend_arguments=",
+        ),
+        (
+            {"kind": "deepspeed", "hostfile": "h", "backend": "slurm", "ssh_port": 22},
+            "ssh_port=22, but backend=slurm starts ranks with srun, without ssh; leave it out",
+        ),
         ({"kind": "accelerate", "head_port": 70000}, "launcher.head_port"),
     ],
 )

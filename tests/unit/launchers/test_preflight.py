@@ -125,7 +125,6 @@ def test_programs_that_a_hostfile_needs_are_looked_for(
         hostfile="hosts",
         include="a:0",
         backend="openmpi",
-        bind_cores_to_rank=True,
     )
     with pytest.raises(UserError) as error:
         preflight.check_machine(with_launcher(tmp_path, launcher), Machine(cores=2))
@@ -134,9 +133,23 @@ def test_programs_that_a_hostfile_needs_are_looked_for(
         "choose another backend, or launcher=torchrun",
         "launcher.backend=openmpi takes whole hostfiles only, but launcher.include or exclude is "
         "given; write another hostfile, or set backend=pdsh",
-        "launcher.bind_cores_to_rank=true needs numactl, which is not installed; install it (apt "
-        "install numactl) or leave it out",
     ]
+    alone = DeepspeedLauncher(
+        kind="deepspeed", device="cpu", nproc_per_node=1, bind_cores_to_rank=True
+    )
+    with pytest.raises(UserError, match="bind_cores_to_rank=true needs numactl, which is not inst"):
+        preflight.check_machine(with_launcher(tmp_path, alone), Machine(cores=2))
+
+
+def test_deepspeed_carries_no_path_that_it_would_put_into_quotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/a b")
+    launcher = DeepspeedLauncher(
+        kind="deepspeed", device="cpu", nproc_per_node=1, hostfile="hosts", backend="openmpi"
+    )
+    with pytest.raises(UserError, match=r"backend=openmpi gets PYTHONPATH=.*:/a b from DeepSpeed"):
+        preflight.check_machine(with_launcher(tmp_path, launcher), Machine(cores=2))
 
 
 SEVERAL: dict[str, Any] = {

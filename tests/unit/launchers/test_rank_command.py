@@ -11,7 +11,13 @@ import pytest
 import yaml
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from launchers.commands import launcher_files, prepare_command, rank_command, rank_environment
+from launchers.commands import (
+    PACKAGES,
+    launcher_files,
+    prepare_command,
+    rank_command,
+    rank_environment,
+)
 from launchers.machine import Machine, resolve
 from tests.unit.launchers.test_machine import config
 from train.arguments import decoded
@@ -127,6 +133,34 @@ def test_deepspeeds_other_back_ends_tell_ranks_whose_they_are(hosts: str) -> Non
         "MASTER_ADDR=node1\nMASTER_PORT=29501\n"
     }
     assert rank_environment(run, Machine(), {})["DS_ENV_FILE"] == "/runs/a/deepspeed.env"
+
+
+def test_open_mpi_hears_the_port_of_ssh_and_binds_no_rank_to_one_core(hosts: str) -> None:
+    run = resolved("deepspeed", hostfile=hosts, backend="openmpi", ssh_port=2222)
+    added = rank_environment(run, Machine(), {})
+    its_own = {
+        "OMPI_MCA_hwloc_base_binding_policy": "none",
+        "OMPI_MCA_plm_rsh_args": "-p 2222",
+    }
+    assert its_own.items() <= added.items()
+    assert "OMPI_MCA" not in launcher_files(run, added)["deepspeed.env"]
+    # DeepSpeed has mpirun put literal quotes around what is not plain.
+    assert "DS_ENV_FILE" not in launcher_files(run, added)["deepspeed.env"]
+
+
+def test_srun_is_told_how_many_ranks_each_node_has_and_a_script(hosts: str) -> None:
+    run = resolved(
+        "deepspeed", hostfile=hosts, backend="slurm", head_port=29501, backend_arguments="-c 8"
+    )
+    assert rank_command(run, Path("/runs/a"), python="python", module="train.doctor") == [
+        *("python", "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"),
+        *("--master_port=29501", f"--hostfile={hosts}", "--launcher=slurm"),
+        "--launcher_args=--nodes=4 --ntasks-per-node=2 --kill-on-bad-exit=1 -c 8",
+        *("--master_addr=node1", "--no_ssh_check", "--force_multi"),
+        *(f"{PACKAGES}/train/doctor.py", "base64:L3J1bnMvYQ=="),
+    ]
+    assert f"{PACKAGES}/train/__main__.py" in rank_command(run, Path("/runs/a"))
+    assert "MASTER_ADDR=node1\nMASTER_PORT=29501\n" in launcher_files(run, {})["deepspeed.env"]
 
 
 def test_what_a_hostfile_decides_contradicts_nothing(hosts: str) -> None:

@@ -1,0 +1,119 @@
+"""Ranks of several nodes, which are addresses of the loopback: each way of starting them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cli import SAME, crash, finish, losses, shardwright, start, wait_until
+from tests.e2e.ssh import ADDRESSES, needs_ssh
+
+Tiny = Callable[[str], tuple[str, ...]]
+TWO_NODES = ("launcher.nodes=2", "launcher.nproc_per_node=1", "launcher.head_address=localhost")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank alone on its node takes all cores, and sums of several threads round otherwise."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def end(*nodes: subprocess.Popen[str]) -> None:
+    for node in nodes:
+        if node.poll() is None:
+            crash(node)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [("launcher=accelerate",), ("launcher=torchrun", "launcher.rendezvous=static")],
+    ids=["accelerate", "torchrun"],
+)
+def test_nodes_of_fixed_ranks_train_as_one_does(
+    launcher: tuple[str, ...], tiny: Tiny, tmp_path: Path, expected: list[float]
+) -> None:
+    run_dir = tmp_path / "run"
+    first = start("train", *tiny("clm"), *SAME, *TWO_NODES, *launcher, cwd=tmp_path)
+    wait_until((run_dir / "config.yaml").is_file)
+    second = start("join", str(run_dir), "--node-rank", "1", cwd=tmp_path)
+    try:
+        ends = [finish(first), finish(second)]
+    finally:
+        end(first, second)
+    assert [ended.returncode for ended in ends] == [0, 0], ends
+    assert losses(run_dir) == pytest.approx(expected, rel=1e-6)
+    assert f"shardwright join {run_dir} --node-rank N" in ends[0].stdout
+    assert "step 6/6" in ends[0].stdout
+    assert (run_dir / "final" / "model.safetensors").is_file()
+
+
+@needs_ssh
+@pytest.mark.skipif(
+    shutil.which("mpirun.openmpi") is None or shutil.which("ompi_info") is None,
+    reason="needs Open MPI's mpirun (apt-get install openmpi-bin)",
+)
+def test_open_mpi_starts_the_ranks_of_a_hostfile(
+    tiny: Tiny,
+    tmp_path: Path,
+    ssh_port: int,
+    expected: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    # The plain name may be another MPI's.
+    (bin / "mpirun").symlink_to(str(shutil.which("mpirun.openmpi")))
+    monkeypatch.setenv("PATH", str(bin), prepend=":")
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    cwd = tmp_path / "a b"
+    cwd.mkdir()
+
+    name = "$(touch ran) %h 'q'"
+    ended = shardwright(
+        *("train", *tiny("clm"), *SAME, "launcher=deepspeed", "launcher.nproc_per_node=1"),
+        *("launcher.backend=openmpi", f"launcher.hostfile={hosts}"),
+        *(f"launcher.ssh_port={ssh_port}", f'run_dir="{name}"'),
+        cwd=cwd,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert losses(cwd / name) == pytest.approx(expected, rel=1e-6)
+    assert "step 6/6" in ended.stdout, "mpirun's terminal has no columns for a bar"
+    assert [path.name for path in cwd.iterdir()] == [name], "a name was run"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # torchrun waits most of a minute for the lost node
+def test_the_others_go_on_without_a_node_that_is_lost_for_good(tiny: Tiny, tmp_path: Path) -> None:
+    settings = (
+        *(*tiny("clm"), *SAME, "launcher=torchrun"),
+        *("trainer.max_steps=60", "trainer.save_every_steps=5"),
+    )
+    alone = shardwright("train", *settings, "run_dir=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+
+    run_dir = tmp_path / "run"
+    elastic = (*TWO_NODES, "launcher.min_nodes=1", "launcher.max_restarts=3")
+    first = start("train", *settings, *elastic, cwd=tmp_path)
+    wait_until((run_dir / "config.yaml").is_file)
+    second = start("join", str(run_dir), cwd=tmp_path)
+    try:
+        wait_until(lambda: any((run_dir / "checkpoints").glob("checkpoint-*")))
+        crash(second)
+        ended = finish(first)
+    finally:
+        end(first, second)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    together, resumed, after = ended.stdout.partition("going on from checkpoint-")
+    assert "zero2 on 2 ranks" in together
+    assert resumed
+    assert "zero2 on 1 rank:" in after
+    # The same global batch: the sums only round otherwise.
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
