@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.checkpoints import size
 from train.errors import FAILED, UserError
+from train.units import size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -19,6 +19,7 @@ from train.arguments import decoded
 from train.checkpoint import layout
 from train.config import RunConfig
 from train.errors import UserError
+from train.units import duration
 
 TAIL_BYTES = 2**16
 """Of metrics.jsonl; a line has some 250."""
@@ -303,12 +304,3 @@ def _speed(status: Status) -> str:
 
 def _left(status: Status) -> str:
     return duration(status.left_seconds) if status.left_seconds is not None else "-"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the two units that say enough."""
-    whole = round(seconds)
-    for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
-        if whole >= length:
-            return f"{whole // length} {unit} {whole % length // part} {smaller}"
-    return f"{whole // 60} min" if whole >= 120 else f"{whole} s"

@@ -18,7 +18,6 @@ from launchers.slurm import Job
 from launchers.status import (
     Status,
     described,
-    duration,
     everywhere,
     left_seconds,
     rank_processes,
@@ -108,9 +107,6 @@ def test_time_left_follows_from_the_speed_of_the_last_steps() -> None:
     assert left_seconds(last, 100) == 150.0
     assert left_seconds(last, None) is None
     assert left_seconds({}, 100) is None
-    assert [duration(s) for s in (5.4, 119, 150, 3700, 100000)] == [
-        *("5 s", "119 s", "2 min", "1 h 1 min", "1 d 3 h")
-    ]
 
 
 def test_one_run_is_described_and_several_are_a_table() -> None:
