@@ -28,8 +28,6 @@ DEFAULTS = (
     *("tracking=none", "trainer.micro_batch_size=1", "data.sequence_length=8"),
 )
 """A run that is never trained, on which the launcher's overrides are composed."""
-REPORT = "doctor.json"
-"""What the first rank of `train.doctor` writes."""
 
 _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
 
@@ -86,12 +84,15 @@ def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]
     config = machine.resolve(from_tree(tree), here, str(directory))
     preflight.check_machine(config, here)
     made = preflight.create(config, directory)
+    written = directory / "doctor.json"
     if config.launcher.kind == "slurm":
-        measure = [sys.executable, "-m", "train.doctor", str(directory)]
+        measure = [sys.executable, "-m", "train.doctor", str(directory), str(written)]
         argv = job_script.waited_command(config, measure, submit.site_of(config))
         environment = commands.job_environment(config, os.environ)
     else:
-        argv = commands.rank_command(config, directory, module="train.doctor", machine=here)
+        argv = commands.rank_command(
+            config, directory, module="train.doctor", arguments=[str(written)], machine=here
+        )
         environment = commands.rank_environment(config, here, os.environ)
         for name, content in commands.launcher_files(config, environment, here).items():
             (directory / name).write_text(content, encoding="utf-8")
@@ -104,7 +105,7 @@ def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]
     if ended.code != 0:
         failures = report.rank_failures(directory)
         raise UserError(report.failure(ended.code, failures, directory, ended.stopped_by))
-    measured = json.loads((directory / REPORT).read_text())
+    measured = json.loads(written.read_text())
     preflight.take_back(made)
     return measured
 
