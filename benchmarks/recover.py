@@ -32,7 +32,7 @@ from benchmarks import fabricated
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, versions
 from launchers import commands
-from launchers.__main__ import compose, plain
+from launchers.compose import compose, plain
 from train.config import ScratchModel, from_tree
 from train.errors import FAILED
 

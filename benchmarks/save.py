@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, prepare, uses_gpu, versions
 from launchers import commands, machine, preflight
-from launchers.__main__ import compose
+from launchers.compose import compose
 from launchers.machine import Machine
 from train.config import RunConfig, from_tree
 from train.errors import BAD_INPUT, FAILED, UserError

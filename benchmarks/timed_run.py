@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from benchmarks.flops import matmul_parameters
 from train import config as run_config
 from train import data, models
-from train.config import RunConfig, accumulation_steps
+from train.config import RunConfig, accumulation_steps, total_steps
 from train.data.loader import train_loader
 from train.rank import join, rank_from_environment
-from train.run import assemble, total_steps
+from train.run import assemble
 from train.strategy import replicated
 
 

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from benchmarks.flops import peak_bf16_flops
 from benchmarks.report import STOCK, Figures, markdown, overall_ratio, summary
 from launchers import commands, machine, preflight
-from launchers.__main__ import compose
+from launchers.compose import compose
 from launchers.machine import Machine
 from train.config import RunConfig, from_tree
 from train.errors import BAD_INPUT, FAILED, UserError

@@ -17,6 +17,7 @@ from train.checkpoint import layout
 from train.checkpoint.retention import Saved, marks
 from train.config import CheckpointConfig
 from train.errors import FAILED, UserError
+from train.units import duration, size
 
 FLAGS = ("--verify", "--help")
 
@@ -171,7 +172,7 @@ def _cells(
                 strategy_name(manifest.strategy) if manifest is not None else "?",
                 str(manifest.world_size) if manifest is not None else "?",
                 size(row.bytes),
-                _age(now - row.written_at),
+                duration(now - row.written_at),
                 f"{value:.4f}" if value is not None else "-",
                 ", ".join(kept.get(row.step, [])) or "-",
                 _state(row, verified=verified),
@@ -222,18 +223,3 @@ def strategy_name(strategy: dict[str, Any]) -> str:
         name += "_grad_op" if strategy.get("reshard_after_forward") is False else ""
         name += "_offload" if strategy.get("offload") is True else ""
     return name
-
-
-def size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"

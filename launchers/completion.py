@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from launchers import checkpoints, push, recover
+from launchers.compose import compose
 from launchers.compose_errors import qualify
 
 TRAIN_FLAGS = (
@@ -27,6 +29,18 @@ FLAGS = {
     "recover": recover.FLAGS,
     "status": ("--help",),
 }
+
+
+def main(arguments: Sequence[str], commands: Sequence[str]) -> int:
+    """Answer Hydra's shell functions, or install them; ``commands`` are ours."""
+    if any(argument.startswith("query=") for argument in arguments):
+        candidates = complete(os.environ.get("COMP_LINE", ""), commands)
+        if isinstance(candidates, list):
+            print("\n".join(candidates))
+            return 0
+        os.environ["COMP_LINE"] = candidates
+    compose(arguments)
+    return 0
 
 
 def complete(line: str, commands: Sequence[str]) -> list[str] | str:

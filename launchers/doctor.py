@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
 import statistics
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launchers import commands, health, job_script, machine, preflight, report, start, submit
+from launchers.compose import compose, plain
 from launchers.health import CLOCK_SKEW_SECONDS, Finding
+from launchers.machine import Machine
+from train.config import from_tree
+from train.errors import FAILED, UserError
 
 SLOW_SHARE = 0.85
 """A node below this share of the median holds up all others noticeably."""
@@ -18,14 +28,26 @@ DEFAULTS = (
     *("tracking=none", "trainer.micro_batch_size=1", "data.sequence_length=8"),
 )
 """A run that is never trained, on which the launcher's overrides are composed."""
-REPORT = "doctor.json"
-"""What the first rank of `train.doctor` writes."""
 
 _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command's own flags; overrides are what is left."""
+def main(arguments: Sequence[str]) -> int:
+    """Say what is wrong with this machine and, with overrides, with a launcher's ranks."""
+    options = _parser().parse_args(arguments)
+    here = machine.detect(os.environ)
+    print(f"{platform.node()}\n")
+    findings = health.look(Path(os.path.abspath(options.directory)), here, os.environ)
+    print(text(findings), flush=True)
+    if options.overrides:
+        print("\nranks\n", flush=True)
+        among_ranks = list(judge_ranks(_measured(options, here)))
+        print(text(among_ranks))
+        findings += among_ranks
+    return FAILED if any(finding.state == "wrong" for finding in findings) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shardwright doctor",
         description="Look for what stops or slows training: versions, GPUs, compilers, memory, "
@@ -42,6 +64,50 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
+
+
+def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]]:
+    """Start the ranks that the overrides ask for and return what each has measured.
+
+    Raises UserError, which names the logs, where they do not come to an end.
+    """
+    (job,) = compose([*DEFAULTS, *options.overrides])
+    tree = plain(job.tree)
+    launcher = tree["launcher"]
+    ranks = launcher.get("nproc_per_node", 1)
+    if ranks == "auto":
+        ranks = launcher["nproc_per_node"] = 1 if launcher["device"] == "cpu" else max(1, here.gpus)
+    # No step is made, but a config has a batch that divides.
+    tree["trainer"]["global_batch_size"] = ranks * launcher.get("nodes", 1)
+    # Where all nodes see it, as a run directory.
+    directory = Path(os.path.abspath(options.directory)) / time.strftime("doctor-%Y%m%d-%H%M%S")
+    config = machine.resolve(from_tree(tree), here, str(directory))
+    preflight.check_machine(config, here)
+    made = preflight.create(config, directory)
+    written = directory / "doctor.json"
+    if config.launcher.kind == "slurm":
+        measure = [sys.executable, "-m", "train.doctor", str(directory), str(written)]
+        argv = job_script.waited_command(config, measure, submit.site_of(config))
+        environment = commands.job_environment(config, os.environ)
+    else:
+        argv = commands.rank_command(
+            config, directory, module="train.doctor", arguments=[str(written)], machine=here
+        )
+        environment = commands.rank_environment(config, here, os.environ)
+        for name, content in commands.launcher_files(config, environment, here).items():
+            (directory / name).write_text(content, encoding="utf-8")
+    ended = start.run(
+        argv,
+        environment,
+        stderr_file=directory / "logs" / report.TORCHRUN_LOG,
+        grace_seconds=0.0,  # there is nothing to save
+    )
+    if ended.code != 0:
+        failures = report.rank_failures(directory)
+        raise UserError(report.failure(ended.code, failures, directory, ended.stopped_by))
+    measured = json.loads(written.read_text())
+    preflight.take_back(made)
+    return measured
 
 
 def text(findings: Sequence[Finding]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import sys
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.checkpoints import size
 from train.errors import FAILED, UserError
+from train.logs import quiet_libraries
+from train.units import size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -251,16 +251,12 @@ def card_warnings(readme: str) -> list[str]:
 
 def _check_loads(directory: Path) -> None:
     """Let `from_pretrained` find every weight, on the meta device. Raises UserError."""
-    for name in ("torchao", "torch.utils._pytree"):  # about kernels for GPUs, as they are imported
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.utils import logging as transformers_logging
 
     from train.checkpoint.model_directory import check_loads
     from train.sample import is_masked
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     try:
         auto = AutoModelForMaskedLM if is_masked(directory) else AutoModelForCausalLM
         check_loads(directory, auto)

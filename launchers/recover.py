@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from launchers import commands, start
 from train.errors import BAD_INPUT, FAILED, UserError
+from train.logs import quiet_libraries
 
 FLAGS = (
     *("--step", "--dtype", "--ema", "--allow-upcast", "--allow-nan", "--max-shard-size"),
@@ -36,15 +36,10 @@ def recover(arguments: Sequence[str]) -> int:
     """Recover in this process; return its exit code."""
     asked = parser().parse_args(arguments)
     try:
-        for name in ("torchao", "torch.utils._pytree"):  # about kernels for GPUs
-            logging.getLogger(name).setLevel(logging.ERROR)
-        from transformers.utils import logging as transformers_logging
-
+        quiet_libraries()
         from train.recover import Options
         from train.recover import recover as run
 
-        transformers_logging.disable_progress_bar()  # of a load that is but a check
-        transformers_logging.set_verbosity_error()
         run(
             Options(
                 source=asked.source,

@@ -1,4 +1,4 @@
-"""A run goes on in its directory: which settings may change, and how they are written down."""
+"""`shardwright resume`: a run goes on in its directory, with settings changed where they may be."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
 
+from launchers import commands, launch, machine, preflight, report, submit
+from launchers.compose import CONF, compose
+from launchers.dry_run import show
 from train import config as run_config
 from train import history
 from train.checkpoint import layout
 from train.config import RunConfig, from_tree, unknown_key_message
 from train.errors import UserError
+from train.owner import owned
 
 # What may not change, and what hangs on it. The longest prefix counts; None allows.
 _FIXED: dict[str, str | None] = {
@@ -30,6 +35,57 @@ _FIXED: dict[str, str | None] = {
     "sweep_dir": "the run goes on in its own directory",
     "trainer.optimizer": "the optimizer's state in the checkpoint is that of another",
 }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Go on from the newest whole checkpoint, or with --dry-run show how; return the exit code."""
+    dry_run = "--dry-run" in arguments
+    match [argument for argument in arguments if argument != "--dry-run"]:
+        case [path, *overrides] if "=" not in path and not path.startswith("-"):
+            run_dir = Path(os.path.abspath(path))
+        case _:
+            raise UserError(
+                "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
+            )
+    before = run_config.load(run_dir)
+    submit.check_no_job(run_dir)
+    groups = {name for name in RunConfig.model_fields if (CONF / name).is_dir()}
+    options: dict[str, Any] = {}
+    if picked := chosen(overrides, groups):
+        (job,) = compose(picked)
+        for group in (choice.partition("=")[0] for choice in picked):
+            options[group] = OmegaConf.to_container(job.tree[group], resolve=True)
+    here = machine.detect(os.environ)
+    config = machine.resolve(changed(before, overrides, options), here, str(run_dir))
+    if dry_run:
+        show([config], here)
+    preflight.check_machine(config, here)
+    if dry_run:
+        return 0
+
+    with owned(run_dir, lambda text: print(text, flush=True)):
+        newest = write(run_dir, config, overrides)
+    choices = dict(choice.split("=", 1) for choice in picked)
+    where = newest.name if newest else "the beginning: there is no checkpoint yet"
+    if config.launcher.kind == "slurm":
+        print(f"goes on from {where}")
+        try:
+            return submit.again(config, choices, here)
+        except UserError:
+            take_back(run_dir)
+            raise
+    environment = commands.rank_environment(config, here, os.environ)
+    print(report.header(config, choices, here, environment))
+    print(f"  {'goes on':<10}from {where}", flush=True)
+    print(report.other_nodes(config), end="", flush=True)
+    if not (run_dir / "data.json").exists():  # stopped while they were being prepared
+        prepared = launch.prepare(config)
+        if prepared != 0:
+            return prepared
+    return launch.run_ranks(config, here)
+
+
+# --- which settings may change ------------------------------------------------------------------
 
 
 def changed(
@@ -81,6 +137,47 @@ def refused(before: RunConfig, after: RunConfig) -> Iterator[str]:
             )
 
 
+def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for text in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except OverrideParseException:
+            raise UserError(
+                f"{text} does not parse as key=value; for example strategy=zero3 or "
+                "trainer.max_steps=2000"
+            ) from None
+        if override.is_delete() or override.is_add() or override.is_sweep_override():
+            raise UserError(f"{text}: a run that goes on takes key=value only")
+        value = override.value()
+        # Nothing behind "=" is an empty text to Hydra; a quoted string is an object of its own.
+        yield override.key_or_group, value if isinstance(value, list | dict) else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def _missing(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if value == "???":
+            yield prefix + key
+        elif isinstance(value, dict):
+            yield from _missing(value, f"{prefix}{key}.")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+# --- how it is written down ---------------------------------------------------------------------
+
+
 def write(run_dir: Path, config: RunConfig, overrides: Sequence[str]) -> Path | None:
     """Write resumes/<n>.yaml and a line of history.jsonl; return the checkpoint to go on from.
 
@@ -119,41 +216,3 @@ def take_back(run_dir: Path) -> None:
     kept = path.read_text().splitlines(keepends=True)[:-1]
     path.write_text("".join(kept))
     newest.unlink()
-
-
-def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    for text in overrides:
-        try:
-            (override,) = OverridesParser.create().parse_overrides([text])
-        except OverrideParseException:
-            raise UserError(
-                f"{text} does not parse as key=value; for example strategy=zero3 or "
-                "trainer.max_steps=2000"
-            ) from None
-        if override.is_delete() or override.is_add() or override.is_sweep_override():
-            raise UserError(f"{text}: a run that goes on takes key=value only")
-        value = override.value()
-        # Nothing behind "=" is an empty text to Hydra; a quoted string is an object of its own.
-        yield override.key_or_group, value if isinstance(value, list | dict) else _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
-
-
-def _missing(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if value == "???":
-            yield prefix + key
-        elif isinstance(value, dict):
-            yield from _missing(value, f"{prefix}{key}.")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = value
-    return leaves

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,10 @@ from train import config as run_config
 from train import stop
 from train.arguments import decoded
 from train.checkpoint import layout
-from train.config import RunConfig
+from train.config import RunConfig, total_steps
+from train.data.prepare import noted_samples_per_epoch
 from train.errors import UserError
+from train.units import duration
 
 TAIL_BYTES = 2**16
 """Of metrics.jsonl; a line has some 250."""
@@ -122,7 +123,7 @@ def of(run_dir: Path) -> Status:
     last: dict[str, Any] = {}
     for line in lines:  # a line of an evaluation has no loss, and the last has none of the speed
         last |= line
-    total = total_steps(config)
+    total = known_steps(run_dir, config)
     state, is_over = state_of(
         job,
         is_done=(run_dir / "final").is_dir(),
@@ -178,13 +179,10 @@ def state_of(
     return f"silent for {duration(silent_seconds)}", True
 
 
-def total_steps(config: RunConfig) -> int | None:
-    """Return the steps of a run as far as its config tells; epochs depend on the data."""
-    trainer = config.trainer
-    if trainer.max_tokens is not None:
-        samples = trainer.max_tokens / config.data.sequence_length
-        return max(1, math.ceil(round(samples / trainer.global_batch_size, 6)))
-    return trainer.max_steps
+def known_steps(run_dir: Path, config: RunConfig) -> int | None:
+    """Return the steps of a whole run; None where its epochs depend on data not yet prepared."""
+    samples = noted_samples_per_epoch(run_dir) if config.trainer.max_epochs is not None else 0
+    return total_steps(config, samples) if samples is not None else None
 
 
 def left_seconds(last: Mapping[str, Any], total: int | None) -> float | None:
@@ -303,12 +301,3 @@ def _speed(status: Status) -> str:
 
 def _left(status: Status) -> str:
     return duration(status.left_seconds) if status.left_seconds is not None else "-"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the two units that say enough."""
-    whole = round(seconds)
-    for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
-        if whole >= length:
-            return f"{whole // length} {unit} {whole % length // part} {smaller}"
-    return f"{whole // 60} min" if whole >= 120 else f"{whole} s"

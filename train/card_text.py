@@ -17,6 +17,7 @@ from typing import Any
 from train import curve
 from train.config import RunConfig, StrategyConfig
 from train.curve import NO_CURVE, Curve
+from train.units import duration
 
 PICTURE = "loss.svg"
 MODEL_PLACEHOLDER = "PATH_OR_NAME"
@@ -266,7 +267,7 @@ def _times(facts: Facts) -> str | None:
     training, ended = facts.curve.training_seconds, facts.curve.last_logged_at
     if training is None or ended is None:
         return None
-    text = f"{_duration(training)} of training"
+    text = f"{duration(training)} of training"
     try:
         started = datetime.datetime.fromisoformat(facts.provenance["started"]).timestamp()
     except (KeyError, TypeError, ValueError):
@@ -274,7 +275,7 @@ def _times(facts: Facts) -> str | None:
     whole = ended - started
     if facts.resumes or whole < training:
         return text
-    return f"{text}, {_duration(whole)} with start, evaluations and saves"
+    return f"{text}, {duration(whole)} with start, evaluations and saves"
 
 
 def _results(facts: Facts, *, has_picture: bool) -> str:
@@ -505,11 +506,3 @@ def _rounded(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,7 +1,7 @@
-"""One of the ranks that `shardwright doctor` starts: `python -m train.doctor DIRECTORY`.
+"""One of the ranks that `shardwright doctor` starts: `python -m train.doctor DIRECTORY REPORT`.
 
 DIRECTORY holds the config.yaml that says how many ranks there are and on what they run; the first
-rank writes doctor.json there.
+rank writes what all of them measured to the file REPORT.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from train.arguments import decoded
 from train.config import RunConfig, load
 from train.errors import BAD_INPUT, FAILED, UserError
 
-REPORT = "doctor.json"
-"""Read by `launchers.doctor`."""
 REPEATS = 5
 
 
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> int:
     from train import logs
     from train.rank import join, rank_from_environment
 
-    directory = Path(decoded(argv[0]))
+    directory, report = (Path(decoded(argument)) for argument in argv)
     rank = rank_from_environment()
     config = load(directory)
     logs.open_rank_log(directory, rank, nodes=config.launcher.nodes)
@@ -63,8 +61,8 @@ def main(argv: list[str]) -> int:
         with join(config, rank):
             found = measure(config)
             if rank.index == 0:
-                report = [dataclasses.asdict(measured) for measured in found]
-                (directory / REPORT).write_text(json.dumps(report, indent=1))
+                ranks = [dataclasses.asdict(measured) for measured in found]
+                report.write_text(json.dumps(ranks, indent=1))
     except Exception as error:
         logs.log.exception("rank %d failed", rank.index)
         logs.note_failure(directory, rank.index, error)

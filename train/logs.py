@@ -73,5 +73,18 @@ def note_failure(run_dir: Path, rank: int, error: BaseException) -> Path:
     return path
 
 
+def quiet_libraries() -> None:
+    """Keep off the terminal what libraries say to who writes the calls, and transformers' bars.
+
+    Before torch and transformers are imported: they speak of kernels for GPUs as they are.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+
+
 def _failure(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank-{rank}.error.json"

@@ -37,6 +37,7 @@ from train.checkpoint.model_directory import (
     parsed_config,
 )
 from train.errors import UserError
+from train.units import size
 
 MAX_MEMORY_BYTES = 2**29
 
@@ -133,7 +134,7 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
         check_loads(directory, auto_class(model_class))
     seconds = time.monotonic() - began
     print(
-        f"{options.out}: {found.parameters:,} parameters, {_size(plan.bytes)} in {seconds:.1f} s, "
+        f"{options.out}: {found.parameters:,} parameters, {size(plan.bytes)} in {seconds:.1f} s, "
         f"peak memory {_mebibytes(memory.peak_bytes())} above the imports' "
         f"{_mebibytes(memory.imports_bytes)}",
         file=out,
@@ -231,8 +232,8 @@ def check_extents(tensors: Iterable[LazyTensor]) -> None:
             end = fragment.offset_bytes + fragment.length * tensor.dtype.itemsize
             ends[fragment.path] = max(end, ends.get(fragment.path, 0))
     for path, end in ends.items():
-        if (size := path.stat().st_size) < end:
-            raise UserError(f"{path} is truncated: it has {size} bytes of at least {end}")
+        if (there := path.stat().st_size) < end:
+            raise UserError(f"{path} is truncated: it has {there} bytes of at least {end}")
 
 
 def _free_bytes(out: Path) -> int:
@@ -247,7 +248,7 @@ def _free_bytes(out: Path) -> int:
 def _check_disk(out: Path, needed_bytes: int, free_bytes: int) -> None:
     if needed_bytes > free_bytes:
         raise UserError(
-            f"{out} takes {_size(needed_bytes)}, and {_size(free_bytes)} are free on its disk; "
+            f"{out} takes {size(needed_bytes)}, and {size(free_bytes)} are free on its disk; "
             "make room, choose another place or a narrower --dtype"
         )
 
@@ -321,8 +322,8 @@ def _summary(
         "": f"{chosen.state.origin or 'checkpoint'}{step}",
         "model": f"{type(model).__name__}, {found.parameters:,} parameters",
         "to": f"{options.out}: {average}{options.dtype}, {len(plan.outputs)} tensors in {files}, "
-        f"{_size(plan.bytes)}",
-        "disk": f"{_size(free_bytes)} free",
+        f"{size(plan.bytes)}",
+        "disk": f"{size(free_bytes)} free",
         "memory": f"at most {_mebibytes(options.max_memory_bytes)} above the imports: "
         f"{budget.threads} threads, slices of {_mebibytes(budget.slice_bytes)}",
     }
@@ -384,14 +385,6 @@ def _resident(field: str) -> int:
     match = re.search(rf"{field}:\s+(\d+) kB", status)
     assert match is not None
     return int(match[1]) * 1024
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _mebibytes(count: int) -> str:

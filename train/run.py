@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from train.checkpoint import restore
 from train.checkpoint.export import best_checkpoint, export
 from train.checkpoint.layout import read_manifest
 from train.checkpoint.restore import Resumed
-from train.config import RunConfig
+from train.config import total_steps
 from train.data.loader import eval_loader, train_loader
 from train.errors import UserError
 from train.provenance import write_provenance
@@ -140,17 +139,3 @@ def _note_restart(run_dir: Path, number: int, resumed: Resumed | None, world_siz
         "world_size": world_size,
     }
     history.append(run_dir, entry)
-
-
-def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
-    """Return optimizer steps from max_steps, max_epochs or max_tokens, rounded up to whole ones."""
-    trainer = config.trainer
-    if trainer.max_steps is not None:
-        return trainer.max_steps
-    if trainer.max_epochs is not None:
-        samples = trainer.max_epochs * samples_per_epoch
-    else:
-        assert trainer.max_tokens is not None
-        samples = trainer.max_tokens / config.data.sequence_length
-    # The product of a fraction may lie a hair above a whole number of steps.
-    return max(1, math.ceil(round(samples / trainer.global_batch_size, 6)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from train.errors import BAD_INPUT, UserError
+from train.logs import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +40,9 @@ def sample(
 
     Raises UserError where a prompt does not suit the model.
     """
+    quiet_libraries()
     from transformers import pipeline, set_seed
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its advice is meant for who writes the calls
     set_seed(seed)
     source: dict[str, Any] = {"model": str(model_dir)}
     together: dict[str, Any] = {}

@@ -20,7 +20,8 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from launchers.__main__ import compose, plain, sampling_overrides
+from launchers.compose import compose, plain
+from launchers.sample import sampling_overrides
 from tests.unit.test_sample import POSITIONS, TOKENS, save
 from train import models
 from train.config import from_tree, load, to_yaml

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from launchers import machine, preflight
-from launchers.__main__ import CONF, compose
+from launchers.compose import CONF, compose
 from launchers.machine import Machine
 from tests.distributed.jobs import whole_run
 from tests.e2e.cli import TINY

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from launchers import machine
-from launchers.__main__ import compose
+from launchers.compose import compose
 from tests.e2e.cli import ROOT, SECRETS, finish, processes, shardwright, start_python
 from tests.e2e.conftest import PROMPTS, Run
 from train.checkpoint import layout

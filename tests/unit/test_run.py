@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from train.config import from_tree
+from train.config import from_tree, total_steps
 from train.errors import UserError
 from train.rank import Rank
-from train.run import assemble, total_steps
+from train.run import assemble
 
 Tree = Callable[[str], dict[str, Any]]
 

@@ -27,7 +27,7 @@ from train.config.model import (
 )
 from train.config.objective import MlmObjective, ObjectiveConfig
 from train.config.precision import PrecisionConfig
-from train.config.run import RunConfig
+from train.config.run import RunConfig, total_steps
 from train.config.strategy import DdpStrategy, FsdpStrategy, StrategyConfig, ZeroStrategy
 from train.config.tokenizer import ByteBpeTokenizer, PretrainedTokenizer
 from train.config.trainer import TrainerConfig, accumulation_steps
@@ -71,5 +71,6 @@ __all__ = [
     "load",
     "nearest_key",
     "to_yaml",
+    "total_steps",
     "unknown_key_message",
 ]

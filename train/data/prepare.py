@@ -183,10 +183,22 @@ def _noted(note: Path) -> str | None:
         return None
 
 
+def noted_samples_per_epoch(run_dir: Path) -> int | None:
+    """Return what data.json tells of a run's epochs; None before it is there."""
+    try:
+        return json.loads((run_dir / "data.json").read_text())["training"].get("samples_per_epoch")
+    except FileNotFoundError:
+        return None
+
+
 def _note(note: Path, name: str, prepared: Prepared) -> None:
     tree = {
         "tokens": name,
-        "training": {"documents": prepared.documents, "tokens": prepared.tokens},
+        "training": {
+            "documents": prepared.documents,
+            "tokens": prepared.tokens,
+            "samples_per_epoch": prepared.samples_per_epoch,
+        },
         "heldout": {
             "documents": prepared.heldout_documents,
             "tokens": prepared.heldout_tokens,

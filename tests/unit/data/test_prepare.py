@@ -17,6 +17,7 @@ import pytest
 from train.config import RunConfig, to_yaml
 from train.data import prepare
 from train.data.cache import build_once, find
+from train.data.prepare import noted_samples_per_epoch
 from train.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]
@@ -43,6 +44,7 @@ def test_a_run_gets_its_tokenizer_and_samples(
     assert prepared.documents + prepared.heldout_documents == 40
     assert prepared.heldout_documents > 0
     assert prepared.samples_per_epoch == (prepared.tokens - 1) // 32
+    assert noted_samples_per_epoch(run_dir) == prepared.samples_per_epoch
     assert prepared.eval_samples == (prepared.heldout_tokens - 1) // 32
     assert (run_dir / "tokenizer" / "tokenizer.json").exists()
     first = str(prepared.tokenizer.decode(prepared.train.get(0, 0).tokens))

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from launchers.checkpoints import Row, listing, strategy_name
+from launchers.checkpoints import strategy_name
 from launchers.machine import Machine, resolve
 from tests.checkpoints import FILE_DAMAGES, FILES, write_checkpoint
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
 from tests.unit.launchers.test_shipped_conf import composed
 from train.checkpoint import layout
-from train.config import CheckpointConfig, to_yaml
+from train.config import to_yaml
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -160,22 +160,6 @@ def test_a_run_directory_must_be_given(shardwright: Shardwright) -> None:
     outcome = shardwright("checkpoints")
     assert outcome.code == 2
     assert "the following arguments are required: RUN_DIR" in outcome.err
-
-
-@pytest.mark.parametrize(
-    ("bytes_", "seconds", "shown"),
-    [
-        (999, 119, ("999 B", "119 s")),
-        (1000, 120, ("1.0 kB", "2 min")),
-        (123_456_789, 3600 * 30, ("123 MB", "30 h")),
-        (99_949_999, 86400 * 9, ("99.9 MB", "9 d")),
-        (1_234_567_890_123_456, -5, ("1235 TB", "0 s")),
-    ],
-)
-def test_sizes_and_ages(bytes_: int, seconds: float, shown: tuple[str, str]) -> None:
-    row = Row(1, Path("checkpoint-1"), None, ["it has no manifest"], bytes_, written_at=1e9)
-    text = listing(Path("c"), [row], CheckpointConfig(), verified=False, now=1e9 + seconds)
-    assert tuple(table(text)[1][3:5]) == shown
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from launchers.__main__ import CONF, compose
+from launchers.compose import CONF, compose
 from launchers.machine import Machine, resolve
 from train.config import RunConfig, from_tree, to_yaml
 from train.strategy import engine_settings

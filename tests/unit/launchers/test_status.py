@@ -18,8 +18,8 @@ from launchers.slurm import Job
 from launchers.status import (
     Status,
     described,
-    duration,
     everywhere,
+    known_steps,
     left_seconds,
     rank_processes,
     state_of,
@@ -28,6 +28,7 @@ from launchers.status import (
 )
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.launchers.test_job_script import slurm_run
+from tests.unit.launchers.test_machine import config
 from train.arguments import ENCODED, encoded
 from train.config import to_yaml
 from train.stop import Stopped
@@ -108,9 +109,16 @@ def test_time_left_follows_from_the_speed_of_the_last_steps() -> None:
     assert left_seconds(last, 100) == 150.0
     assert left_seconds(last, None) is None
     assert left_seconds({}, 100) is None
-    assert [duration(s) for s in (5.4, 119, 150, 3700, 100000)] == [
-        *("5 s", "119 s", "2 min", "1 h 1 min", "1 d 3 h")
-    ]
+
+
+def test_the_steps_of_epochs_are_known_once_the_data_are_prepared(tmp_path: Path) -> None:
+    run = config(trainer={"max_epochs": 2.5, "global_batch_size": 16})
+    assert known_steps(tmp_path, run) is None
+    (tmp_path / "data.json").write_text('{"training": {"samples_per_epoch": 161}}')
+    assert known_steps(tmp_path, run) == 26
+    (tmp_path / "data.json").write_text('{"training": {}}')  # of a run that began before
+    assert known_steps(tmp_path, run) is None
+    assert known_steps(tmp_path, config(trainer={"max_steps": 7})) == 7
 
 
 def test_one_run_is_described_and_several_are_a_table() -> None:

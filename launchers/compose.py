@@ -1,0 +1,133 @@
+"""What a command line asks of Hydra becomes the configs of its runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from launchers import compose_errors, machine
+from launchers.machine import Machine
+from train.config import RunConfig, from_tree
+from train.errors import BAD_INPUT, UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composed run, before it is checked."""
+
+    tree: DictConfig
+    choices: Mapping[str, str]
+    """Option chosen of each group."""
+    number: int | None
+    """Place in a multirun; None in a single run."""
+
+
+def compose(arguments: Sequence[str]) -> list[Job]:
+    """Return the runs that the arguments ask for; none where they ask Hydra itself for something.
+
+    Raises UserError on whatever does not compose.
+    """
+    jobs: list[Job] = []
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def collect(tree: DictConfig) -> None:
+        settings = HydraConfig.get()
+        number = settings.job.num if settings.mode == RunMode.MULTIRUN else None
+        choices = {str(k): str(v) for k, v in settings.runtime.choices.items()}
+        jobs.append(Job(tree, choices, number))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_hydra_process())
+        parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
+        if flags := [argument for argument in unknown if argument.startswith("-")]:
+            raise UserError(compose_errors.unknown_flag_message(flags[0]))
+        starts_runs = not (
+            parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion
+        )
+        # Hydra's own parser takes no flag between overrides.
+        sys.argv += [argument for argument in arguments if argument not in parsed.overrides]
+        sys.argv += [compose_errors.qualify(override) for override in parsed.overrides]
+        if starts_runs:
+            # Hydra's sweeper writes a multirun.yaml of its own, wherever this points.
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            sys.argv.append(f"hydra.sweep.dir={quoted(scratch)}")
+        try:
+            if starts_runs:
+                groups = {directory.name for directory in CONF.iterdir() if directory.is_dir()}
+                compose_errors.check_options(parsed.overrides, groups)
+            collect()
+        except UserError:
+            raise
+        except compose_errors.USER_CAUSED as error:
+            raise UserError(compose_errors.explain(error)) from error
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise SystemExit(BAD_INPUT) from None
+            if starts_runs:
+                raise
+    return jobs
+
+
+def plain(tree: DictConfig) -> Any:
+    """Return a composed tree as plain values, nothing left to interpolate."""
+    try:
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except compose_errors.USER_CAUSED as error:
+        raise UserError(compose_errors.explain(error)) from error
+
+
+def resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
+    """Return a job's config, valid and with nothing left open."""
+    config = from_tree(plain(job.tree))
+    return machine.resolve(config, here, _run_dir(config, job.number, stamp))
+
+
+def _run_dir(config: RunConfig, number: int | None, stamp: str) -> str:
+    """Return the absolute run directory of a job; ``number`` is its place in a multirun."""
+    if number is None:
+        if config.sweep_dir is not None:
+            raise UserError(
+                f"sweep_dir={config.sweep_dir} is for several runs; add -m, or give run_dir"
+            )
+        return os.path.abspath(config.run_dir or Path("runs") / f"{config.name}-{stamp}")
+    if config.run_dir is not None:
+        raise UserError(
+            f"run_dir={config.run_dir} is one directory, and -m starts several runs; "
+            "give sweep_dir instead"
+        )
+    sweep_dir = Path(config.sweep_dir or Path("sweeps") / f"{config.name}-{stamp}")
+    return os.path.abspath(sweep_dir / str(number))
+
+
+@contextlib.contextmanager
+def _hydra_process() -> Iterator[None]:
+    """Have Hydra know the program by its name, and raise its errors instead of printing them."""
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["shardwright"]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        del os.environ["HYDRA_FULL_ERROR"]
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def quoted(text: str) -> str:
+    """Return a string literal of Hydra's override grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

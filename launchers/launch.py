@@ -1,0 +1,85 @@
+"""Launch a run on this machine: prepare its data, run its ranks, say what came of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launchers import commands, preflight, report, start
+from launchers.machine import Machine
+from train import stop
+from train.config import RunConfig
+from train.errors import BAD_INPUT, FAILED, RESUMABLE
+
+
+def new_run(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
+    """Create the run directory, prepare the data, run the ranks; return the exit code."""
+    assert config.run_dir is not None, "resolved"
+    run_dir = Path(config.run_dir)
+    environment = commands.rank_environment(config, here, os.environ)
+
+    made = preflight.create(config, run_dir)
+    print(report.header(config, choices, here, environment), flush=True)
+    try:
+        prepared = prepare(config)
+    except BaseException:
+        preflight.take_back(made)
+        raise
+    if prepared == BAD_INPUT:
+        preflight.take_back(made)
+    if prepared != 0:
+        return prepared
+    print(report.other_nodes(config), end="", flush=True)
+    return run_ranks(config, here)
+
+
+def prepare(config: RunConfig) -> int:
+    """Make the tokenizer and tokens of a run directory where they are not yet there.
+
+    Returns the exit code, and has said what went wrong where it is not 0.
+    """
+    run_dir = Path(str(config.run_dir))
+    ended = start.run(
+        commands.prepare_command(run_dir),
+        commands.package_environment(os.environ),
+        grace_seconds=config.launcher.grace_seconds,
+    )
+    if ended.stopped_by is not None:
+        print(report.stopped_early(run_dir, ended.stopped_by), file=sys.stderr)
+        return RESUMABLE
+    if ended.code in (0, BAD_INPUT):
+        return ended.code
+    print(f"preparing the data failed; {run_dir} is kept", file=sys.stderr)
+    return FAILED
+
+
+def run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
+    """Start this node's ranks of a run directory and wait; return the exit code."""
+    run_dir = Path(str(config.run_dir))
+    environment = commands.rank_environment(config, here, os.environ)
+    for name, text in commands.launcher_files(config, environment, here).items():
+        (run_dir / name).write_text(text, encoding="utf-8")
+    # Launchers write their own pages about a failed rank to stderr, the ranks the terminal's lines
+    # to stdout.
+    name = f"torchrun-{node_rank}.log" if node_rank else report.TORCHRUN_LOG
+    quiet = run_dir / "logs" / name if config.launcher.kind != "local" else None
+    if node_rank == 0:
+        stop.forget(run_dir)
+    ended = start.run(
+        commands.rank_command(config, run_dir, machine=here, node_rank=node_rank),
+        environment,
+        stderr_file=quiet,
+        grace_seconds=config.launcher.grace_seconds,
+        run_dir_elsewhere=run_dir if getattr(config.launcher, "hostfile", None) else None,
+    )
+    if where := stop.read(run_dir):
+        print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)
+        return RESUMABLE
+    if ended.code == 0:
+        print(report.finish(run_dir))
+        return 0
+    failures = report.rank_failures(run_dir)
+    print(report.failure(ended.code, failures, run_dir, ended.stopped_by), file=sys.stderr)
+    return report.exit_code(ended.code, failures, ended.stopped_by)

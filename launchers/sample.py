@@ -1,0 +1,82 @@
+"""`shardwright sample`: let a trained model speak, in one process or among ranks that share it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from launchers import commands, machine, report, start
+from launchers.compose import compose, plain, quoted
+from train import sample
+from train.config import from_tree, to_yaml
+from train.errors import BAD_INPUT, FAILED, UserError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Become the process that samples, or start ranks that do; return the exit code."""
+    options = sample.parser().parse_args(arguments)
+    sample.check_strategy(options.strategy, options.nproc_per_node)
+    if options.strategy is not None:
+        return _together(options, arguments)
+    argv = [sys.executable, "-m", "train.sample", *arguments]
+    start.replace(argv, commands.package_environment(os.environ))
+    return FAILED  # not reached: this process is train.sample now
+
+
+def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Start ranks that hold the model together; return the exit code."""
+    here = machine.detect(os.environ)
+    model_dir = sample.model_directory(options.run_dir).absolute()
+    ranks = options.nproc_per_node or max(1, here.gpus)
+    (job,) = compose(sampling_overrides(model_dir, options.strategy, ranks))
+    with contextlib.ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="shardwright-sample-"))
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        config = machine.resolve(from_tree(plain(job.tree)), here, str(directory))
+        if problems := machine.lacking(config.launcher.device, ranks, config.precision, here):
+            raise UserError("\n".join(problems))
+        (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (directory / "logs").mkdir()
+        ended = start.run(
+            commands.rank_command(
+                config, directory, module="train.sharded_sample", arguments=arguments
+            ),
+            commands.rank_environment(config, here, os.environ),
+            stderr_file=directory / "logs" / report.TORCHRUN_LOG,
+            grace_seconds=0,  # they have nothing to save
+        )
+        failures = report.rank_failures(directory)
+        code = report.exit_code(ended.code, failures, ended.stopped_by)
+        if code == BAD_INPUT and failures:
+            raise UserError(failures[0].message)
+        if code != 0:
+            stack.pop_all()  # the message names the logs
+            text = report.failure(ended.code, failures, directory, ended.stopped_by)
+            print(text, file=sys.stderr)
+        return code
+
+
+def sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
+    """Return the overrides of a run that loads a model under a strategy, in the model's dtype."""
+    dtype = json.loads((model_dir / "config.json").read_text()).get("dtype")
+    half = "bf16_pure" if strategy.startswith("fsdp") else "bf16"
+    return [
+        "model=pretrained",
+        f"model.name={quoted(str(model_dir))}",
+        f"objective={'mlm' if sample.is_masked(model_dir) else 'clm'}",
+        "tokenizer=pretrained",
+        f"tokenizer.name={quoted(str(model_dir))}",
+        f"strategy={strategy}",
+        f"precision={half if dtype == 'bfloat16' else 'fp32'}",
+        f"launcher.nproc_per_node={ranks}",
+        "trainer.micro_batch_size=1",
+        f"trainer.global_batch_size={ranks}",
+        "data.sequence_length=8",
+    ]

@@ -1,0 +1,21 @@
+"""Sizes and times as people read them."""
+
+from __future__ import annotations
+
+
+def size(count: float) -> str:
+    """Return a count of bytes in the unit that leaves it at most three digits, TB the largest."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the one or two units that say enough."""
+    whole = max(0, round(seconds))
+    for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
+        if whole >= length:
+            return f"{whole // length} {unit} {whole % length // part} {smaller}"
+    return f"{whole // 60} min" if whole >= 120 else f"{whole} s"
