@@ -17,7 +17,7 @@ from launchers import commands, health, job_script, machine, preflight, report, 
 from launchers.compose import compose, plain
 from launchers.health import CLOCK_SKEW_SECONDS, Finding
 from launchers.machine import Machine
-from train.config import from_tree
+from train.config import RunConfig, from_tree
 from train.errors import FAILED, UserError
 
 SLOW_SHARE = 0.85
@@ -71,17 +71,9 @@ def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]
 
     Raises UserError, which names the logs, where they do not come to an end.
     """
-    (job,) = compose([*DEFAULTS, *options.overrides])
-    tree = plain(job.tree)
-    launcher = tree["launcher"]
-    ranks = launcher.get("nproc_per_node", 1)
-    if ranks == "auto":
-        ranks = launcher["nproc_per_node"] = 1 if launcher["device"] == "cpu" else max(1, here.gpus)
-    # No step is made, but a config has a batch that divides.
-    tree["trainer"]["global_batch_size"] = ranks * launcher.get("nodes", 1)
     # Where all nodes see it, as a run directory.
     directory = Path(os.path.abspath(options.directory)) / time.strftime("doctor-%Y%m%d-%H%M%S")
-    config = machine.resolve(from_tree(tree), here, str(directory))
+    config = asked_for(options.overrides, here, directory)
     preflight.check_machine(config, here)
     made = preflight.create(config, directory)
     written = directory / "doctor.json"
@@ -108,6 +100,31 @@ def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]
     measured = json.loads(written.read_text())
     preflight.take_back(made)
     return measured
+
+
+def asked_for(overrides: Sequence[str], here: Machine, directory: Path) -> RunConfig:
+    """Return a run that is never trained, with the launcher that the overrides ask for.
+
+    Raises UserError where that cannot be, or would wait for nodes that nobody starts.
+    """
+    (job,) = compose([*DEFAULTS, *overrides])
+    tree = plain(job.tree)
+    launcher = tree["launcher"]
+    nodes, kind = launcher.get("nodes", 1), launcher["kind"]
+    if kind in ("torchrun", "accelerate") and nodes > 1:
+        raise UserError(
+            f"launcher={kind} launcher.nodes={nodes} starts the ranks of this node alone, and "
+            "nothing would start the others'; measure among nodes with launcher=slurm, or with "
+            "launcher=deepspeed and a hostfile"
+        )
+    if launcher.get("hostfile") is not None:
+        launcher.update(machine.from_hostfile(launcher))
+    ranks = launcher.get("nproc_per_node", 1)
+    if ranks == "auto":
+        ranks = launcher["nproc_per_node"] = 1 if launcher["device"] == "cpu" else max(1, here.gpus)
+    # No step is made, but a config has a batch that divides.
+    tree["trainer"]["global_batch_size"] = ranks * launcher.get("nodes", 1)
+    return machine.resolve(from_tree(tree), here, str(directory))
 
 
 def text(findings: Sequence[Finding]) -> str:

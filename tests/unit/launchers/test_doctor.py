@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from launchers import doctor
 from launchers.health import Finding
+from launchers.machine import Machine
+from train.errors import UserError
 
 
 def rank(number: int, host: str, **other: Any) -> dict[str, Any]:
@@ -88,3 +93,20 @@ def test_each_remedy_stands_below_its_finding() -> None:
         "",
         "1 wrong, 0 worth a look",
     ]
+
+
+def test_a_hostfile_says_how_many_ranks_measure(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=3\nnode2 slots=3\n")
+    config = doctor.asked_for(
+        ["launcher=deepspeed", f"launcher.hostfile={hosts}", "launcher.device=cpu"],
+        Machine(),
+        tmp_path,
+    )
+    assert config.launcher.world_size == 6
+
+
+def test_nodes_that_nobody_would_start_are_refused(tmp_path: Path) -> None:
+    overrides = ["launcher=torchrun", "launcher.nodes=2", "launcher.head_address=node1"]
+    with pytest.raises(UserError, match=r"launcher\.nodes=2 starts the ranks of this node alone"):
+        doctor.asked_for(overrides, Machine(), tmp_path)
