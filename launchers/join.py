@@ -9,6 +9,8 @@ from pathlib import Path
 
 from launchers import launch, machine, preflight
 from train import config as run_config
+from train.config import AccelerateLauncher, RunConfig, TorchrunLauncher
+from train.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -16,11 +18,37 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     run_dir = Path(os.path.abspath(options.run_dir))
     config = run_config.load(run_dir)
-    node_rank = preflight.node_rank(config, options.node_rank)
+    node_rank = node_rank_of(config, options.node_rank)
     here = machine.detect(os.environ)
     preflight.check_machine(config, here)
     # Found where the nodes share the cache.
     return launch.prepare(config) or launch.run_ranks(config, here, node_rank)
+
+
+def node_rank_of(config: RunConfig, asked: int | None) -> int:
+    """Return the rank of a node that joins a run.
+
+    Raises UserError where the run has no other nodes, or the rank is none of theirs.
+    """
+    launcher = config.launcher
+    if not isinstance(launcher, TorchrunLauncher | AccelerateLauncher) or launcher.nodes == 1:
+        raise UserError(
+            f"launcher={launcher.kind} of {config.run_dir} starts all of its ranks itself; join is "
+            "for launcher=torchrun and launcher=accelerate with launcher.nodes above 1"
+        )
+    nodes = launcher.nodes
+    is_fixed = isinstance(launcher, AccelerateLauncher) or launcher.rendezvous == "static"
+    if asked is None and is_fixed:
+        raise UserError(
+            f"launcher={launcher.kind} gives each node its rank; add --node-rank N, from 1 to "
+            f"{nodes - 1}"
+        )
+    if asked is not None and not 1 <= asked < nodes:
+        raise UserError(
+            f"--node-rank {asked}, but the run has {nodes} nodes and its first one is 0; give 1 to "
+            f"{nodes - 1}"
+        )
+    return asked or 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,11 +17,9 @@ from launchers import hostfile
 from launchers.commands import PACKAGES, package_environment
 from launchers.machine import Machine, lacking
 from train.config import (
-    AccelerateLauncher,
     DeepspeedLauncher,
     RunConfig,
     SlurmLauncher,
-    TorchrunLauncher,
     to_yaml,
 )
 from train.errors import UserError
@@ -113,32 +111,6 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _exists(run_dir: Path) -> str:
     return f"run_dir={run_dir} exists already; choose another, or remove it first"
-
-
-def node_rank(config: RunConfig, asked: int | None) -> int:
-    """Return the rank of a node that joins a run.
-
-    Raises UserError where the run has no other nodes, or the rank is none of theirs.
-    """
-    launcher = config.launcher
-    if not isinstance(launcher, TorchrunLauncher | AccelerateLauncher) or launcher.nodes == 1:
-        raise UserError(
-            f"launcher={launcher.kind} of {config.run_dir} starts all of its ranks itself; join is "
-            "for launcher=torchrun and launcher=accelerate with launcher.nodes above 1"
-        )
-    nodes = launcher.nodes
-    is_fixed = isinstance(launcher, AccelerateLauncher) or launcher.rendezvous == "static"
-    if asked is None and is_fixed:
-        raise UserError(
-            f"launcher={launcher.kind} gives each node its rank; add --node-rank N, from 1 to "
-            f"{nodes - 1}"
-        )
-    if asked is not None and not 1 <= asked < nodes:
-        raise UserError(
-            f"--node-rank {asked}, but the run has {nodes} nodes and its first one is 0; give 1 to "
-            f"{nodes - 1}"
-        )
-    return asked or 1
 
 
 def _launcher_problems(config: RunConfig) -> Iterator[str]:

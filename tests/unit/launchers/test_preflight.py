@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,12 +12,9 @@ from launchers.machine import Machine, resolve
 from tests.unit.launchers.test_machine import config
 from train import config as run_config
 from train.config import (
-    AccelerateLauncher,
     DeepspeedLauncher,
     LauncherConfig,
-    LocalLauncher,
     RunConfig,
-    TorchrunLauncher,
 )
 from train.errors import UserError
 
@@ -150,41 +146,3 @@ def test_deepspeed_carries_no_path_that_it_would_put_into_quotes(
     )
     with pytest.raises(UserError, match=r"backend=openmpi gets PYTHONPATH=.*:/a b from DeepSpeed"):
         preflight.check_machine(with_launcher(tmp_path, launcher), Machine(cores=2))
-
-
-SEVERAL: dict[str, Any] = {
-    "device": "cpu",
-    "nproc_per_node": 1,
-    "nodes": 3,
-    "head_address": "a",
-    "head_port": 1,
-}
-
-
-@pytest.mark.parametrize(
-    ("launcher", "asked", "message"),
-    [
-        (LocalLauncher(kind="local"), None, "launcher=local of .* starts all of its ranks itself"),
-        (
-            AccelerateLauncher(kind="accelerate", **SEVERAL),
-            None,
-            "launcher=accelerate gives each node its rank; add --node-rank N, from 1 to 2",
-        ),
-        (
-            TorchrunLauncher(kind="torchrun", **SEVERAL),
-            3,
-            "--node-rank 3, but the run has 3 nodes and its first one is 0; give 1 to 2",
-        ),
-    ],
-)
-def test_a_node_that_cannot_join_is_told_why(
-    tmp_path: Path, launcher: LauncherConfig, asked: int | None, message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        preflight.node_rank(with_launcher(tmp_path, launcher), asked)
-
-
-def test_a_node_joins_with_its_rank_or_in_any_order(tmp_path: Path) -> None:
-    run = with_launcher(tmp_path, TorchrunLauncher(kind="torchrun", **SEVERAL))
-    assert preflight.node_rank(run, 2) == 2
-    assert preflight.node_rank(run, None) == 1
