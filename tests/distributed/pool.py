@@ -27,38 +27,46 @@ class Ranks:
     """``ranks(function, *arguments)`` calls the function in every rank and returns their results.
 
     The function is given as torchrun would: RANK, WORLD_SIZE, MASTER_PORT and so on stand in the
-    environment. It must be importable, and what it takes and returns must pickle.
+    environment. It must be importable, and what it takes and returns must pickle. It fails where
+    it leaves a thread of a group behind, unless ``threads_may_stay``.
     """
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._workers: list[tuple[Any, Connection]] = []
 
-    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def __call__(
+        self, function: Callable[..., Any], *arguments: Any, threads_may_stay: bool = False
+    ) -> list[Any]:
         if not self._workers:
             self._start()
         port = free_port()
         for rank, (_, pipe) in enumerate(self._workers):
-            pipe.send((function, arguments, _environment(rank, self.world_size, port)))
+            environment = _environment(rank, self.world_size, port)
+            pipe.send((function, arguments, environment, threads_may_stay))
         results: list[Any] = []
         failures: list[str] = []
+        all_answered = True
         for rank, (process, pipe) in enumerate(self._workers):
             # A rank that fails leaves its peers waiting in a collective: they get no time then.
             if not pipe.poll(5 if failures else TIMEOUT_SECONDS):
                 failures.append(f"rank {rank} did not answer")
+                all_answered = False
                 continue
             try:
                 ok, value = pipe.recv()
             except EOFError:
                 process.join()
                 failures.append(f"rank {rank} died with exit code {process.exitcode}")
+                all_answered = False
                 continue
             if ok:
                 results.append(value)
             else:
                 failures.append(f"rank {rank}:\n{value}")
-        if failures:
+        if not all_answered:
             self.stop()
+        if failures:
             raise RanksFailed("\n".join(failures))
         return results
 
@@ -101,14 +109,19 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _work(pipe: Connection) -> None:
+    from train.distributed import gloo_worker_count  # which brings torch
+
     while True:
         try:
-            function, arguments, environment = pipe.recv()
+            function, arguments, environment, threads_may_stay = pipe.recv()
         except EOFError:
             return
         os.environ.update(environment)
         try:
-            pipe.send((True, function(*arguments)))
+            before = gloo_worker_count()
+            value = function(*arguments)
+            left = 0 if threads_may_stay else gloo_worker_count() - before
+            pipe.send((False, f"{left} gloo threads are left behind") if left else (True, value))
         except Exception:
             pipe.send((False, traceback.format_exc()))
         _look_away_from_what_stays()

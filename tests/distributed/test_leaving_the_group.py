@@ -42,6 +42,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.slow  # the shared workers of other tests do so all the time, and count threads
 def test_strategies_follow_each_other_in_the_same_processes() -> None:
     strategies = ["ddp", "zero2", "zero3", "fsdp", "zero1_bf16", "ddp"]
 

@@ -411,6 +411,7 @@ def test_a_disk_that_is_gone_is_not_replaced_by_what_lies_below(
     assert first["said"].count("warning: checkpoint-4 could not be written") == 1
 
 
+@pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_run_that_is_to_stop_does_so_on_all_ranks(
     in_background: bool, run_of: Callable[..., Path], ranks: Callable[[int], Any]
@@ -425,6 +426,7 @@ def test_a_run_that_is_to_stop_does_so_on_all_ranks(
     assert steps_of(run_dir) == [2]
 
 
+@pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("in_background", [False, True])
 def test_the_last_save_stops_the_run_where_it_fails(
     in_background: bool, run_of: Callable[..., Path], ranks: Callable[[int], Any]

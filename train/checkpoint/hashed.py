@@ -55,12 +55,14 @@ class HashedStream(io.RawIOBase):
             while written < len(block):
                 written += self._file.write(block[written:]) or 0
         except OSError as error:
-            self.error = error
+            # torch's writer, left half-way, never lets go of this stream (2.13): with the frames
+            # of a traceback the trainer and its process group would outlive the training.
+            self.error = error.with_traceback(None)
 
     def finish(self) -> dict[str, Any]:
         """Flush to the disk; return size and hash. Raises the first OSError of all."""
         if self.error is not None:
-            raise self.error
+            raise OSError(self.error.errno, self.error.strerror)
         os.fsync(self._file.fileno())
         return {"bytes": self._written_bytes, "xxh3_128": self._digest.hexdigest()}
 
