@@ -8,11 +8,11 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.cli import finish, on_one_rank, processes, shardwright, start, start_python, wait_for
-from tests.e2e.conftest import Run
 from train.checkpoint import layout
 
 pytestmark = pytest.mark.distributed
@@ -72,10 +72,13 @@ def test_bad_input_that_only_a_rank_can_see_ends_with_code_2(tiny: Tiny, tmp_pat
     assert_all_gone(tmp_path)
 
 
-@pytest.mark.parametrize("run", ["mlm"], indirect=True)
-def test_other_number_of_ranks_than_the_config_is_refused(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text((run.directory / "config.yaml").read_text())
-    ended = finish(start_python("-m", "train", str(tmp_path), cwd=tmp_path))
+def test_other_number_of_ranks_than_the_config_is_refused(
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+) -> None:
+    run_dir = frozen_run(tiny_tree("mlm"))
+    ended = finish(start_python("-m", "train", str(run_dir), cwd=tmp_path))
     assert ended.returncode == 2
     assert "the config asks for 2 rank(s) (launcher=torchrun) but 1 were started" in ended.stdout
 

@@ -1,4 +1,7 @@
-"""Everything that a run must give exists, holds what it should, and nothing that it should not."""
+"""Everything that a run must give exists, holds what it should, and nothing that it should not.
+
+One file for all that looks at a run which has ended, as a file's tests share their runs.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
 
 from launchers import machine
 from launchers.compose import compose
@@ -247,3 +253,104 @@ def test_torchrun_by_hand_on_the_frozen_config_does_the_same(run: Run, tmp_path:
     launched = load_file(run.directory / "final" / "model.safetensors")
     torch.testing.assert_close(by_hand, launched, rtol=0, atol=0)
     assert list(processes(tmp_path)) == []
+
+
+# --- what trackers write into it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", ["clm"], indirect=True)
+def test_tensorboard_gets_what_metrics_get(run: Run) -> None:
+    directory = run.directory / "tensorboard"
+    assert f"tensorboard --logdir {directory}\n" in run.ended.stdout
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    lines = [json.loads(x) for x in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    tags = {
+        "loss": "train/loss",
+        "tokens_per_second": "train/tokens_per_second",
+        "eval_loss": "eval/loss",
+    }
+    for name, tag in tags.items():
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [
+            (line["step"], pytest.approx(line[name])) for line in lines if name in line
+        ]
+
+
+@pytest.mark.parametrize("run", ["mlm"], indirect=True)
+def test_wandb_writes_offline_and_says_how_to_send_it(run: Run) -> None:
+    later = f"wandb offline; later: wandb sync {run.directory}/wandb/offline-run-*\n"
+    assert later in run.ended.stdout
+    (offline,) = (run.directory / "wandb").glob("offline-run-*")
+    (record,) = offline.glob("run-*.wandb")
+    assert b"eval/loss" in record.read_bytes()
+
+
+# --- what is recovered from its checkpoints ----------------------------------------------------
+
+# As on a machine with neither this project nor deepspeed: -I leaves the working directory and
+# PYTHONPATH out, and what may be installed is not found.
+ELSEWHERE = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        missing = name.partition(".")[0] in ("train", "launchers", "deepspeed")
+        return None if missing else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+for name in ("train", "launchers", "deepspeed"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f"{name} is here")
+task, model, prompt = sys.argv[1:]
+from transformers import pipeline
+answer = pipeline(task, model=model)(prompt)[0]
+print(answer["generated_text"] if task == "text-generation" else answer["sequence"])
+"""
+
+
+def test_the_last_checkpoint_is_final_bit_for_bit_and_loads_anywhere(
+    run: Run, tmp_path: Path
+) -> None:
+    ended = shardwright("recover", str(run.directory), "out", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == ""
+    assert "checkpoints/checkpoint-4\n" in ended.stdout
+    assert "out: " in ended.stdout.splitlines()[-1]
+
+    final, out = run.directory / "final", tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {path.name for path in final.iterdir()}
+    generation = ["generation_config.json"] if run.objective == "clm" else []
+    for name in ("model.safetensors", "config.json", "tokenizer.json", *generation):
+        assert (out / name).read_bytes() == (final / name).read_bytes(), name
+
+    prompt = PROMPTS[run.objective]
+    task = "text-generation" if run.objective == "clm" else "fill-mask"
+    spoken = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, task, str(out), prompt],
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert spoken.returncode == 0, spoken.stderr
+    assert spoken.stdout.startswith(prompt.removesuffix(" <mask>"))
+    assert "<mask>" not in spoken.stdout
+    assert len(spoken.stdout) > len(prompt.removesuffix("<mask>"))
+
+
+@pytest.mark.parametrize("run", ["mlm"], indirect=True)
+def test_another_step_in_another_dtype(run: Run, tmp_path: Path) -> None:
+    arguments = ("recover", str(run.directory), "out", "--step", "3", "--dtype", "bf16")
+    ended = shardwright(*arguments, "--max-shard-size", "20kB", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "checkpoint-3\n" in ended.stdout
+    assert len(list((tmp_path / "out").glob("model-0000?-of-0000?.safetensors"))) > 1
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"

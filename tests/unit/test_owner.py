@@ -22,6 +22,7 @@ import yaml
 from launchers.__main__ import main
 from tests.unit.strategy.test_misconfiguration import TREE
 from train import __main__ as rank
+from train import stop
 from train.errors import BAD_INPUT, UserError
 from train.owner import FILE, owned
 
@@ -124,6 +125,16 @@ def test_a_node_that_may_have_died_is_waited_for_longer(owner: Start, tmp_path: 
     assert said.endswith(": waiting 0.6 s for its end")
 
 
+@pytest.fixture
+def _signals_as_before() -> Iterator[None]:
+    """Undo what a rank does to signals as it starts: it is this process here."""
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals_as_before")
 def test_neither_a_rank_nor_resume_touches_a_run_that_is_alive(
     owner: Start,
     tmp_path: Path,
