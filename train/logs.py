@@ -73,6 +73,16 @@ def note_failure(run_dir: Path, rank: int, error: BaseException) -> Path:
     return path
 
 
+def has_failure(run_dir: Path, since: float) -> bool:
+    """Whether some rank of the run has noted its failure since then, in seconds of the epoch."""
+    try:
+        return any(
+            path.stat().st_mtime >= since for path in (run_dir / "logs").glob("rank-*.error.json")
+        )
+    except OSError:
+        return False
+
+
 def quiet_libraries() -> None:
     """Keep off the terminal what libraries say to who writes the calls, and transformers' bars.
 

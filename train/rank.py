@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from train.checkpoint.background import finish_writing
 from train.config import RunConfig
 from train.distributed import leave_process_group
 from train.errors import UserError
+from train.logs import has_failure
 from train.strategy import engine_of
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
@@ -98,12 +100,13 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
-    dist.init_process_group(
-        # CPU tensors of GPU runs (checkpoints, objects) travel over gloo.
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
-        device_id=torch.device("cuda", rank.local_index) if on_gpu else None,
-    )
+    with stop.unless(lambda: has_failure(Path(str(config.run_dir)), stop.started_at)):
+        dist.init_process_group(
+            # CPU tensors of GPU runs (checkpoints, objects) travel over gloo.
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
+            device_id=torch.device("cuda", rank.local_index) if on_gpu else None,
+        )
     try:
         engine_of(config).adopt_process_group()
         yield

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from train.errors import FAILED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 """What asks a rank to stop. SIGUSR1 is the one that no launcher between acts on by itself."""
 NOTE = "stopped.json"
@@ -31,6 +33,8 @@ class _Request:
     """On the monotonic clock."""
 
 
+started_at = time.time()
+"""When this process began to listen, seconds since the epoch."""
 _request: _Request | None = None
 _asker: str | None = None
 _at_once = False
@@ -103,6 +107,39 @@ def at_once() -> Iterator[None]:
         yield
     finally:
         _at_once = False
+
+
+@contextmanager
+def unless(has_failed: Callable[[], bool]) -> Iterator[None]:
+    """End this process where it is to stop, and waits inside of the block for who has failed.
+
+    The block waits in C++, where no handler runs: its peers would come and then agree to stop, but
+    one that has failed never comes. ``has_failed`` is asked in a thread.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    if _request is not None:
+        os.write(writing, b"!")
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    over = threading.Event()
+
+    def watch() -> None:
+        if os.read(reading, 1):
+            while not over.wait(SECONDS_BETWEEN_LOOKS):
+                if has_failed():
+                    os.write(2, b"told to stop, and another rank has failed: not waiting for it\n")
+                    os._exit(FAILED)
+
+    watcher = threading.Thread(target=watch, name="stop unless", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        watcher.join()
+        os.close(reading)
 
 
 def no_longer() -> None:

@@ -49,7 +49,8 @@ def test_weights_that_diverge_fail_the_run_and_keep_the_checkpoint(
 
 
 def test_rank_that_cannot_open_its_log_is_shown_all_the_same(tiny: Tiny, tmp_path: Path) -> None:
-    process = start("train", *tiny("clm"), cwd=tmp_path)
+    # The other rank waits for it until it is killed: nothing tells it that its peer has failed.
+    process = start("train", *tiny("clm"), "launcher.grace_seconds=3", cwd=tmp_path)
     wait_for(tmp_path / "run" / "logs", process)
     (tmp_path / "run" / "logs" / "rank-1.log").mkdir()
     ended = finish(process)

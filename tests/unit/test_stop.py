@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from train import stop
+from train.errors import FAILED
+from train.logs import note_failure
 
 # What each begins with: two ways to be signalled.
 PRELUDE = """
@@ -91,6 +94,45 @@ def test_a_process_with_a_signal(case: str) -> None:
     )
     assert (ended.stdout.strip(), ended.returncode) == (printed, code)
     assert ended.stderr == ""
+
+
+RANK_0_OF_2 = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+from train import stop
+stop.install()
+from torch.distributed import TCPStore
+from train.logs import has_failure
+with stop.unless(lambda: has_failure(Path(sys.argv[1]), stop.started_at)):
+    print("waits", flush=True)
+    TCPStore("localhost", 0, 2, is_master=True, timeout=timedelta(seconds=50))
+"""
+
+
+def test_a_rank_that_is_told_to_stop_waits_for_peers_but_not_for_one_that_has_failed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "logs").mkdir()
+    of_earlier = tmp_path / "logs" / "rank-1.error.json"
+    of_earlier.touch()
+    os.utime(of_earlier, (0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", RANK_0_OF_2, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waits\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=4 * stop.SECONDS_BETWEEN_LOOKS)
+    note_failure(tmp_path, 1, ValueError("no such device"))
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == FAILED
+    assert "told to stop, and another rank has failed: not waiting for it" in error
 
 
 def test_the_note_of_a_stop_round_trips_and_half_of_one_is_none(tmp_path: Path) -> None:
