@@ -8,15 +8,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import itertools
 import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 TIMEOUT_SECONDS = 240
+_PORTS = itertools.count()
 
 
 class RanksFailed(AssertionError):
@@ -92,9 +95,18 @@ class Ranks:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nothing else takes until a rank listens on it.
+
+    Below those that the kernel gives to connections, and another each time: the tests that run
+    beside this one open hundreds. Each of their processes has a thousand of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in _PORTS:
+        port = 10_000 + 1_000 * worker + number % 1_000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("not reached")
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -120,6 +132,7 @@ def _work(pipe: Connection) -> None:
         try:
             before = gloo_worker_count()
             value = function(*arguments)
+            gc.collect()  # what a test itself has held in the frame that left the group
             left = 0 if threads_may_stay else gloo_worker_count() - before
             pipe.send((False, f"{left} gloo threads are left behind") if left else (True, value))
         except Exception:
