@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,12 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     from train import logs
     from train.rank import join
 
-    console = logs.open_rank_log(run_dir, rank, nodes=settings.launcher.nodes)
+    try:
+        console = logs.open_rank_log(run_dir, rank, nodes=settings.launcher.nodes)
+    except OSError as error:
+        with suppress(OSError):
+            logs.note_failure(run_dir, rank.index, error)
+        raise
     if rank.index == 0:
         stop.forget(run_dir)
     try:
