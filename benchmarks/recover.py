@@ -31,7 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks import fabricated
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, versions
-from launchers import commands
+from launchers import processes
 from launchers.compose import compose, plain
 from train.config import ScratchModel, from_tree
 from train.errors import FAILED
@@ -178,7 +178,7 @@ def _run(command: list[str]) -> Ended:
 def _environment() -> dict[str, str]:
     return {
         **os.environ,
-        **commands.package_environment(os.environ, packages=ROOT),
+        **processes.package_environment(os.environ, packages=ROOT),
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, prepare, uses_gpu, versions
-from launchers import commands, machine, preflight
+from launchers import machine, preflight, processes
 from launchers.compose import compose
 from launchers.machine import Machine
 from train.config import RunConfig, from_tree
@@ -87,10 +87,10 @@ def measure(plan: Plan, config: RunConfig, run_dir: Path) -> Figures:
     """Train in processes of their own; return the figures, or the ``error``."""
     environment = {
         **os.environ,
-        **commands.rank_environment(config, plan.here, os.environ, packages=ROOT),
+        **processes.rank_environment(config, plan.here, os.environ, packages=ROOT),
     }
     numbers = (WARMUP_STEPS, plan.saves, plan.steps_between)
-    argv = commands.rank_command(
+    argv = processes.rank_command(
         config, run_dir, module="benchmarks.timed_saves", arguments=[str(n) for n in numbers]
     )
     log = run_dir / "logs" / "benchmark.log"

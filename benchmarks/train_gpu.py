@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from benchmarks.flops import peak_bf16_flops
 from benchmarks.report import STOCK, Figures, markdown, overall_ratio, summary
-from launchers import commands, machine, preflight
+from launchers import machine, preflight, processes
 from launchers.compose import compose
 from launchers.machine import Machine
 from train.config import RunConfig, from_tree
@@ -114,8 +114,8 @@ def prepare(run_dir: Path) -> None:
 
     Raises UserError where that fails; why is on stderr then.
     """
-    environment = os.environ | commands.package_environment(os.environ, packages=ROOT)
-    if subprocess.run(commands.prepare_command(run_dir), env=environment).returncode != 0:
+    environment = os.environ | processes.package_environment(os.environ, packages=ROOT)
+    if subprocess.run(processes.prepare_command(run_dir), env=environment).returncode != 0:
         raise UserError("the data could not be prepared, see above")
 
 
@@ -123,7 +123,7 @@ def measure(plan: Plan, config: RunConfig, run_dir: Path, variant: str) -> Figur
     """Train in a process of its own; return its figures, or its ``error``."""
     environment = {
         **os.environ,
-        **commands.rank_environment(config, plan.here, os.environ, packages=ROOT),
+        **processes.rank_environment(config, plan.here, os.environ, packages=ROOT),
         # With several GPUs in sight the stock Trainer would take DataParallel.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
     }

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers import commands, health, job_script, machine, preflight, report, start, submit
+from launchers import health, job_script, machine, preflight, processes, report, start, submit
 from launchers.compose import compose, plain
 from launchers.health import CLOCK_SKEW_SECONDS, Finding
 from launchers.machine import Machine
@@ -80,13 +80,13 @@ def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]
     if config.launcher.kind == "slurm":
         measure = [sys.executable, "-m", "train.doctor", str(directory), str(written)]
         argv = job_script.waited_command(config, measure, submit.site_of(config))
-        environment = commands.job_environment(config, os.environ)
+        environment = processes.job_environment(config, os.environ)
     else:
-        argv = commands.rank_command(
+        argv = processes.rank_command(
             config, directory, module="train.doctor", arguments=[str(written)], machine=here
         )
-        environment = commands.rank_environment(config, here, os.environ)
-        for name, content in commands.launcher_files(config, environment, here).items():
+        environment = processes.rank_environment(config, here, os.environ)
+        for name, content in processes.launcher_files(config, environment, here).items():
             (directory / name).write_text(content, encoding="utf-8")
     ended = start.run(
         argv,

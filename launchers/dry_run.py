@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import commands, submit
+from launchers import processes, submit
 from launchers.machine import Machine
 from train.config import RunConfig, to_yaml
 from train.strategy import engine_settings
@@ -29,9 +29,9 @@ def show(configs: Sequence[RunConfig], here: Machine) -> None:
 def _show_command(config: RunConfig, here: Machine) -> None:
     """Print what this node's ranks are started with."""
     assert config.run_dir is not None, "resolved"
-    environment = commands.rank_environment(config, here, os.environ)
-    argv = commands.rank_command(config, Path(config.run_dir), machine=here)
-    for name, text in commands.launcher_files(config, environment, here).items():
+    environment = processes.rank_environment(config, here, os.environ)
+    argv = processes.rank_command(config, Path(config.run_dir), machine=here)
+    for name, text in processes.launcher_files(config, environment, here).items():
         print(f"# {config.run_dir}/{name}\n{text}")
     print("# environment")
     print("\n".join(f"{name}={shlex.quote(value)}" for name, value in environment.items()))

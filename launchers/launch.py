@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from launchers import commands, preflight, report, start
+from launchers import preflight, processes, report, start
 from launchers.machine import Machine
 from train import stop
 from train.config import RunConfig
@@ -18,7 +18,7 @@ def new_run(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int
     """Create the run directory, prepare the data, run the ranks; return the exit code."""
     assert config.run_dir is not None, "resolved"
     run_dir = Path(config.run_dir)
-    environment = commands.rank_environment(config, here, os.environ)
+    environment = processes.rank_environment(config, here, os.environ)
 
     made = preflight.create(config, run_dir)
     print(report.header(config, choices, here, environment), flush=True)
@@ -42,8 +42,8 @@ def prepare(config: RunConfig) -> int:
     """
     run_dir = Path(str(config.run_dir))
     ended = start.run(
-        commands.prepare_command(run_dir),
-        commands.package_environment(os.environ),
+        processes.prepare_command(run_dir),
+        processes.package_environment(os.environ),
         grace_seconds=config.launcher.grace_seconds,
     )
     if ended.stopped_by is not None:
@@ -58,8 +58,8 @@ def prepare(config: RunConfig) -> int:
 def run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
     """Start this node's ranks of a run directory and wait; return the exit code."""
     run_dir = Path(str(config.run_dir))
-    environment = commands.rank_environment(config, here, os.environ)
-    for name, text in commands.launcher_files(config, environment, here).items():
+    environment = processes.rank_environment(config, here, os.environ)
+    for name, text in processes.launcher_files(config, environment, here).items():
         (run_dir / name).write_text(text, encoding="utf-8")
     # Launchers write their own pages about a failed rank to stderr, the ranks the terminal's lines
     # to stdout.
@@ -67,12 +67,13 @@ def run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
     quiet = run_dir / "logs" / name if config.launcher.kind != "local" else None
     if node_rank == 0:
         stop.forget(run_dir)
+    is_elsewhere = config.launcher.kind == "deepspeed" and config.launcher.hostfile is not None
     ended = start.run(
-        commands.rank_command(config, run_dir, machine=here, node_rank=node_rank),
+        processes.rank_command(config, run_dir, machine=here, node_rank=node_rank),
         environment,
         stderr_file=quiet,
         grace_seconds=config.launcher.grace_seconds,
-        run_dir_elsewhere=run_dir if getattr(config.launcher, "hostfile", None) else None,
+        run_dir_elsewhere=run_dir if is_elsewhere else None,
     )
     if where := stop.read(run_dir):
         print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)

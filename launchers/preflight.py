@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launchers import hostfile
-from launchers.commands import PACKAGES, package_environment
 from launchers.machine import Machine, lacking
+from launchers.processes import PACKAGES, package_environment
 from train.config import (
     DeepspeedLauncher,
     RunConfig,

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import commands, start
+from launchers import processes, start
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.logs import quiet_libraries
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     start.replace(
         [sys.executable, "-m", "launchers.recover", *arguments],
         # Each of its threads works on a slice of its own.
-        {**commands.package_environment(os.environ), "OMP_NUM_THREADS": "1"},
+        {**processes.package_environment(os.environ), "OMP_NUM_THREADS": "1"},
     )
     return FAILED  # not reached
 

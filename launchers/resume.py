@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from launchers import commands, launch, machine, preflight, report, submit
+from launchers import launch, machine, preflight, processes, report, submit
 from launchers.compose import CONF, compose
 from launchers.dry_run import show
 from train import config as run_config
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         except UserError:
             take_back(run_dir)
             raise
-    environment = commands.rank_environment(config, here, os.environ)
+    environment = processes.rank_environment(config, here, os.environ)
     print(report.header(config, choices, here, environment))
     print(f"  {'goes on':<10}from {where}", flush=True)
     print(report.other_nodes(config), end="", flush=True)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import commands, machine, report, start
+from launchers import machine, processes, report, start
 from launchers.compose import compose, plain, quoted
 from train import sample
 from train.config import from_tree, to_yaml
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.strategy is not None:
         return _together(options, arguments)
     argv = [sys.executable, "-m", "train.sample", *arguments]
-    start.replace(argv, commands.package_environment(os.environ))
+    start.replace(argv, processes.package_environment(os.environ))
     return FAILED  # not reached: this process is train.sample now
 
 
@@ -45,10 +45,10 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         (directory / "logs").mkdir()
         ended = start.run(
-            commands.rank_command(
+            processes.rank_command(
                 config, directory, module="train.sharded_sample", arguments=arguments
             ),
-            commands.rank_environment(config, here, os.environ),
+            processes.rank_environment(config, here, os.environ),
             stderr_file=directory / "logs" / report.TORCHRUN_LOG,
             grace_seconds=0,  # they have nothing to save
         )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launchers import commands, job_script, preflight, report, slurm
+from launchers import job_script, preflight, processes, report, slurm
 from launchers.job_script import Array
 from launchers.machine import Machine
 from train import stop
@@ -66,7 +66,7 @@ def new_runs(
     jobs = [job] if array is None else [f"{job}_{number}" for number in range(array.tasks)]
     for run_dir, each in zip(run_dirs, jobs, strict=True):
         slurm.note(run_dir, each)
-    environment = commands.job_environment(configs[0], os.environ)
+    environment = processes.job_environment(configs[0], os.environ)
     print(report.header(configs[0], choices[0], here, environment))
     print(_submitted(home, job, array), flush=True)
     return _end_of_all(configs[0], dict(zip(jobs, run_dirs, strict=True)))
@@ -77,7 +77,7 @@ def again(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
     run_dir = Path(str(config.run_dir))
     slurm_job = _submit(config, run_dir, None)
     slurm.note(run_dir, slurm_job)
-    print(report.header(config, choices, here, commands.job_environment(config, os.environ)))
+    print(report.header(config, choices, here, processes.job_environment(config, os.environ)))
     print(_submitted(run_dir, slurm_job, None), flush=True)
     return _end_of_all(config, {slurm_job: run_dir})
 
@@ -112,7 +112,7 @@ def show(configs: Sequence[RunConfig]) -> str:
 def _script(config: RunConfig, array: Array | None) -> str:
     return job_script.job_script(
         config,
-        commands.job_environment(config, os.environ),
+        processes.job_environment(config, os.environ),
         directory=Path.cwd(),
         has_site=site_of(config) is not None,
         array=array,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from launchers.commands import job_environment
 from launchers.job_script import Array, directives, job_script, submit_command
 from launchers.machine import Machine, resolve
+from launchers.processes import job_environment
 from launchers.submit import array_of
 from tests.unit.launchers.test_machine import config
 from train.config import RunConfig

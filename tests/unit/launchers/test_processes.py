@@ -11,14 +11,14 @@ import pytest
 import yaml
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from launchers.commands import (
+from launchers.machine import Machine, resolve
+from launchers.processes import (
     PACKAGES,
     launcher_files,
     prepare_command,
     rank_command,
     rank_environment,
 )
-from launchers.machine import Machine, resolve
 from tests.unit.launchers.test_machine import config
 from train.arguments import decoded
 from train.config import RunConfig
