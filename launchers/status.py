@@ -227,8 +227,14 @@ def rank_processes(run_dir: Path) -> list[int]:
         except OSError:
             continue
         # torchrun has the same words, further behind.
-        for module in (words[1:4], words[2:5]):
-            if module[:2] == [b"-m", b"train"] and _is_path(module[2:], run_dir):
+        for start in (1, 2):
+            if words[start : start + 2] == [b"-m", b"train"]:
+                arguments = words[start + 2 : start + 3]
+            elif words[start : start + 1] and words[start].endswith(b"/train/__main__.py"):
+                arguments = words[start + 1 : start + 2]  # as srun starts it for DeepSpeed
+            else:
+                continue
+            if _is_path(arguments, run_dir):
                 found.append(int(path.parent.name))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -78,9 +79,14 @@ def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path
     run_dir = tmp_path / "a b"
     for module in ("train", "launcher"):
         (tmp_path / f"{module}.py").write_text("import time; print(flush=True); time.sleep(60)")
+    script = tmp_path / "packages" / "train" / "__main__.py"
+    script.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "train.py", script)
     arguments = {
         "torchrun's": ("-u", "-m", "train", str(run_dir)),
         "DeepSpeed's over a hostfile": ("-u", "-m", "train", encoded(str(run_dir))),
+        "DeepSpeed's by srun": ("-u", str(script), encoded(str(run_dir))),
+        "another run's by srun": ("-u", str(script), encoded(str(tmp_path / "b"))),
         "by hand": ("-m", "train", str(run_dir)),
         "another run's": ("-m", "train", encoded(str(tmp_path / "b"))),
         "what is no run's": ("-m", "train", f"{ENCODED}?"),
@@ -96,7 +102,7 @@ def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path
             process.stdout.readline()  # it has its arguments
         found = rank_processes(run_dir)
         assert {name for name, process in started.items() if process.pid in found} == {
-            *("torchrun's", "DeepSpeed's over a hostfile", "by hand")
+            *("torchrun's", "DeepSpeed's over a hostfile", "DeepSpeed's by srun", "by hand")
         }
     finally:
         for process in started.values():
