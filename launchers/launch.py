@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,8 +64,10 @@ def run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
         (run_dir / name).write_text(text, encoding="utf-8")
     # Launchers write their own pages about a failed rank to stderr, the ranks the terminal's lines
     # to stdout.
-    name = f"torchrun-{node_rank}.log" if node_rank else report.TORCHRUN_LOG
-    quiet = run_dir / "logs" / name if config.launcher.kind != "local" else None
+    log = report.TORCHRUN_LOG
+    if node_rank != 0:  # the nodes share the directory, and all that join may have one rank
+        log = f"torchrun-{socket.gethostname()}.log"
+    quiet = run_dir / "logs" / log if config.launcher.kind != "local" else None
     if node_rank == 0:
         stop.forget(run_dir)
     is_elsewhere = config.launcher.kind == "deepspeed" and config.launcher.hostfile is not None
@@ -82,5 +85,5 @@ def run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
         print(report.finish(run_dir))
         return 0
     failures = report.rank_failures(run_dir)
-    print(report.failure(ended.code, failures, run_dir, ended.stopped_by), file=sys.stderr)
+    print(report.failure(ended.code, failures, run_dir, ended.stopped_by, log), file=sys.stderr)
     return report.exit_code(ended.code, failures, ended.stopped_by)

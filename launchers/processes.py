@@ -91,11 +91,15 @@ def _torchrun(launcher: TorchrunLauncher, run_dir: Path, node_rank: int) -> list
             *(*start, f"--nnodes={nodes}", *counts, f"--node-rank={node_rank}"),
             *(f"--master-addr={launcher.head_address}", f"--master-port={launcher.head_port}"),
         ]
+    # Left to itself, torchrun goes by names: on a machine that has the address of two nodes either
+    # may serve the rendezvous and take it along when lost; where names differ from what the
+    # machine calls itself, none does (elastic/rendezvous/c10d_rendezvous_backend.py, torch 2.13).
+    serves = f"--rdzv-conf=is_host={int(node_rank == 0)}"
     # Two runs that meet at one address by mistake do not mix.
     name = hashlib.blake2b(str(run_dir).encode(), digest_size=8).hexdigest()
     return [
         *(*start, f"--nnodes={nodes}", *counts, "--rdzv-backend=c10d", f"--rdzv-id={name}"),
-        f"--rdzv-endpoint={launcher.head_address}:{launcher.head_port}",
+        *(f"--rdzv-endpoint={launcher.head_address}:{launcher.head_port}", serves),
     ]
 
 

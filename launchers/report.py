@@ -166,9 +166,16 @@ def exit_code(child_code: int, failures: Sequence[RankFailure], stopped_by: int 
 
 
 def failure(
-    child_code: int, failures: Sequence[RankFailure], run_dir: Path, stopped_by: int | None
+    child_code: int,
+    failures: Sequence[RankFailure],
+    run_dir: Path,
+    stopped_by: int | None,
+    launcher_log: str = TORCHRUN_LOG,
 ) -> str:
-    """Return who failed first, with the end of its traceback and the path of its log."""
+    """Return who failed first, with the end of its traceback and the path of its log.
+
+    ``launcher_log`` is the file in logs/ that this node's launcher wrote to.
+    """
     code = exit_code(child_code, failures, stopped_by)
     logs = run_dir / "logs"
     if code == RESUMABLE:
@@ -193,14 +200,16 @@ def failure(
         )
     if child_code == BAD_INPUT:
         return f"the ranks refused to start; logs are in {logs}"
-    return f"{_unreported_death(child_code, logs)}\n  logs are in {logs}"
+    return f"{_unreported_death(child_code, logs / launcher_log)}\n  logs are in {logs}"
 
 
-def _unreported_death(child_code: int, logs: Path) -> str:
+def _unreported_death(child_code: int, log: Path) -> str:
     """Say how ranks ended that could not report it themselves."""
     torchrun_log = ""
-    if (logs / TORCHRUN_LOG).is_file():
-        torchrun_log = (logs / TORCHRUN_LOG).read_text(encoding="utf-8", errors="replace")
+    if log.is_file():
+        torchrun_log = log.read_text(encoding="utf-8", errors="replace")
+    if why := _why_nodes_did_not_meet(torchrun_log):
+        return why
     # torchrun lists each rank's exit code, negative for a signal, and the first to fail last.
     if ended := re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", torchrun_log):
         rank, code = ended[-1]
@@ -213,6 +222,26 @@ def _unreported_death(child_code: int, logs: Path) -> str:
     said = re.split(r"^[EWI]\d{4} .*torch/distributed/", torchrun_log, flags=re.MULTILINE)[0]
     last_lines = "\n".join(said.rstrip().splitlines()[-TRACEBACK_LINES:])
     return f"{text}:\n{textwrap.indent(last_lines, '    ')}" if last_lines else text
+
+
+def _why_nodes_did_not_meet(torchrun_log: str) -> str | None:
+    *before, last = torchrun_log.rstrip().splitlines() or [""]
+    if "RendezvousConnectionError" not in last:
+        return None
+    for line in reversed(before):
+        if taken := re.search(r"failed to listen .* port: (\d+).* EADDRINUSE", line):
+            return error_text(
+                f"launcher.head_port={taken[1]} is taken on this node by another program, or by "
+                "another run; choose one that is free"
+            )
+        if silent := re.search(r"timed out after (\d+)ms while .* to \((.+), (\d+)\)", line):
+            return error_text(
+                f"nothing answered at launcher.head_address={silent[2]}, "
+                f"launcher.head_port={silent[3]} for {int(silent[1]) // 1000} s; look whether "
+                "`shardwright train` or `resume` runs on the first node and whether a firewall "
+                "lies between, and join again"
+            )
+    return None
 
 
 def _how_it_ended(code: int) -> str:

@@ -202,7 +202,7 @@ def write(run_dir: Path, config: RunConfig, overrides: Sequence[str]) -> Path | 
     history.append(run_dir, entry)
     logs = run_dir / "logs"
     aside = logs / f"before-resume-{number}"
-    for old in [*logs.glob("rank-*.error.json"), *logs.glob("torchrun.log")]:
+    for old in [*logs.glob("rank-*.error.json"), *logs.glob("torchrun*.log")]:
         aside.mkdir(exist_ok=True)
         os.rename(old, aside / old.name)
     return newest

@@ -63,8 +63,10 @@ def test_torchrun_on_nodes_that_come_in_any_order() -> None:
         *("python", "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=4"),
         *("--max-restarts=3", "--numa-binding=node"),
         *("--rdzv-backend=c10d", "--rdzv-id=7e6164a1bfdc942c", "--rdzv-endpoint=node1:29501"),
-        *("-m", "train", "/runs/a"),
+        *("--rdzv-conf=is_host=1", "-m", "train", "/runs/a"),
     ]
+    joins = rank_command(run, Path("/runs/a"), node_rank=1)
+    assert "--rdzv-conf=is_host=0" in joins, "it would serve a rendezvous of its own, and wait"
 
 
 def test_torchrun_on_nodes_of_fixed_ranks() -> None:

@@ -80,6 +80,29 @@ def test_a_stop_without_time_to_save_says_what_it_goes_on_from() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "DistNetworkError: The server socket has failed to listen on any local network "
+            "address. port: 29755, useIpv6: false, code: -98, name: EADDRINUSE, message: address",
+            "error: launcher.head_port=29755 is taken on this node",
+        ),
+        (
+            "DistNetworkError: The client socket has timed out after 60000ms while trying to "
+            "connect to (node1, 29500).",
+            "error: nothing answered at launcher.head_address=node1, launcher.head_port=29500 for "
+            "60 s; look whether `shardwright train`",
+        ),
+    ],
+)
+def test_nodes_that_did_not_meet(tmp_path: Path, said: str, told: str) -> None:
+    log = tmp_path / "logs" / "torchrun-node2.log"
+    log.parent.mkdir()
+    log.write_text(f"{said}\n\nTraceback\napi.RendezvousConnectionError: The connection failed.")
+    assert failure(1, [], tmp_path, None, log.name).startswith(told)
+
+
 def test_message_of_bad_input_stands_alone(tmp_path: Path) -> None:
     note(tmp_path / "logs", 0, 1.0, kind="UserError")
     text = failure(1, rank_failures(tmp_path), tmp_path, None)
