@@ -79,7 +79,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     stop.check()
     resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
     if resumed is not None:
-        restore.check(resumed, config, steps)
+        restore.check(resumed, steps)
         values = restore.values(model, resumed)
         if early_stopping.is_due(config, restore.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,9 @@ the same on every rank, in whatever order and however often it is written.
 
 
 def in_turn(
-    model: nn.Module, values: Values, dtype: torch.dtype = torch.float32
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    values: Values,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
     """Yield each parameter with its name and its whole value, which the next one overwrites.
 
@@ -41,7 +43,7 @@ def in_turn(
     are then too small for the next: that was measured to cost half as much again as the shards.
     """
     # ZeRO-3 leaves an empty tensor in place of a parameter and the whole shape beside it.
-    parameters = list(model.named_parameters())
+    parameters = list(parameters)
     shapes = [getattr(p, "ds_shape", p.shape) for _, p in parameters]
     largest = max(map(math.prod, shapes))
     buffer = torch.empty(largest, dtype=torch.float32)

@@ -24,7 +24,7 @@ NVME = {
     "stage": 3,
     "offload_optimizer": "nvme",
     "offload_parameters": "nvme",
-    "nvme_buffer_elements": 100_000,
+    "nvme_buffer_elements": 1_300_000,
 }
 HYBRID = {
     "fsdp_hybrid": {"kind": "fsdp", "replicas": 2},
@@ -46,6 +46,15 @@ def reference() -> dict[str, dict[str, list[float]]]:
     return {}
 
 
+def of_size(objective: str, tiny_tree: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Return the tree of an objective, or of one whose model is large enough for a disk."""
+    name, _, size = objective.partition(" ")
+    tree = tiny_tree(name)
+    if size == "large":
+        tree["model"]["intermediate_size"] = 20_000
+    return tree
+
+
 def curves_of_one_rank(
     objective: str,
     tiny_tree: Callable[[str], dict[str, Any]],
@@ -54,7 +63,7 @@ def curves_of_one_rank(
     reference: dict[str, dict[str, list[float]]],
 ) -> dict[str, list[float]]:
     if objective not in reference:
-        tree = tiny_tree(objective)
+        tree = of_size(objective, tiny_tree)
         tree["strategy"] = {"kind": "single"}
         tree["launcher"]["nproc_per_node"] = 1
         alone = frozen_run(tree)
@@ -88,7 +97,7 @@ def test_two_ranks_learn_what_one_rank_learns(
 
 @pytest.mark.timeout(1500)  # that of a cold compiler
 @pytest.mark.usefixtures("async_io")
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("objective", ["clm large", "mlm large"])
 def test_weights_and_optimizer_on_a_disk_learn_the_same(
     objective: str,
     tmp_path: Path,
@@ -100,13 +109,15 @@ def test_weights_and_optimizer_on_a_disk_learn_the_same(
     expected = curves_of_one_rank(objective, tiny_tree, frozen_run, ranks, reference)
     disk = tmp_path / "nvme"
     disk.mkdir()
-    tree = tiny_tree(objective)
+    tree = of_size(objective, tiny_tree)
     tree["strategy"] = {**NVME, "nvme_path": str(disk)}
     run_dir = frozen_run(tree)
     ranks(2)(whole_run, run_dir)
     assert curve(run_dir) == pytest.approx(expected["loss"], abs=1e-4)
     assert curve(run_dir, "eval_loss") == pytest.approx(expected["eval_loss"], abs=1e-4)
-    assert json.loads((run_dir / "engine.json").read_text())["offload_parameters"] == "nvme"
+    engine = json.loads((run_dir / "engine.json").read_text())
+    assert engine["offload_parameters"] == "nvme"
+    assert engine["optimizer_elements_on_nvme"] > 1_000_000
     assert list(disk.iterdir()) == [], "the run left its files behind"
 
 

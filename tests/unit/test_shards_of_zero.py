@@ -103,9 +103,12 @@ def test_shards_of_another_model_are_refused_with_both_counts(tmp_path: Path) ->
     assert "holds 9 elements of master weights, where a rank's part" in refusal(tmp_path)
 
 
-def test_masters_on_nvme_are_refused(tmp_path: Path) -> None:
-    save(tmp_path, 3, elements=0)
-    assert "holds no master weights: they were offloaded to NVMe" in refusal(tmp_path)
+@pytest.mark.parametrize("elements", [0, 4])
+def test_masters_on_nvme_are_refused(tmp_path: Path, elements: int) -> None:
+    save(tmp_path, 3, elements=elements)
+    (tmp_path / "offloaded_tensors").mkdir()
+    assert f"holds {elements} of " in refusal(tmp_path)
+    assert "elements of master weights: the others were offloaded to NVMe" in refusal(tmp_path)
 
 
 def test_a_shard_cut_short_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from train.checkpoint.hashed import HashedFolder
 from train.checkpoint.snapshot import Snapshot
+from train.strategy import swapped
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -38,10 +39,12 @@ class DeepSpeedState:
                 _ROOT, tag=TAG, save_latest=False, exclude_frozen_parameters=False
             )
         self._states = collected.states
-        self._swapped = list(_swapped_files(engine))
+        for state in self._states.values():
+            if _OPTIMIZER in state and getattr(engine.optimizer, "swap_optimizer", False):
+                assert not copy, "refused as a contradiction"
+                state[_OPTIMIZER] = swapped.mapped(engine.optimizer, state[_OPTIMIZER])
         self._texts = {"latest": TAG, **texts} if is_first else {}
         if copy:
-            assert not self._swapped, "refused as a contradiction"
             snapshot = Snapshot()
             self._states = {name: snapshot.of(state) for name, state in self._states.items()}
             snapshot.wait()
@@ -50,8 +53,6 @@ class DeepSpeedState:
         for name, state in self._states.items():
             with folder.create(name) as stream:
                 torch.save(state, cast("IO[bytes]", stream))
-        for source, name in self._swapped:
-            folder.copy(source, name)
         for name, text in self._texts.items():
             folder.write(name, text.encode())
 
@@ -60,6 +61,7 @@ class DeepSpeedState:
 
 
 _ROOT = "/checkpoint"
+_OPTIMIZER = "optimizer_state_dict"
 
 
 class _Collected(TorchCheckpointEngine):
@@ -93,21 +95,3 @@ def _collecting(engine: DeepSpeedEngine, collected: _Collected) -> Iterator[None
     finally:
         engine.checkpoint_engine = writing
         del engine._copy_recovery_script, engine.zero_nvme_offload_optimizer
-
-
-def _swapped_files(engine: DeepSpeedEngine) -> Iterator[tuple[Path, str]]:
-    """Yield the files of optimizer state on NVMe and the names that DeepSpeed gives their copies.
-
-    ``engine/offloaded_tensors/rank<NN>/...``; buffers of gradients are left out.
-    """
-    if not engine.zero_nvme_offload_optimizer():
-        return
-    from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
-
-    rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
-    target = Path(TAG, "offloaded_tensors", f"rank{dp_index_to_str(rank)}")
-    source = Path(engine.optimizer.optimizer_swapper.swap_folder)
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        name = path.relative_to(source)
-        if not any("gradient" in part for part in name.parts):
-            yield path, (target / name).as_posix()

@@ -98,12 +98,6 @@ class HashedFolder:
         with self.create(name) as stream:
             stream.write(data)
 
-    def copy(self, source: Path, name: str) -> None:
-        """Copy a file into the folder. Raises OSError."""
-        with source.open("rb") as file, self.create(name) as stream:
-            while block := file.read(_BLOCK_BYTES):
-                stream.write(block)
-
     def rename(self, name: str, new_name: str) -> None:
         """Give a file of the folder another name. Raises OSError."""
         os.rename(self.path / name, self.path / new_name)

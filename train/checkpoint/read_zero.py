@@ -191,10 +191,11 @@ def _stage_3(
     wanted = sum(-(-math.prod(shape) // ranks) for shape in shapes.values())
     for path, of_rank in zip(files, shards, strict=True):
         held = sum(shard.masters.length for shard in of_rank)
-        if held == 0 < wanted:
+        if held < wanted and (held == 0 or (path.parent / "offloaded_tensors").is_dir()):
             raise Unreadable(
-                f"{path} holds no master weights: they were offloaded to NVMe, whose swap files "
-                "are not read; load the checkpoint into DeepSpeed and save it without such offload"
+                f"{path} holds {held} of {wanted} elements of master weights: the others were "
+                "offloaded to NVMe, and DeepSpeed's copies of its swap files are not read; load "
+                "the checkpoint into DeepSpeed and save it without such offload"
             )
         if held != wanted:
             raise Unreadable(

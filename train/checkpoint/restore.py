@@ -90,17 +90,12 @@ def _opened(path: Path) -> Resumed:
     )
 
 
-def check(resumed: Resumed, config: RunConfig, total_steps: int) -> None:
-    """Raise UserError where the config cannot go on from there. Pure."""
+def check(resumed: Resumed, total_steps: int) -> None:
+    """Raise UserError where a run of so many steps cannot go on from there. Pure."""
     if total_steps < resumed.step:
         raise UserError(
             f"the run is to have {total_steps:,} steps and has {resumed.step:,} already "
             f"({resumed.checkpoint.name}); raise trainer.max_steps (or max_epochs, max_tokens)"
-        )
-    if getattr(config.strategy, "offload_optimizer", "none") == "nvme":
-        raise UserError(
-            f"strategy.offload_optimizer=nvme cannot go on from {resumed.checkpoint.name}: "
-            "DeepSpeed gives no way to put the moments on the disk; choose strategy=zero3_offload"
         )
 
 

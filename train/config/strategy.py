@@ -58,7 +58,7 @@ class ZeroStrategy(Section):
     nvme_buffer_count: PositiveInt = 5
     """Parameter buffers in host memory between disk and GPU."""
     nvme_buffer_elements: PositiveInt = 100_000_000
-    """Elements of each; at least those of the largest parameter."""
+    """Elements of each; at least those of a rank's part of the largest parameter."""
     max_elements_in_cpu: NonNegativeInt = 1_000_000_000
     """Parameter elements kept in host memory when parameters live on nvme."""
     aio: AsyncIo = AsyncIo()

@@ -170,7 +170,7 @@ def _fill(model: PreTrainedModel, values: Values, device: str) -> None:
     # What `to_empty` does, but buffers hold their values already.
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     with torch.no_grad():
-        for _, parameter, whole in in_turn(model, values):
+        for _, parameter, whole in in_turn(model.named_parameters(), values):
             assert isinstance(parameter, DTensor)
             parameter.to_local().copy_(part_of(whole, parameter))
 

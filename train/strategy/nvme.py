@@ -7,10 +7,11 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from train.config import RunConfig, ZeroStrategy
+from train.errors import UserError
 
 # What DeepSpeed itself tries before it builds its async_io operator.
 _PROGRAM = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
@@ -56,6 +57,47 @@ def problems(strategy: ZeroStrategy) -> Iterator[str]:
             "which needs a C++ compiler and libaio with its headers; "
             "install them (Debian and Ubuntu: apt install g++ libaio-dev) or offload to cpu"
         )
+
+
+def check_model(config: RunConfig, elements: Mapping[str, int], world_size: int) -> None:
+    """Raise UserError where a model's parameters, by name and elements, do not fit.
+
+    DeepSpeed ends with an assertion where a buffer is too small, and notices nothing where the disk
+    is full (csrc/aio/common/deepspeed_aio_common.cpp, _do_io_complete, 0.19.8): it would go on with
+    what the buffers held before.
+    """
+    strategy, path = config.strategy, directory(config)
+    if path is None:
+        return
+    assert isinstance(strategy, ZeroStrategy)
+    parts = {name: -(-count // world_size) for name, count in elements.items()}
+    name, largest = max(parts.items(), key=lambda part: part[1])
+    if strategy.offload_parameters == "nvme" and largest > strategy.nvme_buffer_elements:
+        raise UserError(
+            f"strategy.nvme_buffer_elements={strategy.nvme_buffer_elements:,} holds no rank's part "
+            f"of {name}, which has {largest:,} elements; raise it to that"
+        )
+    ranks = min(config.launcher.ranks_per_node, world_size)
+    needed = ranks * sum(parts.values()) * _bytes_per_element(config)
+    # What a run that was killed has left there is written over.
+    there = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+    free = shutil.disk_usage(path if path.exists() else path.parent).free + there
+    if free < needed:
+        raise UserError(
+            f"strategy.nvme_path={strategy.nvme_path} has {free / 1e9:,.1f} GB free, and what is "
+            f"offloaded of {sum(elements.values()):,} parameters takes {needed / 1e9:,.1f} GB "
+            f"there for {ranks} of {world_size} ranks; name a larger disk, or offload to cpu"
+        )
+
+
+def _bytes_per_element(config: RunConfig) -> int:
+    strategy = config.strategy
+    assert isinstance(strategy, ZeroStrategy)
+    parameter = 4 if config.precision.compute_dtype == "fp32" else 2
+    # The master, two moments at most, and the gradient, all in fp32.
+    return parameter * (strategy.offload_parameters == "nvme") + 16 * (
+        strategy.offload_optimizer == "nvme"
+    )
 
 
 def discard(config: RunConfig) -> None:

@@ -296,6 +296,8 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     if nvme.in_use(config.strategy):
         from train.strategy.deepspeed_ops import ready_to_build
 
+        elements = {name: p.numel() for name, p in model.named_parameters()}
+        nvme.check_model(config, elements, dist.get_world_size())
         ready_to_build("pin_memory", "async_io")
     if config.strategy.stage < 3:
         materialize(model, values)
@@ -307,7 +309,7 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
         module=torch.nn.Module(), config_dict_or_path=settings(config, dist.get_world_size())
     )
     owners = Owners(model)
-    for _, empty, whole in in_turn(model, values, context.dtype):
+    for _, empty, whole in in_turn(model.named_parameters(), values, context.dtype):
         parameter = owners.replace(empty, whole.to(context.local_device))
         # What zero.Init does to each parameter of a module that exists already, less its broadcast:
         # every rank has the same value.
@@ -374,13 +376,24 @@ def complete(trainer: Trainer) -> None:
     With round_robin_gradients it links parameters to the masters of others. In bf16 and fp16 it
     clones the fp32 masters from the rounded parameters. At stage 0 it also makes room for the
     moments by a step with zero gradients, which decays the masters and counts as Adam's first; in
-    fp32 it drops the gradient norm there.
+    fp32 it drops the gradient norm there. Of gradients on NVMe it reads most not at all.
     """
     from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+    from train.logs import log
+    from train.strategy import swapped
 
     engine = trainer.model_wrapped
     precision = trainer.config.precision
     _link_masters(engine.optimizer)
+    swapped.align_gradients(engine.optimizer)
+    if getattr(engine.optimizer, "swap_optimizer", False) and not swapped.elements(
+        engine.optimizer
+    ):
+        log.warning(
+            "strategy.offload_optimizer=nvme puts nothing on the disk: what is smaller than a MiB, "
+            "or strategy.aio.block_size_bytes, stays in memory, and all parts of this model are"
+        )
     is_new = bool(trainer.initial_values)
     if is_new and precision.compute_dtype != "fp32" and precision.master_dtype == "fp32":
         _start_from_fp32(trainer)
@@ -419,30 +432,22 @@ def _link_masters(zero: Any) -> None:
 
 def _start_from_fp32(trainer: Trainer) -> None:
     """Give the master weights their values unrounded, one parameter at a time, on every rank."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    from train.logs import log
+    from train.strategy import swapped
     from train.weights import in_turn
 
-    strategy, engine = trainer.config.strategy, trainer.model_wrapped
-    assert isinstance(strategy, ZeroStrategy)
-    if strategy.offload_optimizer == "nvme":
-        # Each parameter would read and write its sub-group's masters and moments on disk once.
-        log.info("the master weights on NVMe start from values rounded to the compute dtype")
-        return
-    masters = _replicated_masters(engine)
-    for _, parameter, whole in in_turn(engine.module, trainer.initial_values):
-        if strategy.stage == 0:
+    engine, values = trainer.model_wrapped, trainer.initial_values
+    parameters = dict(engine.module.named_parameters())
+    if masters := _replicated_masters(engine):
+        for _, parameter, whole in in_turn(parameters.items(), values):
             masters[parameter].data.copy_(whole)
-        elif strategy.stage < 3:
-            safe_set_full_fp32_param(parameter, whole)
-        else:
-            # The setter of whole ones runs past the end where the ranks do not divide the size.
-            count = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            part = whole.new_zeros(count)
-            mine = whole.flatten()[parameter.ds_zero_partition_rank * count :][:count]  # type: ignore[attr-defined]
-            part[: mine.numel()] = mine
-            safe_set_local_fp32_param(parameter, part)
+        return
+    names = {parameter: name for name, parameter in parameters.items()}
+    for index, (flat, pieces) in enumerate(_flat_partitions(engine, names)):
+        mine = [(name, parameters[name]) for name, *_ in pieces]
+        with swapped.in_memory(engine.optimizer, index):
+            for piece, (_, _, whole) in zip(pieces, in_turn(mine, values), strict=True):
+                _, start, length, place = piece
+                flat.data[place : place + length].copy_(whole.flatten()[start : start + length])
 
 
 def _replicated_masters(engine: Any) -> dict[Any, torch.Tensor]:
@@ -484,7 +489,7 @@ def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
 def read_back(trainer: Trainer) -> dict[str, Any]:
     import deepspeed
 
-    from train.strategy import loop
+    from train.strategy import loop, swapped
 
     engine = trainer.model_wrapped
     if not isinstance(engine, deepspeed.DeepSpeedEngine):
@@ -526,6 +531,8 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         )
     if stage == 3:
         facts["persistence_elements"] = engine.zero_param_persistence_threshold()
+        if facts["offload_optimizer"] == "nvme":
+            facts["optimizer_elements_on_nvme"] = swapped.elements(zero)
     computed = _most_common_dtype(engine.module)
     masters = facts.get("master_dtypes") or {m.dtype for m in _replicated_masters(engine).values()}
     masters = masters or {computed}
@@ -559,6 +566,7 @@ def loss_scaling(optimizer: Any) -> dict[str, Any]:
 
 def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
     from train.checkpoint.moments import check_names, restore_flat, restore_whole
+    from train.strategy import swapped
 
     engine, optimizer = trainer.model_wrapped, trainer.innermost_optimizer()
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
@@ -568,8 +576,9 @@ def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
         masters = _replicated_masters(engine)
         restore_whole(optimizer, state, {name: masters.get(p, p) for p, name in names.items()})
         return
-    for flat, pieces in _flat_partitions(engine, names):
-        restore_flat(optimizer, flat, state, pieces)
+    for index, (flat, pieces) in enumerate(_flat_partitions(engine, names)):
+        with swapped.in_memory(engine.optimizer, index):
+            restore_flat(optimizer, flat, state, pieces)
 
 
 def _flat_partitions(

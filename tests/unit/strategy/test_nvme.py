@@ -10,12 +10,13 @@ import pytest
 
 from tests.unit.strategy.test_settings import ZERO3, config
 from train.config import RunConfig, ZeroStrategy
-from train.strategy import nvme
+from train.errors import UserError
+from train.strategy import nvme, swapped
 
 
-def on_disk(path: Path) -> RunConfig:
+def on_disk(path: Path, **fields: object) -> RunConfig:
     return config(
-        strategy={**ZERO3, "offload_optimizer": "nvme", "nvme_path": str(path)},
+        strategy={**ZERO3, "offload_optimizer": "nvme", "nvme_path": str(path), **fields},
         run_dir=str(path / "run"),
     )
 
@@ -67,3 +68,41 @@ def test_the_folder_of_a_run_goes_and_the_disk_stays(tmp_path: Path) -> None:
     (folder / "zero_stage_3").mkdir(parents=True)
     nvme.discard(run)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_buffer_that_holds_no_part_of_a_parameter(tmp_path: Path) -> None:
+    run = on_disk(tmp_path, offload_parameters="nvme", nvme_buffer_elements=1000)
+    nvme.check_model(run, {"small": 10, "wte.weight": 2000}, world_size=2)
+    with pytest.raises(
+        UserError,
+        match=r"strategy.nvme_buffer_elements=1,000 holds no rank's part of wte.weight, which has "
+        r"1,001 elements; raise it to that",
+    ):
+        nvme.check_model(run, {"small": 10, "wte.weight": 2001}, world_size=2)
+
+
+def test_a_disk_that_is_too_full(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    run = on_disk(tmp_path)
+    nvme.check_model(run, {"weight": free // 32}, world_size=1)
+    with pytest.raises(
+        UserError, match=rf"strategy.nvme_path={tmp_path} has [\d.,]+ GB free, and .* takes .* GB"
+    ):
+        nvme.check_model(run, {"weight": free}, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "expected"),
+    [
+        (0, 512, [(0, 512)]),
+        (0, 600, [(0, 512), (512, 88)]),
+        (100, 600, [(0, 156), (156, 256), (412, 188)]),
+        (100, 156, [(0, 156)]),
+        (100, 20, [(0, 20)]),
+        (256, 20, [(0, 20)]),
+    ],
+)
+def test_a_gradient_is_cut_where_a_disk_can_begin_and_end(
+    offset: int, length: int, expected: list[tuple[int, int]]
+) -> None:
+    assert swapped.sections(offset, length, alignment=256) == expected
