@@ -1,4 +1,4 @@
-"""A run whose optimizer lies on a disk saves, goes on and is recovered like any other."""
+"""A run whose weights and optimizer lie on a disk learns, saves and goes on like any other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.jobs import restored_and_saved, whole_run
 from tests.distributed.test_master_weights import masters_that_differ
-from tests.distributed.test_parity import NVME, curve
+from tests.distributed.test_parity import curve
 from tests.distributed.test_resume import SAVED, STEPS, STRATEGIES, interrupted
 from train.checkpoint import portable
 from train.logs import log
@@ -29,20 +29,57 @@ pytestmark = [
 Tree = dict[str, Any]
 
 
+NVME = {
+    "kind": "zero",
+    "stage": 3,
+    "offload_optimizer": "nvme",
+    "offload_parameters": "nvme",
+    "nvme_buffer_elements": 1_300_000,
+}
+
+
 @pytest.fixture
-def tree(tiny_tree: Callable[[str], Tree], tmp_path: Path) -> Tree:
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def tree(tiny_tree: Callable[[str], Tree], disk: Path) -> Tree:
     """Return a model of which some sub-groups are large enough for the disk, and some are not."""
     tree = tiny_tree("clm")
     # Odd sizes, so that partitions need padding.
     tree["model"] |= {"vocab_size": 389, "intermediate_size": 40_001, "dropout": 0.0}
     tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED}
-    (tmp_path / "disk").mkdir()
-    tree["strategy"] = {
-        **NVME,
-        "nvme_path": str(tmp_path / "disk"),
-        "sub_group_elements": 600_000,
-    }
+    tree["strategy"] = {**NVME, "nvme_path": str(disk), "sub_group_elements": 600_000}
     return tree
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_two_ranks_learn_what_one_rank_learns(
+    objective: str,
+    tiny_tree: Callable[[str], Tree],
+    disk: Path,
+    frozen_run: Callable[[Tree], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    tree = tiny_tree(objective)
+    tree["model"]["intermediate_size"] = 20_000
+    in_memory = {"strategy": {"kind": "single"}, "launcher": {**tree["launcher"]}}
+    in_memory["launcher"]["nproc_per_node"] = 1
+    alone = frozen_run({**tree, **in_memory})
+    ranks(1)(whole_run, alone)
+    run_dir = frozen_run({**tree, "strategy": {**NVME, "nvme_path": str(disk)}})
+    ranks(2)(whole_run, run_dir)
+    assert len(curve(run_dir)) == 20
+    assert curve(run_dir) == pytest.approx(curve(alone), abs=1e-4)
+    assert curve(run_dir, "eval_loss") == pytest.approx(curve(alone, "eval_loss"), abs=1e-4)
+    assert curve(run_dir, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), abs=1e-3)
+    engine = json.loads((run_dir / "engine.json").read_text())
+    assert engine["offload_parameters"] == "nvme"
+    assert engine["optimizer_elements_on_nvme"] > 1_000_000
+    assert list(disk.iterdir()) == [], "the run left its files behind"
 
 
 def assert_alike(found: Path, expected: Path) -> None:
@@ -82,7 +119,6 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert torch.equal(tensor, masters[name].whole()), name
     on_disk = json.loads((resumed / "engine.json").read_text())["optimizer_elements_on_nvme"]
     assert 0 < on_disk < sum(tensor.numel() for tensor in final.values()) / 2, "all is, or nothing"
-    assert list((tmp_path / "disk").iterdir()) == [], "the run left its files behind"
 
 
 @pytest.mark.parametrize(
@@ -140,12 +176,11 @@ def what_is_logged(run_dir: Path) -> str:
 def test_a_model_too_small_for_the_disk_is_told(
     tiny_tree: Callable[[str], Tree],
     frozen_run: Callable[[Tree], Path],
-    tmp_path: Path,
+    disk: Path,
     ranks: Callable[[int], Any],
 ) -> None:
     tree = tiny_tree("clm")
-    (tmp_path / "disk").mkdir()
-    tree["strategy"] = {**NVME, "nvme_path": str(tmp_path / "disk")}
+    tree["strategy"] = {**NVME, "nvme_path": str(disk)}
     tree["trainer"]["max_steps"] = 1
     run_dir = frozen_run(tree)
     for text in ranks(2)(what_is_logged, run_dir):

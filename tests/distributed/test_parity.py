@@ -19,13 +19,6 @@ NAMES = (
     *("zero3", "zero3_nothing_kept", "zero3_hierarchical", "zero3_offload"),
     *("fsdp_grad_op", "fsdp_offload", "fsdp_by_size", "fsdp_one_unit", "fsdp_reduce_once"),
 )
-NVME = {
-    "kind": "zero",
-    "stage": 3,
-    "offload_optimizer": "nvme",
-    "offload_parameters": "nvme",
-    "nvme_buffer_elements": 1_300_000,
-}
 HYBRID = {
     "fsdp_hybrid": {"kind": "fsdp", "replicas": 2},
     "fsdp_hybrid_grad_op": {"kind": "fsdp", "replicas": 2, "reshard_after_forward": False},
@@ -46,15 +39,6 @@ def reference() -> dict[str, dict[str, list[float]]]:
     return {}
 
 
-def of_size(objective: str, tiny_tree: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """Return the tree of an objective, or of one whose model is large enough for a disk."""
-    name, _, size = objective.partition(" ")
-    tree = tiny_tree(name)
-    if size == "large":
-        tree["model"]["intermediate_size"] = 20_000
-    return tree
-
-
 def curves_of_one_rank(
     objective: str,
     tiny_tree: Callable[[str], dict[str, Any]],
@@ -63,7 +47,7 @@ def curves_of_one_rank(
     reference: dict[str, dict[str, list[float]]],
 ) -> dict[str, list[float]]:
     if objective not in reference:
-        tree = of_size(objective, tiny_tree)
+        tree = tiny_tree(objective)
         tree["strategy"] = {"kind": "single"}
         tree["launcher"]["nproc_per_node"] = 1
         alone = frozen_run(tree)
@@ -93,32 +77,6 @@ def test_two_ranks_learn_what_one_rank_learns(
     assert curve(run_dir, "eval_loss") == pytest.approx(expected["eval_loss"], abs=1e-4)
     assert curve(run_dir, "grad_norm") == pytest.approx(expected["grad_norm"], abs=1e-3)
     assert lines(run_dir)[-1]["samples"] == 20 * 16
-
-
-@pytest.mark.timeout(1500)  # that of a cold compiler
-@pytest.mark.usefixtures("async_io")
-@pytest.mark.parametrize("objective", ["clm large", "mlm large"])
-def test_weights_and_optimizer_on_a_disk_learn_the_same(
-    objective: str,
-    tmp_path: Path,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
-    reference: dict[str, dict[str, list[float]]],
-) -> None:
-    expected = curves_of_one_rank(objective, tiny_tree, frozen_run, ranks, reference)
-    disk = tmp_path / "nvme"
-    disk.mkdir()
-    tree = of_size(objective, tiny_tree)
-    tree["strategy"] = {**NVME, "nvme_path": str(disk)}
-    run_dir = frozen_run(tree)
-    ranks(2)(whole_run, run_dir)
-    assert curve(run_dir) == pytest.approx(expected["loss"], abs=1e-4)
-    assert curve(run_dir, "eval_loss") == pytest.approx(expected["eval_loss"], abs=1e-4)
-    engine = json.loads((run_dir / "engine.json").read_text())
-    assert engine["offload_parameters"] == "nvme"
-    assert engine["optimizer_elements_on_nvme"] > 1_000_000
-    assert list(disk.iterdir()) == [], "the run left its files behind"
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
