@@ -58,8 +58,6 @@ def header(
         "env": " ".join(f"{k}={v}" for k, v in environment.items() if not k.startswith("PYTHON")),
         "run dir": str(config.run_dir),
     }
-    if trainer.optimizer == "adamw_8bit":
-        rows["resume"] = f"impossible with trainer.optimizer={trainer.optimizer}; recover works"
     return f"\nshardwright {config.name}\n" + "\n".join(
         f"  {name:<10}{text}" for name, text in rows.items() if text != "none"
     )

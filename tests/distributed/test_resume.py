@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.distributed.jobs import restored_and_saved, whole_run
+from tests.distributed.test_optimizers import COMPILED_FOR_DTENSORS, PURE_BF16, needs_torchao
 from tests.distributed.test_parity import curve
 from train.checkpoint import portable
 
@@ -123,23 +124,33 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "name"), [("muon", "ddp"), ("muon", "fsdp"), ("adafactor", "ddp")]
+    ("optimizer", "name", "precision"),
+    [
+        *(("muon", "ddp", {}), ("muon", "fsdp", {}), ("adafactor", "ddp", {})),
+        pytest.param("adamw_8bit", "ddp", {}, marks=needs_torchao),
+        *(
+            pytest.param("adamw_8bit", *case, marks=[needs_torchao, pytest.mark.slow])
+            for case in (("fsdp", {}), ("zero0", {}), ("ddp", PURE_BF16))
+        ),
+    ],
 )
 def test_every_optimizer_goes_on_with_the_same_bits(
     optimizer: str,
     name: str,
+    precision: dict[str, str],
     tiny_tree: Callable[[str], dict[str, Any]],
     frozen_run: Callable[[dict[str, Any]], Path],
     tmp_path: Path,
     ranks: Callable[[int], Any],
 ) -> None:
     tree = tiny_tree("mlm")
-    tree["strategy"] = STRATEGIES[name]
+    tree["strategy"], tree["precision"] = STRATEGIES[name], precision
     tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED, "optimizer": optimizer}
     source = frozen_run(tree)
-    ranks(2)(whole_run, source)
+    may_stay = (optimizer, name) == COMPILED_FOR_DTENSORS
+    ranks(2)(whole_run, source, threads_may_stay=may_stay)
     resumed = interrupted(source, tmp_path / "resumed")
-    ranks(2)(whole_run, resumed)
+    ranks(2)(whole_run, resumed, threads_may_stay=may_stay)
     assert curve(resumed) == curve(source)
     assert (resumed / "final/model.safetensors").read_bytes() == (
         source / "final/model.safetensors"

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
+from train.checkpoint import eight_bit
 from train.checkpoint.hashed import HashedFolder
 from train.checkpoint.snapshot import Snapshot
 
@@ -33,10 +34,14 @@ class DistributedState:
     """
 
     def __init__(self, trainer: Trainer, *, copy: bool) -> None:
-        model_state, optimizer_state = get_state_dict(trainer.model, trainer.torch_optimizer())
+        optimizer = trainer.torch_optimizer()
+        model_state, optimizer_state = get_state_dict(trainer.model, optimizer)
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+        if eight_bit.in_use(optimizer):
+            state["optimizer"] = eight_bit.appearing_in_fp32(optimizer_state)
         self._planner = _Planner()
         self._planner.set_up_planner(
-            {"model": model_state, "optimizer": optimizer_state},
+            state,
             is_coordinator=trainer.args.process_index == 0,
         )
         self._metadata: Metadata | None = None
@@ -92,7 +97,7 @@ class _Planner(DefaultSavePlanner):
         snapshot = Snapshot()
         copies: dict[Any, Any] = {}
         for item in plan.items:
-            data = super().resolve_data(item)
+            data = self.resolve_data(item)
             copies[item.index] = snapshot.part(data) if isinstance(data, torch.Tensor) else data
         snapshot.wait()
         self._copies, self.state_dict = copies, {}
@@ -100,7 +105,7 @@ class _Planner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Any:
         if self._copies is not None:
             return self._copies[write_item.index]
-        return super().resolve_data(write_item)
+        return eight_bit.dequantised(super().resolve_data(write_item))
 
 
 class _HashedFileSystem(FileSystem):

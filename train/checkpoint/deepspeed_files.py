@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
+from train.checkpoint import eight_bit
 from train.checkpoint.hashed import HashedFolder
 from train.checkpoint.snapshot import Snapshot
 from train.strategy import swapped
@@ -43,6 +44,9 @@ class DeepSpeedState:
             if _OPTIMIZER in state and getattr(engine.optimizer, "swap_optimizer", False):
                 assert not copy, "refused as a contradiction"
                 state[_OPTIMIZER] = swapped.mapped(engine.optimizer, state[_OPTIMIZER])
+        # Stage 0 steps whole parameters, and so with any optimizer.
+        if eight_bit.in_use(getattr(engine.optimizer, "optimizer", engine.optimizer)):
+            self._states = eight_bit.dequantised(self._states)
         self._texts = {"latest": TAG, **texts} if is_first else {}
         if copy:
             snapshot = Snapshot()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from train.checkpoint import eight_bit
 from train.checkpoint.lazy import LazyTensor, PortableState
 from train.errors import UserError
 
@@ -30,8 +31,10 @@ def restore_whole(
     """Fill an optimizer that steps whole tensors, ``parameters`` by name."""
     for name, parameter in parameters.items():
 
-        def whole(tensor: LazyTensor, like: torch.Tensor = parameter) -> torch.Tensor:
-            return tensor.whole().to(like.device, like.dtype)
+        def whole(
+            tensor: LazyTensor, dtype: torch.dtype, like: torch.Tensor = parameter
+        ) -> torch.Tensor:
+            return tensor.whole().to(like.device, dtype)
 
         optimizer.state[parameter] = entries(optimizer, parameter, state, name, whole)
 
@@ -41,14 +44,20 @@ def entries(
     parameter: torch.Tensor,
     state: PortableState,
     name: str,
-    take: Callable[[LazyTensor], torch.Tensor],
+    take: Callable[[LazyTensor, torch.dtype], torch.Tensor],
 ) -> dict[str, Any]:
-    """Return one parameter's optimizer state; ``take`` gives this rank's part of a tensor."""
+    """Return one parameter's optimizer state; ``take`` gives this rank's part in a dtype."""
     scalars = {
         kind: scalar(optimizer, parameter, value)
         for kind, value in state.scalars.get(name, {}).items()
     }
-    moments = {kind: take(tensor) for kind, tensor in state.moments.get(name, {}).items()}
+    moments = {}
+    for kind, tensor in state.moments.get(name, {}).items():
+        if eight_bit.in_use(optimizer):
+            values = take(tensor, torch.float32)
+            moments[kind] = eight_bit.quantised(optimizer, parameter, kind, values)
+        else:
+            moments[kind] = take(tensor, parameter.dtype)
     return {**scalars, **moments}
 
 

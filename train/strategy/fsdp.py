@@ -60,6 +60,12 @@ def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
             "which is made for GPUs, on the CPU; set strategy.offload=false, or "
             "trainer.optimizer=adamw"
         )
+    if optimizer == "adamw_8bit" and config.precision.master_dtype != "fp32":
+        # torchao 0.18 casts its moments by an operation that they do not have as DTensors.
+        yield (
+            "trainer.optimizer=adamw_8bit under strategy=fsdp needs precision.master_dtype=fp32, "
+            f"but it is {config.precision.master_dtype}; choose precision=bf16 or strategy=ddp"
+        )
     if strategy.wrap == "none" and not strategy.reshard_after_forward:
         yield (
             "strategy.wrap=none makes the model one unit, which is kept gathered between forward "
@@ -361,7 +367,7 @@ def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
         optimizer.state[parameter] = entries(optimizer, parameter, state, name, take)
 
 
-def _sharded_as(parameter: DTensor, tensor: LazyTensor) -> DTensor:
+def _sharded_as(parameter: DTensor, tensor: LazyTensor, dtype: torch.dtype) -> DTensor:
     """Return a DTensor that is sharded as ``parameter``; only this rank's part is read."""
     import math
 
@@ -374,7 +380,7 @@ def _sharded_as(parameter: DTensor, tensor: LazyTensor) -> DTensor:
     start = offset[0] * math.prod(parameter.shape[1:]) if 0 not in shape else 0
     local = tensor.read(start, start + math.prod(shape)).view(shape)
     return DTensor.from_local(
-        local.to(parameter.to_local().device, parameter.dtype),
+        local.to(parameter.to_local().device, dtype),
         mesh,
         placements,
         run_check=False,

@@ -8,18 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.machine import Machine, resolve
-from launchers.report import RankFailure, exit_code, failure, header, rank_failures, stopped
-from tests.unit.launchers.test_machine import config
+from launchers.report import RankFailure, exit_code, failure, rank_failures, stopped
 from train.stop import Stopped
-
-
-def test_a_run_that_cannot_go_on_says_so_before_it_starts() -> None:
-    run = resolve(config(), Machine(), "/runs/a")
-    assert "  resume" not in header(run, {}, Machine(), {})
-    eight_bit = run.trainer.model_copy(update={"optimizer": "adamw_8bit"})
-    told = header(run.model_copy(update={"trainer": eight_bit}), {}, Machine(), {})
-    assert "  resume    impossible with trainer.optimizer=adamw_8bit; recover works" in told
 
 
 def note(logs: Path, rank: int, time: float, kind: str = "RuntimeError") -> None:

@@ -204,6 +204,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         for name in ("muon", "adamw_8bit")
     ),
     (
+        {
+            "trainer": {**TREE["trainer"], "optimizer": "adamw_8bit"},
+            "strategy": FSDP,
+            "precision": PURE,
+        },
+        "trainer.optimizer=adamw_8bit under strategy=fsdp needs precision.master_dtype=fp32, but",
+    ),
+    (
         {"strategy": {**ZERO2, "cpu_adam": "deepspeed"}},
         "cpu_adam=deepspeed needs an optimizer in host memory, but strategy.offload_optimizer=none",
     ),
