@@ -79,6 +79,48 @@ def test_two_ranks_learn_what_one_rank_learns(
     assert lines(run_dir)[-1]["samples"] == 20 * 16
 
 
+def tuned() -> list[Any]:
+    """Return what users tune, of values so small that even a tiny model fills many buckets."""
+    zero = {"kind": "zero", "reduce_bucket_elements": 3000, "allgather_bucket_elements": 3000}
+    gathers = {"prefetch_elements": 2000, "persistence_elements": 0, "max_live_elements": 20_000}
+    zero3 = {**zero, **gathers, "stage": 3, "max_reuse_distance_elements": 1000}
+    zero3["reduce_bucket_elements"] = 13_000  # a bucket holds the largest parameter
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "overlap": {"overlap_communication": True},
+        "scattered": {"contiguous_gradients": False},
+        "reduced": {"reduce_scatter": False},
+        "round_robin": {"round_robin_gradients": True},
+        "offload": {"offload_optimizer": "cpu", "overlap_communication": True},
+    }
+    of_3 = ("plain", "overlap", "scattered", "offload")
+    cases = {f"zero{n}-{way}": {**zero, "stage": n, **ways[way]} for n in (1, 2) for way in ways}
+    cases |= {f"zero3-{way}": {**zero3, **ways[way]} for way in of_3}
+    cases["ddp"] = {"kind": "ddp", "bucket_size_bytes": 4096}
+    in_the_default_suite = ("zero1-plain", "zero2-offload", "zero3-overlap")
+    return [
+        pytest.param(case, id=name, marks=() if name in in_the_default_suite else pytest.mark.slow)
+        for name, case in cases.items()
+    ]
+
+
+@pytest.mark.parametrize("strategy", tuned())
+def test_tuning_does_not_change_what_is_learned(
+    strategy: dict[str, Any],
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+    reference: dict[str, dict[str, list[float]]],
+) -> None:
+    expected = curves_of_one_rank("clm", tiny_tree, frozen_run, ranks, reference)
+    tree = tiny_tree("clm")
+    tree["strategy"] = strategy
+    run_dir = frozen_run(tree)
+    ranks(2)(whole_run, run_dir)
+    assert curve(run_dir) == pytest.approx(expected["loss"], abs=1e-4)
+    assert curve(run_dir, "grad_norm") == pytest.approx(expected["grad_norm"], abs=1e-3)
+
+
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
 def test_accumulation_does_not_change_what_is_learned(
     micro_batch_size: int,
