@@ -91,6 +91,7 @@ def run(
         request.child = child.pid
         signal.pthread_sigmask(signal.SIG_SETMASK, mask - set(ASKS_TO_STOP))
         while child.poll() is None and time.monotonic() < request.deadline:
+            request.hear()
             # Ranks may be started, and begin to listen, after the signal has come.
             request.tell()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -138,6 +139,13 @@ class _Request:
         self.deadline = min(self.deadline, time.monotonic() + left)
         self.tell()
 
+    def hear(self) -> None:
+        """Take a STOP that somebody sent to a launcher in between as one to this process."""
+        if self.signals or self.child is None:
+            return
+        if any(_has_in_mask(pid, _PENDING) for pid in _launchers(self.child)):
+            self.note(STOP, None)
+
     def tell(self) -> None:
         """Send STOP to the child and its ranks, once to each that it does not kill."""
         if not self.signals or self.child is None:
@@ -180,15 +188,33 @@ def _rank_variables(pid: int) -> set[bytes]:
 
 def _listens(pid: int) -> bool:
     """Return whether a process catches, blocks or ignores STOP; any other it would kill."""
+    return _has_in_mask(pid, ("SigBlk", "SigIgn", "SigCgt"))
+
+
+def _has_in_mask(pid: int, names: tuple[str, ...]) -> bool:
+    """Return whether one of these masks in /proc/PID/status has STOP in it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
-    masks = (line.split()[1] for line in status.splitlines() if line[:6] in _DISPOSITIONS)
+    masks = (line.split()[1] for line in status.splitlines() if line.startswith(names))
     return any(int(mask, 16) >> (STOP - 1) & 1 for mask in masks)
 
 
-_DISPOSITIONS = ("SigBlk", "SigIgn", "SigCgt")
+_PENDING = ("SigPnd", "ShdPnd")
+
+
+def _launchers(pid: int) -> Iterator[int]:
+    """Yield a process and those below it that are above ranks."""
+    yield pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = path.read_text().split()
+        except OSError:
+            continue
+        for child in map(int, children):
+            if not _is_rank(child):
+                yield from _launchers(child)
 
 
 def replace(argv: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers import start
 from tests.unit.launchers.fakes import ROOT
 
 # A launcher that dies of SIGUSR1, as torchrun does; a rank with a child of its own that does too.
@@ -49,7 +50,7 @@ Relay = Callable[..., "subprocess.Popen[bytes]"]
 def relay(tmp_path: Path) -> Relay:
     """Return a function that starts two ranks below a launcher below a relay."""
 
-    def start(
+    def run(
         *options: str, imports: float = 0.0, save: float = 0.0, **environment: str
     ) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path), str(imports), str(save)]
@@ -58,7 +59,7 @@ def relay(tmp_path: Path) -> Relay:
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         )
 
-    return start
+    return run
 
 
 def wait_for(path: Path) -> None:
@@ -66,6 +67,10 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"no {path}"
         time.sleep(0.01)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
@@ -76,6 +81,16 @@ def test_the_ranks_get_it_and_their_exit_code_comes_back(
     for rank in range(2):
         wait_for(tmp_path / f"ready-{rank}")
     process.send_signal(number)
+    assert process.wait(60) == 75
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in range(2)] == ["0", "0"]
+
+
+def test_one_to_the_launcher_alone_is_told_to_the_ranks(relay: Relay, tmp_path: Path) -> None:
+    process = relay()
+    for rank in range(2):
+        wait_for(tmp_path / f"ready-{rank}")
+    (launcher,) = (p for p in start.descendants(process.pid) if parent(p) == process.pid)
+    os.kill(launcher, signal.SIGUSR1)
     assert process.wait(60) == 75
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in range(2)] == ["0", "0"]
 
