@@ -84,7 +84,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         if early_stopping.is_due(config, restore.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/
     args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=steps)
-    args.eval_on_start = resumed is not None and restore.lacks_evaluation(resumed, config)
+    args.eval_on_start = resumed is not None and restore.lacks_evaluation(resumed, config, steps)
     model = engine_of(config).shard(model, values, config)
     place = {"rank": rank.index, "world_size": rank.world_size}
     trainer = Trainer(

@@ -62,6 +62,7 @@ IN_THE_DEFAULT_SUITE = {
     ("ddp", "in the third step, of rank 1"),
     ("ddp", "in an evaluation, of rank 0"),
     ("ddp", "in the export, of rank 0"),
+    ("ddp", "in the last step, of rank 0"),
     ("zero2", "in a save, all twice"),
 }
 

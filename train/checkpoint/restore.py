@@ -221,10 +221,15 @@ def history(resumed: Resumed) -> list[dict[str, Any]]:
     return json.loads((resumed.checkpoint / TRAINER_STATE).read_text())["log_history"]
 
 
-def lacks_evaluation(resumed: Resumed, config: RunConfig) -> bool:
-    """Return whether the evaluation at a checkpoint's step was cut short by a stop."""
+def lacks_evaluation(resumed: Resumed, config: RunConfig, total_steps: int) -> bool:
+    """Return whether the evaluation at a checkpoint's step was cut short by a stop.
+
+    Where any step is evaluated, the last one is too.
+    """
     every = config.trainer.eval_every_steps
-    if every is None or resumed.step % every or not config.data.eval_fraction:
+    if every is None or not config.data.eval_fraction:
+        return False
+    if resumed.step % every and resumed.step != total_steps:
         return False
     return not any("eval_loss" in e and e["step"] == resumed.step for e in history(resumed))
 
