@@ -49,6 +49,9 @@ def install() -> None:
     """Have SIGNALS ask for a clean stop from now on; whoever started this process may block them.
 
     A second SIGINT kills, any other second signal changes nothing. What nohup ignores stays so.
+    Below torchrun a second SIGINT changes nothing either: it passes its own one on, to ranks that
+    may have got theirs already, and a terminal's Ctrl-C does not reach them (torch 2.13,
+    elastic/multiprocessing/api.py, start_new_session).
     """
     global _request, _asker
     _request = _asker = None
@@ -66,7 +69,7 @@ def _note(number: int, frame: FrameType | None) -> None:
         if _at_once:
             raise Stop
         return
-    if number == signal.SIGINT:
+    if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
         signal.signal(number, signal.SIG_DFL)
     if _request is None:
         _request = _Request(_asker or signal.Signals(number).name, time.monotonic())

@@ -43,6 +43,12 @@ CASES = {
         "SIGINT",
         -signal.SIGINT,
     ),
+    "one that torchrun passes on is no second ctrl-c": (
+        "os.environ['TORCHELASTIC_RUN_ID'] = 'run'\n"
+        "stop.install(); get(signal.SIGINT, signal.SIGINT); print(stop.asked())",
+        "SIGINT",
+        0,
+    ),
     "what nohup ignores stays ignored": (
         "signal.signal(signal.SIGHUP, signal.SIG_IGN); stop.install(); get(signal.SIGHUP)\n"
         "print(stop.asked())",
