@@ -20,6 +20,7 @@ from train.checkpoint.export import best_checkpoint, export
 from train.checkpoint.layout import read_manifest
 from train.checkpoint.restore import Resumed
 from train.config import total_steps
+from train.data import tokenizer
 from train.data.loader import eval_loader, train_loader
 from train.errors import UserError
 from train.provenance import write_provenance
@@ -54,6 +55,8 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
     else:
         final = export(trainer, model_card(trainer, trainer.last_evaluation()))
     engine_of(trainer.config).clean_up(trainer.config)
+    if rank.index == 0:
+        tokenizer.sweep(trainer.run_dir / "tokenizer")
     if rank.index == 0 and trainer.config.objective.prompts and not stop.asked():
         sample.show(final, trainer.config.objective.prompts, console)
     return final

@@ -289,6 +289,12 @@ def _publish(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sweep(directory: Path) -> None:
+    """Remove what a kill has left of copies of a tokenizer; for one rank, once all have theirs."""
+    for path in directory.parent.glob(f".{directory.name}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _first_of(ids: list[int | None]) -> int | None:
     return next((i for i in ids if i is not None), None)
 

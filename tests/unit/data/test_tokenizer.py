@@ -18,6 +18,7 @@ from train.data.tokenizer import (
     document_prefix,
     ensure_tokenizer,
     special_ids,
+    sweep,
     train_byte_bpe,
     vocabulary_size,
 )
@@ -40,6 +41,13 @@ def pretrained(directory: Path, **special: str) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
     fast.save_pretrained(directory)
     return directory
+
+
+def test_what_a_kill_left_of_a_copy_goes(tmp_path: Path) -> None:
+    for name in (".tokenizer-0123", "tokenizer", ".other-0123"):
+        (tmp_path / name).mkdir()
+    sweep(tmp_path / "tokenizer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other-0123", "tokenizer"]
 
 
 def test_special_tokens_come_first_then_all_bytes(sentences: Callable[..., str]) -> None:
