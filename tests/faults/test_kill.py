@@ -241,8 +241,8 @@ def test_a_run_killed_three_times_at_random_ends_with_the_same_bits(
     kill_and_go_on(
         run_dir,
         [
-            # Any event of the run but its last ones, as a rank that finds the tokenizer copied has a
-            # few less; then one of the many that every start has.
+            # Any event of the run but its last ones, as a rank that finds the tokenizer copied has
+            # a few less; then one of the many that every start has.
             AtEvent("", draw.randrange(moments * 3 // 4), rank, everyone=draw.random() < 0.5),
             AtEvent("", draw.randrange(20), 0, everyone=draw.random() < 0.5),
             AtEvent("", draw.randrange(20), 0, everyone=draw.random() < 0.5),
