@@ -45,7 +45,7 @@ def in_turn(
     # ZeRO-3 leaves an empty tensor in place of a parameter and the whole shape beside it.
     parameters = list(parameters)
     shapes = [getattr(p, "ds_shape", p.shape) for _, p in parameters]
-    largest = max(map(math.prod, shapes))
+    largest = max(map(math.prod, shapes), default=0)  # a rank's partition may be all padding
     buffer = torch.empty(largest, dtype=torch.float32)
     cast = buffer if dtype == torch.float32 else torch.empty(largest, dtype=dtype)
     for (name, parameter), shape in zip(parameters, shapes, strict=True):

@@ -22,7 +22,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from train.weights import Values, initialized, materialize
+from train.weights import Values, in_turn, initialized, materialize
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 1000,
@@ -122,6 +122,10 @@ def test_residual_projections_are_scaled_by_the_depth(architecture: str) -> None
     for deviation in scaled:
         # ModernBERT's are truncated at two deviations, which takes an eighth off.
         assert deviation == pytest.approx(0.02 / (2 * 4) ** 0.5, rel=0.15)
+
+
+def test_a_partition_that_is_all_padding_takes_no_values() -> None:
+    assert list(in_turn([], {})) == []
 
 
 def test_each_value_depends_on_seed_and_name_alone() -> None:
