@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -80,14 +81,23 @@ def check_model(config: RunConfig, elements: Mapping[str, int], world_size: int)
     ranks = min(config.launcher.ranks_per_node, world_size)
     needed = ranks * sum(parts.values()) * _bytes_per_element(config)
     # What a run that was killed has left there is written over.
-    there = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
-    free = shutil.disk_usage(path if path.exists() else path.parent).free + there
+    free = shutil.disk_usage(path.parent).free + _used_bytes(path)
     if free < needed:
         raise UserError(
             f"strategy.nvme_path={strategy.nvme_path} has {free / 1e9:,.1f} GB free, and what is "
             f"offloaded of {sum(elements.values()):,} parameters takes {needed / 1e9:,.1f} GB "
             f"there for {ranks} of {world_size} ranks; name a larger disk, or offload to cpu"
         )
+
+
+def _used_bytes(directory: Path) -> int:
+    """Return what files occupy; rglob would not bear that another rank removes some meanwhile."""
+    used = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                used += os.stat(Path(folder, name)).st_blocks * 512
+    return used
 
 
 def _bytes_per_element(config: RunConfig) -> int:

@@ -91,6 +91,22 @@ def test_a_disk_that_is_too_full(tmp_path: Path) -> None:
         nvme.check_model(run, {"weight": free}, world_size=1)
 
 
+def test_what_a_killed_run_left_on_the_disk_is_no_lack_of_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    run = on_disk(tmp_path)
+    folder = nvme.directory(run)
+    assert folder is not None
+    (folder / "rank0").mkdir(parents=True)
+    (folder / "rank0" / "0_1.tensor.swp").write_bytes(b"x" * 2**20)
+    (folder / "rank0" / "gone.tensor.swp").symlink_to("another rank removed it")
+    nvme.check_model(run, {"weight": 2**16}, world_size=1)
+    with pytest.raises(UserError, match="name a larger disk"):
+        nvme.check_model(run, {"weight": 2**17}, world_size=1)
+
+
 @pytest.mark.parametrize(
     ("offset", "length", "expected"),
     [
