@@ -46,6 +46,7 @@ from train.config import (
     RunConfig,
     ScratchModel,
 )
+from train.data.tokenizer import vocabulary_size
 from train.errors import UserError
 from train.logs import log
 from train.pretrained import CannotStream, streamed, weight_files
@@ -362,14 +363,16 @@ def _check_sizes(
     """Raise UserError where the tokenizer has more tokens or a sample more than the model takes."""
     text_config = model_config.get_text_config()
     rows = text_config.vocab_size
-    if len(tokenizer) > rows:
+    # Not the number of tokens: ids may have holes, and the highest needs a row too.
+    wanted = vocabulary_size(tokenizer)
+    if wanted > rows:
         remedy = (
             "choose the tokenizer that belongs to it"
             if config.model.kind == "pretrained"
-            else f"set model.vocab_size={len(tokenizer)} or choose another tokenizer"
+            else f"set model.vocab_size={wanted} or choose another tokenizer"
         )
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding only {rows} "
+            f"the tokenizer's ids go up to {wanted - 1} and the model's embedding has only {rows} "
             f"rows; {remedy}"
         )
     positions = getattr(text_config, "max_position_embeddings", None)

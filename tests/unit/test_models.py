@@ -493,8 +493,23 @@ def test_tokenizer_with_more_tokens_than_the_embedding_is_an_error(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     GPT2Config(vocab_size=100).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"261 tokens .* only 100 rows; choose the tokenizer that"):
+    with pytest.raises(UserError, match=r"up to 260 .* only 100 rows; choose the tokenizer that"):
         whole(from_directory(tmp_path, "clm"), tokenizer)
+
+
+def test_a_tokenizers_highest_id_counts_and_not_its_length(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "</s>": 1, "reason": 299}
+    holes = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
+        unk_token="<unk>",
+        eos_token="</s>",
+    )
+    GPT2Config(vocab_size=100, n_embd=16, n_layer=2, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"ids go up to 299 .* only 100 rows; choose the tokenizer"):
+        build(from_directory(tmp_path, "clm"), holes)
+    config = composed("gpt2_tiny", "model.vocab_size=299", *SHRUNK[1:])
+    with pytest.raises(UserError, match=r"only 299 rows; set model\.vocab_size=300"):
+        build(config, holes)
 
 
 # --- other bad input ----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from train.data.collator import Collator, Masking
 from train.data.prepare import Prepared
 from train.data.sampler import EvalBatches, SampleKey, TrainBatches
 from train.data.samples import Mixture, Window
-from train.data.tokenizer import special_ids, vocabulary_size
+from train.data.tokenizer import special_ids
 
 EVALUATION_SEED = 2**32
 """Masks held-out samples: no run's own, so that runs of any seed are measured by the same masks."""
@@ -118,7 +118,8 @@ def collator(prepared: Prepared, config: RunConfig, mask_seed: int) -> Collator:
     masking = None
     if config.objective.kind == "mlm":
         assert ids.mask is not None, "special_ids demands one"
-        every = np.arange(vocabulary_size(prepared.tokenizer))
+        # Not a range: ids may have holes.
+        every = np.array(sorted(set(prepared.tokenizer.get_vocab().values())), dtype=np.int64)
         special = np.array(sorted(prepared.tokenizer.all_special_ids), dtype=np.int64)
         masking = Masking(
             objective=config.objective,

@@ -17,7 +17,7 @@ from train.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PROBE_TIMEOUT_SECONDS = 20.0
 
@@ -73,7 +73,7 @@ def content_hash(directory: Path) -> str:
     return fingerprint(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the highest id plus one: rows that an embedding needs."""
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -126,7 +126,7 @@ def check_fits(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
     rows, wanted = config.model.padded_vocab_size, vocabulary_size(tokenizer)
     if wanted > rows:
         raise UserError(
-            f"tokenizer={_name(config)} has {wanted} tokens, but model.vocab_size="
+            f"tokenizer={_name(config)} has ids up to {wanted - 1}, but model.vocab_size="
             f"{config.model.vocab_size} gives the embedding {rows} rows; "
             f"set model.vocab_size={wanted} or choose a smaller tokenizer"
         )

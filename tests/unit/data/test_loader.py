@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from train.config import RunConfig
 from train.data import Prepared, prepare
@@ -145,3 +147,24 @@ def test_no_held_out_samples_make_no_batches(
 ) -> None:
     config = make_config(data={"eval_fraction": 0.0})
     assert list(eval_loader(prepare(config, run_dir), config, rank=0, world_size=2)) == []
+
+
+def test_random_tokens_are_none_of_the_holes_among_the_ids(
+    tmp_path: Path, make_config: MakeConfig, run_dir: Path
+) -> None:
+    vocabulary = {"<unk>": 0, "[SEP]": 1, "[MASK]": 2, "pure": 100, "reason": 299}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", sep_token="[SEP]", mask_token="[MASK]"
+    ).save_pretrained(tmp_path / "holes")
+    (tmp_path / "a.txt").write_text("pure reason " * 2000)
+    config = make_config(
+        mlm=True,
+        data={"paths": [str(tmp_path / "a.txt")], "eval_fraction": 0.0},
+        tokenizer={"kind": "pretrained", "name": str(tmp_path / "holes")},
+        objective={"random_token_share": 0.5, "mask_token_share": 0.5, "masking_rate": 0.9},
+    )
+    prepared = prepare(config, run_dir)
+    loader = train_loader(prepared, config, rank=0, world_size=1, total_steps=4)
+    assert {i for ids, _ in rows(loader) for i in ids} == {1, 2, 100, 299}

@@ -221,7 +221,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
     )
     with pytest.raises(
         UserError,
-        match=rf"has {size} tokens, but model\.vocab_size=20 gives the embedding 24 rows; "
+        match=rf"has ids up to {size - 1}, but model\.vocab_size=20 gives the embedding 24 rows; "
         rf"set model\.vocab_size={size}",
     ):
         tokenizer_of(config, run_dir)
