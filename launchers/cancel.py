@@ -99,7 +99,7 @@ def _wait(run_dir: Path, is_over: Callable[[], bool]) -> int:
             return FAILED
         time.sleep(POLL_SECONDS)
     stopped = stop.read(run_dir)
-    if stopped is None and (run_dir / "final").is_dir():
+    if stopped is None and status.is_done(run_dir, run_config.load(run_dir)):
         print("it was done before it could be stopped")
         return 0
     where = f"stopped at step {stopped.step}" if stopped else "ended"

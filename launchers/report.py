@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.machine import Machine
+from train import final
 from train.config import RunConfig, accumulation_steps
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
 from train.stop import Stopped
@@ -76,7 +77,7 @@ def other_nodes(config: RunConfig) -> str:
 def finish(run_dir: Path) -> str:
     """Return where everything of a successful run lies."""
     what = {
-        "model": run_dir / "final",
+        "model": run_dir / final.FINAL,
         "metrics": run_dir / "metrics.jsonl",
         "logs": run_dir / "logs",
         "checkpoints": run_dir / "checkpoints",

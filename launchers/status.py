@@ -13,7 +13,7 @@ from typing import Any
 
 from launchers import report, slurm
 from train import config as run_config
-from train import stop
+from train import final, stop
 from train.arguments import decoded
 from train.checkpoint import layout
 from train.config import RunConfig, total_steps
@@ -126,7 +126,7 @@ def of(run_dir: Path) -> Status:
     total = known_steps(run_dir, config)
     state, is_over = state_of(
         job,
-        is_done=(run_dir / "final").is_dir(),
+        is_done=is_done(run_dir, config),
         stopped=stop.read(run_dir),
         failures=report.rank_failures(run_dir),
         ranks_here=len(rank_processes(run_dir)),
@@ -177,6 +177,18 @@ def state_of(
     if silent_seconds < SILENT_SECONDS:
         return f"running, last heard of {duration(silent_seconds)} ago", False
     return f"silent for {duration(silent_seconds)}", True
+
+
+def is_done(run_dir: Path, config: RunConfig) -> bool:
+    """Return whether a run has come to its end: it has its model, and no step is missing.
+
+    A resume may ask for more steps than there are, and end before the first of them is made.
+    """
+    if final.of(run_dir) is None:
+        return False
+    total, saved = known_steps(run_dir, config), layout.named(run_dir / "checkpoints")
+    may_end_early = config.trainer.early_stopping_patience is not None
+    return may_end_early or total is None or not saved or saved[-1][0] >= total
 
 
 def known_steps(run_dir: Path, config: RunConfig) -> int | None:

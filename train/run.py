@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from train import config as run_config
-from train import data, history, models, sample, stop, stopping
+from train import data, final, history, models, sample, stop, stopping
 from train.callbacks import early_stopping
 from train.callbacks.engine import EngineReady
 from train.callbacks.metrics import Metrics
@@ -51,15 +51,16 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
     """Turn what has been trained, and saved, into final/."""
     if best := best_checkpoint(trainer, console):
         manifest = read_manifest(best)
-        final = export(trainer, model_card(trainer, manifest.metrics, manifest), best)
+        model_dir = export(trainer, model_card(trainer, manifest.metrics, manifest), best)
     else:
-        final = export(trainer, model_card(trainer, trainer.last_evaluation()))
+        model_dir = export(trainer, model_card(trainer, trainer.last_evaluation()))
     engine_of(trainer.config).clean_up(trainer.config)
     if rank.index == 0:
+        final.forget_earlier(trainer.run_dir)
         tokenizer.sweep(trainer.run_dir / "tokenizer")
     if rank.index == 0 and trainer.config.objective.prompts and not stop.asked():
-        sample.show(final, trainer.config.objective.prompts, console)
-    return final
+        sample.show(model_dir, trainer.config.objective.prompts, console)
+    return model_dir
 
 
 def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
@@ -128,6 +129,8 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         if resumed is not None:
             print(f"going on from {resumed.checkpoint.name}", file=console)
         restore.trim_metrics(run_dir, resumed)
+        if resumed is None or resumed.step < steps:
+            final.set_aside(run_dir)
         if tracked_at:
             print(tracked_at, file=console)
     return trainer

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from train import final
 from train.errors import BAD_INPUT, UserError
 from train.logs import quiet_libraries
 
@@ -129,20 +130,23 @@ def show(model_dir: Path, prompts: Sequence[str], out: TextIO, **options: Any) -
 def model_directory(path: Path) -> Path:
     """Return the model directory that ``path`` means: itself, or a run's final/.
 
-    Raises UserError where neither holds a model.
+    Raises UserError where neither holds a model, or a run has gone past the one that it had.
     """
-    for candidate in (path, path / "final"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    if (path / "manifest.json").is_file():
+    if (path / "manifest.json").is_file():  # beside the model's config.json
         run_dir = path.absolute().parent.parent
         raise UserError(
             f"{path} is a checkpoint, in the shards of the engine that trained it; give its run "
             f"directory {run_dir}, whose final/ is read once the training has ended, or "
             f"make a model directory with `shardwright recover {path} OUT`"
         )
+    for candidate in (path, path / final.FINAL):
+        if (candidate / "config.json").is_file():
+            return candidate
+    for run_dir in (path, path.parent) if path.name == final.FINAL else (path,):
+        if earlier := final.earlier(run_dir):
+            raise UserError(final.why_earlier(run_dir, earlier))
     raise UserError(
-        f"{path} holds no model: neither {path / 'config.json'} nor {path / 'final'} is there; "
+        f"{path} holds no model: neither {path / 'config.json'} nor {path / final.FINAL} is there; "
         "give a run directory whose training has ended, or a model directory"
     )
 

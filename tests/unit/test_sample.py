@@ -134,6 +134,7 @@ def test_a_checkpoint_is_no_model_and_its_run_is_named(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-20"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
+    (checkpoint / "config.json").write_text("{}")  # the model's, for a recovery
     with pytest.raises(UserError) as error:
         model_directory(checkpoint)
     assert str(error.value) == (

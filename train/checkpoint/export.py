@@ -16,6 +16,7 @@ from train.checkpoint import portable, whole
 from train.checkpoint.discovery import best_whole
 from train.checkpoint.layout import atomic_directory, read_manifest, step_of
 from train.checkpoint.model_directory import check_loads, finished_config
+from train.final import FINAL
 from train.rank import from_all
 from train.strategy import engine_of
 
@@ -41,7 +42,7 @@ def export(
     not finite, and RuntimeError where `from_pretrained` would not find exactly the weights it looks
     for; final/ is not made then.
     """
-    final = trainer.run_dir / "final"
+    final = trainer.run_dir / FINAL
     if trainer.is_world_process_zero():
         with atomic_directory(final) as directory:
             try:
