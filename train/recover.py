@@ -104,7 +104,7 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     tokenizer = _tokenizer_files(options, chosen)
     for note in [*found.notes, *([] if tokenizer else [_NO_TOKENIZER])]:
         print(f"warning: {note}", file=err)
-    plan = whole.plan(found.outputs, options.max_shard_bytes)
+    plan = whole.plan(found.outputs, options.max_shard_bytes, found.places)
     free_bytes = _free_bytes(options.out)
     print(_summary(options, chosen, model, found, plan, budget, free_bytes), file=out, flush=True)
     _check_disk(options.out, plan.bytes, free_bytes)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from train.checkpoint.lazy import LazyTensor, PortableState
-from train.checkpoint.whole import Output
+from train.checkpoint.whole import Output, Place
+from train.conversion import CannotTrace, assembled, loaded, placed
 from train.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _COMPARED_ELEMENTS = 2**18
 
@@ -22,6 +27,9 @@ class Contents:
 
     tensors: Mapping[str, LazyTensor]
     outputs: tuple[Output, ...]
+    """As `save_pretrained` names and divides them."""
+    places: Mapping[str, tuple[Place, ...]]
+    """Which parts of which outputs the tensors become, where they are not outputs themselves."""
     parameters: int
     """How many numbers the parameters have."""
     notes: list[str] = field(default_factory=list)
@@ -38,20 +46,29 @@ def contents(
 ) -> Contents:
     """Return a checkpoint's tensors by the names of a model on the meta device.
 
-    Parameters are to be written in ``dtype``, buffers in that which they have. Raises UserError
-    where one is missing, of another shape or not of the model, and where fp32 is asked for of what
-    the checkpoint holds in 16 bits only.
+    The checkpoint's own names are the model's, or those which `from_pretrained` knows. Parameters
+    are to be written in ``dtype``, buffers in that which they have. Raises UserError where one is
+    missing, of another shape or not of the model, and where fp32 is asked for of what the
+    checkpoint holds in 16 bits only.
     """
     if ema and not state.ema:
         raise UserError(
             "--ema: the checkpoint keeps no moving average of the weights; leave it out to take "
             "the weights themselves"
         )
+    notes: list[str] = []
     weights = state.ema if ema else state.weights
     found = {**state.weights, **state.buffers, **weights}
+    if any(not any(name in weights for name in names) for names in _tied(model)):
+        # Of a parameter that the average lacks, the weight itself must not stand in for it.
+        averaged = {
+            n: t for n, t in found.items() if not (ema and n in state.weights.keys() - weights)
+        }
+        if (converted := _converted(model, averaged, notes)) is not None:
+            found = weights = converted
     expected = model.state_dict(keep_vars=True)
     tensors: dict[str, LazyTensor] = {}
-    problems, notes = [], []
+    problems: list[str] = []
     for names in _tied(model):
         different = list(_different([name for name in names if name in weights], weights))
         if not different:
@@ -84,15 +101,70 @@ def contents(
         )
     if dtype == torch.float32 and not allow_upcast:
         _check_masters({name: tensors[name] for name in parameters})
+    outputs = [
+        Output(name, tensor.shape, dtype if name in parameters else tensor.dtype)
+        for name, tensor in tensors.items()
+    ]
+    try:
+        outputs, places = placed(model, outputs)
+    except CannotTrace as error:
+        places = {}
+        notes.append(
+            f"transformers saves {type(model).__name__} in another form, which cannot be streamed "
+            f"({error}): names are those of the model in memory, and versions of transformers "
+            f"other than {transformers.__version__} may not know them"
+        )
     return Contents(
-        tensors,
-        tuple(
-            Output(name, tensor.shape, dtype if name in parameters else tensor.dtype)
-            for name, tensor in tensors.items()
-        ),
-        sum(tensors[name].numel for name in parameters),
-        notes,
+        tensors, tuple(outputs), places, sum(tensors[name].numel for name in parameters), notes
     )
+
+
+def _converted(
+    model: PreTrainedModel, found: Mapping[str, LazyTensor], notes: list[str]
+) -> dict[str, LazyTensor] | None:
+    """Return a checkpoint's tensors as `from_pretrained` would take them, by the model's names.
+
+    What it does not take stays under its own name. None where it takes less than its names say.
+    Raises UserError where it computes with them.
+    """
+    best, taken_prefix = None, ""
+    for prefix in _prefixes(found):
+        named = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        try:
+            known = loaded(
+                model,
+                {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in named.items()},
+            )
+        except Exception as error:  # of another shape, for instance, which is said by the caller
+            logger.info("transformers does not load it: %s", error)
+            continue
+        if best is None or len(known.tensors) > len(best.tensors):
+            best, taken_prefix = known, prefix
+    if best is None:
+        return None
+    if best.computed:
+        raise UserError(
+            f"transformers computes {best.computed[0]} out of several tensors of the checkpoint; "
+            "load it with from_pretrained, save it with save_pretrained, and recover that"
+        )
+    if len(best.tensors) <= sum(name in found for name in best.tensors):
+        return None
+    if taken_prefix:
+        notes.append(f"every name in the checkpoint begins with {taken_prefix}, which is left out")
+    named = {name.removeprefix(taken_prefix): tensor for name, tensor in found.items()}
+    # Those that are refused keep a name that says which they are.
+    refused = {name: named[name] for name in best.unexpected if name in named}
+    return {name: assembled(tensor, named) for name, tensor in best.tensors.items()} | refused
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """Return what may stand before the model's own names: nothing, or what all names begin with."""
+    prefixes = [""]
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        prefixes.append(f"{prefixes[-1]}{parts[0]}.")
+    return prefixes
 
 
 def _tied(model: PreTrainedModel) -> list[list[str]]:

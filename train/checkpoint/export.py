@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -16,12 +17,15 @@ from train.checkpoint import portable, whole
 from train.checkpoint.discovery import best_whole
 from train.checkpoint.layout import atomic_directory, read_manifest, step_of
 from train.checkpoint.model_directory import check_loads, finished_config
+from train.conversion import CannotTrace, placed
 from train.final import FINAL
 from train.rank import from_all
 from train.strategy import engine_of
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 _BUDGET = whole.budget(2**28, cores=4)
 """Other ranks may be on this node, each with its model."""
@@ -112,16 +116,20 @@ def _write_tensors(
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     # ZeRO-3 leaves an empty tensor in place of a parameter and the whole shape beside it.
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-    writer = whole.Writer(
-        directory,
-        whole.plan(
-            [
-                *(whole.Output(name, shape, torch.float32) for name, shape in shapes.items()),
-                *(whole.Output(name, tuple(b.shape), b.dtype) for name, b in buffers.items()),
-            ],
-            max_shard_bytes,
-        ),
-    )
+    outputs = [
+        *(whole.Output(name, shape, torch.float32) for name, shape in shapes.items()),
+        *(whole.Output(name, tuple(b.shape), b.dtype) for name, b in buffers.items()),
+    ]
+    places: dict[str, tuple[whole.Place, ...]] = {}
+    try:
+        outputs, places = placed(model, outputs)
+    except CannotTrace as error:
+        logger.warning(
+            "transformers saves this architecture in another form, which cannot be streamed (%s): "
+            "final/ has the names of the model in memory, which other versions may not know",
+            error,
+        )
+    writer = whole.Writer(directory, whole.plan(outputs, max_shard_bytes, places))
     if checkpoint is not None:
         weights = portable.read(checkpoint).weights
         with stop.together():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -91,6 +91,17 @@ class LazyTensor:
     def whole(self) -> torch.Tensor:
         """Return all of it, in its shape."""
         return self.read().view(self.shape)
+
+    def cut(self, start: int, length: int, at: int) -> Iterator[Fragment]:
+        """Yield where ``length`` elements from the ``start``-th on lie, placed from ``at`` on."""
+        for fragment in self.fragments:
+            if fragment.run:
+                raise Unreadable("a tensor that is cut along columns can only be taken as a whole")
+            first = max(start, fragment.start)
+            last = min(start + length, fragment.start + fragment.length)
+            if first < last:
+                begin = first - fragment.start
+                yield part(fragment, self.dtype.itemsize, begin, last - first, at + first - start)
 
 
 def _check_columns(fragments: Sequence[Fragment], numel: int) -> None:

@@ -78,6 +78,17 @@ class File:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where some consecutive elements of a tensor go."""
+
+    start: int
+    """The first one's place in the whole flattened tensor."""
+    length: int
+    output: str
+    output_start: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The files of some tensors, and which of them holds which."""
 
@@ -85,6 +96,18 @@ class Plan:
     files: tuple[File, ...]
     index: bytes | None
     """What INDEX holds, where there are several files."""
+    places: Mapping[str, tuple[Place, ...]]
+    """Of tensors that are written under other names or in parts: where each element goes."""
+
+    def of(self, name: str) -> tuple[Place, ...]:
+        """Return where the elements of a tensor go, in their order."""
+        if name in self.places:
+            return self.places[name]
+        return (Place(0, self.outputs[name].numel, name, 0),)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which a tensor is written."""
+        return self.outputs[self.places[name][0].output if name in self.places else name].dtype
 
     @property
     def tensor_bytes(self) -> int:
@@ -95,10 +118,15 @@ class Plan:
         return sum(file.bytes for file in self.files) + len(self.index or b"")
 
 
-def plan(outputs: Iterable[Output], max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
-    """Divide tensors, in their order, into files of at most so many bytes of data. Pure.
+def plan(
+    outputs: Iterable[Output],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    places: Mapping[str, tuple[Place, ...]] | None = None,
+) -> Plan:
+    """Divide tensors, in their order, into files of at most this many bytes of data. Pure.
 
-    A tensor that is larger gets a file of its own.
+    A tensor that is larger gets a file of its own. ``places`` says of tensors that are no outputs
+    themselves of which they become parts.
     """
     shards: list[list[Output]] = [[]]
     room = max_shard_bytes
@@ -113,13 +141,13 @@ def plan(outputs: Iterable[Output], max_shard_bytes: int = MAX_SHARD_BYTES) -> P
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     if count == 1:
-        return Plan(by_name, (_file("model.safetensors", shards[0]),), None)
+        return Plan(by_name, (_file("model.safetensors", shards[0]),), None, places or {})
     files = tuple(_file(name, shard) for name, shard in zip(names, shards, strict=True))
     index = {
         "metadata": {"total_size": sum(output.bytes for output in by_name.values())},
         "weight_map": {name: file.name for file in files for name in file.offsets},
     }
-    return Plan(by_name, files, (json.dumps(index, indent=2) + "\n").encode())
+    return Plan(by_name, files, (json.dumps(index, indent=2) + "\n").encode(), places or {})
 
 
 def _file(name: str, outputs: list[Output]) -> File:
@@ -175,7 +203,7 @@ class Writer:
         Raises FloatingPointError where one is not finite, unless that is allowed, OverflowError
         where one becomes infinite in the plan's dtype, and OSError.
         """
-        dtype = self.plan.outputs[name].dtype
+        dtype = self.plan.dtype(name)
         values = values.detach().flatten()
         if not values.numel():
             return
@@ -184,10 +212,17 @@ class Writer:
         else:
             cast = buffer[: values.numel() * dtype.itemsize].view(dtype).copy_(values)
         _check_finite(name, values, cast, allow_nan=self._allow_nan)
-        file = self._files[name]
-        path = self._directory / file.name
-        offset = file.offsets[name] + start * dtype.itemsize
-        _write_at(cast.view(torch.uint8).numpy().data, path, offset)
+        stop = start + values.numel()
+        for place in self.plan.of(name):
+            first, last = max(start, place.start), min(stop, place.start + place.length)
+            if first < last:
+                part = cast[first - start : last - start]
+                self._write(place.output, part, place.output_start + first - place.start)
+
+    def _write(self, output: str, values: torch.Tensor, start: int) -> None:
+        file = self._files[output]
+        offset = file.offsets[output] + start * values.element_size()
+        _write_at(values.view(torch.uint8).numpy().data, self._directory / file.name, offset)
 
     def flush(self) -> None:
         """Wait until all of it is on the disk. Raises OSError where a file has not its size."""
@@ -308,7 +343,7 @@ def stream(
         source, target = of_thread.buffers
         writer.write(name, tensors[name].read(start, stop, source), start, target)
         with counting:
-            advance((stop - start) * writer.plan.outputs[name].dtype.itemsize)
+            advance((stop - start) * writer.plan.dtype(name).itemsize)
 
     on_threads(slices(), write, budget.threads)
 
