@@ -14,8 +14,8 @@ from train.errors import BAD_INPUT, FAILED, UserError
 from train.logs import quiet_libraries
 
 FLAGS = (
-    *("--step", "--dtype", "--ema", "--allow-upcast", "--allow-nan", "--max-shard-size"),
-    *("--max-memory", "--config", "--tokenizer", "--dry-run", "--help"),
+    *("--step", "--section", "--dtype", "--ema", "--allow-upcast", "--allow-nan"),
+    *("--max-shard-size", "--max-memory", "--config", "--tokenizer", "--dry-run", "--help"),
 )
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -45,6 +45,7 @@ def recover(arguments: Sequence[str]) -> int:
                 source=asked.source,
                 out=asked.out,
                 step=asked.step,
+                section=asked.section,
                 dtype=asked.dtype,
                 ema=asked.ema,
                 allow_upcast=asked.allow_upcast,
@@ -86,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N|latest|best",
         help="which checkpoint of a run: that of a step, the newest that is whole (default), or "
         "the best by the run's checkpoint.best_metric",
+    )
+    found.add_argument(
+        "--section",
+        metavar="NAME",
+        help="where in another program's files the weights are, such as trainer.model, if they "
+        "hold several mappings of tensors",
     )
     found.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32"

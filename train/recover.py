@@ -60,6 +60,8 @@ class Options:
     """A checkpoint of any kind, or a directory of checkpoints."""
     out: Path
     step: Step = None
+    section: str | None = None
+    """The keys that lead to the weights in another program's files, such as trainer.model."""
     dtype: str = "fp32"
     ema: bool = False
     """Take the moving average of the weights."""
@@ -86,7 +88,13 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     _check_out(options.out)
     budget = _budget(options.max_memory_bytes)
     with _bar("checking hashes", err) as advance:
-        chosen = choose(options.source, options.step, lambda text: print(text, file=err), advance)
+        chosen = choose(
+            options.source,
+            options.step,
+            lambda text: print(text, file=err),
+            advance,
+            options.section,
+        )
     _check_apart(options.out, chosen.path)
     config_path = _config_path(options, chosen)
     with memory.of_imports():

@@ -200,3 +200,42 @@ def test_operations_that_compute_are_refused() -> None:
         with pytest.raises(CannotTrace):
             operation()
     assert a.pieces == (Piece("a", 0, 12),)
+
+
+# --- names of older versions and of other programs ------------------------------------------------
+
+
+def test_gpt2_as_it_was_first_published(tmp_path: Path) -> None:
+    """Without the prefix of today's class, with the masks that were buffers then."""
+    model = model_of("gpt2")
+    tensors = {n.removeprefix("transformer."): p.detach() for n, p in model.named_parameters()}
+    for layer in range(2):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in/model.safetensors", {"format": "pt"})
+    model.config.architectures = ["GPT2LMHeadModel"]
+    model.config.save_pretrained(tmp_path / "in")
+    recover(Options(tmp_path / "in", tmp_path / "out"), io.StringIO(), io.StringIO())
+    expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found = read(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_bert_with_the_names_of_its_first_layer_norms(tmp_path: Path) -> None:
+    model = model_of("bert")
+    tensors = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+    (tmp_path / "in").mkdir()
+    torch.save(tensors, tmp_path / "in/pytorch_model.bin")
+    model.config.architectures = ["BertForMaskedLM"]
+    model.config.save_pretrained(tmp_path / "in")
+    recover(Options(tmp_path / "in", tmp_path / "out"), io.StringIO(), io.StringIO())
+    found = read(tmp_path / "out")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name], parameter), name

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
-from pathlib import Path
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from train.checkpoint import portable
@@ -222,3 +226,120 @@ def test_a_file_without_weights_is_told_what_it_holds(tmp_path: Path) -> None:
 def test_names_that_become_one_are_refused(tmp_path: Path) -> None:
     torch.save({"_orig_mod.a": torch.zeros(1), "a": torch.zeros(1)}, tmp_path / "last.pt")
     assert "two weights have one name" in refusal(tmp_path)
+
+
+# --- other values beside the weights ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"best_val_loss": torch.tensor(3.25)},
+        {"rng_state": torch.zeros(8, dtype=torch.uint8), "iter_num": 7},
+        {"run": PurePosixPath("runs/a"), "at": datetime.datetime(2026, 1, 2)},
+    ],
+)
+@pytest.mark.parametrize("key", ["model", "net"])
+def test_a_value_beside_the_weights_is_not_taken_for_them(
+    key: str, beside: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.save({**beside, key: TENSORS}, tmp_path / "ckpt.pt")
+    holds(portable.read(tmp_path), TENSORS)
+
+
+def test_a_section_can_be_named_where_several_hold_tensors(tmp_path: Path) -> None:
+    student = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    torch.save({"teacher": TENSORS, "trainer": {"student": student}}, tmp_path / "last.pt")
+    text = refusal(tmp_path)
+    assert "found: teacher, trainer.student" in text
+    assert text.endswith("Name the one that is meant: --section teacher")
+    holds(portable.read(tmp_path, "trainer.student"), student)
+    with pytest.raises(Unreadable, match="has no section trainer.nobody: nobody is not among stud"):
+        portable.read(tmp_path, "trainer.nobody")
+
+
+def test_a_section_of_a_distributed_checkpoint_can_be_named(tmp_path: Path) -> None:
+    other = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    dcp.save({"actor": TENSORS, "critic": other}, checkpoint_id=tmp_path, no_dist=True)
+    text = refusal(tmp_path)
+    assert "sections with tensors: actor, critic. Name the one that is meant: --section NAME" in (
+        text
+    )
+    holds(portable.read(tmp_path, "critic"), other)
+    with pytest.raises(Unreadable, match="has no section nobody; it has actor, critic"):
+        portable.read(tmp_path, "nobody")
+
+
+def test_a_section_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    with pytest.raises(Unreadable, match=r"has no sections; leave --section=model out"):
+        portable.read(tmp_path, "model")
+
+
+def test_a_transposed_tensor_is_called_that(tmp_path: Path) -> None:
+    torch.save({"a": torch.randn(3, 5).T, "b": torch.zeros(1)}, tmp_path / "last.pt")
+    assert "of shape (5, 3) that was saved transposed; save it anew after .contiguous()" in (
+        refusal(tmp_path)
+    )
+    torch.save({"a": torch.randn(3, 5)[:, 1:]}, tmp_path / "last.pt")
+    assert "of shape (3, 4) with gaps in it" in refusal(tmp_path)
+
+
+def test_a_class_is_refused_with_a_way_that_runs_nothing_here(tmp_path: Path) -> None:
+    torch.save({"model": TENSORS, "fraction": Fraction(1, 3)}, tmp_path / "last.pt")
+    text = refusal(tmp_path)
+    assert "GLOBAL fractions.Fraction" in text
+    assert text.endswith("load it with weights_only=False and save its weights alone")
+
+
+# --- safetensors that several ranks wrote ---------------------------------------------------------
+
+
+def sharded(directory: Path, cuts: dict[str, list[tuple[list[int], torch.Tensor]]]) -> None:
+    """Write what torch's HuggingFaceStorageWriter does: a file for each rank, with places."""
+    directory.mkdir(exist_ok=True)
+    for rank in range(max(map(len, cuts.values()))):
+        mine = {name: parts[rank] for name, parts in cuts.items() if rank < len(parts)}
+        places = {name: {"saved_offsets": offsets} for name, (offsets, _) in mine.items()}
+        save_file(
+            {name: tensor.contiguous() for name, (_, tensor) in mine.items()},
+            directory / f"shard-0000{rank + 1}-model-00001-of-00001.safetensors",
+            {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0"},
+        )
+
+
+def test_safetensors_of_several_ranks_are_joined(tmp_path: Path) -> None:
+    rows, columns, whole = torch.randn(5, 4), torch.randn(3, 6), torch.randn(7)
+    sharded(
+        tmp_path,
+        {
+            "rows": [([0, 0], rows[:3]), ([3, 0], rows[3:])],
+            "columns": [([0, 0], columns[:, :2]), ([0, 2], columns[:, 2:])],
+            "whole": [([0], whole)],
+        },
+    )
+    state = portable.read(tmp_path)
+    holds(state, {"columns": columns, "rows": rows, "whole": whole})
+    assert state.origin == "safetensors in 2 shards"
+
+
+def test_what_torch_itself_shards(tmp_path: Path) -> None:
+    writer = HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
+    tensors = {name: tensor for name, tensor in TENSORS.items() if tensor.numel()}
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "shard-00001-model-00001-of-00001.safetensors"
+    ]
+    holds(portable.read(tmp_path), tensors)
+
+
+def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    rows = torch.randn(6, 4)
+    parts = [([start, 0], rows[start : start + 2]) for start in (0, 2, 4)]
+    sharded(tmp_path, {"rows": parts})
+    (tmp_path / "shard-00002-model-00001-of-00001.safetensors").unlink()
+    assert "elements 8 to 16 of a tensor of 24 are in no file" in refusal(tmp_path)
+    save_file({"rows": rows}, tmp_path / "shard-00002-model-00001-of-00001.safetensors")
+    assert "does not say where its tensors belong (KeyError: 'DCP_SHARDING_INFO')" in (
+        refusal(tmp_path)
+    )

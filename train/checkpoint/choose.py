@@ -48,10 +48,12 @@ def choose(
     step: Step,
     say: Callable[[str], None],
     advance: Callable[[int], object] = lambda read_bytes: None,
+    section: str | None = None,
 ) -> Chosen:
     """Return the checkpoint that is meant: ``asked`` itself, or ``step`` of those that lie in it.
 
-    That is the newest by default. ``say`` hears of what was passed over, ``advance`` of the bytes
+    That is the newest by default. ``section`` says where in another program's files the weights
+    are. ``say`` hears of what was passed over, ``advance`` of the bytes
     that were read to check hashes. Raises UserError naming what is there and what was looked for.
     """
     asked = Path(os.path.abspath(asked))
@@ -61,7 +63,7 @@ def choose(
     steps = _steps_in(directory)
     is_run = directory != asked or any(layout.step_of(path) is not None for path in steps.values())
     if step is None and not is_run:
-        return _one(asked, say, advance)
+        return _one(asked, advance, section)
     if not steps:
         if not is_run and step is not None:
             raise UserError(
@@ -74,13 +76,13 @@ def choose(
         if step not in steps:
             there_are = ", ".join(map(str, steps))
             raise UserError(f"{directory} has no checkpoint of step {step}; it has {there_are}")
-        return _one(steps[step], say, advance)
+        return _one(steps[step], advance, section)
     if step == "best":
         return _best(directory, say, advance)
     if _is_run_dir(directory.parent) or any((p / MANIFEST).exists() for p in steps.values()):
         path, passed_over = discovery.newest_whole(directory, advance=advance)
         return _opened(path, directory, passed_over, say)
-    return _newest_foreign(steps, say)
+    return _newest_foreign(steps, say, section)
 
 
 def _steps_in(directory: Path) -> dict[int, Path]:
@@ -98,7 +100,7 @@ def _is_run_dir(path: Path) -> bool:
     return (path / "config.yaml").is_file()
 
 
-def _one(path: Path, say: Callable[[str], None], advance: Callable[[int], object]) -> Chosen:
+def _one(path: Path, advance: Callable[[int], object], section: str | None) -> Chosen:
     """Return the checkpoint at a path, once every hash is right that its manifest names."""
     if (path / MANIFEST).is_file():
         if problems := layout.verify(path, advance=advance):
@@ -112,10 +114,10 @@ def _one(path: Path, say: Callable[[str], None], advance: Callable[[int], object
             f"{path} is no whole checkpoint: it has no {MANIFEST}, which is written last and "
             f"deleted first. To read what is there nevertheless, give {path / portable.ENGINE}"
         )
-    return _read(path)
+    return _read(path, section)
 
 
-def _read(path: Path) -> Chosen:
+def _read(path: Path, section: str | None = None) -> Chosen:
     manifest = layout.read_manifest(path) if (path / MANIFEST).is_file() else None
     if manifest is not None and manifest.parts > 1:
         raise UserError(
@@ -123,7 +125,7 @@ def _read(path: Path) -> Chosen:
             f"ranks wrote; copy what is in their folders {portable.ENGINE} into one, and give that"
         )
     try:
-        state = portable.read(path)
+        state = portable.read(path, section)
     except (Unreadable, OSError) as error:
         raise UserError(str(error)) from None
     above = [parent for parent in path.parents[1:3] if _is_run_dir(parent)]
@@ -162,12 +164,14 @@ def _opened(
     return _read(path)
 
 
-def _newest_foreign(steps: dict[int, Path], say: Callable[[str], None]) -> Chosen:
+def _newest_foreign(
+    steps: dict[int, Path], say: Callable[[str], None], section: str | None
+) -> Chosen:
     """Return the newest that can be read: nothing else tells whether it is whole."""
     problems = []
     for path in reversed(steps.values()):
         try:
-            found = _read(path)
+            found = _read(path, section)
         except UserError as error:
             problems.append(str(error))
         else:

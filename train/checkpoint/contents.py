@@ -211,10 +211,18 @@ def _unexpected(model: PreTrainedModel, found: Mapping[str, LazyTensor]) -> Iter
     Older versions of transformers saved buffers that today's compute.
     """
     known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *_BUFFERS_OF_OLD]
     for name in found:
         if name not in known and not any(re.search(pattern, name) for pattern in ignored):
             yield name
+
+
+_BUFFERS_OF_OLD = (
+    r"(^|\.)(attn|attention|self_attention)\.(masked_)?bias$",  # GPT-2's and GPT-NeoX's masks
+    r"(^|\.)rotary_emb\.inv_freq$",
+    r"(^|\.)position_ids$",
+)
+"""What versions before 4.31 saved of every model, and today's load with a warning only."""
 
 
 def _check_masters(parameters: Mapping[str, LazyTensor]) -> None:

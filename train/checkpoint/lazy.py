@@ -174,7 +174,14 @@ def _read_into(buffer: memoryview, path: Path, offset: int) -> None:
 def flat(tensor: torch.Tensor, path: Path, *, base_bytes: int = 0) -> Fragment:
     """Return where the elements of a tensor that `describe` found lie, as one fragment."""
     if not tensor.is_contiguous():
-        raise Unreadable(f"{path} holds a tensor of shape {tuple(tensor.shape)} with gaps in it")
+        # The same elements in another order, or a part of a larger tensor.
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        is_permuted = tensor.permute(order).is_contiguous()
+        kind = "that was saved transposed" if is_permuted else "with gaps in it"
+        raise Unreadable(
+            f"{path} holds a tensor of shape {tuple(tensor.shape)} {kind}; save it anew after "
+            ".contiguous()"
+        )
     # Set by torch.load under FakeTensorMode (torch/serialization.py, load_tensor), not for files of
     # its old format.
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
@@ -217,7 +224,14 @@ def describe(source: Path | BinaryIO | io.RawIOBase, ignored: Iterable[str] = ()
             return torch.load(cast(Any, source), map_location="cpu", weights_only=True)
     except Exception as error:
         name = getattr(source, "name", source)
-        raise Unreadable(f"{name} is refused: {why_refused(error)}") from None
+        reason = why_refused(error)
+        # Not the advice of torch, which is to allow the class.
+        remedy = (
+            "; who trusts its origin can load it with weights_only=False and save its weights alone"
+            if "GLOBAL" in reason
+            else ""
+        )
+        raise Unreadable(f"{name} is refused: {reason}{remedy}") from None
 
 
 def why_refused(error: Exception) -> str:

@@ -25,8 +25,29 @@ IGNORED = (
     STAGE,
     "deepspeed.utils.tensor_fragment.fragment_address",
     "deepspeed.checkpoint.universal_checkpoint.SubparamShape",
-    # What programs save beside their weights: arguments, and random numbers as numpy has them.
+    # What programs save beside their weights: arguments, paths, times, and random numbers as numpy
+    # has them.
     "argparse.Namespace",
+    *(f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")),
+    *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath")),
+    "pathlib.PureWindowsPath",
+    *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    "uuid.UUID",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.nodes.AnyNode",
+    "typing.Any",
+    *(
+        f"{package}.AttributeDict"
+        for package in (
+            "lightning_fabric.utilities.data",
+            "lightning.fabric.utilities.data",
+            "lightning.pytorch.utilities.parsing",
+            "pytorch_lightning.utilities.parsing",
+        )
+    ),
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray.scalar",

@@ -8,7 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from train.checkpoint import model_states, read_dcp, read_plain, read_universal, read_zero
+from train.checkpoint import (
+    model_states,
+    read_dcp,
+    read_hf_shards,
+    read_plain,
+    read_universal,
+    read_zero,
+)
 from train.checkpoint.lazy import PortableState, Unreadable
 from train.checkpoint.names import unwrapped
 
@@ -20,42 +27,53 @@ LATEST = ("latest", "latest_universal")
 """DeepSpeed's files that name the folder of the newest checkpoint beside them."""
 
 
-def read(checkpoint: Path) -> PortableState:
+def read(checkpoint: Path, section: str | None = None) -> PortableState:
     """Return the state in a checkpoint directory, an engine's folder or a file of weights.
 
-    Reads no tensor yet. What it is, the files say and nothing else. Raises Unreadable naming what
-    was looked for.
+    Reads no tensor yet. What it is, the files say and nothing else; only ``section`` says which of
+    several mappings in them holds the weights. Raises Unreadable naming what was looked for.
     """
-    state = _plainly_named(_read(checkpoint))
+    state = _plainly_named(_read(checkpoint, section))
     if state.step is not None:
         return state
     return replace(state, step=_step(checkpoint, state))
 
 
-def _read(checkpoint: Path) -> PortableState:
+def _read(checkpoint: Path, section: str | None) -> PortableState:
     if checkpoint.is_file():
-        return read_plain.read(checkpoint)
+        return read_plain.read(checkpoint, section)
     if not checkpoint.is_dir():
         raise Unreadable(f"{checkpoint} does not exist")
     for directory in (*_named_folders(checkpoint), checkpoint / ENGINE, checkpoint):
         if not directory.is_dir():
             continue
         if (directory / read_dcp.METADATA).is_file():
-            return read_dcp.read(directory, optimizer=_optimizer_beside(directory))
+            return read_dcp.read(directory, _optimizer_beside(directory), section)
         if (directory / FSDP / read_dcp.METADATA).is_file():
-            return read_dcp.read(directory / FSDP, optimizer=_optimizer_beside(directory / FSDP))
+            folder = directory / FSDP
+            return read_dcp.read(folder, _optimizer_beside(folder), section)
         if read_universal.is_universal(directory):
+            _check_no_section(section, directory)
             return read_universal.read(directory)
         if model_states.is_there(directory):
+            _check_no_section(section, directory)
             return read_zero.read(directory)
         if directory not in (checkpoint / ENGINE, checkpoint):
             raise Unreadable(
                 f"{directory}, which {checkpoint} names as its newest, holds neither "
                 f"DeepSpeed's *_model_states.pt nor {read_dcp.METADATA}"
             )
+    if read_hf_shards.is_there(checkpoint):
+        _check_no_section(section, checkpoint)
+        return read_hf_shards.read(checkpoint)
     if (plain := read_plain.find(checkpoint)) is not None:
-        return read_plain.read(plain)
+        return read_plain.read(plain, section)
     raise Unreadable(_nothing(checkpoint))
+
+
+def _check_no_section(section: str | None, directory: Path) -> None:
+    if section is not None:
+        raise Unreadable(f"{directory} has no sections; leave --section={section} out")
 
 
 def _named_folders(checkpoint: Path) -> list[Path]:

@@ -43,11 +43,13 @@ _AVERAGES = {"ema", "ema_model", "model_ema", "ema_state_dict"}
 _MODELS = {"model", "module", "state_dict", "model_state_dict"}
 
 
-def read(directory: Path, optimizer: Path | None = None) -> PortableState:
+def read(
+    directory: Path, optimizer: Path | None = None, section: str | None = None
+) -> PortableState:
     """Return what is in a directory with a .metadata, whatever its sections are called.
 
-    ``optimizer`` is another such directory, where the optimizer's state is in one of its own.
-    Raises Unreadable.
+    ``optimizer`` is another such directory, where the optimizer's state is in one of its own;
+    ``section`` names that of the weights, where there are several. Raises Unreadable.
     """
     tensors = _tensors(directory)
     if optimizer is not None:
@@ -56,10 +58,10 @@ def read(directory: Path, optimizer: Path | None = None) -> PortableState:
     scalars: dict[str, dict[str, float]] = {}
     ema: dict[str, LazyTensor] = {}
     sections: dict[tuple[str, ...], dict[str, LazyTensor]] = {}
-    for (*section, name), tensor in tensors.items():
-        if _OPTIMIZERS & set(section):
-            first = next(i for i, part in enumerate(section) if part in _OPTIMIZERS)
-            entry = ".".join([*section[first + 1 :], name])
+    for (*keys, name), tensor in tensors.items():
+        if _OPTIMIZERS & set(keys):
+            first = next(i for i, part in enumerate(keys) if part in _OPTIMIZERS)
+            entry = ".".join([*keys[first + 1 :], name])
             parameter, _, kind = entry.removeprefix("state.").rpartition(".")
             if not entry.startswith("state.") or not parameter:
                 continue
@@ -67,11 +69,11 @@ def read(directory: Path, optimizer: Path | None = None) -> PortableState:
                 moments.setdefault(parameter, {})[kind] = tensor
             else:
                 scalars.setdefault(parameter, {})[kind] = float(tensor.read())
-        elif _AVERAGES & set(section):
+        elif _AVERAGES & set(keys):
             ema[name] = tensor
         else:
-            sections.setdefault(tuple(section), {})[name] = tensor
-    found = _model(sections, directory)
+            sections.setdefault(tuple(keys), {})[name] = tensor
+    found = _model(sections, directory, section)
     return PortableState(
         {name: tensor for name, tensor in found.items() if tensor.dtype.is_floating_point},
         moments,
@@ -83,19 +85,24 @@ def read(directory: Path, optimizer: Path | None = None) -> PortableState:
 
 
 def _model(
-    sections: Mapping[tuple[str, ...], dict[str, LazyTensor]], directory: Path
+    sections: Mapping[tuple[str, ...], dict[str, LazyTensor]], directory: Path, asked: str | None
 ) -> dict[str, LazyTensor]:
     """Return the one section that holds the weights. Raises Unreadable."""
     # A schedule or the place in the data has numbers only.
     large = {s: t for s, t in sections.items() if any(tensor.shape for tensor in t.values())}
+    there = ", ".join(sorted(".".join(section) or "(no section)" for section in large)) or "none"
+    if asked is not None:
+        chosen = next((t for s, t in large.items() if ".".join(s) == asked), None)
+        if chosen is None:
+            raise Unreadable(f"{directory / METADATA} has no section {asked}; it has {there}")
+        return chosen
     named = {s: t for s, t in large.items() if s and s[-1] in _MODELS}
     for candidates in (named, large):
         if len(candidates) == 1:
             return next(iter(candidates.values()))
-    found = ", ".join(sorted(".".join(section) or "(no section)" for section in large)) or "none"
     raise Unreadable(
         f"{directory / METADATA} was looked through for one section of weights, such as model or "
-        f"state_dict; sections with tensors: {found}"
+        f"state_dict; sections with tensors: {there}. Name the one that is meant: --section NAME"
     )
 
 
@@ -141,7 +148,7 @@ def _tensor(
     directory: Path,
 ) -> LazyTensor:
     size = tuple(described.size)
-    dim = _last_cut(size, described.chunks)
+    dim = last_cut(size, described.chunks)
     fragments = []
     for chunk in described.chunks:
         info = places.get(tuple(chunk.offsets))
@@ -153,7 +160,7 @@ def _tensor(
     return LazyTensor(size, described.properties.dtype, ordered)
 
 
-def _last_cut(size: tuple[int, ...], chunks: Iterable[ChunkStorageMetadata]) -> int:
+def last_cut(size: tuple[int, ...], chunks: Iterable[ChunkStorageMetadata]) -> int:
     """Return the last dimension along which some chunk has not all of a tensor."""
     cut = [
         dim
@@ -186,16 +193,29 @@ def _fragment(
     if stored.dtype != dtype:
         raise Unreadable(f"{path} holds {name} in {stored.dtype}, not {dtype}")
     found = flat(stored, path, base_bytes=info.offset)
+    return chunk_of(name, found, size, chunk, dim)
+
+
+def chunk_of(
+    name: str,
+    where: Fragment,
+    size: tuple[int, ...],
+    chunk: ChunkStorageMetadata,
+    dim: int,
+) -> Fragment:
+    """Return where a chunk that lies at ``where`` belongs in a tensor of ``size``.
+
+    ``dim`` is the last dimension along which some chunk is cut. Raises Unreadable.
+    """
     start = sum(o * math.prod(size[i + 1 :]) for i, o in enumerate(chunk.offsets))
     if dim == 0:
-        return Fragment(path, found.offset_bytes, start, found.length)
+        return Fragment(where.path, where.offset_bytes, start, where.length)
     # Dimensions between the first and the last cut one have to be whole for one distance to do.
     if not _is_whole(chunk, size, range(1, dim)):
         raise Unreadable(f"{name} is cut along more than one dimension after its first")
     run = chunk.sizes[dim] * math.prod(size[dim + 1 :])
-    return Fragment(
-        path, found.offset_bytes, start, found.length, run, stride=math.prod(size[dim:])
-    )
+    stride = math.prod(size[dim:])
+    return Fragment(where.path, where.offset_bytes, start, where.length, run, stride)
 
 
 def _is_whole(chunk: ChunkStorageMetadata, size: Sequence[int], dims: Iterable[int]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,23 @@ def find(directory: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read(path: Path) -> PortableState:
-    """Return the weights of a file, or of those that an index lists. Raises Unreadable."""
+def read(path: Path, section: str | None = None) -> PortableState:
+    """Return the weights of a file, or of those that an index lists. Raises Unreadable.
+
+    ``section`` names the keys that lead to them in what `torch.save` wrote.
+    """
+    if path.suffix in TORCH:
+        return _torch(path, section)
+    if section is not None:
+        raise Unreadable(f"{path} has no sections; leave --section={section} out")
     if path.name.endswith(".index.json"):
         return _indexed(path)
     if path.suffix == SAFETENSORS:
-        return _state(_safetensors(path), "safetensors")
-    return _torch(path)
+        return state(_safetensors(path), "safetensors")
+    return _torch(path, section)
 
 
-def _state(
+def state(
     tensors: Mapping[str, LazyTensor],
     origin: str,
     ema: Mapping[str, LazyTensor] | None = None,
@@ -116,7 +123,7 @@ def _indexed(index: Path) -> PortableState:
     }
     if missing := [name for name, file in files.items() if name not in held[file]]:
         raise Unreadable(f"{files[missing[0]]} does not hold {missing[0]}, as {index} says it does")
-    return _state(
+    return state(
         {name: held[file][name] for name, file in files.items()},
         "safetensors" if is_safe else "torch.save",
     )
@@ -126,7 +133,15 @@ def _indexed(index: Path) -> PortableState:
 
 
 def _safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Return the tensors of a file: 8 bytes of length, a header in JSON, then the data."""
+    """Return the tensors of a file."""
+    return with_metadata(path)[0]
+
+
+def with_metadata(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, and what it says besides. Raises Unreadable.
+
+    The file is 8 bytes of length, a header in JSON, then the data.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -136,11 +151,13 @@ def _safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
         header = json.loads(text)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return {name: _entry(path, entry, 8 + length, size) for name, entry in entries.items()}
+        tensors = {name: _entry(path, entry, 8 + length, size) for name, entry in entries.items()}
+        metadata = {str(k): str(v) for k, v in header.get("__metadata__", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, Unreadable):
             raise
         raise Unreadable(f"{path} is refused: {type(error).__name__}: {error}") from None
+    return tensors, metadata
 
 
 def _entry(path: Path, entry: Mapping[str, Any], base: int, size: int) -> LazyTensor:
@@ -160,32 +177,73 @@ def _entry(path: Path, entry: Mapping[str, Any], base: int, size: int) -> LazyTe
 # --- torch.save ---------------------------------------------------------------------------------
 
 
-def _torch(path: Path) -> PortableState:
+def _torch(path: Path, section: str | None) -> PortableState:
     found = describe(path, IGNORED)
-    weights = _weights(found)
-    if weights is None:
-        keys = ", ".join(map(str, list(found)[:8])) if isinstance(found, Mapping) else "no mapping"
-        raise Unreadable(
-            f"{path} was looked through for tensors by name, at its top or under "
-            f"{', '.join(_MODELS)}; found: {keys}"
-        )
-    ema: Any = next((found[key] for key in _AVERAGES if _is_state(found.get(key))), {})
-    steps = (found.get(key) for key in _STEPS)
-    step = next((s for s in steps if isinstance(s, int) and not isinstance(s, bool)), None)
-    return _state(_tensors(weights, path), "torch.save", _tensors(ema, path), step)
+    weights = _weights(found, path) if section is None else _section(found, section, path)
+    ema: Any = {}
+    step = None
+    if isinstance(found, Mapping):
+        ema = next((found[key] for key in _AVERAGES if _is_state(found.get(key))), {})
+        steps = (found.get(key) for key in _STEPS)
+        step = next((s for s in steps if isinstance(s, int) and not isinstance(s, bool)), None)
+    return state(_tensors(weights, path), "torch.save", _tensors(ema, path), step)
 
 
-def _weights(found: Any) -> Mapping[str, Any] | None:
-    if _is_state(found):
-        return found
-    if not isinstance(found, Mapping):
-        return None
-    return next((found[key] for key in _MODELS if _is_state(found.get(key))), None)
+def _weights(found: Any, path: Path) -> Mapping[str, Any]:
+    """Return the mapping of tensors that is meant. Raises Unreadable where that is not plain."""
+    at_top = found if isinstance(found, Mapping) else {}
+    # A tensor may stand beside the weights: a loss, random numbers.
+    for key in _MODELS:
+        if _is_state(at_top.get(key)):
+            return at_top[key]
+    sections = dict(_sections(at_top))
+    most = max((_count(tensors) for tensors in sections.values()), default=0)
+    if _count(at_top) > most:
+        return at_top
+    largest = [section for section, tensors in sections.items() if _count(tensors) == most]
+    if len(largest) == 1 and "." not in largest[0]:
+        return sections[largest[0]]
+    keys = ", ".join(map(str, list(found)[:8])) if isinstance(found, Mapping) else "no mapping"
+    hint = f". Name the one that is meant: --section {largest[0]}" if largest else ""
+    raise Unreadable(
+        f"{path} was looked through for tensors by name, at its top or under "
+        f"{', '.join(_MODELS)}; found: {', '.join(sections) or keys}{hint}"
+    )
+
+
+def _sections(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the mappings of tensors in a mapping, by the keys that lead there."""
+    for key, value in found.items():
+        if key in _AVERAGES or not isinstance(value, Mapping) or prefix.count(".") > 2:
+            continue
+        if _is_state(value):
+            yield f"{prefix}{key}", value
+        else:
+            yield from _sections(value, f"{prefix}{key}.")
+
+
+def _section(found: Any, section: str, path: Path) -> Mapping[str, Any]:
+    """Return what lies at a path of keys, such as trainer.model. Raises Unreadable."""
+    at = found
+    for key in section.split("."):
+        if not isinstance(at, Mapping) or key not in at:
+            there = ", ".join(map(str, list(at)[:8])) if isinstance(at, Mapping) else "no mapping"
+            raise Unreadable(f"{path} has no section {section}: {key} is not among {there}")
+        at = at[key]
+    if not _is_state(at):
+        raise Unreadable(f"section {section} of {path} holds no tensors by name")
+    return at
 
 
 def _is_state(found: Any) -> bool:
     """Whether it is tensors by name; other values may stand among them."""
-    return isinstance(found, Mapping) and any(isinstance(t, torch.Tensor) for t in found.values())
+    return isinstance(found, Mapping) and _count(found) > 0
+
+
+def _count(found: Mapping[str, Any]) -> int:
+    return sum(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in found.items()
+    )
 
 
 def _tensors(found: Any, path: Path) -> dict[str, LazyTensor]:
