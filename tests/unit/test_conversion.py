@@ -190,6 +190,7 @@ def test_operations_that_move_elements_are_followed() -> None:
         traced = operation(*(Traced.named(name, value) for name, value in values.items()))
         expected = operation(*values.values())
         assert traced.shape == expected.shape
+        assert isinstance(traced, Traced)
         found = put_together(traced, values)
         assert torch.allclose(found, expected, atol=1e-2)  # one of them passes through 16 bits
 
