@@ -31,7 +31,7 @@ class StdlibData(DataSection):
 
 
 class TextData(DataSection):
-    """Local files: .txt, .jsonl, .csv, .parquet, also compressed as .gz where text."""
+    """Local files: .txt, .jsonl, .csv (these also as .gz), .parquet, .arrow, .feather."""
 
     kind: Literal["text"]
     paths: Annotated[Strings, Field(min_length=1)]
@@ -39,7 +39,7 @@ class TextData(DataSection):
     weights: Floats | None = None
     """For each path, how often an epoch sees its samples (0.5: half of them); null: once."""
     text_field: str = "text"
-    """Column of .jsonl, .csv and .parquet files that holds the text."""
+    """Column of .jsonl, .csv and table files that holds the text."""
 
     @model_validator(mode="after")
     def _one_weight_for_each_path(self) -> TextData:

@@ -41,6 +41,7 @@ def check_corpus(data: DataConfig) -> None:
             "choose data=text with files of your own"
         )
     if data.kind == "text":
+        files.check_overlap(data.paths)
         for path in (p for pattern in data.paths for p in files.expand(pattern)):
             files.check_file(path, data.text_field)
     if data.kind == "kant":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import glob
 import gzip
@@ -11,13 +12,14 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from train.errors import UserError
 
-FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+TABLES = (".parquet", ".arrow", ".feather")
+FORMATS = (".txt", ".jsonl", ".csv", *TABLES)
 PIECE_BYTES = 2**18
 CHECKED_BYTES = 2**20
 HASHED_BYTES = 2**20
@@ -32,19 +34,69 @@ class Text(NamedTuple):
 
 
 def expand(pattern: str) -> list[Path]:
-    """Return the files that a path or glob names, sorted; raise UserError where there is none."""
+    """Return the files that a path or glob names, sorted; raise UserError where there is none.
+
+    A file that several links lead to is named once.
+    """
     pattern = os.path.expanduser(pattern)
     # A name may hold a glob's characters and still be a file's.
     if os.path.lexists(pattern) or not glob.has_magic(pattern):
         found = [pattern]
     else:
-        found = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+        matched = sorted({os.path.normpath(p) for p in _matching(pattern) if os.path.isfile(p)})
+        found = list({os.path.realpath(p): p for p in reversed(matched)}.values())[::-1]
         if not found:
             raise UserError(
                 f"data.paths: no file matches {pattern} (from {os.getcwd()}); "
                 "correct the pattern (** descends into directories)"
             )
     return [Path(p) for p in found]
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """Yield what a glob matches, some of it twice, where ``**`` visits each directory once.
+
+    `glob.glob` follows links to directories: one that leads to a directory above it 40 times, and
+    two of them on each of these 40 levels (Python 3.13).
+    """
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        yield from glob.glob(pattern)
+        return
+    at = parts.index("**")
+    above = os.sep.join(parts[:at]) or (os.sep if pattern.startswith(os.sep) else ".")
+    below = parts[at + 1 :] or ["*"]
+    for folder in _folders(sorted(glob.glob(above))):
+        yield from _matching(os.path.join(glob.escape(folder), *below))
+
+
+def _folders(roots: list[str]) -> Iterator[str]:
+    """Yield directories and those below them, each once; hidden ones are left out, as by glob."""
+    seen: set[str] = set()
+    waiting = roots[::-1]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in seen or not os.path.isdir(folder):
+            continue
+        seen.add(real)
+        yield folder
+        with contextlib.suppress(OSError):
+            names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+            waiting += [os.path.join(folder, n) for n in names[::-1] if not n.startswith(".")]
+
+
+def check_overlap(patterns: Sequence[str]) -> None:
+    """Raise UserError where a file is named by two patterns, and would be read twice."""
+    named: dict[str, str] = {}
+    for pattern in patterns:
+        for path in expand(pattern):
+            other = named.setdefault(os.path.realpath(path), pattern)
+            if other != pattern:
+                raise UserError(
+                    f"data.paths: {path} is named by {other} and by {pattern}, and would be read "
+                    "twice; name it once, and use data.weights to see it more often"
+                )
 
 
 def check_file(path: Path, text_field: str) -> None:
@@ -66,7 +118,7 @@ def check_file(path: Path, text_field: str) -> None:
     except OSError as error:
         raise _unreadable(path, error) from None
     has_content = size_bytes > 0
-    if has_content and kind != ".parquet":
+    if has_content and kind not in TABLES:
         # All of it, not any(): every chunk has to be decoded.
         has_content = sum(len(text.strip()) for text in _decoded(path, CHECKED_BYTES)) > 0
     if has_content and kind != ".txt":
@@ -92,8 +144,8 @@ def read_file(path: Path, text_field: str, by_line: bool) -> Iterator[Text]:
 def identity(path: Path) -> list[str | int]:
     """Return what changes when a file's content does.
 
-    Small files are hashed, so that a copy elsewhere counts as the same; of larger ones path, size
-    and modification time have to do.
+    Small files are hashed, so that a copy elsewhere counts as the same; of larger ones path, size,
+    modification time and the time of the last change of any kind, which nobody can set, have to do.
     """
     try:
         stat = path.stat()
@@ -101,7 +153,7 @@ def identity(path: Path) -> list[str | int]:
             return [_format_of_any(path), hashlib.blake2b(path.read_bytes()).hexdigest()]
     except OSError as error:
         raise _unreadable(path, error) from None
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def column_missing(where: str, text_field: str, columns: Iterable[str]) -> UserError:
@@ -119,7 +171,7 @@ def _format_of_any(path: Path) -> str:
 
 def _format(path: Path) -> str:
     kind = _format_of_any(path)
-    if kind not in FORMATS or (kind == ".parquet" and path.suffix == ".gz"):
+    if kind not in FORMATS or (kind in TABLES and path.suffix == ".gz"):
         raise UserError(
             f"data.paths: {path} does not end in one of {', '.join(FORMATS)} "
             "(text files also .gz); convert or rename it"
@@ -145,8 +197,12 @@ def _decoded(path: Path, limit_bytes: int | None = None) -> Iterator[str]:
         with _open(path) as file:
             while limit_bytes is None or offset < limit_bytes:
                 chunk = file.read(PIECE_BYTES)
+                if offset == 0:
+                    _check_no_archive(path, chunk)
                 pending = len(decoder.getstate()[0])
                 text = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
+                if offset == 0:
+                    _check_no_zeros(path, text)
                 yield text.removeprefix("\ufeff") if offset == 0 else text
                 offset += len(chunk)
                 if not chunk:
@@ -159,6 +215,21 @@ def _decoded(path: Path, limit_bytes: int | None = None) -> Iterator[str]:
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from None
+
+
+def _check_no_archive(path: Path, beginning: bytes) -> None:
+    if beginning[257:262] == b"ustar":
+        raise UserError(
+            f"data.paths: {path} holds a tar archive, not a text; unpack it and name its files"
+        )
+
+
+def _check_no_zeros(path: Path, beginning: str) -> None:
+    if beginning.count("\0") * 4 > len(beginning):  # ASCII in UTF-16 is UTF-8 with zeros, too
+        raise UserError(
+            f"data.paths: {path} is UTF-16 or UTF-32 without a mark, or no text: it is full of "
+            "zero bytes; convert it to UTF-8 or leave it out"
+        )
 
 
 def _pieces(chunks: Iterable[str]) -> Iterator[Text]:
@@ -186,8 +257,13 @@ def _lines(chunks: Iterable[str]) -> Iterator[str]:
 
 def _rows(path: Path, text_field: str) -> Iterator[str]:
     """Yield the text column of a table; rows without a text are left out."""
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-    return readers[_format(path)](path, text_field)
+    match _format(path):
+        case ".jsonl":
+            return _jsonl_rows(path, text_field)
+        case ".csv":
+            return _csv_rows(path, text_field)
+        case _:
+            return _table_rows(path, text_field)
 
 
 def _jsonl_rows(path: Path, text_field: str) -> Iterator[str]:
@@ -196,7 +272,11 @@ def _jsonl_rows(path: Path, text_field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except RecursionError:
+            raise UserError(
+                f"data.paths: {path}, line {number} is nested too deeply; correct the line"
+            ) from None
+        except ValueError as error:  # no JSON, or a number of thousands of digits
             raise UserError(
                 f"data.paths: {path}, line {number} is not JSON ({error}); correct the line"
             ) from None
@@ -211,54 +291,121 @@ def _jsonl_rows(path: Path, text_field: str) -> Iterator[str]:
         if text is None:
             continue
         if not isinstance(text, str):
-            raise _no_text(f"{path}, line {number}", text_field, type(text).__name__)
-        if "\\ud" in line:
-            # JSON can spell half a surrogate pair, which is no text.
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield text
+            raise no_text(f"{path}, line {number}", text_field, type(text).__name__)
+        yield _without_surrogates(text) if "\\u" in line else text
+
+
+def _without_surrogates(text: str) -> str:
+    """Return a text with U+FFFD for each half of a surrogate pair, which JSON can spell alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _csv_rows(path: Path, text_field: str) -> Iterator[str]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(line + "\n" for line in _lines(_decoded(path)))
+    # Strict, or a quote that nothing closes would take all rows behind it into one.
+    reader = csv.reader((line + "\n" for line in _lines(_decoded(path))), strict=True)
+    first_line = 1
     try:
         header = next(reader, [])
+        if header.count(text_field) > 1:
+            raise _twice(str(path), text_field)
         if text_field not in header:
             raise column_missing(str(path), text_field, header)
         column = header.index(text_field)
+        first_line = reader.line_num + 1
         for row in reader:
+            if len(row) > len(header):
+                raise UserError(
+                    f"data.paths: {path}, line {first_line} has {len(row)} fields, and the header "
+                    f"names {len(header)}; put quotes around a field that holds a comma"
+                )
             if len(row) > column:
                 yield row[column]
             elif row:
                 raise UserError(
-                    f"data.paths: {path}, line {reader.line_num} has {len(row)} fields and no "
+                    f"data.paths: {path}, line {first_line} has {len(row)} fields and no "
                     f"{text_field}; correct the line"
                 )
+            first_line = reader.line_num + 1
     except csv.Error as error:
+        what = f"is not CSV ({error})"
+        if "unexpected end of data" in str(error):
+            what = "opens a quote that is never closed"
         raise UserError(
-            f"data.paths: {path}, line {reader.line_num} is not CSV ({error}); correct the line"
+            f"data.paths: {path}, line {first_line} {what}; correct the line, and write a quote "
+            'within quotes as ""'
         ) from None
 
 
-def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
+def _table_rows(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the text column of a Parquet, Arrow or Feather file."""
     import pyarrow
-    import pyarrow.parquet
 
+    read = _parquet_columns if path.suffix == ".parquet" else _arrow_columns
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if text_field not in schema.names:
-                raise column_missing(str(path), text_field, schema.names)
-            column = schema.field(text_field).type
-            if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
-                raise _no_text(str(path), text_field, str(column))
-            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                yield from (row for row in batch.column(0).to_pylist() if row is not None)
+        for column in read(path, text_field):
+            yield from (row for row in column.to_pylist() if row is not None)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data.paths: {path} holds text in {text_field} that is not UTF-8 "
+            f"(0x{error.object[error.start]:02x}); write it anew as UTF-8, or leave it out"
+        ) from None
     except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from None
 
 
-def _no_text(where: str, text_field: str, found: str) -> UserError:
+def _parquet_columns(path: Path, text_field: str) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _check_column(path, text_field, file.schema_arrow)
+        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+            yield batch.column(0)
+
+
+def _arrow_columns(path: Path, text_field: str) -> Iterator[Any]:
+    """Yield a column of Arrow's file format, as Feather is, or of its streams, as datasets has."""
+    import pyarrow.ipc
+
+    with pyarrow.memory_map(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_file:
+            file = pyarrow.ipc.open_file(source)
+            _check_column(path, text_field, file.schema)
+            batches = (file.get_batch(index) for index in range(file.num_record_batches))
+        else:
+            batches = stream = pyarrow.ipc.open_stream(source)
+            _check_column(path, text_field, stream.schema)
+        for batch in batches:
+            column = batch.column(batch.schema.get_field_index(text_field))
+            for start in range(0, len(column), 256):
+                yield column.slice(start, 256)
+
+
+def _check_column(path: Path, text_field: str, schema: Any) -> None:
+    """Raise UserError where a table has not just one column of that name, of texts."""
+    import pyarrow
+
+    names = schema.names
+    if text_field not in names:
+        raise column_missing(str(path), text_field, names)
+    if names.count(text_field) > 1:
+        raise _twice(str(path), text_field)
+    kind = schema.field(text_field).type
+    of_values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+    if not any(is_text(of_values) for is_text in texts):
+        raise no_text(str(path), text_field, str(kind))
+
+
+def _twice(where: str, text_field: str) -> UserError:
+    return UserError(
+        f"data.text_field={text_field}: {where} has two columns of that name; rename one of them"
+    )
+
+
+def no_text(where: str, text_field: str, found: str) -> UserError:
     return UserError(
         f"data.text_field={text_field}: {where} holds {found} there, not text; "
         "set data.text_field to the column that holds the text"

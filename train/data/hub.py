@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import HubData
-from train.data.files import column_missing
+from train.data.files import column_missing, no_text
 from train.data.files import identity as file_identity
 from train.errors import UserError
 
@@ -16,11 +16,35 @@ PROBE_TIMEOUT_SECONDS = 20.0
 
 def rows(data: HubData) -> Iterator[str]:
     """Yield the text column of a data set, row by row; raise UserError where it is not there."""
-    for row in _load(data):
+    for number, row in enumerate(_read(data)):
         if data.text_field not in row:
             raise column_missing(f"data.name={data.name}", data.text_field, row)
-        if row[data.text_field] is not None:
-            yield row[data.text_field]
+        text = row[data.text_field]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            where = f"row {number} of data.name={data.name}"
+            raise no_text(where, data.text_field, type(text).__name__)
+        yield text
+
+
+def _read(data: HubData) -> Iterator[Any]:
+    """Yield the rows of a data set; raise UserError where its files cannot be read."""
+    import datasets
+    import pyarrow
+
+    loaded = _load(data)
+    try:
+        yield from loaded
+    except (
+        *(OSError, ValueError, RuntimeError),
+        *(pyarrow.ArrowException, datasets.exceptions.DatasetsError),
+    ) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"data.name={data.name} (config {data.config}, split {data.split}): its files cannot "
+            f"be read ({reason}); correct them, or choose another data set"
+        ) from None
 
 
 def identity(data: HubData) -> list[Any]:

@@ -218,6 +218,28 @@ def test_hub_reads_a_data_set(
         list(read_corpus(missing, tmp_path))
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"text": 3}', r"row 0 of data\.name=.* holds int there, not text; set data\.text_field"),
+        ('{"text": ["a"]}', r"row 0 of data\.name=.* holds list there, not text"),
+        ('{"text": ', r"cannot be read \(|cannot load it from the hub \("),
+    ],
+)
+def test_a_data_set_without_text_is_refused(
+    row: str, reason: str, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(f"{row}\n")
+    data = section(kind="hub", name=str(tmp_path / "set"), streaming=streaming)
+    with pytest.raises(UserError, match=reason):
+        list(read_corpus(data, tmp_path))
+
+
 def test_a_hub_name_that_cannot_be_reached_says_what_to_do(tmp_path: Path) -> None:
     data = section(kind="hub", name="no-such-owner-here/no-such-set-here")
     with pytest.raises(

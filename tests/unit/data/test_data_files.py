@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import os
+import tarfile
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import pyarrow
+import pyarrow.feather
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from train.data.files import check_file, expand, identity, read_file
+from train.data.files import (
+    HASHED_BYTES,
+    check_file,
+    check_overlap,
+    expand,
+    identity,
+    read_file,
+)
 from train.errors import UserError
 
 
@@ -249,3 +261,153 @@ def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
         texts(tmp_path / "b.jsonl")
     with pytest.raises(UserError, match=r"a\.csv, line 3 has 1 fields and no text"):
         texts(tmp_path / "a.csv")
+
+
+# --- what loses text, or takes something else for it ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (['1,"one'] + [f"{i},more" for i in range(900)], "line 2 opens a quote that is never clo"),
+        (["1,one, and two"], "line 2 has 3 fields, and the header names 2; put quotes around"),
+        (["1,one", "2", "3,three"], "line 3 has 1 fields and no text"),
+        (["1,one", '2,"two" and a half'], "line 3 is not CSV"),
+    ],
+)
+def test_a_csv_row_that_would_lose_text_is_refused(
+    rows: list[str], reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text("\n".join(["id,text", *rows]) + "\n")
+    with pytest.raises(UserError, match=reason):
+        texts(tmp_path / "a.csv")
+
+
+def test_a_quote_is_closed_on_a_later_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,id\n"one\n\n""two""",1\nx,2\n')
+    assert texts(tmp_path / "a.csv") == ['one\n\n"two"', "x"]
+
+
+@pytest.mark.parametrize("escape", ["\\ud83d", "\\uD83D", "\\uDE00 x"])
+def test_half_a_surrogate_pair_becomes_a_replacement_character(escape: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{escape}"}}\n{{"text": "\\uD83D\\uDE00"}}\n')
+    half, whole = texts(tmp_path / "a.jsonl")
+    assert half == "\ufffd" + escape[6:]
+    assert whole == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is nested too deeply"),
+        ('{"text": "x", "n": ' + "1" * 5_000 + "}", "line 1 is not JSON .Exceeds the limit"),
+    ],
+)
+def test_json_that_python_does_not_take_is_refused(line: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(UserError, match=reason):
+        texts(tmp_path / "a.jsonl")
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(UserError, match=rf"{name} has two columns of that name; rename one"):
+            check_file(tmp_path / name, "text")
+
+
+def test_text_in_a_table_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary())
+    table = pyarrow.table({"text": raw.view(pyarrow.string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet holds text in text that is not UTF-8 .0xff"):
+        texts(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["a.parquet", "a.feather", "a.arrow"])
+def test_every_kind_of_text_column_of_every_table_is_read(
+    name: str, kind: pyarrow.DataType, tmp_path: Path
+) -> None:
+    values = pyarrow.array(["one", None, "two", "one"]).cast(kind)
+    table = pyarrow.table({"id": [1, 2, 3, 4], "text": values})
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(table, path)
+    elif name.endswith("feather"):
+        pyarrow.feather.write_feather(table, path, compression="lz4")
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    check_file(path, "text")
+    assert texts(path) == ["one", "two", "one"]
+
+
+def test_a_data_set_saved_to_disk_is_read(tmp_path: Path) -> None:
+    rows = [f"row {i}" for i in range(1000)]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path, num_shards=2)
+    paths = expand(f"{tmp_path}/*.arrow")
+    assert [text for path in paths for text in texts(path)] == rows
+
+
+def test_a_loop_of_links_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.txt").write_text("text")
+    for name in ("up", "again"):
+        (tmp_path / "a" / name).symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "a/2.txt").symlink_to(tmp_path / "a/1.txt")
+    assert expand(f"{tmp_path}/**/*.txt") == [tmp_path / "a/1.txt"]
+    assert expand(f"{tmp_path}/b/*.txt") == [tmp_path / "b/1.txt"]
+
+
+def test_two_stars_match_as_they_do_for_glob(tmp_path: Path) -> None:
+    for name in ("1.txt", "a/2.txt", "a/b/3.txt", ".h/4.txt", "a/[x]/5.txt", "a/b/c/d/6.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    for pattern in ("**/*.txt", "**", "a/**/*.txt", "**/b/**/*.txt", "*/**/[0-9].txt", "**/c/**"):
+        found = glob.glob(f"{tmp_path}/{pattern}", recursive=True)
+        expected = sorted(Path(p) for p in found if os.path.isfile(p))
+        assert expand(f"{tmp_path}/{pattern}") == expected, pattern
+
+
+def test_a_file_that_two_paths_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"a\.txt is named by .*a\.txt and by .*\*\.txt, and would"):
+        check_overlap([f"{tmp_path}/a.txt", f"{tmp_path}/*.txt"])
+
+
+def test_a_large_file_that_was_changed_under_its_old_time_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x" * (HASHED_BYTES + 1))
+    stat, before = path.stat(), identity(path)
+    assert identity(path) == before
+    path.write_text("y" * (HASHED_BYTES + 1))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert identity(path) != before
+
+
+def test_utf16_without_a_mark_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("plain text".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"a\.txt is UTF-16 or UTF-32 without a mark"):
+        check_file(tmp_path / "a.txt", "text")
+
+
+def test_an_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "inside.txt").write_text("text " * 100)
+    with tarfile.open(tmp_path / "a.txt.gz", "w:gz") as archive:
+        archive.add(tmp_path / "inside.txt", "inside.txt")
+    with pytest.raises(UserError, match=r"a\.txt\.gz holds a tar archive, not a text; unpack it"):
+        check_file(tmp_path / "a.txt.gz", "text")
