@@ -9,6 +9,7 @@ import sysconfig
 import tokenize
 import urllib.parse
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +43,8 @@ def check_corpus(data: DataConfig) -> None:
         )
     if data.kind == "text":
         files.check_overlap(data.paths)
-        for path in (p for pattern in data.paths for p in files.expand(pattern)):
-            files.check_file(path, data.text_field)
+        for pattern in data.paths:
+            files.check_files(pattern, data.text_field)
     if data.kind == "kant":
         for url in data.urls:
             if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
@@ -53,16 +54,26 @@ def check_corpus(data: DataConfig) -> None:
                 )
 
 
-def read_corpus(data: DataConfig, cache_dir: Path) -> Iterator[Piece]:
+@dataclass
+class Reading:
+    """What was met while a corpus was read, and is no document."""
+
+    empty_files: int = 0
+    """Matched by a glob and passed over."""
+
+
+def read_corpus(
+    data: DataConfig, cache_dir: Path, reading: Reading | None = None
+) -> Iterator[Piece]:
     """Yield the corpus in its fixed order, one piece in memory at a time.
 
     A document is a file, a row, or for ``kant`` a paragraph; under ``line_by_line`` the documents
-    of a .txt are its lines. Those without any text are left out. ``cache_dir`` keeps downloads.
-    Raises UserError at what cannot be read.
+    of a .txt and of a book are its lines. Those without any text are left out. ``cache_dir`` keeps
+    downloads, ``reading`` is filled in on the way. Raises UserError at what cannot be read.
     """
     documents = 0
     held_out = False
-    for source, texts in enumerate(_sources(data, cache_dir)):
+    for source, texts in enumerate(_sources(data, cache_dir, reading or Reading())):
         for text, begins, ends in texts:
             if begins:
                 if ends and not text.strip():
@@ -108,21 +119,33 @@ def corpus_identity(data: DataConfig, cache_dir: Path) -> dict[str, Any]:
     return settings | {"sources": [files.identity(path) for path in _stdlib_files()]}
 
 
-def _sources(data: DataConfig, cache_dir: Path) -> Iterator[Iterable[Text]]:
+def _sources(data: DataConfig, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
     match data:
         case TextData():
-            yield from (_local_files(data, pattern) for pattern in data.paths)
+            yield from (_local_files(data, pattern, reading) for pattern in data.paths)
         case HubData():
-            yield (Text(row) for row in hub.rows(data))
+            yield (piece for row in hub.rows(data) for piece in files.pieces(row))
         case KantData():
-            yield (Text(p) for book in _books(data, cache_dir) for p in paragraphs(book))
+            cut = lines if data.line_by_line else paragraphs
+            yield (
+                piece
+                for book in _books(data, cache_dir)
+                for text in cut(book)
+                for piece in files.pieces(text)
+            )
         case _:
-            yield (Text(source) for source in _stdlib_sources())
+            yield (piece for source in _stdlib_sources() for piece in files.pieces(source))
 
 
-def _local_files(data: TextData, pattern: str) -> Iterator[Text]:
+def _local_files(data: TextData, pattern: str, reading: Reading) -> Iterator[Text]:
     for path in files.expand(pattern):
-        yield from files.read_file(path, data.text_field, data.line_by_line)
+        is_empty = True
+        for piece in files.read_file(path, data.text_field, data.line_by_line):
+            is_empty = is_empty and not piece.text.strip()
+            yield piece
+        if is_empty and not files.is_glob(pattern):
+            raise files.is_empty(path)
+        reading.empty_files += is_empty
 
 
 def _stdlib_files() -> Iterator[Path]:
@@ -149,6 +172,16 @@ def _books(data: KantData, cache_dir: Path) -> list[Path]:
 
 def paragraphs(book: Path) -> Iterator[str]:
     """Yield a plain-text book's paragraphs, unwrapped, without Project Gutenberg's frame."""
+    for paragraph in re.split(r"\n\s*\n", _unframed(book)):
+        yield " ".join(paragraph.split())
+
+
+def lines(book: Path) -> Iterator[str]:
+    """Yield a plain-text book's lines as they were printed, without Project Gutenberg's frame."""
+    yield from _unframed(book).split("\n")
+
+
+def _unframed(book: Path) -> str:
     try:
         text = book.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -160,5 +193,4 @@ def paragraphs(book: Path) -> Iterator[str]:
         text = text[start.end() :]
     if end := re.search(r"^\*\*\* ?END OF .*$", text, re.MULTILINE):
         text = text[: end.start()]
-    for paragraph in re.split(r"\n\s*\n", text):
-        yield " ".join(paragraph.split())
+    return text

@@ -23,6 +23,8 @@ FORMATS = (".txt", ".jsonl", ".csv", *TABLES)
 PIECE_BYTES = 2**18
 CHECKED_BYTES = 2**20
 HASHED_BYTES = 2**20
+ROWS_AT_ONCE = 256
+BYTES_AT_ONCE = 2**22
 
 
 class Text(NamedTuple):
@@ -33,14 +35,21 @@ class Text(NamedTuple):
     ends: bool = True
 
 
+def is_glob(pattern: str) -> bool:
+    """Whether a path is to be matched, and does not name one file outright."""
+    pattern = os.path.expanduser(pattern)
+    # A name may hold a glob's characters and still be a file's.
+    return glob.has_magic(pattern) and not os.path.lexists(pattern)
+
+
 def expand(pattern: str) -> list[Path]:
     """Return the files that a path or glob names, sorted; raise UserError where there is none.
 
     A file that several links lead to is named once.
     """
+    by_glob = is_glob(pattern)
     pattern = os.path.expanduser(pattern)
-    # A name may hold a glob's characters and still be a file's.
-    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+    if not by_glob:
         found = [pattern]
     else:
         matched = sorted({os.path.normpath(p) for p in _matching(pattern) if os.path.isfile(p)})
@@ -99,10 +108,32 @@ def check_overlap(patterns: Sequence[str]) -> None:
                 )
 
 
-def check_file(path: Path, text_field: str) -> None:
-    """Raise UserError where a file is missing, empty or unreadable, going by its beginning.
+def check_files(pattern: str, text_field: str) -> None:
+    """Raise UserError where a file is missing or unreadable, going by its beginning, or empty.
 
-    Reads at most the first MiB, or the first row where that is longer.
+    An empty file that a glob has matched is none of the user's choosing: reading passes over it,
+    as long as another is not empty.
+    """
+    paths = expand(pattern)
+    empty = [path for path in paths if not check_file(path, text_field)]
+    if empty and not is_glob(pattern):
+        raise is_empty(empty[0])
+    if len(empty) == len(paths):
+        raise UserError(
+            f"data.paths: {pattern} matches {len(paths):,} files, and all of them are empty; "
+            "fill them or correct the pattern"
+        )
+
+
+def is_empty(path: Path) -> UserError:
+    """Return the error for a file that was named and holds nothing."""
+    return UserError(f"data.paths: {path} is empty; fill it or leave it out")
+
+
+def check_file(path: Path, text_field: str) -> bool:
+    """Return whether there is text in a file; raise UserError where it is missing or unreadable.
+
+    Goes by its beginning: reads at most the first MiB, or the first row where that is longer.
     """
     kind = _format(path)
     try:
@@ -123,8 +154,7 @@ def check_file(path: Path, text_field: str) -> None:
         has_content = sum(len(text.strip()) for text in _decoded(path, CHECKED_BYTES)) > 0
     if has_content and kind != ".txt":
         has_content = next(_rows(path, text_field), None) is not None
-    if not has_content and size_bytes <= CHECKED_BYTES:
-        raise UserError(f"data.paths: {path} is empty; fill it or leave it out")
+    return has_content or size_bytes > CHECKED_BYTES
 
 
 def read_file(path: Path, text_field: str, by_line: bool) -> Iterator[Text]:
@@ -134,11 +164,20 @@ def read_file(path: Path, text_field: str, by_line: bool) -> Iterator[Text]:
     first byte or row that cannot be read.
     """
     if _format(path) != ".txt":
-        yield from (Text(row) for row in _rows(path, text_field))
+        for row in _rows(path, text_field):
+            yield from pieces(row)
     elif by_line:
-        yield from (Text(line) for line in _lines(_decoded(path)))
+        yield from _line_pieces(_decoded(path))
     else:
         yield from _pieces(_decoded(path))
+
+
+def pieces(text: str) -> Iterator[Text]:
+    """Yield a document, a long one in pieces: what is made of each takes many times its size."""
+    if len(text) <= PIECE_BYTES:
+        yield Text(text)
+    else:
+        yield from _pieces(text[i : i + PIECE_BYTES] for i in range(0, len(text), PIECE_BYTES))
 
 
 def identity(path: Path) -> list[str | int]:
@@ -237,21 +276,46 @@ def _pieces(chunks: Iterable[str]) -> Iterator[Text]:
     rest, begins = "", True
     for chunk in chunks:
         rest += chunk
-        half = len(rest) // 2
-        if half < PIECE_BYTES // 2:
-            continue
-        cut = rest.rfind("\n", half) + 1 or max(rest.rfind(" ", half), 0) or len(rest)
-        yield Text(rest[:cut], begins, ends=False)
-        rest, begins = rest[cut:], False
+        if cut := _cut(rest):
+            yield Text(rest[:cut], begins, ends=False)
+            rest, begins = rest[cut:], False
     yield Text(rest, begins, ends=True)
 
 
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    rest = ""
+def _line_pieces(chunks: Iterable[str]) -> Iterator[Text]:
+    """Yield each line as a document, a long one in pieces."""
+    rest, begins = "", True
     for chunk in chunks:
         *lines, rest = (rest + chunk).split("\n")
-        yield from lines
-    if rest:
+        for line in lines:
+            yield Text(line, begins, ends=True)
+            begins = True
+        if cut := _cut(rest):
+            yield Text(rest[:cut], begins, ends=False)
+            rest, begins = rest[cut:], False
+    if rest or not begins:
+        yield Text(rest, begins, ends=True)
+
+
+def _cut(text: str) -> int:
+    """Return where to end a piece; 0 where the text is too short to be one."""
+    half = len(text) // 2
+    if half < PIECE_BYTES // 2:
+        return 0
+    return text.rfind("\n", half) + 1 or max(text.rfind(" ", half), 0) or len(text)
+
+
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
+    parts: list[str] = []
+    for chunk in chunks:
+        first, *others = chunk.split("\n")
+        parts.append(first)
+        if others:
+            yield "".join(parts)
+            *lines, last = others
+            yield from lines
+            parts = [last]
+    if rest := "".join(parts):
         yield rest
 
 
@@ -306,7 +370,9 @@ def _csv_rows(path: Path, text_field: str) -> Iterator[str]:
     reader = csv.reader((line + "\n" for line in _lines(_decoded(path))), strict=True)
     first_line = 1
     try:
-        header = next(reader, [])
+        header = next(filter(None, reader), None)
+        if header is None:
+            return
         if header.count(text_field) > 1:
             raise _twice(str(path), text_field)
         if text_field not in header:
@@ -343,6 +409,8 @@ def _table_rows(path: Path, text_field: str) -> Iterator[str]:
 
     read = _parquet_columns if path.suffix == ".parquet" else _arrow_columns
     try:
+        if path.stat().st_size == 0:
+            return
         for column in read(path, text_field):
             yield from (row for row in column.to_pylist() if row is not None)
     except UnicodeDecodeError as error:
@@ -359,8 +427,21 @@ def _parquet_columns(path: Path, text_field: str) -> Iterator[Any]:
 
     with pyarrow.parquet.ParquetFile(path) as file:
         _check_column(path, text_field, file.schema_arrow)
-        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+        rows = _rows_at_once(file.metadata, text_field)
+        for batch in file.iter_batches(batch_size=rows, columns=[text_field]):
             yield batch.column(0)
+
+
+def _rows_at_once(metadata: Any, text_field: str) -> int:
+    """Return how many rows to have in memory together, going by the size of an average one."""
+    most = 1
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for j in range(group.num_columns):
+            chunk = group.column(j)
+            if chunk.path_in_schema == text_field:
+                most = max(most, chunk.total_uncompressed_size // max(1, group.num_rows))
+    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // most))
 
 
 def _arrow_columns(path: Path, text_field: str) -> Iterator[Any]:
@@ -379,8 +460,8 @@ def _arrow_columns(path: Path, text_field: str) -> Iterator[Any]:
             _check_column(path, text_field, stream.schema)
         for batch in batches:
             column = batch.column(batch.schema.get_field_index(text_field))
-            for start in range(0, len(column), 256):
-                yield column.slice(start, 256)
+            for start in range(0, len(column), ROWS_AT_ONCE):
+                yield column.slice(start, ROWS_AT_ONCE)
 
 
 def _check_column(path: Path, text_field: str, schema: Any) -> None:
@@ -394,7 +475,9 @@ def _check_column(path: Path, text_field: str, schema: Any) -> None:
         raise _twice(str(path), text_field)
     kind = schema.field(text_field).type
     of_values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+    types = pyarrow.types
+    # Null is the type of a column in which there is nothing at all.
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     if not any(is_text(of_values) for is_text in texts):
         raise no_text(str(path), text_field, str(kind))
 

@@ -21,7 +21,9 @@ import pytest
 
 from train.data.files import (
     HASHED_BYTES,
+    PIECE_BYTES,
     check_file,
+    check_files,
     check_overlap,
     expand,
     identity,
@@ -112,6 +114,31 @@ def test_a_long_document_comes_in_pieces_in_bounded_memory(tmp_path: Path) -> No
     assert peak_bytes < 4 * 2**20 < path.stat().st_size / 2
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_long_row_comes_in_pieces_too(tmp_path: Path, name: str) -> None:
+    text = "".join(f"line {i} of a row\n" for i in range(60_000))
+    rows = ["before", text, "after"]
+    if name == "a.jsonl":
+        (tmp_path / name).write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    elif name == "a.csv":
+        (tmp_path / name).write_text("text\n" + "".join(f'"{row}"\n' for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / name)
+    found = list(read_file(tmp_path / name, "text", by_line=False))
+    assert texts(tmp_path / name) == rows
+    assert len(found) > 5
+    assert max(len(piece.text) for piece in found) < 2 * PIECE_BYTES
+    assert all(piece.text.endswith("\n") for piece in found[1:-1])
+
+
+def test_a_long_line_comes_in_pieces_too(tmp_path: Path) -> None:
+    long = "word " * 300_000
+    (tmp_path / "a.txt").write_text(f"before\n{long}\n\nafter\n{long}")
+    found = list(read_file(tmp_path / "a.txt", "text", by_line=True))
+    assert texts(tmp_path / "a.txt", by_line=True) == ["before", long, "", "after", long]
+    assert max(len(piece.text) for piece in found) < 2 * PIECE_BYTES
+
+
 def test_a_document_without_lines_is_cut_before_a_space(tmp_path: Path) -> None:
     text = "word " * 200_000
     (tmp_path / "a.txt").write_text(text)
@@ -171,17 +198,38 @@ def test_an_unknown_ending_is_refused(tmp_path: Path, name: str) -> None:
         ("a.txt", b""),
         ("a.txt", b" \n\n"),
         ("a.jsonl", b""),
+        ("a.csv", b""),
+        ("a.csv", b"\n\n"),
         ("a.csv", b"text\n"),
         ("a.parquet", b""),
         ("a.txt.gz", gzip.compress(b"", mtime=0)),
     ],
 )
-def test_an_empty_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+def test_an_empty_file_that_is_named_outright_is_refused(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(
         UserError, match=rf"data\.paths: .*{name} is empty; fill it or leave it out"
     ):
-        check_file(tmp_path / name, "text")
+        check_files(str(tmp_path / name), "text")
+    with pytest.raises(
+        UserError, match=r"data\.paths: .*\* matches 1 files, and all of them are empty; fill them"
+    ):
+        check_files(f"{tmp_path}/a*", "text")
+    suffix = "".join((tmp_path / name).suffixes)
+    full = {
+        ".txt": b"one",
+        ".jsonl": b'{"text": "one"}',
+        ".csv": b"text\none\n",
+        ".txt.gz": gzip.compress(b"one"),
+    }
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "b.parquet")
+    else:
+        (tmp_path / f"b{suffix}").write_bytes(full[suffix])
+    check_files(f"{tmp_path}/*", "text")
+    assert [t.strip() for t in texts(tmp_path / name)] in ([], [""])
 
 
 def test_an_undecodable_byte_in_the_first_mebibyte_is_found_beforehand(tmp_path: Path) -> None:
