@@ -73,7 +73,7 @@ def test_experiment_ends_with_a_model(
     # The same source, of which as much as two steps need, and where it takes no network.
     source = {
         "stdlib": ["data.max_documents=40"],
-        "kant": [f"data.urls=['{book_url}']"],
+        "kant": [f"data.urls=['{book_url}']", "data.max_cut_fraction=1"],
         "hub": [f"data.name='{corpus.parent}'"],
     }
     (kind,) = (kind for kind in source if f"override /data: {kind}" in experiment)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from train.config.section import Floats, PositiveInt, Section, Strings
+from train.config.section import Floats, Fraction, PositiveInt, Section, Strings
 
 
 class DataSection(Section):
@@ -16,6 +16,8 @@ class DataSection(Section):
     """Tokens in one sample."""
     line_by_line: bool = False
     """One line is one (padded, cut) sample, instead of documents packed back to back."""
+    max_cut_fraction: Fraction = 0.05
+    """Most of the training tokens that cutting long lines may lose; more is an error."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of documents held out, chosen by a hash of their text; 0 holds out none."""
     max_documents: PositiveInt | None = None
@@ -65,7 +67,10 @@ class HubData(DataSection):
 
 
 class KantData(DataSection):
-    """Books by URL as plain text, a paragraph a document; Project Gutenberg's frame is cut off."""
+    """Books by URL as plain text, without Project Gutenberg's frame.
+
+    A document is a paragraph, its lines joined; under ``line_by_line`` it is a line as printed.
+    """
 
     kind: Literal["kant"]
     urls: Annotated[Strings, Field(min_length=1)]

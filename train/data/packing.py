@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from train.data.corpus import Piece
 from train.data.store import StoreWriter
+from train.data.tokenizer import whole_texts
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -31,8 +34,10 @@ class Packing:
     """Highest id plus one."""
     prefix: tuple[int, ...]
     """Ids that begin each document (each line, under ``by_line``)."""
-    end: int
-    """Id that ends it."""
+    suffix: tuple[int, ...]
+    """Ids that end it."""
+    control: tuple[int, ...]
+    """Ids that no text may spell, sorted."""
     words: bool
     """Keep where words begin."""
     by_line: bool
@@ -65,7 +70,7 @@ def pack(
     """
     from tqdm import tqdm
 
-    backend = _corpus_tokenizer(tokenizer)
+    backend = _corpus_tokenizer(tokenizer, packing.control)
     counts: Counter[str] = Counter(documents=0, tokens=0, heldout_documents=0, heldout_tokens=0)
     bar = tqdm(
         desc="tokenising",
@@ -117,13 +122,44 @@ def word_starts(text: str, encoding: Encoding) -> list[int]:
     return (new_word | opens_with_space | skips_space).astype(int).tolist()
 
 
-def _corpus_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+def _corpus_tokenizer(tokenizer: Tokenizer, control: tuple[int, ...]) -> Tokenizer:
     """Return a copy to which "</s>" in a corpus is plain text, so none can fake a document end."""
-    copy = type(tokenizer).from_str(tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
+    copy = whole_texts(tokenizer)
+    added = copy.get_added_tokens_decoder()
+    # One that only the file beside tokenizer.json calls special is looked for in texts, otherwise.
+    copy.add_special_tokens([added[i].content for i in control if i in added])
     copy.encode_special_tokens = True
+    # The model of a Unigram or WordLevel tokenizer knows them as words of their own, too.
+    state = json.loads(copy.model.__getstate__())
+    if _hide(state, {i: secrets.token_hex(16) for i in control}):
+        model = type(copy.model)()
+        model.__setstate__(json.dumps(state).encode())
+        copy.model = model
     return copy
+
+
+def _hide(model: dict[str, Any], names: Mapping[int, str]) -> bool:
+    """Give tokens of a model's vocabulary other names; return whether there were any. Pure."""
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [token, score] by id
+        known = [i for i in names if i < len(vocabulary)]
+        for i in known:
+            vocabulary[i][0] = names[i]
+        return bool(known)
+    hidden = {
+        token: names[i]
+        for token, i in vocabulary.items()
+        if i in names and token != model.get("unk_token")
+    }
+    model["vocab"] = {hidden.get(token, token): i for token, i in vocabulary.items()}
+    if "merges" in model:
+        prefix = len(model.get("continuing_subword_prefix") or "")
+        model["merges"] = [
+            (first, second)
+            for first, second in model["merges"]
+            if not {first, second, first + second[prefix:]} & hidden.keys()
+        ]
+    return bool(hidden)
 
 
 def _counted(pieces: Iterable[Piece], counts: Counter[str]) -> Iterator[Piece]:
@@ -146,11 +182,18 @@ def _batches(pieces: Iterable[Piece], by_line: bool) -> Iterator[list[Piece]]:
 
 
 def _by_line(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Cut documents into lines; a long line stays in pieces, and an empty one is left out."""
+    blank, is_open = "", False  # what the last piece left of a line: space alone, or something
     for piece in pieces:
-        assert (piece.begins, piece.ends) == (True, True), (
-            "read_corpus cuts no document under line_by_line"
-        )
-        yield from (piece._replace(text=s) for s in piece.text.split("\n") if s.strip())
+        if piece.begins:
+            blank, is_open = "", False
+        *lines, rest = piece.text.split("\n")
+        for text, ends in [*((line, True) for line in lines), (rest, piece.ends)]:
+            if is_open or text.strip():
+                yield piece._replace(text=blank + text, begins=not is_open, ends=ends)
+                blank, is_open = "", not ends
+            else:
+                blank = "" if ends else blank + text
 
 
 def _encode(
@@ -162,11 +205,11 @@ def _encode(
     stores: defaultdict[tuple[bool, int], _Tokens] = defaultdict(_Tokens)
     for piece, encoding in zip(batch, encodings, strict=True):
         store = stores[piece.held_out, piece.source]
-        before, after = packing.prefix * piece.begins, (packing.end,) * piece.ends
+        before, after = packing.prefix * piece.begins, packing.suffix * piece.ends
         store.ids += [*before, *encoding.ids, *after]
         if packing.words:
             inside = word_starts(piece.text, encoding)
             store.word_starts += [*(1 for _ in before), *inside, *(1 for _ in after)]
-        if packing.by_line:
+        if packing.by_line and piece.ends:
             store.line_ends.append(len(store.ids))
     return stores

@@ -7,23 +7,42 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from train.config import RunConfig
-from train.data.corpus import corpus_identity, read_corpus, source_weights
+from train.data.corpus import Reading, corpus_identity, read_corpus, source_weights
 from train.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from train.data.cache import Entry
-    from train.data.samples import Mixture
+    from train.data.samples import Mixture, Samples
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 log = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """What training, or evaluation, has of the corpus."""
+
+    documents: int
+    samples: int
+    """Each counted once, whatever its source's weight."""
+    tokens: int
+    """In samples, each counted once, document ends included."""
+    tokens_left_out: int
+    """In no sample: cut off lines, or too few for a last sample."""
+    lines_cut: int
+    """Samples that are the beginning of a longer line."""
+
+    @property
+    def share_left_out(self) -> float:
+        return self.tokens_left_out / max(1, self.tokens + self.tokens_left_out)
 
 
 @dataclass(frozen=True)
@@ -33,12 +52,10 @@ class Prepared:
     tokenizer: PreTrainedTokenizerFast
     train: Mixture
     heldout: Mixture
-    documents: int
-    """Training documents."""
-    tokens: int
-    """Training tokens, document ends included."""
-    heldout_documents: int
-    heldout_tokens: int
+    training: Part
+    held_out: Part
+    empty_files: int
+    """Matched by a glob, and passed over."""
 
     @cached_property
     def samples_per_epoch(self) -> int:
@@ -66,7 +83,8 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     started = time.monotonic()
     parent = cache.cache_root(config.data) / "tokens"
     directory, note = run_dir / "tokenizer", run_dir / "data.json"
-    name = _noted(note)
+    noted = _noted(note)
+    name = noted["tokens"] if noted else None
     entry = cache.find(parent, name) if name and directory.exists() else None
     if entry:
         tokenizer = load_tokenizer(config, directory)
@@ -74,24 +92,30 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
         identity = corpus_identity(config.data, cache.cache_root(config.data))
         tokenizer = ensure_tokenizer(config, directory, identity)
         entry = _packed(config, tokenizer, directory, identity, parent, name)
-    prepared = _open(config, tokenizer, entry)
-    if name is None:
+    prepared = _open(config, tokenizer, entry, noted)
+    if noted is None:
+        _check_loss(config, prepared)
         _note(note, entry.path.name, prepared)
+    for line in summary(prepared, by_line=config.data.line_by_line):
+        log.info(line)
     log.info(
-        "%s documents, %s tokens, held out %s documents, %s tokens, %s in %.1f s",
-        *(
-            f"{count:,}"
-            for count in (
-                prepared.documents,
-                prepared.tokens,
-                prepared.heldout_documents,
-                prepared.heldout_tokens,
-            )
-        ),
+        "data %s in %.1f s",
         "prepared" if entry.built else "from cache",
         time.monotonic() - started,
     )
     return prepared
+
+
+def summary(prepared: Prepared, *, by_line: bool) -> Iterator[str]:
+    """Yield for training and evaluation what there is, and what of it is in no sample. Pure."""
+    for name, part in (("training", prepared.training), ("held out", prepared.held_out)):
+        cut = f"{part.lines_cut:,} of {part.samples:,} lines cut, " if by_line else ""
+        yield (
+            f"{name}: {part.documents:,} documents, {part.tokens:,} tokens in {part.samples:,} "
+            f"samples; {cut}{part.tokens_left_out:,} tokens ({part.share_left_out:.2%}) in none"
+        )
+    if prepared.empty_files:
+        yield f"{prepared.empty_files:,} empty files passed over"
 
 
 def _packed(
@@ -105,12 +129,14 @@ def _packed(
     """Return the cached tokens of this corpus, tokenizer and settings, packing them if need be."""
     from train.data.cache import build_once, cache_root, fingerprint
     from train.data.packing import Packing, pack
-    from train.data.tokenizer import content_hash, document_prefix, special_ids, vocabulary_size
+    from train.data.tokenizer import content_hash, control_ids, document_frame, vocabulary_size
 
+    frame = document_frame(tokenizer, config)
     packing = Packing(
         vocabulary_size=vocabulary_size(tokenizer),
-        prefix=document_prefix(tokenizer, config),
-        end=special_ids(tokenizer, config).end,
+        prefix=frame.prefix,
+        suffix=frame.suffix,
+        control=control_ids(tokenizer),
         words=config.objective.kind == "mlm" and config.objective.whole_word,
         by_line=config.data.line_by_line,
     )
@@ -123,20 +149,30 @@ def _packed(
     name = fingerprint(what)
     if noted not in (None, name):
         raise UserError(
-            f"{directory.parent}: data={config.data.kind} has changed since this run began, and "
-            f"the tokens that it began with are no longer in {parent}; restore the corpus or the "
-            "cache (data.cache_dir), or start a new run"
+            f"{directory.parent}: data={config.data.kind} has changed since this run began (or "
+            "another version of Shardwright prepared it), and the tokens that it began with are "
+            f"no longer in {parent}; restore the corpus or the cache (data.cache_dir), or start a "
+            "new run"
         )
 
+    log.info(frame.note)
+
     def build(target: Path) -> dict[str, Any]:
-        pieces = read_corpus(config.data, cache_root(config.data))
+        reading = Reading()
+        pieces = read_corpus(config.data, cache_root(config.data), reading)
         sources = len(source_weights(config.data))
-        return dict(pack(pieces, sources, tokenizer.backend_tokenizer, packing, target))
+        counts = pack(pieces, sources, tokenizer.backend_tokenizer, packing, target)
+        return {**counts, **vars(reading)}
 
     return build_once(parent, name, build)
 
 
-def _open(config: RunConfig, tokenizer: PreTrainedTokenizerFast, entry: Entry) -> Prepared:
+def _open(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    entry: Entry,
+    noted: Mapping[str, Any] | None,
+) -> Prepared:
     """Return what an entry of the cache holds; raise UserError where that is too little."""
     from train.data.packing import store_name
     from train.data.samples import Mixture, Samples
@@ -150,14 +186,19 @@ def _open(config: RunConfig, tokenizer: PreTrainedTokenizerFast, entry: Entry) -
         stores = (TokenStore(entry.path, name) for name in names)
         return tuple(Samples(store, data.sequence_length, causal) for store in stores)
 
+    train, heldout = samples(held_out=False), samples(held_out=True)
     prepared = Prepared(
         tokenizer,
-        train=Mixture(samples(held_out=False), weights, config.seed),
-        heldout=Mixture(samples(held_out=True), (1.0,) * len(weights), config.seed),
-        **entry.details,
+        train=Mixture(train, weights, config.seed),
+        heldout=Mixture(heldout, (1.0,) * len(weights), config.seed),
+        training=_part(noted, "training", train, entry.details["documents"]),
+        held_out=_part(noted, "heldout", heldout, entry.details["heldout_documents"]),
+        empty_files=entry.details.get("empty_files", 0),
     )
+    training, held_out = prepared.training, prepared.held_out
     counts = (
-        f"{prepared.documents:,} training documents with {prepared.tokens:,} tokens make "
+        f"{training.documents:,} training documents with "
+        f"{training.tokens + training.tokens_left_out:,} tokens make "
         f"{prepared.samples_per_epoch:,} samples at data.sequence_length={data.sequence_length}"
     )
     if prepared.samples_per_epoch < config.trainer.global_batch_size:
@@ -168,19 +209,52 @@ def _open(config: RunConfig, tokenizer: PreTrainedTokenizerFast, entry: Entry) -
         )
     if data.eval_fraction > 0 and not prepared.eval_samples:
         raise UserError(
-            f"data.eval_fraction={data.eval_fraction} holds out {prepared.heldout_documents:,} "
-            f"documents with {prepared.heldout_tokens:,} tokens, too few for one sample at "
+            f"data.eval_fraction={data.eval_fraction} holds out {held_out.documents:,} "
+            f"documents with {held_out.tokens_left_out:,} tokens, too few for one sample at "
             f"data.sequence_length={data.sequence_length} ({counts}); raise data.eval_fraction, "
             "give more documents (each .txt file is one), or set it to 0 to evaluate on nothing"
         )
     return prepared
 
 
-def _noted(note: Path) -> str | None:
+def _part(
+    noted: Mapping[str, Any] | None, name: str, sources: Iterable[Samples], documents: int
+) -> Part:
+    """Return what data.json tells of a part; count where it does not, as in runs begun before."""
+    known = noted[name] if noted else {}
+    if known.keys() >= set(Part._fields):
+        return Part(*(known[field] for field in Part._fields))
+    extents = [samples.extent() for samples in sources]
+    return Part(
+        documents,
+        samples=sum(extent.samples for extent in extents),
+        tokens=sum(extent.tokens for extent in extents),
+        tokens_left_out=sum(extent.tokens_left_out for extent in extents),
+        lines_cut=sum(extent.lines_cut for extent in extents),
+    )
+
+
+def _check_loss(config: RunConfig, prepared: Prepared) -> None:
+    """Raise UserError where cutting lines would lose more than is accepted."""
+    part, data = prepared.training, config.data
+    if not data.line_by_line or part.share_left_out <= data.max_cut_fraction:
+        return
+    longest = max(samples.extent().longest_line for samples in prepared.train.sources)
+    raise UserError(
+        f"data.line_by_line=true cuts {part.lines_cut:,} of {part.samples:,} lines at "
+        f"data.sequence_length={data.sequence_length}: {part.share_left_out:.1%} of the tokens "
+        f"would be in no sample, more than data.max_cut_fraction={data.max_cut_fraction}; raise "
+        f"data.sequence_length (the longest line has {longest:,} tokens), break the lines, set "
+        "data.line_by_line=false to pack them back to back, or raise data.max_cut_fraction"
+    )
+
+
+def _noted(note: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(note.read_text(encoding="utf-8"))["tokens"]
+        tree: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    return tree
 
 
 def noted_samples_per_epoch(run_dir: Path) -> int | None:
@@ -194,15 +268,13 @@ def noted_samples_per_epoch(run_dir: Path) -> int | None:
 def _note(note: Path, name: str, prepared: Prepared) -> None:
     tree = {
         "tokens": name,
+        "tokenizer": {"tokens": len(set(prepared.tokenizer.get_vocab().values()))},
         "training": {
-            "documents": prepared.documents,
-            "tokens": prepared.tokens,
+            **prepared.training._asdict(),
             "samples_per_epoch": prepared.samples_per_epoch,
         },
-        "heldout": {
-            "documents": prepared.heldout_documents,
-            "tokens": prepared.heldout_tokens,
-        },
+        "heldout": prepared.held_out._asdict(),
+        "empty_files": prepared.empty_files,
     }
     temporary = note.with_name(f".{note.name}-{uuid.uuid4().hex}")
     temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")

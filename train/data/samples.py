@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from train.data.sampler import permuted
 from train.data.store import TokenStore
 
+LINES_AT_ONCE = 2**20
+
 
 class Window(NamedTuple):
     """Some consecutive tokens of a store."""
@@ -21,6 +23,20 @@ class Window(NamedTuple):
     """Ids, shape (n,)."""
     word_starts: NDArray[np.uint8] | None
     """1 where a token begins a word, shape (n,)."""
+
+
+class Extent(NamedTuple):
+    """How much of a store its samples hold."""
+
+    samples: int
+    tokens: int
+    """In samples, each counted once."""
+    tokens_left_out: int
+    """In none: cut off lines, or too few for a last sample."""
+    lines_cut: int
+    """Samples that are the beginning of a longer line."""
+    longest_line: int
+    """In tokens; 0 where documents are packed."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,24 @@ class Samples:
         if self.store.line_ends is not None:
             return len(self.store.line_ends)
         return max(0, len(self.store.tokens) - self.causal) // self._stride
+
+    def extent(self) -> Extent:
+        """Count what the samples hold; of a line store this reads where all lines end."""
+        ends, count = self.store.line_ends, len(self)
+        stored = len(self.store.tokens)
+        if ends is None:
+            held = count * self._stride + (self.causal and count > 0)
+            return Extent(count, held, stored - held, 0, 0)
+        # One more than the stride: for clm the last label, for mlm the end, which is in the frame.
+        room = self._stride + 1
+        held = cut = longest = 0
+        for first in range(0, count, LINES_AT_ONCE):
+            before = ends[first - 1] if first else 0
+            lengths = np.diff(ends[first : first + LINES_AT_ONCE], prepend=before)
+            held += int(np.minimum(lengths, room).sum())
+            cut += int((lengths > room).sum())
+            longest = max(longest, int(lengths.max()))
+        return Extent(count, held, stored - held, cut, longest)
 
     def __getitem__(self, index: int) -> Window:
         assert 0 <= index < len(self)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import secrets
 import shutil
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -20,6 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PROBE_TIMEOUT_SECONDS = 20.0
+TRAINING_FORMAT = 2
+LONGEST_WORD = 1000
+"""Characters of a word up to which it trains a tokenizer whole."""
+_MAYBE_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+log = logging.getLogger(__name__)
 
 
 class SpecialIds(NamedTuple):
@@ -48,6 +57,8 @@ def ensure_tokenizer(
         else:
             tokenizer = _pretrained(settings)
         check_fits(tokenizer, config)
+        for line in unused(tokenizer, config):
+            log.warning(line)
         _publish(tokenizer, directory)
     return load_tokenizer(config, directory)
 
@@ -103,18 +114,73 @@ def special_ids(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Specia
     )
 
 
-def document_prefix(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> tuple[int, ...]:
-    """Return the ids that the tokenizer puts before a prompt, so that documents begin alike.
+class Frame(NamedTuple):
+    """What surrounds each document in the stream of tokens."""
 
-    None for mlm, where each sample has its frame.
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    note: str
+    """Says so in words."""
+
+
+def document_frame(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Frame:
+    """Return what the tokenizer's own post-processor puts around a text, so that documents begin
+    as prompts do; where it puts nothing after it, documents end with the declared end.
+
+    For mlm each sample has its frame, and documents in it are set apart by the end alone.
     """
+    ids = special_ids(tokenizer, config)
+    before, after = _put_around(tokenizer.backend_tokenizer)
+
+    def framed(what: str, first: tuple[int, ...], last: tuple[int, ...]) -> str:
+        names = [tokenizer.convert_ids_to_tokens(list(part)) for part in (first, last)]
+        return " + ".join([*names[0], what, *names[1]])
+
     if config.objective.kind == "mlm":
-        return ()
-    frame: list[int] = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
-    while frame and frame[-1] in ends:
-        frame.pop()
-    return tuple(frame)
+        note = f"each sample is {framed('tokens', (ids.begin,), (ids.end,))}"
+        if not config.data.line_by_line:
+            note += f", and a document in it ends with {tokenizer.convert_ids_to_tokens(ids.end)}"
+        if (before, after) != ((ids.begin,), (ids.end,)):
+            note += (
+                f"; in use the tokenizer itself makes {framed('text', before, after)} of a text, "
+                "which is not what the model is trained on"
+            )
+        return Frame((), (ids.end,), note)
+    note = f"each document is {framed('text', before, after or (ids.end,))}"
+    if not after:
+        note += " (the tokenizer itself puts nothing after a text)"
+    elif ids.end not in after:
+        end = tokenizer.convert_ids_to_tokens(ids.end)
+        note += f"; none ends with {end}, at which generation stops"
+    return Frame(before, after or (ids.end,), note)
+
+
+def _put_around(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that a post-processor puts before and after a text."""
+    from tokenizers import AddedToken
+
+    copy = whole_texts(backend)
+    # Any text would do that is one token at least, which no ordinary one is to every tokenizer.
+    probe = secrets.token_hex(16)
+    copy.add_tokens([AddedToken(probe, normalized=False)])
+    encoding = copy.encode(probe)
+    inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    return tuple(encoding.ids[: inside[0]]), tuple(encoding.ids[inside[-1] + 1 :])
+
+
+def whole_texts(backend: Tokenizer) -> Tokenizer:
+    """Return a copy that neither pads nor cuts: a saved tokenizer may have been told to."""
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def control_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Return the ids that mean something to a model and that no text may spell, sorted."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    special = {i for i, token in added.items() if token.special}
+    return tuple(sorted(special | set(tokenizer.all_special_ids)))
 
 
 def check_fits(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
@@ -130,6 +196,40 @@ def check_fits(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
             f"{config.model.vocab_size} gives the embedding {rows} rows; "
             f"set model.vocab_size={wanted} or choose a smaller tokenizer"
         )
+
+
+def unused(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Iterator[str]:
+    """Yield what was asked for and will not be used: tokens, and rows of the embedding. Pure."""
+    found = len(set(tokenizer.get_vocab().values()))
+    if config.tokenizer.kind == "byte_bpe":
+        wanted = wanted_vocabulary(config, config.tokenizer)
+        if found < wanted:
+            yield (
+                f"tokenizer={_name(config)} has {found:,} tokens instead of {wanted:,}: the "
+                "training documents hold no more pairs that occur tokenizer.min_frequency="
+                f"{config.tokenizer.min_frequency} times"
+            )
+    if isinstance(config.model, ScratchModel) and found < config.model.vocab_size:
+        rows = config.model.vocab_size
+        yield (
+            f"model.vocab_size={rows} gives the embedding {rows - found:,} rows that no token "
+            f"uses; model.vocab_size={vocabulary_size(tokenizer)} is enough for tokenizer="
+            f"{_name(config)}"
+        )
+
+
+def wanted_vocabulary(config: RunConfig, settings: ByteBpeTokenizer) -> int:
+    """Return how many tokens a tokenizer is to be trained to; raise UserError at too few."""
+    if settings.vocab_size is not None:
+        return settings.vocab_size
+    assert isinstance(config.model, ScratchModel), "RunConfig demands a vocab_size otherwise"
+    wanted, smallest = config.model.vocab_size, 256 + len(settings.special_tokens)
+    if wanted < smallest:
+        raise UserError(
+            f"tokenizer.vocab_size=null takes model.vocab_size={wanted}, but 256 bytes "
+            f"and the special tokens need {smallest}; raise model.vocab_size"
+        )
+    return wanted
 
 
 def train_byte_bpe(
@@ -158,31 +258,30 @@ def _trained(config: RunConfig, settings: ByteBpeTokenizer, identity: dict[str, 
     """Return the cached tokenizer.json, training it where there is none."""
     import tokenizers
 
-    vocab_size = settings.vocab_size
-    if vocab_size is None:
-        assert isinstance(config.model, ScratchModel), "RunConfig demands a vocab_size otherwise"
-        vocab_size = config.model.vocab_size
-        smallest = 256 + len(settings.special_tokens)
-        if vocab_size < smallest:
-            raise UserError(
-                f"tokenizer.vocab_size=null takes model.vocab_size={vocab_size}, but 256 bytes "
-                f"and the special tokens need {smallest}; raise model.vocab_size"
-            )
+    vocab_size = wanted_vocabulary(config, settings)
 
     def build(directory: Path) -> dict[str, Any]:
         texts = (p.text for p in read_corpus(config.data, root) if not p.held_out)
+        counts: Counter[str] = Counter()
         trained = train_byte_bpe(
-            _first_bytes(texts, settings.max_training_bytes),
+            with_short_words(_first_bytes(texts, settings.max_training_bytes), counts),
             vocab_size,
             settings.min_frequency,
             settings.special_tokens,
         )
+        if counts["cut"]:
+            log.warning(
+                "the tokenizer was trained with %s words cut that are longer than %s characters: "
+                "text without spaces would take hours; the model gets them whole",
+                f"{counts['cut']:,}",
+                f"{LONGEST_WORD:,}",
+            )
         trained.save(str(directory / "tokenizer.json"))
         return {"tokens": trained.get_vocab_size()}
 
     root = cache_root(config.data)
     what = {
-        "format": 1,
+        "format": TRAINING_FORMAT,
         "corpus": identity,
         "vocab_size": vocab_size,
         "settings": settings.model_dump(mode="json", exclude={"vocab_size"}),
@@ -200,6 +299,28 @@ def _first_bytes(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
             return
         left -= len(encoded)
         yield text
+
+
+def with_short_words(texts: Iterable[str], counts: Counter[str]) -> Iterator[str]:
+    """Cut words that are too long to train on; ``counts["cut"]`` counts them.
+
+    The trainer goes through a whole word for each pair that it merges in it (tokenizers 0.23), so
+    its time grows with the square of a word's length.
+    """
+    from tokenizers import pre_tokenizers
+
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in texts:
+        if not _MAYBE_LONG.search(text):
+            yield text
+            continue
+        begin = 0
+        for _, (start, stop) in words.pre_tokenize_str(text):
+            counts["cut"] += stop - start > LONGEST_WORD
+            for cut in range(start + LONGEST_WORD, stop, LONGEST_WORD):
+                yield text[begin:cut]
+                begin = cut
+        yield text[begin:]
 
 
 def _wrap(path: Path, config: RunConfig, settings: ByteBpeTokenizer) -> PreTrainedTokenizerFast:

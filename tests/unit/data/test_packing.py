@@ -29,7 +29,14 @@ from train.data.tokenizer import train_byte_bpe
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 END = 2
-PLAIN = Packing(vocabulary_size=400, prefix=(), end=END, words=False, by_line=False)
+PLAIN = Packing(
+    vocabulary_size=400,
+    prefix=(),
+    suffix=(END,),
+    control=(0, 1, 2, 3, 4),
+    words=False,
+    by_line=False,
+)
 
 
 @pytest.fixture
@@ -106,6 +113,24 @@ def test_lines_are_kept_apart_and_empty_ones_left_out(bpe: Tokenizer, tmp_path: 
     lines = np.split(store.tokens, store.line_ends[:-1])
     assert all(line[-1] == END for line in lines)
     assert [bpe.decode(line[:-1].tolist()) for line in lines] == ["pure reason", "time", "law"]
+
+
+def test_lines_of_a_document_in_pieces_are_whole(bpe: Tokenizer, tmp_path: Path) -> None:
+    pieces = [
+        Piece("pure reason\n\n ", True, False, 0, False),
+        Piece(" of\ntime and", False, False, 0, False),
+        Piece(" law\n  ", False, False, 0, False),
+        Piece("\n", False, True, 0, False),
+        document("space"),
+    ]
+    counts = pack(pieces, 1, bpe, replace(PLAIN, by_line=True, prefix=(0,)), tmp_path)
+    store = TokenStore(tmp_path, "train-0")
+    assert store.line_ends is not None
+    lines = np.split(store.tokens, store.line_ends[:-1])
+    assert [bpe.decode(line.tolist(), skip_special_tokens=False) for line in lines] == [
+        f"<s>{text}</s>" for text in ("pure reason", "  of", "time and law", "space")
+    ]
+    assert counts["documents"] == 2
 
 
 def test_line_ends_count_on_over_batches(bpe: Tokenizer, tmp_path: Path) -> None:
@@ -239,7 +264,7 @@ text = "pure reason of understanding, and the moral law. " * 400
 def peak_after(documents):
     out = folder / str(documents); out.mkdir()
     pieces = (Piece(text, True, True, 0, False) for _ in range(documents))
-    pack(pieces, 1, tokenizer, Packing(400, (), 2, False, False), out)
+    pack(pieces, 1, tokenizer, Packing(400, (), (2,), (), False, False), out)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(peak_after(60), peak_after(300))
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,9 @@ import pytest
 from train.config import RunConfig, to_yaml
 from train.data import prepare
 from train.data.cache import build_once, find
+from train.data.corpus import is_held_out
 from train.data.prepare import noted_samples_per_epoch
+from train.data.tokenizer import vocabulary_size
 from train.errors import UserError
 
 MakeConfig = Callable[..., RunConfig]
@@ -41,11 +44,13 @@ def test_a_run_gets_its_tokenizer_and_samples(
 ) -> None:
     config = make_config()
     prepared = prepare(config, run_dir)
-    assert prepared.documents + prepared.heldout_documents == 40
-    assert prepared.heldout_documents > 0
-    assert prepared.samples_per_epoch == (prepared.tokens - 1) // 32
+    training, held_out = prepared.training, prepared.held_out
+    assert training.documents + held_out.documents == 40
+    assert held_out.documents > 0
+    assert training.samples == prepared.samples_per_epoch == (training.tokens - 1) // 32
     assert noted_samples_per_epoch(run_dir) == prepared.samples_per_epoch
-    assert prepared.eval_samples == (prepared.heldout_tokens - 1) // 32
+    assert held_out.samples == prepared.eval_samples == (held_out.tokens - 1) // 32
+    assert 0 <= training.tokens_left_out < 32
     assert (run_dir / "tokenizer" / "tokenizer.json").exists()
     first = str(prepared.tokenizer.decode(prepared.train.get(0, 0).tokens))
     assert any(path.read_text().startswith(first) for path in corpus.iterdir())
@@ -60,8 +65,8 @@ def test_the_same_corpus_is_prepared_once(
         prepare(make_config(data={"sequence_length": 64}), tmp_path / name)
         # Neither length nor seed of the samples is in the tokens.
         prepare(make_config(seed=1), tmp_path / name)
-    ends = [message.split(", ")[-1].split(" in ")[0] for message in caplog.messages]
-    assert ends == ["prepared", "from cache", "from cache", "from cache"]
+    ends = [m.split(" in ")[0] for m in caplog.messages if m.startswith("data ")]
+    assert ends == ["data prepared", "data from cache", "data from cache", "data from cache"]
     assert len(entries(tmp_path / "cache", "tokens")) == 1
 
 
@@ -70,19 +75,149 @@ def test_the_log_tells_how_much_there_is(
 ) -> None:
     caplog.set_level("INFO", logger="train")
     prepared = prepare(make_config(), run_dir)
-    assert re.fullmatch(
-        rf"{prepared.documents} documents, {prepared.tokens:,} tokens, held out "
-        rf"{prepared.heldout_documents} documents, {prepared.heldout_tokens:,} tokens, "
-        r"prepared in \d+\.\d s",
-        caplog.messages[-1],
+    lines = [
+        rf"{name}: {part.documents} documents, {part.tokens:,} tokens in {part.samples:,} samples; "
+        rf"{part.tokens_left_out} tokens \(0\.\d\d%\) in none"
+        for name, part in (("training", prepared.training), ("held out", prepared.held_out))
+    ]
+    for line, message in zip(
+        [*lines, r"data prepared in \d+\.\d s"], caplog.messages[-3:], strict=True
+    ):
+        assert re.fullmatch(line, message)
+
+
+def write_lines(folder: Path, *, long: int) -> None:
+    """Write 200 lines of 8 words, of which the first ``long`` are ten times as long."""
+    folder.mkdir(exist_ok=True)
+    words = "pure reason of the understanding in empty space "
+    texts = [f"{i} {words * (10 if i < long else 1)}" for i in range(200)]
+    (folder / "lines.txt").write_text("\n\n".join(texts))
+
+
+def lines_config(make_config: MakeConfig, tmp_path: Path, mlm: bool, **data: object) -> RunConfig:
+    data = {
+        "paths": [str(tmp_path / "corpus" / "*.txt")],
+        "line_by_line": True,
+        "eval_fraction": 0.2,
+        **data,
+    }
+    return make_config(mlm=mlm, data=data)
+
+
+@pytest.mark.parametrize("mlm", [False, True])
+def test_lines_longer_than_a_sample_are_counted_with_what_they_lose(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    run_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    mlm: bool,
+) -> None:
+    caplog.set_level("INFO", logger="train")
+    write_lines(tmp_path / "corpus", long=10)
+    config = lines_config(make_config, tmp_path, mlm, max_cut_fraction=0.9)
+    prepared = prepare(config, run_dir)
+    # By another way: the lines, tokenised alone, against what reaches the batches.
+    lines = (tmp_path / "corpus" / "lines.txt").read_text().split("\n\n")
+    lengths = {
+        held_out: [
+            len(prepared.tokenizer(line, add_special_tokens=False).input_ids) + 1
+            for line in lines
+            if is_held_out(line, 0.2) == held_out
+        ]
+        for held_out in (False, True)
+    }
+    room = 31 if mlm else 33
+    for held_out, part in ((False, prepared.training), (True, prepared.held_out)):
+        long = [n for n in lengths[held_out] if n > room]
+        assert part.samples == part.documents == len(lengths[held_out])
+        assert part.lines_cut == len(long)
+        assert part.tokens_left_out == sum(n - room for n in long)
+        assert part.tokens == sum(lengths[held_out]) - part.tokens_left_out
+    part = prepared.training
+    assert 0 < part.lines_cut <= 10
+    told = (
+        f"{part.lines_cut} of {part.samples} lines cut, {part.tokens_left_out:,} tokens "
+        f"({part.share_left_out:.2%}) in none"
     )
+    assert any(told in message for message in caplog.messages)
+    noted = json.loads((run_dir / "data.json").read_text())
+    assert noted["training"] == {**part._asdict(), "samples_per_epoch": part.samples}
+    assert noted["heldout"] == prepared.held_out._asdict()
+    assert prepare(config, run_dir).training == part
+
+
+def test_losing_much_to_cut_lines_is_refused(
+    tmp_path: Path, make_config: MakeConfig, run_dir: Path
+) -> None:
+    write_lines(tmp_path / "corpus", long=10)
+    with pytest.raises(
+        UserError,
+        match=r"data\.line_by_line=true cuts \d+ of \d+ lines at data\.sequence_length=32: "
+        r"\d\d\.\d% of the tokens would be in no sample, more than data\.max_cut_fraction=0\.05; "
+        r"raise data\.sequence_length \(the longest line has \d+ tokens\).*=false",
+    ):
+        prepare(lines_config(make_config, tmp_path, True), run_dir)
+    assert not (run_dir / "data.json").exists()
+    write_lines(tmp_path / "corpus", long=0)
+    assert prepare(lines_config(make_config, tmp_path, True), run_dir).training.lines_cut == 0
+
+
+def test_empty_files_that_a_glob_matched_are_told_once(
+    corpus: Path,
+    make_config: MakeConfig,
+    run_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="train")
+    for name in ("000.txt", "99.txt"):
+        (corpus / name).write_text("")
+    prepare(make_config(), run_dir)
+    assert caplog.messages.count("2 empty files passed over") == 1
+    assert json.loads((run_dir / "data.json").read_text())["empty_files"] == 2
+    (tmp_path / "other").mkdir()
+    assert prepare(make_config(), tmp_path / "other").empty_files == 2, "from the cache, too"
+
+
+def test_a_run_that_began_with_cut_lines_goes_on(
+    tmp_path: Path, make_config: MakeConfig, run_dir: Path
+) -> None:
+    write_lines(tmp_path / "corpus", long=10)
+    begun = prepare(lines_config(make_config, tmp_path, True, max_cut_fraction=1.0), run_dir)
+    # As earlier versions noted it, which knew no bound either.
+    note = json.loads((run_dir / "data.json").read_text())
+    note["training"] = {"documents": 1, "tokens": 1, "samples_per_epoch": begun.samples_per_epoch}
+    note["heldout"] = {"documents": 1, "tokens": 1}
+    (run_dir / "data.json").write_text(json.dumps(note))
+    again = prepare(lines_config(make_config, tmp_path, True), run_dir)
+    assert (again.training, again.held_out) == (begun.training, begun.held_out)
+
+
+def test_a_vocabulary_that_is_not_filled_is_told_before_the_run(
+    corpus: Path, make_config: MakeConfig, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(model={"vocab_size": 5000, "pad_vocab_to_multiple": 64})
+    size = vocabulary_size(prepare(config, run_dir).tokenizer)
+    assert size < 1000
+    assert caplog.messages[:2] == [
+        f"tokenizer=byte_bpe has {size} tokens instead of 5,000: the training documents hold no "
+        "more pairs that occur tokenizer.min_frequency=2 times",
+        f"model.vocab_size=5000 gives the embedding {5000 - size:,} rows that no token uses; "
+        f"model.vocab_size={size} is enough for tokenizer=byte_bpe",
+    ]
+    assert json.loads((run_dir / "data.json").read_text())["tokenizer"] == {"tokens": size}
+    caplog.clear()
+    shutil.rmtree(run_dir)
+    run_dir.mkdir()
+    prepare(make_config(), run_dir)
+    assert not [m for m in caplog.messages if "vocab" in m or "tokens instead" in m]
 
 
 @pytest.mark.parametrize(
     "changed",
     [
         {"data": {"eval_fraction": 0.2}},
-        {"data": {"line_by_line": True}},
+        {"data": {"line_by_line": True, "max_cut_fraction": 1.0}},
         {"data": {"max_documents": 30}},
         {"tokenizer": {"vocab_size": 300}},
     ],
@@ -102,7 +237,7 @@ def test_a_changed_corpus_is_prepared_again_for_a_new_run(
     counts = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        counts.append(prepare(make_config(), tmp_path / name).documents)
+        counts.append(prepare(make_config(), tmp_path / name).training.documents)
         for i in range(40, 60):
             (corpus / f"{i}.txt").write_text(sentences(60, seed=i))
     assert counts[1] > counts[0]
@@ -185,17 +320,17 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(
     (entry,) = entries(tmp_path / "cache", "tokens")
     assert ".tmp-" not in entry
     shutil.rmtree(tmp_path / "cache")
-    assert prepare(config, tmp_path / "run").tokens == after.tokens
+    assert prepare(config, tmp_path / "run").training == after.training
 
 
 def test_a_damaged_entry_of_the_cache_is_made_anew(
     corpus: Path, make_config: MakeConfig, run_dir: Path, tmp_path: Path
 ) -> None:
-    tokens = prepare(make_config(), run_dir).tokens
+    training = prepare(make_config(), run_dir).training
     (path,) = (tmp_path / "cache" / "tokens").glob("*/train-0.uint16")
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    assert prepare(make_config(), run_dir).tokens == tokens
+    assert prepare(make_config(), run_dir).training == training
     assert path.read_bytes() == whole
 
 
@@ -271,6 +406,29 @@ def test_bad_input_ends_the_command_with_code_2_and_no_traceback(
     assert stderr.startswith("error: data.paths: ")
     assert f"99.txt is not UTF-8 at byte {2**21} (0xff)" in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("a.jsonl", '{"text": "\\ud83d"}\n' + "[" * 100_000, "line 2 is not JSON, or none that"),
+        ("a.jsonl", '{"text": "x"}\n{"n": ' + "9" * 5000 + "}", "line 2 is not JSON, or none that"),
+        ("a.csv", 'text\none\n"two\n', "the row that begins in line 3"),
+    ],
+    ids=["deep", "long number", "open quote"],
+)
+def test_what_cannot_be_read_ends_with_code_2_and_leaves_nothing(
+    tmp_path: Path, make_config: MakeConfig, name: str, content: str, error: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    child = start(make_config(data={"paths": [str(tmp_path / name)]}), tmp_path / "run")
+    _, stderr = child.communicate(timeout=120)
+    assert child.returncode == 2
+    assert stderr.startswith("error: data.paths: ")
+    assert error in stderr
+    assert "Traceback" not in stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 def test_preparing_imports_no_torch(corpus: Path, make_config: MakeConfig, run_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from train.config import RunConfig
 from train.data.corpus import is_held_out
 from train.data.tokenizer import (
-    document_prefix,
+    LONGEST_WORD,
+    document_frame,
     ensure_tokenizer,
     special_ids,
     sweep,
     train_byte_bpe,
     vocabulary_size,
+    with_short_words,
 )
 from train.errors import UserError
 
@@ -65,6 +68,38 @@ def test_training_is_deterministic(sentences: Callable[..., str]) -> None:
     texts = [sentences(40, seed=i) for i in range(10)]
     trained = {train_byte_bpe(texts, 350, 2, SPECIAL).to_str() for _ in range(4)}
     assert len(trained) == 1
+
+
+def test_long_words_are_cut_for_training_and_others_are_not() -> None:
+    ordinary = f"{'a' * 900} {'漢' * 900}  {'1' * 900}"
+    long = f"pure {'漢字' * 5000}, reason{' ' * 2500}1"
+    counts: Counter[str] = Counter()
+    cut = list(with_short_words([ordinary, long], counts))
+    assert counts == {"cut": 2}
+    assert cut[0] == ordinary
+    assert "".join(cut[1:]) == long
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lengths = [b - a for text in cut for _, (a, b) in words.pre_tokenize_str(text)]
+    assert max(lengths) == LONGEST_WORD
+    assert {w for text in cut for w, _ in words.pre_tokenize_str(text)} >= {
+        *("pure", ",", "Ġreason", "Ġ1")
+    }
+
+
+def test_text_without_spaces_is_said_to_be_cut_and_the_tokenizer_takes_it_whole(
+    tmp_path: Path, make_config: MakeConfig, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("purereason" * 1000)
+    data = {"paths": [str(tmp_path / "a.txt")], "eval_fraction": 0.0}
+    tokenizer = tokenizer_of(make_config(data=data, model={"vocab_size": 300}), run_dir)
+    assert [m for m in caplog.messages if "1 words cut that are longer than 1,000 char" in m]
+    assert str(tokenizer.decode(tokenizer("purereason" * 2000).input_ids)) == "purereason" * 2000
+    caplog.clear()
+    (tmp_path / "a.txt").write_text("pure reason " * 1000)
+    other = tmp_path / "other"
+    other.mkdir()
+    ensure_tokenizer(make_config(data=data), other / "tokenizer", {"corpus": "another"})
+    assert not [m for m in caplog.messages if "words cut" in m]
 
 
 def test_a_masked_models_tokenizer_frames_a_prompt(
@@ -167,7 +202,7 @@ def test_a_local_pretrained_tokenizer_is_taken_as_it_is(
     ids = special_ids(tokenizer, config)
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
     assert tokens == ["[CLS]", "[SEP]", "[PAD]", "[MASK]"]
-    assert document_prefix(tokenizer, config) == ()
+    assert document_frame(tokenizer, config)[:2] == ((), (tokenizer.sep_token_id,))
     assert (run_dir / "tokenizer" / "tokenizer.json").exists()
 
 
@@ -185,8 +220,11 @@ def test_documents_begin_with_what_a_pretrained_tokenizer_puts_before_a_prompt(
     tokenizer.save(str(directory / "tokenizer.json"))
     config = make_config(tokenizer={"kind": "pretrained", "name": str(directory)})
     loaded = tokenizer_of(config, run_dir)
-    assert document_prefix(loaded, config) == (bos,)
-    assert special_ids(loaded, config).end == loaded.eos_token_id
+    assert document_frame(loaded, config) == (
+        (bos,),
+        (loaded.eos_token_id,),
+        "each document is <bos> + text + <eos> (the tokenizer itself puts nothing after a text)",
+    )
 
 
 def test_a_tokenizer_without_mask_token_is_refused_for_mlm(
