@@ -411,9 +411,9 @@ def test_bad_input_ends_the_command_with_code_2_and_no_traceback(
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
-        ("a.jsonl", '{"text": "\\ud83d"}\n' + "[" * 100_000, "line 2 is not JSON, or none that"),
-        ("a.jsonl", '{"text": "x"}\n{"n": ' + "9" * 5000 + "}", "line 2 is not JSON, or none that"),
-        ("a.csv", 'text\none\n"two\n', "the row that begins in line 3"),
+        ("a.jsonl", '{"text": "\\ud83d"}\n' + "[" * 100_000, "line 2 is nested too deeply"),
+        ("a.jsonl", '{"text": "x"}\n{"n": ' + "9" * 5000 + "}", "line 2 is not JSON"),
+        ("a.csv", 'text\none\n"two\n', "line 3 opens a quote that is never closed"),
     ],
     ids=["deep", "long number", "open quote"],
 )
