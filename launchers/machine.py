@@ -14,6 +14,7 @@ from typing import Any
 
 from launchers import hostfile
 from train.config import PrecisionConfig, RunConfig, from_tree
+from train.config.tracking import wandb_mode
 from train.errors import UserError
 
 AMPERE = 8.0
@@ -33,6 +34,8 @@ class Machine:
     has_loopback: bool = True
     torch_has_cuda: bool = True
     has_wandb_key: bool = False
+    wandb_mode: str | None = None
+    """What the environment asks W&B for, if anything."""
     free_port: int = 29500
     """One that nothing listens on."""
     cuda_visible_devices: str = ""
@@ -52,6 +55,7 @@ def detect(environment: Mapping[str, str]) -> Machine:
         has_loopback="lo" in (name for _, name in socket.if_nameindex()),
         torch_has_cuda=not importlib.metadata.version("torch").endswith("+cpu"),
         has_wandb_key=_has_wandb_key(environment),
+        wandb_mode=wandb_mode(environment),
         free_port=_free_port(),
         cuda_visible_devices=environment.get("CUDA_VISIBLE_DEVICES", ""),
         interface=None if is_reached_by(addresses()) else default_interface(),
@@ -111,7 +115,8 @@ def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
         one_rank = launcher["device"] == "cpu" or config.strategy.kind == "single"
         launcher["nproc_per_node"] = 1 if one_rank else max(1, gpus)
     if tree["tracking"].get("mode") == "auto":
-        tree["tracking"]["mode"] = "online" if machine.has_wandb_key else "offline"
+        by_key = "online" if machine.has_wandb_key else "offline"
+        tree["tracking"]["mode"] = machine.wandb_mode or by_key
     return from_tree(tree)
 
 
@@ -241,11 +246,16 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# Its server has two names, and keys are kept under either (wandb 0.31, sdk/lib/urls.py).
+_WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+
+
 def _has_wandb_key(environment: Mapping[str, str]) -> bool:
-    if environment.get("WANDB_API_KEY"):
+    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = environment.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    own = environment.get("WANDB_BASE_URL", "").split("//")[-1].split("/")[0]
     try:
-        return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
+        keys = netrc.netrc(environment.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(keys.authenticators(host) is not None for host in ((own,) if own else _WANDB_HOSTS))

@@ -22,6 +22,7 @@ from train.config import (
     SlurmLauncher,
     to_yaml,
 )
+from train.config.tracking import WandbTracking, wandb_problems
 from train.errors import UserError
 from train.strategy import engine_of
 
@@ -249,8 +250,11 @@ def _missing_build_tools(config: RunConfig) -> Iterator[str]:
 
 
 def _tracking_problems(config: RunConfig, machine: Machine) -> list[str]:
-    mode = getattr(config.tracking, "mode", None)
-    if mode == "online" and not machine.has_wandb_key:
+    if not isinstance(config.tracking, WandbTracking):
+        return []
+    if problems := wandb_problems(config.tracking, os.environ):
+        return problems
+    if config.tracking.mode == "online" and not machine.has_wandb_key:
         return [
             "tracking.mode=online, but there is no API key; run `wandb login`, set WANDB_API_KEY, "
             "or choose tracking.mode=offline"

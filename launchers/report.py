@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from launchers.machine import Machine
 from train import final
 from train.config import RunConfig, accumulation_steps
+from train.config.tracking import WandbTracking, wandb_unused
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
 from train.stop import Stopped
 
@@ -44,9 +46,6 @@ def header(
         if value is not None
     )
     precision = choices.get("precision", config.precision.compute_dtype)
-    tracking: str = config.tracking.kind
-    if mode := getattr(config.tracking, "mode", None):
-        tracking += f" ({mode})" if machine.has_wandb_key else f" ({mode}: no API key found)"
     rows = {
         "model": f"{choices.get('model', config.model.kind)}, {config.objective.kind}",
         "data": f"{choices.get('data', config.data.kind)}, "
@@ -55,13 +54,26 @@ def header(
         f"{accumulation_steps(trainer, ranks)} x {ranks} rank(s); {length}",
         "strategy": f"{choices.get('strategy', config.strategy.kind)}, {precision}",
         "ranks": f"{ranks} x {config.launcher.device} ({config.launcher.kind})",
-        "tracking": tracking,
+        "tracking": _tracking(config, machine),
         "env": " ".join(f"{k}={v}" for k, v in environment.items() if not k.startswith("PYTHON")),
         "run dir": str(config.run_dir),
     }
     return f"\nshardwright {config.name}\n" + "\n".join(
         f"  {name:<10}{text}" for name, text in rows.items() if text != "none"
     )
+
+
+def _tracking(config: RunConfig, machine: Machine) -> str:
+    tracking = config.tracking
+    if not isinstance(tracking, WandbTracking):
+        return tracking.kind
+    mode: str = tracking.mode
+    if machine.wandb_mode is not None:
+        mode += ", as the environment says"
+    elif mode == "offline" and not machine.has_wandb_key:
+        mode += ": no API key found"
+    unused = wandb_unused(config.name, tracking, os.environ)
+    return f"wandb ({mode})" + (f"; {', '.join(unused)} gives way to the config" if unused else "")
 
 
 def other_nodes(config: RunConfig) -> str:

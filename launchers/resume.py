@@ -56,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         for group in (choice.partition("=")[0] for choice in picked):
             options[group] = OmegaConf.to_container(job.tree[group], resolve=True)
     here = machine.detect(os.environ)
-    config = machine.resolve(changed(before, overrides, options), here, str(run_dir))
+    after = with_wandb_mode(changed(before, overrides, options), overrides, here.wandb_mode)
+    config = machine.resolve(after, here, str(run_dir))
     if dry_run:
         show([config], here)
     preflight.check_machine(config, here)
@@ -115,6 +116,18 @@ def changed(
     if problems := list(refused(before, after)):
         raise UserError("\n".join(problems))
     return after
+
+
+def with_wandb_mode(config: RunConfig, overrides: Sequence[str], mode: str | None) -> RunConfig:
+    """Return a config with the mode that the environment asks W&B for today, unless an override
+    says another: the run's own may be what `auto` came to where it began. Pure."""
+    if config.tracking.kind != "wandb" or mode is None:
+        return config
+    if any(key == "tracking.mode" for key, _ in _parsed(overrides)):
+        return config
+    tree = config.model_dump(mode="json", by_alias=True)
+    tree["tracking"]["mode"] = mode
+    return from_tree(tree)
 
 
 def chosen(overrides: Sequence[str], groups: set[str]) -> list[str]:

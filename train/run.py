@@ -13,7 +13,7 @@ from train.callbacks import early_stopping
 from train.callbacks.engine import EngineReady
 from train.callbacks.metrics import Metrics
 from train.callbacks.progress import Progress
-from train.callbacks.tracking import tracker_callbacks
+from train.callbacks.tracking import Tracking
 from train.card import model_card
 from train.checkpoint import restore
 from train.checkpoint.export import best_checkpoint, export
@@ -40,9 +40,15 @@ def run(run_dir: Path, rank: Rank, console: TextIO) -> Path | None:
         trainer.train()
         stop.check()
         trainer.save_if_not_saved()
-        return finish(trainer, rank, console)
+        model_dir = finish(trainer, rank, console)
+        trainer.end_tracking("done")
+        return model_dir
     except stop.Stop:
         pass  # ends here, as the trainer must outlive no traceback
+    except BaseException:
+        if trainer is not None:
+            trainer.end_tracking("failed")
+        raise
     stopping.end(run_dir, rank, trainer, console)
     return None
 
@@ -109,13 +115,13 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     )
 
     trainer.saver.console = console if rank.index == 0 else None
-    trackers, tracked_at = tracker_callbacks(config, run_dir) if rank.index == 0 else ([], None)
+    trainer.tracking = Tracking(config, run_dir, console) if rank.index == 0 else None
     for callback in [
         EngineReady(trainer, console),
         Metrics(trainer),
         Progress(console),
         early_stopping.EarlyStopping(trainer, console),
-        *trackers,
+        *([trainer.tracking] if trainer.tracking is not None else []),
     ]:
         trainer.add_callback(callback)
     # The most that any node's agent counts: that of a node which has come back begins at 0.
@@ -131,8 +137,6 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         restore.trim_metrics(run_dir, resumed)
         if resumed is None or resumed.step < steps:
             final.set_aside(run_dir)
-        if tracked_at:
-            print(tracked_at, file=console)
     return trainer
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 from tqdm import tqdm
 
 from train import stop
+from train.callbacks.tracking import STOP_SECONDS
 from train.checkpoint import layout
 from train.rank import Rank, from_all
 from train.strategy import engine_of
@@ -29,8 +30,9 @@ def end(run_dir: Path, rank: Rank, trainer: Trainer | None, console: TextIO) -> 
     if rank.index == 0:
         _stopped(run_dir, trainer, reason, unsaved).write(run_dir)
     if trainer is not None:
-        # Closes the progress bar, and what the trackers have open.
+        # Closes the progress bar.
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        trainer.end_tracking("stopped", seconds=STOP_SECONDS)
         engine_of(trainer.config).clean_up(trainer.config)
     # Launchers kill the others as soon as one rank has left with a code that is not 0.
     from_all(None)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from accelerate.utils import KwargsHandler
 
+    from train.callbacks.tracking import Tracking
     from train.checkpoint.restore import Resumed
     from train.weights import Values
 
@@ -119,6 +120,8 @@ class Trainer(transformers.Trainer):
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
+        self.tracking: Tracking | None = None
+        """On rank 0, what hands metrics on."""
         self.saver = Saver(self)
         self.add_callback(self.saver)
 
@@ -302,6 +305,11 @@ class Trainer(transformers.Trainer):
     def save_if_not_saved(self) -> None:
         """Write a checkpoint of the last step, where the cadence has not written it."""
         self.saver.save_last()
+
+    def end_tracking(self, outcome: str, **options: float) -> None:
+        """Tell the tracker, where there is one, that no line of metrics comes any more."""
+        if self.tracking is not None:
+            self.tracking.close(outcome, **options)
 
     def last_evaluation(self) -> dict[str, float]:
         """Return the metrics of the last step; evaluate where the cadence has not done it."""

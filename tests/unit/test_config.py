@@ -112,7 +112,7 @@ def test_load_names_a_damaged_file(tmp_path: Path) -> None:
         ({"strategy": "zero2"}, "strategy=zero2: strategy is a section, not a value"),
         ({"strategy": {}}, "strategy.kind is not set (there are single, ddp, zero, fsdp)"),
         ({"launcher__nproc_per_node": 1.5}, "nproc_per_node=1.5: must be a whole number or auto"),
-        ({"tracking__mode": "of"}, "tracking.mode=of: must be auto, online or offline"),
+        ({"tracking__mode": "of"}, "tracking.mode=of: must be auto, online, offline or disabled"),
         ({"trainer__learning_rate": float("inf")}, "trainer.learning_rate=Infinity: must be a fin"),
         ({"trainer__warmup_steps": 11}, "warmup_steps=11 is more than max_steps=10"),
         ({"objective": {"kind": "mlm"}}, "objective=mlm does not fit model.kind=llama"),

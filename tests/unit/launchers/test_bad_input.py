@@ -230,6 +230,16 @@ def test_tracker_that_is_not_installed(
     assert message.startswith("tracking=tensorboard needs the package tensorboard, which is not")
 
 
+def test_a_mode_of_tracking_that_the_environment_contradicts(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    message = refused(
+        *(shardwright, "tracking=wandb", "tracking.mode=online", "launcher.device=cpu")
+    )
+    assert message.startswith("tracking.mode=online, but WANDB_MODE=offline asks for offline")
+
+
 def test_online_tracking_without_a_key(shardwright: Shardwright) -> None:
     message = refused(
         *(shardwright, "tracking=wandb", "tracking.mode=online", "launcher.device=cpu")

@@ -65,10 +65,21 @@ def test_batch_is_checked_once_the_ranks_are_known() -> None:
         resolve(config(), three, "/runs/a")
 
 
-@pytest.mark.parametrize(("has_key", "mode"), [(True, "online"), (False, "offline")])
-def test_wandb_is_offline_where_there_is_no_key(has_key: bool, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("has_key", "said", "mode"),
+    [
+        (True, None, "online"),
+        (False, None, "offline"),
+        (True, "offline", "offline"),
+        (True, "disabled", "disabled"),
+        (False, "online", "online"),
+    ],
+)
+def test_wandb_does_what_the_environment_says_and_is_offline_where_there_is_no_key(
+    has_key: bool, said: str | None, mode: str
+) -> None:
     tracked = config(tracking={"kind": "wandb"})
-    resolved = resolve(tracked, Machine(has_wandb_key=has_key), "/runs/a")
+    resolved = resolve(tracked, Machine(has_wandb_key=has_key, wandb_mode=said), "/runs/a")
     assert resolved.tracking.kind == "wandb"
     assert resolved.tracking.mode == mode
 

@@ -34,6 +34,19 @@ def test_a_group_is_replaced_by_its_option_with_values_on_top() -> None:
     assert after.strategy.model_dump().items() >= {**option, "persistence_elements": 0}.items()
 
 
+def test_wandb_does_what_the_environment_says_today() -> None:
+    before = run(tracking={"kind": "wandb", "mode": "online"})
+
+    def mode(overrides: list[str], said: str | None) -> str:
+        after = resume.with_wandb_mode(before, overrides, said)
+        return str(after.model_dump()["tracking"]["mode"])
+
+    assert mode([], None) == "online"
+    assert mode([], "offline") == "offline"
+    assert mode(["tracking.mode=online"], "offline") == "online"
+    assert resume.with_wandb_mode(run(), [], "offline") == run()
+
+
 def test_only_groups_are_chosen() -> None:
     overrides = ["strategy=fsdp", "trainer.max_steps=2", "precision=bf16"]
     assert resume.chosen(overrides, {"strategy", "precision"}) == [

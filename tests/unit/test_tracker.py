@@ -1,0 +1,312 @@
+"""The trackers' process: it shows what metrics.jsonl says, and holds nothing up."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from train import tracker
+from train.callbacks import tracking
+from train.config import RunConfig, load
+from train.config.tracking import (
+    WandbTracking,
+    most_cautious_mode,
+    wandb_mode,
+    wandb_name,
+    wandb_problems,
+    wandb_project,
+    wandb_unused,
+)
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+Values = dict[str, dict[int, float]]
+
+
+def line(step: int, **values: Any) -> dict[str, Any]:
+    return {"step": step, "samples": 4 * step, "tokens": 256 * step, "time": 1e9 + step, **values}
+
+
+FIRST = [line(1, loss=7.25), line(2, loss=7.0), line(2, eval_loss=7.125), line(4, loss=6.5)]
+# The run was killed at step 4 and resumed at step 2: another evaluation of it, another step 4.
+RESUMED = [
+    line(1, loss=7.25),
+    line(2, loss=7.0),
+    line(2, eval_loss=7.0625),
+    line(4, loss=6.75),
+    line(6, loss=None, stopped_early=True),
+]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in list(os.environ):
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "a run"
+
+
+def freeze(run_dir: Path, tree: dict[str, Any], **tracking_values: Any) -> RunConfig:
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({**tree, "tracking": tracking_values}))
+    return load(run_dir)
+
+
+def write(run_dir: Path, lines: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(entry) + "\n" for entry in lines)
+    (run_dir / "metrics.jsonl").write_text(text)
+
+
+def track(run_dir: Path, *flags: str, **options: Any) -> list[str]:
+    """Run the process over what is there; return what it says."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "train.tracker", str(run_dir), "--once", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **options,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(text)["text"] for text in ended.stdout.splitlines()]
+
+
+def expected(lines: Sequence[dict[str, Any]], *without: str) -> Values:
+    values: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    for entry in lines:
+        for name, value in entry.items():
+            if name not in ("step", *without) and value is not None:
+                values[name][entry["step"]] = float(value)
+    return dict(values)
+
+
+def of_tensorboard(directory: Path) -> Values:
+    """Return what TensorBoard shows; fails where it shows a step twice."""
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    values = {}
+    for tag in events.Tags()["scalars"]:
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        # Two lines of one step, with a loss and with an evaluation, have its counts alike.
+        assert len(set(shown)) == len({step for step, _ in shown}), f"{tag} has a step twice"
+        values[tag] = dict(shown)
+    return values
+
+
+def of_wandb(directory: Path) -> tuple[Values, dict[str, Any], str]:
+    """Return the history, the config and the id in a run's file."""
+    from wandb.proto import wandb_internal_pb2
+
+    record_type: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
+
+    (path,) = directory.glob("run-*.wandb")
+    history: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    config: dict[str, Any] = {}
+    run_id = ""
+    for data in records(path.read_bytes()):
+        record = record_type.FromString(data)
+        for update in [*record.run.config.update, *record.config.update]:
+            if update.key:
+                config[update.key] = json.loads(update.value_json)
+        run_id = record.run.run_id or run_id
+        if record.HasField("history"):
+            row = {
+                (item.key or ".".join(item.nested_key)): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            step = record.history.step.num
+            for name, value in row.items():
+                if not name.startswith("_"):
+                    assert step not in history[name], f"{name} has step {step} twice"
+                    history[name][step] = value
+    return dict(history), config, run_id
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """Yield the records of LevelDB's log format: blocks of 32 KiB, each record in parts."""
+    whole, at = b"", 7  # behind the file's own header
+    while at + 7 <= len(content):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield whole
+            whole = b""
+
+
+def test_tensorboard_shows_metrics_over_a_resume(run_dir: Path, tiny_tree: Any) -> None:
+    freeze(run_dir, tiny_tree("clm"), kind="tensorboard")
+    write(run_dir, FIRST)
+    assert track(run_dir) == []
+    assert of_tensorboard(run_dir / "tensorboard") == expected(FIRST, "time")
+    write(run_dir, RESUMED)
+    track(run_dir)
+    assert of_tensorboard(run_dir / "tensorboard") == expected(RESUMED, "time")
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert {event.wall_time for event in events.Scalars("loss")} == {1e9 + 1, 1e9 + 2, 1e9 + 4}
+    (text,) = events.Tensors("config")
+    assert b"learning_rate: 0.001" in text.tensor_proto.string_val[0]
+
+
+def test_wandb_keeps_one_run_over_a_resume(run_dir: Path, tiny_tree: Any) -> None:
+    tree = tiny_tree("clm")
+    config = freeze(run_dir, tree, kind="wandb", mode="offline", tags=["a"])
+    write(run_dir, FIRST)
+    (first,) = track(run_dir)
+    (directory,) = (run_dir / "wandb").glob("offline-run-*")
+    assert first == f"wandb offline; later: wandb sync '{directory}'"
+    history, found, run_id = of_wandb(directory)
+    assert history == expected(FIRST)
+    found.pop("_wandb")
+    assert found == config.model_dump(mode="json", by_alias=True)
+
+    write(run_dir, RESUMED)
+    time.sleep(1.0 - time.time() % 1.0)  # its directories' names have a second's resolution
+    (resumed,) = track(run_dir)
+    (newest,) = set((run_dir / "wandb").glob("offline-run-*")) - {directory}
+    assert resumed.endswith(f"wandb sync '{newest}'")
+    assert of_wandb(newest)[::2] == (expected(RESUMED), run_id)
+
+
+def test_a_server_that_does_not_answer_holds_up_nothing(
+    run_dir: Path, tiny_tree: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for no longer than the bound, and the run is on the disk, whole."""
+    config = freeze(run_dir, tiny_tree("clm"), kind="wandb", mode="online")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "OFFLINE_SECONDS", 100.0)  # of a loaded machine
+    console = io.StringIO()
+    tracked = tracking.Tracking(config, run_dir, console)
+    tracked.start()
+    assert console.getvalue() == "", "it waits for nothing"
+    write(run_dir, FIRST)
+    tracked.close("done", seconds=0.5)
+    (directory,) = (run_dir / "wandb").glob("offline-run-*")
+    why = "W&B's server has not answered so far"
+    assert console.getvalue() == f"{why}; wandb offline; later: wandb sync '{directory}'\n"
+    assert of_wandb(directory)[0] == expected(FIRST)
+
+
+def test_a_full_disk_is_told_once_and_what_lacks_comes_later(run_dir: Path, tiny_tree: Any) -> None:
+    freeze(run_dir, tiny_tree("clm"), kind="tensorboard")
+    lines = [line(step, loss=1 / step) for step in range(1, 200)]
+    write(run_dir, lines)
+
+    def small_files() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    first, last = track(run_dir, preexec_fn=small_files)
+    assert first.startswith("warning: TensorBoard fails ([Errno 27] File too large); training goes")
+    command = f"later: python -m train.tracker '{run_dir}' --once"
+    assert last.startswith("warning: TensorBoard lacks a part of this run (")
+    assert last.endswith(command)
+    assert track(run_dir) == []
+    assert len(of_tensorboard(run_dir / "tensorboard")["loss"]) == 199
+
+
+def test_a_tracker_that_cannot_start_or_is_killed_is_told(
+    run_dir: Path, tiny_tree: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = freeze(run_dir, tiny_tree("clm"), kind="tensorboard")
+    write(run_dir, FIRST)
+    console = io.StringIO()
+    tracked = tracking.Tracking(config, run_dir, console)
+    tracked.start()
+    assert tracked._process is not None
+    os.kill(tracked._process.pid, signal.SIGKILL)
+    tracked.close("done")
+    command = f"later: python -m train.tracker '{run_dir}' --once\n"
+    assert console.getvalue().endswith(command)
+    assert "warning: tracking=tensorboard was killed by SIGKILL" in console.getvalue()
+
+    monkeypatch.setattr(sys, "executable", str(run_dir / "nothing"))
+    console = io.StringIO()
+    tracked = tracking.Tracking(config, run_dir, console)
+    tracked.start()
+    tracked.close("done")
+    assert console.getvalue().startswith("warning: tracking=tensorboard cannot be started (")
+    assert console.getvalue().endswith(command)
+
+
+def test_lines_come_as_they_are_written_and_broken_ones_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = tracker.Tail(path)
+    assert list(tail.lines()) == []
+    path.write_text(json.dumps(line(1)) + '\n{"step": 2, "ti')
+    assert list(tail.lines()) == [line(1)]
+    with path.open("a") as file:
+        file.write(json.dumps(line(3)) + "\n" + json.dumps(line(4)) + "\n")
+    assert list(tail.lines()) == [line(4)], "a full disk has cut step 2 short, and 3 with it"
+    tail.rewind()
+    assert list(tail.lines()) == [line(1), line(4)]
+    assert list(tracker.Tail(Path("/dev/full")).lines()) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({}, None),
+        ({"WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "ONLINE"}, "online"),
+        ({"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_DISABLED": "false"}, None),
+    ],
+)
+def test_the_environment_has_its_say(environment: dict[str, str], mode: str | None) -> None:
+    assert wandb_mode(environment) == mode
+
+
+def test_a_rank_takes_the_more_cautious_mode() -> None:
+    assert most_cautious_mode("online", None) == "online"
+    assert most_cautious_mode("online", "offline") == "offline"
+    assert most_cautious_mode("offline", "online") == "offline"
+    assert most_cautious_mode("offline", "disabled") == "disabled"
+
+
+def test_names_come_from_the_config_or_else_from_the_environment() -> None:
+    said = {"WANDB_PROJECT": "theirs", "WANDB_NAME": "their run", "WANDB_ENTITY": "them"}
+    nothing = WandbTracking(kind="wandb")
+    ours = WandbTracking(kind="wandb", project="ours", tags=("a", "b"))
+    assert wandb_project(nothing, said) == "theirs"
+    assert wandb_project(nothing, {}) == "shardwright"
+    assert wandb_project(ours, said) == "ours"
+    assert (wandb_name("run", said), wandb_name("mine", said)) == ("their run", "mine")
+    assert wandb_unused("run", nothing, said) == []
+    unused = wandb_unused("mine", ours, {**said, "WANDB_TAGS": "a,b"})
+    assert unused == ["WANDB_PROJECT=theirs", "WANDB_NAME=their run"]
+
+
+def test_what_contradicts_the_config_is_an_error() -> None:
+    online = WandbTracking(kind="wandb", mode="online")
+    assert wandb_problems(online, {"WANDB_MODE": "offline"}) == [
+        "tracking.mode=online, but WANDB_MODE=offline asks for offline; unset WANDB_MODE, or set "
+        "tracking.mode=offline"
+    ]
+    assert wandb_problems(online, {"WANDB_MODE": "run"}) == []
+    assert wandb_problems(WandbTracking(kind="wandb"), {"WANDB_MODE": "offline"}) == []
+    assert wandb_problems(online, {"WANDB_MODE": "of"}) == [
+        "WANDB_MODE=of is not known; use online, offline or disabled, or unset it"
+    ]
