@@ -27,8 +27,8 @@ def summary(config: RunConfig, runs: dict[str, list[Figures]]) -> Figures:
         "model_kind": model.kind,
         "objective": config.objective.kind,
         "compute_dtype": config.precision.compute_dtype,
-        "sequence_length": config.data.sequence_length,
-        "micro_batch_size": config.trainer.micro_batch_size,
+        "sequence_length": config.data.tokens_per_sample,
+        "micro_batch_size": config.trainer.samples_per_pass,
     }
     succeeded = [run for repeats in runs.values() for run in repeats if "error" not in run]
     if not succeeded:
@@ -40,7 +40,7 @@ def summary(config: RunConfig, runs: dict[str, list[Figures]]) -> Figures:
         layers=model.num_hidden_layers,
         heads=model.num_attention_heads,
         head_dim=model.hidden_size // model.num_attention_heads,
-        sequence_length=config.data.sequence_length,
+        sequence_length=config.data.tokens_per_sample,
     )
     peak = peak_bf16_flops(succeeded[0]["device"])
     stock = variants[STOCK].get("tokens_per_second")

@@ -96,7 +96,7 @@ def stock_trainer(config: RunConfig, run_dir: Path) -> transformers.Trainer:
         use_cpu=config.launcher.device == "cpu",
         bf16=config.precision.compute_dtype == "bf16",
         max_steps=steps,
-        per_device_train_batch_size=trainer.micro_batch_size,
+        per_device_train_batch_size=trainer.samples_per_pass,
         gradient_accumulation_steps=accumulation_steps(trainer, world_size=1),
         dataloader_num_workers=trainer.dataloader_workers,
         train_sampling_strategy="sequential",

@@ -12,8 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import hostfile
-from train.config import PrecisionConfig, RunConfig, from_tree
+from launchers import hostfile, names
+from train.config import (
+    DEFAULT_MICRO_BATCH_SIZE,
+    DEFAULT_SEQUENCE_LENGTH,
+    ModelConfig,
+    PrecisionConfig,
+    PretrainedModel,
+    RunConfig,
+    from_tree,
+)
+from train.config import largest_micro_batch as micro_batch
+from train.config.positions import longest_sample
 from train.config.tracking import wandb_mode
 from train.errors import UserError
 
@@ -85,10 +95,16 @@ def visible(
     return tuple(chosen)
 
 
-def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
+def resolve(
+    config: RunConfig,
+    machine: Machine,
+    run_dir: str,
+    largest_micro_batch: int = DEFAULT_MICRO_BATCH_SIZE,
+) -> RunConfig:
     """Return the config with every `auto` and relative path replaced by what it comes to here.
 
-    Raises UserError where the values contradict each other then.
+    ``largest_micro_batch`` bounds trainer.micro_batch_size=auto. Raises UserError where the values
+    contradict each other then.
     """
     tree = config.model_dump(mode="json")
     tree["run_dir"] = run_dir
@@ -117,7 +133,25 @@ def resolve(config: RunConfig, machine: Machine, run_dir: str) -> RunConfig:
     if tree["tracking"].get("mode") == "auto":
         by_key = "online" if machine.has_wandb_key else "offline"
         tree["tracking"]["mode"] = machine.wandb_mode or by_key
+    if data["sequence_length"] == "auto":
+        positions = _positions(config.model)
+        data["sequence_length"] = min(DEFAULT_SEQUENCE_LENGTH, positions or DEFAULT_SEQUENCE_LENGTH)
+    resolved = from_tree(tree)
+    if tree["trainer"]["micro_batch_size"] != "auto":
+        return resolved
+    # Only now it is certain how many ranks there may be.
+    tree["trainer"]["micro_batch_size"] = micro_batch(
+        config.trainer.global_batch_size, resolved.launcher.world_sizes, largest_micro_batch
+    )
     return from_tree(tree)
+
+
+def _positions(model: ModelConfig) -> int | None:
+    """Return the longest sample that a model takes; None where that is found out by the ranks."""
+    if not isinstance(model, PretrainedModel):
+        return model.max_sequence_length
+    found = names.config_json(model.name, model.revision, os.environ)
+    return longest_sample(found) if found else None
 
 
 def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:

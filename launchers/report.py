@@ -49,8 +49,8 @@ def header(
     rows = {
         "model": f"{choices.get('model', config.model.kind)}, {config.objective.kind}",
         "data": f"{choices.get('data', config.data.kind)}, "
-        f"{config.data.sequence_length:,} tokens a sample",
-        "batch": f"{trainer.global_batch_size:,} samples = {trainer.micro_batch_size} x "
+        f"{config.data.tokens_per_sample:,} tokens a sample",
+        "batch": f"{trainer.global_batch_size:,} samples = {trainer.samples_per_pass} x "
         f"{accumulation_steps(trainer, ranks)} x {ranks} rank(s); {length}",
         "strategy": f"{choices.get('strategy', config.strategy.kind)}, {precision}",
         "ranks": f"{ranks} x {config.launcher.device} ({config.launcher.kind})",

@@ -18,7 +18,12 @@ from launchers.dry_run import show
 from train import config as run_config
 from train import history
 from train.checkpoint import layout
-from train.config import RunConfig, from_tree, unknown_key_message
+from train.config import (
+    DEFAULT_MICRO_BATCH_SIZE,
+    RunConfig,
+    from_tree,
+    unknown_key_message,
+)
 from train.errors import UserError
 from train.owner import owned
 
@@ -57,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
             options[group] = OmegaConf.to_container(job.tree[group], resolve=True)
     here = machine.detect(os.environ)
     after = with_wandb_mode(changed(before, overrides, options), overrides, here.wandb_mode)
-    config = machine.resolve(after, here, str(run_dir))
+    limit = largest_micro_batch(before, overrides)
+    config = machine.resolve(after, here, str(run_dir), limit)
     if dry_run:
         show([config], here)
     preflight.check_machine(config, here)
@@ -98,6 +104,8 @@ def changed(
     UserError where an override does not parse, asks for what is unknown or may not change.
     """
     tree: dict[str, Any] = before.model_dump(mode="json", by_alias=True)
+    # Left to itself it is what it was where the ranks still divide the batch so, else smaller.
+    tree["trainer"]["micro_batch_size"] = "auto"
     tree |= options
     for key, value in _parsed(overrides):
         if key in options:
@@ -128,6 +136,13 @@ def with_wandb_mode(config: RunConfig, overrides: Sequence[str], mode: str | Non
     tree = config.model_dump(mode="json", by_alias=True)
     tree["tracking"]["mode"] = mode
     return from_tree(tree)
+
+
+def largest_micro_batch(before: RunConfig, overrides: Sequence[str]) -> int:
+    """Return the bound on a micro-batch that is resolved anew: what has fitted so far. Pure."""
+    if any(key == "trainer.micro_batch_size" for key, _ in _parsed(overrides)):
+        return DEFAULT_MICRO_BATCH_SIZE
+    return before.trainer.samples_per_pass
 
 
 def chosen(overrides: Sequence[str], groups: set[str]) -> list[str]:

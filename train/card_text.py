@@ -211,7 +211,7 @@ def _data_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
             yield name, f"{documents:,} documents, {tokens:,} tokens" if documents else "nothing"
     if data.max_documents:
         yield "Taken", f"the first {data.max_documents:,} documents"
-    yield "Sequence length", f"{data.sequence_length:,} tokens"
+    yield "Sequence length", f"{data.tokens_per_sample:,} tokens"
 
 
 def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
@@ -401,10 +401,10 @@ def _untrained_positions(run: RunConfig) -> str | None:
     positions = run.model.max_sequence_length
     if run.model.kind == "pretrained" or positions is None:
         return None
-    if run.data.sequence_length >= positions:
+    if run.data.tokens_per_sample >= positions:
         return None
     return (
-        f"It was trained on samples of {run.data.sequence_length:,} tokens; its positions from "
+        f"It was trained on samples of {run.data.tokens_per_sample:,} tokens; its positions from "
         f"there to {positions:,} are untrained."
     )
 

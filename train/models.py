@@ -46,6 +46,7 @@ from train.config import (
     RunConfig,
     ScratchModel,
 )
+from train.config.positions import usable_positions
 from train.data.tokenizer import vocabulary_size
 from train.errors import UserError
 from train.logs import log
@@ -58,22 +59,6 @@ _MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "modernbert": ModernBertForMaskedLM,
     "gpt2": GPT2LMHeadModel,
     "llama": LlamaForCausalLM,
-}
-
-# Their first token stands at position pad_token_id + 1, so that many positions are never used.
-_POSITIONS_START_AFTER_PADDING = {
-    "camembert",
-    "data2vec-text",
-    "esm",
-    "ibert",
-    "longformer",
-    "luke",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
 }
 
 
@@ -378,11 +363,10 @@ def _check_sizes(
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is None or positions < 1:
         return
-    if text_config.model_type in _POSITIONS_START_AFTER_PADDING:
-        positions = max(0, positions - text_config.pad_token_id - 1)
-    if config.data.sequence_length > positions:
+    positions = usable_positions(text_config.model_type, positions, text_config.pad_token_id)
+    if config.data.tokens_per_sample > positions:
         raise UserError(
-            f"data.sequence_length={config.data.sequence_length} is longer than the {positions} "
+            f"data.sequence_length={config.data.tokens_per_sample} is longer than the {positions} "
             f"positions of the model ({text_config.model_type}, with this tokenizer); "
             f"set data.sequence_length={positions} or less, or choose another model"
         )

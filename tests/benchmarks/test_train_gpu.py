@@ -33,7 +33,7 @@ def kantaibert(tmp_path: Path) -> RunConfig:
 def test_on_a_gpu_it_trains_the_real_model_in_bf16(kantaibert: RunConfig) -> None:
     assert (kantaibert.model.kind, kantaibert.launcher.device) == ("roberta", "cuda")
     assert kantaibert.precision.compute_dtype == "bf16"
-    assert kantaibert.trainer.micro_batch_size * kantaibert.data.sequence_length == 16384
+    assert kantaibert.trainer.samples_per_pass * kantaibert.data.tokens_per_sample == 16384
     assert kantaibert.trainer.max_steps == 70
 
 

@@ -17,6 +17,7 @@ from train.config import (
     accumulation_steps,
     from_tree,
     known_keys,
+    largest_micro_batch,
     load,
     nearest_key,
     to_yaml,
@@ -196,6 +197,43 @@ def test_accumulation_follows_from_the_batch() -> None:
         accumulation_steps(trainer, world_size=3)
     with pytest.raises(UserError, match=r"set trainer.global_batch_size=128"):
         accumulation_steps(trainer, world_size=32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_sizes", "limit", "size"),
+    [
+        (256, [1], 8, 8),
+        (8, [2], 8, 4),
+        (14, [2], 8, 7),
+        (26, [2], 8, 1),
+        (24, [1, 2, 3, 4], 8, 2),
+        (12, [2], 5, 3),
+        (96, [2], 64, 48),
+        (6, [6], 8, 1),
+    ],
+)
+def test_the_largest_micro_batch_divides_each_ranks_part(
+    batch: int, world_sizes: list[int], limit: int, size: int
+) -> None:
+    assert largest_micro_batch(batch, world_sizes, limit) == size
+
+
+@pytest.mark.parametrize(("batch", "remedy"), [(10, "9 or 12"), (2, "3")])
+def test_a_batch_that_ranks_cannot_share_names_those_that_they_can(batch: int, remedy: str) -> None:
+    with pytest.raises(UserError) as raised:
+        largest_micro_batch(batch, [1, 3])
+    assert str(raised.value) == (
+        f"trainer.global_batch_size={batch} cannot be divided evenly among 3 rank(s); "
+        f"set trainer.global_batch_size={remedy}"
+    )
+
+
+def test_a_number_that_is_still_open_is_named() -> None:
+    run = from_tree(changed(data__sequence_length="auto"))
+    with pytest.raises(UserError, match="write a number for data.sequence_length"):
+        _ = run.data.tokens_per_sample
+    with pytest.raises(UserError, match="write a number for trainer.micro_batch_size"):
+        _ = run.trainer.eval_samples_per_pass
 
 
 def test_importing_the_config_needs_no_torch() -> None:

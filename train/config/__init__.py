@@ -5,7 +5,13 @@ own ``config.yaml``.
 """
 
 from train.config.checkpoint import CheckpointConfig
-from train.config.data import DataConfig, HubData, KantData, TextData
+from train.config.data import (
+    DEFAULT_SEQUENCE_LENGTH,
+    DataConfig,
+    HubData,
+    KantData,
+    TextData,
+)
 from train.config.launcher import (
     AccelerateLauncher,
     DeepspeedLauncher,
@@ -30,10 +36,17 @@ from train.config.precision import PrecisionConfig
 from train.config.run import RunConfig, total_steps
 from train.config.strategy import DdpStrategy, FsdpStrategy, StrategyConfig, ZeroStrategy
 from train.config.tokenizer import ByteBpeTokenizer, PretrainedTokenizer
-from train.config.trainer import TrainerConfig, accumulation_steps
+from train.config.trainer import (
+    DEFAULT_MICRO_BATCH_SIZE,
+    TrainerConfig,
+    accumulation_steps,
+    largest_micro_batch,
+)
 from train.config.tree import RESUMES, from_tree, load, to_yaml
 
 __all__ = [
+    "DEFAULT_MICRO_BATCH_SIZE",
+    "DEFAULT_SEQUENCE_LENGTH",
     "RESUMES",
     "AccelerateLauncher",
     "BertModel",
@@ -68,6 +81,7 @@ __all__ = [
     "accumulation_steps",
     "from_tree",
     "known_keys",
+    "largest_micro_batch",
     "load",
     "nearest_key",
     "to_yaml",

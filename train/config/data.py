@@ -6,14 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from train.config.section import Floats, Fraction, PositiveInt, Section, Strings
+from train.config.section import Floats, Fraction, PositiveInt, Section, Strings, unresolved
+
+DEFAULT_SEQUENCE_LENGTH = 512
+"""Tokens in one sample where nobody says, and the model has at least as many positions."""
 
 
 class DataSection(Section):
     """What every corpus has."""
 
-    sequence_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens in one sample."""
+    sequence_length: Annotated[int, Field(ge=8)] | Literal["auto"] = "auto"
+    """Tokens in one sample; auto is 512, or the model's positions where it has fewer."""
     line_by_line: bool = False
     """One line is one (padded, cut) sample, instead of documents packed back to back."""
     max_cut_fraction: Fraction = 0.05
@@ -24,6 +27,13 @@ class DataSection(Section):
     """Read only the first so many documents; null reads all."""
     cache_dir: str | None = None
     """Where packed tokens are cached; null is shardwright/ in the user's cache directory."""
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """``sequence_length``, once the launcher has resolved it."""
+        if self.sequence_length == "auto":
+            raise unresolved("data.sequence_length")
+        return self.sequence_length
 
 
 class StdlibData(DataSection):

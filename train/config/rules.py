@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from train.config.launcher import LocalLauncher
 from train.config.model import LlamaModel, ScratchModel
-from train.config.trainer import accumulation_steps
+from train.config.trainer import accumulation_steps, largest_micro_batch
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"with objective={fit}; choose objective={fit} or another model"
         )
     limit = model.max_sequence_length
-    if limit is not None and data.sequence_length > limit:
+    length = data.sequence_length
+    if limit is not None and length != "auto" and length > limit:
         yield (
             f"data.sequence_length={data.sequence_length} is longer than the {limit} positions of "
             f"the model (model.max_position_embeddings={model.max_position_embeddings}); "  # type: ignore[union-attr]
@@ -112,7 +113,10 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield from engine_of(config).contradictions(config, world_size)
         if world_size is not None:
             try:
-                accumulation_steps(config.trainer, world_size)
+                if config.trainer.micro_batch_size == "auto":
+                    largest_micro_batch(config.trainer.global_batch_size, [world_size])
+                else:
+                    accumulation_steps(config.trainer, world_size)
             except UserError as error:
                 yield str(error)
 
@@ -200,7 +204,10 @@ def _fp8_contradictions(config: RunConfig) -> Iterator[str]:
             "a llama model"
         )
     # The gradient of a weight is a product over tokens.
-    tokens = config.trainer.micro_batch_size * config.data.sequence_length
+    batch, length = config.trainer.micro_batch_size, config.data.sequence_length
+    if batch == "auto" or length == "auto":
+        return
+    tokens = batch * length
     if tokens % 16 and recipe != "rowwise_with_gw_hp":
         yield (
             f"precision.fp8_recipe={recipe} needs a multiple of 16 tokens in a micro-batch, but "

@@ -61,6 +61,6 @@ def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
         samples = trainer.max_epochs * samples_per_epoch
     else:
         assert trainer.max_tokens is not None
-        samples = trainer.max_tokens / config.data.sequence_length
+        samples = trainer.max_tokens / config.data.tokens_per_sample
     # The product of a fraction may lie a hair above a whole number of steps.
     return max(1, math.ceil(round(samples / trainer.global_batch_size, 6)))

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from train.errors import UserError
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -28,3 +30,11 @@ def shown(value: Any) -> str:
     text = str(value) if isinstance(value, str) else json.dumps(value, default=str)
     text = text if text and text.isprintable() else repr(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def unresolved(key: str) -> UserError:
+    """Return the error for a config.yaml that was written by hand and leaves a number open."""
+    return UserError(
+        f"{key}=auto is replaced by `shardwright train` before it writes config.yaml, but this "
+        f"config did not go through it; write a number for {key}"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -13,8 +15,12 @@ from train.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    unresolved,
 )
 from train.errors import UserError
+
+DEFAULT_MICRO_BATCH_SIZE = 8
+"""Samples that one rank passes through the model at once, at most, where nobody says."""
 
 
 class TrainerConfig(Section):
@@ -28,8 +34,9 @@ class TrainerConfig(Section):
     """Tokens to train on, rounded up to a whole step."""
     global_batch_size: PositiveInt = 256
     """Samples in one optimizer step, over all ranks."""
-    micro_batch_size: PositiveInt = 8
-    """Samples in one forward pass of one rank; accumulation steps follow from it."""
+    micro_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Samples in one forward pass of one rank; accumulation steps follow from it. auto is the
+    largest divisor, up to 8, of a rank's part of global_batch_size."""
     eval_micro_batch_size: PositiveInt | None = None
     """Samples in one forward pass of one rank in evaluation; null is micro_batch_size."""
 
@@ -97,6 +104,18 @@ class TrainerConfig(Section):
     dataloader_workers: NonNegativeInt = 0
     """Processes of each rank that assemble batches; 0 does it in the rank."""
 
+    @property
+    def samples_per_pass(self) -> int:
+        """``micro_batch_size``, once the launcher has resolved it."""
+        if self.micro_batch_size == "auto":
+            raise unresolved("trainer.micro_batch_size")
+        return self.micro_batch_size
+
+    @property
+    def eval_samples_per_pass(self) -> int:
+        """The same in evaluation."""
+        return self.eval_micro_batch_size or self.samples_per_pass
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainerConfig:
         given = {k: getattr(self, k) for k in ("max_steps", "max_epochs", "max_tokens")}
@@ -139,7 +158,7 @@ def accumulation_steps(trainer: TrainerConfig, world_size: int) -> int:
 
     Raises UserError where that is not a whole number.
     """
-    per_pass = trainer.micro_batch_size * world_size
+    per_pass = trainer.samples_per_pass * world_size
     steps, rest = divmod(trainer.global_batch_size, per_pass)
     if rest or not steps:
         fitting = max(1, round(trainer.global_batch_size / per_pass)) * per_pass
@@ -149,3 +168,26 @@ def accumulation_steps(trainer: TrainerConfig, world_size: int) -> int:
             f"{per_pass}; set trainer.global_batch_size={fitting} or another micro-batch"
         )
     return steps
+
+
+def largest_micro_batch(
+    global_batch_size: int, world_sizes: Sequence[int], limit: int = DEFAULT_MICRO_BATCH_SIZE
+) -> int:
+    """Return the largest micro-batch, up to ``limit``, that divides a rank's part of a batch. Pure.
+
+    ``world_sizes`` are all numbers of ranks with which the run may be trained. Raises UserError
+    where one of them does not divide the batch.
+    """
+    parts = []
+    for world_size in world_sizes:
+        part, rest = divmod(global_batch_size, world_size)
+        if rest or not part:
+            below, above = part * world_size, (part + 1) * world_size
+            fitting = f"{below} or {above}" if below else f"{above}"
+            raise UserError(
+                f"trainer.global_batch_size={global_batch_size} cannot be divided evenly among "
+                f"{world_size} rank(s); set trainer.global_batch_size={fitting}"
+            )
+        parts.append(part)
+    part = math.gcd(*parts)
+    return next(size for size in range(min(limit, part), 0, -1) if part % size == 0)

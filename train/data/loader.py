@@ -44,7 +44,7 @@ def train_loader(
         samples_per_epoch=prepared.samples_per_epoch,
         rank=rank,
         world_size=world_size,
-        micro_batch_size=trainer.micro_batch_size,
+        micro_batch_size=trainer.samples_per_pass,
         accumulation_steps=accumulation_steps(trainer, world_size),
         steps=total_steps,
         start_sample=start_sample,
@@ -62,7 +62,7 @@ def eval_loader(prepared: Prepared, config: RunConfig, *, rank: int, world_size:
         samples=min(prepared.eval_samples, trainer.eval_max_samples or prepared.eval_samples),
         rank=rank,
         world_size=world_size,
-        micro_batch_size=trainer.eval_micro_batch_size or trainer.micro_batch_size,
+        micro_batch_size=trainer.eval_samples_per_pass,
     )
     return _loader(prepared, config, prepared.heldout, batches, EVALUATION_SEED)
 
@@ -128,4 +128,4 @@ def collator(prepared: Prepared, config: RunConfig, mask_seed: int) -> Collator:
             ordinary=np.setdiff1d(every, special),
             seed=mask_seed,
         )
-    return Collator(config.data.sequence_length, config.data.line_by_line, ids, masking)
+    return Collator(config.data.tokens_per_sample, config.data.line_by_line, ids, masking)

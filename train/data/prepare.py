@@ -184,7 +184,7 @@ def _open(
     def samples(held_out: bool) -> tuple[Samples, ...]:
         names = (store_name(held_out, source) for source in range(len(weights)))
         stores = (TokenStore(entry.path, name) for name in names)
-        return tuple(Samples(store, data.sequence_length, causal) for store in stores)
+        return tuple(Samples(store, data.tokens_per_sample, causal) for store in stores)
 
     train, heldout = samples(held_out=False), samples(held_out=True)
     prepared = Prepared(

@@ -45,7 +45,7 @@ def expected(config: RunConfig, world_size: int, total_steps: int) -> dict[str, 
         schedule["num_decay_steps"] = decay_steps(trainer, total_steps)
     return {
         "global_batch_size": trainer.global_batch_size,
-        "micro_batch_size": trainer.micro_batch_size,
+        "micro_batch_size": trainer.samples_per_pass,
         "accumulation_steps": accumulation_steps(trainer, world_size),
         "clip": trainer.max_grad_norm,
         "optimizer": _expected_optimizer(config),

@@ -155,7 +155,7 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     bf16, fp16 = precision.compute_dtype == "bf16", precision.compute_dtype == "fp16"
     values: dict[str, Any] = {
         "train_batch_size": trainer.global_batch_size,
-        "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
+        "train_micro_batch_size_per_gpu": trainer.samples_per_pass,
         "gradient_accumulation_steps": accumulation_steps(trainer, world_size),
         "gradient_clipping": trainer.max_grad_norm,
         "zero_optimization": _zero_section(config, strategy),

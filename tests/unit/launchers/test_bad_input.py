@@ -120,8 +120,14 @@ def test_mlm_with_a_causal_model(shardwright: Shardwright) -> None:
 
 
 def test_batch_that_does_not_divide(shardwright: Shardwright) -> None:
-    message = refused(shardwright, "trainer.global_batch_size=12", "launcher.nproc_per_node=1")
+    twelve = ("trainer.global_batch_size=12", "launcher.device=cpu", "--dry-run")
+    message = refused(shardwright, *twelve, "trainer.micro_batch_size=8")
     assert "trainer.global_batch_size=12 is not a multiple of trainer.micro_batch_size=8" in message
+    message = refused(shardwright, *twelve, "launcher.nproc_per_node=5")
+    assert message == (
+        "trainer.global_batch_size=12 cannot be divided evenly among 5 rank(s); "
+        "set trainer.global_batch_size=10 or 15"
+    )
 
 
 def on(monkeypatch: pytest.MonkeyPatch, here: Machine) -> None:

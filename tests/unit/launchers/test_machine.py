@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from huggingface_hub import try_to_load_from_cache
 
+from launchers import names
 from launchers.machine import Machine, detect, resolve, visible
 from train.config import RunConfig, from_tree
 from train.errors import UserError
@@ -123,3 +126,58 @@ def test_relative_paths_are_frozen_as_absolute_ones(
     assert data.kind == "text"
     assert data.paths == (str(tmp_path / "corpus/*.txt"),)
     assert data.cache_dir == str(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("config_json", "length"),
+    [
+        ({"model_type": "gpt2", "n_positions": 128}, 128),
+        ({"model_type": "llama", "max_position_embeddings": 4096}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 130, "pad_token_id": 1}, 128),
+        ({"model_type": "roberta", "max_position_embeddings": 130}, 128),
+        ({"model_type": "vlm", "text_config": {"max_position_embeddings": 64}}, 64),
+        ({"model_type": "bloom"}, 512),
+        (None, 512),
+    ],
+)
+@pytest.mark.parametrize("where", ["directory", "cache"])
+def test_samples_are_no_longer_than_a_pretrained_model_takes(
+    config_json: dict[str, object] | None,
+    length: int,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    name = "org/model"
+    cached = tmp_path / "hf" / "hub" / "models--org--model"
+    directory = cached / "snapshots" / "abc" if where == "cache" else tmp_path / name
+    directory.mkdir(parents=True)
+    (cached / "refs").mkdir(parents=True, exist_ok=True)
+    (cached / "refs" / "main").write_text("abc")
+    if config_json is not None:
+        (directory / "config.json").write_text(json.dumps(config_json))
+    pretrained = config(
+        model={"kind": "pretrained", "name": name},
+        tokenizer={"kind": "pretrained", "name": "org/tokenizer"},
+        data={"kind": "stdlib"},
+    )
+    assert resolve(pretrained, Machine(), "/runs/a").data.sequence_length == length
+
+
+def test_the_launcher_looks_where_huggingface_hub_keeps_its_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache, commit = tmp_path / "hub", "0" * 40
+    snapshot = cache / "models--org--model" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (cache / "models--org--model" / "refs").mkdir()
+    (cache / "models--org--model" / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text("{}")
+    found = try_to_load_from_cache("org/model", "config.json", cache_dir=cache)
+    assert found == str(snapshot / "config.json")
+    assert names.config_json("org/model", None, {"HF_HUB_CACHE": str(cache)}) == {}
+    assert names.config_json("org/model", commit, {"HF_HUB_CACHE": str(cache)}) == {}

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from launchers import resume
+from launchers.machine import Machine, resolve
 from tests.unit.strategy.test_misconfiguration import TREE
 from train import config as run_config
 from train.config import RunConfig, from_tree, to_yaml
@@ -25,6 +26,33 @@ def test_values_change_and_the_rest_stays() -> None:
     assert after.trainer.max_steps == 20
     assert after.launcher.world_size == 2
     assert after.model == run().model
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "size"),
+    [
+        (1, [], 16),
+        (2, [], 16),
+        (4, [], 8),
+        (3, ["trainer.global_batch_size=48"], 16),
+        (4, ["trainer.micro_batch_size=2"], 2),
+        (1, ["trainer.micro_batch_size=auto"], 8),
+    ],
+)
+def test_the_micro_batch_stays_or_shrinks_with_the_ranks(
+    ranks: int, overrides: list[str], size: int
+) -> None:
+    batch = {**TREE["trainer"], "global_batch_size": 32, "micro_batch_size": 16}
+    before = run(trainer=batch, launcher={"kind": "torchrun", "nproc_per_node": 2})
+    overrides = [*overrides, f"launcher.nproc_per_node={ranks}"]
+    after = resume.changed(before, overrides, {})
+    limit = resume.largest_micro_batch(before, overrides)
+    assert resolve(after, Machine(cores=2), "/run", limit).trainer.micro_batch_size == size
+
+
+def test_the_length_of_samples_is_not_resolved_anew() -> None:
+    with pytest.raises(UserError, match="data.sequence_length=auto was 64, and a run"):
+        resume.changed(run(), ["data.sequence_length=auto"], {})
 
 
 def test_a_group_is_replaced_by_its_option_with_values_on_top() -> None:

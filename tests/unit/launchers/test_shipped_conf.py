@@ -9,12 +9,18 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from launchers import machine
 from launchers.compose import CONF, compose
 from launchers.machine import Machine, resolve
+from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from train.config import RunConfig, from_tree, to_yaml
+from train.errors import UserError
 from train.strategy import engine_settings
 
+shardwright = pytest.fixture(make_shardwright)
+
 EIGHT_GPUS = Machine(compute_capabilities=(9.0,) * 8, cores=64)
+CPU = Machine(cores=2)
 
 OPTIONS = sorted(
     path.relative_to(CONF).with_suffix("")
@@ -69,6 +75,60 @@ def assert_same_unless_chosen(option: Path, name: str, value: object, default: o
         assert value is not None  # a run needs a length
     else:
         assert value == default, f"conf/{option}.yaml and train/config/ disagree on {name}"
+
+
+PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_needs_no_other_setting(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    monkeypatch.setattr(machine, "detect", lambda environment: EIGHT_GPUS)
+    outcome = shardwright("train", "--dry-run", f"model={preset}")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_a_preset_fits_strategies_and_numbers_of_ranks() -> None:
+    presets = [composed(f"model={preset}")[0] for preset in PRESETS]
+    for overrides in (
+        ["launcher=local", "strategy=single"],
+        ["strategy=zero3_offload", "precision=bf16", "launcher.nproc_per_node=4"],
+        ["strategy=fsdp_hybrid", "trainer.global_batch_size=24", "launcher.nproc_per_node=8"],
+    ):
+        others, _ = composed(*overrides)
+        changed = {name: others[name] for name in ("launcher", "strategy", "precision", "trainer")}
+        for tree in presets:
+            run = resolve(from_tree({**tree, **changed}), EIGHT_GPUS, "/runs/a")
+            assert run.trainer.global_batch_size % run.trainer.samples_per_pass == 0
+            engine_settings(run)  # derives every value of its own
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sequence_length", "micro_batch_size"),
+    [
+        (["model=gpt2_tiny"], 256, 8),
+        (["model=roberta_tiny"], 256, 8),
+        (["model=roberta_base"], 512, 8),
+        (["model=llama_8b", "launcher.nproc_per_node=8"], 512, 8),
+        (["trainer.global_batch_size=8", "launcher.nproc_per_node=2"], 512, 4),
+        (["trainer.global_batch_size=21", "launcher.nproc_per_node=3"], 512, 7),
+        (["trainer.global_batch_size=26", "launcher.nproc_per_node=2"], 512, 1),
+        (["data.sequence_length=64", "trainer.micro_batch_size=32"], 64, 32),
+    ],
+)
+def test_auto_comes_to(overrides: list[str], sequence_length: int, micro_batch_size: int) -> None:
+    _, run = composed(*overrides)
+    resolved = resolve(run, EIGHT_GPUS if "launcher.nproc" in str(overrides) else CPU, "/runs/a")
+    assert resolved.data.sequence_length == sequence_length
+    assert resolved.trainer.micro_batch_size == micro_batch_size
+
+
+def test_a_masked_model_brings_its_objective_unless_another_is_asked_for() -> None:
+    assert composed("model=roberta_large")[1].objective.kind == "mlm"
+    assert composed("model=roberta_large", "objective.masking_rate=0.3")[1].objective.kind == "mlm"
+    with pytest.raises(UserError, match="objective=clm does not fit model.kind=roberta"):
+        composed("model=roberta_large", "objective=clm")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -1,0 +1,50 @@
+"""What the names and paths in a config mean on this machine: `~`, directories, runs, the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def absolute(path: str) -> str:
+    """Return a path that means the same from any working directory, `~` expanded."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def config_json(
+    name: str, revision: str | None, environment: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Return the config.json of a model directory, or of the hub's cache; None where there is none.
+
+    Asks no network: where the model is not here yet, the ranks find out.
+    """
+    directory = Path(absolute(name))
+    path: Path | None = directory / "config.json"
+    if not directory.is_dir():
+        path = _cached(name, revision or "main", environment)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _cached(name: str, revision: str, environment: Mapping[str, str]) -> Path | None:
+    """Return where huggingface_hub 2.4 keeps a model's config.json, whether it is there or not.
+
+    It is not asked itself: importing it takes as long as all the rest of the launcher.
+    """
+    home = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environment.get("HF_HOME") or os.path.join(home, "huggingface")
+    given = (environment.get(variable) for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
+    cache = next(filter(None, given), os.path.join(home, "hub"))
+    folder = Path(os.path.expanduser(os.path.expandvars(cache)))
+    folder /= f"models--{name.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / revision).read_text().strip()
+    except (OSError, ValueError):
+        commit = revision
+    return folder / "snapshots" / commit / "config.json"
