@@ -30,12 +30,23 @@ ROOT_GROUP = "experiment"
 """The group whose files set keys of the whole tree; Hydra knows it as ``experiment@_global_``."""
 
 
+FREE_FORM = "strategy.extra"
+"""The section whose keys no file lists."""
+
+
+def is_free_form(key: str) -> bool:
+    """Return whether a dotted key is one that only its reader knows."""
+    return key == FREE_FORM or key.startswith(f"{FREE_FORM}.")
+
+
 def qualify(override: str) -> str:
     """Return an override as Hydra knows it: ``experiment=demo`` needs its package.
 
     An experiment's first line is the command that runs it, and Hydra takes a `@package` header from
-    the first line only; so config.yaml gives the package, and it is part of the key.
+    the first line only; so config.yaml gives the package, and it is part of the key. A key that is
+    not in any file is added by `++`.
     """
+    override = re.sub(rf"^[+]*(?={re.escape(FREE_FORM)}[.=])", "++", override)
     return re.sub(rf"^([+~]*{ROOT_GROUP})(?==|$)", r"\1@_global_", override)
 
 

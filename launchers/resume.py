@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from launchers import launch, machine, preflight, processes, report, submit
 from launchers.compose import CONF, compose
+from launchers.compose_errors import is_free_form
 from launchers.dry_run import show
 from train import config as run_config
 from train import history
@@ -113,6 +114,8 @@ def changed(
         *path, leaf = key.split(".")
         section = tree
         for name in path:
+            if name not in section and is_free_form(key):
+                section[name] = {}
             inner = section.get(name)
             if not isinstance(inner, dict):
                 raise UserError(unknown_key_message(key))
@@ -174,7 +177,8 @@ def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 f"{text} does not parse as key=value; for example strategy=zero3 or "
                 "trainer.max_steps=2000"
             ) from None
-        if override.is_delete() or override.is_add() or override.is_sweep_override():
+        is_new = override.is_add() and not is_free_form(override.key_or_group)
+        if override.is_delete() or is_new or override.is_sweep_override():
             raise UserError(f"{text}: a run that goes on takes key=value only")
         value = override.value()
         # Nothing behind "=" is an empty text to Hydra; a quoted string is an object of its own.

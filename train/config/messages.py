@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -159,6 +159,11 @@ def problems(errors: list[ErrorDetails]) -> list[str]:
     ]
 
 
+def expectation(errors: Sequence[ErrorDetails]) -> str:
+    """Return what a value has to be, in words that follow "must be"."""
+    return " or ".join(dict.fromkeys(_expectation(error) for error in errors))
+
+
 def _dotted_key(error: ErrorDetails) -> str:
     parts = list(error["loc"])
     # Behind a tagged union stands the tag, behind a plain one its branch ("constrained-int").
@@ -189,7 +194,9 @@ def _structural_problem(key: str, error: ErrorDetails) -> str | None:
             found = error.get("ctx", {}).get("tag")
             problem = f"{key}.kind={found} is not known" if found else f"{key}.kind is not set"
             return f"{problem} (there are {kinds}); choose an option with {key}=NAME"
-        case "model_type" | "model_attributes_type" | "dict_type" if key:
+        case "dict_type" if key:
+            return f"{key}={shown(error['input'])}: must be a mapping, such as {{key: value}}"
+        case "model_type" | "model_attributes_type" if key:
             return (
                 f"{key}={shown(error['input'])}: {key} is a section, not a value; choose an "
                 f"option with {key}=NAME or set one of its keys"
@@ -218,7 +225,7 @@ def _expectation(error: ErrorDetails) -> str:
             return "text (a number stays text in two pairs of quotes: \"'7'\")"
         case "string_too_short":
             return "text that is not empty"
-        case "tuple_type":
+        case "tuple_type" | "list_type":
             return "a list, such as [a, b]"
         case "too_short":
             return f"a list of at least {limits['min_length']}"

@@ -1,4 +1,4 @@
-"""DeepSpeed 0.19's own list of keys, to check the passthrough without importing DeepSpeed.
+"""DeepSpeed 0.19's own keys and their types, to check the passthrough without importing DeepSpeed.
 
 DeepSpeed refuses unknown keys in its newer sections and ignores them, without a word, at the top
 level and in older ones. A test holds this list against the installed DeepSpeed.
@@ -7,8 +7,13 @@ level and in older ones. A test holds this list against the installed DeepSpeed.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from train.config.messages import expectation
+from train.config.section import shown
 
 # What our own fields decide: the passthrough may not say it a second time.
 OWNED = {
@@ -80,95 +85,120 @@ REFUSED = {
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": "is read by super_offload only",
 }
 
-# The rest of what DeepSpeed reads: a section's keys, or None where its inside is not checked.
-FREE: dict[str, set[str] | None] = {
-    "bf16": {"immediate_grad_update", "check_grad_overflow"},
+_Size = Annotated[int, Field(ge=0)]
+_Dtype = Literal["fp32", "bf16", "fp16"]
+
+# The rest of what DeepSpeed reads: the type of a value, or the keys of a section.
+FREE: dict[str, Any] = {
+    "bf16": {"immediate_grad_update": bool, "check_grad_overflow": bool},
     "fp16": {
-        "auto_cast",
-        "consecutive_hysteresis",
-        "fp16_master_weights_and_grads",
-        "hysteresis",
-        "min_loss_scale",
+        "auto_cast": bool,
+        "consecutive_hysteresis": bool,
+        "fp16_master_weights_and_grads": bool,
+        "hysteresis": int,
+        "min_loss_scale": int,
     },
     "zero_optimization": {
-        "allgather_partitions",
-        "compute_grad_norm",
-        "elastic_checkpoint",
-        "enable_sanity_checks",
-        "ignore_unused_parameters",
-        "leaf_module",
-        "legacy_stage1",
-        "load_from_fp32_weights",
-        "log_trace_cache_warnings",
-        "memory_efficient_linear",
-        "override_module_apply",
-        "parameter_alignment",
-        "pipeline_loading_checkpoint",
-        "stage3_allgather_sequential",
-        "stage3_model_persistence_threshold",
-        "stage3_module_granularity_threshold",
-        "stage3_use_all_reduce_for_fetch_params",
-        "use_multi_rank_bucket_allreduce",
-        "zero_quantized_nontrainable_weights",
+        "allgather_partitions": bool,
+        "compute_grad_norm": bool,
+        "elastic_checkpoint": bool,
+        "enable_sanity_checks": bool,
+        "ignore_unused_parameters": bool,
+        "leaf_module": {"classes": list[str], "name_suffixes": list[str], "names": list[str]},
+        "legacy_stage1": bool,
+        "load_from_fp32_weights": bool,
+        "log_trace_cache_warnings": bool,
+        "memory_efficient_linear": bool,
+        "override_module_apply": bool,
+        "parameter_alignment": bool,
+        "pipeline_loading_checkpoint": bool,
+        "stage3_allgather_sequential": bool,
+        "stage3_model_persistence_threshold": _Size,
+        "stage3_module_granularity_threshold": int,
+        "stage3_use_all_reduce_for_fetch_params": bool,
+        "use_multi_rank_bucket_allreduce": bool,
+        "zero_quantized_nontrainable_weights": bool,
     },
     "checkpoint": {
-        "checkpoint_serialization",
-        "load_universal",
-        "parallel_write",
-        "tag_validation",
-        "writer",
+        "checkpoint_serialization": bool,
+        "load_universal": bool,
+        "parallel_write": {"pipeline_stage": bool},
+        "tag_validation": Literal["Ignore", "Warn", "Fail"],
+        "writer": {
+            "data_parallel": Literal["replica", "socket", "machine"],
+            "decoupled": bool,
+            "io_buffer_double": bool,
+            "io_buffer_size": _Size,
+            "io_multiplier": int,
+            "show_statistics": bool,
+            "type": Literal["mock", "python", "fast"],
+        },
     },
-    "data_types": {"buffer_dtype", "keep_in_fp32_modules", "param_dtype"},
-    "comms_logger": {"debug", "enabled", "prof_all", "prof_ops", "verbose"},
+    "data_types": {
+        "buffer_dtype": _Dtype,
+        "keep_in_fp32_modules": Literal["auto"] | list[str],
+        "param_dtype": _Dtype,
+    },
+    "comms_logger": {
+        "debug": bool,
+        "enabled": bool,
+        "prof_all": bool,
+        "prof_ops": list[str],
+        "verbose": bool,
+    },
     "flops_profiler": {
-        "detailed",
-        "enabled",
-        "module_depth",
-        "output_file",
-        "profile_step",
-        "recompute_fwd_factor",
-        "top_modules",
+        "detailed": bool,
+        "enabled": bool,
+        "module_depth": int,
+        "output_file": str,
+        "profile_step": int,
+        "recompute_fwd_factor": float,
+        "top_modules": int,
     },
-    "csv_monitor": None,
-    "dataloader_drop_last": None,
-    "disable_allgather": None,
-    "disable_python_gc": None,
-    "dump_state": None,
-    "gradient_allreduce_op": None,
-    "gradient_predivide_factor": None,
-    "log_level": None,
-    "memory_breakdown": None,
-    "prescale_gradients": None,
-    "tensorboard": None,
-    "timers": None,
-    "wall_clock_breakdown": None,
-    "wandb": None,
+    "csv_monitor": {"enabled": bool, "job_name": str, "output_path": str},
+    "dataloader_drop_last": bool,
+    "disable_allgather": bool,
+    "disable_python_gc": bool,
+    "dump_state": bool,
+    "gradient_allreduce_op": Literal["mean", "sum"],
+    "gradient_predivide_factor": float,
+    "log_level": Literal["debug", "info", "warning", "error", "critical"],
+    "memory_breakdown": bool,
+    "prescale_gradients": bool,
+    "tensorboard": {"enabled": bool, "job_name": str, "output_path": str},
+    "timers": {"throughput": {"enabled": bool, "synchronized": bool}},
+    "wall_clock_breakdown": bool,
+    "wandb": {"enabled": bool, "group": str | None, "project": str, "team": str | None},
 }
 
 
-def problems(extra: dict[str, Any]) -> Iterator[str]:
-    """Yield a message for each key of a passthrough that DeepSpeed ignores or a field owns."""
-    for key, value in extra.items():
-        inside = FREE.get(key)
-        if key in OWNED:
-            yield _owned(key)
-        elif key not in FREE:
-            yield _unknown(key, [*FREE, *OWNED])
-        elif inside is not None and not isinstance(value, dict):
-            yield f"strategy.extra.{key}={value!r} must be a section: {{key: value}}"
-        elif inside is not None:
-            for name in value:
-                path = f"{key}.{name}"
-                section = value[name] if isinstance(value[name], dict) else {}
-                within = [f"{path}.{inner}" for inner in section]
-                if refused := [p for p in (path, *within) if p in REFUSED]:
-                    for p in refused:
-                        yield f"strategy.extra.{p} {REFUSED[p]}; leave it out"
-                elif path in OWNED:
-                    yield _owned(path)
-                elif name not in inside:
-                    owned = [p for p in OWNED if p.startswith(f"{key}.")]
-                    yield _unknown(path, [*(f"{key}.{n}" for n in inside), *owned])
+def problems(extra: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each key that DeepSpeed ignores or a field owns, and each wrong value."""
+    yield from _problems(extra, FREE, "")
+
+
+def _problems(section: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in section.items():
+        path = f"{prefix}{key}"
+        within = [f"{path}.{inner}" for inner in value] if isinstance(value, dict) else []
+        kind = known.get(key)
+        if refused := [p for p in (path, *within) if p in REFUSED]:
+            yield from (f"strategy.extra.{p} {REFUSED[p]}; leave it out" for p in refused)
+        elif path in OWNED:
+            yield _owned(path)
+        elif kind is None:
+            owned = [p for p in OWNED if p.startswith(prefix)]
+            yield _unknown(path, [*(f"{prefix}{name}" for name in known), *owned])
+        elif isinstance(kind, dict):
+            if isinstance(value, dict):
+                yield from _problems(value, kind, f"{path}.")
+            else:
+                yield f"strategy.extra.{path}={shown(value)}: must be a section: {{key: value}}"
+        else:
+            try:
+                TypeAdapter(kind).validate_python(value, strict=True)
+            except ValidationError as error:
+                yield f"strategy.extra.{path}={shown(value)}: must be {expectation(error.errors())}"
 
 
 def _owned(path: str) -> str:

@@ -86,6 +86,30 @@ def test_dry_run_prints_config_engine_environment_and_command(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "strategy.extra={wall_clock_breakdown: true, zero_optimization: {legacy_stage1: false}}",
+        "strategy.extra.wall_clock_breakdown=true",
+        "strategy.extra.zero_optimization.legacy_stage1=false",
+    ],
+)
+def test_keys_of_deepspeed_are_given_like_all_others(
+    shardwright: Shardwright, prefix: str, override: str
+) -> None:
+    outcome = shardwright(
+        "train", "--dry-run", "strategy=zero2", "launcher.device=cpu", prefix + override
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    settings = json.loads(outcome.out.split("# engine settings\n")[1].split("\n\n")[0])
+    if "wall_clock" in override:
+        assert settings["wall_clock_breakdown"] is True
+    if "legacy_stage1" in override:
+        assert settings["zero_optimization"]["legacy_stage1"] is False
+    assert settings["zero_optimization"]["stage"] == 2
+
+
 def test_dry_run_of_a_multirun_shows_each_job(shardwright: Shardwright, tmp_path: Path) -> None:
     outcome = shardwright(
         "train", "--dry-run", "seed=1,2", "-m", "sweep_dir=sweep", "launcher.device=cpu"

@@ -50,6 +50,26 @@ def test_the_micro_batch_stays_or_shrinks_with_the_ranks(
     assert resolve(after, Machine(cores=2), "/run", limit).trainer.micro_batch_size == size
 
 
+@pytest.mark.parametrize(
+    ("override", "extra"),
+    [
+        ("strategy.extra={dump_state: true}", {"dump_state": True}),
+        ("strategy.extra.dump_state=true", {"log_level": "info", "dump_state": True}),
+        ("+strategy.extra.dump_state=true", {"log_level": "info", "dump_state": True}),
+        (
+            "strategy.extra.zero_optimization.legacy_stage1=true",
+            {"log_level": "info", "zero_optimization": {"legacy_stage1": True}},
+        ),
+        ("strategy.extra={}", {}),
+    ],
+)
+def test_keys_of_deepspeed_may_change(override: str, extra: dict[str, Any]) -> None:
+    before = run(strategy={"kind": "zero", "stage": 2, "extra": {"log_level": "info"}})
+    after = resume.changed(before, [override], {})
+    assert after.strategy.kind == "zero"
+    assert after.strategy.extra == extra
+
+
 def test_the_length_of_samples_is_not_resolved_anew() -> None:
     with pytest.raises(UserError, match="data.sequence_length=auto was 64, and a run"):
         resume.changed(run(), ["data.sequence_length=auto"], {})

@@ -77,7 +77,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (zero_extra(bf16={"imediate_grad_update": True}), "did you mean bf16.immediate_grad_update"),
     (zero_extra(fp16={"enabled": True}), "fp16.enabled is decided by precision.compute_dtype"),
     (zero_extra(fp16={"histeresis": 2}), "did you mean fp16.hysteresis"),
-    (zero_extra(fp16=True), "strategy.extra.fp16=True must be a section"),
+    (zero_extra(fp16=True), "strategy.extra.fp16=true: must be a section"),
     (zero_extra(zero_optimization={"stage": 3}), "zero_optimization.stage is decided by"),
     (zero_extra(zero_optimization={"overlap_com": True}), "overlap_comm is decided by strategy."),
     (
