@@ -94,6 +94,9 @@ def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]
         stderr_file=directory / "logs" / report.TORCHRUN_LOG,
         grace_seconds=0.0,  # there is nothing to save
     )
+    if ended.code != 0 and ended.stopped_by is not None:
+        preflight.take_back(made)
+        raise SystemExit(128 + ended.stopped_by)
     if ended.code != 0:
         failures = report.rank_failures(directory)
         raise UserError(report.failure(ended.code, failures, directory, ended.stopped_by))

@@ -35,7 +35,9 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     here = machine.detect(os.environ)
     model_dir = sample.model_directory(options.run_dir).absolute()
     ranks = options.nproc_per_node or max(1, here.gpus)
-    (job,) = compose(sampling_overrides(model_dir, options.strategy, ranks))
+    trusts = ["model.trust_remote_code=true", "tokenizer.trust_remote_code=true"]
+    overrides = sampling_overrides(model_dir, options.strategy, ranks)
+    (job,) = compose([*overrides, *(trusts if options.trust_remote_code else [])])
     with contextlib.ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="shardwright-sample-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -56,7 +58,11 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         code = report.exit_code(ended.code, failures, ended.stopped_by)
         if code == BAD_INPUT and failures:
             raise UserError(failures[0].message)
-        if code != 0:
+        if code != 0 and ended.stopped_by is not None:
+            print(
+                report.failure(ended.code, failures, directory, ended.stopped_by), file=sys.stderr
+            )
+        elif code != 0:
             stack.pop_all()  # the message names the logs
             text = report.failure(ended.code, failures, directory, ended.stopped_by)
             print(text, file=sys.stderr)

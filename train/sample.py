@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from train import final
-from train.errors import BAD_INPUT, UserError
+from safetensors import SafetensorError
+
+from train import exhausted, final
+from train.errors import BAD_INPUT, FAILED, UserError
 from train.logs import quiet_libraries
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ def sample(
     new_tokens: int = 40,
     top: int = 5,
     seed: int = 0,
+    trust_remote_code: bool = False,
     sharded: tuple[PreTrainedModel, torch.device] | None = None,
 ) -> list[list[str]]:
     """Return completions of each prompt by the model in a Hugging Face directory.
@@ -39,20 +43,21 @@ def sample(
     positions end), drawn with temperature 0.7 from the 50 likeliest; a masked one the ``top``
     likeliest fillings as "token (probability)".
 
-    Raises UserError where a prompt does not suit the model.
+    Raises UserError where a prompt does not suit the model, or the directory's model cannot be
+    loaded; Python code that comes with one is run with ``trust_remote_code`` only.
     """
     quiet_libraries()
-    from transformers import pipeline, set_seed
+    from transformers import set_seed
 
     set_seed(seed)
-    source: dict[str, Any] = {"model": str(model_dir)}
+    source: dict[str, Any] = {"model": str(model_dir), "trust_remote_code": trust_remote_code}
     together: dict[str, Any] = {}
     if sharded is not None:
-        source = {"model": sharded[0], "tokenizer": str(model_dir)}
+        source |= {"model": sharded[0], "tokenizer": str(model_dir)}
         # All go on until all have ended, whatever rounding made of their tokens.
         together = {"synced_gpus": True}
     if is_masked(model_dir):
-        fill = pipeline("fill-mask", **source)
+        fill = _loaded("fill-mask", model_dir, source)
         assert fill.tokenizer is not None
         if sharded is not None:
             fill.device = sharded[1]
@@ -65,7 +70,7 @@ def sample(
             ]
             for prompt in prompts
         ]
-    generate = pipeline("text-generation", **source)
+    generate = _loaded("text-generation", model_dir, source)
     assert generate.tokenizer is not None
     if sharded is not None:
         generate.device = sharded[1]  # offloaded weights are elsewhere
@@ -87,10 +92,40 @@ def sample(
     return completions
 
 
+def _loaded(task: str, model_dir: Path, source: dict[str, Any]) -> Any:
+    """Return transformers' pipeline of a model. Raises UserError where it cannot be loaded."""
+    from transformers import pipeline
+
+    try:
+        return pipeline(task, **source)  # type: ignore[call-overload]
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
+        if exhausted.explained(error) is not None:
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{model_dir} brings Python code of its own, which is not run unless asked for; "
+                "read it, then add --trust-remote-code, or choose another model"
+            ) from None
+        # `pipeline` tries several classes and raises what it printed of each.
+        said = [f"{type(error).__name__}: {error}", *str(error).splitlines()]
+        reason = next(line for line in said[::-1] if re.match(r"\w+Error: ", line))
+        raise UserError(
+            f"{model_dir} holds a model that cannot be loaded ({reason.splitlines()[0]}); "
+            "give one that `shardwright train` or `shardwright recover` has made, or a whole "
+            "Hugging Face model directory"
+        ) from None
+
+
 def is_masked(model_dir: Path) -> bool:
-    """Return whether the model in a Hugging Face directory fills masks."""
-    architectures = json.loads((model_dir / "config.json").read_text())["architectures"]
-    return str(architectures[0]).endswith("ForMaskedLM")
+    """Return whether the model in a Hugging Face directory fills masks. Raises UserError."""
+    path = model_dir / "config.json"
+    try:
+        return str(json.loads(path.read_text())["architectures"][0]).endswith("ForMaskedLM")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} does not say which model it is of ({type(error).__name__}: {error}); it wants "
+            'a line such as "architectures": ["GPT2LMHeadModel"]'
+        ) from None
 
 
 def check_prompts(
@@ -172,6 +207,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--top", type=_positive, default=5, help="fillings of a mask (default 5)")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with a model"
+    )
+    found.add_argument(
         "--strategy",
         help=f"divide the weights among ranks: {', '.join(SHARDED_STRATEGIES)} (default: one "
         "process holds the whole model)",
@@ -210,11 +248,24 @@ def main(argv: list[str] | None = None) -> int:
             new_tokens=options.new_tokens,
             top=options.top,
             seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except (MemoryError, RuntimeError, OSError) as error:
+        why = exhausted.explained(error, remedies=_SMALLER)
+        if why is None:
+            raise
+        print(f"error: {why}", file=sys.stderr)
+        return FAILED
     return 0
+
+
+_SMALLER = (
+    "--strategy fsdp --nproc-per-node N, which divides the model among N ranks",
+    "fewer --new-tokens",
+)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from train.errors import BAD_INPUT, FAILED, UserError
 
 def main(argv: list[str]) -> int:
     """Run one rank; return 0, 1 where it failed, or 2 on bad input."""
-    from train import logs, sample
+    from train import exhausted, logs, sample
     from train.rank import join, rank_from_environment
 
     directory = Path(argv[0])
@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
             speak(config, options, terminal if rank.index == 0 else io.StringIO())
     except Exception as error:
         logs.log.exception("rank %d failed", rank.index)
-        logs.note_failure(directory, rank.index, error)
+        why = exhausted.explained(error, remedies=("more ranks (--nproc-per-node)",))
+        logs.note_failure(directory, rank.index, error, why)
         return BAD_INPUT if isinstance(error, UserError) else FAILED
     return 0
 
@@ -46,7 +47,9 @@ def speak(config: RunConfig, options: argparse.Namespace, out: TextIO) -> None:
 
     assert isinstance(config.model, PretrainedModel)
     model_dir = Path(config.model.name)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_dir, trust_remote_code=options.trust_remote_code
+    )
     sample.check_prompts(options.prompt, tokenizer, masked=config.objective.kind == "mlm")
     model = engine_of(config).serve(*models.build(config, tokenizer), config)
     model.config.use_cache = True  # switched off for training
@@ -60,6 +63,7 @@ def speak(config: RunConfig, options: argparse.Namespace, out: TextIO) -> None:
         new_tokens=options.new_tokens,
         top=options.top,
         seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
         sharded=(model, device),
     )
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -172,6 +176,99 @@ def test_command_line(masked: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
     assert main([str(masked), "--prompt", "a"]) == 2
     assert capsys.readouterr().err.startswith("error: prompt 'a' has 0 masks")
+
+
+CODE = """
+from transformers import GPT2Config, GPT2LMHeadModel
+print("their code runs")
+class OurConfig(GPT2Config):
+    model_type = "ours"
+class OurModelForCausalLM(GPT2LMHeadModel):
+    config_class = OurConfig
+"""
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(
+    causal: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    directory = shutil.copytree(causal, tmp_path / "model")
+    (directory / "ours.py").write_text(CODE)
+    config = json.loads((directory / "config.json").read_text())
+    parts = {"AutoConfig": "ours.OurConfig", "AutoModelForCausalLM": "ours.OurModelForCausalLM"}
+    config |= {"model_type": "ours", "architectures": ["OurModelForCausalLM"], "auto_map": parts}
+    (directory / "config.json").write_text(json.dumps(config))
+
+    assert main([str(directory), "--prompt", "a"]) == 2
+    ended = capsys.readouterr()
+    assert "their code runs" not in ended.out
+    assert ended.err == (
+        f"error: {directory} brings Python code of its own, which is not run unless asked for; "
+        "read it, then add --trust-remote-code, or choose another model\n"
+    )
+    assert main([str(directory), "--prompt", "a", "--trust-remote-code"]) == 0
+    assert "their code runs" in capsys.readouterr().out
+
+
+def _without_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def _cut(directory: Path) -> None:
+    os.truncate(directory / "model.safetensors", 100)
+
+
+def _nameless(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    del config["architectures"]
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def _no_json(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_without_weights, "holds a model that cannot be loaded (OSError: "),
+        (_cut, "holds a model that cannot be loaded (SafetensorError: "),
+        (_nameless, "config.json does not say which model it is of (KeyError: 'architectures')"),
+        (_no_json, "config.json does not say which model it is of (JSONDecodeError: "),
+    ],
+)
+def test_a_directory_that_is_no_whole_model_is_bad_input(
+    damage: Callable[[Path], None],
+    said: str,
+    causal: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory = shutil.copytree(causal, tmp_path / "model")
+    damage(directory)
+    assert main([str(directory), "--prompt", "a"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {directory}")
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_model_for_which_there_is_no_memory(
+    causal: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("transformers.pipeline", no_room)
+    assert main([str(causal), "--prompt", "a"]) == 1
+    assert capsys.readouterr().err == (
+        "error: the GPU's memory has run out: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+        "less is needed with --strategy fsdp --nproc-per-node N, which divides the model among N "
+        "ranks, or fewer --new-tokens\n"
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--top", "0"], ["--new-tokens", "-3"], ["--seed", "x"]])

@@ -1,0 +1,111 @@
+"""What to do where a machine ran out of memory or disk: no traceback says it. Imports no torch."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+
+from train.config import FsdpStrategy, RunConfig, ZeroStrategy
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+# How libraries in other languages word what the system told them; torch 2.13's allocator of host
+# memory raises a RuntimeError.
+_FULL_TEXTS = {"No space left on device": errno.ENOSPC, "Disk quota exceeded": errno.EDQUOT}
+_HOST_MEMORY_TEXTS = ("DefaultCPUAllocator", "Cannot allocate memory", "not enough memory")
+
+
+def explained(
+    error: BaseException, config: RunConfig | None = None, remedies: Sequence[str] = ()
+) -> str | None:
+    """Return what has run out, and what needs less of it; None where nothing has. Pure.
+
+    Of memory that follows from the run's ``config``, or is ``remedies`` where there is none.
+    """
+    if getattr(error, "is_of_disk", False):
+        return str(error)  # a save that has said it all
+    for cause in _chain(error):
+        if full := _full_disk(cause):
+            return full
+        if type(cause).__name__ == "OutOfMemoryError":  # torch's, of the device
+            what, on_gpu = "the GPU's memory", True
+        elif isinstance(cause, MemoryError) or _is_of_host_memory(cause):
+            what, on_gpu = "host memory", False
+        else:
+            continue
+        said = str(cause).strip().splitlines()
+        wanted = smaller(config, on_gpu=on_gpu) if config is not None else remedies
+        return "\n".join(
+            [
+                f"{what} has run out" + (f": {said[0]}" if said else ""),
+                *([f"less is needed with {', or '.join(wanted)}"] if wanted else []),
+            ]
+        )
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+
+
+def _full_disk(error: BaseException) -> str | None:
+    number = error.errno if isinstance(error, OSError) else None
+    for text, meant in _FULL_TEXTS.items():
+        if number is None and text in str(error):
+            number = meant
+    if number not in _FULL:
+        return None
+    place = getattr(error, "filename", None)
+    where = f" where {place} is to be written" if place else f" ({str(error).splitlines()[0]})"
+    return (
+        f"{_FULL[number]}{where}; make room, keep fewer checkpoints (checkpoint.keep_last, "
+        "trainer.save_every_steps), and resume the run"
+    )
+
+
+def _is_of_host_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in _HOST_MEMORY_TEXTS
+    )
+
+
+def smaller(config: RunConfig, *, on_gpu: bool) -> list[str]:
+    """Return what needs less memory, the cheapest first, of what is not yet chosen. Pure."""
+    found: list[str] = []
+    trainer, strategy, ranks = config.trainer, config.strategy, config.launcher.world_size
+    if not on_gpu and trainer.dataloader_workers:
+        found.append(f"fewer trainer.dataloader_workers (now {trainer.dataloader_workers})")
+    if trainer.micro_batch_size > 1:
+        found.append(
+            f"trainer.micro_batch_size={trainer.micro_batch_size // 2} instead of "
+            f"{trainer.micro_batch_size}, for the same batch"
+        )
+    if trainer.checkpoint_activations_every_blocks is None:
+        found.append("trainer.checkpoint_activations_every_blocks=1")
+    if on_gpu and not trainer.offload_activations:
+        found.append("trainer.offload_activations=true")
+    if config.precision.compute_dtype == "fp32" and on_gpu:
+        found.append("precision=bf16")
+    shards = isinstance(strategy, FsdpStrategy) or (
+        isinstance(strategy, ZeroStrategy) and strategy.stage == 3
+    )
+    if not shards and ranks > 1:
+        found.append("strategy=fsdp or zero3, which divide the model among ranks")
+    elif ranks > 1:
+        found.append("more ranks on other nodes")
+    if on_gpu:
+        offloads = getattr(strategy, "offload", False) or (
+            getattr(strategy, "offload_optimizer", "none") != "none"
+        )
+        if not offloads:
+            found.append("strategy=zero2_offload, which keeps the optimizer in host memory")
+    elif config.launcher.device == "cuda" and (
+        getattr(strategy, "offload", False) or getattr(strategy, "offload_optimizer", "") == "cpu"
+    ):
+        found.append("a strategy that offloads less")
+    return [*found, "a smaller model, or a shorter data.sequence_length, in a new run"]
