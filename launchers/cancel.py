@@ -14,29 +14,58 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from launchers import slurm, status
+from launchers import report, slurm, start, status
 from train import config as run_config
 from train import owner, stop, stop_request
-from train.errors import FAILED, UserError
+from train.errors import BAD_INPUT, FAILED, UserError
 
 POLL_SECONDS = 0.5
 SLACK_SECONDS = 60.0
 """For the job's own end, beyond the grace period of its ranks."""
 
 
+class NotRunning(UserError):
+    """There is nothing to stop."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Stop a run, or every run of a sweep; return 1 where one goes on in spite of it."""
     options = _parser().parse_args(arguments)
+    asked_for = Path(os.path.abspath(options.run_dir))
+    runs = status.runs_in(asked_for)
+    if runs == [asked_for]:
+        return _wait(asked_for, _begin(asked_for, now=options.now))
+    return _cancel_all(asked_for, runs, now=options.now)
+
+
+def _cancel_all(sweep: Path, runs: Sequence[Path], *, now: bool) -> int:
+    """Stop what runs of a sweep, all of it before any is waited for; return the exit code."""
     code = 0
-    for run_dir in status.runs_in(Path(os.path.abspath(options.run_dir))):
-        code = max(code, cancel(run_dir, now=options.now))
+    begun: dict[Path, Callable[[], bool]] = {}
+    for run_dir in runs:
+        try:
+            begun[run_dir] = _begin(run_dir, now=now)
+        except NotRunning:
+            continue
+        except UserError as error:
+            print(report.error_text(f"{run_dir}: {error}"), file=sys.stderr)
+            code = BAD_INPUT
+    if not begun and code == 0:
+        raise NotRunning(f"none of the {len(runs)} runs in {sweep} runs, here or elsewhere")
+    for run_dir, is_over in begun.items():
+        print(f"{run_dir}: ", end="", flush=True)
+        try:
+            code = max(code, _wait(run_dir, is_over))
+        except UserError as error:
+            print(report.error_text(str(error)), file=sys.stderr)
+            code = BAD_INPUT
     return code
 
 
-def cancel(run_dir: Path, *, now: bool) -> int:
-    """Stop one run and wait until it has; return 1 where it goes on all the same.
+def _begin(run_dir: Path, *, now: bool) -> Callable[[], bool]:
+    """Ask a run to stop; return what tells whether it has.
 
-    Raises UserError where it does not run, as far as can be seen from this machine.
+    Raises NotRunning where it does not run, as far as can be seen from this machine.
     """
     known = slurm.job_of(run_dir)
     job = slurm.look(known) if known is not None else None
@@ -48,36 +77,38 @@ def cancel(run_dir: Path, *, now: bool) -> int:
         else:
             print(f"job {job.id} is {job.state}", flush=True)
             slurm.stop(job)
-        return _wait(run_dir, partial(_is_over, job.id))
-    ranks = status.rank_processes(run_dir)
-    if not ranks:
-
-        def is_asked() -> bool:
-            by = f"shardwright cancel on {socket.gethostname()}"
-            is_alive = _is_alive_elsewhere(run_dir)
-            return is_alive and stop_request.request(run_dir, by, kill=now)
-
-        if is_asked():
-            return _wait(run_dir, lambda: not is_asked())
-        raise UserError(
+        return partial(_is_over, job.id)
+    if not _asked(run_dir, now=now):
+        raise NotRunning(
             f"{run_dir} does not run: no job in the queue and no process here or elsewhere"
             + (f" (job {job.id} is {job.state})" if job else "")
         )
+    return lambda: not _asked(run_dir, now=now)
+
+
+def _asked(run_dir: Path, *, now: bool) -> bool:
+    """Ask a run to stop, whatever it is just doing; return whether it lives.
+
+    Its first rank, or what prepares its data, heeds its directory from any node. To be called until
+    the run is over: it may be about to start what then heeds. Ranks of this machine are signalled
+    where nobody heeds, as a disk may be full.
+    """
+    by = f"shardwright cancel on {socket.gethostname()}"
+    first, is_locked = owner.look(run_dir)
+    ranks = status.rank_processes(run_dir)
+    if not is_locked and not ranks:
+        # Not every file system shows locks to other nodes; it is heard of then.
+        is_elsewhere = first is not None and first.host != socket.gethostname()
+        may_live = is_elsewhere and status.is_heard_of(run_dir)
+        return may_live and stop_request.request(run_dir, by, kill=now)
+    is_heeded = stop_request.request(run_dir, by, kill=now)
     for pid in ranks:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL if now else signal.SIGUSR1)
-    return _wait(run_dir, lambda: not status.rank_processes(run_dir))
-
-
-def _is_alive_elsewhere(run_dir: Path) -> bool:
-    """Return whether the first rank of a run lives on another machine.
-
-    It holds a lock, which not every file system shows to other nodes; it is heard of then.
-    """
-    first, is_locked = owner.look(run_dir)
-    if is_locked or first is None or first.host == socket.gethostname():
-        return is_locked
-    return status.is_heard_of(run_dir)
+            if now:
+                os.kill(pid, signal.SIGKILL)
+            elif not is_heeded and start.listens(pid):
+                os.kill(pid, signal.SIGUSR1)
+    return True
 
 
 def _is_over(job: str) -> bool:
@@ -102,7 +133,9 @@ def _wait(run_dir: Path, is_over: Callable[[], bool]) -> int:
     if stopped is None and status.is_done(run_dir, run_config.load(run_dir)):
         print("it was done before it could be stopped")
         return 0
-    where = f"stopped at step {stopped.step}" if stopped else "ended"
+    where = "ended"
+    if stopped is not None:
+        where = str(stopped).partition(" by ")[0]
     print(f"{where}; go on with: shardwright resume {shlex.quote(str(run_dir))}")
     return 0
 

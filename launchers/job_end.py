@@ -22,10 +22,11 @@ def main(arguments: Sequence[str]) -> int:
     """Take RUN_DIR, the exit code of the steps, and the signals that the job's shell got."""
     run_dir, code, signals = Path(arguments[0]), int(arguments[1]), arguments[2:]
     try:
-        launcher = run_config.load(run_dir).launcher
+        config = run_config.load(run_dir)
     except UserError as error:
         print(report.error_text(str(error)))
         return BAD_INPUT
+    launcher = config.launcher
     assert isinstance(launcher, SlurmLauncher)
     stopped = stop.read(run_dir)
     failures = report.rank_failures(run_dir)
@@ -34,11 +35,10 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if stopped is None and (failures or not (signals or code == RESUMABLE)):
         child_code = 128 - code if code > 128 else code  # srun's word for a signal, and Python's
-        print(report.failure(child_code, failures, run_dir, None))
+        print(report.failure(child_code, failures, run_dir, None, config=config))
         return report.exit_code(child_code, failures, None)
 
-    by = stopped.reason if stopped else " ".join(signals) or "a signal"
-    print(f"\nstopped at step {stopped.step} by {by}" if stopped else f"\nstopped by {by}")
+    print(f"\n{stopped}" if stopped else f"\nstopped by {' '.join(signals) or 'a signal'}")
     ended = "TERM" in signals and not (signals[0] == "USR1" and _is_past_its_limit())
     reason = why_not_go_on(launcher, is_ended=ended, is_cancelled=slurm.is_cancelled(run_dir))
     if reason is None:

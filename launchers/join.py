@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     here = machine.detect(os.environ)
     preflight.check_machine(config, here)
     # Found where the nodes share the cache.
-    return launch.prepare(config) or launch.run_ranks(config, here, node_rank)
+    return launch.prepare(config, None) or launch.run_ranks(config, here, None, node_rank)
 
 
 def node_rank_of(config: RunConfig, asked: int | None) -> int:

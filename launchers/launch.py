@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from launchers import preflight, processes, report, start
 from launchers.machine import Machine
-from train import stop
+from train import owner, stop
 from train.config import RunConfig
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
+from train.owner import Claim
 
 
 def new_run(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
@@ -21,45 +23,70 @@ def new_run(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int
     run_dir = Path(config.run_dir)
     environment = processes.rank_environment(config, here, os.environ)
 
-    made = preflight.create(config, run_dir)
-    print(report.header(config, choices, here, environment), flush=True)
-    try:
-        prepared = prepare(config)
-    except BaseException:
-        preflight.take_back(made)
-        raise
-    if prepared == BAD_INPUT:
-        preflight.take_back(made)
-    if prepared != 0:
-        return prepared
-    print(report.other_nodes(config), end="", flush=True)
-    return run_ranks(config, here)
+    with contextlib.ExitStack() as stack:
+        claims: list[Claim] = []
+        made = preflight.create(
+            config, run_dir, claim=lambda: claims.append(stack.enter_context(claimed(run_dir)))
+        )
+        (claim,) = claims
+        print(
+            report.header(config, choices, here, environment, report.terminal_width()), flush=True
+        )
+        try:
+            prepared = prepare(config, claim)
+        except BaseException:
+            stack.close()  # an open file would keep its directory on NFS
+            preflight.take_back(made)
+            raise
+        if prepared == BAD_INPUT:
+            stack.close()
+            preflight.take_back(made)
+        if prepared != 0:
+            return prepared
+        print(report.other_nodes(config), end="", flush=True)
+        return run_ranks(config, here, claim)
 
 
-def prepare(config: RunConfig) -> int:
+def claimed(run_dir: Path) -> contextlib.AbstractContextManager[Claim]:
+    """Own a run directory, of which this process prepares the data and starts the ranks."""
+    return owner.owned(run_dir, lambda text: print(text, flush=True), doing=owner.PREPARING)
+
+
+def prepare(config: RunConfig, claim: Claim | None) -> int:
     """Make the tokenizer and tokens of a run directory where they are not yet there.
 
-    Returns the exit code, and has said what went wrong where it is not 0.
+    ``claim`` is None where another node's launcher owns the run. Returns the exit code, and has
+    said what went wrong where it is not 0.
     """
     run_dir = Path(str(config.run_dir))
+    if claim is not None:
+        stop.forget(run_dir)
     ended = start.run(
         processes.prepare_command(run_dir),
-        processes.package_environment(os.environ),
+        {**processes.package_environment(os.environ), **owner.inherited(claim)},
         grace_seconds=config.launcher.grace_seconds,
+        run_dir=run_dir if claim is not None else None,
+        at_ctrl_c="stopping the preparation of the data",
     )
-    if ended.stopped_by is not None:
+    if ended.stopped_by is not None or ended.code == RESUMABLE:
         print(report.stopped_early(run_dir, ended.stopped_by), file=sys.stderr)
         return RESUMABLE
     if ended.code in (0, BAD_INPUT):
         return ended.code
-    print(f"preparing the data failed; {run_dir} is kept", file=sys.stderr)
+    print(report.preparation_failed(run_dir, ended.code), file=sys.stderr)
     return FAILED
 
 
-def run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
-    """Start this node's ranks of a run directory and wait; return the exit code."""
+def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: int = 0) -> int:
+    """Start this node's ranks of a run directory and wait; return the exit code.
+
+    ``claim`` is None where another node's launcher owns the run.
+    """
     run_dir = Path(str(config.run_dir))
-    environment = processes.rank_environment(config, here, os.environ)
+    environment = {
+        **processes.rank_environment(config, here, os.environ),
+        **owner.inherited(claim),
+    }
     for name, text in processes.launcher_files(config, environment, here).items():
         (run_dir / name).write_text(text, encoding="utf-8")
     # Launchers write their own pages about a failed rank to stderr, the ranks the terminal's lines
@@ -68,15 +95,16 @@ def run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
     if node_rank != 0:  # the nodes share the directory, and all that join may have one rank
         log = f"torchrun-{socket.gethostname()}.log"
     quiet = run_dir / "logs" / log if config.launcher.kind != "local" else None
-    if node_rank == 0:
+    if claim is not None:
         stop.forget(run_dir)
-    is_elsewhere = config.launcher.kind == "deepspeed" and config.launcher.hostfile is not None
+        claim.hand_on()
     ended = start.run(
         processes.rank_command(config, run_dir, machine=here, node_rank=node_rank),
         environment,
         stderr_file=quiet,
         grace_seconds=config.launcher.grace_seconds,
-        run_dir_elsewhere=run_dir if is_elsewhere else None,
+        run_dir=run_dir,
+        is_elsewhere=config.launcher.kind == "deepspeed" and config.launcher.hostfile is not None,
     )
     if where := stop.read(run_dir):
         print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)
@@ -85,5 +113,6 @@ def run_ranks(config: RunConfig, here: Machine, node_rank: int = 0) -> int:
         print(report.finish(run_dir))
         return 0
     failures = report.rank_failures(run_dir)
-    print(report.failure(ended.code, failures, run_dir, ended.stopped_by, log), file=sys.stderr)
+    why = report.failure(ended.code, failures, run_dir, ended.stopped_by, log, config=config)
+    print(why, file=sys.stderr)
     return report.exit_code(ended.code, failures, ended.stopped_by)

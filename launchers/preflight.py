@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launchers import hostfile
@@ -65,9 +65,12 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
     ]
 
 
-def create(config: RunConfig, run_dir: Path) -> list[Path]:
+def create(
+    config: RunConfig, run_dir: Path, *, claim: Callable[[], object] = lambda: None
+) -> list[Path]:
     """Make ``run_dir`` with config.yaml and logs/; return the directories made, outermost first.
 
+    ``claim`` is called before there is a config.yaml, from which on others take it for a run's.
     Raises UserError, and leaves nothing, where that cannot be done.
     """
     made: list[Path] = []
@@ -77,8 +80,9 @@ def create(config: RunConfig, run_dir: Path) -> list[Path]:
             if directory == run_dir or not directory.exists():
                 directory.mkdir(exist_ok=directory != run_dir)
                 made.append(directory)
-        _write_atomically(run_dir / "config.yaml", to_yaml(config))
         (run_dir / "logs").mkdir()
+        claim()
+        _write_atomically(run_dir / "config.yaml", to_yaml(config))
     except OSError as error:
         take_back(made)
         if isinstance(error, FileExistsError):

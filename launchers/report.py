@@ -6,14 +6,17 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launchers.machine import Machine
-from train import final
+from train import exhausted, final, stop
+from train.checkpoint import layout
 from train.config import RunConfig, accumulation_steps
 from train.config.tracking import WandbTracking, wandb_unused
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
@@ -33,8 +36,12 @@ def header(
     choices: Mapping[str, str],
     machine: Machine,
     environment: Mapping[str, str],
+    width: int | None = None,
 ) -> str:
-    """Return what a run is, in a few lines; ``choices`` are the options that it was composed of."""
+    """Return what a run is, in a few lines; ``choices`` are the options that it was composed of.
+
+    Lines longer than ``width`` characters are continued below their beginning.
+    """
     ranks, trainer = config.launcher.world_size, config.trainer
     length = next(
         f"{value:,} {unit}"
@@ -58,9 +65,34 @@ def header(
         "env": " ".join(f"{k}={v}" for k, v in environment.items() if not k.startswith("PYTHON")),
         "run dir": str(config.run_dir),
     }
-    return f"\nshardwright {config.name}\n" + "\n".join(
-        f"  {name:<10}{text}" for name, text in rows.items() if text != "none"
-    )
+    shown = {name: text for name, text in rows.items() if text != "none"}
+    return "\n".join([f"\nshardwright {config.name}", *aligned(shown, 10, width)])
+
+
+def aligned(rows: Mapping[str, str], name_width: int, width: int | None) -> Iterator[str]:
+    """Yield a line for each row, and where it is longer than ``width`` the rest below. Pure.
+
+    Words are kept whole, so that a path can be copied.
+    """
+    for name, text in rows.items():
+        begin = f"  {name:<{name_width}}"
+        yield from (
+            [begin + text]
+            if width is None
+            else textwrap.wrap(
+                text,
+                max(width, 40),
+                initial_indent=begin,
+                subsequent_indent=" " * len(begin),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that this process prints to; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _tracking(config: RunConfig, machine: Machine) -> str:
@@ -101,7 +133,7 @@ def finish(run_dir: Path) -> str:
 
 def stopped(where: Stopped, run_dir: Path, stopped_by: int | None) -> str:
     """Return where a run has stopped cleanly, and how to go on. ``stopped_by``: the launcher."""
-    by = where.reason if stopped_by is None else signal.Signals(stopped_by).name
+    by = where.reason if stopped_by is None else stop.by_whom(stopped_by)
     text = f"\nstopped at step {where.step} by {by}; {_go_on(run_dir)}"
     if where.unsaved is not None:
         newest = Path(where.checkpoint).name if where.checkpoint else "no checkpoint"
@@ -109,11 +141,28 @@ def stopped(where: Stopped, run_dir: Path, stopped_by: int | None) -> str:
     return text
 
 
-def stopped_early(run_dir: Path, stopped_by: int) -> str:
-    """Return how to go on where the data were still being prepared."""
+def stopped_early(run_dir: Path, stopped_by: int | None) -> str:
+    """Return what is kept where the data were still being prepared, and what a resume does."""
+    where = stop.read(run_dir)
+    if stopped_by is not None:
+        by = stop.by_whom(stopped_by)
+    else:
+        by = where.reason if where is not None else "a signal"
+    kept = "nothing of them is kept yet, and a resume prepares them from the beginning"
+    if (run_dir / "data.json").is_file():
+        kept = "they are whole, and a resume starts the ranks"
+    elif (run_dir / "tokenizer").is_dir():
+        kept = "the tokenizer is kept, and a resume packs the tokens from the beginning"
+    return f"\nstopped by {by} while the data were being prepared: {kept}; {_go_on(run_dir)}"
+
+
+def preparation_failed(run_dir: Path, code: int) -> str:
+    """Return what is left where preparing the data has failed, which has told why."""
+    how = f" ({_how_it_ended(code)})" if code < 0 else ""
+    quoted = shlex.quote(str(run_dir))
     return (
-        f"\nstopped by {signal.Signals(stopped_by).name} while the data were being prepared; "
-        f"{_go_on(run_dir)}"
+        f"preparing the data failed{how}; {run_dir} is kept: "
+        f"`shardwright resume {quoted}` tries again"
     )
 
 
@@ -137,6 +186,8 @@ class RankFailure:
     kind: str
     message: str
     traceback: str
+    explanation: str | None = None
+    """What the traceback does not say to a person: which memory or disk ran out, and the remedy."""
 
 
 def rank_failures(run_dir: Path) -> list[RankFailure]:
@@ -153,6 +204,7 @@ def rank_failures(run_dir: Path) -> list[RankFailure]:
                     kind=str(note["kind"]),
                     message=str(note["message"]),
                     traceback=str(note["traceback"]),
+                    explanation=note.get("explanation"),
                 )
             )
         except (OSError, ValueError, KeyError, TypeError):
@@ -184,9 +236,12 @@ def failure(
     run_dir: Path,
     stopped_by: int | None,
     launcher_log: str = TORCHRUN_LOG,
+    *,
+    config: RunConfig | None = None,
 ) -> str:
-    """Return who failed first, with the end of its traceback and the path of its log.
+    """Return who failed first, why, and the path of its log; of a run also how to resume it.
 
+    ``config`` is the run's; None where the ranks were no run's, and nothing is to be resumed.
     ``launcher_log`` is the file in logs/ that this node's launcher wrote to.
     """
     code = exit_code(child_code, failures, stopped_by)
@@ -194,29 +249,41 @@ def failure(
     if code == RESUMABLE:
         return f"the ranks have stopped; {_go_on(run_dir)}"
     if stopped_by is not None and code != BAD_INPUT:
-        return (
-            f"stopped by {signal.Signals(stopped_by).name} before the ranks could say where; "
-            f"{_go_on(run_dir)}\n  logs are in {logs}"
-        )
+        by = f"stopped by {stop.by_whom(stopped_by)}"
+        if config is None:
+            return by
+        return f"{by} before the ranks could say where; {_go_on(run_dir)}\n  logs are in {logs}"
+    left = "" if config is None else _left_by(run_dir)
     if failures:
         first = failures[0]
         log = logs / f"rank-{first.rank}.log"
         if first.kind == "UserError":
             return f"{error_text(first.message)}\n  rank {first.rank} on {first.host}, log: {log}"
-        last_lines = "\n".join(first.traceback.rstrip().splitlines()[-TRACEBACK_LINES:])
         later = [str(other.rank) for other in failures[1:]]
+        last_lines = "\n".join(first.traceback.rstrip().splitlines()[-TRACEBACK_LINES:])
         return (
             f"rank {first.rank} on {first.host} failed first:\n"
-            f"{textwrap.indent(last_lines, '    ')}\n"
+            f"{textwrap.indent(first.explanation or last_lines, '    ')}\n"
             + (f"  ranks that failed after it: {', '.join(later)}\n" if later else "")
-            + f"  its whole log: {log}"
+            + f"{left}  its whole log: {log}"
         )
     if child_code == BAD_INPUT:
         return f"the ranks refused to start; logs are in {logs}"
-    return f"{_unreported_death(child_code, logs / launcher_log)}\n  logs are in {logs}"
+    why = _unreported_death(child_code, logs / launcher_log, config)
+    return f"{why}\n{left}  logs are in {logs}"
 
 
-def _unreported_death(child_code: int, log: Path) -> str:
+def _left_by(run_dir: Path) -> str:
+    """Return what there is to resume from, and how."""
+    whole = layout.whole_checkpoints(run_dir / "checkpoints")
+    newest = whole[-1][1].name if whole else "none, so that a resume begins the run again"
+    return (
+        f"  newest checkpoint: {newest}\n"
+        f"  resume it with: shardwright resume {shlex.quote(str(run_dir))}\n"
+    )
+
+
+def _unreported_death(child_code: int, log: Path, config: RunConfig | None) -> str:
     """Say how ranks ended that could not report it themselves."""
     torchrun_log = ""
     if log.is_file():
@@ -230,7 +297,11 @@ def _unreported_death(child_code: int, log: Path) -> str:
     else:
         text = f"the ranks' process {_how_it_ended(child_code)} without a report"
     if "SIGKILL" in text:
-        return f"{text}; the kernel does this when memory runs out (see dmesg)"
+        text += "; the kernel does this when memory runs out (see dmesg)"
+        if config is not None:
+            needs_less = ", or ".join(exhausted.smaller(config, on_gpu=False))
+            text += f"\n  less is needed with {needs_less}"
+        return text
     # What ranks wrote there before their own logs were open comes before torchrun's comments.
     said = re.split(r"^[EWI]\d{4} .*torch/distributed/", torchrun_log, flags=re.MULTILINE)[0]
     last_lines = "\n".join(said.rstrip().splitlines()[-TRACEBACK_LINES:])

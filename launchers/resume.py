@@ -26,7 +26,6 @@ from train.config import (
     unknown_key_message,
 )
 from train.errors import UserError
-from train.owner import owned
 
 # What may not change, and what hangs on it. The longest prefix counts; None allows.
 _FIXED: dict[str, str | None] = {
@@ -71,26 +70,27 @@ def main(arguments: Sequence[str]) -> int:
     if dry_run:
         return 0
 
-    with owned(run_dir, lambda text: print(text, flush=True)):
-        newest = write(run_dir, config, overrides)
     choices = dict(choice.split("=", 1) for choice in picked)
-    where = newest.name if newest else "the beginning: there is no checkpoint yet"
-    if config.launcher.kind == "slurm":
-        print(f"goes on from {where}")
-        try:
-            return submit.again(config, choices, here)
-        except UserError:
-            take_back(run_dir)
-            raise
-    environment = processes.rank_environment(config, here, os.environ)
-    print(report.header(config, choices, here, environment))
-    print(f"  {'goes on':<10}from {where}", flush=True)
-    print(report.other_nodes(config), end="", flush=True)
-    if not (run_dir / "data.json").exists():  # stopped while they were being prepared
-        prepared = launch.prepare(config)
-        if prepared != 0:
-            return prepared
-    return launch.run_ranks(config, here)
+    with launch.claimed(run_dir) as claim:
+        newest = write(run_dir, config, overrides)
+        where = newest.name if newest else "the beginning: there is no checkpoint yet"
+        if config.launcher.kind != "slurm":
+            environment = processes.rank_environment(config, here, os.environ)
+            print(report.header(config, choices, here, environment, report.terminal_width()))
+            print(f"  {'goes on':<10}from {where}", flush=True)
+            print(report.other_nodes(config), end="", flush=True)
+            if not (run_dir / "data.json").exists():  # stopped while they were being prepared
+                prepared = launch.prepare(config, claim)
+                if prepared != 0:
+                    return prepared
+            return launch.run_ranks(config, here, claim)
+    # Its job owns the run from here on.
+    print(f"goes on from {where}")
+    try:
+        return submit.again(config, choices, here)
+    except UserError:
+        take_back(run_dir)
+        raise
 
 
 # --- which settings may change ------------------------------------------------------------------

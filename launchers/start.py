@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from train import stop_request
+from train import stop, stop_request
 
 ASKS_TO_STOP = (
     signal.SIGTERM,
@@ -54,7 +54,9 @@ def run(
     *,
     stderr_file: Path | None = None,
     grace_seconds: float = GRACE_SECONDS,
-    run_dir_elsewhere: Path | None = None,
+    run_dir: Path | None = None,
+    is_elsewhere: bool = False,
+    at_ctrl_c: str = "stopping as soon as all is saved",
 ) -> Ended:
     """Run a command to its end, under this process's environment and the one given.
 
@@ -64,11 +66,12 @@ def run(
     gets SIGTERM. What asks to stop is blocked behind a run that was stopped: another one must not
     keep its end from being told.
 
-    ``run_dir_elsewhere`` is the directory of a run whose ranks do not descend from the child, such
-    as other nodes': they are asked and killed through it.
+    ``run_dir`` is the directory of the run, through which its first rank is told who asks. Where
+    the ranks are ``is_elsewhere`` and do not descend from the child, as other nodes' do not, they
+    are asked and killed through it. ``at_ctrl_c`` is what is said at the first SIGINT.
     """
     before = set(descendants(os.getpid()))
-    request = _Request(grace_seconds, run_dir_elsewhere)
+    request = _Request(grace_seconds, run_dir, is_elsewhere, at_ctrl_c)
 
     def left_over() -> set[int]:
         return set(descendants(os.getpid())) - before
@@ -97,7 +100,8 @@ def run(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(0.1 if request.signals else 1.0)
         if child.poll() is None:
-            request.tell_elsewhere(kill=True)
+            if is_elsewhere:
+                request.write_down(kill=True)
             child.kill()
         code = child.wait()
     finally:
@@ -122,7 +126,9 @@ class _Request:
     """What this process was sent, and which of the processes below know of it."""
 
     grace_seconds: float
-    run_dir_elsewhere: Path | None = None
+    run_dir: Path | None = None
+    is_elsewhere: bool = False
+    at_ctrl_c: str = ""
     child: int | None = None
     signals: list[int] = field(default_factory=list)
     told: set[int] = field(default_factory=set)
@@ -133,7 +139,7 @@ class _Request:
         del frame
         impatient = number == signal.SIGINT and number in self.signals
         if number == signal.SIGINT and not self.signals and self.grace_seconds:
-            os.write(2, b"\nstopping as soon as all is saved; Ctrl-C again kills\n")
+            os.write(2, f"\n{self.at_ctrl_c}; Ctrl-C again kills\n".encode())
         self.signals.append(number)
         left = 0.0 if impatient else self.grace_seconds
         self.deadline = min(self.deadline, time.monotonic() + left)
@@ -150,21 +156,26 @@ class _Request:
         """Send STOP to the child and its ranks, once to each that it does not kill."""
         if not self.signals or self.child is None:
             return
+        self.write_down()
         below = [pid for pid in descendants(self.child) if _is_rank(pid)]
         for pid in {self.child, *below} - self.told:
-            if _listens(pid):
+            if listens(pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, STOP)
                 self.told.add(pid)
-        self.tell_elsewhere()
 
-    def tell_elsewhere(self, *, kill: bool = False) -> None:
-        if self.run_dir_elsewhere is None:
+    def write_down(self, *, kill: bool = False) -> None:
+        """Tell the first rank who asks, which no signal does, and it alone where it is elsewhere.
+
+        Before the signals: it reads it when the ranks have agreed to stop.
+        """
+        if self.run_dir is None:
             return
-        name = signal.Signals(self.signals[0]).name
-        by = f"{name} to the launcher on {socket.gethostname()}"
+        by = stop.by_whom(self.signals[0])
+        if by != stop.CTRL_C:
+            by += f" to the launcher on {socket.gethostname()}"
         with contextlib.suppress(OSError):  # their own node may still tell them
-            stop_request.request(self.run_dir_elsewhere, by, kill=kill)
+            stop_request.request(self.run_dir, by, kill=kill)
 
 
 def _is_rank(pid: int) -> bool:
@@ -186,7 +197,7 @@ def _rank_variables(pid: int) -> set[bytes]:
     return {v for v in variables if v.startswith((b"RANK=", b"LOCAL_RANK="))}
 
 
-def _listens(pid: int) -> bool:
+def listens(pid: int) -> bool:
     """Return whether a process catches, blocks or ignores STOP; any other it would kill."""
     return _has_in_mask(pid, ("SigBlk", "SigIgn", "SigCgt"))
 

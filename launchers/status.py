@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +16,13 @@ from typing import Any
 
 from launchers import report, slurm
 from train import config as run_config
-from train import final, stop
+from train import final, owner, stop
 from train.arguments import decoded
 from train.checkpoint import layout
 from train.config import RunConfig, total_steps
 from train.data.prepare import noted_samples_per_epoch
 from train.errors import UserError
+from train.owner import Owner
 from train.units import duration
 
 TAIL_BYTES = 2**16
@@ -41,28 +45,42 @@ class Status:
     tokens_per_second: float | None = None
     left_seconds: float | None = None
     checkpoint: str | None = None
+    model: str | None = None
+    """Where the model is, and of which state of the run."""
+    can_resume: bool = False
+    """Whether it has ended before its end."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the state of one run, or a line for each of several."""
     options = _parser().parse_args(arguments)
     if options.run_dir == "all":
-        found = everywhere(Path.cwd(), slurm.working_directories())
+        found = everywhere(Path.cwd(), _queued())
         if not found:
             print("no runs in runs/ and sweeps/, and none in the queue")
     else:
         found = runs_in(Path(os.path.abspath(options.run_dir)))
     if len(found) == 1:
-        print(described(of(found[0])))
+        print(described(of(found[0]), report.terminal_width()))
     elif found:
-        print(table([_of_one_among_many(run_dir) for run_dir in found], Path.cwd()))
+        rows = [_of_one_among_many(run_dir) for run_dir in found]
+        print(table(rows, Path.cwd(), report.terminal_width()))
     return 0
+
+
+def _queued() -> Mapping[str, Path]:
+    """Return the directories of the jobs in the queue; a warning, and none, where it is silent."""
+    try:
+        return slurm.working_directories()
+    except UserError as error:
+        print(f"warning: {error}; only the runs below this directory are shown", file=sys.stderr)
+        return {}
 
 
 def _of_one_among_many(run_dir: Path) -> Status:
     try:
         return of(run_dir)
-    except UserError as error:
+    except Exception as error:  # whatever is wrong with one, the others are shown
         return Status(run_dir, f"cannot be read: {str(error).partition(chr(10))[0]}", is_over=True)
 
 
@@ -123,13 +141,14 @@ def of(run_dir: Path) -> Status:
     last: dict[str, Any] = {}
     for line in lines:  # a line of an evaluation has no loss, and the last has none of the speed
         last |= line
-    total = known_steps(run_dir, config)
+    total, done = known_steps(run_dir, config), is_done(run_dir, config)
     state, is_over = state_of(
         job,
-        is_done=is_done(run_dir, config),
+        is_done=done,
         stopped=stop.read(run_dir),
         failures=report.rank_failures(run_dir),
         ranks_here=len(rank_processes(run_dir)),
+        owned=owner.look(run_dir),
         silent_seconds=time.time() - last["time"] if "time" in last else None,
     )
     whole = layout.whole_checkpoints(run_dir / "checkpoints")
@@ -144,7 +163,17 @@ def of(run_dir: Path) -> Status:
         tokens_per_second=None if is_over else last.get("tokens_per_second"),
         left_seconds=None if is_over else left_seconds(last, total),
         checkpoint=whole[-1][1].name if whole else None,
+        model=_model(run_dir),
+        can_resume=is_over and not done,
     )
+
+
+def _model(run_dir: Path) -> str | None:
+    if path := final.of(run_dir):
+        return str(path)
+    if path := final.earlier(run_dir):
+        return f"{path}, of before the run was resumed"
+    return None
 
 
 def state_of(
@@ -154,24 +183,41 @@ def state_of(
     stopped: stop.Stopped | None,
     failures: Sequence[report.RankFailure],
     ranks_here: int,
+    owned: tuple[Owner | None, bool],
     silent_seconds: float | None,
+    here: str | None = None,
 ) -> tuple[str, bool]:
-    """Return a run's state in words, and whether it is over. Pure."""
+    """Return a run's state in words, and whether it is over. Pure.
+
+    ``owned`` is what `owner.look` tells: a lock that is held means that the run lives, on whichever
+    host. One that is not means that it has ended where its owner was of this host, ``here``; the
+    locks of other hosts do not show on every file system.
+    """
+    first, is_locked = owned
     if job is not None and not job.is_over:
         text = job.state.lower()
         text += f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason else ""
         return text + (f", restart {job.restarts}" if job.restarts else ""), False
+    if is_locked and first is not None and first.doing is not None:
+        return f"{first.doing} on {first.host}", False
     if ranks_here:
         return f"running, {ranks_here} rank(s) here", False
+    if is_locked:
+        return f"running on {first.host}" if first else "running", False
     if stopped is not None:
-        return f"stopped at step {stopped.step} by {stopped.reason}", True
+        return str(stopped), True
     if failures:
-        first = failures[0]
-        return f"failed: rank {first.rank} on {first.host}, {first.kind}: {first.message}", True
+        failed = failures[0]
+        what = failed.explanation or f"{failed.kind}: {failed.message}"
+        what = what.partition("\n")[0]
+        return f"failed: rank {failed.rank} on {failed.host}, {what}", True
     if is_done:
         return "done", True
     if job is not None:
         return f"{job.state.lower()}, exit code {job.exit_code}", True
+    if first is not None and first.host == (here or socket.gethostname()):
+        doing = f" while {first.doing}" if first.doing else ""
+        return f"dead: it was killed or crashed{doing}, and could not say so", True
     if silent_seconds is None:
         return "no step yet, and no process here", False
     if silent_seconds < SILENT_SECONDS:
@@ -218,9 +264,10 @@ def tail(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in text.splitlines()[size > TAIL_BYTES :]:
         try:
-            lines.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
             continue
+        lines += [entry] if isinstance(entry, dict) else []
     return lines
 
 
@@ -262,8 +309,14 @@ def _is_path(words: Sequence[bytes], run_dir: Path) -> bool:
 # --- as text --------------------------------------------------------------------------------------
 
 
-def described(status: Status) -> str:
-    """Return one run as lines. Pure."""
+_LEAST_RUN, _LEAST_STATE = 16, 20
+"""Characters that stay of a run's directory and of its state, however narrow the terminal."""
+_DISPENSABLE = ("tokens/s", "checkpoint", "job", "left", "loss", "step")
+"""Columns that a narrow terminal does without, the first to go first."""
+
+
+def described(status: Status, width: int | None = None) -> str:
+    """Return one run as lines, continued below where they are longer than ``width``. Pure."""
     rows = {
         "state": status.state,
         "job": status.job,
@@ -272,13 +325,21 @@ def described(status: Status) -> str:
         "tokens/s": _speed(status),
         "left": _left(status),
         "checkpoint": status.checkpoint or "none yet",
+        "model": status.model,
+        "resume": f"shardwright resume {shlex.quote(str(status.run_dir))}"
+        if status.can_resume
+        else None,
     }
-    shown = {name: text for name, text in rows.items() if text not in (None, "-")}
-    return "\n".join([str(status.run_dir), *(f"  {n:<12}{text}" for n, text in shown.items())])
+    shown = {name: text for name, text in rows.items() if text is not None and text != "-"}
+    return "\n".join([str(status.run_dir), *report.aligned(shown, 12, width)])
 
 
-def table(statuses: Sequence[Status], here: Path) -> str:
-    """Return a line for each run, its directory as seen from ``here``. Pure."""
+def table(statuses: Sequence[Status], here: Path, width: int | None = None) -> str:
+    """Return a line for each run, its directory as seen from ``here``. Pure.
+
+    Where that is more than ``width`` characters, columns are left out, first those that hold
+    nothing, and the directories and states are shortened.
+    """
     head = ["run", "job", "step", "loss", "tokens/s", "left", "checkpoint", "state"]
     rows = [
         [
@@ -293,14 +354,44 @@ def table(statuses: Sequence[Status], here: Path) -> str:
         ]
         for s in statuses
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    columns = {name: list(column) for name, *column in zip(head, *rows, strict=True)}
+    if width is not None:
+        columns = _fitted(columns, width)
+    lines = zip(*([name, *column] for name, column in columns.items()), strict=True)
+    widths = {name: max(map(len, [name, *column])) for name, column in columns.items()}
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if name in ("run", "state") else cell.rjust(width)
-            for cell, width, name in zip(cells, widths, head, strict=True)
+            cell.ljust(widths[name]) if name in ("run", "state") else cell.rjust(widths[name])
+            for cell, name in zip(cells, columns, strict=True)
         ).rstrip()
-        for cells in [head, *rows]
+        for cells in lines
     )
+
+
+def _fitted(columns: Mapping[str, list[str]], width: int) -> dict[str, list[str]]:
+    """Return the columns of a table that fit a width, with what is shortened cut at a "…"."""
+    kept = dict(columns)
+
+    def needs(name: str) -> int:
+        return max(map(len, [name, *kept[name]]))
+
+    def left() -> int:
+        """Return what is left for directories and states."""
+        others = [name for name in kept if name not in ("run", "state")]
+        return width - sum(needs(name) + 2 for name in others) - 2
+
+    least = min(needs("run"), _LEAST_RUN) + min(needs("state"), _LEAST_STATE)
+    empty = [name for name in kept if set(kept[name]) == {"-"}]
+    for name in dict.fromkeys([*empty, *_DISPENSABLE]):
+        if left() >= needs("run") + needs("state") or (name not in empty and left() >= least):
+            break
+        del kept[name]
+    for_run = min(needs("run"), max(_LEAST_RUN, left() - min(needs("state"), _LEAST_STATE)))
+    for_state = max(_LEAST_STATE, left() - for_run)
+    # The end of a path tells runs apart, and the beginning of a state what it is.
+    kept["run"] = [t if len(t) <= for_run else f"…{t[1 - for_run :]}" for t in kept["run"]]
+    kept["state"] = [t if len(t) <= for_state else f"{t[: for_state - 1]}…" for t in kept["state"]]
+    return kept
 
 
 def _step(status: Status) -> str:

@@ -24,14 +24,13 @@ def main(argv: list[str]) -> int:
         return BAD_INPUT
     run_dir = Path(decoded(argv[0]))
 
-    from train import config
-    from train.owner import owned
+    from train import config, owner
     from train.rank import rank_from_environment
 
     rank = rank_from_environment()
     try:
         settings = config.load(run_dir)
-        with owned(run_dir, print) if rank.index == 0 else nullcontext():
+        with owner.owned(run_dir, print) if rank.index == 0 else nullcontext():
             return _run(run_dir, settings, rank)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -39,14 +38,14 @@ def main(argv: list[str]) -> int:
 
 
 def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
-    from train import logs
+    from train import exhausted, logs, owner
     from train.rank import join
 
     try:
         console = logs.open_rank_log(run_dir, rank, nodes=settings.launcher.nodes)
     except OSError as error:
         with suppress(OSError):
-            logs.note_failure(run_dir, rank.index, error)
+            logs.note_failure(run_dir, rank.index, error, exhausted.explained(error, settings))
         raise
     if rank.index == 0:
         stop.forget(run_dir)
@@ -60,8 +59,15 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             final = run(run_dir, rank, console)
     except Exception as error:
         logs.log.exception("rank %d failed", rank.index)
-        logs.note_failure(run_dir, rank.index, error)
-        print(f"rank {rank.index} failed: {type(error).__name__}: {error}", file=console)
+        explanation = exhausted.explained(error, settings)
+        try:
+            is_told = not logs.note_failure(run_dir, rank.index, error, explanation)
+            is_told |= owner.is_launched()  # whoever has started it tells all
+        except OSError:  # a full disk
+            is_told = False
+        if not is_told:
+            what = explanation or f"{type(error).__name__}: {error}"
+            print(f"rank {rank.index} failed: {what}", file=console)
         return BAD_INPUT if isinstance(error, UserError) else FAILED
     if final is None and not stop.is_restarted_on_failure():
         return RESUMABLE

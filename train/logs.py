@@ -30,6 +30,11 @@ def open_rank_log(run_dir: Path, rank: Rank, *, nodes: int = 1) -> TextIO:
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     _failure(run_dir, rank.index).unlink(missing_ok=True)  # of an earlier start
+    if rank.index == 0:  # that may have had more ranks
+        for path in logs.glob("rank-*.error.json"):
+            number = path.name.removeprefix("rank-").removesuffix(".error.json")
+            if number.isdecimal() and int(number) >= rank.world_size:
+                path.unlink(missing_ok=True)
     terminal = os.fdopen(os.dup(1), "w", buffering=1)
     file = os.open(logs / f"rank-{rank.index}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
@@ -56,21 +61,38 @@ def label(rank: Rank, nodes: int) -> str:
     return f"[rank {rank.index}{where}]"
 
 
-def note_failure(run_dir: Path, rank: int, error: BaseException) -> Path:
-    """Write logs/rank-<rank>.error.json, from which the launcher tells who failed first."""
+def note_failure(
+    run_dir: Path, rank: int, error: BaseException, explanation: str | None = None
+) -> bool:
+    """Write logs/rank-<rank>.error.json, from which the launcher tells who failed first.
+
+    ``explanation`` says to a person what the traceback does not. Returns whether this is the first
+    rank to say this: what all ranks find out is told once.
+    """
     path = _failure(run_dir, rank)
+    noted_at = time.time()
     note = {
-        "time": time.time(),
+        "time": noted_at,
         "rank": rank,
         "host": socket.gethostname(),
         "kind": type(error).__name__,
         "message": str(error),
+        "explanation": explanation,
         "traceback": "".join(traceback.format_exception(error)),
     }
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(note))
     temporary.rename(path)
-    return path
+    others = (other for other in path.parent.glob("rank-*.error.json") if other != path)
+    return not any(_says(other, str(error), before=(noted_at, rank)) for other in others)
+
+
+def _says(path: Path, message: str, *, before: tuple[float, int]) -> bool:
+    try:
+        note = json.loads(path.read_text())
+        return note["message"] == message and (note["time"], note["rank"]) < before
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def has_failure(run_dir: Path, since: float) -> bool:

@@ -1,4 +1,4 @@
-"""A run directory belongs to one live run: its first rank holds a lock for its life."""
+"""A run directory belongs to one live run: its launcher and its first rank hold locks for life."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +18,18 @@ from pathlib import Path
 from train.errors import UserError
 
 FILE = "owner.json"
+PREPARING = "preparing data"
+STARTING = "starting its ranks"
+"""What an owner may do before it trains."""
 DYING_SECONDS = 10.0
 """How long a killed process of this host may take to give back its memory, and then its lock."""
 LEASE_SECONDS = 180.0
 """How long a file server may keep the locks of a node that has died: NFSv4's lease is 90 s, and
 Lustre drops a silent client after 150 s, unless they are set up otherwise."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_OWNED_BY = "SHARDWRIGHT_OWNED_BY"
+# Which byte of owner.json is locked, by whom. Earlier versions lock all of the file.
+_LAUNCHER, _RANK = 0, 1
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +43,33 @@ class Owner:
     since: float
     """Seconds since 1970."""
     slurm_job: str | None
+    doing: str | None = None
+    """PREPARING or STARTING; None where it trains."""
 
     def __str__(self) -> str:
         job = f", SLURM job {self.slurm_job}" if self.slurm_job else ""
+        doing = f", {self.doing}" if self.doing else ""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return f"process {self.pid} on {self.host}{job}, since {since}"
+        return f"process {self.pid} on {self.host}{job}{doing}, since {since}"
+
+
+class Claim:
+    """What a launcher holds of a run directory."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def hand_on(self) -> None:
+        """Let the first rank own it too: this process's children may, and nobody else."""
+        _note(self._descriptor, STARTING)
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _RANK)
 
 
 @contextmanager
-def owned(run_dir: Path, say: Callable[[str], object]) -> Iterator[None]:
+def owned(run_dir: Path, say: Callable[[str], object], doing: str | None = None) -> Iterator[Claim]:
     """Own a run directory inside of the block; ``say`` hears of it where that has to wait.
 
-    Raises UserError where another live process owns it.
+    Raises UserError where another live process owns it, whatever it is ``doing``.
 
     The lock is the kernel's and not a file whose being there means something, so that it ends with
     its owner however that ends, and nothing stale is ever left to remove. It is a POSIX lock:
@@ -57,31 +79,51 @@ def owned(run_dir: Path, say: Callable[[str], object]) -> Iterator[None]:
     host's lock is waited for. owner.json just says who it is: no id in it is trusted, so that a
     requeued job, another launcher or a reused pid make no difference.
 
-    The first rank owns it for all: only it publishes and deletes, and its peers end soon after it.
-    It must not open owner.json a second time, as closing any descriptor of it gives the lock back.
+    The first rank owns it for all ranks: only it publishes and deletes, and its peers end soon
+    after it. As no such lock passes from one process to another, there are two: a launcher takes
+    both, gives the second one back for its first rank (`Claim.hand_on`) and keeps the first until
+    it has told the end, so that nobody else comes in between. Its children, told by `inherited`,
+    take the second only; a rank that was started by hand takes both.
+
+    An owner must not open owner.json a second time, as closing any descriptor of it gives the locks
+    back.
     """
+    parts = (_RANK,) if is_launched() else (_LAUNCHER, _RANK)
     # Not truncated before it is owned.
     descriptor = os.open(run_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         started, waits = time.monotonic(), False
-        while not _locked(descriptor):
-            owner = _owner(descriptor)
-            is_elsewhere = owner is not None and owner.host != socket.gethostname()
-            patience_seconds = LEASE_SECONDS if is_elsewhere else DYING_SECONDS
-            if time.monotonic() - started > patience_seconds:
-                raise UserError(_refusal(run_dir, owner))
-            if not waits:
-                waits = True
-                whose = owner or "another process"
-                say(f"{run_dir} belongs to {whose}: waiting {patience_seconds:g} s for its end")
-            time.sleep(0.1)
-        mine = Owner(socket.gethostname(), os.getpid(), time.time(), os.environ.get("SLURM_JOB_ID"))
-        with suppress(OSError):  # a full disk: the lock is what counts
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{json.dumps(asdict(mine))}\n".encode(), 0)
-        yield
+        for part in parts:
+            while not _locked(descriptor, part):
+                owner = _owner(descriptor)
+                is_elsewhere = owner is not None and owner.host != socket.gethostname()
+                patience_seconds = LEASE_SECONDS if is_elsewhere else DYING_SECONDS
+                if time.monotonic() - started > patience_seconds:
+                    raise UserError(_refusal(run_dir, owner))
+                if not waits:
+                    waits = True
+                    whose = owner or "another process"
+                    say(f"{run_dir} belongs to {whose}: waiting {patience_seconds:g} s for its end")
+                time.sleep(0.1)
+        _note(descriptor, doing)
+        yield Claim(descriptor)
     finally:
         os.close(descriptor)
+
+
+def inherited(claim: Claim | None) -> Mapping[str, str]:
+    """Return the variables of a launcher's children, whose run it, or another node's, owns."""
+    return {_OWNED_BY: "launcher" if claim is not None else "another node"}
+
+
+def is_launched() -> bool:
+    """Return whether a launcher has started this process, and tells what comes of it."""
+    return _OWNED_BY in os.environ
+
+
+def acts_for_the_owner() -> bool:
+    """Return whether the launcher that started this process owns the run."""
+    return os.environ.get(_OWNED_BY) == "launcher"
 
 
 def look(run_dir: Path) -> tuple[Owner | None, bool]:
@@ -90,19 +132,29 @@ def look(run_dir: Path) -> tuple[Owner | None, bool]:
     Not for its owner, who would lose it.
     """
     try:
-        descriptor = os.open(run_dir / FILE, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(run_dir / FILE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None, False
     try:
-        return _owner(descriptor), not _locked(descriptor)
+        is_locked = not all(_locked(descriptor, part, fcntl.LOCK_SH) for part in (_LAUNCHER, _RANK))
+        return _owner(descriptor), is_locked
     finally:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
-    """Return whether this process holds the lock now."""
+def _note(descriptor: int, doing: str | None) -> None:
+    mine = Owner(
+        socket.gethostname(), os.getpid(), time.time(), os.environ.get("SLURM_JOB_ID"), doing
+    )
+    with suppress(OSError):  # a full disk: the lock is what counts
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{json.dumps(asdict(mine))}\n".encode(), 0)
+
+
+def _locked(descriptor: int, part: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Return whether this process holds that lock now."""
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, kind | fcntl.LOCK_NB, 1, part)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
@@ -125,11 +177,8 @@ def _owner(descriptor: int) -> Owner | None:
 
 
 def _refusal(run_dir: Path, owner: Owner | None) -> str:
-    if owner is None:
-        return f"{run_dir} belongs to a process that is alive; wait for its end, or stop it"
-    stop = f"scancel {owner.slurm_job}" if owner.slurm_job else f"kill {owner.pid}"
-    where = "" if owner.slurm_job else f" on {owner.host}"
+    whose = f"a run that is alive ({owner})" if owner else "a process that is alive"
     return (
-        f"{run_dir} belongs to a run that is alive ({owner}); wait for its end, or stop it first: "
-        f"`{stop}`{where}"
+        f"{run_dir} belongs to {whose}; wait for its end, or stop it first: "
+        f"`shardwright cancel {shlex.quote(str(run_dir))}`"
     )

@@ -22,6 +22,14 @@ SECONDS_BETWEEN_LOOKS = 0.5
 _KEY = "shardwright/stop"
 
 
+CTRL_C = "Ctrl-C"
+
+
+def by_whom(number: int) -> str:
+    """Return what a person calls a signal: SIGINT is the key that was pressed. Pure."""
+    return CTRL_C if number == signal.SIGINT else signal.Signals(number).name
+
+
 class Stop(BaseException):
     """The work ends here, to be gone on with later; raised on all ranks at one place."""
 
@@ -72,7 +80,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
         signal.signal(number, signal.SIG_DFL)
     if _request is None:
-        _request = _Request(_asker or signal.Signals(number).name, time.monotonic())
+        _request = _Request(_asker or by_whom(number), time.monotonic())
         if _at_once:
             raise Stop
 
@@ -89,7 +97,7 @@ def ask(by: str) -> None:
 def asked() -> str | None:
     """Return who was the first to ask this very process to stop, None where nobody has.
 
-    That is a signal's name, or what `ask` was given.
+    That is a signal's name, CTRL_C, or what `ask` was given.
     """
     return _request.by if _request else None
 
@@ -227,7 +235,7 @@ def reason(askers: Sequence[str | None]) -> str:
     parts = []
     for by in dict.fromkeys(askers):
         ranks = [str(rank) for rank, found in enumerate(askers) if found == by]
-        if by in signal.Signals.__members__:
+        if by == CTRL_C or by in signal.Signals.__members__:
             parts.append(f"{by} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}")
         elif by is not None:
             parts.append(by)
@@ -261,6 +269,12 @@ class Stopped:
     """Steps made since the ranks were started."""
     unsaved: str | None = None
     """Why the last steps are not in a checkpoint."""
+    while_preparing: bool = False
+    """Whether that was before any rank was started, while the data were being prepared."""
+
+    def __str__(self) -> str:
+        where = "while preparing data" if self.while_preparing else f"at step {self.step}"
+        return f"stopped {where} by {self.reason}"
 
     def write(self, run_dir: Path) -> None:
         temporary = run_dir / f".{NOTE}.tmp"

@@ -77,6 +77,11 @@ def request(run_dir: Path, by: str, *, kill: bool = False) -> bool:
     return True
 
 
+def said(run_dir: Path) -> str | None:
+    """Return who has asked for the stop through the directory; None where nobody has."""
+    return next((line for line in _lines(run_dir / FILE) if line != _KILL), None)
+
+
 def _lines(path: Path) -> list[str]:
     """Return the whole lines of a file; none where it is not there, or cannot be read just now."""
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from train import stop
+from train import stop, stop_request
 from train.callbacks.tracking import STOP_SECONDS
 from train.checkpoint import layout
 from train.rank import Rank, from_all
@@ -24,6 +24,8 @@ def end(run_dir: Path, rank: Rank, trainer: Trainer | None, console: TextIO) -> 
     ``trainer`` is None where the run was stopped before it had one. Raises SaveFailed.
     """
     reason = stop.reason(from_all(stop.asked()))
+    # A launcher passes every signal on as the same one, and writes down whose it was.
+    reason = stop_request.said(run_dir) or reason
     if rank.index == 0:
         tqdm.write(f"stopping: {reason}", file=console)
     unsaved = trainer.saver.save_before_stop() if trainer is not None else None

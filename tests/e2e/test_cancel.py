@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,4 +29,5 @@ def test_a_run_of_this_machine_is_seen_and_stopped_with_a_checkpoint(
     assert f"stopped at step {step}; go on with: shardwright resume" in cancelled.stdout
     assert (run_dir / "checkpoints" / f"checkpoint-{step}").is_dir()
     status = cli.shardwright("status", "run", cwd=tmp_path).stdout
-    assert f"  state       stopped at step {step} by SIGUSR1 on rank 0\n" in status
+    by = f"shardwright cancel on {socket.gethostname()}"
+    assert f"  state       stopped at step {step} by {by}\n" in status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -11,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cli import TINY, finish, on_one_rank, processes, start, start_python, wait_for
+from tests.e2e.cli import (
+    TINY,
+    finish,
+    on_one_rank,
+    processes,
+    shardwright,
+    start,
+    start_python,
+    wait_for,
+    wait_until,
+)
 from tests.e2e.test_failures import assert_all_gone
 from train import stop
 from train.checkpoint import layout
@@ -57,10 +68,10 @@ def test_sigusr1_to_the_launcher_stops_the_ranks_below_torchrun(tiny: Tiny, tmp_
     assert (
         f"stopped at step {where.step} by SIGUSR1; go on with: shardwright resume" in ended.stderr
     )
-    assert where.reason == "SIGUSR1 on ranks 0, 1"
+    assert where.reason == f"SIGUSR1 to the launcher on {socket.gethostname()}"
 
 
-def test_ctrl_c_while_the_data_are_prepared_leaves_a_run_that_goes_on(
+def test_a_run_that_prepares_its_data_is_seen_stopped_and_resumed(
     corpus: Path, tmp_path: Path
 ) -> None:
     large = tmp_path / "corpus.jsonl"
@@ -79,17 +90,36 @@ def test_ctrl_c_while_the_data_are_prepared_leaves_a_run_that_goes_on(
         "trainer.micro_batch_size=4",
         "run_dir=run",
     )
+    tokenizers = tmp_path / "cache" / "tokenizers"
+    host = socket.gethostname()
+
     process = start("train", *arguments, cwd=tmp_path)
-    wait_for(tmp_path / "cache" / "tokenizers", process)
+    wait_until(lambda: process.poll() is not None or any(tokenizers.glob("*.tmp-*")))
+    status = shardwright("status", "run", cwd=tmp_path).stdout
+    assert f"  state       preparing data on {host}\n" in status
+    cancelled = shardwright("cancel", "run", cwd=tmp_path)
+    ended = finish(process)
+    assert (cancelled.returncode, ended.returncode) == (0, 75), cancelled.stderr + ended.stderr
+    assert "stopped while preparing data; go on with: shardwright resume" in cancelled.stdout
+    assert (
+        f"stopped by shardwright cancel on {host} while the data were being prepared: nothing of "
+        "them is kept yet, and a resume prepares them from the beginning; go on with: shardwright "
+        f"resume {tmp_path / 'run'}\n"
+    ) in ended.stderr
+    status = shardwright("status", "run", cwd=tmp_path).stdout
+    assert f"stopped while preparing data by shardwright cancel on {host}\n" in status
+
+    process = start("resume", "run", cwd=tmp_path)
+    wait_until(lambda: process.poll() is not None or any(tokenizers.glob("*.tmp-*")))
     process.send_signal(signal.SIGINT)
     ended = finish(process)
-
     assert ended.returncode == 75
-    assert "stopping as soon as all is saved; Ctrl-C again kills" in ended.stderr
-    assert "stopped by SIGINT while the data were being prepared; go on with" in ended.stderr
+    assert "\nstopping the preparation of the data; Ctrl-C again kills\n" in ended.stderr
+    assert "stopped by Ctrl-C while the data were being prepared: nothing" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not list(tmp_path.glob("cache/*/*.tmp-*"))
     assert_all_gone(tmp_path)
+
     ended = finish(start("resume", "run", cwd=tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
@@ -177,7 +207,7 @@ def test_a_second_ctrl_c_kills(tiny: Tiny, tmp_path: Path) -> None:
     ended = finish(process)
 
     assert ended.returncode == 128 + signal.SIGINT
-    assert "stopped by SIGINT before the ranks could say where; go on with" in ended.stderr
+    assert "stopped by Ctrl-C before the ranks could say where; go on with" in ended.stderr
     assert_all_gone(tmp_path)
 
 

@@ -24,7 +24,7 @@ from tests.unit.strategy.test_misconfiguration import TREE
 from train import __main__ as rank
 from train import stop
 from train.errors import BAD_INPUT, UserError
-from train.owner import FILE, owned
+from train.owner import FILE, Owner, inherited, look, owned
 
 ROOT = Path(__file__).parents[2]
 OWNER = """
@@ -85,14 +85,16 @@ def test_a_second_run_is_told_whose_the_directory_is(owner: Start, tmp_path: Pat
     assert re.fullmatch(
         rf"{tmp_path} belongs to a run that is alive \(process {first.pid} on "
         rf"{socket.gethostname()}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\); wait for its end, or "
-        rf"stop it first: `kill {first.pid}` on {socket.gethostname()}",
+        rf"stop it first: `shardwright cancel {tmp_path}`",
         str(refused.value),
     )
 
 
 def test_a_job_is_named(owner: Start, tmp_path: Path) -> None:
     owner(SLURM_JOB_ID="77")
-    with pytest.raises(UserError, match=r", SLURM job 77, since .* stop it first: `scancel 77`$"):
+    with pytest.raises(
+        UserError, match=r", SLURM job 77, since .* it first: `shardwright cancel .*`$"
+    ):
         claim(tmp_path)
 
 
@@ -117,12 +119,68 @@ def test_a_node_that_may_have_died_is_waited_for_longer(owner: Start, tmp_path: 
     first = owner()
     note = tmp_path / FILE
     note.write_text(json.dumps({**json.loads(note.read_text()), "host": "node-7"}))
-    with pytest.raises(UserError, match=f"`kill {first.pid}` on node-7"):
+    with pytest.raises(UserError, match=f"process {first.pid} on node-7"):
         claim(tmp_path)
     threading.Timer(0.4, first.kill).start()
     (said,) = claim(tmp_path)
     assert "on node-7" in said
     assert said.endswith(": waiting 0.6 s for its end")
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from train import owner
+
+with owner.owned(Path(sys.argv[1]), print, owner.PREPARING) as claim:
+    print("prepares", flush=True)
+    sys.stdin.readline()
+    claim.hand_on()
+    print("starts", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_launcher_owns_its_run_from_the_first_file_to_the_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lets its own first rank in, and nobody else, also before that rank is there."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdin is not None
+    assert launcher.stdout is not None
+    of_its_children = inherited(claim=None)
+    try:
+        assert launcher.stdout.readline() == "prepares\n"
+        assert look(tmp_path) == (owner_of(tmp_path), True)
+        with pytest.raises(UserError, match=r"is alive \(process \d+ on .*, preparing data, since"):
+            claim(tmp_path)
+
+        launcher.stdin.write("\n")
+        launcher.stdin.flush()
+        assert launcher.stdout.readline() == "starts\n"
+        with pytest.raises(UserError, match="starting its ranks, since"):
+            claim(tmp_path)
+        for name, value in of_its_children.items():
+            monkeypatch.setenv(name, value)
+        assert claim(tmp_path) == []  # which notes itself, and ends
+        for name in of_its_children:
+            monkeypatch.delenv(name)
+        with pytest.raises(UserError, match="is alive"):
+            claim(tmp_path)
+    finally:
+        launcher.communicate("\n")
+    assert not look(tmp_path)[1]
+    assert claim(tmp_path) == []
+
+
+def owner_of(run_dir: Path) -> Owner:
+    return Owner(**json.loads((run_dir / FILE).read_text()))
 
 
 @pytest.fixture

@@ -40,13 +40,13 @@ CASES = {
     "a second ctrl-c kills": (
         "stop.install(); get(signal.SIGINT); print(stop.asked(), flush=True)\n"
         "get(signal.SIGINT); print('alive')",
-        "SIGINT",
+        "Ctrl-C",
         -signal.SIGINT,
     ),
     "one that torchrun passes on is no second ctrl-c": (
         "os.environ['TORCHELASTIC_RUN_ID'] = 'run'\n"
         "stop.install(); get(signal.SIGINT, signal.SIGINT); print(stop.asked())",
-        "SIGINT",
+        "Ctrl-C",
         0,
     ),
     "what nohup ignores stays ignored": (

@@ -1,31 +1,126 @@
 """Prepare a run's tokenizer and tokens before its ranks start: python -m train.data RUN_DIR."""
 
+from __future__ import annotations
+
 import argparse
+import ctypes
 import logging
+import os
+import signal
 import sys
+import time
+import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
-from train import config, stop
+from train import config, exhausted, owner, stop, stop_request
+from train.checkpoint import layout
+from train.config import RunConfig
+from train.data import cache
 from train.data.prepare import prepare
-from train.errors import BAD_INPUT, RESUMABLE, UserError
+from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
 
 def main() -> int:
+    """Prepare the data; return 0, 1 where that failed, 2 on bad input, 75 where it was stopped."""
     stop.install()
     parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="directory that holds the run's config.yaml")
     run_dir = parser.parse_args().run_dir
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("train").setLevel(logging.INFO)
+    # In a job several nodes may do this, each for its own disk; the first one owns the run.
+    is_first = int(os.environ.get("SLURM_PROCID", "0")) == 0
+    is_mine = is_first and not owner.is_launched()
     try:
-        with stop.at_once():
-            prepare(config.load(run_dir), run_dir)
-    except stop.Stop:
-        return RESUMABLE  # what it was building is gone, and what it had built is whole
+        settings = config.load(run_dir)
+        with owner.owned(run_dir, print, owner.PREPARING) if is_mine else nullcontext():
+            return _watched(run_dir, settings, heeds=is_mine or owner.acts_for_the_owner())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    return 0
+
+
+def _watched(run_dir: Path, settings: RunConfig, *, heeds: bool) -> int:
+    """Have a process of its own do the work, which a signal ends wherever it is.
+
+    Training a tokenizer takes minutes in compiled code, where no handler runs. Nothing is lost with
+    it that could be kept: what is being built has a temporary name, and what has its own is whole.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    worker = os.fork()  # before this process has a second thread
+    if worker == 0:
+        os._exit(_work(run_dir, settings, parent))
+    with stop_request.heeded(run_dir) if heeds else nullcontext():
+        try:
+            with stop.at_once():
+                os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # it stays its pid's until
+        except stop.Stop:
+            os.kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
+            cache.sweep(cache.cache_root(settings.data), worker)
+            _note(run_dir, stop_request.said(run_dir) or str(stop.asked()))
+            return RESUMABLE
+    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    if code < 0:
+        cache.sweep(cache.cache_root(settings.data), worker)
+        memory = "; the kernel does this when memory runs out" if code == -signal.SIGKILL else ""
+        print(
+            f"preparing the data was killed by {signal.Signals(-code).name}{memory}",
+            file=sys.stderr,
+        )
+    return code if code >= 0 else FAILED
+
+
+def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
+    """Do the work in a process that ends with its parent; return its exit code."""
+    for number in stop.SIGNALS:  # a terminal sends its Ctrl-C to both
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:  # it died before the line above
+            return FAILED
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("train").setLevel(logging.INFO)
+    code = 0
+    try:
+        prepare(settings, run_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    except BaseException as error:
+        code = FAILED
+        if why := exhausted.explained(error, remedies=_SMALLER):
+            print(f"error: {why}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+_SMALLER = (
+    "a smaller tokenizer.max_training_bytes where the tokenizer is being trained",
+    "documents that are shorter: one is held in memory whole",
+)
+_PR_SET_PDEATHSIG = 1
+"""Linux's prctl(2)."""
+
+
+def _note(run_dir: Path, reason: str) -> None:
+    """Write down where the run has stopped: at its newest checkpoint, or before it began."""
+    whole = layout.whole_checkpoints(run_dir / "checkpoints")
+    newest = whole[-1][1] if whole else None
+    manifest = layout.read_manifest(newest) if newest else None
+    stop.Stopped(
+        step=manifest.step if manifest else 0,
+        samples=manifest.samples if manifest else 0,
+        reason=reason,
+        time=time.time(),
+        checkpoint=str(newest) if newest else None,
+        progress_steps=0,
+        while_preparing=True,
+    ).write(run_dir)
 
 
 if __name__ == "__main__":

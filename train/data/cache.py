@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,13 +98,23 @@ def build_once(parent: Path, name: str, build: Callable[[Path], dict[str, Any]])
         ) from None
 
 
+def sweep(root: Path, pid: int) -> None:
+    """Remove what a builder of this host, which is dead, has left below a cache's root."""
+    for path in root.glob(f"*/*.tmp-{_builder(pid)}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _builder(pid: int) -> str:
+    return f"{socket.gethostname()}-{pid}"
+
+
 def _build(parent: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
     # Only the lock's holder writes these, so whatever is there was left by a crash.
     for stale in parent.glob(f"{name}.tmp-*"):
         shutil.rmtree(stale)
     if (parent / name).exists():
         shutil.rmtree(parent / name)
-    temporary = parent / f"{name}.tmp-{os.getpid()}"
+    temporary = parent / f"{name}.tmp-{_builder(os.getpid())}"
     temporary.mkdir()
     try:
         details = build(temporary)

@@ -22,16 +22,20 @@ from train.data.corpus import is_held_out
 from train.data.prepare import noted_samples_per_epoch
 from train.data.tokenizer import vocabulary_size
 from train.errors import UserError
+from train.owner import inherited
 
 MakeConfig = Callable[..., RunConfig]
 
 
 def start(config: RunConfig, run_dir: Path) -> subprocess.Popen[str]:
-    """Start ``python -m train.data RUN_DIR``."""
+    """Start ``python -m train.data RUN_DIR`` as on one of a run's nodes, whose launcher owns it."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return subprocess.Popen(
-        [sys.executable, "-m", "train.data", str(run_dir)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "train.data", str(run_dir)],
+        env={**os.environ, **inherited(claim=None)},
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -434,8 +438,10 @@ def test_what_cannot_be_read_ends_with_code_2_and_leaves_nothing(
 def test_preparing_imports_no_torch(corpus: Path, make_config: MakeConfig, run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text(to_yaml(make_config()))
     code = (
-        "import sys; sys.argv[1:] = [sys.argv[1]]; from train.data.__main__ import main; "
-        "assert main() == 0; print('torch' in sys.modules)"
+        "import os, sys; from pathlib import Path; from train import config; "
+        "from train.data import __main__; run_dir = Path(sys.argv[1]); "
+        "assert __main__._work(run_dir, config.load(run_dir), os.getppid()) == 0; "
+        "print('torch' in sys.modules)"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
     for _ in range(2):

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launchers.report import RankFailure, exit_code, failure, rank_failures, stopped
+from launchers import machine
+from launchers.machine import Machine
+from launchers.report import RankFailure, exit_code, failure, header, rank_failures, stopped
+from tests.unit.launchers.test_machine import config
+from train.checkpoint import layout
+from train.errors import UserError
+from train.logs import note_failure
 from train.stop import Stopped
 
 
@@ -108,3 +114,57 @@ def test_message_of_bad_input_stands_alone(tmp_path: Path) -> None:
     text = failure(1, rank_failures(tmp_path), tmp_path, None)
     assert text.startswith("error: boom\n")
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("code", [-signal.SIGKILL, 1])
+def test_a_death_names_the_newest_checkpoint_and_the_command_to_resume(
+    tmp_path: Path, code: int
+) -> None:
+    """Whether the rank could report it or not."""
+    run_dir = tmp_path / "my run"
+    (run_dir / "logs").mkdir(parents=True)
+    run = machine.resolve(config(), Machine(), str(run_dir))
+    text = failure(code, [], run_dir, None, config=run)
+    assert "\n  newest checkpoint: none, so that a resume begins the run again\n" in text
+    assert f"\n  resume it with: shardwright resume '{run_dir}'\n" in text
+    for step in (2, 4):
+        checkpoint = run_dir / "checkpoints" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        layout.write_manifest(checkpoint, {"step": step, "files": {}})
+    if code == 1:
+        note(run_dir / "logs", 3, 1.0)
+    text = failure(code, rank_failures(run_dir), run_dir, None, config=run)
+    assert "\n  newest checkpoint: checkpoint-4\n" in text
+    assert ("less is needed with trainer.micro_batch_size=" in text) == (code != 1)
+    # Ranks that only sample or measure leave nothing to resume.
+    assert "resume" not in failure(code, rank_failures(run_dir), run_dir, None)
+    assert failure(1, [], run_dir, signal.SIGINT) == "stopped by Ctrl-C"
+
+
+def test_what_ran_out_is_told_instead_of_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    run = machine.resolve(config(), Machine(), str(tmp_path))
+    error = MemoryError("17 GiB for an array")
+    assert note_failure(tmp_path, 1, error, "host memory has run out: 17 GiB\nless is needed")
+    text = failure(1, rank_failures(tmp_path), tmp_path, None, config=run)
+    assert "failed first:\n    host memory has run out: 17 GiB\n    less is needed\n" in text
+    assert "MemoryError" not in text
+
+
+def test_what_several_ranks_find_out_is_first_said_by_one(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    assert note_failure(tmp_path, 1, UserError("data.paths: nothing there"))
+    assert not note_failure(tmp_path, 0, UserError("data.paths: nothing there"))
+    assert note_failure(tmp_path, 2, UserError("another"))
+
+
+def test_the_header_fits_the_terminal(tmp_path: Path) -> None:
+    environment = {f"A_LONG_VARIABLE_{n}": f"value-{n}" for n in range(9)}
+    run = machine.resolve(config(), Machine(), "/a/long/path" * 12)
+    whole = header(run, {}, Machine(), environment)
+    lines = header(run, {}, Machine(), environment, 72).splitlines()
+    too_long = [line for line in lines if len(line) > 72]
+    assert [line.strip().removeprefix("run dir").strip() for line in too_long] == [run.run_dir]
+    assert " ".join(whole.split()) == " ".join("\n".join(lines).split())
+    (first,) = [number for number, line in enumerate(lines) if line.startswith("  env ")]
+    assert lines[first + 1].startswith(" " * 12 + "A_LONG_VARIABLE_")

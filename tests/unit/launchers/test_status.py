@@ -32,12 +32,18 @@ from tests.unit.launchers.test_job_script import slurm_run
 from tests.unit.launchers.test_machine import config
 from train.arguments import ENCODED, encoded
 from train.config import to_yaml
+from train.errors import UserError
+from train.owner import PREPARING, Owner
 from train.stop import Stopped
 
 shardwright = pytest.fixture(make_shardwright)
 
 FAILURE = RankFailure(1.0, 3, "node2", "RuntimeError", "boom", "")
 STOPPED = Stopped(8, 64, "SIGUSR1 on ranks 0, 1", 1.0, "/r/checkpoints/checkpoint-8", 8)
+
+
+def owner_of(doing: str | None = None, host: str = "node1") -> Owner:
+    return Owner(host, 1, 1.0, None, doing)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +67,26 @@ STOPPED = Stopped(8, 64, "SIGUSR1 on ranks 0, 1", 1.0, "/r/checkpoints/checkpoin
         ({"silent_seconds": 5.0}, ("running, last heard of 5 s ago", False)),
         ({"silent_seconds": 7200.0}, ("silent for 2 h 0 min", True)),
         ({}, ("no step yet, and no process here", False)),
+        # Whoever holds the lock is alive, and what this host's last owner no longer holds is dead,
+        # however short a time ago it was heard of.
+        ({"owned": (owner_of(PREPARING), True)}, ("preparing data on node1", False)),
+        ({"owned": (owner_of(), True), "silent_seconds": 7200.0}, ("running on node1", False)),
+        ({"owned": (owner_of(), True), "ranks_here": 2}, ("running, 2 rank(s) here", False)),
+        ({"owned": (None, True)}, ("running", False)),
+        (
+            {"owned": (owner_of(), False), "silent_seconds": 5.0},
+            ("dead: it was killed or crashed, and could not say so", True),
+        ),
+        (
+            {"owned": (owner_of(PREPARING), False)},
+            ("dead: it was killed or crashed while preparing data, and could not say so", True),
+        ),
+        ({"owned": (owner_of(), False), "stopped": STOPPED}, (str(STOPPED), True)),
+        ({"owned": (owner_of(), False), "is_done": True}, ("done", True)),
+        (
+            {"owned": (owner_of(host="node2"), False), "silent_seconds": 5.0},
+            ("running, last heard of 5 s ago", False),
+        ),
     ],
 )
 def test_state(known: dict[str, Any], expected: tuple[str, bool]) -> None:
@@ -70,7 +96,9 @@ def test_state(known: dict[str, Any], expected: tuple[str, bool]) -> None:
         "stopped": None,
         "failures": [],
         "ranks_here": 0,
+        "owned": (None, False),
         "silent_seconds": None,
+        "here": "node1",
     }
     assert state_of(**{**nothing, **known}) == expected
 
@@ -143,6 +171,42 @@ def test_one_run_is_described_and_several_are_a_table() -> None:
     )
 
 
+FAILED_LONG = "failed: rank 3 on node2, RuntimeError: " + "a long reason " * 9
+MANY = [
+    Status(Path(f"/w/sweeps/learning-rates/{n}"), state, True, None, 25, 100, 4.8, 5120.0, None)
+    for n, state in enumerate(["done", FAILED_LONG])
+]
+
+
+@pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
+def test_a_table_fits_the_terminal(width: int) -> None:
+    lines = table(MANY, Path("/w"), width).splitlines()
+    assert max(map(len, lines)) <= width
+    head = lines[0].split()
+    assert head[0] == "run"
+    assert head[-1] == "state"
+    assert ("step" in head) == (width >= 60), "what is least needed goes first"
+    assert "job" not in head, "nothing is in it"
+    assert ["learning-rates/0" in lines[1], "learning-rates/1" in lines[2]] == [True, True]
+    assert "failed: rank 3 on n" in lines[2]
+    assert lines[2].endswith("…")
+
+
+def test_a_table_that_fits_or_goes_into_a_file_is_whole() -> None:
+    whole = table(MANY, Path("/w"))
+    assert FAILED_LONG.rstrip() in whole
+    assert table(MANY, Path("/w"), 1000) == whole
+
+
+def test_one_run_fits_the_terminal_with_its_words_whole() -> None:
+    one = Status(Path("/w/runs/a"), FAILED_LONG.strip(), True, can_resume=True)
+    lines = described(one, 60).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert lines[1].startswith("  state       failed: rank 3 on node2, ")
+    assert all(line.startswith(" " * 14) for line in lines[2:5])
+    assert lines[-1] == "  resume      shardwright resume /w/runs/a"
+
+
 def test_metrics_are_read_from_the_end_without_the_line_that_is_being_written(
     tmp_path: Path,
 ) -> None:
@@ -172,12 +236,23 @@ def test_a_sweeps_directory_stands_for_its_runs(shardwright: Shardwright, tmp_pa
     for number in "01":
         a_run(tmp_path / "sweep" / number)
     (tmp_path / "sweep" / "1" / "config.yaml").write_text("nonsense: 1\n")
+    a_run(tmp_path / "sweep" / "2")
+    (tmp_path / "sweep" / "2" / "data.json").mkdir()  # whatever is wrong with one of them
+    (tmp_path / "sweep" / "2" / "metrics.jsonl").write_text('{"step": 3}\n[1]\n')
+    (tmp_path / "sweep" / "2" / "slurm.json").mkdir()
+    (tmp_path / "sweep" / "3").mkdir()
+    (tmp_path / "sweep" / "3" / "config.yaml").write_bytes(b"\xff")
+    a_run(tmp_path / "sweep" / "4")
     shown = shardwright("status", "sweep").out.splitlines()
-    assert [line.split()[0] for line in shown] == ["run", "sweep/0", "sweep/1"]
+    assert [line.split()[0] for line in shown] == [
+        *("run", "sweep/0", "sweep/1", "sweep/2", "sweep/3", "sweep/4")
+    ]
     assert "cannot be read: " in shown[2]
+    assert "cannot be read: " in shown[4]
+    assert shown[1].partition("no step yet")[1] == shown[5].partition("no step yet")[1] != ""
     outcome = shardwright("logs", "sweep")
     assert outcome.code == 2
-    assert "holds 2 runs; give one of them, such as" in outcome.err
+    assert "holds 5 runs; give one of them, such as" in outcome.err
 
 
 def test_logs_are_the_jobs_or_a_ranks(shardwright: Shardwright, tmp_path: Path) -> None:
@@ -206,6 +281,56 @@ def test_following_a_log_shows_what_comes_to_it_until_the_run_is_over(tmp_path: 
     logs.follow(lambda: path if path.exists() else None, out, is_over=is_over)
     assert out.getvalue() == b"first\nsecond\nwritten at the very end\n"
     assert time.monotonic() - started < 10
+
+
+def test_a_queue_that_does_not_answer_hides_no_run_of_this_directory(
+    shardwright: Shardwright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent() -> dict[str, Path]:
+        raise UserError("squeue has had no answer for 30 s")
+
+    monkeypatch.setattr("launchers.slurm.working_directories", silent)
+    for number in "01":
+        a_run(tmp_path / "runs" / number)
+    outcome = shardwright("status", "all")
+    assert outcome.code == 0
+    assert "runs/0" in outcome.out
+    assert "warning: squeue has had no answer for 30 s; only the runs below" in outcome.err
+
+
+def test_cancelling_a_sweep_stops_what_runs_and_passes_over_the_rest(
+    shardwright: Shardwright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is over, one that the queue does not tell of, one that runs, one not begun."""
+    runs = [a_run(tmp_path / "sweep" / number) for number in "0123"]
+    events: list[tuple[str, Path]] = []
+    left = {runs[2]: 3}
+
+    def asked(run_dir: Path, *, now: bool) -> bool:
+        events.append(("asked", run_dir))
+        left[run_dir] = left.get(run_dir, 0) - 1
+        return left[run_dir] >= 0
+
+    def job_of(run_dir: Path) -> str | None:
+        if run_dir == runs[1]:
+            raise UserError("scontrol has had no answer")
+        return None
+
+    monkeypatch.setattr("launchers.cancel._asked", asked)
+    monkeypatch.setattr("launchers.cancel.POLL_SECONDS", 0)
+    monkeypatch.setattr("launchers.slurm.job_of", job_of)
+    outcome = shardwright("cancel", "sweep")
+    assert outcome.code == 2, "one may still run"
+    assert f"error: {runs[1]}: scontrol has had no answer" in outcome.err
+    assert outcome.out == f"{runs[2]}: ended; go on with: shardwright resume {runs[2]}\n"
+    assert [run_dir for _, run_dir in events[:3]] == [runs[0], runs[2], runs[3]]
+
+    monkeypatch.setattr("launchers.slurm.job_of", lambda run_dir: None)
+    left[runs[2]] = 2
+    assert shardwright("cancel", "sweep").code == 0
+    outcome = shardwright("cancel", "sweep")
+    assert outcome.code == 2
+    assert f"none of the 4 runs in {tmp_path / 'sweep'} runs, here or elsewhere" in outcome.err
 
 
 def test_cancelling_what_does_not_run(shardwright: Shardwright, tmp_path: Path) -> None:

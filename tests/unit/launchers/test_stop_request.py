@@ -124,7 +124,8 @@ def test_the_launcher_kills_what_has_not_stopped_within_the_grace_period(
     rank = first_rank("hang")
     script = (
         "import sys; from pathlib import Path; from launchers import start\n"
-        "start.run(['sleep', '60'], {}, grace_seconds=1, run_dir_elsewhere=Path(sys.argv[1]))"
+        "start.run(['sleep', '60'], {}, grace_seconds=1, run_dir=Path(sys.argv[1]), "
+        "is_elsewhere=True)"
     )
     launcher = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], cwd=ROOT)
     while b"sleep" not in b"".join(map(_command, descendants(launcher.pid))):
