@@ -34,6 +34,8 @@ class Job:
     """Option chosen of each group."""
     number: int | None
     """Place in a multirun; None in a single run."""
+    arguments: tuple[str, ...] = ()
+    """What asks for this run alone, but for the directories."""
 
 
 def compose(arguments: Sequence[str]) -> list[Job]:
@@ -48,7 +50,14 @@ def compose(arguments: Sequence[str]) -> list[Job]:
         settings = HydraConfig.get()
         number = settings.job.num if settings.mode == RunMode.MULTIRUN else None
         choices = {str(k): str(v) for k, v in settings.runtime.choices.items()}
-        jobs.append(Job(tree, choices, number))
+        of_place = ("sweep_dir=", "run_dir=")
+        own = [  # as they were written: one may hold an interpolation
+            override.replace(f"{compose_errors.ROOT_GROUP}@_global_=", "experiment=")
+            for override in map(str, OmegaConf.to_container(settings.overrides.task) or ())
+            if not override.startswith(of_place)
+        ]
+        flags = [f"--config-dir={parsed.config_dir}"] if parsed.config_dir else []
+        jobs.append(Job(tree, choices, number, (*flags, *own)))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_hydra_process())

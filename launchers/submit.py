@@ -15,7 +15,7 @@ from launchers.job_script import Array
 from launchers.machine import Machine
 from train import stop
 from train.config import RunConfig, SlurmLauncher
-from train.errors import FAILED, UserError
+from train.errors import BAD_INPUT, FAILED, UserError
 
 SITE = job_script.TEMPLATE.with_name(job_script.SITE)
 """The cluster's own settings, which users make out of site.example.sh."""
@@ -48,8 +48,7 @@ def new_runs(
     """
     array = array_of(configs)
     if array is None and len(configs) > 1:
-        codes = [new_runs([c], [o], here) for c, o in zip(configs, choices, strict=True)]
-        return next(filter(None, codes), 0)
+        return _each_by_itself(configs, choices, here)
     made: list[list[Path]] = []
     home = job_script.job_directory(configs[0], array)
     try:
@@ -67,9 +66,26 @@ def new_runs(
     for run_dir, each in zip(run_dirs, jobs, strict=True):
         slurm.note(run_dir, each)
     environment = processes.job_environment(configs[0], os.environ)
-    print(report.header(configs[0], choices[0], here, environment))
+    width = report.terminal_width()
+    print(report.header(configs[0], choices[0], here, environment, width))
     print(_submitted(home, job, array), flush=True)
     return _end_of_all(configs[0], dict(zip(jobs, run_dirs, strict=True)))
+
+
+def _each_by_itself(
+    configs: Sequence[RunConfig], choices: Sequence[Mapping[str, str]], here: Machine
+) -> int:
+    """Submit every run, whatever comes of the others; return the first exit code that is not 0."""
+    worst = 0
+    for config, chosen in zip(configs, choices, strict=True):
+        try:
+            code = new_runs([config], [chosen], here)
+        except UserError as error:
+            text = f"{config.run_dir} was not submitted: {error}"
+            print(report.error_text(text), file=sys.stderr)
+            code = BAD_INPUT
+        worst = worst or code
+    return worst
 
 
 def again(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
@@ -77,7 +93,8 @@ def again(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
     run_dir = Path(str(config.run_dir))
     slurm_job = _submit(config, run_dir, None)
     slurm.note(run_dir, slurm_job)
-    print(report.header(config, choices, here, processes.job_environment(config, os.environ)))
+    environment = processes.job_environment(config, os.environ)
+    print(report.header(config, choices, here, environment, report.terminal_width()))
     print(_submitted(run_dir, slurm_job, None), flush=True)
     return _end_of_all(config, {slurm_job: run_dir})
 
@@ -156,13 +173,16 @@ def _end_of_all(config: RunConfig, run_dirs: Mapping[str, Path]) -> int:
     assert isinstance(config.launcher, SlurmLauncher)
     if not config.launcher.wait:
         return 0
-    worst = 0
+    worst, left = 0, list(run_dirs)
     for job, run_dir in run_dirs.items():
         try:
-            worst = worst or wait(job, run_dir)
+            code = wait(job, run_dir)
         except KeyboardInterrupt:
-            print(f"\njob {job} goes on without this command", file=sys.stderr)
+            for other in left:
+                print(f"\njob {other} goes on without this command", file=sys.stderr)
             raise
+        left.remove(job)
+        worst = worst or code
     return worst
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 
-from launchers import launch, machine, preflight, submit
-from launchers.compose import compose, resolved
+from launchers import launch, machine, preflight, report, submit
+from launchers.compose import Job, compose, quoted, resolved
 from launchers.dry_run import show
-from train.errors import RESUMABLE, UserError
+from launchers.machine import Machine
+from train.config import RunConfig
+from train.errors import BAD_INPUT, RESUMABLE, UserError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,16 +30,59 @@ def main(arguments: Sequence[str]) -> int:
         )
     if dry_run:
         show(configs, here)
-    for config in configs:
-        preflight.check(config, here)
+    _check(configs, here)
     if dry_run:
         return 0
     if "slurm" in kinds:
         return submit.new_runs(configs, [job.choices for job in jobs], here)
+    return _one_after_the_other(jobs, configs, here)
+
+
+def _check(configs: Sequence[RunConfig], here: Machine) -> None:
+    """Raise UserError where one of several runs cannot be; what holds for many is said once."""
+    problems: dict[str, None] = {}
+    for config in configs:
+        try:
+            preflight.check(config, here)
+        except UserError as error:
+            problems[str(error)] = None
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _one_after_the_other(jobs: Sequence[Job], configs: Sequence[RunConfig], here: Machine) -> int:
+    """Run all, whatever comes of each, until one is told to stop; return the first bad code."""
     worst = 0
-    for job, config in zip(jobs, configs, strict=True):
-        code = launch.new_run(config, job.choices, here)
-        if code == RESUMABLE or code > 128:  # told to stop: the rest of a sweep does not start
+    for number, (job, config) in enumerate(zip(jobs, configs, strict=True), 1):
+        is_stopped = True
+        try:
+            code = launch.new_run(config, job.choices, here)
+            is_stopped = code == RESUMABLE or code > 128
+        except UserError as error:
+            if len(configs) == 1:
+                raise
+            print(report.error_text(str(error)), file=sys.stderr)
+            code, is_stopped = BAD_INPUT, False
+        finally:
+            if is_stopped and number < len(configs):
+                print(not_started(jobs[number:], configs[number:]), file=sys.stderr)
+        if is_stopped:
             return code
         worst = worst or code
     return worst
+
+
+def not_started(jobs: Sequence[Job], configs: Sequence[RunConfig]) -> str:
+    """Return which runs of a sweep are left, and the command that starts each. Pure."""
+    commands = [
+        shlex.join(
+            ["shardwright", "train", *job.arguments, f"run_dir={quoted(str(config.run_dir))}"]
+        )
+        for job, config in zip(jobs, configs, strict=True)
+    ]
+    return "\n".join(
+        [
+            f"\n{len(commands)} run(s) of the sweep were not started; start them with",
+            *(f"  {command}" for command in commands),
+        ]
+    )

@@ -86,6 +86,8 @@ if behaviour == "hang":
                              start_new_session=True)
     (run_dir / f"pids-{rank}").write_text(f"{os.getpid()} {child.pid}")
     time.sleep(300)
+if made := os.environ.get("FAKE_MAKES"):
+    Path(made).mkdir(exist_ok=True)
 (run_dir / "final").mkdir(exist_ok=True)
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.launchers.fakes import Checkout, make_checkout
+from train import stop
 
 checkout = pytest.fixture(make_checkout)
 
@@ -122,7 +124,7 @@ def test_a_signal_reaches_the_ranks_and_leaves_no_process(
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert f"stopped by {number.name}" in err
+    assert f"stopped by {stop.by_whom(number)}" in err
     assert_all_gone(pids)
 
 
@@ -175,6 +177,36 @@ def test_a_failed_job_does_not_stop_a_multirun(checkout: Checkout) -> None:
     outcome = checkout.train(*LOCAL, "-m", "seed=3,4", "sweep_dir=s", FAKE_RANK="fail-first")
     assert outcome.code == 1
     assert sorted(path.name for path in (checkout.cwd / "s").iterdir()) == ["0", "1"]
+
+
+def test_a_run_of_a_sweep_that_cannot_be_made_does_not_stop_the_others(checkout: Checkout) -> None:
+    """It is made impossible by the run before it, when all have been checked."""
+    taken = str(checkout.cwd / "s" / "1")
+    outcome = checkout.train(*LOCAL, "-m", "seed=3,4,5", "sweep_dir=s", FAKE_MAKES=taken)
+    assert outcome.code == 2
+    assert f"error: run_dir={taken} exists already" in outcome.err
+    assert "were not started" not in outcome.err
+    assert (checkout.cwd / "s" / "2" / "final").is_dir()
+
+
+def test_a_sweep_that_is_stopped_names_the_runs_that_are_left(checkout: Checkout) -> None:
+    mine = checkout.cwd / "mine" / "experiment"
+    mine.mkdir(parents=True)
+    (mine / "ours.yaml").write_text("trainer:\n  max_steps: 7\n")
+    sweep = ("-m", "seed=3,4,5", "sweep_dir=a b", "--config-dir", "mine", "experiment=ours")
+    outcome = checkout.train(*LOCAL, *sweep, FAKE_RANK="resumable")
+    assert outcome.code == 75
+    assert "\n2 run(s) of the sweep were not started; start them with\n" in outcome.err
+    commands = [line for line in outcome.err.splitlines() if line.startswith("  shardwright train")]
+    assert os.listdir(checkout.cwd / "a b") == ["0"]
+
+    # The commands make what the sweep would have made.
+    for number, command in enumerate(commands, 1):
+        _, _, *arguments = shlex.split(command)
+        assert checkout.train(*arguments).code == 0
+        text = (checkout.cwd / "a b" / str(number) / "config.yaml").read_text()
+        assert f"seed: {number + 3}\n" in text
+        assert "max_steps: 7\n" in text
 
 
 def test_config_dir_brings_experiments_of_ones_own(checkout: Checkout) -> None:
