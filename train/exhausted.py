@@ -80,10 +80,10 @@ def smaller(config: RunConfig, *, on_gpu: bool) -> list[str]:
     trainer, strategy, ranks = config.trainer, config.strategy, config.launcher.world_size
     if not on_gpu and trainer.dataloader_workers:
         found.append(f"fewer trainer.dataloader_workers (now {trainer.dataloader_workers})")
-    if trainer.micro_batch_size > 1:
+    micro = trainer.micro_batch_size
+    if isinstance(micro, int) and micro > 1:
         found.append(
-            f"trainer.micro_batch_size={trainer.micro_batch_size // 2} instead of "
-            f"{trainer.micro_batch_size}, for the same batch"
+            f"trainer.micro_batch_size={micro // 2} instead of {micro}, for the same batch"
         )
     if trainer.checkpoint_activations_every_blocks is None:
         found.append("trainer.checkpoint_activations_every_blocks=1")
