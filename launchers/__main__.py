@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
-import os
 import sys
 from collections.abc import Sequence
 
-from train.errors import BAD_INPUT, FAILED, UserError
+from train import terminal
+from train.errors import BAD_INPUT, UserError
 
 COMMANDS = (
     *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
@@ -41,7 +41,7 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright status RUN_DIR|all
       state in the queue, step, loss, tokens per second, time left, newest checkpoint
   shardwright logs RUN_DIR [--rank N] [--follow]
-      what a run's job or one of its ranks prints
+      what a run shows on its terminal, or its job or one of its ranks prints
   shardwright cancel RUN_DIR [--now]
       stop a run after a checkpoint, wherever it runs; --now: at once
   shardwright doctor [group=option] [key=value]
@@ -60,6 +60,10 @@ Examples
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return terminal.run(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -69,9 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `shardwright train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launchers import report, slurm, start, status
 from train import config as run_config
-from train import owner, stop, stop_request
+from train import owner, stop, stop_request, terminal
 from train.errors import BAD_INPUT, FAILED, UserError
 
 POLL_SECONDS = 0.5
@@ -31,6 +31,7 @@ class NotRunning(UserError):
 def main(arguments: Sequence[str]) -> int:
     """Stop a run, or every run of a sweep; return 1 where one goes on in spite of it."""
     options = _parser().parse_args(arguments)
+    terminal.outlive()
     asked_for = Path(os.path.abspath(options.run_dir))
     runs = status.runs_in(asked_for)
     if runs == [asked_for]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launchers import report, requeue, slurm
 from train import config as run_config
-from train import stop
+from train import stop, terminal
 from train.config import SlurmLauncher
 from train.errors import BAD_INPUT, RESUMABLE, UserError
 
@@ -20,6 +20,7 @@ GO_ON = 76
 
 def main(arguments: Sequence[str]) -> int:
     """Take RUN_DIR, the exit code of the steps, and the signals that the job's shell got."""
+    terminal.outlive()
     run_dir, code, signals = Path(arguments[0]), int(arguments[1]), arguments[2:]
     try:
         config = run_config.load(run_dir)

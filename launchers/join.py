@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launchers import launch, machine, preflight
 from train import config as run_config
+from train import terminal
 from train.config import AccelerateLauncher, RunConfig, TorchrunLauncher
 from train.errors import UserError
 
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     node_rank = node_rank_of(config, options.node_rank)
     here = machine.detect(os.environ)
     preflight.check_machine(config, here)
+    terminal.outlive()
     # Found where the nodes share the cache.
     return launch.prepare(config, None) or launch.run_ranks(config, here, None, node_rank)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launchers import preflight, processes, report, start
 from launchers.machine import Machine
-from train import owner, stop
+from train import owner, stop, terminal
 from train.config import RunConfig
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
 from train.owner import Claim
@@ -23,12 +23,14 @@ def new_run(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int
     run_dir = Path(config.run_dir)
     environment = processes.rank_environment(config, here, os.environ)
 
+    terminal.outlive()
     with contextlib.ExitStack() as stack:
         claims: list[Claim] = []
         made = preflight.create(
             config, run_dir, claim=lambda: claims.append(stack.enter_context(claimed(run_dir)))
         )
         (claim,) = claims
+        stack.enter_context(terminal.kept_in(run_log(run_dir)))
         print(
             report.header(config, choices, here, environment, report.terminal_width()), flush=True
         )
@@ -52,6 +54,11 @@ def claimed(run_dir: Path) -> contextlib.AbstractContextManager[Claim]:
     return owner.owned(run_dir, lambda text: print(text, flush=True), doing=owner.PREPARING)
 
 
+def run_log(run_dir: Path) -> Path:
+    """Return where what the terminal of a run shows is kept."""
+    return run_dir / "logs" / terminal.RUN_LOG
+
+
 def prepare(config: RunConfig, claim: Claim | None) -> int:
     """Make the tokenizer and tokens of a run directory where they are not yet there.
 
@@ -62,7 +69,8 @@ def prepare(config: RunConfig, claim: Claim | None) -> int:
     if claim is not None:
         stop.forget(run_dir)
     ended = start.run(
-        processes.prepare_command(run_dir),
+        # Of several nodes only the first appends to the log that they share.
+        processes.prepare_command(run_dir, log=run_log(run_dir) if claim is not None else None),
         {**processes.package_environment(os.environ), **owner.inherited(claim)},
         grace_seconds=config.launcher.grace_seconds,
         run_dir=run_dir if claim is not None else None,

@@ -1,4 +1,4 @@
-"""`shardwright logs`: what a run's job or one of its ranks has printed, and goes on to print."""
+"""`shardwright logs`: what a run, its job or one of its ranks has printed, and still prints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from launchers import status
 from train.errors import UserError
+from train.terminal import RUN_LOG
 
 POLL_SECONDS = 0.5
 
@@ -35,20 +36,28 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def log_of(run_dir: Path, rank: int | None) -> Path | None:
-    """Return a rank's log, or else that of the run's last job, or of rank 0; None where none."""
+    """Return a rank's log, or else what was last shown of the run, here or by a job.
+
+    That is rank 0's log where an earlier version has kept nothing else; None where there is none.
+    """
     logs = run_dir / "logs"
-    if rank is None and (jobs := list(logs.glob("job-*.log"))):
-        return max(jobs, key=lambda path: path.stat().st_mtime)
+    if rank is None:
+        # A job resumed here, or a run of here by a job, has both.
+        shown = [path for path in (logs / RUN_LOG, *logs.glob("job-*.log")) if path.exists()]
+        if shown:
+            return max(shown, key=lambda path: path.stat().st_mtime)
     path = logs / f"rank-{rank or 0}.log"
     return path if path.exists() else None
 
 
 def follow(find: Callable[[], Path | None], out: BinaryIO, *, is_over: Callable[[], bool]) -> None:
     """Copy a log as it grows, from the moment that it exists, until the run is over."""
-    read_bytes, last = 0, False
+    read_bytes, last, before = 0, False, None
     while True:
         path = find()
         if path is not None:
+            if path != before:  # the run was resumed elsewhere
+                read_bytes, before = 0, path
             with path.open("rb") as file:
                 file.seek(read_bytes)
                 text = file.read()
@@ -76,7 +85,7 @@ def _existing(run_dir: Path, rank: int | None) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shardwright logs",
-        description="Print the log of a run's job, or of one of its ranks.",
+        description="Print what a run has shown on its terminal, or its job's log, or a rank's.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--rank", type=int, metavar="N", help="the rank's own log")

@@ -199,9 +199,14 @@ def accelerate_yaml(launcher: AccelerateLauncher, port: int) -> str:
     return note + yaml.safe_dump(settings, sort_keys=False)
 
 
-def prepare_command(run_dir: Path, *, python: str = sys.executable) -> list[str]:
-    """Return the argv that trains the tokenizer and packs the samples of ``run_dir``."""
-    return [python, "-m", "train.data", str(run_dir)]
+def prepare_command(
+    run_dir: Path, *, log: Path | None = None, python: str = sys.executable
+) -> list[str]:
+    """Return the argv that trains the tokenizer and packs the samples of ``run_dir``.
+
+    What it shows is appended to ``log`` as well.
+    """
+    return [python, "-m", "train.data", str(run_dir), *([f"--log={log}"] if log else [])]
 
 
 def rank_environment(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train import terminal
 from train.errors import FAILED, UserError
 from train.logs import quiet_libraries
 from train.units import size
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str]) -> int:
     chosen = choose(directory)
     check(directory, chosen)
 
+    if not options.dry_run:
+        terminal.outlive()
     print(f"{'would push' if options.dry_run else 'pushing'} {directory} to {options.repo}")
     for path in chosen.files:
         print(f"  {size(path.stat().st_size):>8}  {path.name}")

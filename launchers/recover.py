@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers import processes, start
+from train import terminal
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.logs import quiet_libraries
 
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
 def recover(arguments: Sequence[str]) -> int:
     """Recover in this process; return its exit code."""
     asked = parser().parse_args(arguments)
+    if not asked.dry_run:
+        terminal.outlive()
     try:
         quiet_libraries()
         from train.recover import Options
@@ -153,4 +156,4 @@ def _step(text: str) -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(recover(sys.argv[1:]))
+    sys.exit(terminal.run(lambda: recover(sys.argv[1:])))

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from launchers import start
+from train import terminal
 
 
 def main(argv: Sequence[str]) -> int:
     """Return the command's exit code, or 128 + the number of the signal that killed it."""
+    terminal.outlive()
     parser = argparse.ArgumentParser(prog="python -m launchers.relay", allow_abbrev=False)
     parser.add_argument("--grace-seconds", type=float, default=start.GRACE_SECONDS)
     parser.add_argument("command", nargs=argparse.REMAINDER)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train import history
+from train import history, terminal
 from train.checkpoint import layout
 
 LIMIT = 100
@@ -41,6 +41,7 @@ def should_requeue(
 
 def main(argv: Sequence[str]) -> int:
     """Print the reason and return 0 where the job is to start again, which is noted, or else 1."""
+    terminal.outlive()
     parser = argparse.ArgumentParser(prog="python -m launchers.requeue", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--restarts", type=int, required=True, help="how many there have been")

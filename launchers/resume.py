@@ -17,7 +17,7 @@ from launchers.compose import CONF, compose
 from launchers.compose_errors import is_free_form
 from launchers.dry_run import show
 from train import config as run_config
-from train import history
+from train import history, terminal
 from train.checkpoint import layout
 from train.config import (
     DEFAULT_MICRO_BATCH_SIZE,
@@ -71,19 +71,21 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     choices = dict(choice.split("=", 1) for choice in picked)
+    terminal.outlive()
     with launch.claimed(run_dir) as claim:
         newest = write(run_dir, config, overrides)
         where = newest.name if newest else "the beginning: there is no checkpoint yet"
         if config.launcher.kind != "slurm":
-            environment = processes.rank_environment(config, here, os.environ)
-            print(report.header(config, choices, here, environment, report.terminal_width()))
-            print(f"  {'goes on':<10}from {where}", flush=True)
-            print(report.other_nodes(config), end="", flush=True)
-            if not (run_dir / "data.json").exists():  # stopped while they were being prepared
-                prepared = launch.prepare(config, claim)
-                if prepared != 0:
-                    return prepared
-            return launch.run_ranks(config, here, claim)
+            with terminal.kept_in(launch.run_log(run_dir)):
+                environment = processes.rank_environment(config, here, os.environ)
+                print(report.header(config, choices, here, environment, report.terminal_width()))
+                print(f"  {'goes on':<10}from {where}", flush=True)
+                print(report.other_nodes(config), end="", flush=True)
+                if not (run_dir / "data.json").exists():  # stopped while they were being prepared
+                    prepared = launch.prepare(config, claim)
+                    if prepared != 0:
+                        return prepared
+                return launch.run_ranks(config, here, claim)
     # Its job owns the run from here on.
     print(f"goes on from {where}")
     try:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
-from train import stop, stop_request
+from train import stop, stop_request, terminal
 
 ASKS_TO_STOP = (
     signal.SIGTERM,
@@ -68,9 +71,15 @@ def run(
 
     ``run_dir`` is the directory of the run, through which its first rank is told who asks. Where
     the ranks are ``is_elsewhere`` and do not descend from the child, as other nodes' do not, they
-    are asked and killed through it. ``at_ctrl_c`` is what is said at the first SIGINT.
+    are asked and killed through it, and what they print comes back here. ``at_ctrl_c`` is what is
+    said at the first SIGINT.
     """
     before = set(descendants(os.getpid()))
+    shown = None
+    # Launchers in between print a line or two, and end by it where nobody reads that.
+    stdout = None if terminal.is_read(1) else subprocess.DEVNULL
+    if is_elsewhere:
+        stdout = subprocess.PIPE
     request = _Request(grace_seconds, run_dir, is_elsewhere, at_ctrl_c)
 
     def left_over() -> set[int]:
@@ -86,12 +95,14 @@ def run(
             child = subprocess.Popen(
                 argv,
                 env={**os.environ, **environment},
+                stdout=stdout,
                 stderr=stderr,
                 # A Ctrl-C at the terminal reaches the ranks once, through this process.
                 start_new_session=True,
                 preexec_fn=_child_setup(os.getpid(), mask),
             )
         request.child = child.pid
+        shown = None if child.stdout is None else _shown(child.stdout)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask - set(ASKS_TO_STOP))
         while child.poll() is None and time.monotonic() < request.deadline:
             request.hear()
@@ -113,12 +124,31 @@ def run(
             end(left_over, grace_seconds=left_seconds)
         else:
             end(left_over)
+        if shown is not None:
+            shown.join(LEFTOVER_SECONDS)
         signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if not request.signals:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return Ended(code, request.signals[0] if request.signals else None)
+
+
+def _shown(pipe: IO[bytes]) -> threading.Thread:
+    """Show what comes out of a pipe, until its end.
+
+    pdsh, mpirun and srun end, and the ranks with them, when nobody reads what those print.
+    """
+
+    def show() -> None:
+        with pipe, io.BufferedWriter(terminal.Descriptor(1)) as out:
+            while text := os.read(pipe.fileno(), 65536):
+                out.write(text)
+                out.flush()
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    return thread
 
 
 @dataclass
@@ -139,7 +169,8 @@ class _Request:
         del frame
         impatient = number == signal.SIGINT and number in self.signals
         if number == signal.SIGINT and not self.signals and self.grace_seconds:
-            os.write(2, f"\n{self.at_ctrl_c}; Ctrl-C again kills\n".encode())
+            with contextlib.suppress(OSError):  # nobody is left to read it
+                os.write(2, f"\n{self.at_ctrl_c}; Ctrl-C again kills\n".encode())
         self.signals.append(number)
         left = 0.0 if impatient else self.grace_seconds
         self.deadline = min(self.deadline, time.monotonic() + left)

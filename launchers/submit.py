@@ -13,7 +13,7 @@ from pathlib import Path
 from launchers import job_script, preflight, processes, report, slurm
 from launchers.job_script import Array
 from launchers.machine import Machine
-from train import stop
+from train import stop, terminal
 from train.config import RunConfig, SlurmLauncher
 from train.errors import BAD_INPUT, FAILED, UserError
 
@@ -46,6 +46,7 @@ def new_runs(
 
     Raises UserError, and leaves nothing, where SLURM refuses.
     """
+    terminal.outlive()
     array = array_of(configs)
     if array is None and len(configs) > 1:
         return _each_by_itself(configs, choices, here)
@@ -90,6 +91,7 @@ def _each_by_itself(
 
 def again(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
     """Submit a run that has its directory already; return the exit code."""
+    terminal.outlive()
     run_dir = Path(str(config.run_dir))
     slurm_job = _submit(config, run_dir, None)
     slurm.note(run_dir, slurm_job)

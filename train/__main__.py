@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train import stop, stop_request
+from train import stop, stop_request, terminal
 from train.arguments import decoded
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run one rank; return 0, 1 where it failed, 2 on bad input, 75 where it was told to stop."""
     stop.install()  # before the seconds that importing torch takes
+    terminal.outlive()
     if len(argv) != 1:
         print("usage: python -m train RUN_DIR", file=sys.stderr)
         return BAD_INPUT
@@ -42,7 +43,12 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     from train.rank import join
 
     try:
-        console = logs.open_rank_log(run_dir, rank, nodes=settings.launcher.nodes)
+        console = logs.open_rank_log(
+            run_dir,
+            rank,
+            nodes=settings.launcher.nodes,
+            run_log=settings.launcher.kind != "slurm",  # whose job has a log of its own
+        )
     except OSError as error:
         with suppress(OSError):
             logs.note_failure(run_dir, rank.index, error, exhausted.explained(error, settings))

@@ -11,7 +11,9 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
+
+from train import terminal
 
 if TYPE_CHECKING:
     from train.rank import Rank
@@ -19,14 +21,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("train")
 
 
-def open_rank_log(run_dir: Path, rank: Rank, *, nodes: int = 1) -> TextIO:
+def open_rank_log(
+    run_dir: Path, rank: Rank, *, nodes: int = 1, run_log: bool = False
+) -> terminal.Terminal:
     """Send all that this process prints to logs/rank-<rank>.log; return the terminal as it was.
 
     ``nodes`` is how many the run has.
 
     Libraries print freely and from C++ too, so the file descriptors are redirected, not
-    `sys.stdout`. The terminal is left to what is written to the returned stream on purpose.
+    `sys.stdout`. The terminal is left to what is written to the returned stream on purpose; its
+    lines are in this log as well, marked as the rank's own, and with ``run_log`` in logs/run.log,
+    where no library speaks.
     """
+    terminal.outlive()
     logs = run_dir / "logs"
     logs.mkdir(exist_ok=True)
     _failure(run_dir, rank.index).unlink(missing_ok=True)  # of an earlier start
@@ -35,7 +42,7 @@ def open_rank_log(run_dir: Path, rank: Rank, *, nodes: int = 1) -> TextIO:
             number = path.name.removeprefix("rank-").removesuffix(".error.json")
             if number.isdecimal() and int(number) >= rank.world_size:
                 path.unlink(missing_ok=True)
-    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    console = terminal.Terminal(os.dup(1), sys.stdout.encoding)
     file = os.open(logs / f"rank-{rank.index}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -49,7 +56,11 @@ def open_rank_log(run_dir: Path, rank: Rank, *, nodes: int = 1) -> TextIO:
         format=f"%(asctime)s {label(rank, nodes)} %(levelname)s %(name)s: %(message)s",
         force=True,
     )
-    return terminal
+    console.copies.append(terminal.log_copy(logging.getLogger(terminal.__name__)))
+    # Of several nodes only one appends to a file that they share.
+    if run_log and (rank.index == 0 or nodes == 1):
+        console.copies.append(terminal.Lines(logs / terminal.RUN_LOG))
+    return console
 
 
 def label(rank: Rank, nodes: int) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from safetensors import SafetensorError
 
-from train import exhausted, final
+from train import exhausted, final, terminal
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.logs import quiet_libraries
 
@@ -269,4 +269,4 @@ _SMALLER = (
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

@@ -8,10 +8,15 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from train.terminal import Terminal
+
 
 def is_terminal(console: TextIO) -> bool:
     """Return whether a bar can be drawn: mpirun gives ranks a terminal without any columns."""
-    return console.isatty() and os.get_terminal_size(console.fileno()).columns > 0
+    try:
+        return console.isatty() and os.get_terminal_size(console.fileno()).columns > 0
+    except OSError:  # closed in between
+        return False
 
 
 class Progress(TrainerCallback):
@@ -42,10 +47,13 @@ class Progress(TrainerCallback):
             return
         if "loss" in logs:
             shown = f"loss {logs['loss']:.4f}  {logs.get('tokens_per_second', 0):,.0f} tokens/s"
+            line = f"step {state.global_step}/{state.max_steps}  {shown}"
             if self._bar.disable:
-                self._write(f"step {state.global_step}/{state.max_steps}  {shown}")
+                self._write(line)
             else:
                 self._bar.set_postfix_str(shown)
+                if isinstance(self._console, Terminal):  # a log has no bar
+                    self._console.copy(line)
         if "eval_loss" in logs:
             text = (
                 f"step {state.global_step}/{state.max_steps}  "

@@ -13,7 +13,7 @@ import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
-from train import config, exhausted, owner, stop, stop_request
+from train import config, exhausted, owner, stop, stop_request, terminal
 from train.checkpoint import layout
 from train.config import RunConfig
 from train.data import cache
@@ -24,9 +24,16 @@ from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 def main() -> int:
     """Prepare the data; return 0, 1 where that failed, 2 on bad input, 75 where it was stopped."""
     stop.install()
+    terminal.outlive()
     parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="directory that holds the run's config.yaml")
-    run_dir = parser.parse_args().run_dir
+    parser.add_argument("--log", type=Path, help="a file to append to what is shown")
+    options = parser.parse_args()
+    with terminal.kept_in(options.log) if options.log else nullcontext():
+        return _owned_and_prepared(options.run_dir)
+
+
+def _owned_and_prepared(run_dir: Path) -> int:
     # In a job several nodes may do this, each for its own disk; the first one owns the run.
     is_first = int(os.environ.get("SLURM_PROCID", "0")) == 0
     is_mine = is_first and not owner.is_launched()
