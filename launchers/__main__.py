@@ -14,6 +14,7 @@ from train.errors import BAD_INPUT, UserError
 COMMANDS = (
     *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
     *("status", "logs", "cancel", "doctor"),
+    *("rank", "relay", "requeue"),
 )
 """Each is a module of this package, imported when it is asked for: its `main` is the command."""
 
@@ -47,6 +48,15 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright doctor [group=option] [key=value]
       look for what stops or slows training here; with launcher=... on all of its nodes,
       with measured collectives and matrix products
+
+  For launchers and jobs of your own:
+  shardwright rank RUN_DIR
+      be one of a run's ranks: torchrun --nproc-per-node N --no-python shardwright rank RUN_DIR
+  shardwright relay [--grace-seconds S] COMMAND ...
+      run torchrun or its like where signals reach only the top, and tell its ranks of them
+  shardwright requeue RUN_DIR --restarts N
+      say by exit code 0 or 1 whether a job that was cut has got on and may start again
+
   shardwright --version
 
 Examples

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -14,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from launchers import report, slurm, start, status
+from launchers import program, report, slurm, start, status
 from train import config as run_config
 from train import owner, stop, stop_request, terminal
 from train.errors import BAD_INPUT, FAILED, UserError
@@ -122,10 +121,10 @@ def _wait(run_dir: Path, is_over: Callable[[], bool]) -> int:
     deadline = time.monotonic() + seconds
     while not is_over():
         if time.monotonic() > deadline:
-            quoted = shlex.quote(str(run_dir))
             print(
-                f"it has not stopped within {seconds:.0f} s; look with `shardwright logs {quoted}`"
-                f", or end it with `shardwright cancel {quoted} --now`",
+                f"it has not stopped within {seconds:.0f} s; look with "
+                f"`{program.command('logs', str(run_dir))}`, or end it with "
+                f"`{program.command('cancel', str(run_dir), '--now')}`",
                 file=sys.stderr,
             )
             return FAILED
@@ -137,7 +136,7 @@ def _wait(run_dir: Path, is_over: Callable[[], bool]) -> int:
     where = "ended"
     if stopped is not None:
         where = str(stopped).partition(" by ")[0]
-    print(f"{where}; go on with: shardwright resume {shlex.quote(str(run_dir))}")
+    print(f"{where}; go on with: {program.command('resume', str(run_dir))}")
     return 0
 
 

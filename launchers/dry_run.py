@@ -34,5 +34,6 @@ def _show_command(config: RunConfig, here: Machine) -> None:
     for name, text in processes.launcher_files(config, environment, here).items():
         print(f"# {config.run_dir}/{name}\n{text}")
     print("# environment")
-    print("\n".join(f"{name}={shlex.quote(value)}" for name, value in environment.items()))
+    exports = (f"export {name}={shlex.quote(value)}" for name, value in environment.items())
+    print("\n".join(exports))
     print(f"\n# command\n{shlex.join(argv)}", flush=True)

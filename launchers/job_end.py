@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import report, requeue, slurm
+from launchers import program, report, requeue, slurm
 from train import config as run_config
 from train import stop, terminal
 from train.config import SlurmLauncher
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
             return GO_ON
     else:
         print(reason)
-    print(f"go on with: shardwright resume {shlex.quote(str(run_dir))}")
+    print(f"go on with: {program.command('resume', str(run_dir))}")
     return RESUMABLE
 
 

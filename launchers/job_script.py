@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from train import inherited
 from train.config import RunConfig, SlurmLauncher
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "slurm" / "job.sbatch"
@@ -53,6 +54,12 @@ def job_script(
         "starts": config.launcher.starts,
         "grace_seconds": f"{config.launcher.grace_seconds:g}",
         "directory": shlex.quote(str(directory)),
+        "inherited": " ".join(
+            [
+                *inherited.RANKS,
+                *(f"${{!{p}@}}" for p in inherited.RANKS_OF_TORCHRUN + inherited.RANKS_OF_MPI),
+            ]
+        ),
         "environment": "\n".join(
             f"export {name}={shlex.quote(value)}" for name, value in environment.items()
         ),

@@ -34,6 +34,7 @@ def new_run(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int
         print(
             report.header(config, choices, here, environment, report.terminal_width()), flush=True
         )
+        print(report.ignored(os.environ), end="", flush=True)
         try:
             prepared = prepare(config, claim)
         except BaseException:

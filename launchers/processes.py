@@ -247,9 +247,7 @@ def rank_environment(
             if config.launcher.ssh_port is not None:
                 # DeepSpeed tells the port to pdsh only.
                 wanted["OMPI_MCA_plm_rsh_args"] = f"-p {config.launcher.ssh_port}"
-    return {
-        name: value for name, value in wanted.items() if name == "PYTHONPATH" or name not in user
-    }
+    return {name: value for name, value in wanted.items() if name in _IMPORTS or name not in user}
 
 
 def _caches(folder: Path) -> dict[str, str]:
@@ -279,9 +277,11 @@ def job_environment(
         wanted |= _caches(cache)
     if config.launcher.kind == "slurm" and config.launcher.starts == "torchrun":
         wanted["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.launcher.grace_seconds))
-    return {
-        name: value for name, value in wanted.items() if name == "PYTHONPATH" or name not in user
-    }
+    return {name: value for name, value in wanted.items() if name in _IMPORTS or name not in user}
+
+
+_IMPORTS = ("PYTHONPATH", "PYTHONSAFEPATH")
+"""By which `train` is found whatever the user has set: an empty PYTHONSAFEPATH is none."""
 
 
 def package_environment(user: Mapping[str, str], *, packages: Path = PACKAGES) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Run torchrun or its like where signals reach only the top: python -m launchers.relay COMMAND...
+"""Run torchrun or its like where signals reach only the top: `shardwright relay COMMAND ...`.
 
 SLURM with cgroup tracking signals a task's own process and nothing below it, and most launchers die
 of SIGUSR1 or end their ranks at SIGTERM. In front of one, this tells the ranks themselves.
@@ -17,13 +17,18 @@ from train import terminal
 def main(argv: Sequence[str]) -> int:
     """Return the command's exit code, or 128 + the number of the signal that killed it."""
     terminal.outlive()
-    parser = argparse.ArgumentParser(prog="python -m launchers.relay", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="shardwright relay", allow_abbrev=False)
     parser.add_argument("--grace-seconds", type=float, default=start.GRACE_SECONDS)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
     if not options.command:
         parser.error("a command is needed")
-    code = start.run(options.command, {}, grace_seconds=options.grace_seconds).code
+    code = start.run(
+        options.command,
+        {},
+        grace_seconds=options.grace_seconds,
+        inherit_all=True,  # the job has set it for the command
+    ).code
     return code if code >= 0 else 128 - code
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -14,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers import program
 from launchers.machine import Machine
-from train import exhausted, final, stop
+from train import exhausted, final, inherited, stop
 from train.checkpoint import layout
 from train.config import RunConfig, accumulation_steps
 from train.config.tracking import WandbTracking, wandb_unused
@@ -108,13 +108,20 @@ def _tracking(config: RunConfig, machine: Machine) -> str:
     return f"wandb ({mode})" + (f"; {', '.join(unused)} gives way to the config" if unused else "")
 
 
+def ignored(environment: Mapping[str, str]) -> str:
+    """Return a line of the header about what a run does not take from its environment. Pure."""
+    names = [*inherited.of_ranks(environment), *inherited.of_engine(environment)]
+    return f"  {'ignored':<10}{', '.join(sorted(names))}, set in the environment\n" * bool(names)
+
+
 def other_nodes(config: RunConfig) -> str:
     """Return what to do on the other nodes; nothing where this command starts them all."""
     launcher = config.launcher
     if launcher.kind not in ("torchrun", "accelerate") or launcher.nodes == 1:
         return ""
     is_fixed = launcher.kind == "accelerate" or launcher.rendezvous == "static"
-    command = f"shardwright join {shlex.quote(str(config.run_dir))}" + " --node-rank N" * is_fixed
+    rank = ["--node-rank", "N"] if is_fixed else []
+    command = program.command("join", str(config.run_dir), *rank)
     return f"\non each of the {launcher.nodes - 1} other node(s)\n  {command}\n\n"
 
 
@@ -127,7 +134,7 @@ def finish(run_dir: Path) -> str:
         "checkpoints": run_dir / "checkpoints",
     }
     rows = {name: str(path) for name, path in what.items() if path.exists()}
-    rows["try it"] = f"shardwright sample {shlex.quote(str(run_dir))} --prompt '...'"
+    rows["try it"] = f"{program.command('sample', str(run_dir))} --prompt '...'"
     return "\ndone\n" + "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
 
 
@@ -167,7 +174,7 @@ def preparation_failed(run_dir: Path, code: int) -> str:
 
 
 def _go_on(run_dir: Path) -> str:
-    return f"go on with: shardwright resume {shlex.quote(str(run_dir))}"
+    return f"go on with: {program.command('resume', str(run_dir))}"
 
 
 # --- failure ------------------------------------------------------------------------------------

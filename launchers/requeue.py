@@ -1,4 +1,4 @@
-"""Whether a job that was cut may start again: python -m launchers.requeue RUN_DIR --restarts N."""
+"""`shardwright requeue RUN_DIR --restarts N`: whether a job that was cut may start again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def should_requeue(
 def main(argv: Sequence[str]) -> int:
     """Print the reason and return 0 where the job is to start again, which is noted, or else 1."""
     terminal.outlive()
-    parser = argparse.ArgumentParser(prog="python -m launchers.requeue", description=__doc__)
+    parser = argparse.ArgumentParser(prog="shardwright requeue", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--restarts", type=int, required=True, help="how many there have been")
     parser.add_argument("--limit", type=int, default=LIMIT, help="how many there may be")

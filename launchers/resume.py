@@ -80,6 +80,7 @@ def main(arguments: Sequence[str]) -> int:
                 environment = processes.rank_environment(config, here, os.environ)
                 print(report.header(config, choices, here, environment, report.terminal_width()))
                 print(f"  {'goes on':<10}from {where}", flush=True)
+                print(report.ignored(os.environ), end="", flush=True)
                 print(report.other_nodes(config), end="", flush=True)
                 if not (run_dir / "data.json").exists():  # stopped while they were being prepared
                     prepared = launch.prepare(config, claim)

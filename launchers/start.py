@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from train import stop, stop_request, terminal
+from train import inherited, stop, stop_request, terminal
 
 ASKS_TO_STOP = (
     signal.SIGTERM,
@@ -60,8 +60,12 @@ def run(
     run_dir: Path | None = None,
     is_elsewhere: bool = False,
     at_ctrl_c: str = "stopping as soon as all is saved",
+    inherit_all: bool = False,
 ) -> Ended:
     """Run a command to its end, under this process's environment and the one given.
+
+    Of its own it does not hand on what says who a rank is or which engine runs, unless
+    ``inherit_all``.
 
     Each of ASKS_TO_STOP has the ranks told STOP; those that have not ended ``grace_seconds`` later
     are killed, and after a second SIGINT at once; 0 is for those that do not heed STOP. When the
@@ -94,7 +98,7 @@ def run(
         with stderr_file.open("ab") if stderr_file else contextlib.nullcontext() as stderr:
             child = subprocess.Popen(
                 argv,
-                env={**os.environ, **environment},
+                env={**(os.environ if inherit_all else handed_on(os.environ)), **environment},
                 stdout=stdout,
                 stderr=stderr,
                 # A Ctrl-C at the terminal reaches the ranks once, through this process.
@@ -259,11 +263,20 @@ def _launchers(pid: int) -> Iterator[int]:
                 yield from _launchers(child)
 
 
-def replace(argv: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Let a command take the place of this process; does not return."""
+def handed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a child of a launcher gets of its environment. Pure."""
+    ignored = {*inherited.of_ranks(environment), *inherited.of_engine(environment)}
+    return {name: value for name, value in environment.items() if name not in ignored}
+
+
+def replace(
+    argv: Sequence[str], environment: Mapping[str, str], *, inherit_all: bool = False
+) -> None:
+    """Let a command take the place of this process, as `run` starts one; does not return."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(argv[0], list(argv), {**os.environ, **environment})
+    before = os.environ if inherit_all else handed_on(os.environ)
+    os.execve(argv[0], list(argv), {**before, **environment})
 
 
 def descendants(pid: int) -> Iterator[int]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launchers import job_script, preflight, processes, report, slurm
+from launchers import job_script, preflight, processes, program, report, slurm
 from launchers.job_script import Array
 from launchers.machine import Machine
 from train import stop, terminal
@@ -114,7 +114,7 @@ def check_no_job(run_dir: Path) -> None:
     if job is not None and not job.is_over:
         raise UserError(
             f"job {job.id} of {run_dir} is {job.state}, and two cannot train in one directory; "
-            f"wait for it, or end it with `shardwright cancel {shlex.quote(str(run_dir))}`"
+            f"wait for it, or end it with `{program.command('cancel', str(run_dir))}`"
         )
 
 
@@ -154,17 +154,16 @@ def _submit(config: RunConfig, home: Path, array: Array | None) -> str:
 
 
 def _submitted(home: Path, job: str, array: Array | None) -> str:
-    where = shlex.quote(str(home))
     log = (
         home / "logs" / f"job-{job}.log" if array is None else f"{home}/<n>/logs/job-{job}_<n>.log"
     )
-    one = where if array is None else f"{where}/0"
+    one = home if array is None else home / "0"
     rows = {
         "job": job if array is None else f"{job}, an array of {array.tasks}",
         "log": str(log),
-        "follow": f"shardwright logs {one} --follow",
-        "state": f"shardwright status {where}",
-        "stop": f"shardwright cancel {where}",
+        "follow": program.command("logs", str(one), "--follow"),
+        "state": program.command("status", str(home)),
+        "stop": program.command("cancel", str(home)),
         "checks": "of GPUs, disks and compilers are left to the nodes",
     }
     return "\n".join(f"  {name:<10}{text}" for name, text in rows.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from tests.distributed.pool import Ranks
 
 # A shell starts `make test &` with Ctrl-C ignored, which tests of Ctrl-C would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# As in an active environment, where the commands that are printed begin with a bare name.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
 # A few modules of the standard library, each large enough to be a document of its own.
 _MODULES = ("argparse", "ast", "calendar", "cmd", "csv", "dis", "enum", "glob", "heapq", "inspect")

@@ -1,13 +1,14 @@
-"""A rank's entry: `python -m train RUN_DIR`, alone or under torchrun."""
+"""A rank's entry: `python -m train RUN_DIR`, which `shardwright rank RUN_DIR` becomes."""
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train import stop, stop_request, terminal
+from train import inherited, stop, stop_request, terminal
 from train.arguments import decoded
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 
@@ -21,15 +22,15 @@ def main(argv: list[str]) -> int:
     stop.install()  # before the seconds that importing torch takes
     terminal.outlive()
     if len(argv) != 1:
-        print("usage: python -m train RUN_DIR", file=sys.stderr)
+        print("usage: shardwright rank RUN_DIR", file=sys.stderr)
         return BAD_INPUT
     run_dir = Path(decoded(argv[0]))
 
     from train import config, owner
     from train.rank import rank_from_environment
 
-    rank = rank_from_environment()
     try:
+        rank = rank_from_environment()
         settings = config.load(run_dir)
         with owner.owned(run_dir, print) if rank.index == 0 else nullcontext():
             return _run(run_dir, settings, rank)
@@ -53,8 +54,11 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
         with suppress(OSError):
             logs.note_failure(run_dir, rank.index, error, exhausted.explained(error, settings))
         raise
+    ignored = inherited.said(inherited.forget_engine(os.environ))
     if rank.index == 0:
         stop.forget(run_dir)
+        if ignored:
+            print(ignored, file=console)
     try:
         with (
             stop_request.heeded(run_dir) if rank.index == 0 else nullcontext(),

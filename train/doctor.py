@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import socket
 import statistics
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from train import inherited
 from train.arguments import decoded
 from train.config import RunConfig, load
 from train.errors import BAD_INPUT, FAILED, UserError
@@ -55,6 +57,7 @@ def main(argv: list[str]) -> int:
 
     directory, report = (Path(decoded(argument)) for argument in argv)
     rank = rank_from_environment()
+    inherited.forget_engine(os.environ)
     config = load(directory)
     logs.open_rank_log(directory, rank, nodes=config.launcher.nodes)
     try:

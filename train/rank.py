@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train import stop
+from train import inherited, stop
 from train.checkpoint.background import finish_writing
 from train.config import RunConfig
 from train.distributed import leave_process_group
@@ -45,16 +45,29 @@ _NAMES_OF = {
 def rank_from_environment() -> Rank:
     """Read what torchrun and its like set; without it this is the only rank.
 
-    SHARDWRIGHT_RANKS_OF says that a launcher has names of its own.
+    SHARDWRIGHT_RANKS_OF says that a launcher has names of its own. What else MPI's say is removed,
+    as accelerate and DeepSpeed read it too. Raises UserError where the variables fit no rank.
     """
     if names := _NAMES_OF.get(os.environ.get("SHARDWRIGHT_RANKS_OF", "")):
-        for wanted, found in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), names, strict=True):
-            os.environ.setdefault(wanted, os.environ[found])
-    return Rank(
-        index=int(os.environ.get("RANK", "0")),
-        local_index=int(os.environ.get("LOCAL_RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-    )
+        for ours, theirs in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), names, strict=True):
+            os.environ[ours] = os.environ[theirs]
+    inherited.forget_mpi(os.environ)
+    found = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    try:
+        rank = Rank(
+            index=int(found["RANK"] or 0),
+            local_index=int(found["LOCAL_RANK"] or 0),
+            world_size=int(found["WORLD_SIZE"] or 1),
+        )
+    except ValueError:
+        rank = Rank(index=-1, local_index=-1, world_size=0)
+    if not 0 <= rank.local_index <= rank.index < rank.world_size:
+        said = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
+        raise UserError(
+            f"no rank is meant by {said} in the environment; unset them, or start all ranks by "
+            "`shardwright resume` or torchrun, which set all three"
+        )
+    return rank
 
 
 def cores_of(cores: Iterable[int], local_index: int, ranks: int) -> set[int]:
@@ -81,10 +94,10 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
     if config.launcher.kind == "torchrun" and config.launcher.bind == "cores":
         os.sched_setaffinity(0, cores_of(os.sched_getaffinity(0), rank.local_index, ranks_here))
     on_gpu = config.launcher.device == "cuda"
+    os.environ["DS_ACCELERATOR"] = config.launcher.device  # read when deepspeed is imported
     if on_gpu:
         torch.cuda.set_device(rank.local_index)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+        inherited.check_tf32(os.environ, allowed=config.precision.allow_tf32)
     if config.strategy.kind == "single":
         # accelerate makes a group wherever it finds a local rank, even a group of one.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -95,8 +108,10 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
             finish_writing(LAST_WRITE_SECONDS)
         return
 
-    if "RANK" not in os.environ:
-        # Started by hand: a group of one still wants its address, and accelerate its rank.
+    if rank.world_size == 1:
+        # It meets nobody, whatever address stands there, and torchrun's own store has no use; a
+        # group of one still wants an address, and accelerate its rank.
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )

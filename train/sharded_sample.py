@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from pathlib import Path
 from typing import TextIO
 
+from train import inherited
 from train.config import PretrainedModel, RunConfig, load
 from train.errors import BAD_INPUT, FAILED, UserError
 
@@ -24,6 +26,7 @@ def main(argv: list[str]) -> int:
     directory = Path(argv[0])
     options = sample.parser().parse_args(argv[1:])
     rank = rank_from_environment()
+    inherited.forget_engine(os.environ)
     config = load(directory)
     terminal = logs.open_rank_log(directory, rank)
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,25 @@ def trained(run_dir: Path, look: Callable[[Trainer], Any]) -> Any:
     rank = rank_from_environment()
     with join(load(run_dir), rank):
         return _train_and_look(run_dir, rank, look)
+
+
+def trained_as_if_compiled(run_dir: Path) -> dict[str, Any]:
+    """Train blocks that are to be compiled, with the compiler switched off as in debugging."""
+    import torch
+
+    with torch._dynamo.config.patch(disable=True):
+        trained(run_dir, lambda _: None)
+    facts: dict[str, Any] = json.loads((run_dir / "engine.json").read_text())
+    return facts
+
+
+def alone_in_a_shell_of_another_group(run_dir: Path) -> int:
+    """Join as the only rank where the address of a group elsewhere stands; return the ranks met."""
+    import torch.distributed as dist
+
+    os.environ.update(MASTER_ADDR="203.0.113.1", MASTER_PORT="9")
+    with join(load(run_dir), rank_from_environment()):
+        return dist.get_world_size()
 
 
 def _train_and_look(run_dir: Path, rank: Rank, look: Callable[[Trainer], Any]) -> Any:
@@ -148,6 +169,8 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
         return sound_build(config.model_copy(update={"trainer": changed}), *rest)
 
     def assemble_and_train() -> None:
+        if damage == "compiled_by_accelerate":
+            os.environ["ACCELERATE_DYNAMO_BACKEND"] = "eager"  # forgotten as the group is left
         if damage == "stage":
             with mock.patch.object(
                 zero, "training_arguments", lambda c, w: {"deepspeed": other_stage(c, w)}
@@ -162,6 +185,8 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
                 torch.nn.Module.to(trainer.model, torch.bfloat16)
             elif damage == "recomputation":
                 blocks(trainer.model)[1].gradient_checkpointing = True  # type: ignore[assignment]
+            elif damage == "one_block_compiled":
+                blocks(trainer.model)[1].compile()
             elif damage == "tf32":
                 torch.backends.cuda.matmul.fp32_precision = "tf32"
         replacement = other_optimizer if damage == "momentum" else sound_build

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.jobs import trained, trained_with_broken_engine
+from tests.distributed.jobs import (
+    alone_in_a_shell_of_another_group,
+    trained,
+    trained_as_if_compiled,
+    trained_with_broken_engine,
+)
 from tests.distributed.pool import RanksFailed
 from train.trainer import Trainer
 
@@ -131,6 +136,16 @@ def test_each_zero_stage_is_the_one_asked_for(
             "tf32",
             "tf32: the config asks for False, the live engine has True",
         ),
+        (
+            {"kind": "ddp"},
+            "compiled_by_accelerate",
+            r"compiled_otherwise: the config asks for .*, the live engine has .*'OptimizedModule'",
+        ),
+        (
+            {"kind": "fsdp"},
+            "one_block_compiled",
+            "compiled_blocks: the config asks for 0, the live engine has 1",
+        ),
     ],
 )
 def test_an_engine_that_differs_from_the_config_stops_the_run(
@@ -145,3 +160,26 @@ def test_an_engine_that_differs_from_the_config_stops_the_run(
     with pytest.raises(RanksFailed, match=message):
         ranks(2)(trained_with_broken_engine, run_dir, damage)
     assert not (run_dir / "metrics.jsonl").exists(), "a step was trained"
+
+
+@pytest.mark.parametrize(
+    "strategy", [{"kind": "ddp"}, {"kind": "fsdp"}, {"kind": "zero", "stage": 3}]
+)
+def test_compiled_blocks_are_read_back_under_every_engine(
+    strategy: dict[str, Any], tiny_tree: Tree, frozen_run: Freeze, ranks: Pools
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = strategy
+    tree["trainer"] |= {"max_steps": 1, "compile": True}
+    facts = ranks(2)(trained_as_if_compiled, frozen_run(tree))[0]
+    found = {name: facts[name] for name in ("compile", "compiled_blocks", "compiled_otherwise")}
+    assert found == {"compile": True, "compiled_blocks": 2, "compiled_otherwise": []}
+
+
+def test_a_group_of_one_waits_for_no_address(
+    tiny_tree: Tree, frozen_run: Freeze, ranks: Pools
+) -> None:
+    tree = tiny_tree("clm")
+    tree["launcher"] = {"kind": "local", "device": "cpu"}
+    tree["strategy"] = {"kind": "ddp"}
+    assert ranks(1)(alone_in_a_shell_of_another_group, frozen_run(tree)) == [1]

@@ -58,7 +58,7 @@ def test_the_directory_holds_what_is_documented_and_nothing_else(run: Run) -> No
     found = sorted(path.name for path in run.directory.iterdir())
     assert found == sorted([*documented.split(), *folders.split(), tracker])
     logs = sorted(path.name for path in (run.directory / "logs").iterdir())
-    assert logs == ["rank-0.log", "rank-1.log", "torchrun.log"]
+    assert logs == ["rank-0.log", "rank-1.log", "run.log", "torchrun.log"]
     checkpoints = layout.whole_checkpoints(run.directory / "checkpoints")
     assert [step for step, _ in checkpoints] == [3, STEPS]
 

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -178,7 +179,10 @@ def test_torchrun_started_by_hand_stops_too(tiny: Tiny, tmp_path: Path) -> None:
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     stopped_by(signal.SIGTERM, [process.pid], process)
     run_dir = tmp_path / "run"
-    command = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "train", str(run_dir))
+    (tmp_path / "train.py").write_text("raise SystemExit('the user has a train.py as well')")
+    script = str(Path(sysconfig.get_path("scripts")) / "shardwright")
+    rank = ("--no-python", script, "rank", str(run_dir))
+    command = ("-m", "torch.distributed.run", "--nproc-per-node=2", *rank)
     before = stop.read(run_dir)
     assert before is not None
     process = start_python(*command, cwd=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from tests.e2e.cli import ROOT, losses, on_one_rank, shardwright
 from tests.e2e.ssh import needs_ssh
+from tests.unit.test_inherited import OF_A_RANK, OF_AN_ENGINE
 
 pytestmark = pytest.mark.distributed
 
@@ -59,16 +61,25 @@ def test_a_run_goes_on_when_its_terminal_is_closed(tiny: Tiny, tmp_path: Path) -
     assert shardwright("logs", NAME, cwd=tmp_path).stdout == seen
 
 
-def test_a_run_without_any_output_ends_well(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_run_without_any_output_in_a_rank_of_something_else_ends_well(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Neither the closed output nor what the shell is part of changes it."""
     ended = subprocess.run(
         [sys.executable, "-m", "launchers", "train", *on_one_rank(tiny("clm"))],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | OF_A_RANK | OF_AN_ENGINE,
         preexec_fn=lambda: os.closerange(0, 3),
         timeout=280,
     )
     assert ended.returncode == 0
-    assert "\ndone\n" in (tmp_path / "run" / "logs" / "run.log").read_text()
+    run_dir = tmp_path / "run"
+    seen = (run_dir / "logs" / "run.log").read_text()
+    assert "\ndone\n" in seen
+    assert "  ignored   ACCELERATE_DYNAMO_BACKEND, ACCELERATE_MIXED_PRECISION, " in seen
+    assert (run_dir / "owner.json").exists(), "this is the first rank"
+    engine = json.loads((run_dir / "engine.json").read_text())
+    assert (engine["compile"], engine["compiled_otherwise"]) == (False, [])
     assert (tmp_path / "run" / "data.json").read_text().startswith("{"), "nothing was printed there"
 
 

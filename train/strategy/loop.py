@@ -51,6 +51,7 @@ def expected(config: RunConfig, world_size: int, total_steps: int) -> dict[str, 
         "optimizer": _expected_optimizer(config),
         "schedule": {"name": SCHEDULES[trainer.lr_scheduler], **schedule},
         **_recomputed(config),
+        **_compiled(config),
         **_numerics(config),
     }
 
@@ -72,6 +73,7 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         "optimizer": _optimizer(trainer),
         "schedule": _schedule(trainer),
         **activation_checkpointing.read_back(trainer.model),
+        **_compilation(trainer),
         **fp8.read_back(trainer.model),
         # Not allow_tf32, which raises where transformers has set this newer name.
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
@@ -166,6 +168,40 @@ def _recomputed(config: RunConfig) -> dict[str, Any]:
     if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
         facts["recomputed_blocks"] = 0 if every_blocks is None else math.ceil(layers / every_blocks)
     return facts
+
+
+def _compiled(config: RunConfig) -> dict[str, Any]:
+    compiles = config.trainer.compile
+    facts: dict[str, Any] = {"compile": compiles, "compiled_otherwise": []}
+    if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
+        facts["compiled_blocks"] = layers if compiles else 0
+    return facts
+
+
+def _compilation(trainer: Trainer) -> dict[str, Any]:
+    """Return which of the live model's modules torch.compile has got hold of."""
+    # `Module.compile` leaves this; `torch.compile` wraps, as accelerate does of its own accord.
+    compiled = {
+        id(module): module
+        for module in trainer.model_wrapped.modules()
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    }
+    blocks = [compiled.pop(id(b)) for b in _blocks(trainer.model) if id(b) in compiled]
+    return {
+        "compile": bool(blocks),
+        "compiled_blocks": len(blocks),
+        "compiled_otherwise": sorted({type(module).__name__ for module in compiled.values()}),
+    }
+
+
+def _blocks(model: Any) -> list[Any]:
+    from train.errors import UserError
+    from train.models import blocks
+
+    try:
+        return blocks(model)
+    except UserError:  # it has none, and whatever is compiled is not one
+        return []
 
 
 def _numerics(config: RunConfig) -> dict[str, Any]:

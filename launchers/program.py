@@ -1,0 +1,35 @@
+"""The program as its user has to call it: what is printed to be run works from any directory."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+from launchers.processes import PACKAGES
+
+NAME = "shardwright"
+
+
+def command(*words: str) -> str:
+    """Return a line for a shell that runs `shardwright WORD...`, whatever lies beside the user."""
+    script = Path(sysconfig.get_path("scripts")) / NAME
+    return " ".join([program(script, shutil.which(NAME)), *map(shlex.quote, words)])
+
+
+def program(script: Path, found: str | None) -> str:
+    """Return how the installed ``script`` is called, where a shell finds ``found`` by its name.
+
+    From a checkout that is not installed the package itself is run: by a path, as the user's own
+    directory may hold modules of the same names.
+    """
+    if not script.exists():
+        settings: Mapping[str, str] = {"PYTHONPATH": str(PACKAGES), "PYTHONSAFEPATH": "1"}
+        given = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
+        return f"env {given} {shlex.quote(sys.executable)} -m launchers"
+    if found is not None and script.samefile(found):
+        return NAME
+    return shlex.quote(str(script))
