@@ -114,6 +114,11 @@ def resolve(
         data["paths"] = [os.path.abspath(os.path.expanduser(path)) for path in data["paths"]]
     if data["cache_dir"] is not None:
         data["cache_dir"] = os.path.abspath(os.path.expanduser(data["cache_dir"]))
+    model = tree["model"]
+    if model["kind"] == "pretrained" and tree["strategy"]["kind"] == "zero":
+        # What its buckets are derived from.
+        found = names.config_json(model["name"], model["revision"], os.environ)
+        model["hidden_size"] = model["hidden_size"] or hidden_size(found or {})
     launcher = tree["launcher"]
     gpus = machine.gpus if machine.torch_has_cuda else 0
     if launcher["kind"] == "slurm":  # the nodes count, not this machine
@@ -144,6 +149,16 @@ def resolve(
         config.trainer.global_batch_size, resolved.launcher.world_sizes, largest_micro_batch
     )
     return from_tree(tree)
+
+
+def hidden_size(config_json: Mapping[str, Any]) -> int | None:
+    """Return the width of a model by its config.json; None where that does not say. Pure."""
+    # Models of several parts keep that of their text apart.
+    text = config_json.get("text_config")
+    section = text if isinstance(text, Mapping) else config_json
+    # As architectures call it; transformers knows each of them by the first.
+    known = (section.get(name) for name in ("hidden_size", "n_embd", "d_model", "dim"))
+    return next((size for size in known if isinstance(size, int) and size > 0), None)
 
 
 def _positions(model: ModelConfig) -> int | None:

@@ -166,10 +166,9 @@ def stopped_early(run_dir: Path, stopped_by: int | None) -> str:
 def preparation_failed(run_dir: Path, code: int) -> str:
     """Return what is left where preparing the data has failed, which has told why."""
     how = f" ({_how_it_ended(code)})" if code < 0 else ""
-    quoted = shlex.quote(str(run_dir))
     return (
         f"preparing the data failed{how}; {run_dir} is kept: "
-        f"`shardwright resume {quoted}` tries again"
+        f"`{program.command('resume', str(run_dir))}` tries again"
     )
 
 
@@ -286,7 +285,7 @@ def _left_by(run_dir: Path) -> str:
     newest = whole[-1][1].name if whole else "none, so that a resume begins the run again"
     return (
         f"  newest checkpoint: {newest}\n"
-        f"  resume it with: shardwright resume {shlex.quote(str(run_dir))}\n"
+        f"  resume it with: {program.command('resume', str(run_dir))}\n"
     )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 
-from launchers import launch, machine, preflight, report, submit
+from launchers import launch, machine, preflight, program, report, submit
 from launchers.compose import Job, compose, quoted, resolved
 from launchers.dry_run import show
 from launchers.machine import Machine
@@ -75,9 +74,7 @@ def _one_after_the_other(jobs: Sequence[Job], configs: Sequence[RunConfig], here
 def not_started(jobs: Sequence[Job], configs: Sequence[RunConfig]) -> str:
     """Return which runs of a sweep are left, and the command that starts each. Pure."""
     commands = [
-        shlex.join(
-            ["shardwright", "train", *job.arguments, f"run_dir={quoted(str(config.run_dir))}"]
-        )
+        program.command("train", *job.arguments, f"run_dir={quoted(str(config.run_dir))}")
         for job, config in zip(jobs, configs, strict=True)
     ]
     return "\n".join(

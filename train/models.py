@@ -168,6 +168,47 @@ def transformers_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) 
     return config
 
 
+def check_attention(model: ModelConfig, objective: ObjectiveConfig) -> None:
+    """Raise UserError where a pretrained model lacks the attention that is asked for.
+
+    For before its data are prepared: what else is wrong with it, `build` says.
+    """
+    if not isinstance(model, PretrainedModel) or model.attention in ("auto", "eager"):
+        return
+    auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
+    trusted = {"trust_remote_code": model.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(model.name, revision=model.revision, **trusted)
+        with torch.device("meta"):
+            auto_class.from_config(config, attn_implementation=model.attention, **trusted)
+    except Exception as error:  # whatever a model's own code raises
+        # transformers 5.23 words it so for each of them, and has no class of error for it.
+        if "does not support an attention implementation" not in str(error):
+            return
+        raise UserError(
+            f"model.attention={model.attention}, but the architecture of model.name={model.name} "
+            f"({config.model_type}) does not have it; set model.attention=auto, which takes what "
+            "it has"
+        ) from None
+
+
+def fitted(config: RunConfig, model: PreTrainedModel) -> RunConfig:
+    """Return the config with what only the weights know of their model.
+
+    Raises UserError where it says something else of them.
+    """
+    section = config.model
+    found = getattr(model.config.get_text_config(), "hidden_size", None)
+    if not isinstance(section, PretrainedModel) or section.hidden_size == found:
+        return config
+    if section.hidden_size is not None:
+        raise UserError(
+            f"model.hidden_size={section.hidden_size}, but model.name={section.name} has {found}; "
+            "leave it out"
+        )
+    return config.model_copy(update={"model": section.model_copy(update={"hidden_size": found})})
+
+
 def parameter_count(model: nn.Module) -> int:
     """Return the number of parameters, tied ones counted once, partitioned ones whole."""
     # ZeRO-3 leaves an empty tensor in place and the whole size in ds_numel.
@@ -204,6 +245,11 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.compile()
 
 
+def _attention(model: ScratchModel | PretrainedModel) -> str | None:
+    """Return what transformers is asked for; of None it makes sdpa or eager itself."""
+    return None if model.attention == "auto" else model.attention
+
+
 # --- from scratch -------------------------------------------------------------------------------
 
 
@@ -218,7 +264,7 @@ def _shared(model: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> dict[str
         "max_position_embeddings": model.max_position_embeddings,
         "initializer_range": model.initializer_range,
         "tie_word_embeddings": model.tie_word_embeddings,
-        "attn_implementation": model.attention,
+        "attn_implementation": _attention(model),
         "dtype": torch.float32,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -256,7 +302,7 @@ def _load_pretrained(
     auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
     as_asked: dict[str, Any] = {
         "trust_remote_code": model.trust_remote_code,
-        "attn_implementation": model.attention,
+        "attn_implementation": _attention(model),
         "dtype": torch.float32,
     }
     with _loading(model):

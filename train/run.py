@@ -86,6 +86,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     # The model comes before the arguments: while those live, transformers builds whatever it builds
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
     model, values = models.build(config, prepared.tokenizer)
+    config = models.fitted(config, model)
     stop.check()
     resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
     if resumed is not None:

@@ -49,7 +49,7 @@ def test_a_run_goes_on_when_its_terminal_is_closed(tiny: Tiny, tmp_path: Path) -
     run_dir = tmp_path / NAME
     assert len(losses(run_dir)) == steps
     seen = (run_dir / "logs" / "run.log").read_text()
-    order = (f"run dir   {run_dir}", " tokens, held out ", "parameters", "def ä(", "\ndone\n")
+    order = (f"run dir   {run_dir}", "training: ", "parameters", "def ä(", "\ndone\n")
     assert [seen.count(text) for text in order] == [1] * len(order), seen
     assert sorted(order, key=seen.index) == list(order)
     assert "Warning" not in seen

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -31,7 +33,9 @@ from train.errors import UserError
 from train.models import (
     blocks,
     build,
+    check_attention,
     compile_blocks,
+    fitted,
     parameter_count,
     transformers_config,
 )
@@ -530,6 +534,59 @@ def test_roberta_needs_a_padding_token(tokenizer: PreTrainedTokenizerFast) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be installed here")
+def without_sdpa(directory: Path) -> Path:
+    """Save a model of an architecture that has no scaled dot-product attention."""
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=12,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def test_by_default_a_model_gets_the_attention_that_it_has(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    assert composed("gpt2_tiny").model.attention == "auto"
+    assert whole(composed("gpt2_tiny", *SHRUNK), tokenizer).config._attn_implementation == "sdpa"
+    model = whole(from_directory(without_sdpa(tmp_path), "clm"), tokenizer)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_attention_that_a_model_lacks_is_refused_before_its_data_are_prepared(
+    tmp_path: Path,
+) -> None:
+    def check(directory: Path, *overrides: str) -> None:
+        config = from_directory(directory, "clm", *overrides)
+        check_attention(config.model, config.objective)
+
+    without_sdpa(tmp_path / "gemma")
+    GPT2LMHeadModel(TINY_GPT2).save_pretrained(tmp_path / "gpt2")
+    for fits in (("gemma",), ("gemma", "model.attention=eager"), ("gpt2", "model.attention=sdpa")):
+        check(tmp_path / fits[0], *fits[1:])
+    with pytest.raises(UserError, match=r"=sdpa, .*gemma2\) does not have it; set .*=auto"):
+        check(tmp_path / "gemma", "model.attention=sdpa")
+
+
+def test_what_only_the_weights_know_is_in_the_config_of_their_rank(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    GPT2LMHeadModel(TINY_GPT2).save_pretrained(tmp_path)
+    config = from_directory(tmp_path, "clm")
+    model = whole(config, tokenizer)
+    assert getattr(fitted(config, model).model, "hidden_size", None) == 32
+    said = from_directory(tmp_path, "clm", "model.hidden_size=64")
+    with pytest.raises(UserError, match=r"hidden_size=64, but model.name=.* has 32; leave it out"):
+        fitted(said, model)
+    scratch = composed("gpt2_tiny", *SHRUNK)
+    assert fitted(scratch, model) is scratch
+
+
 def test_flash_attention_on_a_cpu_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     config = composed("gpt2_tiny", "model.attention=flash_attention_2", "precision=bf16")
     with pytest.raises(UserError, match=r"choose model\.attention=sdpa"):

@@ -15,6 +15,7 @@ FACTS: dict[str, Any] = {
     "precision": {**FP32, "compute": "bf16"},
     "tf32": False,
     "fp8_recipe": None,
+    "attention": "sdpa",
     "fp8_layers": 0,
     "initial_loss_scale": None,
 }
@@ -24,6 +25,11 @@ FACTS: dict[str, Any] = {
     ("facts", "line"),
     [
         ({}, "fsdp on 8 ranks: bf16 compute, fp32 reduction, fp32 master weights, fp32 moments"),
+        (
+            {"attention": "eager"},
+            "fsdp on 8 ranks: bf16 compute, fp32 reduction, fp32 master weights, fp32 moments, "
+            "eager attention",
+        ),
         (
             {"engine": "DeepSpeedEngine", "stage": 3, "world_size": 2},
             "zero3 on 2 ranks: bf16 compute, fp32 reduction, fp32 master weights, fp32 moments",

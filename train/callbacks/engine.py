@@ -58,6 +58,8 @@ def precision_line(facts: dict[str, Any]) -> str:
         f"{precision['master']} master weights",
         f"{precision['moments']} moments",
     ]
+    if facts["attention"] != "sdpa":  # which almost all architectures have
+        parts.append(f"{facts['attention']} attention")
     if facts["initial_loss_scale"] is not None:
         parts.append(f"loss scale {facts['initial_loss_scale']:g}")
     return f"{name} on {ranks}: {', '.join(parts)}"

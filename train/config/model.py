@@ -8,6 +8,9 @@ from pydantic import Field
 
 from train.config.section import Fraction, PositiveFloat, PositiveInt, Section
 
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+"""auto: sdpa where the architecture has it, else eager; engine.json says which."""
+
 
 class ScratchModel(Section):
     """What every architecture that is initialised from scratch has."""
@@ -25,7 +28,7 @@ class ScratchModel(Section):
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
     tie_word_embeddings: bool = True
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = "auto"
 
     @property
     def padded_vocab_size(self) -> int:
@@ -110,7 +113,9 @@ class PretrainedModel(Section):
     revision: str | None = None
     trust_remote_code: bool = False
     """Run Python code that comes with the weights."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    hidden_size: PositiveInt | None = None
+    """The weights' own, which is found: what is derived from it is known once it is."""
+    attention: Attention = "auto"
 
     @property
     def max_sequence_length(self) -> int | None:

@@ -91,6 +91,10 @@ def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
     logging.getLogger("train").setLevel(logging.INFO)
     code = 0
     try:
+        if settings.model.kind == "pretrained" and settings.model.attention != "auto":
+            from train.models import check_attention  # which brings torch
+
+            check_attention(settings.model, settings.objective)
         prepare(settings, run_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -51,7 +51,7 @@ def expected(config: RunConfig, world_size: int, total_steps: int) -> dict[str, 
         "optimizer": _expected_optimizer(config),
         "schedule": {"name": SCHEDULES[trainer.lr_scheduler], **schedule},
         **_recomputed(config),
-        **_compiled(config),
+        **_blocks_run_as(config),
         **_numerics(config),
     }
 
@@ -73,7 +73,7 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         "optimizer": _optimizer(trainer),
         "schedule": _schedule(trainer),
         **activation_checkpointing.read_back(trainer.model),
-        **_compilation(trainer),
+        **_how_blocks_run(trainer),
         **fp8.read_back(trainer.model),
         # Not allow_tf32, which raises where transformers has set this newer name.
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
@@ -170,16 +170,18 @@ def _recomputed(config: RunConfig) -> dict[str, Any]:
     return facts
 
 
-def _compiled(config: RunConfig) -> dict[str, Any]:
+def _blocks_run_as(config: RunConfig) -> dict[str, Any]:
     compiles = config.trainer.compile
     facts: dict[str, Any] = {"compile": compiles, "compiled_otherwise": []}
+    if config.model.attention != "auto":
+        facts["attention"] = config.model.attention
     if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
         facts["compiled_blocks"] = layers if compiles else 0
     return facts
 
 
-def _compilation(trainer: Trainer) -> dict[str, Any]:
-    """Return which of the live model's modules torch.compile has got hold of."""
+def _how_blocks_run(trainer: Trainer) -> dict[str, Any]:
+    """Return by which attention it runs, and which of its modules torch.compile has got hold of."""
     # `Module.compile` leaves this; `torch.compile` wraps, as accelerate does of its own accord.
     compiled = {
         id(module): module
@@ -188,6 +190,7 @@ def _compilation(trainer: Trainer) -> dict[str, Any]:
     }
     blocks = [compiled.pop(id(b)) for b in _blocks(trainer.model) if id(b) in compiled]
     return {
+        "attention": trainer.model.config._attn_implementation,
         "compile": bool(blocks),
         "compiled_blocks": len(blocks),
         "compiled_otherwise": sorted({type(module).__name__ for module in compiled.values()}),

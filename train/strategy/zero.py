@@ -252,7 +252,7 @@ def _zero_section(config: RunConfig, strategy: ZeroStrategy) -> dict[str, Any]:
 
 
 def _hidden_size(config: RunConfig) -> int | None:
-    # Pretrained weights bring theirs along, too late for a dry run.
+    # Pretrained weights bring theirs along: unknown in a dry run where they are not here yet.
     return getattr(config.model, "hidden_size", None)
 
 

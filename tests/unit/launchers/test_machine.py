@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import try_to_load_from_cache
 
 from launchers import names
-from launchers.machine import Machine, detect, resolve, visible
+from launchers.machine import Machine, detect, hidden_size, resolve, visible
 from train.config import RunConfig, from_tree
 from train.errors import UserError
+from train.strategy import engine_settings
 
 TREE = {
     "model": {
@@ -181,3 +182,40 @@ def test_the_launcher_looks_where_huggingface_hub_keeps_its_files(
     assert found == str(snapshot / "config.json")
     assert names.config_json("org/model", None, {"HF_HUB_CACHE": str(cache)}) == {}
     assert names.config_json("org/model", commit, {"HF_HUB_CACHE": str(cache)}) == {}
+
+
+@pytest.mark.parametrize(
+    ("found", "size"),
+    [
+        ({"hidden_size": 64}, 64),
+        ({"n_embd": 32, "model_type": "gpt2"}, 32),
+        ({"hidden_size": 8, "text_config": {"d_model": 16}}, 16),
+        ({"hidden_size": "wide"}, None),
+        ({}, None),
+    ],
+)
+def test_the_width_of_a_model_is_read_off_its_config(
+    found: dict[str, object], size: int | None
+) -> None:
+    assert hidden_size(found) == size
+
+
+def test_buckets_of_pretrained_weights_follow_their_width(tmp_path: Path) -> None:
+    """As in a dry run; what is not here yet is found out by the ranks."""
+    (tmp_path / "config.json").write_text('{"n_embd": 2048}')
+
+    def buckets(name: str) -> dict[str, object]:
+        tree = {
+            **TREE,
+            "model": {"kind": "pretrained", "name": name},
+            "tokenizer": {"kind": "pretrained", "name": name},
+            "strategy": {"kind": "zero", "stage": 3},
+        }
+        config = resolve(from_tree(tree), Machine(), "/runs/a")
+        section: dict[str, object] = engine_settings(config)["zero_optimization"]
+        return section
+
+    assert buckets(str(tmp_path))["reduce_bucket_size"] == 2048**2
+    assert buckets(str(tmp_path))["stage3_prefetch_bucket_size"] == int(0.9 * 2048**2)
+    assert buckets(str(tmp_path))["stage3_param_persistence_threshold"] == 10 * 2048
+    assert buckets("nobody/nothing")["reduce_bucket_size"] == 4096**2
