@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from launchers.machine import Machine, resolve
 from launchers.processes import job_environment
 from launchers.submit import array_of
 from tests.unit.launchers.test_machine import config
+from tests.unit.test_inherited import OF_A_RANK, THE_USERS
 from train.config import RunConfig
 from train.errors import UserError
 
@@ -159,3 +161,19 @@ def test_a_sweep_is_one_array_where_its_runs_are_alike_for_slurm() -> None:
     assert array_of(runs) == Array(Path("/sweeps/a"), 3)
     assert array_of(runs[:1]) is None
     assert array_of([*runs[:2], slurm_run("/sweeps/a/2", nodes=2)]) is None
+
+
+def test_a_job_forgets_whose_rank_its_shell_was() -> None:
+    """sbatch carries the environment of the shell along."""
+    golden = (GOLDEN / "smallest.sbatch").read_text()
+    (line,) = [line for line in golden.splitlines() if line.startswith("unset ")]
+    ended = subprocess.run(
+        ["bash", "-c", f"{line}\nenv"],
+        env={"PATH": os.environ["PATH"], **OF_A_RANK, **THE_USERS},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    left = {entry.partition("=")[0] for entry in ended.stdout.splitlines()}
+    assert not left & OF_A_RANK.keys()
+    assert left >= THE_USERS.keys()
