@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -53,6 +54,18 @@ from train.logs import log
 from train.pretrained import CannotStream, streamed, weight_files
 from train.weights import Values, emptied, initialized
 
+ROUTER_LOGITS = "output_router_logits"
+"""The argument of a forward pass by which mixture-of-experts models give their auxiliary loss."""
+
+_OF_AUXILIARY_LOSSES = (
+    "router_aux_loss_coef",
+    "aux_loss_coef",
+    "aux_loss_alpha",
+    "router_z_loss_coef",
+    "z_loss_coefficient",
+)
+"""What configs call the weight of a loss beside that of the labels."""
+
 _MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "bert": BertForMaskedLM,
     "roberta": RobertaForMaskedLM,
@@ -70,7 +83,8 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
     read tensor by tensor, where that is possible. The model compiles and recomputes if asked for.
 
     Raises UserError where the tokenizer or the samples do not fit the model, a pretrained model
-    cannot be loaded or has no head for the objective, or flash attention is not installed.
+    cannot be loaded, has no head for the objective or does not give the auxiliary loss that its
+    config asks for, or flash attention is not installed.
     """
     section = config.model
     if section.attention == "flash_attention_2" and not is_flash_attn_2_available():
@@ -90,6 +104,7 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
         model, values = initialized(lambda: model_class(model_config), config.seed)
         if section.causal:
             model.generation_config = _generation_config(model_config)
+    auxiliary_coefficient(model)  # refuses what cannot be given
     # A cache of keys and values is of no use to a forward pass over whole samples.
     model.config.use_cache = False
     fp8.convert(model, config)
@@ -207,6 +222,28 @@ def fitted(config: RunConfig, model: PreTrainedModel) -> RunConfig:
             "leave it out"
         )
     return config.model_copy(update={"model": section.model_copy(update={"hidden_size": found})})
+
+
+def auxiliary_coefficient(model: PreTrainedModel) -> float:
+    """Return by how much the model's auxiliary loss counts, by its own config; 0 where it has none.
+
+    Mixture-of-experts models keep their experts equally busy by it. Raises UserError where a config
+    asks for one that the model's forward pass does not give.
+    """
+    config = model.config.get_text_config()
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        coefficient = getattr(model, name, None)
+        if coefficient is not None and ROUTER_LOGITS in signature(model.forward).parameters:
+            return float(coefficient)
+    for name in _OF_AUXILIARY_LOSSES:
+        if coefficient := getattr(config, name, None):
+            raise UserError(
+                f"the model ({config.model_type}) asks for an auxiliary loss by "
+                f"{name}={coefficient} in its config.json, which transformers' "
+                f"{type(model).__name__} does not give; set it to 0 there to train without, or "
+                "choose another model"
+            )
+    return 0.0
 
 
 def parameter_count(model: nn.Module) -> int:
