@@ -37,7 +37,7 @@ class Row:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """List the checkpoints; return 1 where --verify finds one that is not whole, else 0."""
+    """List the checkpoints; return 1 where --verify finds one that cannot be used, else 0."""
     options = _parser().parse_args(arguments)
     directory, paths, rule = _asked_for(options.directory)
     rows = [row for step, path in paths if (row := _read(step, path)) is not None]
@@ -65,7 +65,8 @@ def listing(
         lines += _aligned(_cells(rows, rule, verified=verified, now=now))
     for row in rows:
         if row.problems:
-            lines += ["", f"checkpoint-{row.step} is not whole:"]
+            what = "cannot be used" if layout.NOT_FINITE in row.problems else "is not whole"
+            lines += ["", f"checkpoint-{row.step} {what}:"]
             lines += [f"  {problem}" for problem in row.problems]
     return "\n".join(lines)
 
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="shardwright checkpoints",
         description="List a run's checkpoints: step, strategy, ranks, size, age, why each is kept, "
         "and whether it is whole.",
-        epilog="Exit codes: 0, 1 where --verify finds one that is not whole, 2 on bad input.",
+        epilog="Exit codes: 0, 1 where --verify finds one that cannot be used, 2 on bad input.",
     )
     parser.add_argument("directory", type=Path, metavar="RUN_DIR", help="or one checkpoint of it")
     parser.add_argument(
@@ -144,7 +145,13 @@ def _verified(rows: list[Row]) -> list[Row]:
             bar.update(read_bytes)
 
     with bar:
-        return [replace(row, problems=layout.verify(row.path, advance=advance)) for row in rows]
+        verified = []
+        for row in rows:
+            problems = layout.verify(row.path, advance=advance)
+            if row.manifest is not None and row.manifest.finite is False:
+                problems.append(layout.NOT_FINITE)
+            verified.append(replace(row, problems=problems))
+        return verified
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -187,6 +194,8 @@ def _cells(
 
 
 def _state(row: Row, *, verified: bool) -> str:
+    if layout.NOT_FINITE in row.problems:
+        return "not finite"
     if row.problems:
         return "not whole"
     state = "whole, every hash checked" if verified else "whole"

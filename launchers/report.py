@@ -19,7 +19,7 @@ from train import exhausted, final, inherited, stop
 from train.checkpoint import layout
 from train.config import RunConfig, accumulation_steps
 from train.config.tracking import WandbTracking, wandb_unused
-from train.errors import BAD_INPUT, FAILED, RESUMABLE
+from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
 from train.stop import Stopped
 
 TRACEBACK_LINES = 8
@@ -265,6 +265,8 @@ def failure(
         log = logs / f"rank-{first.rank}.log"
         if first.kind == "UserError":
             return f"{error_text(first.message)}\n  rank {first.rank} on {first.host}, log: {log}"
+        if first.kind == Diverged.__name__:
+            return f"{error_text(first.message)}\n  log: {log}"
         later = [str(other.rank) for other in failures[1:]]
         last_lines = "\n".join(first.traceback.rstrip().splitlines()[-TRACEBACK_LINES:])
         return (

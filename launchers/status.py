@@ -21,7 +21,7 @@ from train.arguments import decoded
 from train.checkpoint import layout
 from train.config import RunConfig, total_steps
 from train.data.prepare import noted_samples_per_epoch
-from train.errors import UserError
+from train.errors import Diverged, UserError
 from train.owner import Owner
 from train.units import duration
 
@@ -208,6 +208,8 @@ def state_of(
         return str(stopped), True
     if failures:
         failed = failures[0]
+        if failed.kind == Diverged.__name__:
+            return f"failed: {failed.message}", True
         what = failed.explanation or f"{failed.kind}: {failed.message}"
         what = what.partition("\n")[0]
         return f"failed: rank {failed.rank} on {failed.host}, {what}", True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from train import inherited, stop, stop_request, terminal
 from train.arguments import decoded
-from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
+from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, UserError
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -67,6 +67,12 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             from train.run import run
 
             final = run(run_dir, rank, console)
+    except Diverged as error:
+        logs.log.error("%s", error)
+        logs.note_failure(run_dir, rank.index, error)
+        if rank.index == 0:  # the others have the same to say, and the launcher says all of it
+            print(str(error).partition(". ")[0], file=console)
+        return FAILED
     except Exception as error:
         logs.log.exception("rank %d failed", rank.index)
         explanation = exhausted.explained(error, settings)

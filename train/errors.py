@@ -8,6 +8,13 @@ class UserError(ValueError):
     """
 
 
+class Diverged(FloatingPointError):
+    """Training cannot continue from where it has come to; the message is written for the user.
+
+    Entry points print it without a traceback and exit with ``FAILED``.
+    """
+
+
 # Exit codes that scripts rely on (0 is success).
 FAILED = 1
 BAD_INPUT = 2

@@ -87,6 +87,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, adamw: torch.optim.AdamW, muon: torch.optim.Muon) -> None:
         self._adamw = adamw
+        self.found_inf: Tensor | None = None
+        """1 where a step must change no weight, else 0, on the device, as AdamW has it."""
         for algorithm, part in (("adamw", adamw), ("muon", muon)):
             for group in part.param_groups:
                 group["algorithm"] = algorithm
@@ -107,6 +109,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         # Loading a state replaces both, so the part that steps them takes them anew.
         self._adamw.param_groups = [g for g in self.param_groups if g["algorithm"] == "adamw"]
         self._adamw.state = self.state
+        self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self._adamw.step()
         return loss
 
@@ -130,8 +133,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
             direction = replicated.redistribute(placements=update.placements)  # keeps its part
         rate = float(group["lr"])
         scaled_rate = _adjust_lr(rate, group["adjust_lr_fn"], parameter.shape)
-        parameter.mul_(1 - rate * group["weight_decay"])
-        parameter.add_(direction, alpha=-scaled_rate)
+        if self.found_inf is None:
+            parameter.mul_(1 - rate * group["weight_decay"])
+            parameter.add_(direction, alpha=-scaled_rate)
+            return
+        old, direction = _local(parameter), _local(direction)
+        new = old.mul(1 - rate * group["weight_decay"]).add_(direction, alpha=-scaled_rate)
+        old.copy_(torch.where(self.found_inf.bool(), old, new))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _muon(config: RunConfig, model: PreTrainedModel, decayed: Collection[str]) -> MuonWithAdamW:

@@ -11,6 +11,7 @@ from train import config as run_config
 from train import data, final, history, models, sample, stop, stopping
 from train.callbacks import early_stopping
 from train.callbacks.engine import EngineReady
+from train.callbacks.held_out import HeldOut
 from train.callbacks.metrics import Metrics
 from train.callbacks.progress import Progress
 from train.callbacks.tracking import Tracking
@@ -121,6 +122,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         EngineReady(trainer, console),
         Metrics(trainer),
         Progress(console),
+        HeldOut(trainer, console),
         early_stopping.EarlyStopping(trainer, console),
         *([trainer.tracking] if trainer.tracking is not None else []),
     ]:

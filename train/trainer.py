@@ -14,9 +14,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from train import optimizer, stop
+from train import finite, models, optimizer, stop
 from train.checkpoint.saver import Saver
 from train.config import RunConfig, accumulation_steps
+from train.data import first_batch
+from train.errors import Diverged, UserError
+from train.rank import from_all
 from train.strategy import engine_of, loop
 
 if TYPE_CHECKING:
@@ -104,6 +107,7 @@ class Trainer(transformers.Trainer):
         """The model's first values in fp32, until the engine is complete."""
         assert args.output_dir is not None
         self.run_dir = Path(args.output_dir)
+        self._is_data_checked = False
         self._train_loader, self._eval_loader = train_loader, eval_loader
         self.saved_step = resumed.step if resumed else None
         """Step of the newest whole checkpoint of this training."""
@@ -115,13 +119,24 @@ class Trainer(transformers.Trainer):
             processing_class=tokenizer,
             train_dataset=train_loader.dataset,
             eval_dataset=eval_loader.dataset if eval_loader else None,
-            compute_loss_func=self.loss,
+            compute_loss_func=self._step_loss,
         )
+        self.gate = finite.Gate(args.device)
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
         self.tracking: Tracking | None = None
         """On rank 0, what hands metrics on."""
+        self._auxiliary_coefficient = models.auxiliary_coefficient(model)
+        self.auxiliary_loss: torch.Tensor | None = None
+        """This rank's part of the model's auxiliary losses since the last logged step, each the
+        mean of a step; None where the model has none."""
+        if self._auxiliary_coefficient:
+            self.auxiliary_loss = torch.zeros((), device=args.device)
+        self.held_out_batches_not_finite = 0, 0
+        """How many batches of the last evaluation, over all ranks, were not finite; of how many."""
+        self._label_loss: torch.Tensor | None = None
+        """Of a micro-batch, without the auxiliary one."""
         self.saver = Saver(self)
         self.add_callback(self.saver)
 
@@ -146,25 +161,86 @@ class Trainer(transformers.Trainer):
         """Return one step's micro-batches and the number of labels in them, over all ranks.
 
         There are none where a run goes on from its last step, as one does that was killed later.
-        Raises Stop, before anything of the step is done, where a rank was told to.
+        Raises, before anything of the step is done, Diverged where the one before was not finite
+        and Stop where a rank was told to.
         """
         if self.control.should_training_stop:  # by the evaluation that a stop had cut short
             return [], None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
+        if not self._is_data_checked:
+            self._check_data(batches)
         labels = sum(int(b["labels"].ne(IGNORED).sum()) for b in batches)
         tokens = sum(
             int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel()
             for b in batches
         )
-        # One reduction for all: whether to stop costs no collective of its own.
+        # One reduction for all: neither whether to stop nor whether the step before was finite
+        # costs a collective of its own.
         counts = torch.tensor([labels, tokens, stop.asked() is not None], device=device)
+        counts = torch.cat([counts, self.gate.verdict().to(device)])
         counts = self.accelerator.reduce(counts, "sum")
-        if counts[2]:
+        _, tokens, stops, *not_finite = counts.tolist()
+        if any(not_finite):
+            raise self._diverged()
+        if stops:
             raise stop.Stop
-        self.tokens_seen += int(counts[1])
+        self.gate.begin()
+        self.tokens_seen += tokens
         return batches, counts[0].clamp(min=1)
+
+    def _check_data(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Raise UserError where the model cannot be trained on the first batches."""
+        self._is_data_checked = True
+        embedding: Any = self.model.get_input_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        rows = embedding.num_embeddings
+        first_batch.check(
+            batches,
+            micro_batch_size=self.config.trainer.micro_batch_size,
+            sequence_length=self.config.data.sequence_length,
+            embedding_rows=rows,
+            logits=getattr(head, "out_features", rows),
+        )
+
+    # --- whether the step was finite ----------------------------------------------------------
+
+    def check_finite(self, *, weights: bool = False) -> None:
+        """Raise Diverged, on all ranks alike, where this step was not finite. Collective.
+
+        With ``weights`` also where they are not, or too large: an update can overflow on its own.
+        """
+        verdict = self.gate.verdict()
+        if weights:
+            verdict = torch.cat([verdict, (~self._weights_are_sound()).long().view(1)])
+        if self.accelerator.reduce(verdict, "sum").any():
+            raise self._diverged()
+
+    def _weights_are_sound(self) -> torch.Tensor:
+        mine = engine_of(self.config).local_weights(self)
+        largest = finite.largest_weight(self.config.precision.compute_dtype)
+        return finite.are_sound(mine, self.args.device, largest)
+
+    def _diverged(self) -> Diverged:
+        # Closes the progress bar and the trackers, and waits for the checkpoint in flight.
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        loss, norm = self.gate.values()
+        found = from_all(finite.Found(loss, norm, bool(self._weights_are_sound())))
+        text = finite.message(
+            self.run_dir,
+            self.state.global_step,
+            found,
+            learning_rate=self.config.trainer.learning_rate,
+            began_at=self.resumed.step if self.resumed else None,
+        )
+        return Diverged(text)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.gate.add_loss(loss)
+        # What is logged can be compared with that of held-out samples, and from model to model.
+        return loss if self._label_loss is None else self._label_loss * self.args.world_size
 
     # --- loss and evaluation ------------------------------------------------------------------
 
@@ -187,6 +263,34 @@ class Trainer(transformers.Trainer):
         count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / count
 
+    def _step_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what a micro-batch adds to the loss of the step, the model's auxiliary one too.
+
+        That one is a mean over the tokens of the micro-batch, and so counts by its share of the
+        step's labels: over all micro-batches and ranks the shares add up to 1.
+        """
+        loss = self.loss(outputs, labels, num_items_in_batch)
+        if self.auxiliary_loss is not None:
+            self._label_loss = loss.detach()
+            share = labels.ne(IGNORED).sum().to(loss.device) / num_items_in_batch
+            if outputs.aux_loss is None:
+                raise UserError(
+                    f"{type(outputs).__name__} of this model holds no auxiliary loss, by which its "
+                    "config asks to keep experts equally busy; set its coefficient to 0 in "
+                    "config.json to train without, or choose another model"
+                )
+            auxiliary = torch.as_tensor(outputs.aux_loss, device=loss.device).float() * share
+            self.auxiliary_loss += auxiliary.detach()
+            loss = loss + self._auxiliary_coefficient * auxiliary
+        return finite.poisoned(loss)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.auxiliary_loss is not None:
+            inputs = {**inputs, models.ROUTER_LOGITS: True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -197,12 +301,12 @@ class Trainer(transformers.Trainer):
     ) -> EvalLoopOutput:
         """Return loss and perplexity over all held-out labels, and accuracy for masked ones.
 
-        Only four sums are kept and reduced, never logits. Every rank makes the same number of
+        Only six sums are kept and reduced, never logits. Every rank makes the same number of
         forward passes, as sharded engines need. Raises Stop where a rank was told to.
         """
         model = self.model_wrapped
         model.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
         try:
             with torch.no_grad():
                 for number, batch in enumerate(dataloader):
@@ -212,21 +316,25 @@ class Trainer(transformers.Trainer):
                     labels = batch.pop("labels")
                     logits = model(**batch).logits
                     kept = labels.ne(IGNORED)
-                    sums[0] += cross_entropy(
+                    loss = cross_entropy(
                         logits.flatten(0, 1).float(),
                         labels.flatten(),
                         ignore_index=IGNORED,
                         reduction="sum",
                     )
+                    sums[0] += loss
                     sums[1] += (logits.argmax(-1).eq(labels) & kept).sum()
                     sums[2] += kept.sum()
                     sums[3] += kept.any(-1).sum()
+                    sums[4] += ~loss.isfinite()
+                    sums[5] += 1
         finally:
             model.train()
             engine_of(self.config).after_evaluation(self)
-        total, correct, count, samples = self.accelerator.reduce(sums, "sum").tolist()
-        loss = total / max(count, 1)
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        total, correct, count, samples, *batches = self.accelerator.reduce(sums, "sum").tolist()
+        self.held_out_batches_not_finite = int(batches[0]), int(batches[1])
+        mean = total / max(count, 1)
+        metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
         if self.config.objective.kind == "mlm":
             metrics["masked_accuracy"] = correct / max(count, 1)
         return EvalLoopOutput(
@@ -291,11 +399,12 @@ class Trainer(transformers.Trainer):
             built["kwargs_handlers"] = [*handlers, scaler]
         return built
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float | None:
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if hasattr(norm, "full_tensor"):  # a DTensor holds only this rank's part
             norm = norm.full_tensor()
-        return float(norm) if norm is not None else None
+        self.gate.judge(norm, is_bad=loop.loss_scale_is_exhausted(self))
+        return norm
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -315,7 +424,9 @@ class Trainer(transformers.Trainer):
         """Return the metrics of the last step; evaluate where the cadence has not done it."""
         if self._eval_loader is None:
             return {}
-        return self.evaluation_of_this_step() or self.evaluate()
+        found = self.evaluation_of_this_step()
+        # One that is not finite has ended the run; a resumed one is not to end as if it were fine.
+        return found if math.isfinite(found.get("eval_loss", math.nan)) else self.evaluate()
 
     def evaluation_of_this_step(self) -> dict[str, float]:
         """Return the metrics that were evaluated at this very step, none where it was not."""

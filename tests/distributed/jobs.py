@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -274,20 +275,25 @@ def trained_in_emulated_fp8(run_dir: Path) -> dict[str, Any]:
 
 
 def trained_in_fp16_on_a_cpu(run_dir: Path) -> dict[str, Any]:
-    """Train by DeepSpeed in fp16; return what it scales losses by and in which class.
-
-    torch multiplies fp16 on any CPU, but DeepSpeed refuses it where that is slow: this is patched.
-    """
-    from unittest import mock
-
-    from deepspeed.accelerator import get_accelerator
+    """Train by DeepSpeed in fp16; return what it scales losses by and in which class."""
 
     def look(trainer: Trainer) -> dict[str, Any]:
         optimizer = trainer.model_wrapped.optimizer
         return {"optimizer": type(optimizer).__name__, "loss_scale": float(optimizer.loss_scale)}
 
-    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True):
+    with fp16_allowed_on_a_cpu():
         return trained(run_dir, look)
+
+
+@contextmanager
+def fp16_allowed_on_a_cpu() -> Iterator[None]:
+    """Patch what refuses fp16: torch multiplies it on any CPU, where DeepSpeed finds that slow."""
+    from unittest import mock
+
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True):
+        yield
 
 
 def restored_and_saved(run_dir: Path, directory: Path) -> None:

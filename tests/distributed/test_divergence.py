@@ -1,31 +1,282 @@
-"""A run that has diverged stops and says so, instead of training on NaN."""
+"""A step that is not finite reaches neither weights nor checkpoints, and ends the run in words."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.checkpoints import rewrite_manifest
+from tests.distributed.faults import first_batch_is_refused, trained_with_a_fault
 from tests.distributed.jobs import whole_run
-from tests.distributed.pool import RanksFailed
+from tests.strategies import STRATEGIES
+from train.checkpoint import layout
 
 pytestmark = pytest.mark.distributed
 
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"compute_dtype": "bf16"},
+    "bf16_pure": {"compute_dtype": "bf16", "master_dtype": "bf16", "moments_dtype": "bf16"},
+}
+SPOILT = 3
+"""The step that is spoilt, on rank 1 alone."""
+SAID = {
+    "loss": "the loss is inf on rank 1.",
+    "gradient": "the gradient norm is (NaN|inf), and the loss is finite.",
+    "update": "its update on rank 1 left weights that are NaN, infinite or too large",
+}
+ENGINES = (
+    "ddp",
+    "zero0",
+    "zero1",
+    "zero2",
+    "zero2_offload",
+    "zero3",
+    "zero3_offload",
+    "fsdp",
+    "fsdp_hybrid",
+    "fsdp_offload",
+)
 
-def test_a_loss_that_is_no_number_stops_the_run(
+
+QUICK = ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp")
+"""Each decides by itself what it does with gradients that are not finite."""
+
+
+def combinations() -> Iterator[Any]:
+    """Yield engine, precision and fault: all engines' own checks, the full product as slow."""
+    for engine in ENGINES:
+        for precision in PRECISIONS:
+            if precision == "bf16_pure" and engine in ("zero0", "zero2_offload", "zero3_offload"):
+                continue  # refused
+            for fault in SAID:
+                if fault == "gradient":
+                    is_quick = precision != "bf16_pure" and engine in QUICK
+                else:
+                    is_quick = precision == "fp32" and engine in ("ddp", "zero3", "fsdp")
+                marks = [] if is_quick else [pytest.mark.slow]
+                yield pytest.param(engine, precision, fault, marks=marks)
+
+
+@pytest.mark.parametrize(("engine", "precision", "fault"), combinations())
+def test_what_is_not_finite_reaches_no_weight_and_no_checkpoint(
+    engine: str,
+    precision: str,
+    fault: str,
     tiny_tree: Callable[[str], dict[str, Any]],
     frozen_run: Callable[[dict[str, Any]], Path],
     ranks: Callable[[int], Any],
 ) -> None:
     tree = tiny_tree("clm")
-    tree["trainer"] |= {"learning_rate": 1e30, "adam_epsilon": 1e-30}
+    tree["strategy"] = STRATEGIES[engine]
+    tree["precision"] = PRECISIONS[precision]
+    tree["data"]["eval_fraction"] = 0.0
+    # A save at the spoilt step looks at the weights; without it the next step's start tells.
+    saves = {"save_every_steps": 1 if fault == "update" else 2}
+    clip = {"max_grad_norm": 0.0 if precision == "fp32" else 1.0}
+    tree["trainer"] |= {"max_steps": 8, "log_every_steps": 100, **saves, **clip}
+    tree["checkpoint"] = {"keep_last": 1}
+    world_size = 4 if "hybrid" in engine else 2
+    tree["launcher"]["nproc_per_node"] = world_size
     run_dir = frozen_run(tree)
-    with pytest.raises(RanksFailed, match=r"the loss is (nan|inf) at step \d+: training has div"):
-        ranks(2)(whole_run, run_dir)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] is None
-    assert len(lines) < 20
-    assert not (run_dir / "final").exists()
+
+    seen = ranks(world_size)(trained_with_a_fault, run_dir, fault, SPOILT, 1)
+
+    for found in seen:
+        assert re.match(f"training has diverged at step {SPOILT}: {SAID[fault]}", found["error"])
+        assert "checkpoint-2 is the newest checkpoint, and its weights are" in found["error"]
+        assert found["step"] == SPOILT
+        # Of an update nothing can be known before it is made: no save gets to see it.
+        assert found["weights_are_as_before"] == (fault != "update")
+    assert layout.whole_checkpoints(run_dir / "checkpoints") == [
+        (2, run_dir / "checkpoints" / "checkpoint-2")
+    ]
+    assert layout.verify(run_dir / "checkpoints" / "checkpoint-2") == []
+
+
+def test_the_save_in_flight_is_finished_and_named(
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = STRATEGIES["fsdp"]
+    tree["trainer"] |= {"max_steps": 8, "save_every_steps": 2}
+    tree["checkpoint"] = {"keep_last": 1, "async": True}
+    run_dir = frozen_run(tree)
+    for found in ranks(2)(trained_with_a_fault, run_dir, "gradient", SPOILT, 1):
+        assert "checkpoint-2 is the newest checkpoint" in found["error"]
+    assert layout.verify(run_dir / "checkpoints" / "checkpoint-2") == []
+
+
+# --- fp16 ----------------------------------------------------------------------------------------
+
+SCALED = ("zero0", "zero2", "zero3")
+
+
+@pytest.fixture
+def fp16_run(
+    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
+) -> Callable[[str], Path]:
+    """Return a function that freezes a run whose loss scale is 8 and does not grow."""
+
+    def freeze(engine: str) -> Path:
+        tree = tiny_tree("clm")
+        tree["strategy"] = STRATEGIES[engine]
+        tree["data"]["eval_fraction"] = 0.0
+        tree["precision"] = {"compute_dtype": "fp16", "initial_loss_scale": 8.0}
+        tree["trainer"] |= {"max_steps": 8, "save_every_steps": 1, "log_every_steps": 100}
+        tree["checkpoint"] = {"keep_last": 1}
+        return frozen_run(tree)
+
+    return freeze
+
+
+@pytest.mark.parametrize("engine", SCALED)
+def test_an_overflow_in_fp16_is_skipped_and_the_run_continues(
+    engine: str, fp16_run: Callable[[str], Path], ranks: Callable[[int], Any]
+) -> None:
+    run_dir = fp16_run(engine)
+    for found in ranks(2)(trained_with_a_fault, run_dir, "gradient", SPOILT, 1):
+        assert (found["error"], found["step"], found["loss_scale"]) == (None, 8, 4.0)
+    assert [step for step, _ in layout.whole_checkpoints(run_dir / "checkpoints")] == [8]
+
+
+@pytest.mark.parametrize("engine", SCALED)
+def test_overflows_that_no_loss_scale_ends_end_the_run(
+    engine: str, fp16_run: Callable[[str], Path], ranks: Callable[[int], Any]
+) -> None:
+    run_dir = fp16_run(engine)
+    for found in ranks(2)(trained_with_a_fault, run_dir, "gradient", SPOILT, 1, True):
+        # By then the scale has come from 8 to 1.
+        assert "diverged at step 5: the gradient norm is inf, and the loss" in found["error"]
+        assert found["loss_scale"] == 1.0
+        assert found["weights_are_as_before"]
+    assert [step for step, _ in layout.whole_checkpoints(run_dir / "checkpoints")] == [4]
+
+
+@pytest.mark.parametrize("engine", SCALED)
+def test_a_loss_that_is_not_finite_is_no_overflow(
+    engine: str, fp16_run: Callable[[str], Path], ranks: Callable[[int], Any]
+) -> None:
+    run_dir = fp16_run(engine)
+    for found in ranks(2)(trained_with_a_fault, run_dir, "loss", SPOILT, 1):
+        assert "diverged at step 3: the loss is inf on rank 1. " in found["error"]
+        assert found["weights_are_as_before"]
+    assert [step for step, _ in layout.whole_checkpoints(run_dir / "checkpoints")] == [2]
+
+
+# --- checkpoints of which nobody has looked whether they are finite -------------------------------
+
+
+@pytest.mark.parametrize("says", [None, False])
+@pytest.mark.parametrize("engine", ["zero2", "fsdp"])
+def test_a_run_resumes_from_before_weights_that_are_not_finite_and_says_so(
+    engine: str,
+    says: bool | None,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = STRATEGIES[engine]
+    tree["trainer"] |= {"max_steps": 4, "save_every_steps": 1}
+    tree["checkpoint"] = {"keep_last": 4}
+    run_dir = frozen_run(tree)
+    ranks(2)(trained_with_a_fault, run_dir, "update", SPOILT, 1, False, True)
+    checkpoints = run_dir / "checkpoints"
+    spoilt = [checkpoints / "checkpoint-3", checkpoints / "checkpoint-4"]
+    for path in spoilt:
+        assert layout.verify(path) == []
+        rewrite_manifest(path, lambda tree: {**tree, "finite": says})
+
+    text = ranks(2)(whole_run, run_dir)[0]
+
+    for step in (3, 4):
+        assert f"checkpoint-{step} cannot be used: its weights are not finite; skipped\n" in text
+    assert "going on from checkpoint-2\n" in text
+    assert (run_dir / "final/model.safetensors").is_file()
+    # They have been written anew.
+    assert all(layout.read_manifest(path).finite for path in spoilt)
+    assert [step for step, _ in layout.whole_checkpoints(checkpoints)] == [1, 2, 3, 4]
+
+
+# --- held-out losses ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated_run(
+    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
+) -> Callable[..., Path]:
+    """Return a function that freezes a run of 5 steps, saved after every second."""
+
+    def freeze(**trainer: Any) -> Path:
+        tree = tiny_tree("clm")
+        tree["trainer"] |= {"max_steps": 5, "save_every_steps": 2, **trainer}
+        tree["checkpoint"] = {"keep_last": 5}
+        return frozen_run(tree)
+
+    return freeze
+
+
+def test_one_held_out_loss_that_is_not_finite_is_told_and_is_not_the_best(
+    evaluated_run: Callable[..., Path], ranks: Callable[[int], Any]
+) -> None:
+    run_dir = evaluated_run(eval_every_steps=2)
+    first, other = ranks(2)(trained_with_a_fault, run_dir, "held_out", 4, 1)
+    assert (first["error"], other["error"], first["step"]) == (None, None, 5)
+    assert re.search(
+        r"^warning: the held-out loss at step 4 is inf, in \d of \d batches, while the weights are "
+        r"finite; it counts for no best checkpoint, and if the next evaluation is not finite "
+        r"either, the run ends$",
+        first["text"],
+        re.MULTILINE,
+    )
+    assert "warning" not in other["text"]
+    found = [
+        layout.read_manifest(path).metrics.get("eval_loss")
+        for _, path in layout.whole_checkpoints(run_dir / "checkpoints")
+    ]
+    assert [loss is not None for loss in found] == [True, False, True], "at steps 2, 4 and 5"
+
+
+def test_held_out_losses_that_stay_not_finite_end_the_run_with_a_checkpoint(
+    evaluated_run: Callable[..., Path], ranks: Callable[[int], Any]
+) -> None:
+    run_dir = evaluated_run(eval_every_steps=1)
+    for found in ranks(2)(trained_with_a_fault, run_dir, "held_out", 2, 1, True):
+        assert re.match(
+            r"the held-out loss at step 3 is inf, in \d of \d batches, and at step 2 it was inf, "
+            r"while the weights are finite\. ",
+            found["error"],
+        )
+        assert found["error"].endswith(f"resume with: shardwright resume {run_dir}")
+    assert [step for step, _ in layout.whole_checkpoints(run_dir / "checkpoints")] == [2, 3]
+
+
+def test_a_last_held_out_loss_that_is_not_finite_is_an_error(
+    evaluated_run: Callable[..., Path], ranks: Callable[[int], Any]
+) -> None:
+    run_dir = evaluated_run()
+    for attempt in range(2):  # resumed, it evaluates again
+        for found in ranks(2)(trained_with_a_fault, run_dir, "held_out", 1, 1, True):
+            assert found["error"].startswith("the held-out loss at step 5 is inf, "), attempt
+    assert [step for step, _ in layout.whole_checkpoints(run_dir / "checkpoints")] == [2, 4, 5]
+
+
+# --- the first batch ------------------------------------------------------------------------------
+
+
+def test_ids_beyond_the_embedding_are_refused_before_the_first_step(
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    run_dir = frozen_run(tiny_tree("mlm"))
+    for said, steps in ranks(2)(first_batch_is_refused, run_dir):
+        assert re.match(r"the first batch has the token id 1\d\d\d in input_ids, and the", said)
+        assert steps == 0

@@ -28,23 +28,31 @@ def assert_all_gone(cwd: Path) -> None:
         time.sleep(0.1)
 
 
-def test_weights_that_diverge_fail_the_run_and_keep_the_checkpoint(
+def test_a_run_that_diverges_fails_in_one_line_and_keeps_what_is_finite(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    """Rank 0 finds it out as it writes final/, while rank 1 waits for it in a collective."""
-    # No step is logged, where both would see that the loss is no number.
-    unseen = ("trainer.learning_rate=1e30", "trainer.log_every_steps=1000")
-    ended = shardwright("train", *tiny("clm"), *unseen, cwd=tmp_path)
+    # The first step is taken at a rate of 0. None is logged, where the ranks would see a loss.
+    rate = ("trainer.learning_rate=1e30", "trainer.lr_scheduler=constant", "trainer.warmup_steps=1")
+    saves = ("trainer.save_every_steps=1", "checkpoint.keep_last=1", "trainer.log_every_steps=1000")
+    ended = shardwright("train", *tiny("clm"), *rate, *saves, cwd=tmp_path)
 
     assert ended.returncode == 1
-    assert re.match(r"rank 0 on .+ failed first:\n", ended.stderr.partition("\n")[2])
-    assert "in export\n" in ended.stderr
-    assert "FloatingPointError: transformer.wte.weight holds NaN or infinity" in ended.stderr
-    log = tmp_path / "run" / "logs" / "rank-0.log"
-    assert ended.stderr.rstrip().endswith(f"its whole log: {log}")
-    assert "Traceback (most recent call last)" in log.read_text()
-    assert not (tmp_path / "run" / "final").exists()
-    assert [step for step, _ in layout.whole_checkpoints(tmp_path / "run" / "checkpoints")] == [4]
+    run_dir = tmp_path / "run"
+    checkpoint = run_dir / "checkpoints" / "checkpoint-1"
+    assert layout.whole_checkpoints(run_dir / "checkpoints") == [(1, checkpoint)]
+    summary = (
+        "training has diverged at step 2: its update on every rank left weights that are NaN, "
+        "infinite or too large to compute with"
+    )
+    assert f"{summary}\n" in ended.stdout
+    assert (
+        f"\nerror: {summary}. checkpoint-1 is the newest checkpoint, and its weights are finite; "
+        "lower trainer.learning_rate (it is 1e+30) or trainer.max_grad_norm, or warm up for "
+        f"longer, and resume with: shardwright resume {run_dir} trainer.learning_rate=1e+29\n"
+    ) in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert layout.read_manifest(checkpoint).finite
+    assert not (run_dir / "final").exists()
     assert_all_gone(tmp_path)
 
 

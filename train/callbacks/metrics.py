@@ -29,12 +29,14 @@ class Metrics(TrainerCallback):
         self._training_seconds = 0.0
         self._resumed_at = 0.0
         self._tokens_logged = 0
+        self._logged_step = 0
 
     # Evaluation and saves are left out of the throughput: the clock runs from the end of one
     # interruption to the beginning of the next.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tokens_logged = self.trainer.tokens_seen
+        self._logged_step = self.trainer._globalstep_last_logged
         self._resumed_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -62,6 +64,11 @@ class Metrics(TrainerCallback):
             tokens = trainer.tokens_seen - self._tokens_logged
             taken["tokens_per_second"] = tokens / max(self._training_seconds, 1e-9)
             taken["peak_memory_bytes"] = self._peak_memory_bytes()
+            if trainer.auxiliary_loss is not None:
+                total = trainer.accelerator.reduce(trainer.auxiliary_loss, "sum").item()
+                taken["auxiliary_loss"] = total / max(state.global_step - self._logged_step, 1)
+                trainer.auxiliary_loss = torch.zeros_like(trainer.auxiliary_loss)
+            self._logged_step = state.global_step
             self._tokens_logged = trainer.tokens_seen
             self._training_seconds = 0.0
         if state.is_world_process_zero:
@@ -77,12 +84,9 @@ class Metrics(TrainerCallback):
             # JSON has no NaN.
             finite = {k: v if math.isfinite(v) else None for k, v in line.items()}
             self._append(json.dumps(finite, allow_nan=False) + "\n")
-        # The loss is the same on every rank, so all of them stop.
-        if not math.isfinite(taken.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"the loss is {taken['loss']} at step {state.global_step}: training has diverged; "
-                "lower trainer.learning_rate or trainer.max_grad_norm, or warm up for longer"
-            )
+        # Both are the same on every rank, so all of them look closer.
+        if not all(math.isfinite(taken.get(name, 0.0)) for name in ("loss", "grad_norm")):
+            trainer.check_finite()
 
     def _append(self, line: str) -> None:
         try:

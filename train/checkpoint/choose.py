@@ -119,6 +119,11 @@ def _one(path: Path, advance: Callable[[int], object], section: str | None) -> C
 
 def _read(path: Path, section: str | None = None) -> Chosen:
     manifest = layout.read_manifest(path) if (path / MANIFEST).is_file() else None
+    if manifest is not None and manifest.finite is False:
+        raise UserError(
+            f"{path} cannot be used: {layout.NOT_FINITE}; take an earlier checkpoint of the run. "
+            f"To read what is there nevertheless, give {path / portable.ENGINE}"
+        )
     if manifest is not None and manifest.parts > 1:
         raise UserError(
             f"{path} is part {manifest.part + 1} of {manifest.parts}: each node kept what its "

@@ -24,7 +24,8 @@ class PassedOver:
 
     def __str__(self) -> str:
         more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-        return f"checkpoint-{self.step} is not whole: {self.problems[0]}{more}"
+        what = "cannot be used" if self.problems[0] == layout.NOT_FINITE else "is not whole"
+        return f"checkpoint-{self.step} {what}: {self.problems[0]}{more}"
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,35 @@ def _first_sound(
     share: tuple[int, int],
     advance: Callable[[int], object],
 ) -> tuple[Path | None, list[PassedOver]]:
-    """Return the first of some checkpoints whose every hash is right, and those before it."""
+    """Return the first of some checkpoints that can be used, and those before it.
+
+    Every hash of it is right, and its weights are finite: where its manifest does not say so, they
+    are looked at.
+    """
     damaged: list[PassedOver] = []
     for step in steps:
         path = directory / f"checkpoint-{step}"
         found = gather(layout.verify(path, share=share, advance=advance))
+        if not any(found):
+            found = gather(_not_finite(path, share))
         problems = list(dict.fromkeys(problem for part in found for problem in part))
         if not problems:
             return path, damaged
         damaged.append(PassedOver(step, problems))
     return None, damaged
+
+
+def _not_finite(checkpoint: Path, share: tuple[int, int]) -> list[str]:
+    """Return what is wrong with this rank's share of the weights of a whole checkpoint."""
+    if layout.read_manifest(checkpoint).finite is not None:
+        return []
+    from train.checkpoint import portable
+    from train.checkpoint.lazy import Unreadable, has_only_finite
+
+    try:
+        weights = portable.read(checkpoint).weights
+    except (Unreadable, OSError):
+        return []  # whoever opens it says why
+    index, count = share
+    mine = sorted(weights)[index::count]
+    return [] if all(has_only_finite(weights[name]) for name in mine) else [layout.NOT_FINITE]

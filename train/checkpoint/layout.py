@@ -21,6 +21,7 @@ from train.durable import flush, publish
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+NOT_FINITE = "its weights are not finite"
 _OWN_HASH = "manifest_xxh3_128"
 VERIFY_THREADS = 8
 """Enough to keep a parallel file system or an NVMe disk busy; reading and hashing free the GIL."""
@@ -106,6 +107,8 @@ class Manifest(_Part):
     tokens: int = Field(default=0, ge=0)
     metrics: dict[str, float] = {}
     """What was evaluated at this step: eval_loss and so on."""
+    finite: bool | None = None
+    """Whether no weight is NaN or infinite; None where nobody has looked, in earlier versions."""
     save_id: str = ""
     """The same for all parts of one save, another for every other save."""
     part: int = Field(default=0, ge=0)
@@ -124,6 +127,13 @@ class Manifest(_Part):
 
 class NotWhole(ValueError):
     """A directory is no whole checkpoint; the message says why, as in "<path>: <message>"."""
+
+
+class NotFinite(NotWhole):
+    """A checkpoint is as it was written, but its weights are NaN or infinite."""
+
+    def __init__(self) -> None:
+        super().__init__(NOT_FINITE)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -162,12 +172,15 @@ def step_of(path: Path) -> int | None:
 def check_sizes(checkpoint: Path) -> Manifest:
     """Return the manifest, once every file that it names is there in its size, and no other.
 
-    Reads the manifest and the directories only. Raises NotWhole.
+    Reads the manifest and the directories only. Raises NotWhole, and NotFinite where the manifest
+    says so: neither counts for anything.
     """
     manifest = read_manifest(checkpoint)
     problems = _misplaced(checkpoint, manifest, manifest.files) or _unknown(checkpoint, manifest)
     if problems:
         raise NotWhole(next(iter(problems.values())))
+    if manifest.finite is False:
+        raise NotFinite
     return manifest
 
 

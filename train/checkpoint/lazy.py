@@ -104,6 +104,19 @@ class LazyTensor:
                 yield part(fragment, self.dtype.itemsize, begin, last - first, at + first - start)
 
 
+def has_only_finite(tensor: LazyTensor) -> bool:
+    """Return whether no element is NaN or infinite, reading a few MiB at a time."""
+    if not tensor.dtype.is_floating_point:
+        return True
+    block = _SCATTERED_BYTES // tensor.dtype.itemsize
+    for start in range(0, tensor.numel, block):
+        values = tensor.read(start, min(start + block, tensor.numel))
+        # NaN is both extremes wherever it is.
+        if not all(extreme.isfinite() for extreme in values.float().aminmax()):
+            return False
+    return True
+
+
 def _check_columns(fragments: Sequence[Fragment], numel: int) -> None:
     """Raise Unreadable where rectangles of a tensor seen as rows do not cover it just once."""
     stride = fragments[0].stride

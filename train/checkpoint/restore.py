@@ -156,8 +156,10 @@ def restore(trainer: Trainer, resumed: Resumed) -> None:
     if resumed.world_size == trainer.args.world_size:
         saved = _restore_rng(resumed.checkpoint / f"rng-{rank}.pt")
         if saved is not None:
-            trainer._tr_loss += saved[0]
-            trainer._globalstep_last_logged = saved[1]
+            trainer._tr_loss += saved["unlogged_loss"]
+            trainer._globalstep_last_logged = int(saved["logged_step"])
+            if trainer.auxiliary_loss is not None:
+                trainer.auxiliary_loss += saved.get("unlogged_auxiliary_loss", 0.0)
     else:
         text = f"{trainer.config.seed}/{resumed.step}/{rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
@@ -187,8 +189,8 @@ def _restore_schedule(trainer: Trainer, path: Path) -> None:
             group["lr"] = rate
 
 
-def _restore_rng(path: Path) -> tuple[float, int] | None:
-    """Set this rank's random numbers; return its loss since the last logged step, and that step.
+def _restore_rng(path: Path) -> dict[str, float] | None:
+    """Set this rank's random numbers; return its losses since the last logged step, and that step.
 
     None where the checkpoint is an older one.
     """
@@ -197,7 +199,8 @@ def _restore_rng(path: Path) -> tuple[float, int] | None:
         _set_rng(saved)
         if "unlogged_loss" not in saved:
             return None
-        return float(saved["unlogged_loss"]), int(saved["logged_step"])
+        names = ("unlogged_loss", "logged_step", "unlogged_auxiliary_loss")
+        return {name: float(saved[name]) for name in names if name in saved}
     except Exception as error:
         raise UserError(
             f"{path} is refused: {type(error).__name__}: {why_refused(error)}; "

@@ -82,8 +82,10 @@ def peers_of(trainer: Trainer) -> Peers:
 def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
     """Collect the state of a run, copied to host memory where later steps may come before its end.
 
-    Collective; touches no disk.
+    Collective; touches no disk. Raises Diverged where the step or the weights are not finite: none
+    of that is saved.
     """
+    trainer.check_finite(weights=True)
     texts = {f"rng-{peers.rank}.pt": _torch_bytes(_rng_state() | _unlogged_loss(trainer))}
     if peers.is_first:
         assert trainer.lr_scheduler is not None
@@ -108,6 +110,7 @@ def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
             "metrics": {
                 k: v for k, v in trainer.evaluation_of_this_step().items() if math.isfinite(v)
             },
+            "finite": True,
             "parameters": _parameters(trainer),
         },
         rule=trainer.config.checkpoint,
@@ -207,6 +210,11 @@ def _unlogged_loss(trainer: Trainer) -> dict[str, Any]:
     return {
         "unlogged_loss": float(trainer._tr_loss),
         "logged_step": trainer._globalstep_last_logged,
+        **(
+            {"unlogged_auxiliary_loss": float(trainer.auxiliary_loss)}
+            if trainer.auxiliary_loss is not None
+            else {}
+        ),
     }
 
 

@@ -45,7 +45,8 @@ class Saver(TrainerCallback):
     def save(self) -> None:
         """Write a checkpoint of this step, or have it written while training goes on.
 
-        Raises SaveFailed where an earlier one or this one fails and the config says to stop.
+        Raises SaveFailed where an earlier one or this one fails and the config says to stop, and
+        Diverged as `save_last` and `save_before_stop` do, where there is nothing finite to save.
         """
         self._wait_for_the_previous()
         if not self.in_background:

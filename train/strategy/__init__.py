@@ -59,7 +59,11 @@ class Engine(Protocol):
         """Make the engine take torch's process group as its own, before anything is built."""
 
     def complete(self, trainer: Trainer) -> None:
-        """Add to the live engine what the other engines have and this one lacks."""
+        """Add to the live engine what the other engines have and this one lacks.
+
+        Among that is to leave the weights alone in a step whose gradient norm is not finite, by
+        `Trainer.gate`, unless the engine does so by itself.
+        """
 
     def expected(self, config: RunConfig, world_size: int) -> dict[str, Any]:
         """Return the facts that `read_back` must find. Pure."""
@@ -85,6 +89,9 @@ class Engine(Protocol):
         Collective: every rank iterates in step. Rank 0 gets the tensor on the CPU, others None.
         Tied parameters come once.
         """
+
+    def local_weights(self, trainer: Trainer) -> Iterator[torch.Tensor]:
+        """Yield what this rank holds of the master weights, to be read only."""
 
     def release(self) -> None:
         """Undo what keeps models from being loaded the usual way in this process."""

@@ -67,6 +67,12 @@ OWNED = {
 
 # What DeepSpeed reads and does, but not what a user of it here would expect.
 REFUSED = {
+    "bf16.check_grad_overflow": (
+        "would let gradients that are not finite reach the weights, or changes nothing"
+    ),
+    "zero_optimization.compute_grad_norm": (
+        "would let gradients that are not finite reach the weights, or changes nothing"
+    ),
     "zero_optimization.zenflow": (
         "takes its hyper-parameters from DeepSpeed's own optimizer section and its update interval "
         "for the accumulation steps, so neither trainer.optimizer nor trainer.global_batch_size "
@@ -90,7 +96,7 @@ _Dtype = Literal["fp32", "bf16", "fp16"]
 
 # The rest of what DeepSpeed reads: the type of a value, or the keys of a section.
 FREE: dict[str, Any] = {
-    "bf16": {"immediate_grad_update": bool, "check_grad_overflow": bool},
+    "bf16": {"immediate_grad_update": bool},
     "fp16": {
         "auto_cast": bool,
         "consecutive_hysteresis": bool,
@@ -100,7 +106,6 @@ FREE: dict[str, Any] = {
     },
     "zero_optimization": {
         "allgather_partitions": bool,
-        "compute_grad_norm": bool,
         "elastic_checkpoint": bool,
         "enable_sanity_checks": bool,
         "ignore_unused_parameters": bool,

@@ -280,7 +280,8 @@ def adopt_process_group() -> None:
 
 
 def complete(trainer: Trainer) -> None:
-    pass
+    if trainer.accelerator.scaler is None:
+        trainer.gate.guard(trainer.innermost_optimizer())
 
 
 def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -406,6 +407,14 @@ def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None
         assert isinstance(parameter, DTensor)
         whole = parameter.full_tensor().detach().to("cpu", torch.float32)
         yield name, whole if trainer.is_world_process_zero() else None
+
+
+def local_weights(trainer: Trainer) -> Iterator[torch.Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    for parameter in trainer.model.parameters():
+        assert isinstance(parameter, DTensor)
+        yield parameter.to_local()
 
 
 def release() -> None:

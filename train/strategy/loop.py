@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from train.trainer import Trainer
 
+SMALLEST_LOSS_SCALE = 1.0
+"""Below it losses would be made smaller, when it is there to keep gradients from vanishing."""
+
 # Our names of the schedules, and those of transformers.
 SCHEDULES = {
     "linear": "linear",
@@ -277,6 +280,20 @@ def loss_scale_state(trainer: Trainer) -> dict[str, float]:
         return {"scale": state["scale"], "stable_steps": state["_growth_tracker"]}
     own = _deepspeeds_scaler(trainer)
     return {"scale": float(own.cur_scale), "stable_steps": own.cur_iter - own.last_overflow_iter}
+
+
+def loss_scale_is_exhausted(trainer: Trainer) -> Any:
+    """Return whether one more overflow leaves no smaller loss scale; None where none is scaled.
+
+    To be asked before torch's scaler is updated by a step, and after DeepSpeed's is.
+    """
+    if trainer.config.precision.compute_dtype != "fp16":
+        return None
+    if (scaler := trainer.accelerator.scaler) is not None:
+        return scaler._get_scale_async() * scaler.get_backoff_factor() <= SMALLEST_LOSS_SCALE
+    own = _deepspeeds_scaler(trainer)
+    smallest = getattr(own, "min_scale", None) or getattr(own, "min_loss_scale", None) or 0
+    return own.cur_scale <= max(SMALLEST_LOSS_SCALE, smallest)
 
 
 def restore_loss_scale(trainer: Trainer, state: dict[str, float]) -> None:

@@ -74,13 +74,18 @@ def adopt_process_group() -> None:
 
 
 def complete(trainer: Trainer) -> None:
-    """Reduce fp32 gradients in bf16 where that is asked for; pure bf16 does so by itself."""
+    """Reduce fp32 gradients in bf16 where that is asked for; pure bf16 does so by itself.
+
+    Where losses are scaled, torch's GradScaler skips steps that overflow.
+    """
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
     precision = trainer.config.precision
     is_ddp = trainer.config.strategy.kind == "ddp"
     if is_ddp and precision.reduce_dtype == "bf16" and precision.master_dtype == "fp32":
         trainer.model_wrapped.register_comm_hook(None, bf16_compress_hook)
+    if trainer.accelerator.scaler is None:
+        trainer.gate.guard(trainer.innermost_optimizer())
 
 
 def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -145,6 +150,10 @@ def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None
     for name, parameter in trainer.model.named_parameters():
         whole = parameter.detach().to("cpu", torch.float32)
         yield name, whole if trainer.is_world_process_zero() else None
+
+
+def local_weights(trainer: Trainer) -> Iterator[torch.Tensor]:
+    return trainer.model.parameters()
 
 
 def release() -> None:

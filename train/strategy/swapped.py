@@ -69,6 +69,13 @@ def in_memory(zero: Any, index: int) -> Iterator[None]:
     zero._optimizer_states_and_gradient_swap_out(index)
 
 
+def masters(zero: Any, partitions: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield flat master weights, those on the disk as mapped files: they take no memory."""
+    for index, flat in enumerate(partitions):
+        info = _on_disk(zero, index)
+        yield flat if info is None else _mapped(info, flat)
+
+
 def mapped(zero: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the optimizer's state_dict with what is on the disk in it, as if it were in memory.
 

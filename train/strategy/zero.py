@@ -163,6 +163,7 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
             "enabled": bf16,
             "bf16_master_weights_and_grads": precision.master_dtype == "bf16",
             "bf16_optimizer_states": precision.moments_dtype == "bf16",
+            "check_grad_overflow": True,
         },
         "fp16": {
             "enabled": fp16,
@@ -376,7 +377,8 @@ def complete(trainer: Trainer) -> None:
     With round_robin_gradients it links parameters to the masters of others. In bf16 and fp16 it
     clones the fp32 masters from the rounded parameters. At stage 0 it also makes room for the
     moments by a step with zero gradients, which decays the masters and counts as Adam's first; in
-    fp32 it drops the gradient norm there. Of gradients on NVMe it reads most not at all.
+    fp32 it drops the gradient norm there, and steps whatever it is: everywhere else it skips a step
+    whose gradient norm is not finite. Of gradients on NVMe it reads most not at all.
     """
     from torch.nn.utils import clip_grad_norm_, get_total_norm
 
@@ -404,18 +406,25 @@ def complete(trainer: Trainer) -> None:
             engine.optimizer.optimizer.state.clear()
         return
 
+    trainer.gate.guard(engine.optimizer)
+
     def clip() -> None:
         limit = engine.gradient_clipping()
         engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), limit)
+        trainer.gate.judge(engine._global_grad_norm)
 
-    def measure(*_: Any) -> None:
+    step = engine.optimizer.step
+
+    def measured(*arguments: Any, **options: Any) -> Any:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         engine._global_grad_norm = get_total_norm(gradients)
+        trainer.gate.judge(engine._global_grad_norm)
+        return step(*arguments, **options)
 
     if engine.gradient_clipping() > 0:
         engine.clip_fp32_gradients = clip
     else:
-        engine.optimizer.register_step_pre_hook(measure)
+        engine.optimizer.step = measured
 
 
 def _link_masters(zero: Any) -> None:
@@ -519,15 +528,8 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
     if stage > 1:
         facts["reduce_bucket_elements"] = int(zero.reduce_bucket_size)
     if stage > 0:
-        # Stage 1 with bf16 and fp32 accumulation is a class of its own, BF16_Optimizer.
-        names = (
-            "fp32_partitioned_groups_flat",
-            "single_partition_of_fp32_groups",
-            "fp32_groups_flat_partition",
-        )
-        partitions = next(getattr(zero, name) for name in names if hasattr(zero, name))
         facts["master_dtypes"] = sorted(
-            {str(p.dtype).removeprefix("torch.") for p in partitions if p is not None}
+            {str(p.dtype).removeprefix("torch.") for p in _master_partitions(zero)}
         )
     if stage == 3:
         facts["persistence_elements"] = engine.zero_param_persistence_threshold()
@@ -633,6 +635,27 @@ def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None
             whole = masters.get(parameter, parameter).detach()
         whole = whole.to("cpu", torch.float32)
         yield name, whole if trainer.is_world_process_zero() else None
+
+
+def local_weights(trainer: Trainer) -> Iterator[torch.Tensor]:
+    from train.strategy import swapped
+
+    engine = trainer.model_wrapped
+    if engine.zero_optimization_stage() > 0:
+        return swapped.masters(engine.optimizer, _master_partitions(engine.optimizer))
+    return iter(_replicated_masters(engine).values() or engine.module.parameters())
+
+
+def _master_partitions(zero: Any) -> list[torch.Tensor]:
+    """Return this rank's flat master weights, one tensor for each group, at any stage but 0."""
+    # Stage 1 with bf16 and fp32 accumulation is a class of its own, BF16_Optimizer.
+    names = (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    )
+    partitions = next(getattr(zero, name) for name in names if hasattr(zero, name))
+    return [partition for partition in partitions if partition is not None]
 
 
 def release() -> None:

@@ -53,6 +53,18 @@ def table(text: str) -> list[list[str]]:
     return [re.split(r" {2,}", line.strip()) for line in text.splitlines() if line[:2] == "  "]
 
 
+def test_weights_that_are_not_finite_are_named(shardwright: Shardwright, run_dir: Path) -> None:
+    write_checkpoint(run_dir / "checkpoints", 30, strategy=ZERO2, world_size=2, finite=False)
+    for flags, code in (((), 0), (("--verify",), 1)):
+        outcome = shardwright("checkpoints", str(run_dir), *flags)
+        assert outcome.code == code
+        last = table(outcome.out)[-2]
+        assert (last[0], last[-2:]) == ("30", ["-", "not finite"])
+        assert "checkpoint-30 cannot be used:\n  its weights are not finite" in outcome.out
+    one = shardwright("checkpoints", str(run_dir / "checkpoints" / "checkpoint-30"))
+    assert "not finite" in one.out
+
+
 def test_the_table_of_a_run(shardwright: Shardwright, run_dir: Path) -> None:
     outcome = shardwright("checkpoints", str(run_dir))
     assert (outcome.code, outcome.err) == (0, "")

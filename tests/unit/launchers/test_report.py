@@ -43,6 +43,13 @@ def test_first_to_fail_comes_first(tmp_path: Path) -> None:
     assert str(tmp_path / "logs" / "rank-1.log") in text
 
 
+def test_a_divergence_is_told_in_one_line_without_a_traceback(tmp_path: Path) -> None:
+    note(tmp_path / "logs", 1, 1.0, "Diverged")
+    text = failure(1, rank_failures(tmp_path), tmp_path, None)
+    assert text == f"error: boom\n  log: {tmp_path}/logs/rank-1.log"
+    assert exit_code(1, rank_failures(tmp_path), None) == 1
+
+
 def test_half_written_note_is_passed_over(tmp_path: Path) -> None:
     note(tmp_path / "logs", 3, 1.0)
     (tmp_path / "logs" / "rank-4.error.json").write_text('{"time": 0.5, ')

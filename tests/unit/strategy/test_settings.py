@@ -82,6 +82,7 @@ def test_pure_bf16_says_so_to_both_engines() -> None:
         "enabled": True,
         "bf16_master_weights_and_grads": True,
         "bf16_optimizer_states": True,
+        "check_grad_overflow": True,
     }
     fsdp = engine_settings(config(strategy={"kind": "fsdp"}, precision=PURE))
     assert fsdp["mixed_precision"]["reduce_dtype"] == "bfloat16"

@@ -1,0 +1,196 @@
+"""No step whose loss or gradient norm is not finite reaches the weights, and no weights a save."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.checkpoint import layout
+
+
+class Gate:
+    """Judges each step on the device; nothing waits for its verdict.
+
+    It lets the optimizer step or not, and travels to the host with the next numbers that the ranks
+    add up anyway: those of the next step's labels. A loss of one rank that is not finite reaches
+    the others through its gradients (`poisoned`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_closed = torch.zeros((), device=device)
+        """1 where this step must not reach the weights, else 0, as torch's optimizers take it."""
+        self._loss = torch.zeros((), device=device)
+        self._norm = torch.zeros((), device=device)
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have an optimizer leave the weights alone in a step that `judge` has found bad."""
+        # Where it works, be that host memory: torch would copy it there without waiting for it
+        # (2.13 optim/adam.py, _fused_adam).
+        self.is_closed = self.is_closed.to(optimizer.param_groups[0]["params"][0].device)
+        if getattr(optimizer, "_step_supports_amp_scaling", False) or hasattr(
+            optimizer, "found_inf"
+        ):
+            # torch's fused kernels read it on the device; it is how GradScaler skips their steps.
+            optimizer.found_inf = self.is_closed  # type: ignore[attr-defined]
+            return
+        step = optimizer.step
+
+        def guarded(*arguments: Any, **options: Any) -> Any:
+            # The arithmetic of Adafactor and of 8-bit AdamW has no such switch: the host decides.
+            return None if self.is_closed else step(*arguments, **options)
+
+        optimizer.step = guarded  # type: ignore[method-assign]
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self._loss.zero_()
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Take in this rank's loss of one micro-batch."""
+        self._loss += loss.detach()
+
+    def judge(self, norm: Tensor | float, *, is_bad: Tensor | bool | None = None) -> None:
+        """Take in the norm of the reduced gradients, before the optimizer steps.
+
+        ``is_bad`` is given where losses are scaled: there a norm that is not finite is normal, and
+        the engine skips the step.
+        """
+        norm = torch.as_tensor(norm, dtype=torch.float32).detach()
+        if is_bad is not None:
+            norm = torch.where(torch.as_tensor(is_bad, device=norm.device), norm, 0.0)
+        self._norm.copy_(norm)
+        self.is_closed.copy_(~norm.isfinite())
+
+    def verdict(self) -> Tensor:
+        """Return how many of this step's numbers are not finite on this rank: loss, norm."""
+        return torch.stack([~self._loss.isfinite(), ~self._norm.isfinite()]).long()
+
+    def values(self) -> tuple[float, float]:
+        """Return the loss of this rank and the gradient norm; waits for the device."""
+        return float(self._loss), float(self._norm)
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """Return a loss as it is, whose gradients are NaN where it is not finite.
+
+    An infinite loss can have finite gradients, and one rank's gradients are the only thing that all
+    ranks learn of before they step.
+    """
+    if loss.requires_grad:
+        factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        loss.register_hook(lambda gradient: gradient * factor)
+    return loss
+
+
+def largest_weight(compute_dtype: str) -> float:
+    """Return the largest magnitude that a weight may have: of use in products of that dtype. Pure.
+
+    In fp16 a copy of a larger one is infinite. In fp32 and bf16 its square is, which norms and
+    attention take: such weights are finite, and nothing that is computed with them is.
+    """
+    return torch.finfo(torch.float16).max if compute_dtype == "fp16" else 2.0**64
+
+
+def are_sound(tensors: Iterable[Tensor], device: torch.device, largest_allowed: float) -> Tensor:
+    """Return on ``device`` whether every element is a number of at most that magnitude.
+
+    Keeps nothing of the tensors' size.
+    """
+    largest = [
+        # The largest magnitude is NaN or infinite if any is, and takes no copy of the tensor.
+        torch.linalg.vector_norm(tensor.detach().flatten(), math.inf).float().to(device)
+        for tensor in tensors
+        if tensor.numel()
+    ]
+    if not largest:
+        return torch.tensor(True, device=device)
+    return (torch.stack(largest) <= largest_allowed).all()  # which NaN is not
+
+
+# --- what is said of it -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one rank has seen of the step in which training has diverged."""
+
+    loss: float
+    norm: float
+    weights_are_sound: bool
+
+
+def diagnosis(found: Sequence[Found]) -> str:
+    """Return what was not finite, and on which ranks, in a phrase. Pure."""
+    damaged = [rank for rank, seen in enumerate(found) if not seen.weights_are_sound]
+    if bad := {rank: seen.loss for rank, seen in enumerate(found) if not math.isfinite(seen.loss)}:
+        # The sum over micro-batches: inf - inf is NaN.
+        what = "inf" if all(math.isinf(loss) for loss in bad.values()) else "NaN"
+        text = f"the loss is {what}{_on(bad, len(found))}"
+        if damaged:
+            text += f", since an update{_on(damaged, len(found))} left {_DAMAGED}"
+        return text
+    if damaged:
+        return f"its update{_on(damaged, len(found))} left {_DAMAGED}"
+    norm = next((seen.norm for seen in found if not math.isfinite(seen.norm)), math.nan)
+    return f"the gradient norm is {'inf' if math.isinf(norm) else 'NaN'}, and the loss is finite"
+
+
+_DAMAGED = "weights that are NaN, infinite or too large to compute with"
+
+
+def _on(ranks: Iterable[int], world_size: int) -> str:
+    named = [str(rank) for rank in ranks]
+    if world_size == 1:
+        return ""
+    if len(named) == world_size:
+        return " on every rank"
+    return f" on rank{'s' * (len(named) > 1)} {', '.join(named)}"
+
+
+def message(
+    run_dir: Path, step: int, found: Sequence[Found], *, learning_rate: float, began_at: int | None
+) -> str:
+    """Return what to tell the user: what was not finite, what is left, and how to resume.
+
+    ``began_at`` is the step of the checkpoint from which the run was resumed.
+    """
+    text = f"training has diverged at step {step:,}: {diagnosis(found)}. "
+    remedy = (
+        f"lower trainer.learning_rate (it is {learning_rate:g}) or trainer.max_grad_norm, or warm "
+        "up for longer, and "
+    )
+    saved = layout.whole_checkpoints(run_dir / "checkpoints")
+    if not saved:
+        return f"{text}Nothing had been saved; {remedy}start a new run with `shardwright train`"
+    newest_step, newest = saved[-1]
+    text += f"{newest.name} is the newest checkpoint, and its weights are finite; "
+    if newest_step == began_at and step == began_at + 1 and len(saved) > 1:
+        text += (
+            "this was the first step after it, so that it may be beyond repair: if it diverges "
+            f"again, delete {newest} to resume from {saved[-2][1].name}; "
+        )
+    resume = resume_command(run_dir)
+    return f"{text}{remedy}resume with: {resume} trainer.learning_rate={learning_rate / 10:g}"
+
+
+def resume_command(run_dir: Path) -> str:
+    return f"shardwright resume {shlex.quote(str(run_dir))}"
+
+
+def way_on(run_dir: Path) -> str:
+    """Return the newest checkpoint and what can be done with it, in a phrase."""
+    saved = layout.whole_checkpoints(run_dir / "checkpoints")
+    if not saved:
+        return "nothing had been saved; start a new run with `shardwright train`"
+    newest = saved[-1][1]
+    return (
+        f"{newest.name} is the newest checkpoint: `shardwright recover {shlex.quote(str(newest))} "
+        f"OUT` writes its weights; resume with: {resume_command(run_dir)}"
+    )
