@@ -69,9 +69,11 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             final = run(run_dir, rank, console)
     except Diverged as error:
         logs.log.error("%s", error)
-        logs.note_failure(run_dir, rank.index, error)
-        if rank.index == 0:  # the others have the same to say, and the launcher says all of it
-            print(str(error).partition(". ")[0], file=console)
+        with suppress(OSError):  # a full disk
+            logs.note_failure(run_dir, rank.index, error)
+        # The others have the same to say, and who has started the ranks tells it.
+        if rank.index == 0 and not owner.is_launched():
+            print(f"error: {error}", file=console)
         return FAILED
     except Exception as error:
         logs.log.exception("rank %d failed", rank.index)

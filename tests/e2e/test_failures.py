@@ -44,7 +44,7 @@ def test_a_run_that_diverges_fails_in_one_line_and_keeps_what_is_finite(
         "training has diverged at step 2: its update on every rank left weights that are NaN, "
         "infinite or too large to compute with"
     )
-    assert f"{summary}\n" in ended.stdout
+    assert "diverged" not in ended.stdout, "it is said once"
     assert (
         f"\nerror: {summary}. checkpoint-1 is the newest checkpoint, and its weights are finite; "
         "lower trainer.learning_rate (it is 1e+30) or trainer.max_grad_norm, or warm up for "
