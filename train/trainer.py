@@ -198,8 +198,8 @@ class Trainer(transformers.Trainer):
         rows = embedding.num_embeddings
         first_batch.check(
             batches,
-            micro_batch_size=self.config.trainer.micro_batch_size,
-            sequence_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.trainer.samples_per_pass,
+            sequence_length=self.config.data.tokens_per_sample,
             embedding_rows=rows,
             logits=getattr(head, "out_features", rows),
         )

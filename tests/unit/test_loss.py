@@ -92,8 +92,12 @@ def test_a_model_gives_the_auxiliary_loss_that_its_config_asks_for(
 
 
 def test_one_that_does_not_is_refused() -> None:
-    settings = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 32}
-    config = transformers.Llama4TextConfig(**SMALL, **settings, router_aux_loss_coef=0.25)
+    settings: dict[str, Any] = {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size_mlp": 32,
+    }
+    config = transformers.Llama4TextConfig(**settings)
     with torch.device("meta"):
         model = transformers.Llama4ForCausalLM(config)
     with pytest.raises(UserError, match=r"llama4_text\) asks for an auxiliary loss by router_aux_"):
