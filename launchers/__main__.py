@@ -83,6 +83,16 @@ def _run(arguments: list[str]) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        raise  # whoever read what is printed has gone: not an error
+    except (OSError, MemoryError) as error:
+        from launchers.report import error_text
+        from train import exhausted
+
+        if (why := exhausted.explained(error, room="make room, and try again")) is None:
+            raise
+        print(error_text(why), file=sys.stderr)
+        return FAILED
 
 
 def _dispatch(arguments: list[str]) -> int:

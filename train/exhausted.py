@@ -8,6 +8,10 @@ from collections.abc import Iterator, Sequence
 from train.config import FsdpStrategy, RunConfig, ZeroStrategy
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+ROOM_OF_A_RUN = (
+    "make room, keep fewer checkpoints (checkpoint.keep_last, trainer.save_every_steps), and "
+    "resume the run"
+)
 # How libraries in other languages word what the system told them; torch 2.13's allocator of host
 # memory raises a RuntimeError.
 _FULL_TEXTS = {"No space left on device": errno.ENOSPC, "Disk quota exceeded": errno.EDQUOT}
@@ -15,16 +19,20 @@ _HOST_MEMORY_TEXTS = ("DefaultCPUAllocator", "Cannot allocate memory", "not enou
 
 
 def explained(
-    error: BaseException, config: RunConfig | None = None, remedies: Sequence[str] = ()
+    error: BaseException,
+    config: RunConfig | None = None,
+    remedies: Sequence[str] = (),
+    room: str = ROOM_OF_A_RUN,
 ) -> str | None:
     """Return what has run out, and what needs less of it; None where nothing has. Pure.
 
-    Of memory that follows from the run's ``config``, or is ``remedies`` where there is none.
+    Of memory that follows from the run's ``config``, or is ``remedies`` where there is none;
+    ``room`` says what helps where a disk is full.
     """
     if getattr(error, "is_of_disk", False):
         return str(error)  # a save that has said it all
     for cause in _chain(error):
-        if full := _full_disk(cause):
+        if full := _full_disk(cause, room):
             return full
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, of the device
             what, on_gpu = "the GPU's memory", True
@@ -51,7 +59,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
 
 
-def _full_disk(error: BaseException) -> str | None:
+def _full_disk(error: BaseException, room: str) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     for text, meant in _FULL_TEXTS.items():
         if number is None and text in str(error):
@@ -60,10 +68,7 @@ def _full_disk(error: BaseException) -> str | None:
         return None
     place = getattr(error, "filename", None)
     where = f" where {place} is to be written" if place else f" ({str(error).splitlines()[0]})"
-    return (
-        f"{_FULL[number]}{where}; make room, keep fewer checkpoints (checkpoint.keep_last, "
-        "trainer.save_every_steps), and resume the run"
-    )
+    return f"{_FULL[number]}{where}; {room}"
 
 
 def _is_of_host_memory(error: BaseException) -> bool:

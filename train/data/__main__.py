@@ -89,7 +89,14 @@ def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
             return FAILED
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("train").setLevel(logging.INFO)
-    code = 0
+    code = _prepared(run_dir, settings)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _prepared(run_dir: Path, settings: RunConfig) -> int:
+    """Prepare the data; return the exit code, and have said what went wrong."""
     try:
         if settings.model.kind == "pretrained" and settings.model.attention != "auto":
             from train.models import check_attention  # which brings torch
@@ -98,22 +105,21 @@ def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
         prepare(settings, run_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = BAD_INPUT
+        return BAD_INPUT
     except BaseException as error:
-        code = FAILED
-        if why := exhausted.explained(error, remedies=_SMALLER):
+        if why := exhausted.explained(error, remedies=_SMALLER, room=_ROOM):
             print(f"error: {why}", file=sys.stderr)
         else:
             traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
+        return FAILED
+    return 0
 
 
 _SMALLER = (
     "a smaller tokenizer.max_training_bytes where the tokenizer is being trained",
     "documents that are shorter: one is held in memory whole",
 )
+_ROOM = "make room there, or set data.cache_dir to a directory with room"
 _PR_SET_PDEATHSIG = 1
 """Linux's prctl(2)."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from train.config import RunConfig, to_yaml
+from train.data import __main__ as data_command
 from train.data import prepare
 from train.data.cache import build_once, find
 from train.data.corpus import is_held_out
@@ -453,3 +454,28 @@ def test_preparing_imports_no_torch(corpus: Path, make_config: MakeConfig, run_d
             env=environment,
         )
         assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Exception("No space left on device (os error 28)"), "set data.cache_dir to a directory"),
+        (MemoryError(), "host memory has run out\nless is needed with a smaller tokenizer.max_tr"),
+    ],
+)
+def test_what_ran_out_is_said_without_a_traceback(
+    error: Exception,
+    said: str,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(data_command, "prepare", fail)
+    assert data_command._prepared(tmp_path, make_config()) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -296,6 +298,22 @@ def test_a_queue_that_does_not_answer_hides_no_run_of_this_directory(
     assert outcome.code == 0
     assert "runs/0" in outcome.out
     assert "warning: squeue has had no answer for 30 s; only the runs below" in outcome.err
+
+
+def test_a_full_disk_is_said_without_a_traceback(
+    shardwright: Shardwright, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "resumes/1.tmp"))
+
+    monkeypatch.setattr("launchers.resume.write", full)
+    a_run(tmp_path / "run")
+    outcome = shardwright("resume", "run", "launcher=local", "launcher.device=cpu")
+    assert outcome.code == 1
+    assert outcome.err == (
+        f"error: the disk is full where {tmp_path / 'resumes/1.tmp'} is to be written; make room, "
+        "and try again\n"
+    )
 
 
 def test_cancelling_a_sweep_stops_what_runs_and_passes_over_the_rest(
