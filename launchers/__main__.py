@@ -83,8 +83,6 @@ def _run(arguments: list[str]) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        raise  # whoever read what is printed has gone: not an error
     except (OSError, MemoryError) as error:
         from launchers.report import error_text
         from train import exhausted

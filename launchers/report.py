@@ -260,7 +260,11 @@ def failure(
             return by
         return f"{by} before the ranks could say where; {_go_on(run_dir)}\n  logs are in {logs}"
     left = "" if config is None else _left_by(run_dir)
-    if failures:
+    said = _text_of(logs / launcher_log)
+    reported = {failure.rank for failure in failures}
+    # Its peers report that it is gone, and torchrun may see them end before it has ended them.
+    killed = [rank for rank, code in _ends_in(said) if code < 0 and rank not in reported]
+    if failures and not killed:
         first = failures[0]
         log = logs / f"rank-{first.rank}.log"
         if first.kind == "UserError":
@@ -277,8 +281,23 @@ def failure(
         )
     if child_code == BAD_INPUT:
         return f"the ranks refused to start; logs are in {logs}"
-    why = _unreported_death(child_code, logs / launcher_log, config)
-    return f"{why}\n{left}  logs are in {logs}"
+    why = _unreported_death(child_code, said, killed, config)
+    later = ", ".join(map(str, sorted(reported)))
+    after = f"  ranks that failed after it: {later}\n" if later else ""
+    return f"{why}\n{after}{left}  logs are in {logs}"
+
+
+def _text_of(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+
+
+def _ends_in(torchrun_log: str) -> list[tuple[int, int]]:
+    """Return rank and exit code, negative for a signal, of each that torchrun saw fail. Pure.
+
+    The first to fail comes last.
+    """
+    found = re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", torchrun_log)
+    return [(int(rank), int(code)) for rank, code in found]
 
 
 def _left_by(run_dir: Path) -> str:
@@ -291,17 +310,15 @@ def _left_by(run_dir: Path) -> str:
     )
 
 
-def _unreported_death(child_code: int, log: Path, config: RunConfig | None) -> str:
-    """Say how ranks ended that could not report it themselves."""
-    torchrun_log = ""
-    if log.is_file():
-        torchrun_log = log.read_text(encoding="utf-8", errors="replace")
+def _unreported_death(
+    child_code: int, torchrun_log: str, killed: Sequence[int], config: RunConfig | None
+) -> str:
+    """Say how ranks ended that could not report it themselves; ``killed`` ones come first."""
     if why := _why_nodes_did_not_meet(torchrun_log):
         return why
-    # torchrun lists each rank's exit code, negative for a signal, and the first to fail last.
-    if ended := re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", torchrun_log):
+    if ended := [end for end in _ends_in(torchrun_log) if not killed or end[0] in killed]:
         rank, code = ended[-1]
-        text = f"rank {rank} {_how_it_ended(int(code))} without a report"
+        text = f"rank {rank} {_how_it_ended(code)} without a report"
     else:
         text = f"the ranks' process {_how_it_ended(child_code)} without a report"
     if "SIGKILL" in text:

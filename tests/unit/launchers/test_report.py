@@ -175,3 +175,35 @@ def test_the_header_fits_the_terminal(tmp_path: Path) -> None:
     assert " ".join(whole.split()) == " ".join("\n".join(lines).split())
     (first,) = [number for number, line in enumerate(lines) if line.startswith("  env ")]
     assert lines[first + 1].startswith(" " * 12 + "A_LONG_VARIABLE_")
+
+
+TORCHRUN_LOG = """
+Failures:
+[1]:
+  time      : 2026-11-29_03:40:00
+  host      : node-0
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 11)
+  error_file: <N/A>
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-29_03:40:00
+  host      : node-0
+  rank      : {rank} (local_rank: {rank})
+  exitcode  : {code} (pid: 12)
+  error_file: <N/A>
+"""
+
+
+def test_a_rank_that_was_killed_comes_before_those_that_report_it_gone(tmp_path: Path) -> None:
+    note(tmp_path / "logs", 0, 1.0)
+    log = tmp_path / "logs" / "torchrun.log"
+    log.write_text(TORCHRUN_LOG.format(rank=1, code=-9))
+    run = machine.resolve(config(), Machine(), str(tmp_path))
+    text = failure(1, rank_failures(tmp_path), tmp_path, None, config=run)
+    assert text.startswith("rank 1 was killed by SIGKILL without a report; the kernel does this")
+    assert "\n  ranks that failed after it: 0\n  newest checkpoint: none" in text
+    assert "Traceback" not in text
+    log.write_text(TORCHRUN_LOG.format(rank=1, code=1))
+    text = failure(1, rank_failures(tmp_path), tmp_path, None, config=run)
+    assert text.startswith("rank 0 on node-0 failed first:\n")
