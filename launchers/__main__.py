@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from train import terminal
-from train.errors import BAD_INPUT, UserError
+from train.errors import BAD_INPUT, FAILED, UserError
 
 COMMANDS = (
     *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
