@@ -262,8 +262,13 @@ def failure(
     left = "" if config is None else _left_by(run_dir)
     said = _text_of(logs / launcher_log)
     reported = {failure.rank for failure in failures}
-    # Its peers report that it is gone, and torchrun may see them end before it has ended them.
-    killed = [rank for rank, code in _ends_in(said) if code < 0 and rank not in reported]
+    # Its peers report that it is gone, and torchrun may see them end before it has ended them. What
+    # NCCL's watchdog aborts is a peer itself.
+    killed = [
+        rank
+        for rank, ended in _ends_in(said)
+        if ended < 0 and ended != -signal.SIGABRT and rank not in reported
+    ]
     if failures and not killed:
         first = failures[0]
         log = logs / f"rank-{first.rank}.log"
@@ -282,8 +287,8 @@ def failure(
     if child_code == BAD_INPUT:
         return f"the ranks refused to start; logs are in {logs}"
     why = _unreported_death(child_code, said, killed, config)
-    later = ", ".join(map(str, sorted(reported)))
-    after = f"  ranks that failed after it: {later}\n" if later else ""
+    others = ", ".join(map(str, sorted(reported)))
+    after = f"  ranks that failed after it: {others}\n" if others else ""
     return f"{why}\n{after}{left}  logs are in {logs}"
 
 
