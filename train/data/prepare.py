@@ -94,6 +94,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
         entry = _packed(config, tokenizer, directory, identity, parent, name)
     prepared = _open(config, tokenizer, entry, noted)
     if noted is None:
+        _check_sources(config, prepared)
         _check_loss(config, prepared)
         _note(note, entry.path.name, prepared)
     for line in summary(prepared, by_line=config.data.line_by_line):
@@ -232,6 +233,32 @@ def _part(
         tokens_left_out=sum(extent.tokens_left_out for extent in extents),
         lines_cut=sum(extent.lines_cut for extent in extents),
     )
+
+
+def _check_sources(config: RunConfig, prepared: Prepared) -> None:
+    """Raise UserError where a source of a mixture has no sample, and say where none is held out."""
+    data = config.data
+    if data.kind != "text" or len(data.paths) == 1:
+        return
+    documents = prepared.training.documents + prepared.held_out.documents
+    for path, train, heldout in zip(
+        data.paths, prepared.train.sources, prepared.heldout.sources, strict=True
+    ):
+        extent = train.extent()
+        tokens = len(train.store.tokens) + len(heldout.store.tokens)
+        if extent.samples == 0 and tokens == 0 and documents == data.max_documents:
+            raise UserError(
+                f"data.paths: {path} would give nothing: data.max_documents={documents} are read "
+                "from the paths before it; raise data.max_documents, or leave the path out"
+            )
+        if extent.samples == 0:
+            raise UserError(
+                f"data.paths: {path} would give no sample: {extent.tokens_left_out:,} training "
+                f"tokens are too few for one at data.sequence_length={data.sequence_length}; give "
+                "it more text, join it with another path by one glob, or leave it out"
+            )
+        if data.eval_fraction > 0 and len(heldout) == 0:
+            log.warning("no sample of data.paths: %s is held out for evaluation", path)
 
 
 def _check_loss(config: RunConfig, prepared: Prepared) -> None:

@@ -401,6 +401,47 @@ def test_weights_make_the_epoch(corpus: Path, make_config: MakeConfig, tmp_path:
     assert sizes == {(1.0, 1.0): a + b, (2.0, 1.0): 2 * a + b, (1.0, 0.5): a + round(b / 2)}
 
 
+def test_a_source_without_a_sample_is_refused(
+    corpus: Path, make_config: MakeConfig, run_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("pure reason")
+    paths = [f"{corpus}/*.txt", str(tmp_path / "short.txt")]
+    with pytest.raises(
+        UserError,
+        match=r"data\.paths: .*short\.txt would give no sample: \d training tokens are too few for "
+        r"one at data\.sequence_length=32; give it more text",
+    ):
+        prepare(make_config(data={"paths": paths, "eval_fraction": 0.0}), run_dir)
+    assert not (run_dir / "data.json").exists()
+
+
+def test_a_source_that_is_never_reached_is_refused(
+    corpus: Path, make_config: MakeConfig, run_dir: Path
+) -> None:
+    paths = [f"{corpus}/[012]*.txt", f"{corpus}/3*.txt"]
+    with pytest.raises(
+        UserError,
+        match=r"data\.paths: .*/3\*\.txt would give nothing: data\.max_documents=30 are read from "
+        r"the paths before it; raise data\.max_documents, or leave the path out",
+    ):
+        prepare(make_config(data={"paths": paths, "max_documents": 30}), run_dir)
+    config = make_config(data={"paths": paths, "max_documents": 35})
+    assert len(prepare(config, run_dir).train.sources[1]) > 0
+
+
+def test_a_source_of_which_nothing_is_held_out_is_told(
+    corpus: Path, make_config: MakeConfig, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = next(p for p in sorted(corpus.iterdir()) if not is_held_out(p.read_text(), 0.1))
+    other = corpus / "more"
+    other.mkdir()
+    kept.rename(other / kept.name)
+    paths = [f"{corpus}/*.txt", str(other / kept.name)]
+    prepare(make_config(data={"paths": paths}), run_dir)
+    told = f"no sample of data.paths: {other / kept.name} is held out for evaluation"
+    assert [m for m in caplog.messages if "held out for" in m] == [told]
+
+
 def test_bad_input_ends_the_command_with_code_2_and_no_traceback(
     corpus: Path, make_config: MakeConfig, run_dir: Path
 ) -> None:
