@@ -263,11 +263,12 @@ def failure(
     said = _text_of(logs / launcher_log)
     reported = {failure.rank for failure in failures}
     # Its peers report that it is gone, and torchrun may see them end before it has ended them. What
-    # NCCL's watchdog aborts is a peer itself.
+    # NCCL's watchdog aborts, or torchrun ends, is a peer itself.
+    of_peers = (-signal.SIGABRT, -signal.SIGTERM)
     killed = [
         rank
         for rank, ended in _ends_in(said)
-        if ended < 0 and ended != -signal.SIGABRT and rank not in reported
+        if ended < 0 and ended not in of_peers and rank not in reported
     ]
     if failures and not killed:
         first = failures[0]
