@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from benchmarks.flops import matmul_parameters
 from train import config as run_config
 from train import data, models
-from train.config import RunConfig, accumulation_steps, total_steps
+from train.config import RunConfig, accumulation_steps, samples_wanted, total_steps
 from train.data.loader import train_loader
 from train.rank import join, rank_from_environment
 from train.run import assemble
@@ -79,7 +79,8 @@ class StockSamples(Dataset[Any]):
 def stock_trainer(config: RunConfig, run_dir: Path) -> transformers.Trainer:
     """Return a plain Trainer of the same model on the same batches, with the model's own loss."""
     prepared = data.prepare(config, run_dir)
-    steps = total_steps(config, prepared.samples_per_epoch)
+    wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
+    steps = total_steps(config.trainer, wanted)
     loader = train_loader(prepared, config, rank=0, world_size=1, total_steps=steps)
     assert loader.batch_sampler is not None
 

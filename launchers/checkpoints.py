@@ -68,6 +68,8 @@ def listing(
             what = "cannot be used" if layout.NOT_FINITE in row.problems else "is not whole"
             lines += ["", f"checkpoint-{row.step} {what}:"]
             lines += [f"  {problem}" for problem in row.problems]
+            if names := layout.to_remove(row.problems):
+                lines += [f"  it is once {names} is removed"]
     return "\n".join(lines)
 
 

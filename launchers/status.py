@@ -19,8 +19,8 @@ from train import config as run_config
 from train import final, owner, stop
 from train.arguments import decoded
 from train.checkpoint import layout
-from train.config import RunConfig, total_steps
-from train.data.prepare import noted_samples_per_epoch
+from train.config import Progress, RunConfig, total_steps
+from train.data.prepare import noted_samples_wanted
 from train.errors import Diverged, UserError
 from train.owner import Owner
 from train.units import duration
@@ -137,11 +137,9 @@ def of(run_dir: Path) -> Status:
     config = run_config.load(run_dir)
     known = slurm.job_of(run_dir)
     job = slurm.look(known) if known is not None else None
-    lines = tail(run_dir / "metrics.jsonl")
-    last: dict[str, Any] = {}
-    for line in lines:  # a line of an evaluation has no loss, and the last has none of the speed
-        last |= line
-    total, done = known_steps(run_dir, config), is_done(run_dir, config)
+    batch_size = config.trainer.global_batch_size
+    last = logged(run_dir)
+    total, done = known_steps(run_dir, config, last), is_done(run_dir, config)
     state, is_over = state_of(
         job,
         is_done=done,
@@ -161,7 +159,7 @@ def of(run_dir: Path) -> Status:
         total_steps=total,
         loss=last.get("loss"),
         tokens_per_second=None if is_over else last.get("tokens_per_second"),
-        left_seconds=None if is_over else left_seconds(last, total),
+        left_seconds=None if is_over else left_seconds(last, total, batch_size),
         checkpoint=whole[-1][1].name if whole else None,
         model=_model(run_dir),
         can_resume=is_over and not done,
@@ -234,24 +232,48 @@ def is_done(run_dir: Path, config: RunConfig) -> bool:
     """
     if final.of(run_dir) is None:
         return False
-    total, saved = known_steps(run_dir, config), layout.named(run_dir / "checkpoints")
+    total, saved = (
+        known_steps(run_dir, config, logged(run_dir)),
+        layout.named(run_dir / "checkpoints"),
+    )
     may_end_early = config.trainer.early_stopping_patience is not None
     return may_end_early or total is None or not saved or saved[-1][0] >= total
 
 
-def known_steps(run_dir: Path, config: RunConfig) -> int | None:
-    """Return the steps of a whole run; None where its epochs depend on data not yet prepared."""
-    samples = noted_samples_per_epoch(run_dir) if config.trainer.max_epochs is not None else 0
-    return total_steps(config, samples) if samples is not None else None
+def logged(run_dir: Path) -> dict[str, Any]:
+    """Return each value of a run's metrics as it was logged last."""
+    last: dict[str, Any] = {}
+    # A line of an evaluation has no loss, and the last has none of the speed.
+    for line in tail(run_dir / "metrics.jsonl"):
+        last |= line
+    return last
 
 
-def left_seconds(last: Mapping[str, Any], total: int | None) -> float | None:
-    """Return the time that the rest of the steps takes at the speed of the last ones. Pure."""
+def known_steps(
+    run_dir: Path, config: RunConfig, last: Mapping[str, Any] | None = None
+) -> int | None:
+    """Return the steps of a whole run; None where they depend on data not yet prepared.
+
+    ``last`` is what it has logged last: how many steps are left depends on what it has consumed.
+    """
+    wanted = noted_samples_wanted(config, run_dir)
+    if wanted is None and config.trainer.max_steps is None:
+        return None
+    last = last or {}
+    at = Progress(step=last.get("step", 0), samples=last.get("samples", 0))
+    return total_steps(config.trainer, wanted, at)
+
+
+def left_seconds(last: Mapping[str, Any], total: int | None, batch_size: int) -> float | None:
+    """Return the time that the rest of the steps takes at the speed of the last ones. Pure.
+
+    ``batch_size`` is that of these steps, in samples; earlier ones may have had another.
+    """
     step, speed = last.get("step"), last.get("tokens_per_second")
     if total is None or not step or not speed:
         return None
-    tokens_per_step = last["tokens"] / step
-    return float((total - step) * tokens_per_step / speed)
+    tokens_per_sample = last["tokens"] / last["samples"]
+    return float((total - step) * batch_size * tokens_per_sample / speed)
 
 
 def tail(path: Path) -> list[dict[str, Any]]:

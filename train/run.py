@@ -20,7 +20,7 @@ from train.checkpoint import restore
 from train.checkpoint.export import best_checkpoint, export
 from train.checkpoint.layout import read_manifest
 from train.checkpoint.restore import Resumed
-from train.config import total_steps
+from train.config import BEGINNING, samples_wanted, schedule_of, total_steps, why_too_short
 from train.data import tokenizer
 from train.data.loader import eval_loader, train_loader
 from train.errors import UserError
@@ -78,7 +78,6 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         raise UserError("\n".join(problems))
     with stop.together():
         prepared = data.prepare(config, run_dir)
-    steps = total_steps(config, prepared.samples_per_epoch)
     # Not only when the model is trained and is to answer them.
     sample.check_prompts(
         config.objective.prompts, prepared.tokenizer, masked=config.objective.kind == "mlm"
@@ -90,12 +89,19 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     config = models.fitted(config, model)
     stop.check()
     resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
+    wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
+    at = resumed.progress if resumed is not None else BEGINNING
+    steps = total_steps(config.trainer, wanted, at)
+    schedule = schedule_of(config.trainer, wanted, at)
     if resumed is not None:
-        restore.check(resumed, steps)
+        if problem := why_too_short(config.trainer, wanted, at, resumed.checkpoint.name):
+            raise UserError(problem)
         values = restore.values(model, resumed)
         if early_stopping.is_due(config, restore.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/
-    args = training_arguments(config, run_dir, world_size=rank.world_size, total_steps=steps)
+    args = training_arguments(
+        config, run_dir, world_size=rank.world_size, total_steps=steps, schedule=schedule
+    )
     args.eval_on_start = resumed is not None and restore.lacks_evaluation(resumed, config, steps)
     model = engine_of(config).shard(model, values, config)
     place = {"rank": rank.index, "world_size": rank.world_size}
@@ -113,6 +119,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         ),
         eval_loader(prepared, config, **place) if prepared.eval_samples else None,
         values,
+        schedule,
         resumed,
     )
 
@@ -138,8 +145,6 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         if resumed is not None:
             print(f"going on from {resumed.checkpoint.name}", file=console)
         restore.trim_metrics(run_dir, resumed)
-        if resumed is None or resumed.step < steps:
-            final.set_aside(run_dir)
     return trainer
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from train import finite, models, optimizer, stop
 from train.checkpoint.saver import Saver
-from train.config import RunConfig, accumulation_steps
+from train.config import RunConfig, Schedule, accumulation_steps
 from train.data import first_batch
 from train.errors import Diverged, UserError
 from train.rank import from_all
@@ -40,9 +40,12 @@ IGNORED = -100
 
 
 def training_arguments(
-    config: RunConfig, run_dir: Path, *, world_size: int, total_steps: int
+    config: RunConfig, run_dir: Path, *, world_size: int, total_steps: int, schedule: Schedule
 ) -> transformers.TrainingArguments:
-    """Derive `TrainingArguments`, under which transformers knows the engine that is to come."""
+    """Derive `TrainingArguments`, under which transformers knows the engine that is to come.
+
+    Those of the schedule are for what trackers show: the Trainer makes it itself.
+    """
     trainer, precision = config.trainer, config.precision
     args = transformers.TrainingArguments(
         output_dir=str(run_dir),
@@ -57,10 +60,10 @@ def training_arguments(
         average_tokens_across_devices=True,
         learning_rate=trainer.learning_rate,
         lr_scheduler_type=loop.SCHEDULES[trainer.lr_scheduler],
-        lr_scheduler_kwargs={"num_decay_steps": loop.decay_steps(trainer, total_steps)}
+        lr_scheduler_kwargs={"num_decay_steps": schedule.decay_steps}
         if trainer.lr_scheduler == "warmup_stable_decay"
         else {},
-        warmup_steps=loop.warmup_steps(trainer, total_steps),
+        warmup_steps=schedule.warmup_steps,
         max_grad_norm=trainer.max_grad_norm,
         fp16=precision.compute_dtype == "fp16",
         tf32=precision.allow_tf32 if config.launcher.device == "cuda" else None,
@@ -98,9 +101,11 @@ class Trainer(transformers.Trainer):
         train_loader: DataLoader,
         eval_loader: DataLoader | None,
         values: Values,
+        schedule: Schedule,
         resumed: Resumed | None = None,
     ) -> None:
         self.config = config
+        self.schedule = schedule
         self.resumed = resumed
         """The checkpoint from which the run goes on; None where it begins."""
         self.initial_values = values
@@ -373,6 +378,17 @@ class Trainer(transformers.Trainer):
             decayed = set(self.get_decay_parameter_names(self.model))
             self.optimizer = optimizer.build(self.config, self.model, decayed)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Have the learning rate follow our schedule; it may go by samples instead of steps."""
+        if self.lr_scheduler is None:
+            found = self.optimizer if optimizer is None else optimizer
+            assert found is not None
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(found, self.schedule)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer behind accelerate's wrapper."""

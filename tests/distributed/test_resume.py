@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -213,3 +214,100 @@ def test_a_run_goes_on_under_another_strategy_and_world_size(
         for kind, tensor in written.moments[name].items():
             assert torch.equal(held.moments[name][kind].whole(), tensor.whole()), f"{name} {kind}"
     assert held.moments.keys() == written.moments.keys()
+
+
+# --- another batch ------------------------------------------------------------------------------
+
+TOKENS, BATCH, LENGTH = 64 * 32, 8, 32
+
+
+def by_tokens(tree: dict[str, Any], name: str, **trainer: Any) -> dict[str, Any]:
+    """Return the tree of a run of 64 samples in 8 steps, whose rate differs at each."""
+    tree["checkpoint"] = {"keep_last": 9}
+    tree["strategy"] = STRATEGIES[name]
+    tree["trainer"] |= {
+        **{"max_steps": None, "max_tokens": TOKENS, "global_batch_size": BATCH},
+        **{"micro_batch_size": 2, "save_every_steps": SAVED, "warmup_steps": 4},
+        **trainer,
+    }
+    return tree
+
+
+def rates(run_dir: Path) -> dict[int, float]:
+    """Return the learning rate of each step by the samples that had been consumed before it."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    steps = [
+        (0, 0.0),
+        *((line["samples"], line["learning_rate"]) for line in lines if "loss" in line),
+    ]
+    return {before: rate for (before, _), (_, rate) in itertools.pairwise(steps)}
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero0", "zero2", "zero3", "fsdp"])
+def test_another_batch_trains_what_was_asked_at_the_rate_of_what_was_consumed(
+    name: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    ranks: Callable[[int], Any],
+) -> None:
+    source = frozen_run(by_tokens(tiny_tree("clm"), name))
+    ranks(2)(whole_run, source)
+    expected = rates(source)
+    assert list(expected) == [0, 8, 16, 24, 32, 40, 48, 56]
+
+    larger = interrupted(source, tmp_path / "larger", trainer__global_batch_size=16)
+    (said,) = {text for text in ranks(2)(whole_run, larger) if text}
+    assert ", 6 steps" in said, "24 samples in three steps, and 40 in as many again"
+    found = rates(larger)
+    assert list(found) == [0, 8, 16, 24, 40, 56]
+    assert found == {samples: expected[samples] for samples in found}
+
+
+def test_a_second_change_of_batch_counts_what_both_have_consumed(
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    ranks: Callable[[int], Any],
+) -> None:
+    tree = by_tokens(tiny_tree("clm"), "ddp", global_batch_size=16, save_every_steps=1)
+    source = frozen_run(by_tokens(tiny_tree("clm"), "ddp"))
+    ranks(2)(whole_run, source)
+    run_dir = frozen_run(tree)
+    ranks(2)(whole_run, run_dir)
+    for batch_size, keep, steps in ((8, 2, 6), (4, 4, 8)):
+        for step in range(keep + 1, 9):
+            shutil.rmtree(run_dir / f"checkpoints/checkpoint-{step}", ignore_errors=True)
+        tree["trainer"]["global_batch_size"] = batch_size
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
+        (said,) = {text for text in ranks(2)(whole_run, run_dir) if text}
+        assert f", {steps} steps" in said
+    found = rates(run_dir)
+    # Two steps of 16 samples, two of 8, and what is left in steps of 4.
+    assert list(found) == [0, 16, 32, 40, 48, 52, 56, 60]
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["samples"], last["tokens"]) == (64, TOKENS)
+    # Of the 4 steps of 16 samples that it warms up in, three are done when the others begin.
+    peak = max(rates(source).values())
+    assert [found[samples] / peak for samples in (0, 16, 32)] == pytest.approx([0, 0.25, 0.5])
+    assert found[40] / peak == pytest.approx(40 / 64)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_lines_of_any_length_train_the_tokens_that_were_asked_for(
+    objective: str,
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    ranks: Callable[[int], Any],
+) -> None:
+    tree = by_tokens(tiny_tree(objective), "ddp")
+    tree["data"] |= {"line_by_line": True, "max_cut_fraction": 1, "eval_fraction": 0}
+    source = frozen_run(tree)
+    ranks(2)(whole_run, source)
+    resumed = interrupted(source, tmp_path / "resumed", trainer__global_batch_size=16)
+    ranks(2)(whole_run, resumed)
+    for run_dir in (source, resumed):
+        *_, before, last = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+        assert before["tokens"] < TOKENS <= last["tokens"]
+        assert last["tokens"] < last["samples"] * LENGTH, "no line is shorter than a sample"

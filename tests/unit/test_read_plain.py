@@ -164,6 +164,13 @@ def test_files_without_an_index_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_desktop_drops_beside_a_file_is_no_weights(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    (tmp_path / "._consolidated.safetensors").write_bytes(b"of macOS")
+    (tmp_path / "._mp_rank_00_model_states.pt").write_bytes(b"of macOS")
+    holds(portable.read(tmp_path), {"weight": torch.ones(2)})
+
+
 def test_the_parts_of_ranks_are_refused(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pytorch_model_fsdp_0_rank0.bin")
     assert "pytorch_model_fsdp_0_rank0.bin: a rank's part of the weights" in refusal(tmp_path)

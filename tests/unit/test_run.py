@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from train.config import from_tree, total_steps
+from train.config import from_tree, samples_wanted, total_steps
 from train.errors import UserError
 from train.rank import Rank
 from train.run import assemble
@@ -39,7 +39,8 @@ def test_steps_follow_from_steps_epochs_or_tokens(
     del tree["trainer"]["max_steps"]
     tree["trainer"] |= {"global_batch_size": 16, **length}
     assert tree["data"]["sequence_length"] == 32
-    assert total_steps(from_tree(tree), samples_per_epoch) == steps
+    config = from_tree(tree)
+    assert total_steps(config.trainer, samples_wanted(config, samples_per_epoch)) == steps
 
 
 def test_prompts_that_cannot_be_answered_are_refused_before_the_training(

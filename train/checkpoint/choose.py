@@ -106,7 +106,7 @@ def _one(path: Path, advance: Callable[[int], object], section: str | None) -> C
         if problems := layout.verify(path, advance=advance):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise UserError(
-                f"{path} is not whole: {problems[0]}{more}; bring it back from a copy, or take "
+                f"{path} is not whole: {problems[0]}{more}; {layout.remedy(problems)}, or take "
                 "another checkpoint of the run"
             )
     elif _is_run_dir(path.parent.parent) and layout.step_of(path) is not None:
@@ -161,8 +161,8 @@ def _opened(
 ) -> Chosen:
     if path is None:
         raise UserError(
-            f"{directory} holds no whole checkpoint ({'; '.join(map(str, passed_over))}); bring "
-            "one back from a copy"
+            f"{directory} holds no whole checkpoint ({'; '.join(map(str, passed_over))}); "
+            f"{discovery.remedy(passed_over)}"
         )
     for skipped in passed_over:
         say(f"{skipped}; passed over")

@@ -78,6 +78,22 @@ def together(seen: Sequence[dict[int, Part]]) -> tuple[list[int], list[PassedOve
     return whole, passed_over
 
 
+def none_whole(run_dir: Path, passed_over: Sequence[PassedOver]) -> str:
+    """Say that a run has checkpoints and none to be resumed from, the newest first. Pure."""
+    return (
+        f"{run_dir} has checkpoints, but none to resume from "
+        f"({'; '.join(map(str, passed_over))}); {remedy(passed_over)}, or start a new run"
+    )
+
+
+def remedy(passed_over: Sequence[PassedOver]) -> str:
+    """Return how one of these is made whole, the newest of those where that is easiest. Pure."""
+    for found in passed_over:
+        if names := layout.to_remove(found.problems):
+            return f"remove {names} from checkpoint-{found.step}, which nothing has saved there"
+    return "bring one of them back from a copy"
+
+
 def newest_whole(
     directory: Path,
     *,

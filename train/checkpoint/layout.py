@@ -8,7 +8,7 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -17,6 +17,8 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from train.checkpoint.junk import is_junk
+from train.config import Progress
 from train.durable import flush, publish
 
 FORMAT_VERSION = 1
@@ -95,6 +97,15 @@ class FileEntry(_Part):
     xxh3_128: str = Field(pattern=r"^[0-9a-f]{32}$")
 
 
+class ScheduleEntry(_Part):
+    """Where the schedule of the learning rate has come to."""
+
+    samples: int = Field(ge=0)
+    """Samples of the steps that it has counted: in fp16 one that overflows does not count."""
+    samples_per_step: float = Field(gt=0)
+    """The batch that the run began with."""
+
+
 class Manifest(_Part):
     """What finding, checking and keeping a checkpoint needs of its manifest.json."""
 
@@ -105,6 +116,10 @@ class Manifest(_Part):
     world_size: int = Field(default=1, ge=1)
     samples: int = Field(default=0, ge=0)
     tokens: int = Field(default=0, ge=0)
+    batch_size: int | None = Field(default=None, ge=1)
+    """Samples of a step of the run that wrote it; older ones do not say it."""
+    schedule: ScheduleEntry | None = None
+    """Likewise."""
     metrics: dict[str, float] = {}
     """What was evaluated at this step: eval_loss and so on."""
     finite: bool | None = None
@@ -123,6 +138,33 @@ class Manifest(_Part):
         if self.part >= self.parts:
             raise ValueError(f"part {self.part} of {self.parts}")
         return self
+
+    def progress(self, scheduled_steps: int | None = None) -> Progress:
+        """Return where a run stands that is resumed from it.
+
+        ``scheduled_steps`` are those that the schedule has counted, where they are known; without
+        them they follow from the samples. An older manifest has neither batch nor schedule: they
+        are then those of a run whose batch has never changed.
+        """
+        if not self.step:
+            return Progress()
+        mean_batch = self.samples / self.step
+        batch_size = self.batch_size or mean_batch
+        steps, samples, per_step = scheduled_steps, self.samples, mean_batch
+        if self.schedule is not None:
+            samples, per_step = self.schedule.samples, self.schedule.samples_per_step
+            if steps is None:
+                steps = self.step - round((self.samples - samples) / batch_size)
+        elif steps is not None:
+            samples = round(steps * mean_batch)
+        return Progress(
+            step=self.step,
+            samples=self.samples,
+            batch_size=batch_size,
+            scheduled_steps=self.step if steps is None else steps,
+            scheduled_samples=samples,
+            samples_per_scheduled_step=int(per_step) if per_step.is_integer() else per_step,
+        )
 
 
 class NotWhole(ValueError):
@@ -176,9 +218,10 @@ def check_sizes(checkpoint: Path) -> Manifest:
     says so: neither counts for anything.
     """
     manifest = read_manifest(checkpoint)
-    problems = _misplaced(checkpoint, manifest, manifest.files) or _unknown(checkpoint, manifest)
-    if problems:
+    if problems := _misplaced(checkpoint, manifest, manifest.files):
         raise NotWhole(next(iter(problems.values())))
+    if unknown := list(_unknown(checkpoint, manifest)):
+        raise NotWhole(_not_listed(unknown))
     if manifest.finite is False:
         raise NotFinite
     return manifest
@@ -255,14 +298,40 @@ def _unknown(checkpoint: Path, manifest: Manifest) -> dict[str, str]:
     """Return the files that are not in the manifest.
 
     Shards are found by glob and engines told by their files, so that one more can change what is
-    loaded. Only NFS may add one: .nfs* stands for a deleted file that is still open.
+    loaded. Only what has one of the names of junk.py may be added: no engine takes it for its own.
     """
     names = (path.relative_to(checkpoint) for path in files_of(checkpoint))
     return {
-        name.as_posix(): f"{name.as_posix()} is not in its manifest"
+        name.as_posix(): _not_listed([name.as_posix()])
         for name in names
-        if name.as_posix() not in manifest.files and not name.name.startswith(".nfs")
+        if name.as_posix() not in manifest.files and not is_junk(name)
     }
+
+
+def _not_listed(names: Sequence[str]) -> str:
+    return f"{_few(names)} {'is' if len(names) == 1 else 'are'} not in its manifest"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
+
+
+def to_remove(problems: Iterable[str]) -> str | None:
+    """Return which files to remove, where nothing but unknown ones is wrong, else None. Pure.
+
+    ``problems`` are those of `verify`, or what `what_is_wrong` has found.
+    """
+    found = [re.fullmatch(r"(.+) (?:is|are) not in its manifest", text) for text in problems]
+    names = [match[1] for match in found if match]
+    return _few(names) if names and len(names) == len(found) else None
+
+
+def remedy(problems: Iterable[str]) -> str:
+    """Return what makes a checkpoint whole in which these are wrong. Pure."""
+    if names := to_remove(problems):
+        return f"remove {names}, which nothing has saved there"
+    return "bring it back from a copy"
 
 
 def whole_checkpoints(directory: Path) -> list[tuple[int, Path]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from train.checkpoint.junk import is_junk
 from train.checkpoint.lazy import Fragment, LazyTensor, Unreadable, describe, flat, lazy, part
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
@@ -141,7 +142,7 @@ class ModelStates:
 
 def is_there(directory: Path) -> bool:
     """Whether a directory looks like DeepSpeed's."""
-    names = (p.name for p in directory.iterdir())
+    names = (p.name for p in directory.iterdir() if not is_junk(p.name))
     return any(name.endswith(("_model_states.pt", "_optim_states.pt")) for name in names)
 
 
@@ -151,7 +152,7 @@ def read(directory: Path, *, of_model_parallelism: bool = False) -> ModelStates:
     Unless ``of_model_parallelism`` is asked for, a directory with such ranks is refused, as one
     with a pipeline or experts always is.
     """
-    for path in sorted(directory.iterdir()):
+    for path in sorted(p for p in directory.iterdir() if not is_junk(p.name)):
         for pattern, what in _OF_ANOTHER_KIND[2 * of_model_parallelism :]:
             if re.fullmatch(pattern, path.name):
                 raise Unreadable(

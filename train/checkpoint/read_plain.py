@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from train.checkpoint.junk import is_junk
 from train.checkpoint.lazy import Fragment, LazyTensor, PortableState, Unreadable, describe, lazy
 from train.checkpoint.model_states import IGNORED
 
@@ -59,6 +60,7 @@ def find(directory: Path) -> Path | None:
         if path.is_file()
         and path.suffix in (SAFETENSORS, *TORCH)
         and not _OTHERS.fullmatch(path.name)
+        and not is_junk(path.name)
     ]
     if parts := [path.name for path in found if re.fullmatch(r".*_rank\d+\.bin", path.name)]:
         raise Unreadable(

@@ -16,7 +16,7 @@ import torch
 from train.checkpoint import discovery, layout, portable, retention
 from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable, why_refused
 from train.checkpoint.save import LOSS_SCALE
-from train.config import RunConfig
+from train.config import Progress, RunConfig
 from train.errors import UserError
 from train.rank import Rank, from_all
 from train.strategy import engine_of, loop
@@ -32,16 +32,23 @@ TRAINER_STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on."""
+    """Where a run is resumed."""
 
     checkpoint: Path
-    step: int
-    samples: int
-    """Samples consumed so far: the position in the data."""
+    progress: Progress
     tokens: int
     world_size: int
     """Ranks that wrote it."""
     state: PortableState
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def samples(self) -> int:
+        """Samples consumed so far: the position in the data."""
+        return self.progress.samples
 
 
 def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | None:
@@ -58,22 +65,20 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
     )
     if rank.index == 0:
         for skipped in passed_over:
-            say(f"{skipped}; skipped")
+            names = layout.to_remove(skipped.problems)
+            say(f"{skipped}; skipped" + (f" (remove {names} to take it)" if names else ""))
     if path is not None:
         return _opened(path)
     if passed_over:
-        raise UserError(
-            f"{run_dir} has checkpoints, but none to go on from "
-            f"({'; '.join(map(str, passed_over))}); bring one of them back from a copy, or start a "
-            "new run"
-        )
+        raise UserError(discovery.none_whole(run_dir, passed_over))
     return None
 
 
 def _opened(path: Path) -> Resumed:
-    manifest = json.loads((path / layout.MANIFEST).read_text())
+    manifest = layout.read_manifest(path)
     try:
-        _check_trainer_state(path / TRAINER_STATE, manifest["step"])
+        _check_trainer_state(path / TRAINER_STATE, manifest.step)
+        scheduled_steps = _scheduled_steps(path / "scheduler.pt")
         state = portable.read(path)
     except Unreadable as error:
         raise UserError(
@@ -82,21 +87,23 @@ def _opened(path: Path) -> Resumed:
         ) from None
     return Resumed(
         checkpoint=path,
-        step=manifest["step"],
-        samples=manifest["samples"],
-        tokens=manifest["tokens"],
-        world_size=manifest["world_size"],
+        progress=manifest.progress(scheduled_steps),
+        tokens=manifest.tokens,
+        world_size=manifest.world_size,
         state=state,
     )
 
 
-def check(resumed: Resumed, total_steps: int) -> None:
-    """Raise UserError where a run of so many steps cannot go on from there. Pure."""
-    if total_steps < resumed.step:
-        raise UserError(
-            f"the run is to have {total_steps:,} steps and has {resumed.step:,} already "
-            f"({resumed.checkpoint.name}); raise trainer.max_steps (or max_epochs, max_tokens)"
-        )
+def _scheduled_steps(path: Path) -> int:
+    """Return how many steps the schedule has counted.
+
+    In fp16 that may be fewer steps than there were: one that overflows does not advance it. Raises
+    Unreadable.
+    """
+    try:
+        return int(torch.load(path, weights_only=True)["last_epoch"])
+    except Exception as error:
+        raise Unreadable(f"{path.name} is refused: {why_refused(error)}") from None
 
 
 def _check_trainer_state(path: Path, step: int) -> None:
@@ -149,7 +156,7 @@ def restore(trainer: Trainer, resumed: Resumed) -> None:
     have read what is theirs, the older checkpoints that a killed run had yet to delete are deleted.
     """
     engine_of(trainer.config).restore_optimizer(trainer, resumed.state)
-    _restore_schedule(trainer, resumed.checkpoint / "scheduler.pt")
+    _restore_schedule(trainer, resumed.progress.scheduled_steps)
     scale = resumed.checkpoint / LOSS_SCALE
     loop.restore_loss_scale(trainer, json.loads(scale.read_text()) if scale.exists() else {})
     rank = trainer.args.process_index
@@ -169,16 +176,9 @@ def restore(trainer: Trainer, resumed: Resumed) -> None:
         retention.retain(resumed.checkpoint.parent, trainer.config.checkpoint, newest=resumed.step)
 
 
-def _restore_schedule(trainer: Trainer, path: Path) -> None:
-    """Put the learning rates where the schedule had come to; it may be a longer one now.
-
-    In fp16 that may be fewer steps than there were: one that overflows does not advance it.
-    """
+def _restore_schedule(trainer: Trainer, step: int) -> None:
+    """Put the learning rates where the schedule had come to; it may be a longer one now."""
     scheduler: Any = trainer.lr_scheduler
-    try:
-        step = int(torch.load(path, weights_only=True)["last_epoch"])
-    except Exception as error:
-        raise UserError(f"{path.name} is refused: {why_refused(error)}") from None
     scheduler.last_epoch = step
     scheduler._step_count = step + 1
     scheduler._last_lr = scheduler.get_lr()

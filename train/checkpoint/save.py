@@ -86,10 +86,10 @@ def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
     of that is saved.
     """
     trainer.check_finite(weights=True)
+    scheduler: Any = trainer.lr_scheduler
     texts = {f"rng-{peers.rank}.pt": _torch_bytes(_rng_state() | _unlogged_loss(trainer))}
     if peers.is_first:
-        assert trainer.lr_scheduler is not None
-        texts["scheduler.pt"] = _torch_bytes(trainer.lr_scheduler.state_dict())
+        texts["scheduler.pt"] = _torch_bytes(scheduler.state_dict())
         state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
         texts["trainer_state.json"] = f"{state}\n".encode()
         texts |= config_texts(trainer.model)
@@ -106,6 +106,11 @@ def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
             "step": trainer.state.global_step,
             "samples": trainer.samples_seen,
             "tokens": trainer.tokens_seen,
+            "batch_size": trainer.config.trainer.global_batch_size,
+            "schedule": {
+                "samples": trainer.schedule.samples(scheduler.last_epoch),
+                "samples_per_step": trainer.schedule.samples_per_step,
+            },
             # JSON has no NaN, and NaN is never the best.
             "metrics": {
                 k: v for k, v in trainer.evaluation_of_this_step().items() if math.isfinite(v)

@@ -33,7 +33,16 @@ from train.config.model import (
 )
 from train.config.objective import MlmObjective, ObjectiveConfig
 from train.config.precision import PrecisionConfig
-from train.config.run import RunConfig, total_steps
+from train.config.run import RunConfig
+from train.config.steps import (
+    BEGINNING,
+    Progress,
+    Schedule,
+    samples_wanted,
+    schedule_of,
+    total_steps,
+    why_too_short,
+)
 from train.config.strategy import DdpStrategy, FsdpStrategy, StrategyConfig, ZeroStrategy
 from train.config.tokenizer import ByteBpeTokenizer, PretrainedTokenizer
 from train.config.trainer import (
@@ -45,6 +54,7 @@ from train.config.trainer import (
 from train.config.tree import RESUMES, from_tree, load, to_yaml
 
 __all__ = [
+    "BEGINNING",
     "DEFAULT_MICRO_BATCH_SIZE",
     "DEFAULT_SEQUENCE_LENGTH",
     "RESUMES",
@@ -69,8 +79,10 @@ __all__ = [
     "PrecisionConfig",
     "PretrainedModel",
     "PretrainedTokenizer",
+    "Progress",
     "RobertaModel",
     "RunConfig",
+    "Schedule",
     "ScratchModel",
     "SlurmLauncher",
     "StrategyConfig",
@@ -84,7 +96,10 @@ __all__ = [
     "largest_micro_batch",
     "load",
     "nearest_key",
+    "samples_wanted",
+    "schedule_of",
     "to_yaml",
     "total_steps",
     "unknown_key_message",
+    "why_too_short",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -50,17 +49,3 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
-    """Return optimizer steps from max_steps, max_epochs or max_tokens, rounded up to whole ones."""
-    trainer = config.trainer
-    if trainer.max_steps is not None:
-        return trainer.max_steps
-    if trainer.max_epochs is not None:
-        samples = trainer.max_epochs * samples_per_epoch
-    else:
-        assert trainer.max_tokens is not None
-        samples = trainer.max_tokens / config.data.tokens_per_sample
-    # The product of a fraction may lie a hair above a whole number of steps.
-    return max(1, math.ceil(round(samples / trainer.global_batch_size, 6)))

@@ -27,11 +27,12 @@ class TrainerConfig(Section):
     """The loop: how much, how fast, and how often something happens besides."""
 
     max_steps: PositiveInt | None = None
-    """Optimizer steps. Give exactly one of max_steps, max_epochs and max_tokens."""
+    """Optimizer steps, also where a resume changes the batch. Give exactly one of max_steps,
+    max_epochs and max_tokens."""
     max_epochs: PositiveFloat | None = None
     """Passes over the training samples."""
     max_tokens: PositiveInt | None = None
-    """Tokens to train on, rounded up to a whole step."""
+    """Tokens to train on, padding left out, rounded up to a whole step."""
     global_batch_size: PositiveInt = 256
     """Samples in one optimizer step, over all ranks."""
     micro_batch_size: PositiveInt | Literal["auto"] = "auto"
@@ -49,7 +50,9 @@ class TrainerConfig(Section):
     )
     """Course after the linear warm-up; linear, cosine and warmup_stable_decay end at 0."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up. Give this or warmup_fraction."""
+    """Steps of linear warm-up. Give this or warmup_fraction. Of a run of max_epochs or max_tokens
+    these are steps of the batch that it began with: where a resume changes the batch, as many
+    samples warm up."""
     warmup_fraction: Fraction = 0.0
     """Warm-up as a share of all steps, rounded up to whole steps."""
     decay_fraction: Fraction = 0.1

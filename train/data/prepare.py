@@ -8,12 +8,12 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from train.config import RunConfig
+from train.config import RunConfig, samples_wanted
 from train.data.corpus import Reading, corpus_identity, read_corpus, source_weights
 from train.errors import UserError
 
@@ -56,6 +56,8 @@ class Prepared:
     held_out: Part
     empty_files: int
     """Matched by a glob, and passed over."""
+    samples_of_max_tokens: int | None = None
+    """Samples, in their order, that hold trainer.max_tokens; None where they are of one length."""
 
     @cached_property
     def samples_per_epoch(self) -> int:
@@ -96,7 +98,10 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     if noted is None:
         _check_sources(config, prepared)
         _check_loss(config, prepared)
-        _note(note, entry.path.name, prepared)
+    counted, has_counted = _samples_of_max_tokens(config, run_dir, prepared)
+    prepared = replace(prepared, samples_of_max_tokens=counted)
+    if noted is None or has_counted:
+        _note(note, entry.path.name, prepared, config)
     for line in summary(prepared, by_line=config.data.line_by_line):
         log.info(line)
     log.info(
@@ -197,17 +202,9 @@ def _open(
         empty_files=entry.details.get("empty_files", 0),
     )
     training, held_out = prepared.training, prepared.held_out
-    counts = (
-        f"{training.documents:,} training documents with "
-        f"{training.tokens + training.tokens_left_out:,} tokens make "
-        f"{prepared.samples_per_epoch:,} samples at data.sequence_length={data.sequence_length}"
-    )
-    if prepared.samples_per_epoch < config.trainer.global_batch_size:
-        raise UserError(
-            f"data={data.kind} is too small for one batch: {counts}, and "
-            f"trainer.global_batch_size={config.trainer.global_batch_size} asks for more; "
-            "give more text, shorten the samples or lower the batch"
-        )
+    counts = _counts(config, training, prepared.samples_per_epoch)
+    if problem := _too_small(config, training, prepared.samples_per_epoch):
+        raise UserError(problem)
     if data.eval_fraction > 0 and not prepared.eval_samples:
         raise UserError(
             f"data.eval_fraction={data.eval_fraction} holds out {held_out.documents:,} "
@@ -276,6 +273,36 @@ def _check_loss(config: RunConfig, prepared: Prepared) -> None:
     )
 
 
+def _counts(config: RunConfig, part: Part, samples_per_epoch: int) -> str:
+    return (
+        f"{part.documents:,} training documents with {part.tokens + part.tokens_left_out:,} tokens "
+        f"make {samples_per_epoch:,} samples at data.sequence_length={config.data.sequence_length}"
+    )
+
+
+def _too_small(config: RunConfig, part: Part, samples_per_epoch: int) -> str | None:
+    """Return why an epoch is too small for a batch, or None where it is not. Pure."""
+    if samples_per_epoch >= config.trainer.global_batch_size:
+        return None
+    return (
+        f"data={config.data.kind} is too small for one batch: "
+        f"{_counts(config, part, samples_per_epoch)}, and "
+        f"trainer.global_batch_size={config.trainer.global_batch_size} asks for more; "
+        "give more text, shorten the samples or lower the batch"
+    )
+
+
+def noted_too_small(config: RunConfig, run_dir: Path) -> str | None:
+    """Return what `prepare` would raise for a batch, as far as data.json tells, or None."""
+    samples = noted_samples_per_epoch(run_dir)
+    if samples is None:
+        return None
+    training = json.loads((run_dir / "data.json").read_text())["training"]
+    # Runs begun before noted fewer of these.
+    part = Part(**{field: training.get(field, 0) for field in Part._fields})
+    return _too_small(config, part, samples)
+
+
 def _noted(note: Path) -> dict[str, Any] | None:
     try:
         tree: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
@@ -292,13 +319,51 @@ def noted_samples_per_epoch(run_dir: Path) -> int | None:
         return None
 
 
-def _note(note: Path, name: str, prepared: Prepared) -> None:
+def noted_samples_of_tokens(run_dir: Path, tokens: int) -> int | None:
+    """Return how many samples data.json says hold so many tokens; None where it does not."""
+    try:
+        training = json.loads((run_dir / "data.json").read_text())["training"]
+    except FileNotFoundError:
+        return None
+    found: int | None = training.get("samples_of_tokens", {}).get(str(tokens))
+    return found
+
+
+def noted_samples_wanted(config: RunConfig, run_dir: Path) -> int | None:
+    """Return the samples that a run trains on, as far as it has noted what that depends on.
+
+    None where it counts in steps, too.
+    """
+    tokens = config.trainer.max_tokens
+    counted = None if tokens is None else noted_samples_of_tokens(run_dir, tokens)
+    return samples_wanted(config, noted_samples_per_epoch(run_dir), counted)
+
+
+def _samples_of_max_tokens(
+    config: RunConfig, run_dir: Path, prepared: Prepared
+) -> tuple[int | None, bool]:
+    """Return `Prepared.samples_of_max_tokens`, and whether it was counted only now."""
+    from train.data.counting import samples_of_tokens
+
+    tokens = config.trainer.max_tokens
+    if tokens is None or not config.data.line_by_line:
+        return None, False
+    if (noted := noted_samples_of_tokens(run_dir, tokens)) is not None:
+        return noted, False
+    return samples_of_tokens(prepared.train, tokens), True
+
+
+def _note(note: Path, name: str, prepared: Prepared, config: RunConfig) -> None:
+    counted = {}
+    if prepared.samples_of_max_tokens is not None:
+        counted = {str(config.trainer.max_tokens): prepared.samples_of_max_tokens}
     tree = {
         "tokens": name,
         "tokenizer": {"tokens": len(set(prepared.tokenizer.get_vocab().values()))},
         "training": {
             **prepared.training._asdict(),
             "samples_per_epoch": prepared.samples_per_epoch,
+            **({"samples_of_tokens": counted} if counted else {}),
         },
         "heldout": prepared.held_out._asdict(),
         "empty_files": prepared.empty_files,

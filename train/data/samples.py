@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.sampler import permuted
+from train.data.sampler import all_permuted, permuted
 from train.data.store import TokenStore
 
 LINES_AT_ONCE = 2**20
@@ -96,6 +96,19 @@ class Samples:
             None if starts is None else np.asarray(starts[start:stop]),
         )
 
+    def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many tokens of each of some samples are trained on, shape (n,).
+
+        Those are the positions of its row in a batch, padding left out: for mlm with its frame.
+        """
+        ends = self.store.line_ends
+        if ends is None:
+            return np.full(len(indices), self.sequence_length)
+        starts = np.where(indices > 0, ends[np.maximum(indices - 1, 0)], 0)
+        # For clm the last token is predicted only; for mlm it gives way to the frame's two.
+        kept = np.minimum(ends[indices] - starts - 1, self._stride)
+        return np.asarray(kept if self.causal else kept + 2)
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -131,6 +144,17 @@ class Mixture:
             return source, index % size
         turn = (epoch * quota + index) % size
         return source, permuted((self.seed, -1 - source), size, turn)
+
+    def numbers(self, source: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers that `locate` gives, of samples counted within one source."""
+        size, quota = len(self.sources[source]), self.quotas[source]
+        if quota % size == 0:
+            return np.asarray(indices % size)
+        return self.in_turn(source, (epoch * quota + indices) % size)
+
+    def in_turn(self, source: int, turns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which samples of a source, of a weight that is no whole number, come when."""
+        return all_permuted((self.seed, -1 - source), len(self.sources[source]), turns)
 
     def get(self, epoch: int, index: int) -> Any:
         source, number = self.locate(epoch, index)

@@ -129,10 +129,9 @@ def verify(trainer: Trainer, config: RunConfig, world_size: int) -> dict[str, An
     Raises EngineMismatch naming every fact that differs, with both values.
     """
     engine = engine_of(config)
-    total_steps = trainer.state.max_steps
     expected = {
         **engine.expected(config, world_size),
-        **loop.expected(config, world_size, total_steps),
+        **loop.expected(config, world_size, trainer.schedule),
     }
     if trainer.state.global_step > 0:
         # A resumed run goes on with the loss scale that it had come to.

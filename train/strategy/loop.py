@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig, TrainerConfig, accumulation_steps
+from train.config import RunConfig, Schedule, accumulation_steps
 from train.strategy import zero
 
 if TYPE_CHECKING:
@@ -28,31 +28,16 @@ SCHEDULES = {
 }
 
 
-def warmup_steps(trainer: TrainerConfig, total_steps: int) -> int:
-    """Return steps of linear warm-up. Pure."""
-    return trainer.warmup_steps or math.ceil(round(trainer.warmup_fraction * total_steps, 6))
-
-
-def decay_steps(trainer: TrainerConfig, total_steps: int) -> int:
-    """Return steps of the final decay of a warmup_stable_decay schedule. Pure."""
-    return math.ceil(round(trainer.decay_fraction * total_steps, 6))
-
-
-def expected(config: RunConfig, world_size: int, total_steps: int) -> dict[str, Any]:
+def expected(config: RunConfig, world_size: int, schedule: Schedule) -> dict[str, Any]:
     """Return the facts that `read_back` must find. Pure."""
     trainer = config.trainer
-    schedule: dict[str, Any] = {"num_warmup_steps": warmup_steps(trainer, total_steps)}
-    if trainer.lr_scheduler in ("linear", "cosine"):
-        schedule["num_training_steps"] = total_steps
-    if trainer.lr_scheduler == "warmup_stable_decay":
-        schedule["num_decay_steps"] = decay_steps(trainer, total_steps)
     return {
         "global_batch_size": trainer.global_batch_size,
         "micro_batch_size": trainer.samples_per_pass,
         "accumulation_steps": accumulation_steps(trainer, world_size),
         "clip": trainer.max_grad_norm,
         "optimizer": _expected_optimizer(config),
-        "schedule": {"name": SCHEDULES[trainer.lr_scheduler], **schedule},
+        "schedule": _facts_of(schedule),
         **_recomputed(config),
         **_blocks_run_as(config),
         **_numerics(config),
@@ -74,7 +59,7 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
         "accumulation_steps": args.gradient_accumulation_steps,
         "clip": args.max_grad_norm,
         "optimizer": _optimizer(trainer),
-        "schedule": _schedule(trainer),
+        "schedule": _facts_of(_live_schedule(trainer)),
         **activation_checkpointing.read_back(trainer.model),
         **_how_blocks_run(trainer),
         **fp8.read_back(trainer.model),
@@ -318,12 +303,21 @@ def _deepspeeds_scaler(trainer: Trainer) -> Any:
     return getattr(optimizer, "loss_scale_config", None) or optimizer.loss_scaler
 
 
-def _schedule(trainer: Trainer) -> dict[str, Any]:
+def _live_schedule(trainer: Trainer) -> Schedule:
     scheduler: Any = trainer.lr_scheduler
-    arguments = scheduler.lr_lambdas[0].keywords
-    kept = ("num_warmup_steps", "num_training_steps", "num_decay_steps")
-    known = {name: arguments[name] for name in kept if arguments.get(name) is not None}
-    name = str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type))
-    if name == "warmup_stable_decay":
-        known.pop("num_training_steps", None)
-    return {"name": name, **known}
+    found: Schedule = scheduler.lr_lambdas[0]
+    return found
+
+
+def _facts_of(schedule: Schedule) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "name": SCHEDULES[schedule.name],
+        "num_warmup_steps": schedule.warmup_steps,
+    }
+    if schedule.name in ("linear", "cosine"):
+        facts["num_training_steps"] = schedule.total_steps
+    if schedule.name == "warmup_stable_decay":
+        facts["num_decay_steps"] = schedule.decay_steps
+    if schedule.by_samples:
+        facts["samples_per_step"] = schedule.samples_per_step
+    return facts

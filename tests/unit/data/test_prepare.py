@@ -20,7 +20,7 @@ from train.data import __main__ as data_command
 from train.data import prepare
 from train.data.cache import build_once, find
 from train.data.corpus import is_held_out
-from train.data.prepare import noted_samples_per_epoch
+from train.data.prepare import noted_samples_per_epoch, noted_samples_wanted
 from train.data.tokenizer import vocabulary_size
 from train.errors import UserError
 from train.owner import inherited
@@ -59,6 +59,31 @@ def test_a_run_gets_its_tokenizer_and_samples(
     assert (run_dir / "tokenizer" / "tokenizer.json").exists()
     first = str(prepared.tokenizer.decode(prepared.train.get(0, 0).tokens))
     assert any(path.read_text().startswith(first) for path in corpus.iterdir())
+
+
+def test_the_samples_of_a_number_of_tokens_are_counted_once(
+    corpus: Path, make_config: MakeConfig, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {"line_by_line": True, "max_cut_fraction": 1}
+
+    def by_tokens(tokens: int) -> RunConfig:
+        length = {"max_steps": None, "max_tokens": tokens, "global_batch_size": 8}
+        return make_config(data=lines, trainer=length)
+
+    prepared = prepare(by_tokens(3000), run_dir)
+    counted = prepared.samples_of_max_tokens
+    assert counted is not None
+    assert counted > 3000 / 32, "no line is shorter than a sample"
+    assert noted_samples_wanted(by_tokens(3000), run_dir) == counted
+    assert noted_samples_wanted(by_tokens(6000), run_dir) is None
+
+    # A resume asks for more; its ranks note it, and what starts next counts nothing.
+    more = prepare(by_tokens(6000), run_dir).samples_of_max_tokens
+    assert more is not None
+    assert more > counted
+    monkeypatch.setattr("train.data.counting.samples_of_tokens", lambda *_: pytest.fail("again"))
+    assert prepare(by_tokens(6000), run_dir).samples_of_max_tokens == more
+    assert prepare(make_config(data=lines), run_dir).samples_of_max_tokens is None
 
 
 def test_the_same_corpus_is_prepared_once(

@@ -141,10 +141,30 @@ def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path
 
 
 def test_time_left_follows_from_the_speed_of_the_last_steps() -> None:
-    last = {"step": 25, "tokens": 25 * 1024, "tokens_per_second": 512.0}
-    assert left_seconds(last, 100) == 150.0
-    assert left_seconds(last, None) is None
-    assert left_seconds({}, 100) is None
+    last = {"step": 25, "samples": 200, "tokens": 25 * 1024, "tokens_per_second": 512.0}
+    assert left_seconds(last, 100, 8) == 150.0
+    assert left_seconds(last, 100, 16) == 300.0, "the batch was doubled since"
+    assert left_seconds(last, None, 8) is None
+    assert left_seconds({}, 100, 8) is None
+
+
+def test_the_steps_that_are_left_follow_from_what_was_consumed(tmp_path: Path) -> None:
+    last = {"step": 8, "samples": 64, "tokens": 4096}
+    tokens = {"max_steps": None, "max_tokens": 128 * 64}
+    for batch_size, steps in ((8, 16), (16, 12), (4, 24)):
+        run = config(
+            trainer={**tokens, "global_batch_size": batch_size, "micro_batch_size": 4},
+            data={"kind": "stdlib", "sequence_length": 64},
+        )
+        assert known_steps(tmp_path, run, last) == steps
+    lines = config(
+        trainer={**tokens, "global_batch_size": 16, "micro_batch_size": 4},
+        data={"kind": "stdlib", "sequence_length": 64, "line_by_line": True},
+    )
+    assert known_steps(tmp_path, lines, last) is None
+    note = {"training": {"samples_per_epoch": 200, "samples_of_tokens": {"8192": 720}}}
+    (tmp_path / "data.json").write_text(json.dumps(note))
+    assert known_steps(tmp_path, lines, last) == 8 + (720 - 64) // 16
 
 
 def test_the_steps_of_epochs_are_known_once_the_data_are_prepared(tmp_path: Path) -> None:
