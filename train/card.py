@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import config as run_config
-from train import curve
+from train import curve, history
 from train.card_text import PICTURE, Facts, is_hub_name, readme_of
 from train.checkpoint.layout import Manifest
 from train.config import RunConfig
@@ -108,11 +108,12 @@ def recovered_card(
 def _of_run(config: RunConfig, run_dir: Path, *, until_step: int | None) -> dict[str, Any]:
     """Return the facts that the files of a run hold; nothing of those that are not there."""
     base = config.model.name if config.model.kind == "pretrained" else None
+    starts = history.provenances(run_dir)
     return {
         "run": config,
         "base_model": base if base and is_hub_name(base) and not Path(base).exists() else None,
         "corpus": _json(run_dir / "data.json"),
-        "provenance": _json(run_dir / "provenance.json"),
+        "provenance": _json(starts[-1]) if starts else {},
         "resumes": len(list((run_dir / run_config.RESUMES).glob("*.yaml"))),
         "curve": curve.read(run_dir / "metrics.jsonl", until_step),
     }

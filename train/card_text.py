@@ -52,7 +52,7 @@ class Facts:
     corpus: Mapping[str, Any] = field(default_factory=dict)
     """data.json."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """provenance.json."""
+    """That of the run's last start."""
     resumes: int = 0
     """How often the run has gone on from a checkpoint."""
     curve: Curve = NO_CURVE

@@ -1,4 +1,4 @@
-"""provenance.json: versions, commit, command and hardware of a run; never a secret."""
+"""Versions, commit, command and hardware of each start of a run; never a secret."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from train import history
+
 _PACKAGES = (
     "shardwright",
     "torch",
@@ -28,7 +30,7 @@ _PACKAGES = (
 
 
 def write_provenance(run_dir: Path, *, world_size: int, parameters: int) -> None:
-    """Describe what runs; call it on rank 0."""
+    """Describe what runs, beside what earlier starts have left; call it on rank 0."""
     facts: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "argv": sys.orig_argv,
@@ -46,7 +48,9 @@ def write_provenance(run_dir: Path, *, world_size: int, parameters: int) -> None
             "cuda": torch.version.cuda,
         },
     }
-    (run_dir / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
+    path = history.next_provenance(run_dir)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:
