@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import program, report, requeue, slurm
+from launchers import program, report, requeue, resumes, slurm
 from train import config as run_config
 from train import stop, terminal
 from train.config import SlurmLauncher
@@ -36,7 +36,10 @@ def main(arguments: Sequence[str]) -> int:
     if stopped is None and (failures or not (signals or code == RESUMABLE)):
         child_code = 128 - code if code > 128 else code  # srun's word for a signal, and Python's
         print(report.failure(child_code, failures, run_dir, None, config=config))
-        return report.exit_code(child_code, failures, None)
+        outcome = report.exit_code(child_code, failures, None)
+        if outcome == BAD_INPUT and resumes.take_back_unstarted(run_dir):
+            print(resumes.TAKEN_BACK)
+        return outcome
 
     print(f"\n{stopped}" if stopped else f"\nstopped by {' '.join(signals) or 'a signal'}")
     ended = "TERM" in signals and not (signals[0] == "USR1" and _is_past_its_limit())

@@ -1,9 +1,11 @@
-"""`shardwright resume`: a run goes on in its directory, with settings changed where they may be."""
+"""`shardwright resume`: continue a run in its directory, with other settings where they may be."""
 
 from __future__ import annotations
 
+import argparse
 import os
-import time
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,28 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from launchers import launch, machine, preflight, processes, report, submit
+from launchers import launch, machine, preflight, processes, report, resumes, submit
 from launchers.compose import CONF, compose
 from launchers.compose_errors import is_free_form
 from launchers.dry_run import show
 from train import config as run_config
-from train import history, terminal
-from train.checkpoint import layout
+from train import terminal
+from train.checkpoint import layout, retention
 from train.config import (
     DEFAULT_MICRO_BATCH_SIZE,
+    Progress,
     RunConfig,
+    TrainerConfig,
     from_tree,
+    schedule_of,
+    total_steps,
     unknown_key_message,
 )
-from train.errors import UserError
+from train.data.prepare import noted_samples_wanted
+from train.errors import BAD_INPUT, UserError
+
+FALLING = ("linear", "cosine", "warmup_stable_decay")
+"""Schedules that end at 0 with the run, and so reach further in a longer one."""
 
 # What may not change, and what hangs on it. The longest prefix counts; None allows.
 _FIXED: dict[str, str | None] = {
@@ -43,57 +53,165 @@ _FIXED: dict[str, str | None] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Go on from the newest whole checkpoint, or with --dry-run show how; return the exit code."""
-    dry_run = "--dry-run" in arguments
-    match [argument for argument in arguments if argument != "--dry-run"]:
-        case [path, *overrides] if "=" not in path and not path.startswith("-"):
-            run_dir = Path(os.path.abspath(path))
-        case _:
-            raise UserError(
-                "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
-            )
+    """Resume from the newest whole checkpoint, or with --dry-run show how; return the exit code."""
+    options = _parser().parse_intermixed_args(arguments)
+    if options.run_dir is None or ("=" in options.run_dir and not Path(options.run_dir).is_dir()):
+        raise UserError(
+            "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
+        )
+    run_dir = Path(os.path.abspath(options.run_dir))
     before = run_config.load(run_dir)
     submit.check_no_job(run_dir)
-    groups = {name for name in RunConfig.model_fields if (CONF / name).is_dir()}
-    options: dict[str, Any] = {}
-    if picked := chosen(overrides, groups):
-        (job,) = compose(picked)
-        for group in (choice.partition("=")[0] for choice in picked):
-            options[group] = OmegaConf.to_container(job.tree[group], resolve=True)
+    choices, trees = _options(options.overrides, options.config_dir)
     here = machine.detect(os.environ)
-    after = with_wandb_mode(changed(before, overrides, options), overrides, here.wandb_mode)
-    limit = largest_micro_batch(before, overrides)
+    after = with_wandb_mode(
+        changed(before, options.overrides, trees), options.overrides, here.wandb_mode
+    )
+    limit = largest_micro_batch(before, options.overrides)
     config = machine.resolve(after, here, str(run_dir), limit)
-    if dry_run:
+    if options.dry_run:
         show([config], here)
     preflight.check_machine(config, here)
-    if dry_run:
+    if options.dry_run:
+        print(_start(before, config, resumes.check(run_dir, config)))
         return 0
 
-    choices = dict(choice.split("=", 1) for choice in picked)
     terminal.outlive()
     with launch.claimed(run_dir) as claim:
-        newest = write(run_dir, config, overrides)
-        where = newest.name if newest else "the beginning: there is no checkpoint yet"
+        # As the ranks do: it may bring back a checkpoint.
+        retention.sweep(run_dir / "checkpoints")
+        newest = resumes.check(run_dir, config)
+        start = _start(before, config, newest)
+        number = resumes.write(run_dir, config, options.overrides, newest)
         if config.launcher.kind != "slurm":
             with terminal.kept_in(launch.run_log(run_dir)):
                 environment = processes.rank_environment(config, here, os.environ)
                 print(report.header(config, choices, here, environment, report.terminal_width()))
-                print(f"  {'goes on':<10}from {where}", flush=True)
+                print(start, flush=True)
                 print(report.ignored(os.environ), end="", flush=True)
                 print(report.other_nodes(config), end="", flush=True)
+                code = 0
                 if not (run_dir / "data.json").exists():  # stopped while they were being prepared
-                    prepared = launch.prepare(config, claim)
-                    if prepared != 0:
-                        return prepared
-                return launch.run_ranks(config, here, claim)
+                    code = launch.prepare(config, claim)
+                code = code or launch.run_ranks(config, here, claim)
+                if code == BAD_INPUT and resumes.take_back_unstarted(run_dir):
+                    print(resumes.TAKEN_BACK, file=sys.stderr)
+                return code
     # Its job owns the run from here on.
-    print(f"goes on from {where}")
+    print(start)
     try:
         return submit.again(config, choices, here)
     except UserError:
-        take_back(run_dir)
+        resumes.take_back(run_dir, number)
         raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shardwright resume",
+        usage="%(prog)s RUN_DIR [--dry-run] [--config-dir DIR] [group=option] [key=value] ...",
+        description="Resume a run from its newest whole checkpoint, in its own directory. Ranks, "
+        "strategy, precision, batch, length and cadences may change; what would change what was "
+        "learned (model, tokenizer, data and their order, optimizer) may not.",
+        epilog="Examples: shardwright resume runs/a strategy=zero3 launcher.nproc_per_node=4; "
+        "shardwright resume runs/a trainer.max_steps=20000. Exit codes: those of "
+        "`shardwright train`; 2 leaves the run as it was.",
+    )
+    parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what is to change")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print config, engine settings, command and checkpoint, and start nothing",
+    )
+    parser.add_argument(
+        "--config-dir", "-cd", metavar="DIR", help="a folder with options of your own, as for train"
+    )
+    return parser
+
+
+def _options(
+    overrides: Sequence[str], config_dir: str | None
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the option that the overrides choose of each group, and its tree."""
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir} is not a directory; give one that is there")
+    groups = {name for name in RunConfig.model_fields if (CONF / name).is_dir()}
+    picked = chosen(overrides, groups)
+    if not picked:
+        return {}, {}
+    (job,) = compose([*([] if config_dir is None else ["--config-dir", config_dir]), *picked])
+    choices = dict(choice.split("=", 1) for choice in picked)
+    trees = {group: OmegaConf.to_container(job.tree[group], resolve=True) for group in choices}
+    return choices, trees
+
+
+# --- from where, and at which rate --------------------------------------------------------------
+
+
+def _start(before: RunConfig, after: RunConfig, checkpoint: Path | None) -> str:
+    """Return from where a run is resumed, and that its learning rate rises again where it does."""
+    where = checkpoint.name if checkpoint else "the beginning: there is no checkpoint yet"
+    rows = {"resumes": f"from {where}"}
+    if checkpoint is not None:
+        run_dir = checkpoint.parent.parent
+        risen = rise(
+            before.trainer,
+            after.trainer,
+            noted_samples_wanted(before, run_dir),
+            noted_samples_wanted(after, run_dir),
+            layout.read_manifest(checkpoint).progress(),
+        )
+        if risen is not None:
+            rows["rate"] = risen
+    return "\n".join(
+        textwrap.fill(
+            f"  {name:<10}{text}",
+            width=100,
+            subsequent_indent=" " * 12,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in rows.items()
+    )
+
+
+def rise(
+    before: TrainerConfig,
+    after: TrainerConfig,
+    wanted_before: int | None,
+    wanted_after: int | None,
+    at: Progress,
+) -> str | None:
+    """Return that a schedule which falls to 0 is higher again than it had come to, or None. Pure.
+
+    A longer run stretches its schedule: cosine, linear and warmup_stable_decay then are where they
+    were earlier. ``wanted_before`` and ``wanted_after`` are what `samples_wanted` returns.
+    """
+    lengths = ((before, wanted_before), (after, wanted_after))
+    unknown = any(trainer.max_steps is None and wanted is None for trainer, wanted in lengths)
+    if after.lr_scheduler not in FALLING or not at.scheduled_steps or unknown:
+        return None
+    old, new = (schedule_of(trainer, wanted, at) for trainer, wanted in lengths)
+    step = at.scheduled_steps
+    had, has = old(step - 1) * before.learning_rate, new(step) * after.learning_rate
+    if new(step) <= old(step) * (1 + 1e-9) or has <= had or not had:
+        return None
+    settings = ["trainer.lr_scheduler=constant", f"trainer.learning_rate={had:.6g}"]
+    if after.muon_learning_rate is not None:
+        settings.append(
+            f"trainer.muon_learning_rate={old(step - 1) * after.muon_learning_rate:.6g}"
+        )
+    if after.warmup_steps:
+        settings.append("trainer.warmup_steps=0")
+    if after.warmup_fraction:
+        settings.append("trainer.warmup_fraction=0")
+    end = total_steps(after, wanted_after, at)
+    return (
+        f"rises again, from {had:.3g} at step {at.step:,} to {has:.3g} at step {at.step + 1:,}: "
+        f"the {after.lr_scheduler} schedule now ends at step {end:,}. "
+        f"To stay at the rate that it has come to, add {' '.join(settings)}"
+    )
 
 
 # --- which settings may change ------------------------------------------------------------------
@@ -208,46 +326,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + key] = value
     return leaves
-
-
-# --- how it is written down ---------------------------------------------------------------------
-
-
-def write(run_dir: Path, config: RunConfig, overrides: Sequence[str]) -> Path | None:
-    """Write resumes/<n>.yaml and a line of history.jsonl; return the checkpoint to go on from.
-
-    Notes of how ranks failed before are put aside in logs/.
-    """
-    folder = run_dir / run_config.RESUMES
-    folder.mkdir(exist_ok=True)
-    number = 1 + max((int(p.stem) for p in folder.glob("*.yaml") if p.stem.isdecimal()), default=0)
-    path = folder / f"{number}.yaml"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(run_config.to_yaml(config), encoding="utf-8")
-    temporary.rename(path)
-    whole = layout.whole_checkpoints(run_dir / "checkpoints")
-    newest = whole[-1][1] if whole else None
-    entry = {
-        "time": time.time(),
-        "config": f"{run_config.RESUMES}/{path.name}",
-        "overrides": list(overrides),
-        "checkpoint": newest.name if newest else None,
-        "world_size": config.launcher.world_size,
-    }
-    history.append(run_dir, entry)
-    logs = run_dir / "logs"
-    aside = logs / f"before-resume-{number}"
-    for old in [*logs.glob("rank-*.error.json"), *logs.glob("torchrun*.log")]:
-        aside.mkdir(exist_ok=True)
-        os.rename(old, aside / old.name)
-    return newest
-
-
-def take_back(run_dir: Path) -> None:
-    """Undo `write` where the run was not started after all; what failed before stays aside."""
-    folder = run_dir / run_config.RESUMES
-    newest = max((p for p in folder.glob("*.yaml")), key=lambda p: int(p.stem))
-    path = run_dir / history.FILE
-    kept = path.read_text().splitlines(keepends=True)[:-1]
-    path.write_text("".join(kept))
-    newest.unlink()

@@ -40,7 +40,7 @@ def test_a_run_goes_on_with_another_engine_and_more_steps(tmp_path: Path) -> Non
     overrides = ("strategy=fsdp", "launcher.nproc_per_node=1", "trainer.max_steps=6")
     resumed = cli.finish(cli.start("resume", "run", *overrides, cwd=tmp_path))
     assert resumed.returncode == 0, resumed.stderr
-    assert "goes on   from checkpoint-4" in resumed.stdout
+    assert "resumes   from checkpoint-4" in resumed.stdout
     assert "fsdp on 1 rank" in resumed.stdout
     assert "step 6/6" in resumed.stdout
 
@@ -61,3 +61,15 @@ def test_a_run_goes_on_with_another_engine_and_more_steps(tmp_path: Path) -> Non
     behind = cli.finish(cli.start("resume", "run", "trainer.max_steps=3", cwd=tmp_path))
     assert behind.returncode == 2
     assert "the run is to have 3 steps and has 6 already" in behind.stderr
+    assert not (run_dir / "resumes" / "2.yaml").exists()
+
+    # Only the ranks have the tokenizer that tells how long a prompt is.
+    prompts = f"objective.prompts=['{'a b ' * 99}']"
+    too_long = cli.finish(cli.start("resume", "run", prompts, cwd=tmp_path))
+    assert too_long.returncode == 2
+    assert "this model takes at most" in too_long.stderr
+    assert "nothing was trained: the run is what it was before this resume" in too_long.stderr
+    assert [path.name for path in (run_dir / "resumes").glob("2*")] == []
+    assert len((run_dir / "history.jsonl").read_text().splitlines()) == 1
+    state = cli.finish(cli.start("status", "run", cwd=tmp_path))
+    assert "state       done" in state.stdout

@@ -78,7 +78,7 @@ def test_nothing_to_go_on_from_is_an_error(run_of: RunOf) -> None:
     (run_dir / "checkpoints/checkpoint-2/manifest.json").write_bytes(b"")
     with pytest.raises(UserError) as error:
         restore.newest(run_dir, ALONE, lambda text: None)
-    assert "has checkpoints, but none to go on from" in str(error.value)
+    assert "has checkpoints, but none to resume from" in str(error.value)
     assert "checkpoint-2 is not whole: its manifest cannot be read" in str(error.value)
     assert "checkpoint-1 is not whole: rng-1.pt is missing" in str(error.value)
     assert "bring one of them back from a copy, or start a new run" in str(error.value)
@@ -121,5 +121,5 @@ def test_a_run_with_no_whole_checkpoint_ends_with_exit_code_2(run_of: RunOf) -> 
         manifest.write_bytes(b"")
     ended = start(run_dir)
     assert 2 in ended.exit_codes
-    assert "has checkpoints, but none to go on from" in ended.console
+    assert "has checkpoints, but none to resume from" in ended.console
     assert not (run_dir / "final").exists()

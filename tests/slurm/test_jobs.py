@@ -162,9 +162,9 @@ def test_cancel_stops_a_run_with_a_checkpoint_and_resume_submits_it_again(
 
     refused = shardwright(cluster, "resume", str(run_dir), "launcher.partition=nope", cwd=tmp_path)
     assert refused.returncode == 2
-    assert list((run_dir / "resumes").iterdir()) == [], "it would be what the next one starts from"
+    assert not (run_dir / "resumes").exists(), "it would be what the next one starts from"
     again = shardwright(cluster, "resume", str(run_dir), "launcher.wait=true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr + runs.log(run_dir)
-    assert f"goes on from checkpoint-{step}" in again.stdout
+    assert f"resumes   from checkpoint-{step}" in again.stdout
     assert runs.weights(run_dir) == runs.weights(uninterrupted)
     assert shardwright(cluster, "cancel", str(run_dir), cwd=tmp_path).returncode == 2

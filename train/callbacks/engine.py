@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback
 
-from train import strategy
+from train import final, strategy
 from train.checkpoint.restore import restore
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class EngineReady(TrainerCallback):
         if state.is_world_process_zero:
             path = trainer.run_dir / "engine.json"
             path.write_text(json.dumps(facts, indent=2) + "\n")
+            if state.global_step < state.max_steps:
+                final.set_aside(trainer.run_dir)
             print(precision_line(facts), file=self._console)
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from launchers import resume
+from launchers import job_end, resume, resumes
 from launchers.machine import Machine, resolve
+from tests.checkpoints import write_checkpoint
+from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.strategy.test_misconfiguration import TREE
 from train import config as run_config
-from train.config import RunConfig, from_tree, to_yaml
+from train import history
+from train.checkpoint import retention
+from train.config import Progress, RunConfig, SlurmLauncher, from_tree, schedule_of, to_yaml
 from train.errors import UserError
+
+shardwright = pytest.fixture(make_shardwright)
 
 
 def run(**sections: Any) -> RunConfig:
@@ -139,18 +146,239 @@ def test_prompts_and_the_cache_may_move() -> None:
     assert after.data.cache_dir == "/cache"
 
 
+# --- what is written down -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Return a run that has ended after 60 steps of 64 samples, or so it looks."""
+    directory = tmp_path / "run"
+    (directory / "logs").mkdir(parents=True)
+    (directory / "config.yaml").write_text(to_yaml(finished(directory)))
+    training = {"documents": 9, "tokens": 80_000, "samples_per_epoch": 1_250}
+    (directory / "data.json").write_text(json.dumps({"tokens": "x", "training": training}))
+    checkpoint(directory, 60)
+    return directory
+
+
+def finished(directory: Path, **trainer: Any) -> RunConfig:
+    length = trainer or {"max_steps": 60}
+    return run(
+        run_dir=str(directory),
+        launcher={"kind": "local", "device": "cpu"},
+        strategy={"kind": "single"},
+        trainer={"global_batch_size": 64, "micro_batch_size": 4, **length},
+    )
+
+
+def checkpoint(directory: Path, step: int) -> Path:
+    return write_checkpoint(
+        directory / "checkpoints",
+        step,
+        samples=64 * step,
+        tokens=64 * 64 * step,
+        batch_size=64,
+        schedule={"samples": 64 * step, "samples_per_step": 64},
+    )
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return every file of a run, that which says who owns it left out."""
+    found = (path for path in directory.rglob("*") if path.is_file() and path.name != "owner.json")
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.max_steps=30"], "to have 30 steps and has 60 already .checkpoint-60.; raise"),
+        (["trainer.max_steps=null", "trainer.max_epochs=2"], "to have 2,500 samples .* has 3,840"),
+        (["trainer.max_steps=null", "trainer.max_tokens=999"], "raise trainer.max_tokens"),
+        (["trainer.global_batch_size=2000"], "too small for one batch: 9 training documents with"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere is not a directory"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_the_ranks_would_refuse_is_refused_before_anything_is_written(
+    overrides: list[str], message: str, dry_run: bool, run_dir: Path, shardwright: Shardwright
+) -> None:
+    before = contents(run_dir)
+    outcome = shardwright("resume", str(run_dir), *overrides, *["--dry-run"] * dry_run)
+    assert outcome.code == 2
+    assert re.search(message, outcome.err), outcome.err
+    assert contents(run_dir) == before
+
+
+def test_lines_of_unknown_number_are_not_taken_back_either(run_dir: Path) -> None:
+    lines = {"max_tokens": 999}
+    config = finished(run_dir, **lines)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"line_by_line": True})}
+    )
+    with pytest.raises(UserError, match="to have 999 tokens and has 245,760 already"):
+        resumes.check(run_dir, config)
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
+    run_dir: Path, shardwright: Shardwright
+) -> None:
+    (run_dir / "checkpoints/checkpoint-60/rng-0.pt").unlink()
+    before = contents(run_dir)
+    outcome = shardwright("resume", str(run_dir))
+    assert outcome.code == 2
+    assert "has checkpoints, but none to resume from (checkpoint-60 is not whole" in outcome.err
+    assert contents(run_dir) == before
+
+
+def test_what_a_kill_has_set_aside_is_resumed_from(run_dir: Path) -> None:
+    directory = run_dir / "checkpoints"
+    (directory / "checkpoint-60").rename(directory / ".checkpoint-60.old")
+    (directory / "checkpoint-60").mkdir()
+    assert resumes.check(run_dir, finished(run_dir)) is None, "it is not known before the sweep"
+    retention.sweep(directory)
+    assert resumes.check(run_dir, finished(run_dir)) == directory / "checkpoint-60"
+
+
 def test_each_resume_is_written_down_and_the_first_config_stays(tmp_path: Path) -> None:
     first = run(run_dir=str(tmp_path))
     (tmp_path / "config.yaml").write_text(to_yaml(first))
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "rank-1.error.json").write_text("{}")
-    for steps in (20, 30):
+    for number, steps in ((1, 20), (2, 30)):
         after = resume.changed(run_config.load(tmp_path), [f"trainer.max_steps={steps}"], {})
-        assert resume.write(tmp_path, after, [f"trainer.max_steps={steps}"]) is None
+        assert resumes.write(tmp_path, after, [f"trainer.max_steps={steps}"], None) == number
         assert run_config.load(tmp_path) == after
     assert run_config.from_tree(yaml.safe_load((tmp_path / "config.yaml").read_text())) == first
     entries = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [entry["config"] for entry in entries] == ["resumes/1.yaml", "resumes/2.yaml"]
     assert entries[1]["overrides"] == ["trainer.max_steps=30"]
     assert [p.name for p in logs.iterdir()] == ["before-resume-1"], "old failures are put aside"
+
+
+def test_a_resume_that_came_to_no_step_is_taken_back(run_dir: Path) -> None:
+    for steps in (70, 80):
+        config = finished(run_dir, max_steps=steps)
+        resumes.write(run_dir, config, [f"trainer.max_steps={steps}"], None)
+    (run_dir / "engine.json").write_text("{}")
+    (run_dir / "logs/rank-3.error.json").write_text('{"of": "the start before"}')
+    (run_dir / "stopped.json").write_text('{"step": 60}')
+    before = contents(run_dir)
+
+    assert not resumes.take_back_unstarted(run_dir), "the engine is younger: it has trained"
+    assert contents(run_dir) == before
+
+    for attempt in ("", "-2"):
+        resumes.write(run_dir, finished(run_dir, max_steps=90), ["trainer.max_steps=90"], None)
+        assert not (run_dir / "stopped.json").exists()
+        history.append(run_dir, {"by": history.BY_TORCHRUN, "restart": 1})
+        (run_dir / "resumes/3.provenance.json").write_text("{}")
+        (run_dir / "logs/rank-0.error.json").write_text('{"of": "the refused one"}')
+        assert resumes.take_back_unstarted(run_dir)
+        after = contents(run_dir)
+        refused = f"logs/refused-resume-3{attempt}/rank-0.error.json"
+        assert after.pop(refused) == b'{"of": "the refused one"}'
+        assert {k: v for k, v in after.items() if "refused" not in k} == before
+
+
+def test_the_first_resume_of_a_run_that_never_trained_is_taken_back(run_dir: Path) -> None:
+    before = contents(run_dir)
+    assert not resumes.take_back_unstarted(run_dir), "it was never resumed"
+    resumes.write(run_dir, finished(run_dir, max_steps=90), [], None)
+    assert resumes.take_back_unstarted(run_dir)
+    assert contents(run_dir) | {"history.jsonl": b""} == before | {"history.jsonl": b""}
+    assert not (run_dir / "resumes").exists()
+
+
+def test_a_job_that_ends_on_bad_input_takes_its_resume_back(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm = SlurmLauncher(kind="slurm", device="cpu", nproc_per_node=1)
+    config = finished(run_dir).model_copy(update={"launcher": slurm})
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    resumes.write(run_dir, config, [], None)
+    note = {
+        "time": 1,
+        "rank": 0,
+        "host": "n",
+        "kind": "UserError",
+        "message": "no",
+        "traceback": "",
+    }
+    (run_dir / "logs/rank-0.error.json").write_text(json.dumps(note))
+    assert job_end.main([str(run_dir), "1"]) == 2
+    assert "nothing was trained: the run is what it was before" in capsys.readouterr().out
+    assert resumes.newest_number(run_dir) is None
+
+
+# --- the learning rate --------------------------------------------------------------------------
+
+
+def at(step: int) -> Progress:
+    samples = 64 * step
+    return Progress(step, samples, 64, step, samples, 64)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "warmup_stable_decay"])
+def test_a_rate_that_rises_again_is_told_with_the_way_to_avoid_it(
+    name: str, tmp_path: Path
+) -> None:
+    before = finished(tmp_path, max_steps=60, lr_scheduler=name, learning_rate=1e-3).trainer
+    longer = before.model_copy(update={"max_steps": 120})
+    told = resume.rise(before, longer, None, None, at(60))
+    assert told is not None
+    had = schedule_of(before, None)(59) * 1e-3
+    has = schedule_of(longer, None)(60) * 1e-3
+    assert told.startswith(
+        f"rises again, from {had:.3g} at step 60 to {has:.3g} at step 61: the {name} schedule now "
+        "ends at step 120. To stay at the rate that it has come to, add "
+        f"trainer.lr_scheduler=constant trainer.learning_rate={had:.6g}"
+    )
+    # Done so, it does.
+    stays = longer.model_copy(update={"lr_scheduler": "constant", "learning_rate": had})
+    assert schedule_of(stays, None, at(60))(60) * had == had
+    assert resume.rise(before, stays, None, None, at(60)) is None
+    # Nothing else is told: not a plain resume, a shorter run, nor the first checkpoint.
+    assert resume.rise(before, before, None, None, at(60)) is None
+    assert resume.rise(longer, before, None, None, at(40)) is None
+    assert resume.rise(before, longer, None, None, Progress()) is None
+
+
+def test_what_warms_up_does_not_rise_again(tmp_path: Path) -> None:
+    before = finished(tmp_path, max_steps=60, warmup_steps=40).trainer
+    longer = before.model_copy(update={"max_steps": 120})
+    assert resume.rise(before, longer, None, None, at(20)) is None
+    told = resume.rise(before, longer, None, None, at(60))
+    assert told is not None
+    assert told.endswith("trainer.warmup_steps=0")
+
+
+def test_a_longer_run_by_tokens_is_told_at_the_launcher(
+    run_dir: Path, shardwright: Shardwright
+) -> None:
+    arguments = ["trainer.max_steps=null", f"trainer.max_tokens={120 * 64 * 64}"]
+    outcome = shardwright("resume", str(run_dir), *arguments, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    text = " ".join(outcome.out.split())
+    assert "resumes from checkpoint-60 rate rises again, from " in text
+    assert "the cosine schedule now ends at step 120" in text
+    plain = shardwright("resume", str(run_dir), "--dry-run")
+    assert "rises" not in plain.out
+
+
+# --- options of a folder of one's own -----------------------------------------------------------
+
+
+def test_a_resume_takes_options_of_a_folder_of_ones_own(
+    run_dir: Path, tmp_path: Path, shardwright: Shardwright
+) -> None:
+    (tmp_path / "mine/precision").mkdir(parents=True)
+    (tmp_path / "mine/precision/odd.yaml").write_text("defaults: [bf16]\nreduce_dtype: bf16\n")
+    outcome = shardwright(
+        *("resume", str(run_dir), "--config-dir", "mine", "precision=odd", "--dry-run")
+    )
+    assert outcome.code == 0, outcome.err
+    assert "reduce_dtype: bf16" in outcome.out
+    without = shardwright("resume", str(run_dir), "precision=odd", "--dry-run")
+    assert without.code == 2
+    assert "precision=odd: there is no such option" in without.err
