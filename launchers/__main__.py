@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from train import terminal
-from train.errors import BAD_INPUT, FAILED, UserError
+from train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 
 COMMANDS = (
     *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
@@ -25,7 +25,7 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       compose a run, check it and start it; --help lists groups, options and flags,
       --dry-run shows config, engine settings and command, and starts nothing
   shardwright resume RUN_DIR [--dry-run] [group=option] [key=value]
-      go on from the newest whole checkpoint, with other ranks, strategy, precision or
+      continue from the newest whole checkpoint, with other ranks, strategy, precision or
       more steps if asked
   shardwright join RUN_DIR [--node-rank N]
       on each other node of a run over several: start its ranks there
@@ -48,6 +48,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright doctor [group=option] [key=value]
       look for what stops or slows training here; with launcher=... on all of its nodes,
       with measured collectives and matrix products
+  shardwright help COMMAND
+      its own page, as COMMAND --help
 
   For launchers and jobs of your own:
   shardwright rank RUN_DIR
@@ -58,6 +60,12 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       say by exit code 0 or 1 whether a job that was cut has got on and may start again
 
   shardwright --version
+
+Exit codes
+  0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint and meant to be resumed;
+  130 interrupted by Ctrl-C where there was nothing to save: before the ranks were started, in a
+  command without ranks, or by a second one, which kills; likewise 128 + N by signal N;
+  141 whoever read what a command shows has left, as `head` does
 
 Examples
   shardwright train experiment=demo
@@ -82,7 +90,7 @@ def _run(arguments: list[str]) -> int:
         print(error_text(str(error)), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except (OSError, MemoryError) as error:
         from launchers.report import error_text
         from train import exhausted
@@ -98,9 +106,11 @@ def _dispatch(arguments: list[str]) -> int:
         case []:
             print(USAGE, end="", file=sys.stderr)
             return BAD_INPUT
-        case ["-h" | "--help" | "help", *_]:
+        case ["-h" | "--help" | "help"] | ["help", "-h" | "--help" | "help"]:
             print(USAGE, end="")
             return 0
+        case ["-h" | "--help" | "help", command, *_]:
+            return _dispatch([command, *["--help"] * (command in COMMANDS)])
         case ["--version" | "-V"]:
             print(f"shardwright {_version()}")
             return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launchers import processes, start
 from train import terminal
-from train.errors import BAD_INPUT, FAILED, UserError
+from train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 from train.logs import quiet_libraries
 
 FLAGS = (
@@ -67,7 +67,7 @@ def recover(arguments: Sequence[str]) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"interrupted; {asked.out} is not written", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

@@ -19,3 +19,6 @@ class Diverged(FloatingPointError):
 FAILED = 1
 BAD_INPUT = 2
 RESUMABLE = 75
+INTERRUPTED = 130
+"""By Ctrl-C, where no rank was there to save: 128 + SIGINT, as shells have it. A launcher whose
+ranks did not come to say where they stopped returns 128 + the signal that it was sent, too."""

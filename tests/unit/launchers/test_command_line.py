@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launchers.__main__ import COMMANDS
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
 from train.config import from_tree
+from train.errors import BAD_INPUT, FAILED, INTERRUPTED, RESUMABLE
+from train.terminal import READER_GONE
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -25,6 +28,58 @@ def test_help_names_the_commands(shardwright: Shardwright) -> None:
     assert "shardwright train [--dry-run]" in outcome.out
     assert "shardwright sample RUN_DIR" in outcome.out
     assert "shardwright checkpoints RUN_DIR [--verify]" in outcome.out
+
+
+def test_every_command_has_its_own_page(shardwright: Shardwright) -> None:
+    for command in COMMANDS:
+        pages = [
+            shardwright(*words)
+            for words in ((command, "--help"), (command, "-h"), ("help", command), ("-h", command))
+        ]
+        assert {(page.code, page.err) for page in pages} == {(0, "")}, command
+        assert len({page.out for page in pages}) == 1, command
+        assert pages[0].out.startswith(
+            "Compose a run out of groups" if command == "train" else f"usage: shardwright {command}"
+        )
+    outcome = shardwright("help", "resum")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "error: unknown command resum: did you mean resume?\n",
+    )
+    assert shardwright("help").out == shardwright("help", "--help").out == shardwright("-h").out
+
+
+def test_help_names_every_exit_code(shardwright: Shardwright) -> None:
+    text = shardwright("help").out.partition("Exit codes\n")[2]
+    for code in (0, FAILED, BAD_INPUT, RESUMABLE, INTERRUPTED, READER_GONE):
+        assert re.search(rf"\b{code}\b", text), code
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("train --info defaults-tree", "train --cfg job", "train --help", "help"),
+        *("resume --help", "status all"),
+    ],
+)
+def test_a_reader_that_leaves_early_ends_a_command_quietly(words: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("nonsense: 1\n")
+    started = subprocess.Popen(
+        [sys.executable, "-m", "launchers", *words.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stdout is not None
+    started.stdout.close()
+    assert started.stderr is not None
+    with started.stderr:
+        assert started.stderr.read() == ""
+    assert started.wait() == READER_GONE
 
 
 def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
