@@ -22,7 +22,7 @@ from launchers import machine, preflight
 from launchers.compose import compose
 from launchers.machine import Machine
 from tests.distributed.jobs import whole_run
-from train.config import RunConfig, from_tree, total_steps
+from train.config import RunConfig, from_tree, samples_wanted, total_steps
 from train.data import prepare
 from train.data.loader import collator
 from train.data.sampler import SampleKey, sample_at
@@ -185,7 +185,8 @@ def test_the_experiment_learns_what_the_published_script_learns(
     # The run's last step takes a whole batch, the plain one's what is left of the epoch.
     whole = range(EVERY_STEPS, len(lines) // 64 + 1, EVERY_STEPS)
     assert len(whole) >= 2
-    assert total_steps(config, noted["samples_per_epoch"]) == steps
+    wanted = samples_wanted(config, noted["samples_per_epoch"])
+    assert total_steps(config.trainer, wanted) == steps
     assert {step: ours[step] for step in whole} == pytest.approx(
         {step: theirs[step] for step in whole}, rel=0.002
     )
