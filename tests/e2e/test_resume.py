@@ -13,6 +13,7 @@ ARGUMENTS = (
     "model.max_position_embeddings=64",
     "data.max_documents=40",
     "data.eval_fraction=0.1",
+    "trainer.eval_max_samples=16",
     "data.sequence_length=32",
     "strategy=zero2",
     "launcher.nproc_per_node=2",
