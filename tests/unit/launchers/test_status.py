@@ -326,7 +326,7 @@ def test_a_full_disk_is_said_without_a_traceback(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "resumes/1.tmp"))
 
-    monkeypatch.setattr("launchers.resume.write", full)
+    monkeypatch.setattr("launchers.resumes.write", full)
     a_run(tmp_path / "run")
     outcome = shardwright("resume", "run", "launcher=local", "launcher.device=cpu")
     assert outcome.code == 1
