@@ -114,6 +114,9 @@ def resolve(
         data["paths"] = [os.path.abspath(os.path.expanduser(path)) for path in data["paths"]]
     if data["cache_dir"] is not None:
         data["cache_dir"] = os.path.abspath(os.path.expanduser(data["cache_dir"]))
+    for section in (tree["model"], tree["tokenizer"]):
+        if section["kind"] == "pretrained":
+            section["name"] = _absolute_if_here(section["name"])
     model = tree["model"]
     if model["kind"] == "pretrained" and tree["strategy"]["kind"] == "zero":
         # What its buckets are derived from.
@@ -167,6 +170,12 @@ def _positions(model: ModelConfig) -> int | None:
         return model.max_sequence_length
     found = names.config_json(model.name, model.revision, os.environ)
     return longest_sample(found) if found else None
+
+
+def _absolute_if_here(name: str) -> str:
+    """Return the path of a directory that a name means here; a hub's name as it is."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.isdir(path) else name
 
 
 def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from train.units import size
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-FLAGS = ("--dry-run", "--help", "--message", "--public", "--revision")
+FLAGS = ("--dry-run", "--help", "--message", "--public", "--revision", "--trust-remote-code")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     check_repo_name(options.repo)
     directory = model_directory(Path(os.path.abspath(options.directory)))
     chosen = choose(directory)
-    check(directory, chosen)
+    check(directory, chosen, trusts_code=options.trust_remote_code)
 
     if not options.dry_run:
         terminal.outlive()
@@ -123,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--revision", help="branch to commit to, made where it is missing")
     parser.add_argument("--message", help="of the commit (default: Upload NAME)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the model brings along to check that it loads; read it before",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -185,15 +190,17 @@ _MAKE = "`shardwright recover CHECKPOINT OUT` makes a whole directory"
 
 
 def _code(directory: Path) -> set[str]:
-    """Return the Python files that config.json says the model is made of."""
+    """Return the Python files that config.json says the model is made of, and what they import."""
+    from train import remote_code
+
     try:
-        parts = json.loads((directory / "config.json").read_bytes()).get("auto_map", {}).values()
+        tree = json.loads((directory / "config.json").read_bytes())
+        return set(remote_code.beside(directory, tree))
     except (ValueError, AttributeError):
         return set()
-    return {f"{part.split('.')[0]}.py" for part in parts if isinstance(part, str)}
 
 
-def check(directory: Path, chosen: Chosen) -> None:
+def check(directory: Path, chosen: Chosen, *, trusts_code: bool = False) -> None:
     """Raise UserError unless card and weights are what a hub and `from_pretrained` take."""
     if directory.name.startswith(".") and directory.name.endswith((".tmp", ".old")):
         raise UserError(
@@ -210,7 +217,7 @@ def check(directory: Path, chosen: Chosen) -> None:
         if not path.name.endswith((".safetensors", *_ENDINGS)):
             _check_secrets(path)
     check_card((directory / README).read_text(encoding="utf-8", errors="replace"))
-    _check_loads(directory)
+    _check_loads(directory, trusts_code=trusts_code)
 
 
 def _check_secrets(path: Path) -> None:
@@ -252,17 +259,18 @@ def card_warnings(readme: str) -> list[str]:
     return problems
 
 
-def _check_loads(directory: Path) -> None:
+def _check_loads(directory: Path, *, trusts_code: bool) -> None:
     """Let `from_pretrained` find every weight, on the meta device. Raises UserError."""
     quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     from train.checkpoint.model_directory import check_loads
-    from train.sample import is_masked
+    from train.sample import check_code, is_masked
 
+    check_code(directory, trusts_code=trusts_code)
     try:
         auto = AutoModelForMaskedLM if is_masked(directory) else AutoModelForCausalLM
-        check_loads(directory, auto)
+        check_loads(directory, auto, trusts_code=trusts_code)
     except Exception as error:  # transformers, safetensors and torch raise what they like
         text = " ".join(str(error).split())
         raise UserError(f"`from_pretrained` does not load it: {text}; {_MAKE}") from None

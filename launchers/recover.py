@@ -16,7 +16,8 @@ from train.logs import quiet_libraries
 
 FLAGS = (
     *("--step", "--section", "--dtype", "--ema", "--allow-upcast", "--allow-nan"),
-    *("--max-shard-size", "--max-memory", "--config", "--tokenizer", "--dry-run", "--help"),
+    *("--max-shard-size", "--max-memory", "--config", "--tokenizer", "--trust-remote-code"),
+    *("--dry-run", "--help"),
 )
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -57,6 +58,7 @@ def recover(arguments: Sequence[str]) -> int:
                 max_memory_bytes=asked.max_memory,
                 config=asked.config,
                 tokenizer=asked.tokenizer,
+                trusts_code=asked.trust_remote_code,
                 dry_run=asked.dry_run,
             ),
             sys.stdout,
@@ -129,6 +131,11 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--tokenizer", type=Path, metavar="PATH", help="likewise its tokenizer's directory"
+    )
+    found.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the model brings along; read it before",
     )
     found.add_argument(
         "--dry-run", action="store_true", help="say what would be written, and write nothing"

@@ -35,9 +35,9 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     here = machine.detect(os.environ)
     model_dir = sample.model_directory(options.run_dir).absolute()
     ranks = options.nproc_per_node or max(1, here.gpus)
-    trusts = ["model.trust_remote_code=true", "tokenizer.trust_remote_code=true"]
-    overrides = sampling_overrides(model_dir, options.strategy, ranks)
-    (job,) = compose([*overrides, *(trusts if options.trust_remote_code else [])])
+    trusts_code = options.trust_remote_code
+    overrides = sampling_overrides(model_dir, options.strategy, ranks, trusts_code=trusts_code)
+    (job,) = compose(overrides)
     with contextlib.ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="shardwright-sample-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -69,7 +69,9 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return code
 
 
-def sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
+def sampling_overrides(
+    model_dir: Path, strategy: str, ranks: int, *, trusts_code: bool = False
+) -> list[str]:
     """Return the overrides of a run that loads a model under a strategy, in the model's dtype."""
     dtype = json.loads((model_dir / "config.json").read_text()).get("dtype")
     half = "bf16_pure" if strategy.startswith("fsdp") else "bf16"
@@ -79,6 +81,8 @@ def sampling_overrides(model_dir: Path, strategy: str, ranks: int) -> list[str]:
         f"objective={'mlm' if sample.is_masked(model_dir) else 'clm'}",
         "tokenizer=pretrained",
         f"tokenizer.name={quoted(str(model_dir))}",
+        f"model.trust_remote_code={str(trusts_code).lower()}",
+        f"tokenizer.trust_remote_code={str(trusts_code).lower()}",
         f"strategy={strategy}",
         f"precision={half if dtype == 'bfloat16' else 'fp32'}",
         f"launcher.nproc_per_node={ranks}",

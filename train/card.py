@@ -61,9 +61,16 @@ def model_card(
             tokens=trainer.tokens_seen if checkpoint is None else checkpoint.tokens,
             world_size=trainer.args.world_size if checkpoint is None else checkpoint.world_size,
             metrics=evaluation,
+            generation=_generation(trainer),
             **_of_run(trainer.config, trainer.run_dir, until_step=step),
         )
     )
+
+
+def _generation(trainer: Trainer) -> dict[str, Any]:
+    if not trainer.model.can_generate() or trainer.model.generation_config is None:
+        return {}
+    return trainer.model.generation_config.to_diff_dict()
 
 
 def recovered_card(
@@ -74,6 +81,7 @@ def recovered_card(
     manifest: Manifest | None,
     dtype: str,
     parameters: int | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> Card:
     """Return the card of a model that was taken out of a checkpoint; write it with `Card.write`.
 
@@ -82,7 +90,7 @@ def recovered_card(
     run"); no absolute path goes into a card. ``step`` is None where no file says it. ``run_dir``
     is the run that the checkpoint lies in, None for a foreign one; its files are read where they
     are there. ``dtype`` is that of the weights as written: fp32, bf16 or fp16. ``parameters`` is
-    their number, tied ones once.
+    their number, tied ones once, ``generation`` the generation settings beside them.
     """
     step = manifest.step if manifest is not None else step
     of_run: dict[str, Any] = {}
@@ -100,6 +108,7 @@ def recovered_card(
             tokens=manifest.tokens if manifest else None,
             world_size=manifest.world_size if manifest else None,
             metrics=manifest.metrics if manifest else {},
+            generation=generation or {},
             **of_run,
         )
     )
@@ -108,15 +117,39 @@ def recovered_card(
 def _of_run(config: RunConfig, run_dir: Path, *, until_step: int | None) -> dict[str, Any]:
     """Return the facts that the files of a run hold; nothing of those that are not there."""
     base = config.model.name if config.model.kind == "pretrained" else None
+    corpus, origin = _json(run_dir / "data.json"), _json(run_dir / "model" / "origin.json")
+    tokens = _mapping(corpus.get("tokenizer")).get("tokens")
+    tokenizer = run_dir / "tokenizer"
     starts = history.provenances(run_dir)
     return {
         "run": config,
         "base_model": base if base and is_hub_name(base) and not Path(base).exists() else None,
-        "corpus": _json(run_dir / "data.json"),
+        "base_title": origin.get("title"),
+        "drawn_anew": origin.get("drawn_anew") or (),
+        "tokenizer_tokens": _tokens(tokenizer / "tokenizer.json") if tokens is None else tokens,
+        "tokenizer_class": _json(tokenizer / "tokenizer_config.json").get("tokenizer_class"),
+        "corpus": corpus,
         "provenance": _json(starts[-1]) if starts else {},
         "resumes": len(list((run_dir / run_config.RESUMES).glob("*.yaml"))),
         "curve": curve.read(run_dir / "metrics.jsonl", until_step),
     }
+
+
+def _tokens(path: Path) -> int | None:
+    """Return how many ids a tokenizer.json has; None where that is not there, or another's."""
+    tree = _json(path)
+    vocabulary = _mapping(tree.get("model")).get("vocab")
+    if isinstance(vocabulary, dict):
+        ids = set(vocabulary.values())
+    elif isinstance(vocabulary, list):  # of Unigram, whose places are the ids
+        ids = set(range(len(vocabulary)))
+    else:
+        return None
+    return len(ids | {_mapping(token).get("id") for token in tree.get("added_tokens") or ()})
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _json(path: Path) -> dict[str, Any]:

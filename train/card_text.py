@@ -9,13 +9,14 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train import curve
 from train.config import RunConfig, StrategyConfig
+from train.config.positions import longest_sample
 from train.curve import NO_CURVE, Curve
 from train.units import duration
 
@@ -24,6 +25,8 @@ MODEL_PLACEHOLDER = "PATH_OR_NAME"
 """Stands for the model's directory, or its name on a hub: a card cannot know where it will lie."""
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022, arXiv 2203.15556."""
+EXAMPLE_TOKENS = 40
+"""How far the example continues its prompt."""
 MANY_EPOCHS = 4
 """Up to about here repeated text is worth nearly as much as new: arXiv 2305.16264."""
 
@@ -49,6 +52,15 @@ class Facts:
     run: RunConfig | None = None
     base_model: str | None = None
     """Name on a hub of the weights that the training began with; None for local ones or none."""
+    base_title: str | None = None
+    """What their own card calls them."""
+    drawn_anew: Sequence[str] = ()
+    """The parameters of the head that they did not have."""
+    tokenizer_tokens: int | None = None
+    """Different ids that the tokenizer gives."""
+    tokenizer_class: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """The model's own generation settings."""
     corpus: Mapping[str, Any] = field(default_factory=dict)
     """data.json."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -118,13 +130,29 @@ def _introduction(facts: Facts) -> str:
         )
     elif run.model.kind != "pretrained":
         how = "Trained from scratch with Shardwright."
-    elif facts.base_model is not None:
-        how = f"Trained with Shardwright from {_code(facts.base_model)}."
     else:
-        how = f"Trained with Shardwright from the weights in {_code(Path(run.model.name).name)}."
+        how = f"Trained with Shardwright from {_base(facts)}."
+        if facts.drawn_anew:
+            count = f"{len(facts.drawn_anew)} parameter{'s' * (len(facts.drawn_anew) > 1)}"
+            names = ", ".join(_code(name) for name in facts.drawn_anew[:3])
+            more = ", ..." if len(facts.drawn_anew) > 3 else ""
+            how += f" These had no weights of the head: its {count} ({names}{more}) began anew."
     if facts.origin is not None:
         how = f"Recovered with Shardwright from {facts.origin}. {how}"
     return f"# {_name(facts)}\n\n{how}"
+
+
+def _base(facts: Facts) -> str:
+    """Return what the weights were that the training began with; of local ones not where they lay.
+
+    The last part of a path says nothing: that of each run's result is "final".
+    """
+    if facts.base_model is not None:
+        return _code(facts.base_model)
+    architecture = " ".join(facts.config_json.get("architectures") or ["model"])
+    if facts.base_title is None:
+        return f"the weights of another {_code(architecture)}"
+    return f"the weights of {_code(facts.base_title)}, a {_code(architecture)}"
 
 
 def _model_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
@@ -142,20 +170,40 @@ def _model_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
     )
     if layers and width and heads:
         yield "Size", f"{layers} layers, {heads} heads, hidden size {width:,}"
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
-    if run is not None and run.model.kind != "pretrained":
-        positions = run.model.max_sequence_length
+    positions = _positions(facts)
     yield "Context length", f"{positions:,} tokens" if positions else None
-    yield "Vocabulary", f"{config['vocab_size']:,} tokens" if "vocab_size" in config else None
+    yield "Vocabulary", _vocabulary(facts)
     if run is not None:
-        yield "Tokenizer", _tokenizer(run)
+        yield "Tokenizer", _tokenizer(facts, run)
         yield "Objective", _objective(run)
 
 
-def _tokenizer(run: RunConfig) -> str:
-    if run.tokenizer.kind == "pretrained":
-        return f"that of {_code(_shown(run.tokenizer.name))}"
-    return "byte-level BPE, trained on the same documents"
+def _positions(facts: Facts) -> int | None:
+    """Return how many tokens the model takes, None where nothing bounds them or says so."""
+    if facts.run is not None and facts.run.model.kind != "pretrained":
+        return facts.run.model.max_sequence_length
+    return longest_sample(facts.config_json)
+
+
+def _vocabulary(facts: Facts) -> str | None:
+    """Return the tokens that the tokenizer has, and the rows of the embedding where they differ."""
+    rows, tokens = facts.config_json.get("vocab_size"), facts.tokenizer_tokens
+    if rows is None or tokens is None:
+        return f"{rows:,} rows of the embedding" if rows else None
+    if rows == tokens:
+        return f"{tokens:,} tokens"
+    return f"{tokens:,} tokens; {rows:,} rows of the embedding, {rows - tokens:,} of them unused"
+
+
+def _tokenizer(facts: Facts, run: RunConfig) -> str:
+    if run.tokenizer.kind != "pretrained":
+        return "byte-level BPE, trained on the same documents"
+    if run.model.kind == "pretrained" and run.tokenizer.name == run.model.name:
+        return f"that of {_base(facts)}"
+    if is_hub_name(run.tokenizer.name):
+        return f"that of {_code(run.tokenizer.name)}"
+    kind = f" ({_code(facts.tokenizer_class)})" if facts.tokenizer_class else ""
+    return f"made elsewhere, read from local files{kind}"
 
 
 def _objective(run: RunConfig) -> str:
@@ -169,18 +217,37 @@ def _use(facts: Facts) -> str:
     task = _task(facts)
     if task is None:
         return ""
+    trusted = ", trust_remote_code=True" if facts.config_json.get("auto_map") else ""
     prompts = facts.run.objective.prompts if facts.run is not None else ()
     prompts = tuple(prompt for prompt in prompts if "```" not in prompt)
     lines = ["from transformers import pipeline", ""]
     if task == "fill-mask":
-        lines += [f'fill = pipeline("fill-mask", model="{MODEL_PLACEHOLDER}")']
+        lines += [f'fill = pipeline("fill-mask", model="{MODEL_PLACEHOLDER}"{trusted})']
         prompt = json.dumps(prompts[0], ensure_ascii=False) if prompts else None
         lines += [f"fill({prompt or 'fill.tokenizer.mask_token'})"]
     else:
-        prompt = json.dumps(prompts[0] if prompts else "The", ensure_ascii=False)
-        lines += [f'generate = pipeline("text-generation", model="{MODEL_PLACEHOLDER}")']
-        lines += [f"generate({prompt}, max_new_tokens=40, do_sample=True)"]
+        prompt = prompts[0] if prompts else "The"
+        shown = json.dumps(prompt, ensure_ascii=False)
+        lines += [f'generate = pipeline("text-generation", model="{MODEL_PLACEHOLDER}"{trusted})']
+        lines += [f"generate({shown}, {_length(facts, prompt)}, do_sample=True)"]
     return "\n".join(["## Use", "", "```python", *lines, "```"])
+
+
+def _length(facts: Facts, prompt: str) -> str:
+    """Return how long the example's text may become, within the model's positions.
+
+    In the setting that the model's own generation settings use: transformers warns of the other
+    beside it.
+    """
+    positions = _positions(facts)
+    # There are at most as many tokens as bytes.
+    room = len(prompt.encode()) + EXAMPLE_TOKENS
+    if facts.generation.get("max_length") is not None:
+        return f"max_length={min(room, positions or room)}"
+    new = EXAMPLE_TOKENS
+    if positions is not None:
+        new = max(1, min(new, positions - (room - new)))
+    return f"max_new_tokens={new}"
 
 
 def _data_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
@@ -207,11 +274,23 @@ def _data_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
         yield "Licence", "not known"
     for name, part in (("For training", "training"), ("Held out", "heldout")):
         if part in counts:
-            documents, tokens = counts[part]["documents"], counts[part]["tokens"]
-            yield name, f"{documents:,} documents, {tokens:,} tokens" if documents else "nothing"
+            yield name, _counted(counts[part])
     if data.max_documents:
         yield "Taken", f"the first {data.max_documents:,} documents"
     yield "Sequence length", f"{data.tokens_per_sample:,} tokens"
+
+
+def _counted(part: Mapping[str, Any]) -> str:
+    """Return what data.json counts of training or held-out documents, in words."""
+    documents, tokens = part["documents"], part["tokens"]
+    if not documents:
+        return "nothing"
+    text = f"{documents:,} documents, {tokens:,} tokens"
+    if samples := part.get("samples"):
+        text += f" in {samples:,} samples"
+    if left_out := part.get("tokens_left_out"):
+        text += f"; {left_out:,} tokens more are in none"
+    return text
 
 
 def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
@@ -467,11 +546,11 @@ def _shown(name: str) -> str:
 
 
 def _epochs(facts: Facts) -> float | None:
-    """Return how often each document was seen, where all were seen equally often."""
+    """Return how often each sample was seen, where all were seen equally often."""
     if facts.run is not None and facts.run.data.kind == "text" and facts.run.data.weights:
         return None
-    tokens = facts.corpus.get("training", {}).get("tokens")
-    return facts.tokens / tokens if facts.tokens and tokens else None
+    an_epoch = facts.corpus.get("training", {}).get("samples_per_epoch")
+    return facts.samples / an_epoch if facts.samples and an_epoch else None
 
 
 def _table(title: str, rows: Iterator[tuple[str, str | None]]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import is_flash_attn_2_available
 
 from train import activation_checkpointing, fp8
@@ -51,8 +51,8 @@ from train.config.positions import usable_positions
 from train.data.tokenizer import vocabulary_size
 from train.errors import UserError
 from train.logs import log
-from train.pretrained import CannotStream, streamed, weight_files
-from train.weights import Values, emptied, initialized
+from train.pretrained import CannotStream, loaded_whole, loading, streamed, weight_files
+from train.weights import Values, initialized
 
 ROUTER_LOGITS = "output_router_logits"
 """The argument of a forward pass by which mixture-of-experts models give their auxiliary loss."""
@@ -75,8 +75,18 @@ _MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
 }
 
 
-def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, Values]:
+def build(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    kept: Path | None = None,
+    *,
+    reads_weights: bool = True,
+) -> tuple[PreTrainedModel, Values]:
     """Return the run's model, in training mode and without values, and its parameters' fp32 values.
+
+    A pretrained model's config, generation settings and code are those in ``kept``, or with the
+    weights where there is none. Where a run is resumed its weights need not be read, and the values
+    are without meaning then.
 
     The parameters are on the meta device: `Engine.shard` gives each rank its part of them. From
     scratch, the values are a function of the config and ``config.seed`` alone; pretrained ones are
@@ -92,12 +102,19 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
             "model.attention=flash_attention_2 needs a CUDA GPU and the flash-attn package; "
             "install it or choose model.attention=sdpa"
         )
-    model_config = transformers_config(section, tokenizer)
+    model_config = transformers_config(section, tokenizer, kept)
     if isinstance(section, PretrainedModel):
         _check_head(section, model_config, config.objective)
     _check_sizes(config, model_config, tokenizer)
     if isinstance(section, PretrainedModel):
-        model, values = _load_pretrained(section, model_config, config.objective, config.seed)
+        model, values = _load_pretrained(
+            section,
+            model_config,
+            config.objective,
+            config.seed,
+            kept,
+            reads_weights=reads_weights,
+        )
     else:
         assert section.causal == (config.objective.kind == "clm"), "checked in RunConfig"
         model_class = _MODEL_CLASSES[section.kind]
@@ -105,6 +122,9 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
         if section.causal:
             model.generation_config = _generation_config(model_config)
     auxiliary_coefficient(model)  # refuses what cannot be given
+    # As the Trainer does before its first step (transformers 5.23), when it is too late to look
+    # whether the settings can still be saved.
+    align_special_tokens(model, tokenizer)
     # A cache of keys and values is of no use to a forward pass over whole samples.
     model.config.use_cache = False
     fp8.convert(model, config)
@@ -116,15 +136,17 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
     return model.train(), values
 
 
-def transformers_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def transformers_config(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, kept: Path | None = None
+) -> PreTrainedConfig:
     """Map a model section to transformers' config; special token ids come from the tokenizer.
 
-    A pretrained model keeps its own config. Raises UserError where that cannot be read, or where
-    RoBERTa gets a tokenizer without a padding token.
+    A pretrained model keeps its own config, read in ``kept`` where there is that. Raises UserError
+    where that cannot be read, or where RoBERTa gets a tokenizer without a padding token.
     """
     match model:
         case PretrainedModel():
-            return _pretrained_config(model)
+            return _pretrained_config(model, kept)
         case BertModel() | RobertaModel():
             if isinstance(model, RobertaModel) and tokenizer.pad_token_id is None:
                 raise UserError(
@@ -326,15 +348,23 @@ def _generation_config(config: PreTrainedConfig) -> GenerationConfig:
 # --- pretrained ---------------------------------------------------------------------------------
 
 
-def _pretrained_config(model: PretrainedModel) -> PreTrainedConfig:
-    with _loading(model):
+def _pretrained_config(model: PretrainedModel, kept: Path | None) -> PreTrainedConfig:
+    with loading(model):
         return AutoConfig.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+            kept or model.name,
+            revision=None if kept else model.revision,
+            trust_remote_code=model.trust_remote_code,
         )
 
 
 def _load_pretrained(
-    model: PretrainedModel, config: PreTrainedConfig, objective: ObjectiveConfig, seed: int
+    model: PretrainedModel,
+    config: PreTrainedConfig,
+    objective: ObjectiveConfig,
+    seed: int,
+    kept: Path | None,
+    *,
+    reads_weights: bool,
 ) -> tuple[PreTrainedModel, Values]:
     auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
     as_asked: dict[str, Any] = {
@@ -342,31 +372,33 @@ def _load_pretrained(
         "attn_implementation": _attention(model),
         "dtype": torch.float32,
     }
-    with _loading(model):
-        try:
-            built, values = streamed(
-                lambda: auto_class.from_config(config, **as_asked),
-                weight_files(model.name, model.revision, config),
-                seed,
-            )
-        except CannotStream as reason:
-            log.warning(
-                "model.name=%s is loaded whole on every rank, not one tensor at a time: %s",
-                model.name,
-                reason,
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                whole = auto_class.from_pretrained(
-                    model.name, config=config, revision=model.revision, **as_asked
+
+    def build() -> PreTrainedModel:
+        return auto_class.from_config(config, **as_asked)
+
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    with loading(model):
+        if not reads_weights and not is_quantised:
+            built, values = initialized(build, seed)
+        else:
+            try:
+                files = weight_files(model.name, model.revision, config)
+                built, values = streamed(build, files, seed)
+            except CannotStream as reason:
+                log.warning(
+                    "model.name=%s is loaded whole on every rank, not one tensor at a time: %s",
+                    model.name,
+                    reason,
                 )
-            return emptied(whole)
+                built, values = loaded_whole(auto_class, model, config, as_asked, build, seed)
         if built.can_generate():
-            built.generation_config = _pretrained_generation_config(model)
+            built.generation_config = _pretrained_generation_config(model, kept)
     return built, values
 
 
-def _pretrained_generation_config(model: PretrainedModel) -> GenerationConfig:
+def _pretrained_generation_config(model: PretrainedModel, kept: Path | None) -> GenerationConfig:
+    if kept is not None:
+        return GenerationConfig.from_pretrained(kept)
     revision = model.revision or "main"
     try:
         return GenerationConfig.from_pretrained(model.name, revision=revision)
@@ -374,28 +406,6 @@ def _pretrained_generation_config(model: PretrainedModel) -> GenerationConfig:
         return GenerationConfig.from_pretrained(
             model.name, "config.json", revision=revision, _from_model_config=True
         )
-
-
-@contextmanager
-def _loading(model: PretrainedModel) -> Iterator[None]:
-    """Turn what `from_pretrained` raises into a UserError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.name={model.name} cannot be loaded: it is no complete model directory here, "
-            f"and the Hugging Face hub does not have it or cannot be reached ({reason}). Check the "
-            f"name; without network, run `hf download {model.name} --local-dir DIR` where there is "
-            "one, copy DIR here and set model.name=DIR"
-        ) from None
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise UserError(f"model.name={model.name} cannot be loaded: {error}") from None
-        raise UserError(
-            f"model.name={model.name} brings Python code of its own, which is not run unless asked "
-            "for; read it, then set model.trust_remote_code=true, or choose another model"
-        ) from None
 
 
 def _check_head(
@@ -446,7 +456,8 @@ def _check_sizes(
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is None or positions < 1:
         return
-    positions = usable_positions(text_config.model_type, positions, text_config.pad_token_id)
+    pad = getattr(text_config, "pad_token_id", None)  # a config with code of its own may lack it
+    positions = usable_positions(text_config.model_type, positions, pad)
     if config.data.tokens_per_sample > positions:
         raise UserError(
             f"data.sequence_length={config.data.tokens_per_sample} is longer than the {positions} "

@@ -21,11 +21,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from train import damage, generation, remote_code
 from train.card import recovered_card
 from train.checkpoint import whole
 from train.checkpoint.choose import Chosen, Step, choose
 from train.checkpoint.contents import DTYPES, Contents, contents
-from train.checkpoint.layout import atomic_directory, temporary_of
+from train.checkpoint.layout import MANIFEST, atomic_directory, temporary_of
 from train.checkpoint.lazy import LazyTensor, Unreadable, describe
 from train.checkpoint.model_directory import (
     CONFIG,
@@ -75,6 +76,8 @@ class Options:
     """A config.json, or the directory of one."""
     tokenizer: Path | None = None
     """A directory of a tokenizer, or a tokenizer.json."""
+    trusts_code: bool = False
+    """Run Python code that the model brings along."""
     dry_run: bool = False
 
 
@@ -87,7 +90,7 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     began, memory = time.monotonic(), _Memory()
     _check_out(options.out)
     budget = _budget(options.max_memory_bytes)
-    with _bar("checking hashes", err) as advance:
+    with _bar("checking hashes", err) as advance, _naming_damage(options.source):
         chosen = choose(
             options.source,
             options.step,
@@ -98,8 +101,8 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     _check_apart(options.out, chosen.path)
     config_path = _config_path(options, chosen)
     with memory.of_imports():
-        model_class = architecture(config_path)
-    model = on_meta(model_class, config_path)
+        model_class = architecture(config_path, trusts_code=options.trusts_code)
+    model = on_meta(model_class, config_path, trusts_code=options.trusts_code)
     state = chosen.state
     check_extents([*state.weights.values(), *state.buffers.values(), *state.ema.values()])
     found = contents(
@@ -119,7 +122,8 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     if options.dry_run:
         return
 
-    config = _config_as_written(config_path, DTYPES[options.dtype])
+    config, code = _config_as_written(config_path, DTYPES[options.dtype])
+    generation_text, settings = _generation_config(config_path, lambda t: print(t, file=err))
     card = recovered_card(
         config,
         chosen.origin,
@@ -128,6 +132,7 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
         chosen.manifest,
         options.dtype,
         found.parameters,
+        settings,
     )
     with _writing(options.out) as directory:
         writer = whole.Writer(directory, plan, allow_nan=options.allow_nan)
@@ -136,10 +141,16 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
         writer.flush()
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (directory / CONFIG).write_text(text, encoding="utf-8")
-        for file in [*_generation_config(config_path), *tokenizer]:
+        for name, file in code.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, directory / name)
+        for file in tokenizer:
             shutil.copyfile(file, directory / file.name)
+        if generation_text is not None:
+            (directory / GENERATION_CONFIG).write_text(generation_text, encoding="utf-8")
         card.write(directory)
-        check_loads(directory, auto_class(model_class))
+        loader = auto_class(model_class, config)
+        check_loads(directory, loader, trusts_code=options.trusts_code)
     seconds = time.monotonic() - began
     print(
         f"{options.out}: {found.parameters:,} parameters, {size(plan.bytes)} in {seconds:.1f} s, "
@@ -158,6 +169,18 @@ def _check_out(path: Path) -> None:
     if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
         return
     raise UserError(f"{path} exists already; give a directory that does not, or remove it")
+
+
+@contextmanager
+def _naming_damage(source: Path) -> Iterator[None]:
+    """Where a directory of whole weights cannot be read, say which file is damaged, and how."""
+    try:
+        yield
+    except UserError:
+        is_foreign = source.is_file() or (source.is_dir() and not (source / MANIFEST).is_file())
+        if is_foreign and (problem := next(damage.problems(source), None)):
+            raise UserError(problem) from None
+        raise
 
 
 def _check_apart(out: Path, checkpoint: Path) -> None:
@@ -191,16 +214,39 @@ def _config_path(options: Options, chosen: Chosen) -> Path:
     )
 
 
-def _config_as_written(path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the model's config with the dtype that its weights are to have."""
+def _config_as_written(path: Path, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Return the model's config with the dtype that its weights are to have, and its code."""
     config = {**parsed_config(path), "dtype": str(dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)  # its name before transformers 5
-    return config
+    code = remote_code.beside(path.parent, config)
+    there = {
+        key: reference
+        for key, reference in remote_code.own(config).items()
+        if f"{reference.partition('.')[0]}.py" in code
+    }
+    config.pop(remote_code.AUTO_MAP, None)
+    return {**config, remote_code.AUTO_MAP: there} if there else config, code
 
 
-def _generation_config(config_path: Path) -> list[Path]:
+def _generation_config(
+    config_path: Path, say: Callable[[str], object]
+) -> tuple[str | None, dict[str, Any]]:
+    """Return what to write of the settings beside a config, and the settings themselves.
+
+    As they are, unless transformers refuses some of them, which are left out.
+    """
     path = config_path.with_name(GENERATION_CONFIG)
-    return [path] if path.is_file() else []
+    if not path.is_file():
+        return None, {}
+    try:
+        settings, refused = generation.read(path)
+    except ValueError as error:
+        say(f"warning: {path} cannot be read ({error}), so none is written")
+        return None, {}
+    if not refused:
+        return path.read_text(encoding="utf-8"), settings.to_diff_dict()
+    say(generation.left_out(refused, str(path.parent)))
+    return settings.to_json_string(), settings.to_diff_dict()
 
 
 _NO_TOKENIZER = (
@@ -212,6 +258,8 @@ def _tokenizer_files(options: Options, chosen: Chosen) -> list[Path]:
     """Return the files of the tokenizer to copy, none where there is none."""
     if options.tokenizer is not None:
         if options.tokenizer.is_file():
+            if problem := damage.problem(options.tokenizer):
+                raise UserError(f"--tokenizer: {problem}")
             return [options.tokenizer]
         if files := _tokenizer_in(options.tokenizer):
             return files
@@ -229,7 +277,11 @@ def _tokenizer_files(options: Options, chosen: Chosen) -> list[Path]:
 def _tokenizer_in(directory: Path) -> list[Path]:
     names = (*_VOCABULARIES, *_BESIDE_VOCABULARIES)
     files = [directory / name for name in names if (directory / name).is_file()]
-    return files if any(file.name in _VOCABULARIES for file in files) else []
+    if not any(file.name in _VOCABULARIES for file in files):
+        return []
+    if problem := next(filter(None, map(damage.problem, files)), None):
+        raise UserError(f"{problem}; or give another tokenizer with --tokenizer")
+    return files
 
 
 def check_extents(tensors: Iterable[LazyTensor]) -> None:

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 from train import config as run_config
-from train import data, final, history, models, sample, stop, stopping
+from train import data, final, generation, history, models, origin, sample, stop, stopping
 from train.callbacks import early_stopping
 from train.callbacks.engine import EngineReady
 from train.callbacks.held_out import HeldOut
@@ -19,8 +21,17 @@ from train.card import model_card
 from train.checkpoint import restore
 from train.checkpoint.export import best_checkpoint, export
 from train.checkpoint.layout import read_manifest
+from train.checkpoint.model_directory import rehearse
 from train.checkpoint.restore import Resumed
-from train.config import BEGINNING, samples_wanted, schedule_of, total_steps, why_too_short
+from train.config import (
+    BEGINNING,
+    RunConfig,
+    samples_wanted,
+    schedule_of,
+    total_steps,
+    why_too_short,
+)
+from train.damage import in_one_line
 from train.data import tokenizer
 from train.data.loader import eval_loader, train_loader
 from train.errors import UserError
@@ -28,6 +39,7 @@ from train.provenance import write_provenance
 from train.rank import Rank, from_all
 from train.strategy import engine_of
 from train.trainer import Trainer, training_arguments
+from train.weights import Values, drawn
 
 
 def run(run_dir: Path, rank: Rank, console: TextIO) -> Path | None:
@@ -56,17 +68,26 @@ def run(run_dir: Path, rank: Rank, console: TextIO) -> Path | None:
 
 def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
     """Turn what has been trained, and saved, into final/."""
-    if best := best_checkpoint(trainer, console):
-        manifest = read_manifest(best)
-        model_dir = export(trainer, model_card(trainer, manifest.metrics, manifest), best)
-    else:
-        model_dir = export(trainer, model_card(trainer, trainer.last_evaluation()))
+    best = best_checkpoint(trainer, console)
+    manifest = read_manifest(best) if best else None
+    evaluation = manifest.metrics if manifest else trainer.last_evaluation()
+    model_dir = export(
+        trainer,
+        lambda: model_card(trainer, evaluation, manifest),
+        best,
+        say=lambda text: print(text, file=console),
+    )
     engine_of(trainer.config).clean_up(trainer.config)
     if rank.index == 0:
         final.forget_earlier(trainer.run_dir)
         tokenizer.sweep(trainer.run_dir / "tokenizer")
     if rank.index == 0 and trainer.config.objective.prompts and not stop.asked():
-        sample.show(model_dir, trainer.config.objective.prompts, console)
+        sample.show(
+            model_dir,
+            trainer.config.objective.prompts,
+            console,
+            trust_remote_code=trainer.config.model.trusts_code,
+        )
     return model_dir
 
 
@@ -83,12 +104,12 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         config.objective.prompts, prepared.tokenizer, masked=config.objective.kind == "mlm"
     )
 
+    resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
     # The model comes before the arguments: while those live, transformers builds whatever it builds
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
-    model, values = models.build(config, prepared.tokenizer)
+    model, values = _build(config, run_dir, prepared.tokenizer, resumed, rank, console)
     config = models.fitted(config, model)
     stop.check()
-    resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
     wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
     at = resumed.progress if resumed is not None else BEGINNING
     steps = total_steps(config.trainer, wanted, at)
@@ -96,6 +117,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     if resumed is not None:
         if problem := why_too_short(config.trainer, wanted, at, resumed.checkpoint.name):
             raise UserError(problem)
+        restore.untie(model, resumed)
         values = restore.values(model, resumed)
         if early_stopping.is_due(config, restore.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/
@@ -145,7 +167,59 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         if resumed is not None:
             print(f"going on from {resumed.checkpoint.name}", file=console)
         restore.trim_metrics(run_dir, resumed)
+        try:
+            model_card(trainer, {})
+        except Exception as error:
+            raise UserError(
+                f"{run_dir}: the model card of final/ cannot be made ({in_one_line(error)}); see "
+                "which of the run's files it cannot be made of"
+            ) from error
     return trainer
+
+
+def _build(
+    config: RunConfig,
+    run_dir: Path,
+    words: PreTrainedTokenizerFast,
+    resumed: Resumed | None,
+    rank: Rank,
+    console: TextIO,
+) -> tuple[PreTrainedModel, Values]:
+    """Return the model and its first values, once final/ is known to hold all that it needs.
+
+    What a pretrained one is made of is kept in the run's directory, whose copy is read.
+    """
+    kept = None
+    if config.model.kind == "pretrained":
+        checkpoint = resumed.checkpoint if resumed else None
+        kept = origin.keep(config.model, config.objective.kind, run_dir, checkpoint)
+    directory = kept.directory if kept else None
+    model, values = models.build(config, words, directory, reads_weights=resumed is None)
+    if rank.index == 0:
+        rehearse(
+            model,
+            words,
+            origin.code_in(directory) if directory else {},
+            config.objective.kind,
+            run_dir / ".rehearsal",
+            trusts_code=config.model.trusts_code,
+        )
+        if kept is not None and resumed is None:
+            _tell_of_origin(kept, drawn(values), console)
+    return model, values
+
+
+def _tell_of_origin(kept: origin.Origin, drawn_anew: list[str], console: TextIO) -> None:
+    """Say, and note for the card, what of the pretrained model is not as it was."""
+    if kept.refused:
+        print(generation.left_out(kept.refused, kept.name), file=console)
+    if drawn_anew:
+        print(
+            f"warning: {kept.name} has no weights of the head ({', '.join(drawn_anew)}): they "
+            "begin from scratch",
+            file=console,
+        )
+    origin.note(kept.directory, drawn_anew=drawn_anew)
 
 
 def _note_restart(run_dir: Path, number: int, resumed: Resumed | None, world_size: int) -> None:

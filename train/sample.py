@@ -50,6 +50,8 @@ def sample(
     from transformers import set_seed
 
     set_seed(seed)
+    check_code(model_dir, trusts_code=trust_remote_code)
+    # Not None, for which transformers would ask on the terminal and wait.
     source: dict[str, Any] = {"model": str(model_dir), "trust_remote_code": trust_remote_code}
     together: dict[str, Any] = {}
     if sharded is not None:
@@ -93,9 +95,17 @@ def sample(
 
 
 def _loaded(task: str, model_dir: Path, source: dict[str, Any]) -> Any:
-    """Return transformers' pipeline of a model. Raises UserError where it cannot be loaded."""
+    """Return transformers' pipeline of a model. Raises UserError where it cannot be loaded.
+
+    What can be seen without loading is looked for first: libraries take some of it for another
+    thing, and say so.
+    """
     from transformers import pipeline
 
+    from train import damage
+
+    if problem := next(damage.problems(model_dir), None):
+        raise UserError(problem)
     try:
         return pipeline(task, **source)  # type: ignore[call-overload]
     except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
@@ -116,16 +126,46 @@ def _loaded(task: str, model_dir: Path, source: dict[str, Any]) -> Any:
         ) from None
 
 
+def check_code(model_dir: Path, *, trusts_code: bool) -> None:
+    """Raise UserError where a model needs Python code of its own, which may not be run."""
+    import transformers
+
+    from train import remote_code
+
+    tree = _config_of(model_dir)
+    name = str(tree["architectures"][0])
+    if remote_code.classes(tree) and not trusts_code and not hasattr(transformers, name):
+        raise UserError(
+            f"{model_dir} holds {name}, a model with Python code of its own "
+            f"({remote_code.names(tree)}), which is not run unless asked for; read it, then add "
+            f"{remote_code.FLAG}"
+        )
+
+
 def is_masked(model_dir: Path) -> bool:
-    """Return whether the model in a Hugging Face directory fills masks. Raises UserError."""
+    """Return whether the model in a Hugging Face directory fills masks."""
+    tree = _config_of(model_dir)
+    own = tree.get("auto_map")
+    if isinstance(own, dict) and ("AutoModelForMaskedLM" in own) != ("AutoModelForCausalLM" in own):
+        return "AutoModelForMaskedLM" in own
+    return str(tree["architectures"][0]).endswith("ForMaskedLM")
+
+
+def _config_of(model_dir: Path) -> dict[str, Any]:
+    """Return a directory's config.json, which names its architecture. Raises UserError."""
     path = model_dir / "config.json"
     try:
-        return str(json.loads(path.read_text())["architectures"][0]).endswith("ForMaskedLM")
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        from train import damage
+
+        raise UserError(damage.problem(path) or f"{path} cannot be read ({error})") from None
+    names = tree.get("architectures") if isinstance(tree, dict) else None
+    if not (isinstance(names, list) and names):
         raise UserError(
-            f"{path} does not say which model it is of ({type(error).__name__}: {error}); it wants "
-            'a line such as "architectures": ["GPT2LMHeadModel"]'
-        ) from None
+            f'{path} names no architecture; add "architectures", such as ["GPT2LMHeadModel"]'
+        )
+    return tree
 
 
 def check_prompts(
@@ -207,7 +247,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--top", type=_positive, default=5, help="fillings of a mask (default 5)")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with a model"
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the model brings along; read it before",
     )
     found.add_argument(
         "--strategy",

@@ -50,6 +50,7 @@ def speak(config: RunConfig, options: argparse.Namespace, out: TextIO) -> None:
 
     assert isinstance(config.model, PretrainedModel)
     model_dir = Path(config.model.name)
+    sample.check_code(model_dir, trusts_code=options.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(
         model_dir, trust_remote_code=options.trust_remote_code
     )

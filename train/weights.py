@@ -167,6 +167,17 @@ class _Recipes:
         return values
 
 
+def drawn(values: Values) -> list[str]:
+    """Return the names of the parameters whose first value was not read from anywhere. Pure."""
+    by = (_draw, drawn_at_load)
+    return [name for name, write in values.items() if getattr(write, "func", None) in by]
+
+
+def drawn_at_load(write: Callable[[torch.Tensor], object], out: torch.Tensor) -> None:
+    """Write the value that a library has drawn while it loaded the rest."""
+    write(out)
+
+
 def _draw(name: str, steps: list[_Step], seed: int, out: torch.Tensor) -> None:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))

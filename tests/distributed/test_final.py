@@ -73,7 +73,7 @@ def one_rank_weights(
 
 def export_and_infer(trainer: Trainer) -> tuple[dict[str, NDArray[Any]], NDArray[Any]]:
     """Write final/; return a batch of this rank and what the live engine makes of it."""
-    export(trainer, Card(""))
+    export(trainer, lambda: Card(""))
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
     del batch["labels"]
     trainer.model_wrapped.eval()
@@ -167,10 +167,10 @@ MAX_SHARD_BYTES = 20_000
 
 def export_twice(trainer: Trainer) -> None:
     """Leave final/ in small shards, and whole/ beside it in one file."""
-    final = export(trainer, Card(""))
+    final = export(trainer, lambda: Card(""))
     if trainer.is_world_process_zero():
         final.rename(final.with_name("whole"))
-    export(trainer, Card(""), max_shard_bytes=MAX_SHARD_BYTES)
+    export(trainer, lambda: Card(""), max_shard_bytes=MAX_SHARD_BYTES)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp"])
@@ -219,7 +219,7 @@ def export_with_a_nan(trainer: Trainer) -> str:
         with torch.no_grad():
             local[3, 5] = float("nan")
     with pytest.raises(FloatingPointError) as caught:
-        export(trainer, Card(""))
+        export(trainer, lambda: Card(""))
     return str(caught.value)
 
 

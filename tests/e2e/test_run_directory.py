@@ -18,6 +18,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from launchers import machine
 from launchers.compose import compose
@@ -26,6 +27,9 @@ from tests.e2e.conftest import PROMPTS, Run
 from tests.unit.test_tracker import expected, of_tensorboard, of_wandb
 from train.checkpoint import layout
 from train.config import from_tree, load, to_yaml
+from train.data.cache import cache_root
+from train.data.corpus import read_corpus
+from train.data.prepare import prepare
 
 pytestmark = pytest.mark.distributed
 
@@ -189,31 +193,124 @@ def test_model_card_has_a_metadata_header_and_the_measured_loss(run: Run) -> Non
     assert measured["loss"] == last["eval_loss"]
     assert f"# tiny_{run.objective}\n" in text
     assert f'("{PROMPTS[run.objective]}"' in text
-    data, provenance = (
-        json.loads((run.directory / name).read_text()) for name in ("data.json", "provenance.json")
+
+
+def table_of(card: str, title: str) -> dict[str, str]:
+    """Return the rows of two cells below a heading of a card."""
+    section = card.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", section, re.MULTILINE))
+
+
+def test_every_number_in_the_card_follows_from_the_runs_own_files(run: Run) -> None:
+    """Recomputed from weights, tokens, metrics and settings, not from what the card is made of."""
+    card = (run.directory / "final" / "README.md").read_text()
+    config, metrics = load(run.directory), metrics_of(run.directory)
+    shape = json.loads((run.directory / "final" / "config.json").read_text())
+    tensors = load_file(run.directory / "final" / "model.safetensors")
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    tokenizer = AutoTokenizer.from_pretrained(run.directory / "final")
+    ids = set(tokenizer.get_vocab().values())
+    rows, rest = shape["vocab_size"], shape["vocab_size"] - len(ids)
+    positions = config.model.max_sequence_length
+    model = table_of(card, "Model")
+    assert model["Parameters"] == f"{parameters:,}"
+    assert model["Size"] == "2 layers, 2 heads, hidden size 32"
+    assert model["Context length"] == f"{positions:,} tokens"
+    assert model["Vocabulary"] == (
+        f"{len(ids)} tokens; {rows} rows of the embedding, {rest} of them unused"
+        if rest
+        else f"{rows} tokens"
     )
-    assert f"| For training | {data['training']['documents']:,} documents, " in text
-    assert f"| Parameters | {provenance['parameters']:,} |" in text
-    assert f"| loss | {last['eval_loss']:.4f} |" in text
-    assert f"{last['samples']:,} samples, {last['tokens']:,} tokens, {STEPS} steps" in text
+
+    prepared = prepare(config, run.directory)
+    pieces = list(read_corpus(config.data, cache_root(config.data)))
+    data = table_of(card, "Data")
+    for name, held_out, mixture in (
+        ("For training", False, prepared.train),
+        ("Held out", True, prepared.heldout),
+    ):
+        documents = sum(piece.ends for piece in pieces if piece.held_out == held_out)
+        (samples,) = mixture.sources
+        windows = [samples[index].tokens for index in range(len(samples))]
+        # Of causal samples the last token of each is the first of the next.
+        tokens = sum(len(window) for window in windows)
+        if run.objective == "clm":
+            tokens -= len(windows) - 1
+        expected = f"{documents:,} documents, {tokens:,} tokens in {len(windows):,} samples"
+        if left_out := len(samples.store.tokens) - tokens:
+            expected += f"; {left_out:,} tokens more are in none"
+        assert data[name] == expected
+    assert data["Sequence length"] == f"{SEQUENCE_LENGTH} tokens"
+
+    seen = STEPS * SAMPLES_A_STEP
+    training = table_of(card, "Training")
+    tokens = seen * SEQUENCE_LENGTH
+    assert training["Seen"] == f"{seen} samples, {tokens:,} tokens, {STEPS} steps"
+    assert training["Epochs"] == f"{seen / prepared.samples_per_epoch:.2g}"
+    assert training["Batch"] == f"{SAMPLES_A_STEP} samples"
+    rate = f"{config.trainer.learning_rate:g} at its peak"
+    assert training["Learning rate"].startswith(f"{rate}, {config.trainer.lr_scheduler}")
+    assert training["Weight decay"] == f"{config.trainer.weight_decay:g}"
+    assert training["Gradient norm"] == f"at most {config.trainer.max_grad_norm:g}"
+    assert training["Strategy"].endswith(" on 2 rank(s)")
+    assert training["Seed"] == str(config.seed)
+
+    trained = [line for line in metrics if "loss" in line]
+    evaluated = [line for line in metrics if "eval_loss" in line]
+    held_out = table_of(card, "On held-out documents")
+    last = evaluated[-1]
+    assert last["step"] == STEPS
+    del held_out["metric"]
+    assert held_out == {
+        name.removeprefix("eval_").replace("_", " "): f"{value:.4f}"
+        for name, value in last.items()
+        if name.startswith("eval_")
+    }
+    for title, lines, key in (
+        ("training loss", trained, "loss"),
+        ("evaluation loss", evaluated, "eval_loss"),
+    ):
+        values = [(line[key], line["step"]) for line in lines]
+        cells = (f"{loss:.4f} at step {step}" for loss, step in (values[-1], min(values)))
+        assert f"| {title} | {' | '.join(cells)} |" in card
+    by_step = {line["step"]: line["eval_loss"] for line in evaluated}
+    for line in trained:
+        evaluation = f"{by_step[line['step']]:.4f}" if line["step"] in by_step else ""
+        cells = [str(line["step"]), f"{line['tokens']:,}", f"{line['loss']:.4f}", evaluation]
+        assert re.search(r" *\| *".join(map(re.escape, ["", *cells, ""])), card), cells
+
+    assert f"that is {tokens / parameters:.2g} tokens per parameter" in card
 
 
-PIPELINE = """
-import sys
-task, model, prompt = sys.argv[1:]
-from transformers import pipeline
-answer = pipeline(task, model=model)(prompt)[0]
-print(answer["generated_text"] if task == "text-generation" else answer["sequence"])
+# Runs what a card shows, with its placeholder replaced, and fails where transformers says anything.
+EXAMPLE = """
+import logging, re, sys
+from pathlib import Path
+
+said = []
+
+class Kept(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+
+directory = Path(sys.argv[1])
+(code,) = re.findall("```python\\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
+*lines, call = code.replace("PATH_OR_NAME", str(directory)).splitlines()
+import transformers
+logging.getLogger("transformers").addHandler(Kept())
+exec("\\n".join(lines))
+answer = eval(call)[0]
+print(answer["generated_text"] if "generated_text" in answer else answer["sequence"])
+assert not said, said
 ours = {"train", "launchers", "deepspeed"} & {name.partition(".")[0] for name in sys.modules}
 assert not ours, ours
 """
 
 
-def test_transformers_alone_loads_the_model(run: Run) -> None:
-    task = "text-generation" if run.objective == "clm" else "fill-mask"
+def test_transformers_alone_runs_the_cards_example_and_says_nothing_but_the_text(run: Run) -> None:
     prompt = PROMPTS[run.objective]
     ended = subprocess.run(
-        [sys.executable, "-I", "-c", PIPELINE, task, str(run.directory / "final"), prompt],
+        [sys.executable, "-I", "-W", "error", "-c", EXAMPLE, str(run.directory / "final")],
         capture_output=True,
         text=True,
         cwd="/",

@@ -45,10 +45,14 @@ def header(readme: str) -> dict[str, Any]:
 def run_dir(tiny_tree: Tree, tmp_path: Path) -> Path:
     """Return a run of 60 steps, evaluated at 20 and 40, and killed while it wrote a line."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**tiny_tree("clm"), "name": "small"}))
-    counts = {"documents": 90, "tokens": 4000}
-    (tmp_path / "data.json").write_text(
-        json.dumps({"tokens": "abc", "training": counts, "heldout": {"documents": 0, "tokens": 0}})
-    )
+    counts = {"documents": 90, "tokens": 4000, "samples": 125, "tokens_left_out": 31}
+    tree = {
+        "tokens": "abc",
+        "tokenizer": {"tokens": 300},
+        "training": {**counts, "samples_per_epoch": 125},
+        "heldout": {"documents": 0, "tokens": 0},
+    }
+    (tmp_path / "data.json").write_text(json.dumps(tree))
     provenance = {
         "started": "2026-01-31T12:00:00Z",
         "versions": {"torch": "2.13.0", "deepspeed": None},
@@ -112,7 +116,8 @@ def test_the_card_of_a_recovered_checkpoint(run_dir: Path) -> None:
         "| Context length | 66 tokens |",
         "| Corpus | local files, `corpus.jsonl` |",
         "| Licence | not known |",
-        "| For training | 90 documents, 4,000 tokens |",
+        "| Vocabulary | 300 tokens; 384 rows of the embedding, 84 of them unused |",
+        "| For training | 90 documents, 4,000 tokens in 125 samples; 31 tokens more are in none |",
         "| Held out | nothing |",
         "| Seen | 640 samples, 20,480 tokens, 40 steps |",
         "| Epochs | 5.1 |",
@@ -174,7 +179,14 @@ def test_data_of_a_hub_and_weights_to_go_on_from_are_linked(tiny_tree: Tree) -> 
         "model": {"kind": "pretrained", "name": "org/base"},
         "tokenizer": {"kind": "pretrained", "name": "/home/me/secret/words"},
     }
-    readme = card_of(facts(tree, base_model="org/base", metrics={"eval_loss": 2.5})).readme
+    readme = card_of(
+        facts(
+            tree,
+            base_model="org/base",
+            metrics={"eval_loss": 2.5},
+            tokenizer_class="LlamaTokenizer",
+        )
+    ).readme
     found = header(readme)
     assert (found["datasets"], found["base_model"]) == (["org/books"], "org/base")
     (result,) = found["model-index"][0]["results"]
@@ -185,7 +197,8 @@ def test_data_of_a_hub_and_weights_to_go_on_from_are_linked(tiny_tree: Tree) -> 
     }
     assert "Trained with Shardwright from `org/base`." in readme
     assert "| Licence | see the data set's own card |" in readme
-    assert "| Tokenizer | that of `words` |" in readme
+    assert "| Tokenizer | made elsewhere, read from local files (`LlamaTokenizer`) |" in readme
+    assert "words" not in readme
 
 
 @pytest.mark.parametrize(
@@ -245,3 +258,122 @@ def test_a_long_run_is_drawn_and_tabled_in_bounded_size() -> None:
 def test_nothing_is_drawn_of_one_point() -> None:
     assert curve.picture([curve.Point(1, 10, loss=2.0)]) is None
     assert curve.picture([]) is None
+
+
+@pytest.mark.parametrize(
+    ("samples", "an_epoch", "line"),
+    [
+        (125, 125, "| Epochs | 1 |"),
+        (250, 125, "| Epochs | 2 |"),
+        (130, 125, "| Epochs | 1 |"),
+        (65, 125, "| Epochs | 0.52 |"),
+        (640, None, None),
+    ],
+)
+def test_epochs_are_the_samples_seen_against_those_of_an_epoch(
+    samples: int, an_epoch: int | None, line: str | None, tiny_tree: Tree
+) -> None:
+    training = {"documents": 9, "tokens": 99, "samples_per_epoch": an_epoch}
+    values = {
+        "samples": samples,
+        "tokens": samples * 9,
+        "step": 3,
+        "corpus": {"training": training},
+    }
+    readme = card_of(facts(tiny_tree("clm"), **values)).readme
+    assert (line in readme.splitlines()) if line else ("Epochs" not in readme)
+
+
+def test_an_epoch_of_weighted_sources_is_not_told(tiny_tree: Tree) -> None:
+    tree = tiny_tree("clm")
+    tree["data"] |= {"paths": ["a.txt", "b.txt"], "weights": [1, 2]}
+    corpus = {"training": {"documents": 9, "tokens": 99, "samples_per_epoch": 10}}
+    assert "Epochs" not in card_of(facts(tree, samples=10, tokens=90, step=1, corpus=corpus)).readme
+
+
+def from_weights(tree: dict[str, Any], name: str, **values: Any) -> str:
+    tree = tree | {
+        "model": {"kind": "pretrained", "name": name},
+        "tokenizer": {"kind": "pretrained", "name": name},
+    }
+    return card_of(facts(tree, **values)).readme
+
+
+def test_local_weights_are_called_what_their_card_says_or_their_architecture(
+    tiny_tree: Tree,
+) -> None:
+    tree = tiny_tree("clm")
+    named = from_weights(tree, "/home/me/runs/a/final", base_title="small")
+    assert "Trained with Shardwright from the weights of `small`, a `GPT2LMHeadModel`.\n" in named
+    assert "| Tokenizer | that of the weights of `small`, a `GPT2LMHeadModel` |" in named
+    unnamed = from_weights(tree, "/home/me/runs/a/final")
+    assert "from the weights of another `GPT2LMHeadModel`.\n" in unnamed
+    assert "final" not in named + unnamed
+    anew = from_weights(tree, "/x/final", drawn_anew=["lm_head.a", "lm_head.b"])
+    assert (
+        "These had no weights of the head: its 2 parameters (`lm_head.a`, `lm_head.b`) began anew."
+        in anew
+    )
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "line"),
+    [
+        (384, "| Vocabulary | 384 tokens |"),
+        (None, "| Vocabulary | 384 rows of the embedding |"),
+        (300, "| Vocabulary | 300 tokens; 384 rows of the embedding, 84 of them unused |"),
+    ],
+)
+def test_a_vocabulary_is_the_tokenizers(vocabulary: int | None, line: str, tiny_tree: Tree) -> None:
+    readme = card_of(facts(tiny_tree("clm"), tokenizer_tokens=vocabulary)).readme
+    assert line in readme.splitlines()
+
+
+def test_tokens_of_an_earlier_run_are_counted_in_its_tokenizer(run_dir: Path) -> None:
+    tree = json.loads((run_dir / "data.json").read_text())
+    del tree["tokenizer"]
+    (run_dir / "data.json").write_text(json.dumps(tree))
+    (run_dir / "tokenizer").mkdir()
+    vocabulary = {"a": 0, "b": 1, "c": 4}
+    added = [{"id": 4, "content": "c"}, {"id": 7, "content": "<pad>"}]
+    (run_dir / "tokenizer" / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added})
+    )
+    readme = recovered_card(GPT2, "a checkpoint", 40, run_dir, None, "fp32").readme
+    assert "| Vocabulary | 4 tokens; 384 rows of the embedding, 380 of them unused |" in readme
+
+
+def test_positions_before_the_first_token_are_not_counted(tiny_tree: Tree) -> None:
+    tree = tiny_tree("mlm") | {"model": {"kind": "pretrained", "name": "org/base"}}
+    tree["tokenizer"] = {"kind": "pretrained", "name": "org/base"}
+    config = ROBERTA | {"max_position_embeddings": 514, "pad_token_id": 1}
+    readme = card_of(Facts(config_json=config, dtype="fp32", run=from_tree(tree))).readme
+    assert "| Context length | 512 tokens |" in readme
+
+
+@pytest.mark.parametrize(
+    ("generation", "prompt", "length"),
+    [
+        ({}, "def f(", "max_new_tokens=40"),
+        # transformers warns of either beside the other.
+        ({"max_length": 66}, "def f(", "max_length=46"),
+        ({"max_length": 20}, "def f(", "max_length=46"),
+        # The positions end before.
+        ({"max_length": 66}, "x" * 50, "max_length=66"),
+        ({}, "x" * 50, "max_new_tokens=16"),
+    ],
+)
+def test_the_example_continues_within_the_models_positions(
+    generation: dict[str, Any], prompt: str, length: str, tiny_tree: Tree
+) -> None:
+    tree = tiny_tree("clm")
+    tree["objective"]["prompts"] = [prompt]
+    readme = card_of(facts(tree, generation=generation)).readme
+    assert f'generate("{prompt}", {length}, do_sample=True)' in readme
+
+
+def test_the_example_of_a_model_with_code_lets_it_run(tiny_tree: Tree) -> None:
+    config = GPT2 | {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
+    run = from_tree(tiny_tree("clm"))
+    readme = card_of(Facts(config_json=config, dtype="fp32", run=run)).readme
+    assert 'pipeline("text-generation", model="PATH_OR_NAME", trust_remote_code=True)' in readme

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,10 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from train.pretrained import CannotStream, streamed, weight_files
-from train.weights import materialize
+from train.config import PretrainedModel
+from train.errors import UserError
+from train.pretrained import CannotStream, loaded_whole, streamed, weight_files
+from train.weights import drawn, initialized, materialize
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
@@ -210,3 +213,127 @@ def test_what_cannot_be_streamed_says_why(tmp_path: Path) -> None:
     quantised.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(CannotStream, match="quantised"):
         weight_files(str(tmp_path / "old"), None, quantised)
+
+
+# --- weights that do not fit ----------------------------------------------------------------------
+
+
+def renamed(directory: Path, rename: Callable[[str], str]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    changed = {rename(name): tensor for name, tensor in tensors.items()}
+    save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+WRAPPERS: dict[str, Callable[[str], str]] = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "DDP": lambda name: f"module.{name}",
+    "DDP of what is compiled": lambda name: f"module._orig_mod.{name}",
+    "recomputed blocks": lambda name: name.replace(".attn.", "._checkpoint_wrapped_module.attn."),
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name.replace('h.', 'h._fsdp_wrapped_module.')}",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_of_wrappers_are_taken_off(wrapper: str, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(**GPT2))
+    model.save_pretrained(tmp_path)
+    expected = CAUSAL.from_pretrained(tmp_path, dtype=torch.float32)
+    renamed(tmp_path, WRAPPERS[wrapper])
+    assert_same(stream(tmp_path, CAUSAL), expected)
+    as_pytorch_file(tmp_path)
+    assert_same(stream(tmp_path, CAUSAL), expected)
+
+
+def test_weights_under_a_key_of_their_own_are_found(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(tmp_path)
+    expected = CAUSAL.from_pretrained(tmp_path, dtype=torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"model": tensors, "step": 3}, tmp_path / "pytorch_model.bin")
+    assert_same(stream(tmp_path, CAUSAL), expected)
+
+
+def other_model(directory: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(directory)
+    GPT2Config(**GPT2, architectures=["GPT2LMHeadModel"]).save_pretrained(directory)
+
+
+def unknown_prefix(directory: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(directory)
+    renamed(directory, lambda name: f"lightning.net.{name}")
+
+
+def fewer_layers(directory: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(directory)
+    GPT2Config(**GPT2 | {"n_layer": 3}).save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("save", "lacking", "held"),
+    [
+        # Its head has the name of GPT-2's, which is tied to the embedding.
+        (other_model, "27 of the 28", "model."),
+        (unknown_prefix, "28 of the 28", "lightning.net.transformer.h.0.attn.c_attn."),
+        (fewer_layers, "12 of the 40", ""),
+    ],
+)
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "whole"])
+def test_weights_that_do_not_fit_are_refused(
+    save: Callable[[Path], None], lacking: str, held: str, kind: str, tmp_path: Path
+) -> None:
+    save(tmp_path)
+    if kind != "safetensors":
+        # What cannot be mapped is loaded as a whole, by transformers itself.
+        old = {"_use_new_zipfile_serialization": False} if kind == "whole" else {}
+        as_pytorch_file(tmp_path, **old)
+    config = AutoConfig.from_pretrained(tmp_path)
+    section = PretrainedModel(kind="pretrained", name=str(tmp_path))
+    build = functools.partial(CAUSAL.from_config, config)
+    load = (
+        functools.partial(loaded_whole, CAUSAL, section, config, {}, build, 0)
+        if kind == "whole"
+        else functools.partial(stream, tmp_path, CAUSAL)
+    )
+    with pytest.raises(UserError) as caught:
+        load()
+    message = str(caught.value)
+    assert f"lacks {lacking} parameters of GPT2LMHeadModel, such as transformer." in message
+    assert str(tmp_path) in message
+    assert held in message.partition("what it holds is named ")[2]
+    assert "choose a size of model/ to begin from scratch" in message
+    assert "\n" not in message
+
+
+def test_a_head_that_is_drawn_anew_is_known_however_it_is_loaded(tmp_path: Path) -> None:
+    roberta().roberta.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+
+    def build() -> PreTrainedModel:
+        return MASKED.from_config(config, dtype=torch.float32)
+
+    model, values = streamed(build, weight_files(str(tmp_path), None, config), 0)
+    head = {
+        *("lm_head.dense.weight", "lm_head.dense.bias", "lm_head.bias"),
+        *("lm_head.layer_norm.weight", "lm_head.layer_norm.bias"),
+    }
+    assert set(drawn(values)) == head
+    section = PretrainedModel(kind="pretrained", name=str(tmp_path))
+    whole, also = loaded_whole(MASKED, section, config, {"dtype": torch.float32}, build, 0)
+    assert set(drawn(also)) == head
+    materialize(model, values)
+    materialize(whole, also)
+    assert_same(whole, model)
+    everything, all_drawn = initialized(build, 0)
+    assert set(drawn(all_drawn)) == {name for name, _ in everything.named_parameters()}
+
+
+def test_another_number_of_rows_than_the_config_says_is_refused(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(tmp_path)
+    GPT2Config(**GPT2 | {"vocab_size": 320}).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        stream(tmp_path, CAUSAL)
+    assert str(caught.value) == (
+        f"{tmp_path / 'model.safetensors'} holds transformer.wte.weight in the shape (300, 32), "
+        "and its config.json makes it (320, 32); set vocab_size=300 there, or choose another model"
+    )

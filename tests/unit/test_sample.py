@@ -206,8 +206,8 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(
     ended = capsys.readouterr()
     assert "their code runs" not in ended.out
     assert ended.err == (
-        f"error: {directory} brings Python code of its own, which is not run unless asked for; "
-        "read it, then add --trust-remote-code, or choose another model\n"
+        f"error: {directory} holds OurModelForCausalLM, a model with Python code of its own "
+        "(ours.py), which is not run unless asked for; read it, then add --trust-remote-code\n"
     )
     assert main([str(directory), "--prompt", "a", "--trust-remote-code"]) == 0
     assert "their code runs" in capsys.readouterr().out
@@ -235,9 +235,12 @@ def _no_json(directory: Path) -> None:
     ("damage", "said"),
     [
         (_without_weights, "holds a model that cannot be loaded (OSError: "),
-        (_cut, "holds a model that cannot be loaded (SafetensorError: "),
-        (_nameless, "config.json does not say which model it is of (KeyError: 'architectures')"),
-        (_no_json, "config.json does not say which model it is of (JSONDecodeError: "),
+        (
+            _cut,
+            "model.safetensors is no safetensors file, or is cut short; copy or download it again",
+        ),
+        (_nameless, 'config.json names no architecture; add "architectures", such as ["GPT2LMHead'),
+        (_no_json, "config.json cannot be read (Expecting property name "),
     ],
 )
 def test_a_directory_that_is_no_whole_model_is_bad_input(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -11,12 +11,18 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from train import stop
-from train.card import Card
+from train import damage, origin, stop
+from train.card import README, Card
 from train.checkpoint import portable, whole
 from train.checkpoint.discovery import best_whole
 from train.checkpoint.layout import atomic_directory, read_manifest, step_of
-from train.checkpoint.model_directory import check_loads, finished_config
+from train.checkpoint.model_directory import (
+    CONFIG,
+    WrongWeights,
+    check_loads,
+    write_beside_weights,
+    writers,
+)
 from train.conversion import CannotTrace, placed
 from train.final import FINAL
 from train.rank import from_all
@@ -33,18 +39,21 @@ _BUDGET = whole.budget(2**28, cores=4)
 
 def export(
     trainer: Trainer,
-    card: Card,
+    card: Callable[[], Card],
     checkpoint: Path | None = None,
     max_shard_bytes: int = whole.MAX_SHARD_BYTES,
+    say: Callable[[str], object] = logger.warning,
 ) -> Path:
     """Write RUN_DIR/final and return its path. Collective; rank 0 writes.
 
     The weights are those of ``checkpoint``, or of the live engine where there is none.
 
-    Rank 0 holds one whole tensor in memory at a time, or slices of a checkpoint's. Raises Stop
-    where a rank was told to before the last tensor is there, FloatingPointError where a weight is
-    not finite, and RuntimeError where `from_pretrained` would not find exactly the weights it looks
-    for; final/ is not made then.
+    Rank 0 holds one whole tensor in memory at a time, or slices of a checkpoint's. What cannot be
+    written beside the weights is left out, and ``say`` hears of it. Raises Stop where a rank was
+    told to before the last tensor is there, FloatingPointError where a weight is not finite, and
+    WrongWeights where `from_pretrained` would not find exactly the weights it looks for; final/ is
+    not made then. Raises RuntimeError where it holds the weights but does not load for another
+    reason.
     """
     final = trainer.run_dir / FINAL
     if trainer.is_world_process_zero():
@@ -55,15 +64,17 @@ def export(
                 raise FloatingPointError(
                     f"{error}; final/ is not written, the checkpoints stand"
                 ) from None
-            finished_config(trainer.model).save_pretrained(directory)
-            if trainer.model.can_generate() and trainer.model.generation_config is not None:
-                trainer.model.generation_config.save_pretrained(directory)
-            assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)
-            trainer.processing_class.save_pretrained(directory)
-            card.write(directory)
+            failed = _write_beside_weights(trainer, card, directory)
             engine_of(trainer.config).release()
-            causal = trainer.config.objective.kind == "clm"
-            check_loads(directory, AutoModelForCausalLM if causal else AutoModelForMaskedLM)
+            if CONFIG not in failed:
+                _check_loads(trainer, directory, failed)
+        for what, reason in failed.items():
+            say(f"warning: {final} is without {what}: {damage.in_one_line(reason)}")
+        if lost := [what for what in (CONFIG, _LOADING) if what in failed]:
+            raise RuntimeError(
+                f"{final} holds the whole weights, but does not load: {lost[0]} failed "
+                f"({damage.in_one_line(failed[lost[0]])})"
+            )
     elif checkpoint is None:
         for _ in _live_tensors(trainer):
             pass
@@ -73,6 +84,35 @@ def export(
     if dist.is_initialized():
         dist.barrier()
     return final
+
+
+_LOADING = "a check that `from_pretrained` loads it"
+
+
+def _write_beside_weights(
+    trainer: Trainer, card: Callable[[], Card], directory: Path
+) -> dict[str, Exception]:
+    """Write all but the weights; return what could not be, by what it is."""
+    assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)
+    code = origin.code_in(trainer.run_dir / origin.FOLDER)
+    return write_beside_weights(
+        directory,
+        {
+            **writers(trainer.model, trainer.processing_class, code),
+            README: lambda apart: card().write(apart),
+        },
+    )
+
+
+def _check_loads(trainer: Trainer, directory: Path, failed: dict[str, Exception]) -> None:
+    causal = trainer.config.objective.kind == "clm"
+    auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    try:
+        check_loads(directory, auto_class, trusts_code=trainer.config.model.trusts_code)
+    except WrongWeights:
+        raise
+    except Exception as error:  # of a library, or of the model's own code
+        failed[_LOADING] = error
 
 
 def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from train.checkpoint.lazy import Unreadable
 
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _LEADING = "module."
 
 
@@ -16,7 +16,7 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     DDP's prefix is taken off where all of them have it. Raises Unreadable where two become one.
     """
     plain = {
-        name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names
+        name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names
     }
     while plain and all(name.startswith(_LEADING) for name in plain.values()):
         plain = {name: short.removeprefix(_LEADING) for name, short in plain.items()}

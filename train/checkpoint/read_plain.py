@@ -181,7 +181,7 @@ def _entry(path: Path, entry: Mapping[str, Any], base: int, size: int) -> LazyTe
 
 def _torch(path: Path, section: str | None) -> PortableState:
     found = describe(path, IGNORED)
-    weights = _weights(found, path) if section is None else _section(found, section, path)
+    weights = weights_in(found, path) if section is None else _section(found, section, path)
     ema: Any = {}
     step = None
     if isinstance(found, Mapping):
@@ -191,7 +191,7 @@ def _torch(path: Path, section: str | None) -> PortableState:
     return state(_tensors(weights, path), "torch.save", _tensors(ema, path), step)
 
 
-def _weights(found: Any, path: Path) -> Mapping[str, Any]:
+def weights_in(found: Any, path: Path) -> Mapping[str, Any]:
     """Return the mapping of tensors that is meant. Raises Unreadable where that is not plain."""
     at_top = found if isinstance(found, Mapping) else {}
     # A tensor may stand beside the weights: a loss, random numbers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from train import pretrained
 from train.checkpoint import discovery, layout, portable, retention
 from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable, why_refused
 from train.checkpoint.save import LOSS_SCALE
@@ -40,6 +41,8 @@ class Resumed:
     world_size: int
     """Ranks that wrote it."""
     state: PortableState
+    parameters: Sequence[Mapping[str, Any]] = ()
+    """Name, shape, dtype and tied names of each, as its manifest says."""
 
     @property
     def step(self) -> int:
@@ -91,6 +94,7 @@ def _opened(path: Path) -> Resumed:
         tokens=manifest.tokens,
         world_size=manifest.world_size,
         state=state,
+        parameters=manifest.get("parameters", ()),
     )
 
 
@@ -120,12 +124,25 @@ def _check_trainer_state(path: Path, step: int) -> None:
 # --- weights ------------------------------------------------------------------------------------
 
 
+def untie(model: PreTrainedModel, resumed: Resumed) -> None:
+    """Untie what a run that began with pretrained weights had untied, as they were unequal."""
+    own = {parameter["name"] for parameter in resumed.parameters}
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in own and source in own:
+            pretrained.untie(model, target)
+
+
 def values(model: PreTrainedModel, resumed: Resumed) -> Values:
-    """Return each parameter's master weight as its first value.
+    """Return each parameter's master weight as its first value; set the persistent buffers.
 
     Raises UserError where the checkpoint holds another model.
     """
     found = resumed.state.weights
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        saved = resumed.state.buffers.get(name, found.get(name))
+        if name in persistent and saved is not None and saved.shape == tuple(buffer.shape):
+            buffer.copy_(saved.whole())
     problems = []
     for name, parameter in model.named_parameters():
         if name not in found:

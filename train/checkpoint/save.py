@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from train import origin
 from train.checkpoint import layout, retention
 from train.checkpoint.discovery import Part, parts_in, together
 from train.checkpoint.hashed import HashedFolder
@@ -92,7 +93,7 @@ def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
         texts["scheduler.pt"] = _torch_bytes(scheduler.state_dict())
         state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
         texts["trainer_state.json"] = f"{state}\n".encode()
-        texts |= config_texts(trainer.model)
+        texts |= config_texts(trainer.model, origin.code_in(trainer.run_dir / origin.FOLDER))
         if scale := loop.loss_scale_state(trainer):
             texts[LOSS_SCALE] = json.dumps(scale).encode()
     return Draft(

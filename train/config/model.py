@@ -45,6 +45,11 @@ class ScratchModel(Section):
         """Whether the architecture predicts the next token; None where it is not known yet."""
         return False
 
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python code that comes with the weights may run."""
+        return False
+
 
 class BertModel(ScratchModel):
     kind: Literal["bert"]
@@ -124,6 +129,10 @@ class PretrainedModel(Section):
     @property
     def causal(self) -> bool | None:
         return None
+
+    @property
+    def trusts_code(self) -> bool:
+        return self.trust_remote_code
 
 
 ModelConfig = Annotated[

@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -72,9 +73,11 @@ def load_tokenizer(config: RunConfig, directory: Path) -> PreTrainedTokenizerFas
     # The one place that loads torch: AutoTokenizer knows models.
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        directory, trust_remote_code=config.tokenizer.trust_remote_code
-    )
+    from train import remote_code
+
+    trusted = config.tokenizer.trust_remote_code
+    with remote_code.one_at_a_time() if trusted else nullcontext():
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
     assert tokenizer.is_fast, "none else is saved"
     return cast("PreTrainedTokenizerFast", tokenizer)
 
@@ -186,6 +189,7 @@ def control_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 def check_fits(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
     """Raise UserError where the tokenizer cannot serve the objective or the model's embedding."""
     special_ids(tokenizer, config)
+    _check_unknown(tokenizer, config)
     if not isinstance(config.model, ScratchModel):
         # The embedding comes with the weights; whoever loads them compares.
         return
@@ -196,6 +200,18 @@ def check_fits(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
             f"{config.model.vocab_size} gives the embedding {rows} rows; "
             f"set model.vocab_size={wanted} or choose a smaller tokenizer"
         )
+
+
+def _check_unknown(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
+    """Raise UserError where the tokenizer stops at what its vocabulary does not have."""
+    try:
+        # For private use, so that it is in no vocabulary.
+        tokenizer.backend_tokenizer.encode("a\ue000b \ue001")
+    except Exception as error:  # tokenizers raises nothing else
+        raise UserError(
+            f"tokenizer={_name(config)}: it has no token for what it does not know ({error}); give "
+            "its model an unk_token that is in its vocabulary, or choose another tokenizer"
+        ) from None
 
 
 def unused(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Iterator[str]:
@@ -359,6 +375,8 @@ def _wrap(path: Path, config: RunConfig, settings: ByteBpeTokenizer) -> PreTrain
 def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
+    from train import damage
+
     local = Path(settings.name).is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -367,8 +385,10 @@ def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
             trust_remote_code=settings.trust_remote_code,
             local_files_only=local or not _hub_has(settings),
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    except Exception as error:  # of tokenizers, which raises nothing else, or of the model's code
+        if local and (problem := next(damage.problems(Path(settings.name)), None)):
+            raise UserError(f"tokenizer.name={settings.name}: {problem}") from None
+        reason = damage.in_one_line(error)
         raise UserError(
             f"tokenizer.name={settings.name}: cannot load it ({reason}); correct the name. Without "
             "a network give a directory that holds tokenizer.json, or download the tokenizer where "

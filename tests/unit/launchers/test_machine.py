@@ -219,3 +219,22 @@ def test_buckets_of_pretrained_weights_follow_their_width(tmp_path: Path) -> Non
     assert buckets(str(tmp_path))["stage3_prefetch_bucket_size"] == int(0.9 * 2048**2)
     assert buckets(str(tmp_path))["stage3_param_persistence_threshold"] == 10 * 2048
     assert buckets("nobody/nothing")["reduce_bucket_size"] == 4096**2
+
+
+def test_a_model_and_a_tokenizer_that_lie_here_are_frozen_as_absolute_paths(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models" / "base").mkdir(parents=True)
+
+    def names(name: str) -> set[str]:
+        section = {"kind": "pretrained", "name": name}
+        found = resolve(config(model=section, tokenizer=section), Machine(cores=2), "/runs/a")
+        assert found.model.kind == found.tokenizer.kind == "pretrained"
+        return {found.model.name, found.tokenizer.name}
+
+    for name in ("models/base", "./models/base/", "~/models/base", str(tmp_path / "models/base")):
+        assert names(name) == {str(tmp_path / "models" / "base")}
+    # As transformers does, what is no directory here is taken for a name on the hub.
+    assert names("org/base") == {"org/base"}

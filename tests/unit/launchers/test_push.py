@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from launchers import push
+from tests import own_code
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.launchers.hub import TOKEN, Hub, Repository, running
 from train.card import recovered_card
@@ -321,3 +322,23 @@ def test_no_network(
     outcome = shardwright("push", str(model), "small")
     assert outcome.code == 2
     assert "HF_HUB_OFFLINE is set, and a push needs the network; unset it" in outcome.err
+
+
+def test_a_model_with_code_of_its_own_is_pushed_whole_once_that_may_run(
+    shardwright: Shardwright, tmp_path: Path
+) -> None:
+    model = own_code.write(tmp_path / "own")
+    recovered_card(own_code.CONFIG, "checkpoint-7", 7, None, None, "fp32", 1000).write(model)
+    arguments = ("push", str(model), "small", "--dry-run")
+    refused = shardwright(*arguments)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == (
+        f"error: {model} holds OwnForCausalLM, a model with Python code of its own "
+        "(configuration_own.py, modeling_own.py), which is not run unless asked for; read it, "
+        "then add --trust-remote-code\n"
+    )
+    pushed = shardwright(*arguments, "--trust-remote-code")
+    assert pushed.code == 0, pushed.err
+    for name in own_code.FILES:  # what the named files import among them
+        assert f" {name}\n" in pushed.out
+    assert "left out" not in pushed.out
