@@ -31,7 +31,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.trainer_utils import align_special_tokens
 from transformers.utils import is_flash_attn_2_available
 
 from train import activation_checkpointing, fp8
@@ -122,9 +121,6 @@ def build(
         if section.causal:
             model.generation_config = _generation_config(model_config)
     auxiliary_coefficient(model)  # refuses what cannot be given
-    # As the Trainer does before its first step (transformers 5.23), when it is too late to look
-    # whether the settings can still be saved.
-    align_special_tokens(model, tokenizer)
     # A cache of keys and values is of no use to a forward pass over whole samples.
     model.config.use_cache = False
     fp8.convert(model, config)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.trainer_utils import align_special_tokens
 
 from train import config as run_config
 from train import data, final, generation, history, models, origin, sample, stop, stopping
@@ -195,6 +196,9 @@ def _build(
         kept = origin.keep(config.model, config.objective.kind, run_dir, checkpoint)
     directory = kept.directory if kept else None
     model, values = models.build(config, words, directory, reads_weights=resumed is None)
+    # As the Trainer does before its first step (transformers 5.23), when it is too late to look
+    # whether the settings can still be saved.
+    align_special_tokens(model, words)
     if rank.index == 0:
         rehearse(
             model,
