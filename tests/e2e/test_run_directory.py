@@ -257,11 +257,11 @@ def test_every_number_in_the_card_follows_from_the_runs_own_files(run: Run) -> N
 
     trained = [line for line in metrics if "loss" in line]
     evaluated = [line for line in metrics if "eval_loss" in line]
-    held_out = table_of(card, "On held-out documents")
+    measured = table_of(card, "On held-out documents")
     last = evaluated[-1]
     assert last["step"] == STEPS
-    del held_out["metric"]
-    assert held_out == {
+    del measured["metric"]
+    assert measured == {
         name.removeprefix("eval_").replace("_", " "): f"{value:.4f}"
         for name, value in last.items()
         if name.startswith("eval_")
@@ -271,8 +271,8 @@ def test_every_number_in_the_card_follows_from_the_runs_own_files(run: Run) -> N
         ("evaluation loss", evaluated, "eval_loss"),
     ):
         values = [(line[key], line["step"]) for line in lines]
-        cells = (f"{loss:.4f} at step {step}" for loss, step in (values[-1], min(values)))
-        assert f"| {title} | {' | '.join(cells)} |" in card
+        losses = (f"{loss:.4f} at step {step}" for loss, step in (values[-1], min(values)))
+        assert f"| {title} | {' | '.join(losses)} |" in card
     by_step = {line["step"]: line["eval_loss"] for line in evaluated}
     for line in trained:
         evaluation = f"{by_step[line['step']]:.4f}" if line["step"] in by_step else ""

@@ -106,12 +106,18 @@ class ScheduleEntry(_Part):
     """The batch that the run began with."""
 
 
+class ParameterEntry(_Part):
+    name: str
+    """By which the model has it first; tied ones have no entry of their own."""
+
+
 class Manifest(_Part):
     """What finding, checking and keeping a checkpoint needs of its manifest.json."""
 
     step: int = Field(ge=0)
     files: dict[str, FileEntry]
     """By path relative to the checkpoint. On node-local storage, those on this node's disk."""
+    parameters: list[ParameterEntry] = []
     strategy: dict[str, Any] = {}
     world_size: int = Field(default=1, ge=1)
     samples: int = Field(default=0, ge=0)

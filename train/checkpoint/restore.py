@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,8 @@ class Resumed:
     world_size: int
     """Ranks that wrote it."""
     state: PortableState
-    parameters: Sequence[Mapping[str, Any]] = ()
-    """Name, shape, dtype and tied names of each, as its manifest says."""
+    parameters: frozenset[str] = frozenset()
+    """The first name of each, as its manifest says."""
 
     @property
     def step(self) -> int:
@@ -94,7 +94,7 @@ def _opened(path: Path) -> Resumed:
         tokens=manifest.tokens,
         world_size=manifest.world_size,
         state=state,
-        parameters=manifest.get("parameters", ()),
+        parameters=frozenset(parameter.name for parameter in manifest.parameters),
     )
 
 
@@ -126,7 +126,7 @@ def _check_trainer_state(path: Path, step: int) -> None:
 
 def untie(model: PreTrainedModel, resumed: Resumed) -> None:
     """Untie what a run that began with pretrained weights had untied, as they were unequal."""
-    own = {parameter["name"] for parameter in resumed.parameters}
+    own = resumed.parameters
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in own and source in own:
             pretrained.untie(model, target)
