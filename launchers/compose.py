@@ -61,6 +61,10 @@ def compose(arguments: Sequence[str]) -> list[Job]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_hydra_process())
+        for argument in arguments:
+            # Hydra's parser would take --experiment=demo for --experimental-rerun.
+            if compose_errors.is_setting_with_dashes(argument):
+                raise UserError(compose_errors.unknown_flag_message(argument))
         parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
         if flags := [argument for argument in unknown if argument.startswith("-")]:
             raise UserError(compose_errors.unknown_flag_message(flags[0]))
@@ -76,8 +80,7 @@ def compose(arguments: Sequence[str]) -> list[Job]:
             sys.argv.append(f"hydra.sweep.dir={quoted(scratch)}")
         try:
             if starts_runs:
-                groups = {directory.name for directory in CONF.iterdir() if directory.is_dir()}
-                compose_errors.check_options(parsed.overrides, groups)
+                compose_errors.check_options(parsed.overrides, group_options())
             collect()
         except UserError:
             raise
@@ -89,6 +92,15 @@ def compose(arguments: Sequence[str]) -> list[Job]:
             if starts_runs:
                 raise
     return jobs
+
+
+def group_options() -> dict[str, list[str]]:
+    """Return the options of each group that comes with the project, by name."""
+    return {
+        directory.name: sorted(path.stem for path in directory.glob("*.yaml"))
+        for directory in sorted(CONF.iterdir())
+        if directory.is_dir() and directory.name != "hydra"
+    }
 
 
 def plain(tree: DictConfig) -> Any:

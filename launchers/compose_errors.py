@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Container, Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,7 +22,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from train.config import unknown_key_message
+from train.config import known_keys, unknown_key_message
 from train.errors import UserError
 
 USER_CAUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -43,16 +45,26 @@ def qualify(override: str) -> str:
     """Return an override as Hydra knows it: ``experiment=demo`` needs its package.
 
     An experiment's first line is the command that runs it, and Hydra takes a `@package` header from
-    the first line only; so config.yaml gives the package, and it is part of the key. A key that is
-    not in any file is added by `++`.
+    the first line only; so config.yaml gives the package, and it is part of the key. A key that the
+    chosen option's file does not list is added by `++`: the config's own rules say better than
+    Hydra what is wrong with it, if anything.
     """
-    override = re.sub(rf"^[+]*(?={re.escape(FREE_FORM)}[.=])", "++", override)
+    key = override.lstrip("+").partition("=")[0]
+    if is_free_form(key) or ("." in key and key in known_keys()):
+        return "++" + override.lstrip("+")
     return re.sub(rf"^([+~]*{ROOT_GROUP})(?==|$)", r"\1@_global_", override)
 
 
-def check_options(overrides: Sequence[str], groups: Container[str]) -> None:
-    """Raise UserError where the option chosen of a group is no name, which Hydra stumbles over."""
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+def check_options(overrides: Sequence[str], groups: Mapping[str, Collection[str]]) -> None:
+    """Raise UserError for what Hydra stumbles over, given the options of each group.
+
+    That is an override which does not parse, or the choice of an option that is not a name.
+    """
+    for text in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except OverrideParseException:
+            raise UserError(unreadable(text, groups)) from None
         group = override.key_or_group
         if group not in groups or override.is_delete() or override.is_sweep_override():
             continue
@@ -68,10 +80,7 @@ def explain(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     match error:
         case OverrideParseException():
-            return (
-                f"cannot read the override {error.override!r}: an override is key=value; quote a "
-                "value that holds spaces or any of ,=:{}[]()' twice, such as \"key='a, b'\""
-            )
+            return unreadable(error.override, {})
         case MissingConfigException() if error.missing_cfg_file:
             return _unknown_option(error.missing_cfg_file, list(error.options or []))
         case ConfigCompositionException():
@@ -98,25 +107,105 @@ def explain(error: Exception) -> str:
     return " ".join(str(cause).split())
 
 
+PLAIN = re.compile(r"[A-Za-z0-9_/\-\\+.$%*@?|: ]*")
+"""A value that needs no quotes, as Hydra 1.3 has it (grammar/OverrideLexer.g4)."""
+
+
+def unreadable(text: str, groups: Mapping[str, Collection[str]]) -> str:
+    """Say why an override does not parse, and what to write; ``groups`` maps to their options."""
+    key, equals, value = text.partition("=")
+    start = f"cannot read the override {text!r}: "
+    if not equals:
+        return start + _without_value(text, groups)
+    if not re.fullmatch(r"[+~]*[A-Za-z_][A-Za-z0-9_./@:-]*", key):
+        return f"{start}an override is key=value, and {key!r} is not a key"
+    odd = "".join(dict.fromkeys(char for char in value if not PLAIN.fullmatch(char)))
+    general = (
+        "a value that holds anything but letters a to z, digits, spaces and / - _ + . : $ % * @ ? "
+        "| needs quotes of its own within those of the shell"
+    )
+    if value[:1] in ("[", "{", "(", "'", '"'):
+        closed = "brackets and quotes have to be closed, and within them "
+        return f"{start}{closed}{general}, such as \"data.paths=['a#1.txt', 'b.txt']\""
+    typed = f"\"{key}='{value}'\""
+    if re.search(r"[\"'$`\\!]", value):  # what a shell looks for within double quotes
+        literal = value.replace("\\", "\\\\").replace('"', '\\"')
+        typed = shlex.quote(f'{key}="{literal}"')
+    why = f"{' '.join(odd)} in a value needs quotes" if odd else "the value needs quotes"
+    return f"{start}{why}: write {typed} ({general})"
+
+
+def _without_value(word: str, groups: Mapping[str, Collection[str]]) -> str:
+    """Say what to write for a word without "=", which is mostly an option without its group."""
+    name = word.strip("-").replace("-", "_")
+    if found := [group for group, options in groups.items() if name in options]:
+        return f"{name} is an option of {' and of '.join(found)}; write {found[0]}={name}"
+    if name in groups:
+        return f"{name} is a group; choose an option with {name}=NAME"
+    if name in known_keys():
+        return f"{name} needs a value: {name}=VALUE"
+    if os.path.exists(os.path.expanduser(word)):
+        if word.endswith((".yaml", ".yml")):
+            return (
+                "settings from a file are an experiment: put it into DIR/experiment/NAME.yaml and "
+                "write --config-dir DIR experiment=NAME"
+            )
+        return f"files to train on are given as data=text data.paths=[{word}]"
+    if (key := re.split(r"[:\s]", word)[0]) in known_keys():
+        return f"an override is key=value, such as {key}=VALUE"
+    return f"an override is key=value ({unknown_key_message(name)})"
+
+
+def is_setting_with_dashes(argument: str) -> bool:
+    """Return whether an argument is a key or a group with dashes before it."""
+    key = argument[2:].partition("=")[0].replace("-", "_")
+    return argument.startswith("--") and (key == ROOT_GROUP or key in known_keys())
+
+
 def unknown_flag_message(flag: str) -> str:
     """Say what to write in place of a flag that `train` does not have."""
-    name, _, value = flag.lstrip("-").replace("-", "_").partition("=")
+    name, _, value = flag.lstrip("-").partition("=")
+    key = name.replace("-", "_")
+    if is_setting_with_dashes(flag):
+        return f"unknown flag {flag}: leave the dashes out and write {key}={value or 'VALUE'}"
     return (
         f"unknown flag {flag}; settings are given as key=value, without dashes "
-        f"({unknown_key_message(name)})" + (f" [value given: {value}]" if value else "")
+        f"({unknown_key_message(key)})" + (f" [value given: {value}]" if value else "")
     )
 
 
 def _unknown_option(path: str, options: list[str]) -> str:
-    group, _, option = path.rpartition("/")
+    group, _, option = path.partition("/")  # a name of the hub has a / of its own
     if not group:
-        return f"there is no config {path}"
+        return (
+            f"there is no config {path}: --config-name is the name of a whole other tree; for "
+            "settings of your own write DIR/experiment/NAME.yaml and give --config-dir DIR "
+            "experiment=NAME"
+        )
     if not options:
         return f"{group}={option}: there is no config group {group}"
     likeness = {name: difflib.SequenceMatcher(None, option, name).ratio() for name in options}
     nearest_first = sorted(options, key=lambda name: (-likeness[name], name))
-    hint = f"did you mean {nearest_first[0]}? " if likeness[nearest_first[0]] >= 0.5 else ""
-    return f"{group}={option}: there is no such option; {hint}there are {', '.join(nearest_first)}"
+    begun = sorted(name for name in options if name.startswith(option.replace("-", "_")))
+    near = begun or [name for name in nearest_first[:1] if likeness[name] >= 0.5]
+    hint = (
+        f"did you mean {', '.join(near[:-1])}{' or ' * (len(near) > 1)}{near[-1]}? " if near else ""
+    )
+    others = [name for name in nearest_first if name not in near]
+    elsewhere = _ELSEWHERE.get(group, "").format(option)
+    return (
+        f"{group}={option}: there is no such option; {hint}there are "
+        f"{', '.join([*near, *others])}{elsewhere}"
+    )
+
+
+# What else a name behind a group may be meant for.
+_ELSEWHERE = {
+    "model": "; a model of the hub or in a directory is model=pretrained model.name={}",
+    "tokenizer": "; one of the hub or in a directory is tokenizer=pretrained tokenizer.name={}",
+    "data": "; files of yours are data=text data.paths=[{0}], a data set of the hub is data=hub "
+    "data.name={0}",
+}
 
 
 def _ambiguous(override: str) -> str:

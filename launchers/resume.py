@@ -15,8 +15,8 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from launchers import launch, machine, preflight, processes, report, resumes, submit
-from launchers.compose import CONF, compose
-from launchers.compose_errors import is_free_form
+from launchers.compose import CONF, compose, group_options
+from launchers.compose_errors import is_free_form, unreadable
 from launchers.dry_run import show
 from train import config as run_config
 from train import terminal
@@ -294,10 +294,7 @@ def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
         try:
             (override,) = OverridesParser.create().parse_overrides([text])
         except OverrideParseException:
-            raise UserError(
-                f"{text} does not parse as key=value; for example strategy=zero3 or "
-                "trainer.max_steps=2000"
-            ) from None
+            raise UserError(unreadable(text, group_options())) from None
         is_new = override.is_add() and not is_free_form(override.key_or_group)
         if override.is_delete() or is_new or override.is_sweep_override():
             raise UserError(f"{text}: a run that goes on takes key=value only")

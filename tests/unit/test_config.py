@@ -127,7 +127,7 @@ def test_load_names_a_damaged_file(tmp_path: Path) -> None:
         ({"checkpoint__best_metric": "loss"}, "must be eval_loss, eval_perplexity or eval_masked"),
         (
             {"strategy__bucket_size_bytes": 1},
-            "strategy.bucket_size_bytes is no setting of strategy",
+            "strategy.bucket_size_bytes is not a setting of strategy.kind=zero",
         ),
     ],
 )

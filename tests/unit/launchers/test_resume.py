@@ -125,7 +125,7 @@ def test_only_groups_are_chosen() -> None:
         ("trainer.max_steps=many", "trainer.max_steps=many: must be a whole number"),
         ("trainer.max_steps=1,2", "takes key=value only"),
         ("+trainer.x=1", "takes key=value only"),
-        ("trainer.max_steps", "does not parse as key=value"),
+        ("trainer.max_steps", "trainer.max_steps needs a value: trainer.max_steps=VALUE"),
         ("trainer.micro_batch_size=48", "global_batch_size=64 is not a multiple"),
     ],
 )

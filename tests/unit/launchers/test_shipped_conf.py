@@ -13,7 +13,7 @@ from launchers import machine
 from launchers.compose import CONF, compose
 from launchers.machine import Machine, resolve
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from train.config import RunConfig, from_tree, to_yaml
+from train.config import RunConfig, from_tree, messages, to_yaml
 from train.errors import UserError
 from train.strategy import engine_settings
 
@@ -170,3 +170,14 @@ def test_a_tokenizers_odd_values_survive_config_yaml() -> None:
         "name=a.b-c", "objective.prompts=['def é:', 'yes', '1e-3', \"it's: #1\"]", "seed=4294967295"
     )
     assert from_tree(yaml.safe_load(to_yaml(run))) == run
+
+
+@pytest.mark.parametrize("group", messages.OPTIONS)
+def test_a_hint_names_every_option_of_a_kind(group: str) -> None:
+    by_kind: dict[str, set[str]] = {}
+    for path in (CONF / group).glob("*.yaml"):
+        tree = yaml.safe_load(path.read_text())
+        while "kind" not in tree:  # an option that builds on another one
+            tree = yaml.safe_load((CONF / group / f"{tree['defaults'][0]}.yaml").read_text())
+        by_kind.setdefault(tree["kind"], set()).add(path.stem)
+    assert {kind: set(options) for kind, options in messages.OPTIONS[group].items()} == by_kind
