@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -46,10 +47,11 @@ def read(metrics: Path, until_step: int | None = None) -> Curve:
     """
     points: dict[int, Point] = {}
     seconds, tokens_before, logged_at = 0.0, 0, None
-    try:
-        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
+    lines = []
+    # A link to a device has no end.
+    with suppress(OSError):
+        if metrics.is_file():
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in lines:
         try:
             entry = json.loads(line)
