@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoints import rewrite_manifest
 from tests.distributed.faults import first_batch_is_refused, trained_with_a_fault
-from tests.distributed.jobs import whole_run
+from tests.distributed.jobs import trained, whole_run
 from tests.strategies import STRATEGIES
 from train.checkpoint import layout
+from train.finite import are_sound
+from train.strategy import engine_of
+from train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 
@@ -280,3 +285,38 @@ def test_ids_beyond_the_embedding_are_refused_before_the_first_step(
     for said, steps in ranks(2)(first_batch_is_refused, run_dir):
         assert re.match(r"the first batch has the token id 1\d\d\d in input_ids, and the", said)
         assert steps == 0
+
+
+# --- what is no weight ----------------------------------------------------------------------------
+
+
+def nan_in_padding(trainer: Trainer) -> tuple[int, bool]:
+    """Make NaN of what no weight lies in; return how much that is, and whether all is sound."""
+
+    def weights() -> list[torch.Tensor]:
+        return list(engine_of(trainer.config).local_weights(trainer))
+
+    kept = [tensor.clone() for tensor in weights()]
+    partitions = trainer.model_wrapped.optimizer.fp32_partitioned_groups_flat
+    for flat in partitions:
+        flat.data.fill_(math.nan)
+    for tensor, values in zip(weights(), kept, strict=True):
+        tensor.data.copy_(values)
+    padded = sum(int(flat.isnan().sum()) for flat in partitions)
+    return padded, bool(are_sound(weights(), torch.device("cpu"), 2.0**64))
+
+
+def test_what_pads_a_partition_is_not_taken_for_a_weight(
+    tiny_tree: Callable[[str], dict[str, Any]],
+    frozen_run: Callable[[dict[str, Any]], Path],
+    ranks: Callable[[int], Any],
+) -> None:
+    """DeepSpeed leaves there what its memory held before."""
+    tree = tiny_tree("clm")
+    tree["model"]["hidden_size"], tree["model"]["num_attention_heads"] = 30, 3
+    tree["strategy"] = STRATEGIES["zero3"]
+    tree["launcher"]["nproc_per_node"] = 4
+    tree["trainer"] |= {"max_steps": 1, "micro_batch_size": 4}
+    found = ranks(4)(trained, frozen_run(tree), nan_in_padding)
+    assert sum(padded for padded, _ in found) > 0
+    assert all(sound for _, sound in found)

@@ -12,7 +12,7 @@ from train.errors import UserError
 from train.strategy import deepspeed_keys, nvme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
     from torch.optim import Optimizer
@@ -641,9 +641,26 @@ def local_weights(trainer: Trainer) -> Iterator[torch.Tensor]:
     from train.strategy import swapped
 
     engine = trainer.model_wrapped
-    if engine.zero_optimization_stage() > 0:
-        return swapped.masters(engine.optimizer, _master_partitions(engine.optimizer))
-    return iter(_replicated_masters(engine).values() or engine.module.parameters())
+    if engine.zero_optimization_stage() == 0:
+        yield from _replicated_masters(engine).values() or engine.module.parameters()
+        return
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    partitions = swapped.masters(engine.optimizer, _master_partitions(engine.optimizer))
+    for flat, (_, pieces) in zip(partitions, _flat_partitions(engine, names), strict=True):
+        # What pads a partition is memory that nothing was ever written to, and may be NaN.
+        for start, stop in _joined((place, place + length) for _, _, length, place in pieces):
+            yield flat.flatten()[start:stop]
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ascending ranges with those joined that follow on one another, empty ones left out."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif stop > start:
+            joined.append((start, stop))
+    return joined
 
 
 def _master_partitions(zero: Any) -> list[torch.Tensor]:
