@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train import config as run_config
+from train import progress
 from train.checkpoint import layout
 from train.checkpoint.retention import Saved, marks
 from train.config import CheckpointConfig
@@ -130,30 +130,16 @@ def _read(step: int, path: Path) -> Row | None:
 
 def _verified(rows: list[Row]) -> list[Row]:
     """Return the rows with every problem that reading all their files shows."""
-    from tqdm import tqdm
-
-    lock = threading.Lock()
-    bar = tqdm(
-        total=sum(row.bytes for row in rows if row.manifest is not None),
-        unit="B",
-        unit_scale=True,
-        desc="verifying",
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
-
-    def advance(read_bytes: int) -> None:
-        with lock:
-            bar.update(read_bytes)
-
-    with bar:
-        verified = []
+    total = sum(row.bytes for row in rows if row.manifest is not None)
+    shown = {"total": total, "unit": "B", "comes_again": True, "console": sys.stderr}
+    verified = []
+    with progress.phase("verifying", **shown) as phase:
         for row in rows:
-            problems = layout.verify(row.path, advance=advance)
+            problems = layout.verify(row.path, advance=phase.advance)
             if row.manifest is not None and row.manifest.finite is False:
                 problems.append(layout.NOT_FINITE)
             verified.append(replace(row, problems=problems))
-        return verified
+    return verified
 
 
 # --- the table ----------------------------------------------------------------------------------

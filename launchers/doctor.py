@@ -17,6 +17,7 @@ from launchers import health, job_script, machine, preflight, processes, report,
 from launchers.compose import compose, plain
 from launchers.health import CLOCK_SKEW_SECONDS, Finding
 from launchers.machine import Machine
+from train import progress
 from train.config import RunConfig, from_tree
 from train.errors import FAILED, UserError
 
@@ -35,13 +36,15 @@ _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
 def main(arguments: Sequence[str]) -> int:
     """Say what is wrong with this machine and, with overrides, with a launcher's ranks."""
     options = _parser().parse_args(arguments)
-    here = machine.detect(os.environ)
-    print(f"{platform.node()}\n")
-    findings = health.look(Path(os.path.abspath(options.directory)), here, os.environ)
+    print(f"{platform.node()}\n", flush=True)
+    with progress.phase("looking at this machine", console=sys.stderr):
+        here = machine.detect(os.environ)
+        findings = health.look(Path(os.path.abspath(options.directory)), here, os.environ)
     print(text(findings), flush=True)
     if options.overrides:
         print("\nranks\n", flush=True)
-        among_ranks = list(judge_ranks(_measured(options, here)))
+        with progress.phase("measuring among ranks", console=sys.stderr):
+            among_ranks = list(judge_ranks(_measured(options, here)))
         print(text(among_ranks))
         findings += among_ranks
     return FAILED if any(finding.state == "wrong" for finding in findings) else 0

@@ -107,6 +107,8 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
     if claim is not None:
         stop.forget(run_dir)
         claim.hand_on()
+    here_ranks = config.launcher.ranks_per_node
+    print(f"starting {here_ranks} rank{'s' * (here_ranks > 1)}", flush=True)
     ended = start.run(
         processes.rank_command(config, run_dir, machine=here, node_rank=node_rank),
         environment,

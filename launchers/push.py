@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train import terminal
+from train import progress, terminal
 from train.errors import FAILED, UserError
 from train.logs import quiet_libraries
 from train.units import size
@@ -74,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     check_repo_name(options.repo)
     directory = model_directory(Path(os.path.abspath(options.directory)))
     chosen = choose(directory)
-    check(directory, chosen, trusts_code=options.trust_remote_code)
+    with progress.phase(f"checking {directory}", console=sys.stderr):
+        check(directory, chosen, trusts_code=options.trust_remote_code)
 
     if not options.dry_run:
         terminal.outlive()

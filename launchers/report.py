@@ -10,8 +10,10 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launchers import program
 from launchers.machine import Machine
@@ -133,9 +135,33 @@ def finish(run_dir: Path) -> str:
         "logs": run_dir / "logs",
         "checkpoints": run_dir / "checkpoints",
     }
-    rows = {name: str(path) for name, path in what.items() if path.exists()}
+    rows = _last_losses(run_dir / "metrics.jsonl")
+    rows |= {name: str(path) for name, path in what.items() if path.exists()}
     rows["try it"] = f"{program.command('sample', str(run_dir))} --prompt '...'"
     return "\ndone\n" + "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
+
+
+def _last_losses(metrics: Path) -> dict[str, str]:
+    """Return the last loss of a run and its last on held-out documents, in words."""
+    last: dict[str, tuple[int, dict[str, Any]]] = {}
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    for text in lines:
+        with suppress(ValueError, KeyError, TypeError):  # a full disk has cut it short
+            line = json.loads(text)
+            for name in ("loss", "eval_loss"):
+                if line.get(name) is not None:
+                    last[name] = line["step"], line
+    rows = {}
+    if "loss" in last:
+        step, line = last["loss"]
+        rows["loss"] = f"{line['loss']:.4f} at step {step:,}"
+    if "eval_loss" in last:
+        step, line = last["eval_loss"]
+        rows["held out"] = f"{line['eval_loss']:.4f} at step {step:,}"
+    return rows
 
 
 def stopped(where: Stopped, run_dir: Path, stopped_by: int | None) -> str:

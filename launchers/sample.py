@@ -12,10 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import machine, processes, report, start
-from launchers.compose import compose, plain, quoted
+from launchers import processes, start
 from train import sample
-from train.config import from_tree, to_yaml
 from train.errors import BAD_INPUT, FAILED, UserError
 
 
@@ -25,6 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     sample.check_strategy(options.strategy, options.nproc_per_node)
     if options.strategy is not None:
         return _together(options, arguments)
+    sample.model_directory(options.run_dir)  # says at once where there is none
     argv = [sys.executable, "-m", "train.sample", *arguments]
     start.replace(argv, processes.package_environment(os.environ))
     return FAILED  # not reached: this process is train.sample now
@@ -32,6 +31,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Start ranks that hold the model together; return the exit code."""
+    # Seconds of imports, which one process does without.
+    from launchers import machine, report
+    from launchers.compose import compose, plain
+    from train.config import from_tree, to_yaml
+
     here = machine.detect(os.environ)
     model_dir = sample.model_directory(options.run_dir).absolute()
     ranks = options.nproc_per_node or max(1, here.gpus)
@@ -74,6 +78,8 @@ def sampling_overrides(
 ) -> list[str]:
     """Return the overrides of a run that loads a model under a strategy, in the model's dtype."""
     dtype = json.loads((model_dir / "config.json").read_text()).get("dtype")
+    from launchers.compose import quoted
+
     half = "bf16_pure" if strategy.startswith("fsdp") else "bf16"
     return [
         "model=pretrained",

@@ -14,7 +14,7 @@ from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, UserError
 
 if TYPE_CHECKING:
     from train.config import RunConfig
-    from train.rank import Rank
+    from train.identity import Rank
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     run_dir = Path(decoded(argv[0]))
 
     from train import config, owner
-    from train.rank import rank_from_environment
+    from train.identity import rank_from_environment
 
     try:
         rank = rank_from_environment()
@@ -40,8 +40,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
-    from train import exhausted, logs, owner
-    from train.rank import join
+    from train import exhausted, logs, owner, progress
 
     try:
         console = logs.open_rank_log(
@@ -61,12 +60,20 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             print(ignored, file=console)
     try:
         with (
+            progress.shown_on(console) if rank.index == 0 else nullcontext(),
             stop_request.heeded(run_dir) if rank.index == 0 else nullcontext(),
-            join(settings, rank),
         ):
-            from train.run import run
+            # The launcher has said so; what follows are signs of life.
+            progress.begin(_starting(rank.world_size), shows_start=False)
+            progress.now("importing libraries")
+            from train.rank import join
 
-            final = run(run_dir, rank, console)
+            progress.now("waiting for all ranks")
+            with join(settings, rank):
+                progress.now("importing libraries")
+                from train.run import run
+
+                final = run(run_dir, rank, console)
     except Diverged as error:
         logs.log.error("%s", error)
         with suppress(OSError):  # a full disk
@@ -90,6 +97,10 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     if final is None and not stop.is_restarted_on_failure():
         return RESUMABLE
     return 0
+
+
+def _starting(ranks: int) -> str:
+    return f"starting {ranks} rank{'s' * (ranks > 1)}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from train import terminal
 
 if TYPE_CHECKING:
-    from train.rank import Rank
+    from train.identity import Rank
 
 log = logging.getLogger("train")
 

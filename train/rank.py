@@ -1,11 +1,10 @@
-"""Who this process is among its peers, and its membership of the process group."""
+"""This process's membership of the process group."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,56 +17,14 @@ from train.checkpoint.background import finish_writing
 from train.config import RunConfig
 from train.distributed import leave_process_group
 from train.errors import UserError
+from train.identity import Rank as Rank
+from train.identity import rank_from_environment as rank_from_environment
 from train.logs import has_failure
 from train.strategy import engine_of
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 LAST_WRITE_SECONDS = 600
 """How long a run that has failed waits for a checkpoint that it was writing."""
-
-
-@dataclass(frozen=True)
-class Rank:
-    """One of ``world_size`` processes: ``index`` over all nodes, ``local_index`` on its own."""
-
-    index: int
-    local_index: int
-    world_size: int
-
-
-# What mpirun and srun call a rank's number, its number on the node and their count.
-_NAMES_OF = {
-    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
-    "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
-}
-
-
-def rank_from_environment() -> Rank:
-    """Read what torchrun and its like set; without it this is the only rank.
-
-    SHARDWRIGHT_RANKS_OF says that a launcher has names of its own. What else MPI's say is removed,
-    as accelerate and DeepSpeed read it too. Raises UserError where the variables fit no rank.
-    """
-    if names := _NAMES_OF.get(os.environ.get("SHARDWRIGHT_RANKS_OF", "")):
-        for ours, theirs in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), names, strict=True):
-            os.environ[ours] = os.environ[theirs]
-    inherited.forget_mpi(os.environ)
-    found = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    try:
-        rank = Rank(
-            index=int(found["RANK"] or 0),
-            local_index=int(found["LOCAL_RANK"] or 0),
-            world_size=int(found["WORLD_SIZE"] or 1),
-        )
-    except ValueError:
-        rank = Rank(index=-1, local_index=-1, world_size=0)
-    if not 0 <= rank.local_index <= rank.index < rank.world_size:
-        said = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
-        raise UserError(
-            f"no rank is meant by {said} in the environment; unset them, or start all ranks by "
-            "`shardwright resume` or torchrun, which set all three"
-        )
-    return rank
 
 
 def cores_of(cores: Iterable[int], local_index: int, ranks: int) -> set[int]:

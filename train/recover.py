@@ -9,7 +9,6 @@ import os
 import re
 import resource
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from train import damage, generation, remote_code
+from train import damage, generation, progress, remote_code
 from train.card import recovered_card
 from train.checkpoint import whole
 from train.checkpoint.choose import Chosen, Step, choose
@@ -395,22 +393,9 @@ def _bar(
     what: str, err: TextIO, total_bytes: int | None = None
 ) -> Iterator[Callable[[int], object]]:
     """Give a function that counts bytes, from any thread."""
-    lock = threading.Lock()
-    with tqdm(
-        total=total_bytes,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        file=err,
-        disable=not err.isatty(),
-    ) as bar:
-
-        def advance(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        yield advance
+    shown = {"total": total_bytes, "unit": "B", "comes_again": True, "console": err}
+    with progress.phase(what, **shown) as phase:
+        yield phase.advance
 
 
 class _Memory:

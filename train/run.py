@@ -11,7 +11,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import align_special_tokens
 
 from train import config as run_config
-from train import data, final, generation, history, models, origin, sample, stop, stopping
+from train import (
+    data,
+    final,
+    generation,
+    history,
+    models,
+    origin,
+    progress,
+    sample,
+    stop,
+    stopping,
+)
 from train.callbacks import early_stopping
 from train.callbacks.engine import EngineReady
 from train.callbacks.held_out import HeldOut
@@ -83,12 +94,13 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
         final.forget_earlier(trainer.run_dir)
         tokenizer.sweep(trainer.run_dir / "tokenizer")
     if rank.index == 0 and trainer.config.objective.prompts and not stop.asked():
-        sample.show(
-            model_dir,
-            trainer.config.objective.prompts,
-            console,
-            trust_remote_code=trainer.config.model.trusts_code,
-        )
+        with progress.phase("continuing the prompts", comes_again=True):
+            completions = sample.sample(
+                model_dir,
+                trainer.config.objective.prompts,
+                trust_remote_code=trainer.config.model.trusts_code,
+            )
+        sample.print_completions(trainer.config.objective.prompts, completions, console)
     return model_dir
 
 
@@ -98,6 +110,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     # The launcher has looked at its own node only.
     if problems := list(engine_of(config).machine_problems(config)):
         raise UserError("\n".join(problems))
+    progress.now("opening the data")
     with stop.together():
         prepared = data.prepare(config, run_dir)
     # Not only when the model is trained and is to answer them.
@@ -108,6 +121,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
     # The model comes before the arguments: while those live, transformers builds whatever it builds
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
+    progress.now("building the model")
     model, values = _build(config, run_dir, prepared.tokenizer, resumed, rank, console)
     config = models.fitted(config, model)
     stop.check()
@@ -126,6 +140,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         config, run_dir, world_size=rank.world_size, total_steps=steps, schedule=schedule
     )
     args.eval_on_start = resumed is not None and restore.lacks_evaluation(resumed, config, steps)
+    progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
     model = engine_of(config).shard(model, values, config)
     place = {"rank": rank.index, "world_size": rank.world_size}
     trainer = Trainer(
@@ -148,10 +163,11 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
 
     trainer.saver.console = console if rank.index == 0 else None
     trainer.tracking = Tracking(config, run_dir, console) if rank.index == 0 else None
+    metrics = Metrics(trainer)
     for callback in [
         EngineReady(trainer, console),
-        Metrics(trainer),
-        Progress(console),
+        metrics,
+        Progress(console, compiles=config.trainer.compile, summary=metrics.summary),
         HeldOut(trainer, console),
         early_stopping.EarlyStopping(trainer, console),
         *([trainer.tracking] if trainer.tracking is not None else []),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from safetensors import SafetensorError
 
-from train import exhausted, final, terminal
+from train import exhausted, final, progress, terminal
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.logs import quiet_libraries
 
@@ -193,7 +193,16 @@ def _length(prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def show(model_dir: Path, prompts: Sequence[str], out: TextIO, **options: Any) -> None:
     """Print what the model makes of each prompt."""
-    for prompt, completions in zip(prompts, sample(model_dir, prompts, **options), strict=True):
+    with progress.phase(f"loading {model_dir}"):
+        completions = sample(model_dir, prompts, **options)
+    print_completions(prompts, completions, out)
+
+
+def print_completions(
+    prompts: Sequence[str], all_completions: Sequence[Sequence[str]], out: TextIO
+) -> None:
+    """Print what `sample` has returned."""
+    for prompt, completions in zip(prompts, all_completions, strict=True):
         if len(completions) > 1:
             print(f"\n  {prompt}\n    {', '.join(completions)}", file=out)
         else:
@@ -283,15 +292,16 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     assert options.strategy is None, "the launcher starts ranks for that"
     try:
-        show(
-            model_directory(options.run_dir),
-            options.prompt,
-            sys.stdout,
-            new_tokens=options.new_tokens,
-            top=options.top,
-            seed=options.seed,
-            trust_remote_code=options.trust_remote_code,
-        )
+        with progress.shown_on(sys.stderr):
+            show(
+                model_directory(options.run_dir),
+                options.prompt,
+                sys.stdout,
+                new_tokens=options.new_tokens,
+                top=options.top,
+                seed=options.seed,
+                trust_remote_code=options.trust_remote_code,
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from tqdm import tqdm
-
-from train import stop, stop_request
+from train import progress, stop, stop_request
 from train.callbacks.tracking import STOP_SECONDS
 from train.checkpoint import layout
 from train.rank import Rank, from_all
@@ -27,7 +25,7 @@ def end(run_dir: Path, rank: Rank, trainer: Trainer | None, console: TextIO) -> 
     # A launcher passes every signal on as the same one, and writes down whose it was.
     reason = stop_request.said(run_dir) or reason
     if rank.index == 0:
-        tqdm.write(f"stopping: {reason}", file=console)
+        progress.write(f"stopping: {reason}", console)
     unsaved = trainer.saver.save_before_stop() if trainer is not None else None
     if rank.index == 0:
         _stopped(run_dir, trainer, reason, unsaved).write(run_dir)

@@ -50,6 +50,8 @@ class Terminal(io.TextIOWrapper):
         """Write a text, and copy the lines that it ends."""
         written = super().write(text)
         *lines, self._line = (self._line + text).split("\n")
+        *_, drawn = self._line.rpartition("\r")
+        self._line = drawn or self._line  # a bar is drawn twice a second for days
         for line in lines:
             self.copy(line)
         return written

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from train import finite, models, optimizer, stop
+from train import finite, models, optimizer, progress, stop
 from train.checkpoint.saver import Saver
 from train.config import RunConfig, Schedule, accumulation_steps
 from train.data import first_batch
@@ -69,6 +69,7 @@ def training_arguments(
         tf32=precision.allow_tf32 if config.launcher.device == "cuda" else None,
         logging_strategy="steps",
         logging_steps=trainer.log_every_steps,
+        logging_first_step=True,
         # The Trainer would otherwise write the mean of earlier losses where one is NaN.
         logging_nan_inf_filter=False,
         eval_strategy="steps" if trainer.eval_every_steps else "no",
@@ -309,12 +310,19 @@ class Trainer(transformers.Trainer):
         Only six sums are kept and reduced, never logits. Every rank makes the same number of
         forward passes, as sharded engines need. Raises Stop where a rank was told to.
         """
+        shown: dict[str, Any] = {
+            "name": f"evaluating step {self.state.global_step}",
+            "kind": "evaluating",
+            "total": len(dataloader),
+            "unit": "batch",
+            "comes_again": True,
+        }
         model = self.model_wrapped
         model.eval()
         sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
         try:
             with torch.no_grad():
-                for number, batch in enumerate(dataloader):
+                for number, batch in enumerate(progress.over(dataloader, **shown)):
                     if number % BATCHES_BETWEEN_CHECKS == 0:
                         stop.check()
                     batch = self._prepare_inputs(batch)

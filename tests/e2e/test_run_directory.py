@@ -132,8 +132,10 @@ def test_each_step_is_a_line_of_metrics(run: Run) -> None:
     position = {"step", "samples", "tokens", "time"}
     speed = {"tokens_per_second", "peak_memory_bytes"}
     for line in trained:
-        assert set(line) == position | speed | {"loss", "learning_rate", "grad_norm"}
-        assert line["tokens_per_second"] > 0
+        # The first step compiles and allocates, and counts for no speed.
+        known = speed if line["step"] > 1 else {"peak_memory_bytes"}
+        assert set(line) == position | known | {"loss", "learning_rate", "grad_norm"}
+        assert line.get("tokens_per_second", 1) > 0
         assert 2**26 < line["peak_memory_bytes"] < 2**34
     accuracy = {"eval_masked_accuracy"} if run.objective == "mlm" else set()
     for line in evaluated:

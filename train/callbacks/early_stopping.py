@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import TrainerCallback
+
+from train import progress
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -43,8 +44,7 @@ class EarlyStopping(TrainerCallback):
                 f"{config.checkpoint.best_metric} has not improved since step {best_step}, in "
                 f"{waited} evaluation{'s' * (waited > 1)}"
             )
-            tqdm.write(text, file=self._console)
-            self._console.flush()
+            progress.write(text, self._console)
 
     def _agreed(self, stop: bool) -> bool:
         """Return what rank 0 has decided: ranks that differ by a rounding would wait for ever."""

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
 from transformers import TrainerCallback
 
-from train import finite
+from train import finite, progress
 from train.errors import Diverged
 
 if TYPE_CHECKING:
@@ -40,12 +39,11 @@ class HeldOut(TrainerCallback):
         is_last = step >= state.max_steps and trainer.config.checkpoint.export == "last"
         if len(not_finite) == 1 and not is_last:
             if state.is_world_process_zero:
-                tqdm.write(
+                progress.write(
                     f"warning: {text}, while the weights are finite; it counts for no best "
                     "checkpoint, and if the next evaluation is not finite either, the run ends",
-                    file=self._console,
+                    self._console,
                 )
-                self._console.flush()
             return
         if len(not_finite) > 1:
             text += f", and at step {not_finite[-2][0]:,} it was {_word(not_finite[-2][1])}"

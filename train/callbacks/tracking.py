@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 import train
+from train import progress
 from train.config import RunConfig
 
 CLOSE_SECONDS = 30.0
@@ -133,5 +133,4 @@ class Tracking(TrainerCallback):
             self._say(told["text"])
 
     def _say(self, text: str) -> None:
-        tqdm.write(text, file=self._console)
-        self._console.flush()
+        progress.write(text, self._console)

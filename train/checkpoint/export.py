@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from train import damage, origin, stop
+from train import damage, origin, progress, stop
 from train.card import README, Card
 from train.checkpoint import portable, whole
 from train.checkpoint.discovery import best_whole
@@ -67,7 +67,8 @@ def export(
             failed = _write_beside_weights(trainer, card, directory)
             engine_of(trainer.config).release()
             if CONFIG not in failed:
-                _check_loads(trainer, directory, failed)
+                with progress.phase(f"checking that {FINAL}/ loads", comes_again=True):
+                    _check_loads(trainer, directory, failed)
         for what, reason in failed.items():
             say(f"warning: {final} is without {what}: {damage.in_one_line(reason)}")
         if lost := [what for what in (CONFIG, _LOADING) if what in failed]:
@@ -169,15 +170,31 @@ def _write_tensors(
             "final/ has the names of the model in memory, which other versions may not know",
             error,
         )
-    writer = whole.Writer(directory, whole.plan(outputs, max_shard_bytes, places))
+    plan = whole.plan(outputs, max_shard_bytes, places)
+    writer = whole.Writer(directory, plan)
+    with progress.phase(
+        f"writing {FINAL}/", total=plan.tensor_bytes, unit="B", comes_again=True
+    ) as shown:
+        _write_to(writer, trainer, checkpoint, parameters, buffers, shown.advance)
+
+
+def _write_to(
+    writer: whole.Writer,
+    trainer: Trainer,
+    checkpoint: Path | None,
+    parameters: Collection[str],
+    buffers: Mapping[str, torch.Tensor],
+    advance: Callable[[int], object],
+) -> None:
     if checkpoint is not None:
         weights = portable.read(checkpoint).weights
         with stop.together():
-            whole.stream({name: weights[name] for name in parameters}, writer, _BUDGET)
+            whole.stream({name: weights[name] for name in parameters}, writer, _BUDGET, advance)
     else:
         for name, tensor in _live_tensors(trainer):
             assert tensor is not None
             writer.write(name, tensor)
+            advance(tensor.nbytes)
     for name, buffer in buffers.items():
         writer.write(name, buffer.cpu())
     writer.flush()

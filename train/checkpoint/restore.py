@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from train import pretrained
+from train import pretrained, progress
 from train.checkpoint import discovery, layout, portable, retention
 from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable, why_refused
 from train.checkpoint.save import LOSS_SCALE
@@ -63,9 +63,13 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
     directory = run_dir / "checkpoints"
     if rank.index == 0:
         retention.sweep(directory)
-    path, passed_over = discovery.newest_whole(
-        directory, gather=from_all, share=(rank.index, rank.world_size)
-    )
+    with progress.phase("checking the checkpoint's hashes", unit="B", comes_again=True) as shown:
+        path, passed_over = discovery.newest_whole(
+            directory,
+            gather=from_all,
+            share=(rank.index, rank.world_size),
+            advance=shown.advance,
+        )
     if rank.index == 0:
         for skipped in passed_over:
             names = layout.to_remove(skipped.problems)

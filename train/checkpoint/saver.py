@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import TrainerCallback
 
-from train import stop
+from train import progress, stop
 from train.checkpoint.background import Background
 from train.checkpoint.peers import Peers, SaveFailed
 from train.checkpoint.save import Draft, draft, peers_of, write
@@ -120,6 +119,11 @@ class Saver(TrainerCallback):
     def _write_now(self, *, is_last: bool) -> None:
         peers = self._all_peers()
         started = time.monotonic()
+        name = f"writing checkpoint-{self._trainer.state.global_step}"
+        with progress.phase(name, kind="writing a checkpoint", comes_again=True):
+            self._draft_and_write(peers, started, is_last=is_last)
+
+    def _draft_and_write(self, peers: Peers, started: float, *, is_last: bool) -> None:
         checkpoint = draft(self._trainer, peers, copy=False)
         try:
             self._write(checkpoint, peers, started)
@@ -154,8 +158,7 @@ class Saver(TrainerCallback):
         if self._trainer.is_world_process_zero():
             logger.warning(text)
             if self.console is not None:
-                tqdm.write(text, file=self.console)
-                self.console.flush()
+                progress.write(text, self.console)
 
     def _all_peers(self) -> Peers:
         if self._peers is None:

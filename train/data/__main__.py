@@ -13,7 +13,7 @@ import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
-from train import config, exhausted, owner, stop, stop_request, terminal
+from train import config, exhausted, owner, progress, stop, stop_request, terminal
 from train.checkpoint import layout
 from train.config import RunConfig
 from train.data import cache
@@ -102,7 +102,8 @@ def _prepared(run_dir: Path, settings: RunConfig) -> int:
             from train.models import check_attention  # which brings torch
 
             check_attention(settings.model, settings.objective)
-        prepare(settings, run_dir)
+        with progress.shown_on(sys.stderr), progress.phase("preparing the data"):
+            prepare(settings, run_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from train import progress
 from train.data.corpus import Piece
 from train.data.store import StoreWriter
 from train.data.tokenizer import whole_texts
@@ -68,18 +68,10 @@ def pack(
 
     Memory is bounded by a batch of pieces.
     """
-    from tqdm import tqdm
-
     backend = _corpus_tokenizer(tokenizer, packing.control)
     counts: Counter[str] = Counter(documents=0, tokens=0, heldout_documents=0, heldout_tokens=0)
-    bar = tqdm(
-        desc="tokenising",
-        unit=" characters",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )
-    with ExitStack() as opened, bar:
+    with ExitStack() as opened:
+        shown = opened.enter_context(progress.phase("tokenising", unit="character"))
         writers = {
             (held_out, source): opened.enter_context(
                 StoreWriter(
@@ -96,7 +88,7 @@ def pack(
         for batch in _batches(_counted(pieces, counts), packing.by_line):
             for key, added in _encode(batch, backend, packing).items():
                 writers[key].append(added.ids, added.word_starts, added.line_ends)
-            bar.update(sum(len(piece.text) for piece in batch))
+            shown.advance(sum(len(piece.text) for piece in batch))
         for (held_out, _), writer in writers.items():
             counts["heldout_tokens" if held_out else "tokens"] += writer.token_count
     return dict(counts)

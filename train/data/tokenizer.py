@@ -7,7 +7,6 @@ import logging
 import re
 import secrets
 import shutil
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from train import progress
 from train.config import ByteBpeTokenizer, PretrainedTokenizer, RunConfig, ScratchModel
 from train.data.cache import build_once, cache_root, fingerprint, flush
 from train.data.corpus import read_corpus
@@ -261,12 +261,24 @@ def train_byte_bpe(
         # As in RoBERTa: the mask swallows the space before it, as word tokens hold theirs.
         special_tokens=[*others, AddedToken(mask, lstrip=True, special=True)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,  # it knows of no total: its bar is full at 0 of 0
     )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainer)
+    shown = [progress.begin("reading text for the tokenizer", unit="character")]
+
+    def read() -> Iterator[str]:
+        for text in texts:
+            yield text
+            shown[0].advance(len(text))
+        shown[0].end()
+        shown.append(progress.begin("training the tokenizer"))
+
+    try:
+        tokenizer.train_from_iterator(read(), trainer)
+    finally:
+        shown[-1].end()
     return tokenizer
 
 

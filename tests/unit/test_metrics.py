@@ -1,0 +1,108 @@
+"""What metrics.jsonl says of speed and memory, against a clock and a kernel of the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from train.callbacks import metrics
+from train.callbacks.metrics import Metrics
+
+
+class Run:
+    """Stands for a trainer whose steps take what a test says, of 100 tokens each."""
+
+    def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch, step: int = 0) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(metrics.time, "monotonic", lambda: self.now)
+        self.trainer: Any = SimpleNamespace(
+            tokens_seen=100 * step,
+            samples_seen=0,
+            run_dir=run_dir,
+            _globalstep_last_logged=step,
+            auxiliary_loss=None,
+            args=SimpleNamespace(device=torch.device("cpu")),
+            accelerator=SimpleNamespace(gather=lambda tensor: tensor),
+            resumed=SimpleNamespace(step=step) if step else None,
+            state=SimpleNamespace(global_step=step, is_world_process_zero=True),
+        )
+        self.metrics = Metrics(self.trainer)
+        self.tell("on_train_begin")
+
+    def tell(self, event: str, **kwargs: Any) -> None:
+        getattr(self.metrics, event)(self.trainer.args, self.trainer.state, None, **kwargs)
+
+    def step(self, seconds: float) -> None:
+        self.trainer.tokens_seen += 100
+        self.now += seconds
+        self.trainer.state.global_step += 1
+        self.tell("on_step_end")
+
+    def evaluate(self, seconds: float) -> None:
+        self.now += seconds
+        self.tell("on_evaluate")
+
+    def log(self) -> dict[str, Any]:
+        self.tell("on_log", logs={"loss": 1.0})
+        path = self.trainer.run_dir / "metrics.jsonl"
+        return dict(json.loads(path.read_text().splitlines()[-1]))
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_the_first_step_of_a_start_and_interruptions_count_for_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    run = Run(tmp_path, monkeypatch, step)
+    run.now += 500  # trackers, and whatever else begins
+    run.step(300)  # which compiles
+    assert "tokens_per_second" not in run.log()
+    run.step(1)
+    run.evaluate(50)
+    run.step(3)
+    assert run.log()["tokens_per_second"] == pytest.approx(200 / 4)
+    run.step(2)
+    assert run.log()["tokens_per_second"] == pytest.approx(100 / 2)
+    run.step(4)
+    assert run.metrics.summary() == "trained 5 steps in 14 min, 40 tokens/s while training"
+
+
+def test_the_first_line_of_a_start_leaves_its_first_step_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, monkeypatch)
+    run.step(300)
+    run.step(2)
+    run.step(2)
+    assert run.log()["tokens_per_second"] == pytest.approx(200 / 4)
+
+
+def test_no_step_has_no_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, monkeypatch, 7)
+    assert run.metrics.summary() is None
+
+
+def test_peak_memory_is_this_processs_and_not_its_parents() -> None:
+    """getrusage's goes through exec: a rank's would be that of whatever has started it."""
+    told = "from train.callbacks import metrics as m; print(m._peak_resident_bytes())"
+    program = (
+        "import os, sys\n"
+        "held = bytearray(3 * 2**29)\n"
+        "held[::4096] = b'x' * len(held[::4096])\n"
+        f"os.execv(sys.executable, [sys.executable, '-c', {told!r}])\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    assert 2**24 < int(ended.stdout) < 3 * 2**29

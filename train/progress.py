@@ -1,0 +1,262 @@
+"""What a person sees of work that takes a while: bars in a terminal, lines behind a pipe.
+
+A process shows nothing unless it was told where, by `shown_on`: of a run's ranks only the first is.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
+
+from train.units import duration, size
+
+LIFE_SECONDS = 9.0
+"""Between two lines behind a pipe, whatever does not come to an end: a sign of life."""
+BRIEF_SECONDS = 1.0
+"""What comes again and again is shown where it takes longer than this."""
+REFRESH_SECONDS = 0.5
+"""Between two drawings of a bar, so that its clock goes on."""
+
+Item = TypeVar("Item")
+
+_console: TextIO | None = None
+_open: list[Phase] = []
+"""What is shown now, the innermost last."""
+_last_lines: dict[str, float] = {}
+"""When each kind of phase last had a line, on the monotonic clock."""
+_lock = threading.RLock()
+
+
+def is_terminal(console: TextIO) -> bool:
+    """Return whether a bar can be drawn: mpirun gives ranks a terminal without any columns."""
+    try:
+        return console.isatty() and os.get_terminal_size(console.fileno()).columns > 0
+    except OSError:  # closed in between
+        return False
+
+
+@contextmanager
+def shown_on(console: TextIO) -> Iterator[None]:
+    """Show this process's phases there inside of the block."""
+    global _console
+    before, _console = _console, console
+    _last_lines.clear()
+    try:
+        yield
+    finally:
+        end_all()
+        _console = before
+
+
+def write(text: str, console: TextIO | None = None) -> None:
+    """Print a line above the bars, if there are any; nothing where nothing is shown."""
+    console = console or _console
+    if console is not None:
+        with _lock:
+            tqdm.write(text, file=console)
+            console.flush()
+
+
+class Phase:
+    """Something that takes a while, until `end`. Use `phase`, or `begin` where no block fits."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        total: float | None = None,
+        unit: str = "",
+        starts_at: float = 0,
+        leave: bool = False,
+        shows_start: bool = True,
+        comes_again: bool = False,
+        has_bar_name: bool = True,
+        kind: str | None = None,
+        console: TextIO | None = None,
+    ) -> None:
+        """``total`` counts in ``unit``, "B" for bytes; so does what is `advance`d.
+
+        ``leave`` keeps a terminal's bar once it has ended. ``shows_start`` has the name shown at
+        once behind a pipe, and else with the first sign of life. What ``comes_again`` is shown
+        where it takes a while only, and behind a pipe not more often than other signs of life,
+        those of the same ``kind`` counted together.
+        ``console`` is another place than that of `shown_on`.
+        """
+        self.name, self.total, self.unit = name, total, unit
+        self.done = self._starts_at = starts_at
+        self.note = ""
+        """What else there is to say."""
+        self._leave, self._shows_start, self._comes_again = leave, shows_start, comes_again
+        self._began = self._shown_at = time.monotonic()
+        self._kind = kind or name
+        self._bar_name = name if has_bar_name else None
+        self._bar: tqdm | None = None
+        self._console = console or _console
+        self._is_over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.is_drawn = self._console is not None and is_terminal(self._console)
+        """As a bar, and not as lines."""
+        if self._console is None:
+            return
+        if not comes_again:
+            self._show()
+        _open.append(self)
+        self._thread = threading.Thread(target=self._live, name="progress", daemon=True)
+        self._thread.start()
+
+    def advance(self, count: float = 1) -> None:
+        """Count on, from any thread."""
+        with _lock:
+            self.done += count
+
+    def at(self, done: float, note: str | None = None) -> None:
+        """Set how far it is, and what else there is to say."""
+        self.done = done
+        if note is not None:
+            self.note = note
+
+    def had_a_line(self) -> None:
+        """Count a line that somebody else has printed as a sign of life."""
+        self._shown_at = time.monotonic()
+
+    def end(self) -> None:
+        """End it; a second time changes nothing."""
+        self._is_over.set()
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        with _lock:
+            with suppress(ValueError):
+                _open.remove(self)
+            if self._bar is not None:
+                self._draw()
+                self._bar.close()
+                self._bar = None
+            for outer in _open:  # its own silence begins here
+                outer.had_a_line()
+
+    # --- what is shown ----------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        if self._comes_again:
+            if self._is_over.wait(BRIEF_SECONDS):
+                return
+            with _lock:
+                self._show()
+        while not self._is_over.wait(REFRESH_SECONDS):
+            with _lock:
+                if self.is_drawn:
+                    self._draw()
+                elif self is _open[-1] and time.monotonic() - self._shown_at >= LIFE_SECONDS:
+                    self._line(self.line())
+
+    def _show(self) -> None:
+        """Show it for the first time."""
+        assert self._console is not None
+        if self.is_drawn:
+            self._bar = tqdm(
+                desc=self._bar_name,
+                total=self.total,
+                initial=self._starts_at,
+                unit=f" {self.unit}" if self.unit not in ("", "B", "step") else self.unit,
+                unit_scale=self.unit == "B" or (self.total or 0) >= 1e6,
+                file=self._console,
+                dynamic_ncols=True,
+                leave=self._leave,
+                bar_format=None if self.unit else "{desc} [{elapsed}]{postfix}",
+                miniters=0,
+                mininterval=0,
+            )
+        elif self._shows_start:
+            now = time.monotonic()
+            if now - _last_lines.get(self._kind, -LIFE_SECONDS) >= LIFE_SECONDS:
+                self._line(self.name)
+
+    def _draw(self) -> None:
+        assert self._bar is not None
+        self._bar.n = self.done
+        self._bar.set_postfix_str(self.note, refresh=False)
+        self._bar.refresh()
+
+    def _line(self, text: str) -> None:
+        self._shown_at = _last_lines[self._kind] = time.monotonic()
+        write(text, self._console)
+
+    def line(self) -> str:
+        """Return how far it is, as it is printed behind a pipe."""
+        seconds = time.monotonic() - self._began
+        facts = [self.note] if self.note else []
+        if self.unit:
+            made = self.done - self._starts_at
+            rate = made / max(seconds, 1e-9)
+            facts.append(_counted(self.done, self.total, self.unit))
+            if made:
+                facts.append(_rate(rate, self.unit))
+                if self.total:
+                    facts.append(f"{duration((self.total - self.done) / rate)} left")
+        if not self.unit or not self.done - self._starts_at:
+            facts.append(duration(seconds))
+        return f"{self.name}: {', '.join(facts)}"
+
+
+begin = Phase
+
+
+def now(note: str) -> None:
+    """Say what the outermost phase is at."""
+    if _open:
+        _open[0].note = note
+
+
+def end_all() -> None:
+    """End every phase, the innermost first."""
+    for shown in reversed(_open[:]):
+        shown.end()
+
+
+@contextmanager
+def phase(name: str, **options: object) -> Iterator[Phase]:
+    """Show a phase inside of the block; options as `Phase` takes them."""
+    shown = Phase(name, **options)  # type: ignore[arg-type]
+    try:
+        yield shown
+    finally:
+        shown.end()
+
+
+def over(items: Iterable[Item], name: str, **options: object) -> Iterator[Item]:
+    """Yield the items, with a phase around them that counts them."""
+    with phase(name, **options) as shown:
+        for item in items:
+            yield item
+            shown.advance()
+
+
+def _counted(done: float, total: float | None, unit: str) -> str:
+    if unit == "B":
+        return size(done) + (f" of {size(total)}" if total else "")
+    return _many(done) + (f" of {_many(total)}" if total else "") + f" {_plural(unit)}"
+
+
+def _rate(rate: float, unit: str) -> str:
+    """Return a rate, or where it is slow the time of one. Pure."""
+    if unit == "B":
+        return f"{size(rate)}/s"
+    if rate < 1:
+        return f"{1 / rate:.1f} s a {unit}"
+    return f"{rate:.1f} a second" if rate < 100 else f"{_many(rate)} a second"
+
+
+def _many(count: float) -> str:
+    return f"{count:,.0f}" if count < 1e6 else f"{count / 1e6:,.1f} million"
+
+
+def _plural(unit: str) -> str:
+    return f"{unit}es" if unit.endswith("ch") else f"{unit}s"
