@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ class Run:
             resumed=SimpleNamespace(step=step) if step else None,
             state=SimpleNamespace(global_step=step, is_world_process_zero=True),
         )
-        self.metrics = Metrics(self.trainer)
+        self.metrics = Metrics(cast(Any, self.trainer))
         self.tell("on_train_begin")
 
     def tell(self, event: str, **kwargs: Any) -> None:

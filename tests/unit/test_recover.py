@@ -14,7 +14,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from transformers import (
 
 from tests.checkpoints import described
 from tests.unit.test_lazy import in_fragments
-from train.checkpoint import layout, portable
+from train.checkpoint import layout, portable, whole
 from train.checkpoint.contents import contents
 from train.errors import UserError
 from train.recover import Options, check_extents, recover
@@ -520,20 +521,18 @@ def test_a_config_of_no_model_is_refused(
 # --- interruptions --------------------------------------------------------------------------------
 
 
-class Terminal(io.StringIO):
-    """A terminal on which the drawing of the second bar does something."""
+@contextmanager
+def once_written(do: Callable[[], object]) -> Iterator[None]:
+    """Have something happen when the weights are written and nothing has its name yet."""
+    flush = whole.Writer.flush
 
-    def __init__(self, do: Callable[[], object]) -> None:
-        super().__init__()
-        self.do = do
+    def then_flush(writer: whole.Writer) -> None:
+        do()
+        flush(writer)
 
-    def isatty(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        if "writing" in text:
-            self.do()
-        return len(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole.Writer, "flush", then_flush)
+        yield
 
 
 def interrupt() -> None:
@@ -541,8 +540,8 @@ def interrupt() -> None:
 
 
 def test_an_interrupted_recovery_leaves_nothing(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        recover(Options(saved, tmp_path / "out"), io.StringIO(), Terminal(interrupt))
+    with once_written(interrupt), pytest.raises(KeyboardInterrupt):
+        recover(Options(saved, tmp_path / "out"), io.StringIO(), io.StringIO())
     assert os.listdir(tmp_path) == []
 
 
@@ -555,7 +554,8 @@ def test_two_recoveries_of_one_output_are_kept_apart(
         if not seen:
             seen.append(refused(saved, tmp_path / "out"))
 
-    recover(Options(saved, tmp_path / "out"), io.StringIO(), Terminal(recover_again))
+    with once_written(recover_again):
+        recover(Options(saved, tmp_path / "out"), io.StringIO(), io.StringIO())
     assert seen == [f"another recovery is writing {tmp_path}/out now; wait for it"]
     assert_equal(load_file(tmp_path / "out/model.safetensors"), weights)
 
@@ -567,7 +567,7 @@ MAX_MEMORY = 2**26
 CHILD = """
 import io, os, signal, sys
 from pathlib import Path
-from tests.unit.test_recover import MAX_MEMORY, Terminal
+from tests.unit.test_recover import MAX_MEMORY, once_written
 from train.recover import Options, _resident, recover
 
 small, large, out = map(Path, sys.argv[1:])
@@ -575,8 +575,8 @@ recover(Options(small, out / "small"), sys.stdout, sys.stderr)  # imports all th
 before = _resident("VmRSS")
 recover(Options(large, out / "large", max_memory_bytes=MAX_MEMORY), sys.stdout, sys.stderr)
 print("above", _resident("VmHWM") - before, flush=True)
-kill = Terminal(lambda: os.kill(os.getpid(), signal.SIGKILL))
-recover(Options(large, out / "killed"), io.StringIO(), kill)
+with once_written(lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    recover(Options(large, out / "killed"), io.StringIO(), io.StringIO())
 """
 
 

@@ -474,7 +474,7 @@ def test_bad_input_ends_the_command_with_code_2_and_no_traceback(
     child = start(make_config(), run_dir)
     _, stderr = child.communicate(timeout=60)
     assert child.returncode == 2
-    assert stderr.startswith("error: data.paths: ")
+    assert stderr.splitlines()[-1].startswith("error: data.paths: ")
     assert f"99.txt is not UTF-8 at byte {2**21} (0xff)" in stderr
     assert "Traceback" not in stderr
 
@@ -495,7 +495,7 @@ def test_what_cannot_be_read_ends_with_code_2_and_leaves_nothing(
     child = start(make_config(data={"paths": [str(tmp_path / name)]}), tmp_path / "run")
     _, stderr = child.communicate(timeout=120)
     assert child.returncode == 2
-    assert stderr.startswith("error: data.paths: ")
+    assert stderr.splitlines()[-1].startswith("error: data.paths: ")
     assert error in stderr
     assert "Traceback" not in stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]

@@ -333,6 +333,7 @@ def test_a_model_with_code_of_its_own_is_pushed_whole_once_that_may_run(
     refused = shardwright(*arguments)
     assert (refused.code, refused.out) == (2, "")
     assert refused.err == (
+        f"checking {model}\n"
         f"error: {model} holds OwnForCausalLM, a model with Python code of its own "
         "(configuration_own.py, modeling_own.py), which is not run unless asked for; read it, "
         "then add --trust-remote-code\n"
