@@ -25,7 +25,12 @@ pytestmark = pytest.mark.distributed
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"compute_dtype": "bf16"},
-    "bf16_pure": {"compute_dtype": "bf16", "master_dtype": "bf16", "moments_dtype": "bf16"},
+    "bf16_pure": {
+        "compute_dtype": "bf16",
+        "reduce_dtype": "bf16",
+        "master_dtype": "bf16",
+        "moments_dtype": "bf16",
+    },
 }
 SPOILT = 3
 """The step that is spoilt, on rank 1 alone."""

@@ -105,7 +105,8 @@ def test_a_failing_jobs_exit_code_and_error_arrive(
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "1:0", "0")
     last = runs.log(tmp_path / "run").rpartition("error: training has diverged at step ")[2]
     assert "the loss is" in last
-    assert "resume with: shardwright resume" in last
+    assert "Nothing had been saved" in last
+    assert "start a new run with `shardwright train`" in last
     status = shardwright(cluster, "status", "run", cwd=tmp_path).stdout
     assert "failed: training has diverged at step" in status
 
