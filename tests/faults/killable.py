@@ -229,11 +229,15 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
     sound_evaluation = Trainer.evaluation_loop
 
     def evaluation(self: Trainer, batches: Any, *arguments: Any, **options: Any) -> Any:
-        def noted() -> Iterator[Any]:
-            for batch in batches:
-                note("train.evaluation_batch")
-                yield batch
+        class Noted:
+            def __len__(self) -> int:
+                return len(batches)
 
-        return sound_evaluation(self, noted(), *arguments, **options)  # type: ignore[arg-type]
+            def __iter__(self) -> Iterator[Any]:
+                for batch in batches:
+                    note("train.evaluation_batch")
+                    yield batch
+
+        return sound_evaluation(self, Noted(), *arguments, **options)  # type: ignore[arg-type]
 
     Trainer.evaluation_loop = evaluation  # type: ignore[method-assign, assignment]
