@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,10 @@ _MOST_PIECES = 2**20
 
 class CannotTrace(Exception):
     """A tensor is made in a way that moves single elements or computes; the message says how."""
+
+
+_refusals: ContextVar[list[CannotTrace] | None] = ContextVar("refusals", default=None)
+"""What was raised: transformers makes a line of a table of it (5.23, log_conversion_errors)."""
 
 
 class Piece(NamedTuple):
@@ -64,9 +69,14 @@ class Traced(torch.Tensor):
     ) -> Any:
         # Several overloads of one operation do the same here.
         operation = _OPERATIONS.get(function.overloadpacket)
-        if operation is None:
-            raise CannotTrace(f"it is computed ({function})")
-        return operation(*args, **(kwargs or {}))
+        try:
+            if operation is None:
+                raise CannotTrace(f"it is computed ({function})")
+            return operation(*args, **(kwargs or {}))
+        except CannotTrace as refusal:
+            if (refusals := _refusals.get()) is not None:
+                refusals.append(refusal)
+            raise
 
 
 def _joined(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
@@ -311,6 +321,8 @@ class Loaded:
     """Names that it does not take, neither now nor in an older version of the model."""
     computed: list[str]
     """The model's names that it makes out of the files' tensors in a way that cannot be traced."""
+    mismatched: list[tuple[str, Sequence[int], Sequence[int]]]
+    """The model's names that have one shape in the files and another in the model."""
 
 
 def assembled(tensor: Traced, files: Mapping[str, LazyTensor]) -> LazyTensor:
@@ -346,12 +358,33 @@ class _InFile:
         return self.tensor
 
 
-def loaded(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Loaded:
+def loaded(
+    model: PreTrainedModel,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    ignore_mismatched_sizes: bool = False,
+) -> Loaded:
     """Return of which tensors in files `from_pretrained` makes those of a model.
 
     Whatever it renames, strips, prefixes, splits and joins: it does so itself. Of ``tensors``
-    nothing but names, shapes and dtypes is looked at. Raises what it raises where shapes differ.
+    nothing but names, shapes and dtypes is looked at. Raises CannotTrace where it moves single
+    elements or computes, and what it raises where shapes differ, unless those are to be ignored.
     """
+    refusals: list[CannotTrace] = []
+    outer = _refusals.set(refusals)
+    try:
+        return _loaded(model, tensors, ignore_mismatched_sizes)
+    except RuntimeError:
+        if refusals:
+            raise refusals[0] from None
+        raise
+    finally:
+        _refusals.reset(outer)
+
+
+def _loaded(
+    model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], ignore_mismatched_sizes: bool
+) -> Loaded:
     state = {name: _InFile(name, tensor) for name, tensor in tensors.items()}
     with _quiet():
         made_and_info: Any = type(model).from_pretrained(
@@ -360,6 +393,7 @@ def loaded(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Loade
             state_dict=state,
             dtype=torch.float32,
             device_map="meta",
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
             output_loading_info=True,
         )
     made, info = made_and_info
@@ -371,7 +405,8 @@ def loaded(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Loade
             getattr(tensor, "_is_hf_initialized", False) and name not in made.all_tied_weights_keys
         ):
             computed.append(name)
-    return Loaded(found, sorted(map(str, info["unexpected_keys"])), computed)
+    unexpected = sorted(map(str, info["unexpected_keys"]))
+    return Loaded(found, unexpected, computed, list(info["mismatched_keys"]))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from train import damage, exhausted, remote_code
 from train.checkpoint import read_plain
 from train.checkpoint.names import WRAPPERS, unwrapped
 from train.config import PretrainedModel
+from train.conversion import CannotTrace, Traced, loaded
 from train.errors import UserError
 from train.logs import log
 from train.weights import Values, drawn_at_load, emptied, initialized
@@ -97,24 +98,24 @@ def streamed(
     ``files`` are safetensors, or what `torch.save` wrote. The values are bit for bit those that
     `from_pretrained` loads in fp32; parameters of the head that the files lack get the
     architecture's own initialisation, from ``seed``, and are named in a warning. Raises
-    CannotStream where a parameter is not a single tensor of the files, or is missing and
+    CannotStream where a parameter is computed out of the files' tensors, or is missing and
     initialised in a way of its own, and UserError where the files lack any other, or have it in
     another shape.
     """
     model, initial = initialized(build, seed)
     checkpoint = _Checkpoint(files, set(model.state_dict()))
-    found = _names(model, checkpoint)
+    found = _made_of(model, checkpoint)
     for name, buffer in model.named_buffers():
         if name in found:
-            checkpoint.read(found[name], buffer)
+            buffer.copy_(checkpoint.whole(found[name]))
     _untie_what_differs(model, found, checkpoint)
 
     values: Values = {}
     missing, without_value = [], []
     for names in _aliases(model):
-        keys = [found[name] for name in names if name in found]
-        if keys:
-            values[names[0]] = functools.partial(checkpoint.read, keys[0])
+        held = next((found[name] for name in names if name in found), None)
+        if held is not None:
+            values[names[0]] = functools.partial(checkpoint.read, held)
             continue
         missing.append(names[0])
         if names[0] in initial:
@@ -248,19 +249,34 @@ class _Checkpoint:
             return {raw: raw for raw in plain}
         return {name: raw for raw, name in plain.items()}
 
-    def read(self, key: str, out: torch.Tensor) -> None:
-        # Copied: the tensor itself is the file's own pages, and the file may be written anew.
-        raw = self._raw[key]
+    def read(self, made: Traced, out: torch.Tensor) -> None:
+        """Write the elements that a tensor is made of."""
+        flat, at = out.view(-1), 0
+        # Each tensor of the files is opened once, however its elements lie among those of others.
+        parts: dict[str, list[tuple[int, int, int]]] = {}
+        for name, start, length in made.pieces:
+            parts.setdefault(name, []).append((start, length, at))
+            at += length
+        for name, of_it in parts.items():
+            with self._opened(name) as tensor:
+                elements = tensor.reshape(-1)
+                for start, length, at in of_it:
+                    # Copied: the tensor itself is the file's own pages, which may be written anew.
+                    flat[at : at + length].copy_(elements[start : start + length])
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[torch.Tensor]:
+        raw = self._raw[name]
         if raw in self._mapped:
-            out.copy_(self._mapped[raw])
+            yield self._mapped[raw]
             return
         # Opened anew, or all that was read before would stay mapped and count as used memory.
         with safe_open(self._file[raw], framework="pt") as tensors:
-            out.copy_(tensors.get_tensor(raw))
+            yield tensors.get_tensor(raw)
 
-    def whole(self, key: str) -> torch.Tensor:
-        tensor = torch.empty_like(self.empty[key], device="cpu")
-        self.read(key, tensor)
+    def whole(self, made: Traced) -> torch.Tensor:
+        tensor = torch.empty(made.shape, dtype=made.dtype)
+        self.read(made, tensor)
         return tensor
 
 
@@ -274,45 +290,19 @@ def _mapped(file: str) -> dict[str, torch.Tensor]:
     return {str(key): value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
-class _Named:
-    """What safetensors calls a slice: a tensor that is read once it is indexed."""
-
-    def __init__(self, empty: torch.Tensor) -> None:
-        self.parameter = nn.Parameter(empty, requires_grad=empty.is_floating_point())
-
-    def __getitem__(self, index: Any) -> nn.Parameter:
-        return self.parameter
-
-
-def _names(model: PreTrainedModel, checkpoint: _Checkpoint) -> dict[str, str]:
-    """Return which of the checkpoint's tensors each parameter and buffer of the model is.
-
-    transformers itself loads the checkpoint, with parameters that hold nothing: whatever it
-    renames, strips or prefixes, what becomes one of them as it is becomes that very object.
-    """
-    named = {key: _Named(empty) for key, empty in checkpoint.empty.items()}
-    loading_all: Any = type(model).from_pretrained(
-        None,
-        config=model.config,
-        state_dict=named,
-        dtype=torch.float32,
-        device_map="meta",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    loaded, info = loading_all
-    _check_shapes(model, info["mismatched_keys"], checkpoint.files)
-    keys = {id(tensor.parameter): key for key, tensor in named.items()}
-    found = {}
-    for name, tensor in loaded.state_dict(keep_vars=True).items():
-        if id(tensor) in keys:
-            found[name] = keys[id(tensor)]
-        elif (
-            getattr(tensor, "_is_hf_initialized", False)
-            and name not in loaded.all_tied_weights_keys
-        ):
-            raise CannotStream(f"{name} is made out of other tensors of the checkpoint")
-    return found
+def _made_of(model: PreTrainedModel, checkpoint: _Checkpoint) -> Mapping[str, Traced]:
+    """Return of which of the checkpoint's elements each parameter and buffer of the model is."""
+    try:
+        made = loaded(model, checkpoint.empty, ignore_mismatched_sizes=True)
+    except CannotTrace as error:
+        raise CannotStream(
+            f"transformers makes a tensor of {type(model).__name__} out of those of its files in a "
+            f"way that is not a copy of runs of elements: {error}"
+        ) from None
+    _check_shapes(model, made.mismatched, checkpoint.files)
+    if made.computed:
+        raise CannotStream(f"{made.computed[0]} is computed out of tensors of the checkpoint")
+    return made.tensors
 
 
 def _check_shapes(
@@ -336,7 +326,7 @@ def _check_shapes(
 
 
 def _untie_what_differs(
-    model: PreTrainedModel, found: dict[str, str], checkpoint: _Checkpoint
+    model: PreTrainedModel, found: Mapping[str, Traced], checkpoint: _Checkpoint
 ) -> None:
     """Untie, as `from_pretrained` does, what the checkpoint has under both names and unequal."""
     for target, source in list(model.all_tied_weights_keys.items()):

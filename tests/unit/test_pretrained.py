@@ -19,6 +19,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -28,6 +30,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from train import conversion
 from train.config import PretrainedModel
 from train.errors import UserError
 from train.pretrained import CannotStream, loaded_whole, streamed, weight_files
@@ -82,6 +85,12 @@ def roberta(**overrides: Any) -> RobertaForMaskedLM:
     return RobertaForMaskedLM(RobertaConfig(**SHAPE, max_position_embeddings=34, **overrides))
 
 
+def mixtral() -> MixtralForCausalLM:
+    return MixtralForCausalLM(
+        MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2)
+    )
+
+
 CAUSAL, MASKED = AutoModelForCausalLM, AutoModelForMaskedLM
 SAVED: dict[str, tuple[Any, Callable[[], PreTrainedModel], dict[str, Any]]] = {
     "gpt2": (CAUSAL, lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), {}),
@@ -96,6 +105,11 @@ SAVED: dict[str, tuple[Any, Callable[[], PreTrainedModel], dict[str, Any]]] = {
         lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
         {},
     ),
+    # Those that transformers saves in another form than it has: experts one by one, other names.
+    "experts": (CAUSAL, lambda: mixtral(), {}),
+    "experts in several files": (CAUSAL, lambda: mixtral(), {"max_shard_size": "20KB"}),
+    "experts in bf16": (CAUSAL, lambda: mixtral().bfloat16(), {}),
+    "a head of another name": (CAUSAL, lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE)), {}),
     "masked": (MASKED, roberta, {}),
     "bert": (MASKED, lambda: BertForMaskedLM(BertConfig(**SHAPE)), {}),
 }
@@ -197,16 +211,31 @@ def test_files_of_torch_save_are_streamed_too(tmp_path: Path) -> None:
     assert_same(stream(tmp_path, MASKED), MASKED.from_pretrained(tmp_path, dtype=torch.float32))
 
 
-def test_what_cannot_be_streamed_says_why(tmp_path: Path) -> None:
+def test_experts_in_files_of_torch_save_are_streamed_too(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path)
+    as_pytorch_file(tmp_path)
+    assert_same(stream(tmp_path, CAUSAL), CAUSAL.from_pretrained(tmp_path, dtype=torch.float32))
+
+
+def test_an_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path)
+    gone = "model.layers.1.block_sparse_moe.experts.1.w2.weight"
+    rewrite(tmp_path, lambda tensors: tensors.pop(gone))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.down_proj") as told:
+        stream(tmp_path, CAUSAL)
+    assert "\n" not in str(told.value)
+
+
+def test_what_cannot_be_streamed_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     roberta().save_pretrained(tmp_path / "old")
     as_pytorch_file(tmp_path / "old", _use_new_zipfile_serialization=False)
     with pytest.raises(CannotStream, match=r"pytorch_model\.bin cannot be mapped"):
         stream(tmp_path / "old", MASKED)
 
-    # Its checkpoints have a tensor an expert, the model has one for all of them.
-    mixtral = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=2)
-    MixtralForCausalLM(mixtral).save_pretrained(tmp_path / "experts")
-    with pytest.raises(CannotStream, match=r"experts\.\w+ is made out of other tensors"):
+    # As a matrix would that is transposed: by single elements.
+    mixtral().save_pretrained(tmp_path / "experts")
+    monkeypatch.setattr(conversion, "_MOST_PIECES", 2)
+    with pytest.raises(CannotStream, match=r"MixtralForCausalLM .*: its \w+ are \w+"):
         stream(tmp_path / "experts", CAUSAL)
 
     quantised = AutoConfig.from_pretrained(tmp_path / "old")
