@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from train.checkpoint.lazy import Fragment, LazyTensor, Unreadable
+from train.checkpoint.model_directory import own_class
 from train.checkpoint.whole import Output, Place
 
 aten = torch.ops.aten
@@ -299,6 +300,11 @@ def on_disk(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict
     elements are written other than in runs.
     """
     live: dict[str, torch.Tensor] = {n: Traced.named(n, t) for n, t in tensors.items()}
+    own: Any = own_class(model)
+    if type(model) is not own:
+        # transformers looks conversions up by the name of the class, and FSDP2 gives it another.
+        with torch.device("meta"):
+            model = own(model.config)
     written = revert_weight_conversion(model, live)
     made = {name: tensor for name, tensor in written.items() if isinstance(tensor, Traced)}
     sources = {piece.name for tensor in made.values() for piece in tensor.pieces}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,11 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -74,19 +81,60 @@ def gpt2(tmp_path: Path) -> Path:
     return directory
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+SAVED_IN_ANOTHER_FORM: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "mixtral": (
+        lambda: MixtralForCausalLM(
+            MixtralConfig(
+                **SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+            )
+        ),
+        "model.layers.1.block_sparse_moe.experts.3.w2.weight",
+    ),
+    "gpt_neox": (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)), "embed_out.weight"),
+}
+"""A small model of each kind, and a name on the disk that it does not have in memory."""
+
+
+@pytest.fixture(params=SAVED_IN_ANOTHER_FORM)
+def converted(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    build, name = SAVED_IN_ANOTHER_FORM[request.param]
+    torch.manual_seed(0)
+    model = build()
+    model.save_pretrained(tmp_path / "source")
+    assert name in load_file(tmp_path / "source" / "model.safetensors")
+    assert name not in model.state_dict()
+    save_tokenizer(tmp_path / "source")
+    return tmp_path / "source"
+
+
 @pytest.fixture
 def run_from(
     tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
 ) -> Callable[..., Path]:
     def freeze(
-        source: Path, strategy: dict[str, Any], ranks: int = 2, *, trusts: bool = False
+        source: Path,
+        strategy: dict[str, Any],
+        ranks: int = 2,
+        *,
+        trusts: bool = False,
+        **trainer: Any,
     ) -> Path:
         tree = tiny_tree("clm")
         tree["model"] = {"kind": "pretrained", "name": str(source), "trust_remote_code": trusts}
         tree["tokenizer"] = {"kind": "pretrained", "name": str(source)}
         tree["strategy"] = strategy
         tree["launcher"]["nproc_per_node"] = ranks
-        tree["trainer"] |= {"max_steps": 4, "save_every_steps": 2}
+        tree["trainer"] |= {"max_steps": 4, "save_every_steps": 2, **trainer}
         return frozen_run(tree)
 
     return freeze
@@ -126,6 +174,52 @@ def test_a_model_with_code_of_its_own_is_exported_and_recovered_with_it(
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in final.iterdir()}
     for name in ("model.safetensors", "config.json", *own_code.FILES):
         assert (tmp_path / "out" / name).read_bytes() == (final / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("zero3", 2), ("fsdp", 2)])
+def test_a_model_that_lies_on_a_disk_in_another_form_is_loaded_a_tensor_at_a_time(
+    strategy: str, world_size: int, converted: Path, run_from: Callable[..., Path], ranks: Pools
+) -> None:
+    # Steps too small to change anything but a zero: what is exported is what was loaded.
+    run_dir = run_from(
+        converted, STRATEGIES[strategy], world_size,
+        learning_rate=1e-30, weight_decay=0.0, max_steps=1, save_every_steps=1,
+    )  # fmt: skip
+    (said, *_) = ranks(world_size)(whole_run, run_dir)
+    assert "warning" not in said
+    expected, found = (load_file(d / "model.safetensors") for d in (converted, run_dir / "final"))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-25), name
+
+
+LOAD = """
+import json, sys
+from transformers import AutoModelForCausalLM
+for directory in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    print(json.dumps({key: sorted(map(str, info[key])) for key in info}))
+"""
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+def test_a_model_that_lies_on_a_disk_in_another_form_is_exported_and_recovered_in_it(
+    strategy: str, converted: Path, run_from: Callable[..., Path], ranks: Pools, tmp_path: Path
+) -> None:
+    run_dir = run_from(converted, STRATEGIES[strategy], max_steps=2)
+    ranks(2)(whole_run, run_dir)
+    final, out = run_dir / "final", tmp_path / "out"
+    recovered(run_dir, out)
+    begun, ended = (load_file(d / "model.safetensors") for d in (converted, final))
+    assert ended.keys() == begun.keys()
+    assert all(not torch.equal(ended[name], tensor) for name, tensor in begun.items())
+    assert (out / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+    told = subprocess.run(
+        [sys.executable, "-c", LOAD, final, out], capture_output=True, text=True, check=True
+    )
+    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    assert len(lines) == 2
+    assert not any(found for line in lines for found in line.values())
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])

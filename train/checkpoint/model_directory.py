@@ -35,12 +35,15 @@ CONFIG = "config.json"
 GENERATION_CONFIG = generation.FILE
 
 
+def own_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Return a model's class without the one that `fully_shard` puts before it."""
+    return next(c for c in type(model).__mro__ if not c.__module__.startswith("torch."))
+
+
 def finished_config(model: PreTrainedModel) -> PreTrainedConfig:
     """Return the config of a model in training, as who uses its whole fp32 weights wants it."""
     config = copy.deepcopy(model.config)
-    # Without the class that `fully_shard` puts before the model's own.
-    own = next(c for c in type(model).__mro__ if not c.__module__.startswith("torch."))
-    config.architectures = [own.__name__]
+    config.architectures = [own_class(model).__name__]
     config.dtype = torch.float32
     # Switched off for training.
     config.use_cache = True
