@@ -13,7 +13,7 @@ from train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 
 COMMANDS = (
     *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
-    *("status", "logs", "cancel", "doctor"),
+    *("status", "logs", "cancel", "sync", "doctor"),
     *("rank", "relay", "requeue"),
 )
 """Each is a module of this package, imported when it is asked for: its `main` is the command."""
@@ -45,6 +45,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       what a run shows on its terminal, or its job or one of its ranks prints
   shardwright cancel RUN_DIR [--now]
       stop a run after a checkpoint, wherever it runs; --now: at once
+  shardwright sync RUN_DIR
+      hand on to TensorBoard or W&B what they lack of a run that has ended
   shardwright doctor [group=option] [key=value]
       look for what stops or slows training here; with launcher=... on all of its nodes,
       with measured collectives and matrix products

@@ -13,9 +13,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from launchers import program, report, slurm, start, status
+from launchers import report, slurm, start, status
 from train import config as run_config
-from train import owner, stop, stop_request, terminal
+from train import owner, program, stop, stop_request, terminal
 from train.errors import BAD_INPUT, FAILED, UserError
 
 POLL_SECONDS = 0.5

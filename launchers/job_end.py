@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import program, report, requeue, resumes, slurm
+from launchers import report, requeue, resumes, slurm
 from train import config as run_config
-from train import stop, terminal
+from train import program, stop, terminal
 from train.config import SlurmLauncher
 from train.errors import BAD_INPUT, RESUMABLE, UserError
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import program
 from launchers.machine import Machine
-from train import exhausted, final, inherited, stop
+from train import exhausted, final, inherited, program, stop
 from train.checkpoint import layout
 from train.config import RunConfig, accumulation_steps
 from train.config.tracking import WandbTracking, wandb_unused

@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launchers import job_script, preflight, processes, program, report, slurm
+from launchers import job_script, preflight, processes, report, slurm
 from launchers.job_script import Array
 from launchers.machine import Machine
-from train import stop, terminal
+from train import program, stop, terminal
 from train.config import RunConfig, SlurmLauncher
 from train.errors import BAD_INPUT, FAILED, UserError
 

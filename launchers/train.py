@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launchers import launch, machine, preflight, program, report, submit
+from launchers import launch, machine, preflight, report, submit
 from launchers.compose import Job, compose, quoted, resolved
 from launchers.dry_run import show
 from launchers.machine import Machine
+from train import program
 from train.config import RunConfig
 from train.errors import BAD_INPUT, RESUMABLE, UserError
 

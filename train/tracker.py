@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from train import config as run_config
-from train import stop
+from train import program, stop
 from train.arguments import decoded
 from train.config import RunConfig
 from train.config.tracking import (
@@ -38,6 +38,7 @@ from train.config.tracking import (
     wandb_name,
     wandb_project,
 )
+from train.errors import FAILED
 
 POLL_SECONDS = 0.5
 INIT_SECONDS = 60.0
@@ -351,7 +352,10 @@ class OpenWandb:
 
 
 def main(argv: list[str]) -> int:
-    """Hand metrics on until the run has ended; return 0, even where a tracker has failed."""
+    """Hand metrics on until the run has ended; return 0, even where a tracker has failed.
+
+    With --once alone, as a person asks, the exit code tells of that.
+    """
     for number in stop.SIGNALS:  # its stdin says when to end
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m train.tracker", description=__doc__)
@@ -399,9 +403,10 @@ def _track(
     handover.finish(said.decode().strip() or "failed")
     if handover.problem is not None:
         opened = getattr(opener, "opened", None)
-        command = f"python -m train.tracker {shlex.quote(str(run_dir))} --once"
-        later = opened.later if opened is not None else command
+        later = opened.later if opened is not None else program.command("sync", str(run_dir))
         say(f"warning: {what} lacks a part of this run ({handover.problem}); later: {later}")
+        if options.once and not options.offline:  # a person has asked for it
+            return FAILED
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any, TextIO
 from transformers import TrainerCallback
 
 import train
-from train import progress
+from train import program, progress
 from train.config import RunConfig
 
 CLOSE_SECONDS = 30.0
@@ -38,7 +37,7 @@ class Tracking(TrainerCallback):
         self._config, self._run_dir, self._console = config, run_dir, console
         self._process: subprocess.Popen[bytes] | None = None
         self._heard = b""
-        self._later = f"python -m train.tracker {shlex.quote(str(run_dir))} --once"
+        self._later = program.command("sync", str(run_dir))
         """What makes the tracker complete, out of metrics.jsonl or of its own files."""
         self._is_open = False
         self._is_late = False

@@ -93,7 +93,7 @@ def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
         (
             "xyz",
             "error: unknown command xyz: there are train, resume, join, sample, checkpoints, "
-            "recover, push, status, logs, cancel, doctor, rank, relay and requeue\n",
+            "recover, push, status, logs, cancel, sync, doctor, rank, relay and requeue\n",
         ),
         (
             "seed=1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from launchers import processes, program, report, submit
+from launchers import processes, report, submit
 from launchers.__main__ import COMMANDS, USAGE
 from launchers.machine import Machine
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
 from tests.unit.launchers.test_processes import resolved
+from train import program
 from train.errors import BAD_INPUT
 from train.stop import Stopped
 
@@ -132,6 +134,17 @@ def test_what_a_dry_run_prints_starts_the_ranks_from_there(
     assert ended.returncode == 2
     assert f"{beside}/run" in ended.stderr
     assert "config.yaml" in ended.stderr
+
+
+def test_no_message_has_a_module_run_that_could_be_the_users() -> None:
+    """None with arguments, but for the titles of modules."""
+    for path in sorted([*(ROOT / "launchers").glob("*.py"), *(ROOT / "train").rglob("*.py")]):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        titles = {ast.get_docstring(tree, clean=False)}
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
+        for text in texts:
+            if isinstance(text, str) and text not in titles:
+                assert not re.search(r"(-m|torchrun .*) (train|launchers)[\w.]* ", text), path
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

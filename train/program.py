@@ -9,9 +9,9 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from launchers.processes import PACKAGES
-
 NAME = "shardwright"
+PACKAGES = Path(__file__).resolve().parent.parent
+"""The folder from which this package is imported."""
 
 
 def command(*words: str) -> str:
