@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from train import data, models
 from train.config import Gpt2Model, load
@@ -124,17 +130,37 @@ def test_start_takes_the_memory_of_the_shards_and_a_tensor(
     check(strategy, world_size, ranks(world_size)(memory_of_the_start, frozen_run(tree)))
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+PRETRAINED: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=384, n_positions=66, n_embd=1024, n_layer=9, n_head=2)
+    ),
+    # Whose files hold each expert by itself, and whose memory all of a layer in one tensor.
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=384,
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=9,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("gpt2", "fsdp"), ("gpt2", "zero3"), ("mixtral", "fsdp")]
+)
 def test_pretrained_weights_are_read_into_the_memory_of_the_shards_and_a_tensor(
+    kind: str,
     strategy: str,
     tiny_tree: Callable[[str], dict[str, Any]],
     frozen_run: Callable[[dict[str, Any]], Path],
     ranks: Callable[[int], Any],
     tmp_path: Path,
 ) -> None:
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=384, n_positions=66, n_embd=1024, n_layer=9, n_head=2)
-    ).save_pretrained(tmp_path / "model")
+    PRETRAINED[kind]().save_pretrained(tmp_path / "model")
     tree = tiny_tree("clm")
     tree["model"] = {"kind": "pretrained", "name": str(tmp_path / "model")}
     tree["tokenizer"]["vocab_size"] = 384
