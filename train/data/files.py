@@ -412,7 +412,8 @@ def _table_rows(path: Path, text_field: str) -> Iterator[str]:
         if path.stat().st_size == 0:
             return
         for column in read(path, text_field):
-            yield from (row for row in column.to_pylist() if row is not None)
+            # One at a time: the rows of a batch may all be long.
+            yield from (text for row in column if (text := row.as_py()) is not None)
     except UnicodeDecodeError as error:
         raise UserError(
             f"data.paths: {path} holds text in {text_field} that is not UTF-8 "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT_SECONDS = 20.0
 TRAINING_FORMAT = 2
+TOKENIZER_CONFIG = "tokenizer_config.json"
 LONGEST_WORD = 1000
 """Characters of a word up to which it trains a tokenizer whole."""
 _MAYBE_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
@@ -101,7 +103,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Specia
     if end is None:
         raise UserError(
             f"tokenizer={_name(config)}: it has neither an EOS nor a SEP token to end documents "
-            "with; choose another tokenizer"
+            f"with; {_name_an_end(tokenizer, config)}, or choose another tokenizer"
         )
     if mlm and tokenizer.mask_token_id is None:
         raise UserError(
@@ -115,6 +117,23 @@ def special_ids(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Specia
         pad=end if pad is None else pad,
         mask=tokenizer.mask_token_id,
     )
+
+
+def _name_an_end(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> str:
+    """Return where to say which token ends a document: tokenizer.json alone does not."""
+    path = Path(_name(config)) / TOKENIZER_CONFIG
+    if not path.parent.is_dir():
+        return f"save it in a directory, whose {TOKENIZER_CONFIG} can name one as eos_token"
+    verb = "add to" if path.is_file() else "write into"
+    special = [
+        added.content
+        for _, added in sorted(tokenizer.backend_tokenizer.get_added_tokens_decoder().items())
+        if added.special
+    ]
+    ends = [token for token in special if re.search(r"end|eo[std]|</s>|sep", token, re.IGNORECASE)]
+    known = f" (its special tokens are {', '.join(special[:8])})" if special else ""
+    value = json.dumps({"eos_token": ends[0] if ends else "..."}, ensure_ascii=False)
+    return f"{verb} {path} which of its tokens does{known}, as {value}"
 
 
 class Frame(NamedTuple):
@@ -390,6 +409,13 @@ def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
     from train import damage
 
     local = Path(settings.name).is_dir()
+    vocabulary = _unconverted(Path(settings.name)) if local else None
+    if vocabulary is not None and not _is_installed(library := _library_of(vocabulary)):
+        raise UserError(
+            f"tokenizer.name={settings.name} holds {vocabulary.name} and no tokenizer.json, which "
+            f"transformers makes of it where {library} is installed: `pip install {library}`, or "
+            "run AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) on a machine that has it"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             settings.name,
@@ -400,6 +426,13 @@ def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
     except Exception as error:  # of tokenizers, which raises nothing else, or of the model's code
         if local and (problem := next(damage.problems(Path(settings.name)), None)):
             raise UserError(f"tokenizer.name={settings.name}: {problem}") from None
+        if vocabulary is not None:
+            raise UserError(
+                f"tokenizer.name={settings.name} holds {vocabulary.name} and no tokenizer.json, "
+                f"and transformers does not know what to make of it; name its class in "
+                f"{Path(settings.name, TOKENIZER_CONFIG)}, such as "
+                '{"tokenizer_class": "T5Tokenizer"}, or give a directory with tokenizer.json'
+            ) from None
         reason = damage.in_one_line(error)
         raise UserError(
             f"tokenizer.name={settings.name}: cannot load it ({reason}); correct the name. Without "
@@ -412,6 +445,29 @@ def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
             "(there is no tokenizer.json); choose one that is"
         )
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _unconverted(directory: Path) -> Path | None:
+    """Return the vocabulary of a directory that holds nothing else of a tokenizer, if it has one.
+
+    transformers makes a tokenizer of it where the library that reads it is installed.
+    """
+    others = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
+    if any((directory / name).is_file() for name in others):
+        return None
+    return next((path for path in sorted(directory.glob("*.model")) if path.is_file()), None)
+
+
+def _library_of(vocabulary: Path) -> str:
+    """Return which library reads a vocabulary, by its first line."""
+    with vocabulary.open("rb") as stream:
+        line = stream.readline(1000)
+    # tiktoken's have a token in base64 and its rank on each line; SentencePiece's are binary.
+    return "tiktoken" if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", line) else "sentencepiece"
+
+
+def _is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 def _hub_has(settings: PretrainedTokenizer) -> bool:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from train.config import RunConfig
+from train.data import tokenizer as tokenizer_module
 from train.data.corpus import is_held_out
 from train.data.tokenizer import (
     LONGEST_WORD,
@@ -246,6 +247,66 @@ def test_a_tokenizer_without_an_end_is_refused(
     config = make_config(tokenizer={"kind": "pretrained", "name": str(directory)})
     with pytest.raises(UserError, match=r"no-end: it has neither an EOS nor a SEP token"):
         tokenizer_of(config, run_dir)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_where_to_name_the_end_is_said_and_helps(
+    alone: bool, tmp_path: Path, make_config: MakeConfig, run_dir: Path
+) -> None:
+    directory = pretrained(tmp_path / "no-end")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|pad|>", "<|endoftext|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    beside = directory / "tokenizer_config.json"
+    if alone:
+        beside.unlink()
+    config = make_config(tokenizer={"kind": "pretrained", "name": str(directory)})
+    with pytest.raises(UserError) as told:
+        tokenizer_of(config, run_dir)
+    verb = "write into" if alone else "add to"
+    assert (
+        f"; {verb} {beside} which of its tokens does (its special tokens are <unk>, <|pad|>, "
+        '<|endoftext|>), as {"eos_token": "<|endoftext|>"}, or choose another tokenizer'
+    ) in str(told.value)
+    said = {} if alone else json.loads(beside.read_text())
+    beside.write_text(json.dumps({**said, "eos_token": "<|endoftext|>"}))
+    fast = tokenizer_of(config, run_dir)
+    assert special_ids(fast, config).end == fast.convert_tokens_to_ids("<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "library"),
+    [
+        ("spiece.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece"),
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken"),
+    ],
+)
+def test_a_vocabulary_alone_says_which_library_it_needs(
+    name: str,
+    content: bytes,
+    library: str,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / name).write_bytes(content)
+    config = make_config(tokenizer={"kind": "pretrained", "name": str(tmp_path / "t5")})
+    monkeypatch.setattr(tokenizer_module, "_is_installed", lambda _: False)
+    with pytest.raises(UserError) as told:
+        tokenizer_of(config, run_dir)
+    assert str(told.value) == (
+        f"tokenizer.name={tmp_path / 't5'} holds {name} and no tokenizer.json, which transformers "
+        f"makes of it where {library} is installed: `pip install {library}`, or run "
+        "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) on a machine that has it"
+    )
+    # Where it is installed, transformers may still not know whose vocabulary it is.
+    monkeypatch.setattr(tokenizer_module, "_is_installed", lambda _: True)
+    with pytest.raises(UserError, match=r"name its class in .*t5/tokenizer_config\.json, such as"):
+        tokenizer_of(config, run_dir)
+    assert not (run_dir / "tokenizer").exists()
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(
