@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from launchers import report, slurm, start, status
+from launchers import names, report, slurm, start, status
 from train import config as run_config
 from train import owner, program, stop, stop_request, terminal
 from train.errors import BAD_INPUT, FAILED, UserError
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     """Stop a run, or every run of a sweep; return 1 where one goes on in spite of it."""
     options = _parser().parse_args(arguments)
     terminal.outlive()
-    asked_for = Path(os.path.abspath(options.run_dir))
+    asked_for = Path(names.absolute(options.run_dir))
     runs = status.runs_in(asked_for)
     if runs == [asked_for]:
         return _wait(asked_for, _begin(asked_for, now=options.now))

@@ -13,6 +13,7 @@ from typing import Any
 
 from train import config as run_config
 from train import progress
+from train.arguments import path as path_of
 from train.checkpoint import layout
 from train.checkpoint.retention import Saved, marks
 from train.config import CheckpointConfig
@@ -80,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         "and whether it is whole.",
         epilog="Exit codes: 0, 1 where --verify finds one that cannot be used, 2 on bad input.",
     )
-    parser.add_argument("directory", type=Path, metavar="RUN_DIR", help="or one checkpoint of it")
+    parser.add_argument(
+        "directory", type=path_of, metavar="RUN_DIR", help="or one checkpoint of it"
+    )
     parser.add_argument(
         "--verify",
         action="store_true",

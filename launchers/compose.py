@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launchers import compose_errors, machine
+from launchers import compose_errors, machine, names
 from launchers.machine import Machine
 from train.config import RunConfig, from_tree
 from train.errors import BAD_INPUT, UserError
@@ -36,6 +37,11 @@ class Job:
     """Place in a multirun; None in a single run."""
     arguments: tuple[str, ...] = ()
     """What asks for this run alone, but for the directories."""
+
+    @property
+    def is_named_here(self) -> bool:
+        """Whether its directory, or that of its sweep, has a name that nobody has asked for."""
+        return self.tree.get("run_dir") is None and self.tree.get("sweep_dir") is None
 
 
 def compose(arguments: Sequence[str]) -> list[Job]:
@@ -61,6 +67,9 @@ def compose(arguments: Sequence[str]) -> list[Job]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_hydra_process())
+        arguments = [
+            re.sub(r"^(--config-(?:dir|path)=)(~.*)", _expanded, argument) for argument in arguments
+        ]
         for argument in arguments:
             # Hydra's parser would take --experiment=demo for --experimental-rerun.
             if compose_errors.is_setting_with_dashes(argument):
@@ -80,7 +89,8 @@ def compose(arguments: Sequence[str]) -> list[Job]:
             sys.argv.append(f"hydra.sweep.dir={quoted(scratch)}")
         try:
             if starts_runs:
-                compose_errors.check_options(parsed.overrides, group_options())
+                written = map(compose_errors.with_home_quoted, parsed.overrides)
+                compose_errors.check_options(list(written), group_options())
             collect()
         except UserError:
             raise
@@ -92,6 +102,10 @@ def compose(arguments: Sequence[str]) -> list[Job]:
             if starts_runs:
                 raise
     return jobs
+
+
+def _expanded(flag: re.Match[str]) -> str:
+    return flag[1] + os.path.expanduser(flag[2])
 
 
 def group_options() -> dict[str, list[str]]:
@@ -124,14 +138,18 @@ def _run_dir(config: RunConfig, number: int | None, stamp: str) -> str:
             raise UserError(
                 f"sweep_dir={config.sweep_dir} is for several runs; add -m, or give run_dir"
             )
-        return os.path.abspath(config.run_dir or Path("runs") / f"{config.name}-{stamp}")
+        if config.run_dir is not None:
+            return names.absolute(config.run_dir)
+        return str(names.free(Path(names.absolute(f"runs/{config.name}-{stamp}"))))
     if config.run_dir is not None:
         raise UserError(
             f"run_dir={config.run_dir} is one directory, and -m starts several runs; "
             "give sweep_dir instead"
         )
-    sweep_dir = Path(config.sweep_dir or Path("sweeps") / f"{config.name}-{stamp}")
-    return os.path.abspath(sweep_dir / str(number))
+    if config.sweep_dir is not None:
+        return names.absolute(Path(config.sweep_dir) / str(number))
+    sweep_dir = names.free(Path(names.absolute(f"sweeps/{config.name}-{stamp}")))
+    return str(sweep_dir / str(number))
 
 
 @contextlib.contextmanager

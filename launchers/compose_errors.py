@@ -49,10 +49,21 @@ def qualify(override: str) -> str:
     chosen option's file does not list is added by `++`: the config's own rules say better than
     Hydra what is wrong with it, if anything.
     """
+    override = with_home_quoted(override)
     key = override.lstrip("+").partition("=")[0]
     if is_free_form(key) or ("." in key and key in known_keys()):
         return "++" + override.lstrip("+")
     return re.sub(rf"^([+~]*{ROOT_GROUP})(?==|$)", r"\1@_global_", override)
+
+
+def with_home_quoted(override: str) -> str:
+    """Return an override with quotes around each path that begins with `~`, as Hydra needs.
+
+    What has quotes already is left as it is.
+    """
+    if "'" in override or '"' in override:
+        return override
+    return re.sub(r"(?<=[=,\[])(\s*)(~[A-Za-z0-9_/.+*?@%: -]*)(?=$|[,\]])", r"\1'\2'", override)
 
 
 def check_options(overrides: Sequence[str], groups: Mapping[str, Collection[str]]) -> None:

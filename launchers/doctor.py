@@ -13,7 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers import health, job_script, machine, preflight, processes, report, start, submit
+from launchers import (
+    health,
+    job_script,
+    machine,
+    names,
+    preflight,
+    processes,
+    report,
+    start,
+    submit,
+)
 from launchers.compose import compose, plain
 from launchers.health import CLOCK_SKEW_SECONDS, Finding
 from launchers.machine import Machine
@@ -36,15 +46,23 @@ _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
 def main(arguments: Sequence[str]) -> int:
     """Say what is wrong with this machine and, with overrides, with a launcher's ranks."""
     options = _parser().parse_args(arguments)
+    directory = Path(names.absolute(options.directory))
+    here = machine.detect(os.environ)
+    config = None
+    if options.overrides:
+        # Where all nodes see it, as a run directory. What cannot be is said before a minute's look.
+        place = names.free(directory / time.strftime("doctor-%Y%m%d-%H%M%S"))
+        config = asked_for(options.overrides, here, place)
+        preflight.check_place(config)
+        preflight.check_machine(config, here)
     print(f"{platform.node()}\n", flush=True)
     with progress.phase("looking at this machine", console=sys.stderr):
-        here = machine.detect(os.environ)
-        findings = health.look(Path(os.path.abspath(options.directory)), here, os.environ)
+        findings = health.look(directory, here, os.environ)
     print(text(findings), flush=True)
-    if options.overrides:
+    if config is not None:
         print("\nranks\n", flush=True)
         with progress.phase("measuring among ranks", console=sys.stderr):
-            among_ranks = list(judge_ranks(_measured(options, here)))
+            among_ranks = list(judge_ranks(_measured(config, here)))
         print(text(among_ranks))
         findings += among_ranks
     return FAILED if any(finding.state == "wrong" for finding in findings) else 0
@@ -60,8 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--directory",
-        type=Path,
-        default=Path("runs"),
+        default="runs",
         metavar="DIR",
         help="where runs go, whose disk is tried (runs)",
     )
@@ -69,16 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measured(options: argparse.Namespace, here: Machine) -> list[dict[str, Any]]:
-    """Start the ranks that the overrides ask for and return what each has measured.
+def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
+    """Start the ranks of a config and return what each has measured.
 
     Raises UserError, which names the logs, where they do not come to an end.
     """
-    # Where all nodes see it, as a run directory.
-    directory = Path(os.path.abspath(options.directory)) / time.strftime("doctor-%Y%m%d-%H%M%S")
-    config = asked_for(options.overrides, here, directory)
-    preflight.check_machine(config, here)
-    made = preflight.create(config, directory)
+    config, made = preflight.create_named(config, is_generated=True)
+    directory = Path(str(config.run_dir))
     written = directory / "doctor.json"
     if config.launcher.kind == "slurm":
         measure = [sys.executable, "-m", "train.doctor", str(directory), str(written)]

@@ -10,13 +10,23 @@ from train.errors import UserError
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")
+_BYTE_ORDER_MARK = "\ufeff"
+NAME = "launcher.hostfile"
+
+
 def hosts(
-    text: str, include: str | None = None, exclude: str | None = None
+    text: str, include: str | None = None, exclude: str | None = None, name: str = NAME
 ) -> dict[str, list[int]]:
-    """Return the chosen slots of each host, in the file's order.
+    """Return the chosen slots of each host, in the file's order; ``name`` is how to call the file.
 
     Raises UserError where a line, a host or a slot is not what the filters need.
     """
+    if text.startswith(_BYTE_ORDER_MARK):
+        raise UserError(
+            f"{name}: line 1 begins with a byte-order mark, which DeepSpeed takes for a part of "
+            "the first host's name; save the file as UTF-8 without one"
+        )
     found: dict[str, list[int]] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()
@@ -24,14 +34,29 @@ def hosts(
             continue
         match = _LINE.fullmatch(line)
         if match is None:
+            raise UserError(f"{name}: line {number} is {line!r}; write each as: host slots=8")
+        where = f"{name}: line {number}, {line!r}"
+        user, at, host = match[1].rpartition("@")
+        if at and _HOST.fullmatch(host):
             raise UserError(
-                f"launcher.hostfile: line {number} is {line!r}; write each as: host slots=8"
+                f"{where}, names a user, but the ranks meet at a name or address alone; write "
+                f"{host} there, and the user into ~/.ssh/config (Host {host}, User {user})"
+            )
+        if not _HOST.fullmatch(match[1]):
+            raise UserError(
+                f"{where}: {match[1]!r} is neither a host's name nor an address; write letters, "
+                "digits and . _ : - only, as in: host slots=8"
+            )
+        if int(match[2]) == 0:
+            raise UserError(
+                f"{where}, gives no slot; write how many ranks it starts, at least 1, or leave "
+                "the line out"
             )
         if match[1] in found:
-            raise UserError(f"launcher.hostfile: {match[1]} stands there twice; write it once")
+            raise UserError(f"{where}: {match[1]} stands there twice; write it once")
         found[match[1]] = list(range(int(match[2])))
     if not found:
-        raise UserError("launcher.hostfile names no host; write lines of: host slots=8")
+        raise UserError(f"{name} names no host; write lines of: host slots=8")
     if include is not None:
         chosen = _filter("include", include, found)
         return {host: chosen[host] or slots for host, slots in found.items() if host in chosen}
@@ -48,13 +73,13 @@ def hosts(
     return found
 
 
-def ranks_per_node(chosen: dict[str, list[int]]) -> int:
+def ranks_per_node(chosen: dict[str, list[int]], name: str = NAME) -> int:
     """Return the number of slots that every host has. Raises UserError where they differ."""
     counts = {host: len(slots) for host, slots in chosen.items()}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{host} {count}" for host, count in counts.items())
         raise UserError(
-            f"launcher.hostfile gives its hosts different numbers of slots ({listed}), and a batch "
+            f"{name} gives its hosts different numbers of slots ({listed}), and a batch "
             "is divided evenly; choose as many of each with launcher.include"
         )
     return next(iter(counts.values()))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import launch, machine, preflight
+from launchers import launch, machine, names, preflight
 from train import config as run_config
 from train import terminal
 from train.config import AccelerateLauncher, RunConfig, TorchrunLauncher
@@ -17,7 +17,7 @@ from train.errors import UserError
 def main(arguments: Sequence[str]) -> int:
     """Start this node's ranks and wait; return their exit code."""
     options = _parser().parse_args(arguments)
-    run_dir = Path(os.path.abspath(options.run_dir))
+    run_dir = Path(names.absolute(options.run_dir))
     config = run_config.load(run_dir)
     node_rank = node_rank_of(config, options.node_rank)
     here = machine.detect(os.environ)

@@ -17,18 +17,25 @@ from train.errors import BAD_INPUT, FAILED, RESUMABLE
 from train.owner import Claim
 
 
-def new_run(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
-    """Create the run directory, prepare the data, run the ranks; return the exit code."""
+def new_run(
+    config: RunConfig, choices: Mapping[str, str], here: Machine, *, is_generated: bool = False
+) -> int:
+    """Create the run directory, prepare the data, run the ranks; return the exit code.
+
+    A directory's name that ``is_generated`` is another one where that is taken.
+    """
     assert config.run_dir is not None, "resolved"
-    run_dir = Path(config.run_dir)
-    environment = processes.rank_environment(config, here, os.environ)
 
     terminal.outlive()
     with contextlib.ExitStack() as stack:
         claims: list[Claim] = []
-        made = preflight.create(
-            config, run_dir, claim=lambda: claims.append(stack.enter_context(claimed(run_dir)))
+        config, made = preflight.create_named(
+            config,
+            is_generated=is_generated,
+            claim=lambda run_dir: claims.append(stack.enter_context(claimed(run_dir))),
         )
+        run_dir = Path(str(config.run_dir))
+        environment = processes.rank_environment(config, here, os.environ)
         (claim,) = claims
         stack.enter_context(terminal.kept_in(run_log(run_dir)))
         print(

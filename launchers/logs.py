@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from launchers import status
+from launchers import names, status
 from train.errors import UserError
 from train.terminal import RUN_LOG
 
@@ -20,7 +19,7 @@ POLL_SECONDS = 0.5
 def main(arguments: Sequence[str]) -> int:
     """Print a log; with --follow until the run is over."""
     options = _parser().parse_args(arguments)
-    run_dir = Path(os.path.abspath(options.run_dir))
+    run_dir = Path(names.absolute(options.run_dir))
     runs = status.runs_in(run_dir)
     if runs != [run_dir]:
         raise UserError(f"{run_dir} holds {len(runs)} runs; give one of them, such as {runs[0]}")

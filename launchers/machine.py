@@ -111,9 +111,9 @@ def resolve(
     # The frozen config must mean the same from any working directory.
     data = tree["data"]
     if "paths" in data:
-        data["paths"] = [os.path.abspath(os.path.expanduser(path)) for path in data["paths"]]
+        data["paths"] = [names.absolute(path) for path in data["paths"]]
     if data["cache_dir"] is not None:
-        data["cache_dir"] = os.path.abspath(os.path.expanduser(data["cache_dir"]))
+        data["cache_dir"] = names.absolute(data["cache_dir"])
     for section in (tree["model"], tree["tokenizer"]):
         if section["kind"] == "pretrained":
             section["name"] = _absolute_if_here(section["name"])
@@ -122,13 +122,13 @@ def resolve(
         # What its buckets are derived from.
         found = names.config_json(model["name"], model["revision"], os.environ)
         model["hidden_size"] = model["hidden_size"] or hidden_size(found or {})
+    if tree["strategy"].get("nvme_path") is not None:
+        tree["strategy"]["nvme_path"] = names.absolute(tree["strategy"]["nvme_path"])
     launcher = tree["launcher"]
     gpus = machine.gpus if machine.torch_has_cuda else 0
     if launcher["kind"] == "slurm":  # the nodes count, not this machine
         gpus = launcher["gpus_per_node"]
-        launcher["site"] = launcher["site"] and os.path.abspath(
-            os.path.expanduser(launcher["site"])
-        )
+        launcher["site"] = launcher["site"] and names.absolute(launcher["site"])
     if launcher["device"] == "auto":
         launcher["device"] = "cuda" if gpus else "cpu"
     if launcher.get("hostfile") is not None:
@@ -180,7 +180,7 @@ def _absolute_if_here(name: str) -> str:
 
 def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
     """Return what a hostfile decides: nodes, ranks of each and where they meet; its own path."""
-    path = os.path.abspath(os.path.expanduser(launcher["hostfile"]))
+    path = names.absolute(launcher["hostfile"])
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -188,8 +188,9 @@ def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
             f"launcher.hostfile={path} cannot be read ({error}); give a file with lines of: "
             "host slots=8"
         ) from None
-    chosen = hostfile.hosts(text, launcher["include"], launcher["exclude"])
-    decided = {"nodes": len(chosen), "nproc_per_node": hostfile.ranks_per_node(chosen)}
+    name = f"launcher.hostfile={path}"
+    chosen = hostfile.hosts(text, launcher["include"], launcher["exclude"], name)
+    decided = {"nodes": len(chosen), "nproc_per_node": hostfile.ranks_per_node(chosen, name)}
     for name, value in decided.items():
         if launcher[name] not in (value, "auto", 1):
             raise UserError(

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
-def absolute(path: str) -> str:
+def absolute(path: str | Path) -> str:
     """Return a path that means the same from any working directory, `~` expanded."""
     return os.path.abspath(os.path.expanduser(path))
+
+
+def following(path: Path) -> Path:
+    """Return the name to try after one that is taken: NAME-2 after NAME. Pure."""
+    name, dash, number = path.name.rpartition("-")
+    # The time in a name is two numbers of six and eight digits.
+    if dash and re.fullmatch(r"[1-9]\d{0,4}", number):
+        return path.with_name(f"{name}-{int(number) + 1}")
+    return path.with_name(f"{path.name}-2")
+
+
+def free(path: Path) -> Path:
+    """Return the first of a path and those that follow it at which there is nothing yet."""
+    while os.path.lexists(path):
+        path = following(path)
+    return path
 
 
 def config_json(

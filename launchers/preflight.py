@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import importlib.util
 import os
 import re
@@ -10,10 +12,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from launchers import hostfile
+from launchers import hostfile, names
 from launchers.machine import Machine, lacking
 from launchers.processes import PACKAGES, package_environment
 from train.config import (
@@ -30,7 +33,7 @@ from train.strategy import engine_of
 def check(config: RunConfig, machine: Machine) -> None:
     """Raise UserError, one line for each problem, where a resolved config cannot run here.
 
-    Creates nothing.
+    Leaves nothing: whether its directory can be made is tried beside it.
     """
     assert config.run_dir is not None, "resolved"
     if problems := [*_run_dir_problems(Path(config.run_dir)), *_machine_problems(config, machine)]:
@@ -39,6 +42,12 @@ def check(config: RunConfig, machine: Machine) -> None:
     from train.data import check_corpus
 
     check_corpus(config.data)
+
+
+def check_place(config: RunConfig) -> None:
+    """Raise UserError where a run's directory cannot be made."""
+    if problems := _run_dir_problems(Path(str(config.run_dir))):
+        raise UserError("\n".join(problems))
 
 
 def check_machine(config: RunConfig, machine: Machine) -> None:
@@ -84,14 +93,73 @@ def create(
         claim()
         _write_atomically(run_dir / "config.yaml", to_yaml(config))
     except OSError as error:
+        is_taken = isinstance(error, FileExistsError) and run_dir not in made
         take_back(made)
-        if isinstance(error, FileExistsError):
-            raise UserError(_exists(run_dir)) from None
-        raise UserError(
-            f"run_dir={run_dir} cannot be created: {error.strerror} ({error.filename}); "
-            "give a directory that you may write to"
-        ) from None
+        if is_taken:
+            raise Taken(_exists(run_dir)) from None
+        raise _cannot_be_made(f"run_dir={run_dir}", error) from None
     return made
+
+
+class Taken(UserError):
+    """Somebody else has made that very directory."""
+
+
+def create_named(
+    config: RunConfig, *, is_generated: bool, claim: Callable[[Path], object] = lambda run_dir: None
+) -> tuple[RunConfig, list[Path]]:
+    """Make a run's directory as `create` does; return its config and the directories made.
+
+    One that ``is_generated`` takes the next free name where another run was given it at the same
+    time: making the directory is what claims it.
+    """
+    while True:
+        run_dir = Path(str(config.run_dir))
+        try:
+            return config, create(config, run_dir, claim=functools.partial(claim, run_dir))
+        except Taken:
+            if not is_generated:
+                raise
+            following = names.free(names.following(run_dir))
+            config = config.model_copy(update={"run_dir": str(following)})
+
+
+@contextlib.contextmanager
+def claimed_sweep(configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
+    """Claim the directory of a sweep, the common parent of runs, by making it.
+
+    Yields the configs, in a directory of the next free name where another sweep has that one; what
+    is empty at the end is removed again. Raises UserError where it cannot be made.
+    """
+    parent = Path(str(configs[0].run_dir)).parent
+    made: list[Path] = []
+    try:
+        while True:
+            try:
+                for directory in [*reversed(parent.parents), parent]:
+                    if directory == parent or not directory.exists():
+                        directory.mkdir(exist_ok=directory != parent)
+                        made.append(directory)
+                break
+            except FileExistsError:
+                parent = names.free(names.following(parent))
+            except OSError as error:
+                raise _cannot_be_made(f"sweep_dir={parent}", error) from None
+        yield [
+            config.model_copy(update={"run_dir": str(parent / Path(str(config.run_dir)).name)})
+            for config in configs
+        ]
+    finally:
+        for directory in reversed(made):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def _cannot_be_made(what: str, error: OSError) -> UserError:
+    return UserError(
+        f"{what} cannot be created: {error.strerror} ({error.filename}); "
+        "give a directory that you may write to"
+    )
 
 
 def take_back(made: list[Path]) -> None:
@@ -205,12 +273,25 @@ def _run_dir_problems(run_dir: Path) -> list[str]:
     nearest = next(parent for parent in run_dir.parents if os.path.lexists(parent))
     if not nearest.is_dir():
         return [f"run_dir={run_dir} cannot be created: {nearest} is not a directory"]
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    for name in run_dir.relative_to(nearest).parts:
+        if len(os.fsencode(name)) > (most := os.pathconf(nearest, "PC_NAME_MAX")):
+            return [
+                f"run_dir={run_dir} cannot be created: a name of {len(os.fsencode(name))} bytes is "
+                f"longer than the {most} that {nearest} takes; choose a shorter one"
+            ]
+    try:  # access(2) promises what root, NFS and /proc do not keep
+        os.rmdir(tempfile.mkdtemp(prefix=".shardwright-", dir=nearest))
+    except OSError as error:
+        is_refused = error.errno in _READ_ONLY or not os.access(nearest, os.W_OK | os.X_OK)
+        reason = "no permission to write to" if is_refused else f"{error.strerror}:"
         return [
-            f"run_dir={run_dir} cannot be created: no permission to write to {nearest}; "
+            f"run_dir={run_dir} cannot be created: {reason} {nearest}; "
             "give a directory that you may write to"
         ]
     return []
+
+
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _missing_packages(config: RunConfig) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import warnings
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers import names
 from train import progress, terminal
 from train.errors import FAILED, UserError
 from train.logs import quiet_libraries
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
 
     options = _parser().parse_args(arguments)
     check_repo_name(options.repo)
-    directory = model_directory(Path(os.path.abspath(options.directory)))
+    directory = model_directory(Path(names.absolute(options.directory)))
     chosen = choose(directory)
     with progress.phase(f"checking {directory}", console=sys.stderr):
         check(directory, chosen, trusts_code=options.trust_remote_code)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launchers import processes, start
+from launchers import names, processes, start
 from train.errors import FAILED
 
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
         "say which one; without them it is the only one. A directory with checkpoints is resumed.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR")
-    run_dir = os.path.abspath(parser.parse_args(arguments).run_dir)
+    run_dir = names.absolute(parser.parse_args(arguments).run_dir)
     start.replace(
         [sys.executable, "-m", "train", run_dir],
         processes.package_environment(os.environ),

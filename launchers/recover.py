@@ -7,10 +7,10 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from launchers import processes, start
 from train import terminal
+from train.arguments import path as path_of
 from train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 from train.logs import quiet_libraries
 
@@ -83,9 +83,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0, 1 failed, 2 bad input, with nothing written.",
     )
     found.add_argument(
-        "source", type=Path, metavar="CHECKPOINT_OR_RUN", help="what the files are, they say"
+        "source", type=path_of, metavar="CHECKPOINT_OR_RUN", help="what the files are, they say"
     )
-    found.add_argument("out", type=Path, metavar="OUT", help="a directory that is not there yet")
+    found.add_argument("out", type=path_of, metavar="OUT", help="a directory that is not there yet")
     found.add_argument(
         "--step",
         type=_step,
@@ -125,12 +125,12 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--config",
-        type=Path,
+        type=path_of,
         metavar="PATH",
         help="the model's config.json or its directory, where none lies with the checkpoint",
     )
     found.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="likewise its tokenizer's directory"
+        "--tokenizer", type=path_of, metavar="PATH", help="likewise its tokenizer's directory"
     )
     found.add_argument(
         "--trust-remote-code",

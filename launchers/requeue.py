@@ -6,10 +6,10 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from train import history, terminal
+from train.arguments import path as path_of
 from train.checkpoint import layout
 
 LIMIT = 100
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the reason and return 0 where the job is to start again, which is noted, or else 1."""
     terminal.outlive()
     parser = argparse.ArgumentParser(prog="shardwright requeue", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=path_of)
     parser.add_argument("--restarts", type=int, required=True, help="how many there have been")
     parser.add_argument("--limit", type=int, default=LIMIT, help="how many there may be")
     options = parser.parse_args(argv)

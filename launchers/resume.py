@@ -14,12 +14,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from launchers import launch, machine, preflight, processes, report, resumes, submit
+from launchers import launch, machine, names, preflight, processes, report, resumes, submit
 from launchers.compose import CONF, compose, group_options
-from launchers.compose_errors import is_free_form, unreadable
+from launchers.compose_errors import is_free_form, unreadable, with_home_quoted
 from launchers.dry_run import show
 from train import config as run_config
 from train import terminal
+from train.arguments import path as path_of
 from train.checkpoint import layout, retention
 from train.config import (
     DEFAULT_MICRO_BATCH_SIZE,
@@ -55,11 +56,15 @@ _FIXED: dict[str, str | None] = {
 def main(arguments: Sequence[str]) -> int:
     """Resume from the newest whole checkpoint, or with --dry-run show how; return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
-    if options.run_dir is None or ("=" in options.run_dir and not Path(options.run_dir).is_dir()):
+    if options.run_dir is None or (
+        "=" in options.run_dir and not path_of(options.run_dir).is_dir()
+    ):
         raise UserError(
             "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
         )
-    run_dir = Path(os.path.abspath(options.run_dir))
+    run_dir = Path(names.absolute(options.run_dir))
+    options.overrides = [*map(with_home_quoted, options.overrides)]
+    options.config_dir = options.config_dir and os.path.expanduser(options.config_dir)
     before = run_config.load(run_dir)
     submit.check_no_job(run_dir)
     choices, trees = _options(options.overrides, options.config_dir)

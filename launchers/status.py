@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import report, slurm
+from launchers import names, report, slurm
 from train import config as run_config
 from train import final, owner, stop
 from train.arguments import decoded
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         if not found:
             print("no runs in runs/ and sweeps/, and none in the queue")
     else:
-        found = runs_in(Path(os.path.abspath(options.run_dir)))
+        found = runs_in(Path(names.absolute(options.run_dir)))
     if len(found) == 1:
         print(described(of(found[0]), report.terminal_width()))
     elif found:

@@ -40,20 +40,28 @@ def array_of(configs: Sequence[RunConfig]) -> Array | None:
 
 
 def new_runs(
-    configs: Sequence[RunConfig], choices: Sequence[Mapping[str, str]], here: Machine
+    configs: Sequence[RunConfig],
+    choices: Sequence[Mapping[str, str]],
+    here: Machine,
+    *,
+    is_generated: bool = False,
 ) -> int:
     """Create the directories of runs and submit them; return the exit code.
 
-    Raises UserError, and leaves nothing, where SLURM refuses.
+    A directory's name that ``is_generated`` is another one where that is taken. Raises UserError,
+    and leaves nothing, where SLURM refuses.
     """
     terminal.outlive()
     array = array_of(configs)
     if array is None and len(configs) > 1:
         return _each_by_itself(configs, choices, here)
     made: list[list[Path]] = []
+    if array is None:
+        config, directories = preflight.create_named(configs[0], is_generated=is_generated)
+        configs, made = [config], [directories]
     home = job_script.job_directory(configs[0], array)
     try:
-        for config in configs:
+        for config in configs[len(made) :]:
             made.append(preflight.create(config, Path(str(config.run_dir))))
         job = _submit(configs[0], home, array)
     except BaseException:

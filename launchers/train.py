@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -33,9 +34,15 @@ def main(arguments: Sequence[str]) -> int:
     _check(configs, here)
     if dry_run:
         return 0
-    if "slurm" in kinds:
-        return submit.new_runs(configs, [job.choices for job in jobs], here)
-    return _one_after_the_other(jobs, configs, here)
+    is_generated = all(job.is_named_here for job in jobs)
+    with contextlib.ExitStack() as stack:
+        if is_generated and any(job.number is not None for job in jobs):
+            configs = stack.enter_context(preflight.claimed_sweep(configs))
+            is_generated = False  # the runs in it are nobody else's
+        if "slurm" in kinds:
+            choices = [job.choices for job in jobs]
+            return submit.new_runs(configs, choices, here, is_generated=is_generated)
+        return _one_after_the_other(jobs, configs, here, is_generated=is_generated)
 
 
 def _check(configs: Sequence[RunConfig], here: Machine) -> None:
@@ -50,13 +57,15 @@ def _check(configs: Sequence[RunConfig], here: Machine) -> None:
         raise UserError("\n".join(problems))
 
 
-def _one_after_the_other(jobs: Sequence[Job], configs: Sequence[RunConfig], here: Machine) -> int:
+def _one_after_the_other(
+    jobs: Sequence[Job], configs: Sequence[RunConfig], here: Machine, *, is_generated: bool
+) -> int:
     """Run all, whatever comes of each, until one is told to stop; return the first bad code."""
     worst = 0
     for number, (job, config) in enumerate(zip(jobs, configs, strict=True), 1):
         is_stopped = True
         try:
-            code = launch.new_run(config, job.choices, here)
+            code = launch.new_run(config, job.choices, here, is_generated=is_generated)
             is_stopped = code == RESUMABLE or code > 128
         except UserError as error:
             if len(configs) == 1:

@@ -1,8 +1,10 @@
-"""Arguments of ranks that pass through other programs' shells on their way."""
+"""Arguments as programs get them: paths of a person, and what passed through others' shells."""
 
 from __future__ import annotations
 
 import base64
+import os
+from pathlib import Path
 
 ENCODED = "base64:"
 
@@ -17,3 +19,8 @@ def decoded(argument: str) -> str:
     if not argument.startswith(ENCODED):
         return argument
     return base64.urlsafe_b64decode(argument.removeprefix(ENCODED)).decode()
+
+
+def path(argument: str) -> Path:
+    """Return a path, `~` expanded: no shell does that behind a `=` or within quotes."""
+    return Path(os.path.expanduser(argument))

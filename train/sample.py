@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from safetensors import SafetensorError
 
 from train import exhausted, final, progress, terminal
+from train.arguments import path as path_of
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.logs import quiet_libraries
 
@@ -245,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of `shardwright sample`."""
     found = argparse.ArgumentParser(prog="shardwright sample", description=__doc__)
     found.add_argument(
-        "run_dir", type=Path, help="run directory, or a Hugging Face model directory"
+        "run_dir", type=path_of, help="run directory, or a Hugging Face model directory"
     )
     found.add_argument(
         "--prompt", action="append", required=True, help="may be given several times"

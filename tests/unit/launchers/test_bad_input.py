@@ -212,6 +212,33 @@ def test_gpu_asked_for_where_there_is_none(
     assert "torch is a CPU build" in refused(shardwright, "launcher.device=cuda")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("me@node1 slots=2\n", "hosts: line 1, 'me@node1 slots=2', names a user"),
+        ("node1 slots=0\n", "hosts: line 1, 'node1 slots=0', gives no slot"),
+        ("\ufeffnode1 slots=2\n", "hosts: line 1 begins with a byte-order mark"),
+        ("node1 slots=2\nnode2 slots=1\n", "hosts gives its hosts different numbers of slots"),
+    ],
+)
+def test_a_hostfile_is_blamed_itself(
+    shardwright: Shardwright, tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "hosts").write_text(text, encoding="utf-8")
+    said = refused(
+        *(shardwright, "launcher=deepspeed", "launcher.hostfile=hosts", "strategy=ddp"),
+        "launcher.device=cpu",
+    )
+    assert said.startswith(f"launcher.hostfile={tmp_path}/{message}")
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_name_that_no_file_system_takes(shardwright: Shardwright, dry: tuple[str, ...]) -> None:
+    outcome = shardwright("train", *dry, f"run_dir={'a' * 300}/run", "launcher.device=cpu")
+    assert outcome.code == 2
+    assert "a name of 300 bytes is longer than the 255" in outcome.err
+
+
 def test_existing_run_directory(shardwright: Shardwright, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     message = refused(shardwright, "run_dir=run", "launcher.device=cpu")
@@ -234,8 +261,10 @@ def test_run_directory_on_a_read_only_file_system(shardwright: Shardwright) -> N
 
 def test_run_directory_in_proc_cannot_be_made(shardwright: Shardwright) -> None:
     # access(2) says yes to root here, mkdir(2) says no.
-    message = refused(shardwright, "run_dir=/proc/run", "launcher.device=cpu")
-    assert "run_dir=/proc/run cannot be created" in message
+    for dry in ([], ["--dry-run"]):
+        outcome = shardwright("train", *dry, "run_dir=/proc/run", "launcher.device=cpu")
+        assert outcome.code == 2
+        assert "run_dir=/proc/run cannot be created" in outcome.err
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="permission bits do not bind root")

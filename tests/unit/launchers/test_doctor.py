@@ -110,3 +110,25 @@ def test_nodes_that_nobody_would_start_are_refused(tmp_path: Path) -> None:
     overrides = ["launcher=torchrun", "launcher.nodes=2", "launcher.head_address=node1"]
     with pytest.raises(UserError, match=r"launcher\.nodes=2 starts the ranks of this node alone"):
         doctor.asked_for(overrides, Machine(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("launcher.nproc=2", "unknown key launcher.nproc"),
+        ("launcher.nproc_per_node=0", "launcher.nproc_per_node=0: must be at least 1"),
+        ("precision=fp16", "precision.compute_dtype=fp16 needs a GPU"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_minute_of_looking(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked(*arguments: object) -> None:
+        raise AssertionError("it has looked at the machine first")
+
+    monkeypatch.setattr(doctor.health, "look", looked)
+    given = ("--directory", str(tmp_path), "launcher=torchrun", "launcher.device=cpu", override)
+    with pytest.raises(UserError) as error:
+        doctor.main(given)
+    assert message in str(error.value)
+    assert list(tmp_path.iterdir()) == []

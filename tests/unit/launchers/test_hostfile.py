@@ -35,7 +35,13 @@ def test_the_choice_is_deepspeeds_own(include: str | None, exclude: str | None) 
 @pytest.mark.parametrize(
     ("text", "include", "exclude", "message"),
     [
-        ("", None, None, "names no host"),
+        ("", None, None, "the/file names no host"),
+        ("# lab\nme@a slots=2", None, None, "the/file: line 2, 'me@a slots=2', names a user"),
+        ("me@a slots=2", None, None, "write a there, and the user into ~/.ssh/config (Host a, Us"),
+        ("\ufeffa slots=2", None, None, "the/file: line 1 begins with a byte-order mark, which De"),
+        ("a slots=1\nb slots=0", None, None, "the/file: line 2, 'b slots=0', gives no slot; wri"),
+        ("a, slots=2", None, None, "the/file: line 1, 'a, slots=2': 'a,' is neither a host's na"),
+        ("a slots=two", None, None, "the/file: line 1 is 'a slots=two'; write each as: host slo"),
         ("a slots=2\nb", None, None, "line 2 is 'b'; write each as: host slots=8"),
         ("a slots=2\na slots=4", None, None, "a stands there twice"),
         ("a slots=2", "b", None, "launcher.include=b: 'b' is not in the hostfile, which has a"),
@@ -48,11 +54,11 @@ def test_what_cannot_be_chosen_is_named(
     text: str, include: str | None, exclude: str | None, message: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        hosts(text, include, exclude)
+        hosts(text, include, exclude, "the/file")
     assert message in str(error.value)
 
 
 def test_hosts_of_different_sizes_are_refused() -> None:
     assert ranks_per_node({"a": [0, 1], "b": [2, 3]}) == 2
-    with pytest.raises(UserError, match=r"different numbers of slots \(a 2, b 1\)"):
-        ranks_per_node({"a": [0, 1], "b": [0]})
+    with pytest.raises(UserError, match=r"the/file gives .* different numbers of slots \(a 2, b 1"):
+        ranks_per_node({"a": [0, 1], "b": [0]}, "the/file")
