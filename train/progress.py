@@ -5,6 +5,7 @@ A process shows nothing unless it was told where, by `shown_on`: of a run's rank
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -61,6 +62,17 @@ def write(text: str, console: TextIO | None = None) -> None:
         with _lock:
             tqdm.write(text, file=console)
             console.flush()
+
+
+class LogLines(logging.Handler):
+    """Prints what is logged, above the bars."""
+
+    def __init__(self, console: TextIO) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write(self.format(record), self._console)
 
 
 class Phase:
@@ -165,8 +177,8 @@ class Phase:
                 desc=self._bar_name,
                 total=self.total,
                 initial=self._starts_at,
-                unit=f" {self.unit}" if self.unit not in ("", "B", "step") else self.unit,
-                unit_scale=self.unit == "B" or (self.total or 0) >= 1e6,
+                unit=f" {_plural(self.unit)}" if self.unit not in ("", "B", "step") else self.unit,
+                unit_scale=self.unit == "B" or (self.total or 1e6) >= 1e6,
                 file=self._console,
                 dynamic_ncols=True,
                 leave=self._leave,

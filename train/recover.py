@@ -92,7 +92,7 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
         chosen = choose(
             options.source,
             options.step,
-            lambda text: print(text, file=err),
+            lambda text: progress.write(text, err),
             advance,
             options.section,
         )

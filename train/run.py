@@ -87,7 +87,7 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
         trainer,
         lambda: model_card(trainer, evaluation, manifest),
         best,
-        say=lambda text: print(text, file=console),
+        say=lambda text: progress.write(text, console),
     )
     engine_of(trainer.config).clean_up(trainer.config)
     if rank.index == 0:
@@ -118,7 +118,7 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         config.objective.prompts, prepared.tokenizer, masked=config.objective.kind == "mlm"
     )
 
-    resumed = restore.newest(run_dir, rank, lambda text: print(text, file=console))
+    resumed = restore.newest(run_dir, rank, lambda text: progress.write(text, console))
     # The model comes before the arguments: while those live, transformers builds whatever it builds
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
     progress.now("building the model")
@@ -180,9 +180,9 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
             _note_restart(run_dir, restarts, resumed, rank.world_size)
         parameters = models.parameter_count(model)
         write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
-        print(f"{parameters:,} parameters, {steps:,} steps", file=console)
+        progress.write(f"{parameters:,} parameters, {steps:,} steps", console)
         if resumed is not None:
-            print(f"going on from {resumed.checkpoint.name}", file=console)
+            progress.write(f"going on from {resumed.checkpoint.name}", console)
         restore.trim_metrics(run_dir, resumed)
         try:
             model_card(trainer, {})
@@ -232,12 +232,12 @@ def _build(
 def _tell_of_origin(kept: origin.Origin, drawn_anew: list[str], console: TextIO) -> None:
     """Say, and note for the card, what of the pretrained model is not as it was."""
     if kept.refused:
-        print(generation.left_out(kept.refused, kept.name), file=console)
+        progress.write(generation.left_out(kept.refused, kept.name), console)
     if drawn_anew:
-        print(
+        progress.write(
             f"warning: {kept.name} has no weights of the head ({', '.join(drawn_anew)}): they "
             "begin from scratch",
-            file=console,
+            console,
         )
     origin.note(kept.directory, drawn_anew=drawn_anew)
 

@@ -16,8 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyte
+
 CTRL_C = b"\x03"
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]")
+_WIDEST, _LONGEST = 2000, 3000
+"""Columns and rows of the screen that is read: nothing wraps, nothing is scrolled away."""
 
 
 @dataclass
@@ -33,12 +37,11 @@ class Seen:
 
     @property
     def lines(self) -> list[str]:
-        """What each line held in the end, after all that was drawn over it."""
-        shown = []
-        for line in _CONTROL.sub("", self.text).replace("\r\n", "\n").split("\n"):
-            drawn = [part for part in line.split("\r") if part.strip()]
-            shown.append(drawn[-1].rstrip() if drawn else "")
-        return shown
+        """What stands on the screen in the end."""
+        screen = pyte.Screen(_WIDEST, _LONGEST)
+        screen.set_mode(pyte.modes.LNM)  # a pipe's newline returns the carriage, too
+        pyte.Stream(screen).feed(self.text)
+        return [line.rstrip() for line in screen.display[: max(screen.buffer) + 1]]
 
 
 def see(

@@ -79,6 +79,8 @@ def assert_pleasant(seen: Seen, code: int = 0, *, is_file: bool = False) -> None
         if count > 1
     ]
     assert not twice, (twice, seen.text)
+    # A bar's clock ends its line, or a comma or its own note follows.
+    assert not [line for line in seen.lines if re.search(r"\d\d:\d\d\](?!$|, )", line)], seen.text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import select
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import pyte
 import pytest
 
 from train import progress
@@ -183,3 +185,27 @@ def test_in_a_terminal_bars_are_drawn_and_clocks_go_on(quick: None) -> None:
     left = [x for x in drawn if x.strip()][-1]
     assert "3/30" in left, "the bar of the training stays, that of the evaluation is gone"
     screen.close()
+
+
+def test_what_is_said_while_a_bar_is_drawn_has_a_line_of_its_own(quick: None) -> None:
+    ends = os.openpty()
+    termios.tcsetwinsize(ends[1], (24, 80))
+    with os.fdopen(ends[0]), os.fdopen(ends[1], "w") as console:
+        logger = logging.Logger("said")
+        logger.addHandler(progress.LogLines(console))
+        with progress.shown_on(console), progress.phase("starting", leave=True) as outer:
+            outer.at(0, "importing libraries")
+            with progress.phase("reading", unit="character"):
+                wait_until(lambda: select.select([ends[0]], [], [], 0)[0] != [])
+                logger.warning("a document is cut")
+                progress.write("12 parameters", console)
+        assert outer.is_drawn
+        screen = pyte.Screen(80, 24)
+        stream = pyte.ByteStream(screen)
+        while select.select([ends[0]], [], [], 0)[0]:
+            stream.feed(os.read(ends[0], 2**16))
+    said, told, bar, *rest = (line.rstrip() for line in screen.display)
+    assert (said, told) == ("a document is cut", "12 parameters")
+    assert bar.startswith("starting [00:0")
+    assert bar.endswith("importing libraries")
+    assert not any(rest)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback
 
-from train import final, strategy
+from train import final, progress, strategy
 from train.checkpoint.restore import restore
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class EngineReady(TrainerCallback):
             path.write_text(json.dumps(facts, indent=2) + "\n")
             if state.global_step < state.max_steps:
                 final.set_aside(trainer.run_dir)
-            print(precision_line(facts), file=self._console)
+            progress.write(precision_line(facts), self._console)
 
 
 def precision_line(facts: dict[str, Any]) -> str:

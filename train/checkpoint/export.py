@@ -135,7 +135,7 @@ def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
             f"final/ gets the weights of {best.name}, the best by {rule.best_metric} ({value:.4f})"
         )
     if trainer.is_world_process_zero():
-        print(*passed_over, text, sep="\n", file=console)
+        progress.write("\n".join(map(str, [*passed_over, text])), console)
     is_last = best is not None and step_of(best) == trainer.state.global_step
     return None if is_last else best
 

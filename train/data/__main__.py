@@ -87,7 +87,9 @@ def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:  # it died before the line above
             return FAILED
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[progress.LogLines(sys.stderr)]
+    )
     logging.getLogger("train").setLevel(logging.INFO)
     code = _prepared(run_dir, settings)
     sys.stdout.flush()
