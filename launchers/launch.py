@@ -6,12 +6,13 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from launchers import preflight, processes, report, start
 from launchers.machine import Machine
-from train import owner, stop, terminal
+from train import owner, progress, stop, terminal
 from train.config import RunConfig
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
 from train.owner import Claim
@@ -37,12 +38,13 @@ def new_run(
         run_dir = Path(str(config.run_dir))
         environment = processes.rank_environment(config, here, os.environ)
         (claim,) = claims
-        stack.enter_context(terminal.kept_in(run_log(run_dir)))
-        print(
-            report.header(config, choices, here, environment, report.terminal_width()), flush=True
-        )
-        print(report.ignored(os.environ), end="", flush=True)
         try:
+            stack.enter_context(terminal.kept_in(run_log(run_dir)))
+            print(
+                report.header(config, choices, here, environment, report.terminal_width()),
+                flush=True,
+            )
+            print(report.ignored(os.environ), end="", flush=True)
             prepared = prepare(config, claim)
         except BaseException:
             stack.close()  # an open file would keep its directory on NFS
@@ -102,6 +104,7 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
     environment = {
         **processes.rank_environment(config, here, os.environ),
         **owner.inherited(claim),
+        progress.BEGAN: str(time.time()),
     }
     for name, text in processes.launcher_files(config, environment, here).items():
         (run_dir / name).write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +65,11 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             stop_request.heeded(run_dir) if rank.index == 0 else nullcontext(),
         ):
             # The launcher has said so; what follows are signs of life.
-            progress.begin(_starting(rank.world_size), shows_start=False)
+            progress.begin(
+                _starting(rank.world_size),
+                shows_start=False,
+                silent_seconds=time.time() - float(os.environ.get(progress.BEGAN, time.time())),
+            )
             progress.now("importing libraries")
             from train.rank import join
 
@@ -74,6 +79,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
                 from train.run import run
 
                 final = run(run_dir, rank, console)
+                progress.begin("ending the ranks", comes_again=True)
     except Diverged as error:
         logs.log.error("%s", error)
         with suppress(OSError):  # a full disk

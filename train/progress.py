@@ -23,6 +23,8 @@ BRIEF_SECONDS = 1.0
 """What comes again and again is shown where it takes longer than this."""
 REFRESH_SECONDS = 0.5
 """Between two drawings of a bar, so that its clock goes on."""
+BEGAN = "SHARDWRIGHT_BEGAN"
+"""Variable: when a launcher said that it starts ranks, in seconds of the epoch."""
 
 Item = TypeVar("Item")
 
@@ -91,6 +93,7 @@ class Phase:
         has_bar_name: bool = True,
         kind: str | None = None,
         console: TextIO | None = None,
+        silent_seconds: float = 0,
     ) -> None:
         """``total`` counts in ``unit``, "B" for bytes; so does what is `advance`d.
 
@@ -98,14 +101,15 @@ class Phase:
         once behind a pipe, and else with the first sign of life. What ``comes_again`` is shown
         where it takes a while only, and behind a pipe not more often than other signs of life,
         those of the same ``kind`` counted together.
-        ``console`` is another place than that of `shown_on`.
+        ``console`` is another place than that of `shown_on`. It began ``silent_seconds`` ago, when
+        somebody else said so.
         """
         self.name, self.total, self.unit = name, total, unit
         self.done = self._starts_at = starts_at
         self.note = ""
         """What else there is to say."""
         self._leave, self._shows_start, self._comes_again = leave, shows_start, comes_again
-        self._began = self._shown_at = time.monotonic()
+        self._began = self._shown_at = time.monotonic() - silent_seconds
         self._kind = kind or name
         self._bar_name = name if has_bar_name else None
         self._bar: tqdm | None = None
@@ -132,6 +136,12 @@ class Phase:
         self.done = done
         if note is not None:
             self.note = note
+
+    def refresh(self) -> None:
+        """Draw the bar, if there is one, without waiting for its next turn."""
+        with _lock:
+            if self._bar is not None:
+                self._draw()
 
     def had_a_line(self) -> None:
         """Count a line that somebody else has printed as a sign of life."""

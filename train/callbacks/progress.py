@@ -70,6 +70,8 @@ class Progress(TrainerCallback):
                 self._write(line)
             else:
                 self._phase.note = shown
+                if self._first_ended is not None and state.global_step == self._first_ended[0]:
+                    self._phase.refresh()
                 if isinstance(self._console, Terminal):  # a log has no bar
                     self._console.copy(line)
         if "eval_loss" in logs:
