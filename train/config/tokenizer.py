@@ -26,7 +26,8 @@ class ByteBpeTokenizer(Section):
     )
     """Beginning, padding, end, unknown, mask; they get the first ids in this order."""
     max_training_bytes: PositiveInt = 2**30
-    """Train on the first so many bytes of text."""
+    """Train on the first so many bytes of text. Each distinct word in them takes memory: about
+    0.6 MiB for each MB of source code, 10 MiB where no word comes twice."""
 
     @model_validator(mode="after")
     def _special_tokens_differ(self) -> ByteBpeTokenizer:

@@ -135,12 +135,10 @@ def check_file(path: Path, text_field: str) -> bool:
 
     Goes by its beginning: reads at most the first MiB, or the first row where that is longer.
     """
+    if os.path.isdir(path):
+        raise _is_directory(path)
     kind = _format(path)
     try:
-        if path.is_dir():
-            raise UserError(
-                f"data.paths: {path} is a directory; name its files, for example {path}/**/*.txt"
-            )
         size_bytes = path.stat().st_size
     except FileNotFoundError:
         raise UserError(
@@ -218,7 +216,15 @@ def _format(path: Path) -> str:
     return kind
 
 
+def _is_directory(path: Path) -> UserError:
+    inside = (kind for kind in FORMATS if next(path.rglob(f"*{kind}"), None))
+    example = path / "**" / f"*{next(inside, '.txt')}"
+    return UserError(f"data.paths: {path} is a directory; name its files, for example {example}")
+
+
 def _unreadable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, IsADirectoryError):
+        return _is_directory(path)
     reason = getattr(error, "strerror", None) or error
     return UserError(f"data.paths: cannot read {path} ({reason}); make it readable or leave it out")
 
@@ -450,7 +456,13 @@ def _arrow_columns(path: Path, text_field: str) -> Iterator[Any]:
     import pyarrow.ipc
 
     with pyarrow.memory_map(str(path)) as source:
-        is_file = source.read(6) == b"ARROW1"
+        magic = source.read(6)
+        is_file = magic == b"ARROW1"
+        if magic[:4] == b"FEA1":
+            raise UserError(
+                f"data.paths: {path} is Feather in its version 1, which is not read; write it anew "
+                "as version 2"
+            )
         source.seek(0)
         if is_file:
             file = pyarrow.ipc.open_file(source)

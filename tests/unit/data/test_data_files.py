@@ -131,6 +131,23 @@ def test_a_long_row_comes_in_pieces_too(tmp_path: Path, name: str) -> None:
     assert all(piece.text.endswith("\n") for piece in found[1:-1])
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.feather"])
+def test_long_rows_of_a_table_become_texts_one_at_a_time(tmp_path: Path, name: str) -> None:
+    row = "line of a row\n" * 150_000
+    # Short ones around them, so that their average is that of rows which are read many at once.
+    table = pyarrow.table({"text": ["short"] * 200 + [row] * 8 + ["short"] * 200})
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        pyarrow.feather.write_feather(table, tmp_path / name)
+    tracemalloc.start()
+    count = sum(len(piece.text) for piece in read_file(tmp_path / name, "text", by_line=False))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 400 * len("short") + 8 * len(row)
+    assert peak_bytes < 4 * len(row), "of texts: what Arrow holds is not counted"
+
+
 def test_a_long_line_comes_in_pieces_too(tmp_path: Path) -> None:
     long = "word " * 300_000
     (tmp_path / "a.txt").write_text(f"before\n{long}\n\nafter\n{long}")
@@ -177,10 +194,29 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         check_file(tmp_path / "a.txt", "text")
 
 
-def test_a_directory_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "d.txt").mkdir()
-    with pytest.raises(UserError, match=r"is a directory; name its files, for example .*/\*\*/"):
-        check_file(tmp_path / "d.txt", "text")
+@pytest.mark.parametrize("name", ["corpus", "d.txt"])
+@pytest.mark.parametrize(
+    ("inside", "example"), [("a.arrow", "arrow"), ("deep/er/b.jsonl", "jsonl"), (None, "txt")]
+)
+def test_a_directory_is_refused(
+    inside: str | None, example: str, name: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    if inside:
+        (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+        (folder / inside).touch()
+    expected = f"data.paths: {folder} is a directory; name its files, for example {folder}/**/*."
+    for look in (lambda: check_file(folder, "text"), lambda: identity(folder)):
+        with pytest.raises(UserError) as told:
+            look()
+        assert str(told.value) == expected + example
+
+
+def test_feather_in_its_first_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.feather").write_bytes(b"FEA1" + bytes(100) + b"FEA1")
+    with pytest.raises(UserError, match=r"a\.feather is Feather in its version 1, .* version 2"):
+        check_file(tmp_path / "a.feather", "text")
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.parquet.gz"])
