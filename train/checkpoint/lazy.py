@@ -252,7 +252,8 @@ def why_refused(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # It begins with the advice to allow code, which is no advice for a file of unknown origin.
     telling = (line for line in lines if "GLOBAL" in line or line.startswith("Unsupported"))
-    return next(telling, lines[0] if lines else type(error).__name__)
+    line = next(telling, lines[0] if lines else type(error).__name__)
+    return line.partition(". Please use ")[0]
 
 
 class _Ignored:
