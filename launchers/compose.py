@@ -128,6 +128,10 @@ def plain(tree: DictConfig) -> Any:
 def resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
     """Return a job's config, valid and with nothing left open."""
     config = from_tree(plain(job.tree))
+    if config.data.kind == "hub":
+        # Of new runs alone: by its name a resume finds the tokens of one that is older.
+        data = config.data.model_copy(update={"name": names.absolute_if_here(config.data.name)})
+        config = config.model_copy(update={"data": data})
     return machine.resolve(config, here, _run_dir(config, job.number, stamp))
 
 

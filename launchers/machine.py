@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import netrc
 import os
@@ -52,6 +53,11 @@ class Machine:
     interface: str | None = None
     """Through which other nodes are reached, where this machine's own name does not lead there."""
 
+    memory_bytes: int | None = None
+    """Of the host, swap included, within its control group's limit; None where it is not known."""
+    gpu_memory_bytes: int | None = None
+    """Of the largest GPU."""
+
     @property
     def gpus(self) -> int:
         return len(self.compute_capabilities)
@@ -68,6 +74,8 @@ def detect(environment: Mapping[str, str]) -> Machine:
         wandb_mode=wandb_mode(environment),
         free_port=_free_port(),
         cuda_visible_devices=environment.get("CUDA_VISIBLE_DEVICES", ""),
+        memory_bytes=_memory_bytes(),
+        gpu_memory_bytes=_gpu_memory_bytes(),
         interface=None if is_reached_by(addresses()) else default_interface(),
     )
 
@@ -116,7 +124,8 @@ def resolve(
         data["cache_dir"] = names.absolute(data["cache_dir"])
     for section in (tree["model"], tree["tokenizer"]):
         if section["kind"] == "pretrained":
-            section["name"] = _absolute_if_here(section["name"])
+            role = "model" if section is tree["model"] else "tokenizer"
+            section["name"] = names.pretrained(section["name"], role)
     model = tree["model"]
     if model["kind"] == "pretrained" and tree["strategy"]["kind"] == "zero":
         # What its buckets are derived from.
@@ -142,7 +151,7 @@ def resolve(
         by_key = "online" if machine.has_wandb_key else "offline"
         tree["tracking"]["mode"] = machine.wandb_mode or by_key
     if data["sequence_length"] == "auto":
-        positions = _positions(config.model)
+        positions = _positions(config.model, tree["model"].get("name"))
         data["sequence_length"] = min(DEFAULT_SEQUENCE_LENGTH, positions or DEFAULT_SEQUENCE_LENGTH)
     resolved = from_tree(tree)
     if tree["trainer"]["micro_batch_size"] != "auto":
@@ -164,18 +173,15 @@ def hidden_size(config_json: Mapping[str, Any]) -> int | None:
     return next((size for size in known if isinstance(size, int) and size > 0), None)
 
 
-def _positions(model: ModelConfig) -> int | None:
-    """Return the longest sample that a model takes; None where that is found out by the ranks."""
+def _positions(model: ModelConfig, name: str | None) -> int | None:
+    """Return the longest sample that a model takes; None where that is found out by the ranks.
+
+    ``name`` is what that of a pretrained one means here.
+    """
     if not isinstance(model, PretrainedModel):
         return model.max_sequence_length
-    found = names.config_json(model.name, model.revision, os.environ)
+    found = names.config_json(name or model.name, model.revision, os.environ)
     return longest_sample(found) if found else None
-
-
-def _absolute_if_here(name: str) -> str:
-    """Return the path of a directory that a name means here; a hub's name as it is."""
-    path = os.path.expanduser(name)
-    return os.path.abspath(path) if os.path.isdir(path) else name
 
 
 def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
@@ -274,6 +280,31 @@ def _gpus() -> list[tuple[str, float | None]]:
         except ValueError:
             gpus.append((uuid, None))
     return gpus
+
+
+def _gpu_memory_bytes() -> int | None:
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+        return max(int(line) for line in output.splitlines()) * 2**20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _memory_bytes() -> int | None:
+    found: list[int] = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is none
+            found.append(int(Path(path).read_text()))
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        pairs = (line.split(":") for line in lines)
+        sizes = {name: int(size.split()[0]) * 1024 for name, size in pairs}
+        swap = sizes["SwapTotal"]
+        found = [limit + swap for limit in found] + [sizes["MemTotal"] + swap]
+    return min(found, default=None)
 
 
 def addresses() -> list[str]:

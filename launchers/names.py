@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from train import final
+from train.errors import UserError
 
 
 def absolute(path: str | Path) -> str:
@@ -29,6 +33,49 @@ def free(path: Path) -> Path:
     while os.path.lexists(path):
         path = following(path)
     return path
+
+
+def absolute_if_here(name: str) -> str:
+    """Return the path of what a name means here; a hub's name as it is."""
+    return absolute(name) if os.path.isdir(os.path.expanduser(name)) or is_path(name) else name
+
+
+def is_path(name: str) -> bool:
+    """Return whether a name can only be a path: none of a hub's is like that. Pure."""
+    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
+
+
+def pretrained(name: str, role: str) -> str:
+    """Return the directory that the name of a model or a tokenizer (``role``) means here.
+
+    A run directory means its final/, or its tokenizer/; a name of the hub is returned as it is.
+    Raises UserError where there is no such directory, or it holds none of them.
+    """
+    if not os.path.isdir(os.path.expanduser(name)) and not is_path(name):
+        return name
+    path, key = Path(absolute(name)), f"{role}.name={name}"
+    own = "config.json" if role == "model" else "tokenizer_config.json"
+    if (path / "manifest.json").is_file():
+        run_dir = path.parent.parent
+        if role == "tokenizer" and (run_dir / "tokenizer").is_dir():
+            return str(run_dir / "tokenizer")
+        raise UserError(
+            f"{key} is a checkpoint, in the shards of the engine that trained it; make a model "
+            f"directory with `shardwright recover {shlex.quote(str(path))} OUT`, and give that"
+        )
+    if not (path / "config.yaml").is_file() or (path / own).is_file():
+        return str(path)
+    if role == "tokenizer" and (path / "tokenizer").is_dir():
+        return str(path / "tokenizer")
+    if (made := final.of(path)) is not None:
+        return str(made)
+    if (earlier := final.earlier(path)) is not None:
+        raise UserError(f"{key}: {final.why_earlier(path, earlier)}")
+    raise UserError(
+        f"{key} is a run that has no final/, which is written when it ends; make a model directory "
+        f"of its newest checkpoint with `shardwright recover {shlex.quote(str(path))} OUT`, and "
+        "give that"
+    )
 
 
 def config_json(

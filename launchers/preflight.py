@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from launchers import hostfile, names
+from launchers import hostfile, memory, names
 from launchers.machine import Machine, lacking
 from launchers.processes import PACKAGES, package_environment
 from train.config import (
@@ -36,7 +36,11 @@ def check(config: RunConfig, machine: Machine) -> None:
     Leaves nothing: whether its directory can be made is tried beside it.
     """
     assert config.run_dir is not None, "resolved"
-    if problems := [*_run_dir_problems(Path(config.run_dir)), *_machine_problems(config, machine)]:
+    if problems := [
+        *_run_dir_problems(Path(config.run_dir)),
+        *_missing_directories(config),
+        *_machine_problems(config, machine),
+    ]:
         raise UserError("\n".join(problems))
 
     from train.data import check_corpus
@@ -66,6 +70,7 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
         ]
     return [
         *lacking(config.launcher.device, config.launcher.ranks_per_node, config.precision, machine),
+        *memory.problems(config, machine),
         *_launcher_problems(config),
         *_missing_packages(config),
         *engine_of(config).machine_problems(config),
@@ -292,6 +297,23 @@ def _run_dir_problems(run_dir: Path) -> list[str]:
 
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _missing_directories(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each name that can only be a path, and leads nowhere."""
+    named = {"model": config.model, "tokenizer": config.tokenizer, "data": config.data}
+    for section, given in named.items():
+        name = given.name if given.kind in ("pretrained", "hub") else None
+        if name is None or not names.is_path(name):
+            continue
+        what = "the data set" if section == "data" else f"the {section}"
+        if not os.path.lexists(name):
+            yield (
+                f"{section}.name={name} does not exist; give the directory of {what}, or its name "
+                "on the hub"
+            )
+        elif not os.path.isdir(name):
+            yield f"{section}.name={name} is a file; give the directory that holds {what}"
 
 
 def _missing_packages(config: RunConfig) -> list[str]:

@@ -47,7 +47,7 @@ class TextData(DataSection):
 
     kind: Literal["text"]
     paths: Annotated[Strings, Field(min_length=1)]
-    """Files or globs; ``**`` descends."""
+    """Files, directories or globs; ``**`` descends, as a directory does."""
     weights: Floats | None = None
     """For each path, how often an epoch sees its samples (0.5: half of them); null: once."""
     text_field: str = "text"

@@ -38,18 +38,22 @@ class Text(NamedTuple):
 def is_glob(pattern: str) -> bool:
     """Whether a path is to be matched, and does not name one file outright."""
     pattern = os.path.expanduser(pattern)
-    # A name may hold a glob's characters and still be a file's.
-    return glob.has_magic(pattern) and not os.path.lexists(pattern)
+    # A name may hold a glob's characters and still be a file's; a directory stands for its files.
+    return os.path.isdir(pattern) or (glob.has_magic(pattern) and not os.path.lexists(pattern))
 
 
 def expand(pattern: str) -> list[Path]:
     """Return the files that a path or glob names, sorted; raise UserError where there is none.
 
+    A directory names those below it that are of a known format.
+
     A file that several links lead to is named once.
     """
     by_glob = is_glob(pattern)
     pattern = os.path.expanduser(pattern)
-    if not by_glob:
+    if os.path.isdir(pattern):
+        found = _below(pattern)
+    elif not by_glob:
         found = [pattern]
     else:
         matched = sorted({os.path.normpath(p) for p in _matching(pattern) if os.path.isfile(p)})
@@ -60,6 +64,38 @@ def expand(pattern: str) -> list[Path]:
                 "correct the pattern (** descends into directories)"
             )
     return [Path(p) for p in found]
+
+
+def _below(directory: str) -> list[str]:
+    if os.path.isfile(os.path.join(directory, "dataset_dict.json")):
+        raise UserError(
+            f"data.paths: {directory} holds splits that `save_to_disk` wrote; write data=hub "
+            f"data.name={directory} data.split=train"
+        )
+    matched = sorted(set(_matching(os.path.join(glob.escape(directory), "**", "*"))))
+    # Beside what datasets has saved lie the results of its own computations.
+    found = [
+        path
+        for path in matched
+        if os.path.isfile(path)
+        and is_known(Path(path))
+        and not (
+            os.path.basename(path).startswith("cache-")
+            and os.path.exists(os.path.join(os.path.dirname(path), "state.json"))
+        )
+    ]
+    if not found:
+        raise UserError(
+            f"data.paths: {directory} is a directory with no file that ends in one of "
+            f"{', '.join(FORMATS)} (text files also .gz); give another, or convert its files"
+        )
+    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
+
+
+def is_known(path: Path) -> bool:
+    """Return whether a file's name ends as one of a format that is read. Pure."""
+    kind = _format_of_any(path)
+    return kind in FORMATS and not (kind in TABLES and path.suffix == ".gz")
 
 
 def _matching(pattern: str) -> Iterator[str]:
@@ -208,7 +244,7 @@ def _format_of_any(path: Path) -> str:
 
 def _format(path: Path) -> str:
     kind = _format_of_any(path)
-    if kind not in FORMATS or (kind in TABLES and path.suffix == ".gz"):
+    if not is_known(path):
         raise UserError(
             f"data.paths: {path} does not end in one of {', '.join(FORMATS)} "
             "(text files also .gz); convert or rename it"

@@ -78,6 +78,8 @@ def _commit(data: HubData) -> str | None:
 def _load(data: HubData) -> Any:
     import datasets
 
+    if any(Path(data.name, name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _saved(data)
     try:
         return datasets.load_dataset(
             data.name,
@@ -88,6 +90,28 @@ def _load(data: HubData) -> Any:
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise _not_there(data, error) from None
+
+
+def _saved(data: HubData) -> Any:
+    """Return what `save_to_disk` wrote to a directory, which `load_dataset` does not read."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(data.name)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"data.name={data.name} cannot be read as `save_to_disk` writes it ({reason}); save it "
+            "again"
+        ) from None
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if data.split not in found:
+        raise UserError(
+            f"data.split={data.split}: {data.name} has no such split (it has: "
+            f"{', '.join(found)}); set data.split to one of them"
+        )
+    return found[data.split]
 
 
 def _not_there(data: HubData, error: Exception) -> UserError:

@@ -19,6 +19,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
+from train.config import HubData
+from train.data import hub
 from train.data.files import (
     HASHED_BYTES,
     PIECE_BYTES,
@@ -217,6 +219,38 @@ def test_feather_in_its_first_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.feather").write_bytes(b"FEA1" + bytes(100) + b"FEA1")
     with pytest.raises(UserError, match=r"a\.feather is Feather in its version 1, .* version 2"):
         check_file(tmp_path / "a.feather", "text")
+
+
+def test_a_directory_stands_for_its_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a directory with no file that ends in one of .txt, .j"):
+        check_files(str(tmp_path), "text")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.jsonl").write_text('{"text": "b"}')
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a link.txt").symlink_to("a.txt")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "README.md").write_text("no text to train on")
+    check_files(str(tmp_path), "text")
+    found = [path.name for path in expand(str(tmp_path))]
+    assert found == ["a link.txt", "b.jsonl", "empty.txt"]
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    saved.save_to_disk(tmp_path / "one")
+    (tmp_path / "one" / "cache-1.arrow").write_bytes(b"what a map has left")
+    (file,) = expand(str(tmp_path / "one"))
+    assert [row.text for row in read_file(file, "text", by_line=False)] == ["a", "b"]
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "two")
+    with pytest.raises(UserError, match=r"two holds splits .* data=hub data.name=.*two data.split"):
+        expand(str(tmp_path / "two"))
+    for name in ("one", "two"):
+        data = HubData(kind="hub", name=str(tmp_path / name))
+        assert list(hub.rows(data)) == ["a", "b"]
+        assert hub.identity(data)
+    other = HubData(kind="hub", name=str(tmp_path / "two"), split="dev")
+    with pytest.raises(UserError, match=r"data.split=dev: .* no such split \(it has: train, test"):
+        list(hub.rows(other))
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.parquet.gz"])

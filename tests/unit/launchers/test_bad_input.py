@@ -239,6 +239,19 @@ def test_a_name_that_no_file_system_takes(shardwright: Shardwright, dry: tuple[s
     assert "a name of 300 bytes is longer than the 255" in outcome.err
 
 
+@pytest.mark.parametrize("section", ["model", "tokenizer"])
+def test_a_path_that_leads_nowhere(shardwright: Shardwright, tmp_path: Path, section: str) -> None:
+    (tmp_path / "file").touch()
+    others = ["model=gpt2_tiny"] if section == "tokenizer" else ["tokenizer=byte_bpe"]
+    given = [*others, "launcher.device=cpu", f"{section}=pretrained"]
+    if section == "model":
+        given += ["tokenizer.vocab_size=300"]
+    for name, why in (("nothere", "does not exist"), ("file", "is a file")):
+        outcome = shardwright("train", "--dry-run", *given, f"{section}.name=./{name}")
+        assert outcome.code == 2
+        assert f"{section}.name={tmp_path}/{name} {why}" in outcome.err
+
+
 def test_existing_run_directory(shardwright: Shardwright, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     message = refused(shardwright, "run_dir=run", "launcher.device=cpu")

@@ -238,3 +238,29 @@ def test_a_model_and_a_tokenizer_that_lie_here_are_frozen_as_absolute_paths(
         assert names(name) == {str(tmp_path / "models" / "base")}
     # As transformers does, what is no directory here is taken for a name on the hub.
     assert names("org/base") == {"org/base"}
+
+
+def pretrained(name: str) -> tuple[str, str]:
+    section = {"kind": "pretrained", "name": name}
+    found = resolve(config(model=section, tokenizer=section), Machine(cores=2), "/runs/a")
+    return found.model.name, found.tokenizer.name  # type: ignore[union-attr]
+
+
+def test_a_run_stands_for_its_model_and_its_tokenizer(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    for file in (run / "config.yaml", checkpoint / "manifest.json"):
+        file.touch()
+    (run / "tokenizer").mkdir()
+    with pytest.raises(UserError, match=rf"model.name={run} is a run that has no final/.* recover"):
+        pretrained(str(run))
+    with pytest.raises(UserError, match=r"model.name=.*-3 is a checkpoint.* `shardwright recover "):
+        pretrained(str(checkpoint))
+    (run / "final-earlier").mkdir()
+    with pytest.raises(UserError, match=r"model.name=.*: .* was resumed after its model had been"):
+        pretrained(str(run))
+    (run / "final").mkdir()
+    assert pretrained(str(run)) == (str(run / "final"), str(run / "tokenizer"))
+    again = pretrained(str(run / "final"))
+    assert again == (str(run / "final"), str(run / "final"))

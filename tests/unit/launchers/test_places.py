@@ -64,6 +64,10 @@ def test_settings_that_are_paths_begin_at_home(home: Path, shardwright: Shardwri
     assert tree["data"]["paths"] == [f"{home}/corpus.txt"]
     assert tree["data"]["cache_dir"] == f"{home}/cache"
     assert tree["tokenizer"]["name"] == f"{home}/model"
+    saved = shardwright("train", "--dry-run", *TINY, "data=hub", "data.name=~/model")
+    assert frozen(saved.out)["data"]["name"] == f"{home}/model"
+    nowhere = shardwright("train", "--dry-run", *TINY, "data=hub", "data.name=./nothere")
+    assert "nothere does not exist; give the directory of the data set, or its" in nowhere.err
     sweep = shardwright("train", "--dry-run", "-m", "seed=1,2", "sweep_dir=~/sweep", *TINY)
     assert f"run_dir: {home}/sweep/1" in sweep.out
     disk = shardwright("train", "--dry-run", *TINY, "strategy=zero3_nvme", "strategy.nvme_path=~/d")
