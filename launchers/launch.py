@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launchers import preflight, processes, report, start
 from launchers.machine import Machine
-from train import owner, progress, stop, terminal
+from train import owner, progress, stop, stopped, terminal
 from train.config import RunConfig
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
 from train.owner import Claim
@@ -87,6 +87,9 @@ def prepare(config: RunConfig, claim: Claim | None) -> int:
         at_ctrl_c="stopping the preparation of the data",
     )
     if ended.stopped_by is not None or ended.code == RESUMABLE:
+        if claim is not None and ended.stopped_by is not None:
+            # The work may have ended before it could be told who asks, or without being told.
+            stopped.note(run_dir, start.asked_by(ended.stopped_by))
         print(report.stopped_early(run_dir, ended.stopped_by), file=sys.stderr)
         return RESUMABLE
     if ended.code in (0, BAD_INPUT):

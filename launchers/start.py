@@ -206,11 +206,14 @@ class _Request:
         """
         if self.run_dir is None:
             return
-        by = stop.by_whom(self.signals[0])
-        if by != stop.CTRL_C:
-            by += f" to the launcher on {socket.gethostname()}"
         with contextlib.suppress(OSError):  # their own node may still tell them
-            stop_request.request(self.run_dir, by, kill=kill)
+            stop_request.request(self.run_dir, asked_by(self.signals[0]), kill=kill)
+
+
+def asked_by(number: int) -> str:
+    """Return who asks a run to stop by a signal to this process."""
+    by = stop.by_whom(number)
+    return by if by == stop.CTRL_C else f"{by} to the launcher on {socket.gethostname()}"
 
 
 def _is_rank(pid: int) -> bool:
@@ -328,6 +331,12 @@ def _child_setup(parent: int, mask: set[int | signal.Signals]) -> Callable[[], N
             prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
             if os.getppid() != parent:  # it died before the line above
                 os._exit(1)
+        # A terminal sends its Ctrl-C to the child too as long as that has no session of its own.
+        # Once unblocked it would run this process's handler in the child; to ignore it drops it.
+        for number in ASKS_TO_STOP:
+            if number != STOP and callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_IGN)
+                signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask | {STOP})
 
     return set_up

@@ -8,13 +8,11 @@ import logging
 import os
 import signal
 import sys
-import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
-from train import config, exhausted, owner, progress, stop, stop_request, terminal
-from train.checkpoint import layout
+from train import config, exhausted, owner, progress, stop, stop_request, stopped, terminal
 from train.config import RunConfig
 from train.data import cache
 from train.data.prepare import prepare
@@ -66,7 +64,7 @@ def _watched(run_dir: Path, settings: RunConfig, *, heeds: bool) -> int:
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
             cache.sweep(cache.cache_root(settings.data), worker)
-            _note(run_dir, stop_request.said(run_dir) or str(stop.asked()))
+            stopped.note(run_dir, stop_request.said(run_dir) or str(stop.asked()))
             return RESUMABLE
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     if code < 0:
@@ -125,22 +123,6 @@ _SMALLER = (
 _ROOM = "make room there, or set data.cache_dir to a directory with room"
 _PR_SET_PDEATHSIG = 1
 """Linux's prctl(2)."""
-
-
-def _note(run_dir: Path, reason: str) -> None:
-    """Write down where the run has stopped: at its newest checkpoint, or before it began."""
-    whole = layout.whole_checkpoints(run_dir / "checkpoints")
-    newest = whole[-1][1] if whole else None
-    manifest = layout.read_manifest(newest) if newest else None
-    stop.Stopped(
-        step=manifest.step if manifest else 0,
-        samples=manifest.samples if manifest else 0,
-        reason=reason,
-        time=time.time(),
-        checkpoint=str(newest) if newest else None,
-        progress_steps=0,
-        while_preparing=True,
-    ).write(run_dir)
 
 
 if __name__ == "__main__":

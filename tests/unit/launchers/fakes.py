@@ -92,12 +92,16 @@ if made := os.environ.get("FAKE_MAKES"):
 """
 
 FAKE_PREPARATION = """
-import os, sys
+import os, signal, sys
 if os.environ.get("FAKE_PREPARATION") == "bad-input":
     print("error: too small for one batch", file=sys.stderr)
     sys.exit(2)
 if os.environ.get("FAKE_PREPARATION") == "crash":
     sys.exit(1)
+if os.environ.get("FAKE_PREPARATION") == "deaf":  # to all but the signal itself
+    open("preparing", "w").close()
+    signal.sigwait([signal.SIGUSR1])
+    sys.exit(75)
 """
 
 

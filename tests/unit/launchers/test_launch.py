@@ -6,12 +6,15 @@ import contextlib
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.unit.launchers.fakes import Checkout, make_checkout
+from launchers import start
+from tests.unit.launchers.fakes import ROOT, Checkout, make_checkout
 from train import stop
 
 checkout = pytest.fixture(make_checkout)
@@ -51,6 +54,54 @@ def test_crash_in_preparation_keeps_the_run_directory(checkout: Checkout) -> Non
     assert outcome.code == 1
     assert "preparing the data failed" in outcome.err
     assert (checkout.cwd / "run" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_stops_a_preparation_is_told_though_its_work_cannot_know(
+    checkout: Checkout, number: signal.Signals
+) -> None:
+    process = checkout.start(*LOCAL, "run_dir=run", FAKE_PREPARATION="deaf")
+    deadline = time.monotonic() + 60
+    while not (checkout.cwd / "preparing").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    where = stop.read(checkout.cwd / "run")
+    assert process.returncode == 75
+    assert f"stopped by {stop.by_whom(number)} while the data were being prepared" in err
+    assert where is not None
+    assert str(where) == f"stopped while preparing data by {start.asked_by(number)}"
+
+
+def test_a_key_pressed_before_anything_is_prepared_leaves_nothing(checkout: Checkout) -> None:
+    (checkout.root / "launchers" / "report.py").write_text(
+        (ROOT / "launchers" / "report.py").read_text()
+        + "\n\ndef header(*arguments):\n    raise KeyboardInterrupt\n"
+    )
+    outcome = checkout.train(*LOCAL, "run_dir=run")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "")
+    assert os.listdir(checkout.cwd) == []
+
+
+CTRL_C_BEFORE_EXEC = """
+import os, signal, sys
+from launchers import start
+
+# As a terminal does whose foreground process group the child is still a member of.
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
+ended = start.run([sys.executable, "-c", "print('worked')"], {}, at_ctrl_c="stopping")
+assert ended == start.Ended(0, None), ended
+"""
+
+
+def test_a_ctrl_c_before_the_child_has_its_own_session_is_told_once() -> None:
+    """The launcher gets it too, and it is the one that tells of it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CTRL_C_BEFORE_EXEC]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "worked\n", "")
 
 
 def test_failed_rank_is_named_with_the_end_of_its_traceback(checkout: Checkout) -> None:
