@@ -99,9 +99,10 @@ if os.environ.get("FAKE_PREPARATION") == "bad-input":
 if os.environ.get("FAKE_PREPARATION") == "crash":
     sys.exit(1)
 if os.environ.get("FAKE_PREPARATION") == "deaf":  # to all but the signal itself
+    signal.signal(signal.SIGUSR1, lambda number, frame: os._exit(75))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
     open("preparing", "w").close()
-    signal.sigwait([signal.SIGUSR1])
-    sys.exit(75)
+    signal.pause()
 """
 
 
