@@ -189,7 +189,7 @@ def _state(row: Row, *, verified: bool) -> str:
         return "not finite"
     if row.problems:
         return "not whole"
-    state = "whole, every hash checked" if verified else "whole"
+    state = "whole, hashes checked" if verified else "whole"
     if row.manifest is not None and row.manifest.parts > 1:
         state += f" (part {row.manifest.part + 1} of {row.manifest.parts})"
     return state

@@ -44,7 +44,7 @@ def new_run(
                 report.header(config, choices, here, environment, report.terminal_width()),
                 flush=True,
             )
-            print(report.ignored(os.environ), end="", flush=True)
+            print(report.ignored(os.environ, report.terminal_width()), end="", flush=True)
             prepared = prepare(config, claim)
         except BaseException:
             stack.close()  # an open file would keep its directory on NFS

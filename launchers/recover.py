@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from launchers import processes, start
-from train import terminal
+from train import progress, terminal
 from train.arguments import path as path_of
 from train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 from train.logs import quiet_libraries
@@ -40,9 +40,10 @@ def recover(arguments: Sequence[str]) -> int:
     if not asked.dry_run:
         terminal.outlive()
     try:
-        quiet_libraries()
-        from train.recover import Options
-        from train.recover import recover as run
+        with progress.phase("importing libraries", console=sys.stderr):
+            quiet_libraries()
+            from train.recover import Options
+            from train.recover import recover as run
 
         run(
             Options(

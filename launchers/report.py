@@ -109,10 +109,15 @@ def _tracking(config: RunConfig, machine: Machine) -> str:
     return f"wandb ({mode})" + (f"; {', '.join(unused)} gives way to the config" if unused else "")
 
 
-def ignored(environment: Mapping[str, str]) -> str:
-    """Return a line of the header about what a run does not take from its environment. Pure."""
+def ignored(environment: Mapping[str, str], width: int | None = None) -> str:
+    """Return lines of the header about what a run does not take from its environment. Pure.
+
+    They are at most ``width`` columns wide where a word of them fits.
+    """
     names = [*inherited.of_ranks(environment), *inherited.of_engine(environment)]
-    return f"  {'ignored':<10}{', '.join(sorted(names))}, set in the environment\n" * bool(names)
+    text = f"{', '.join(sorted(names))}, set in the environment"
+    rows = {"ignored": text} if names else {}
+    return "".join(f"{line}\n" for line in aligned(rows, 10, width))
 
 
 def other_nodes(config: RunConfig) -> str:

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
                 environment = processes.rank_environment(config, here, os.environ)
                 print(report.header(config, choices, here, environment, report.terminal_width()))
                 print(start, flush=True)
-                print(report.ignored(os.environ), end="", flush=True)
+                print(report.ignored(os.environ, report.terminal_width()), end="", flush=True)
                 print(report.other_nodes(config), end="", flush=True)
                 code = 0
                 if not (run_dir / "data.json").exists():  # stopped while they were being prepared

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -58,12 +59,33 @@ def shown_on(console: TextIO) -> Iterator[None]:
 
 
 def write(text: str, console: TextIO | None = None) -> None:
-    """Print a line above the bars, if there are any; nothing where nothing is shown."""
+    """Print a line above the bars, if there are any; nothing where nothing is shown.
+
+    In a terminal one that is too wide is broken between words.
+    """
     console = console or _console
     if console is not None:
+        if is_terminal(console):
+            columns = os.get_terminal_size(console.fileno()).columns
+            text = "\n".join(wrapped(line, columns) for line in text.split("\n"))
         with _lock:
             tqdm.write(text, file=console)
             console.flush()
+
+
+def wrapped(line: str, columns: int) -> str:
+    """Return a line in pieces that fit, or as it is where it is to be copied: a command. Pure."""
+    if len(line) <= columns or "shardwright " in line:
+        return line
+    parts = textwrap.wrap(
+        line.strip(),
+        columns,
+        initial_indent=line[: len(line) - len(line.lstrip())],
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(parts)
 
 
 class LogLines(logging.Handler):

@@ -209,3 +209,20 @@ def test_what_is_said_while_a_bar_is_drawn_has_a_line_of_its_own(quick: None) ->
     assert bar.startswith("starting [00:0")
     assert bar.endswith("importing libraries")
     assert not any(rest)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("zero2 on 2 ranks: fp32 compute", ["zero2 on 2 ranks: fp32 compute"]),
+        (
+            "zero2 on 2 ranks: fp32 compute, fp32 reduction",
+            ["zero2 on 2 ranks: fp32 compute,", "    fp32 reduction"],
+        ),
+        ("resume it: shardwright resume /tmp/run", ["resume it: shardwright resume /tmp/run"]),
+    ],
+)
+def test_a_line_that_is_too_wide_is_broken_between_words_unless_it_is_to_be_copied(
+    line: str, shown: list[str]
+) -> None:
+    assert progress.wrapped(line, 32).split("\n") == shown

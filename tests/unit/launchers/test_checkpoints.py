@@ -83,7 +83,7 @@ def test_the_table_of_a_run(shardwright: Shardwright, run_dir: Path) -> None:
 def test_verify_reads_every_hash(shardwright: Shardwright, run_dir: Path) -> None:
     outcome = shardwright("checkpoints", str(run_dir), "--verify")
     assert (outcome.code, outcome.err) == (0, "")
-    assert [row[-1] for row in table(outcome.out)[1:]] == ["whole, every hash checked"] * 4
+    assert [row[-1] for row in table(outcome.out)[1:]] == ["whole, hashes checked"] * 4
 
 
 def test_a_swapped_file_is_found_by_verify_only(shardwright: Shardwright, run_dir: Path) -> None:
@@ -136,7 +136,7 @@ def test_one_checkpoint_wherever_it_lies(
     assert outcome.code == 0
     assert table(outcome.out) == [
         ["step", "strategy", "ranks", "size", "age", "eval_loss", "state"],
-        ["15", "zero2", "2", "128 B", "3 min", "2.2500", "whole, every hash checked"],
+        ["15", "zero2", "2", "128 B", "3 min", "2.2500", "whole, hashes checked"],
     ]
 
 
