@@ -173,8 +173,15 @@ def is_setting_with_dashes(argument: str) -> bool:
     return argument.startswith("--") and (key == ROOT_GROUP or key in known_keys())
 
 
+def refuse_dashes(arguments: Sequence[str]) -> None:
+    """Raise UserError for a setting that is given as a flag, of which a parser knows no more."""
+    for argument in arguments:
+        if is_setting_with_dashes(argument):
+            raise UserError(unknown_flag_message(argument))
+
+
 def unknown_flag_message(flag: str) -> str:
-    """Say what to write in place of a flag that `train` does not have."""
+    """Say what to write in place of a flag that a command does not have."""
     name, _, value = flag.lstrip("-").partition("=")
     key = name.replace("-", "_")
     if is_setting_with_dashes(flag):

@@ -25,6 +25,7 @@ from launchers import (
     submit,
 )
 from launchers.compose import compose, plain
+from launchers.compose_errors import refuse_dashes
 from launchers.health import CLOCK_SKEW_SECONDS, Finding
 from launchers.machine import Machine
 from train import progress
@@ -45,6 +46,7 @@ _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
 
 def main(arguments: Sequence[str]) -> int:
     """Say what is wrong with this machine and, with overrides, with a launcher's ranks."""
+    refuse_dashes(arguments)
     options = _parser().parse_args(arguments)
     directory = Path(names.absolute(options.directory))
     here = machine.detect(os.environ)

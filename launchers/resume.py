@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from launchers import launch, machine, names, preflight, processes, report, resumes, submit
 from launchers.compose import CONF, compose, group_options
-from launchers.compose_errors import is_free_form, unreadable, with_home_quoted
+from launchers.compose_errors import is_free_form, refuse_dashes, unreadable, with_home_quoted
 from launchers.dry_run import show
 from train import config as run_config
 from train import terminal
@@ -55,6 +55,7 @@ _FIXED: dict[str, str | None] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Resume from the newest whole checkpoint, or with --dry-run show how; return the exit code."""
+    refuse_dashes(arguments)
     options = _parser().parse_intermixed_args(arguments)
     if options.run_dir is None or (
         "=" in options.run_dir and not path_of(options.run_dir).is_dir()

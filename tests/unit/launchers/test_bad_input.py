@@ -350,3 +350,14 @@ def test_corpus_too_small_for_one_batch(
     assert "Traceback" not in outcome.err
     assert "trainer.global_batch_size" in outcome.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [("resume", "run"), ("doctor",)])
+@pytest.mark.parametrize("flag", ["--trainer.max_steps=30", "--strategy=zero2"])
+def test_a_setting_with_dashes_is_told_by_every_command_that_takes_settings(
+    shardwright: Shardwright, command: tuple[str, ...], flag: str
+) -> None:
+    outcome = shardwright(*command, flag)
+    bare = flag.removeprefix("--")
+    assert outcome.code == 2
+    assert outcome.err == f"error: unknown flag {flag}: leave the dashes out and write {bare}\n"
