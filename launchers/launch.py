@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -104,26 +105,22 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
     ``claim`` is None where another node's launcher owns the run.
     """
     run_dir = Path(str(config.run_dir))
-    environment = {
-        **processes.rank_environment(config, here, os.environ),
-        **owner.inherited(claim),
-        progress.BEGAN: str(time.time()),
-    }
-    for name, text in processes.launcher_files(config, environment, here).items():
-        (run_dir / name).write_text(text, encoding="utf-8")
     # Launchers write their own pages about a failed rank to stderr, the ranks the terminal's lines
     # to stdout.
     log = report.TORCHRUN_LOG
     if node_rank != 0:  # the nodes share the directory, and all that join may have one rank
         log = f"torchrun-{socket.gethostname()}.log"
     quiet = run_dir / "logs" / log if config.launcher.kind != "local" else None
-    if claim is not None:
-        stop.forget(run_dir)
-        claim.hand_on()
-    here_ranks = config.launcher.ranks_per_node
-    print(f"starting {here_ranks} rank{'s' * (here_ranks > 1)}", flush=True)
+    try:
+        argv, environment = _made_ready(config, here, claim, node_rank)
+    except KeyboardInterrupt:
+        if claim is None:
+            raise
+        stopped.note(run_dir, stop.CTRL_C)
+        print(report.stopped_early(run_dir, signal.SIGINT), file=sys.stderr)
+        return RESUMABLE
     ended = start.run(
-        processes.rank_command(config, run_dir, machine=here, node_rank=node_rank),
+        argv,
         environment,
         stderr_file=quiet,
         grace_seconds=config.launcher.grace_seconds,
@@ -140,3 +137,27 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
     why = report.failure(ended.code, failures, run_dir, ended.stopped_by, log, config=config)
     print(why, file=sys.stderr)
     return report.exit_code(ended.code, failures, ended.stopped_by)
+
+
+def _made_ready(
+    config: RunConfig, here: Machine, claim: Claim | None, node_rank: int
+) -> tuple[list[str], dict[str, str]]:
+    """Write what ranks are started with, and let the first own the run; return how to start them.
+
+    Nothing of what an earlier start has left says any more where the run has stopped.
+    """
+    run_dir = Path(str(config.run_dir))
+    environment = {
+        **processes.rank_environment(config, here, os.environ),
+        **owner.inherited(claim),
+        progress.BEGAN: str(time.time()),
+    }
+    for name, text in processes.launcher_files(config, environment, here).items():
+        (run_dir / name).write_text(text, encoding="utf-8")
+    if claim is not None:
+        stop.forget(run_dir)
+        claim.hand_on()
+    here_ranks = config.launcher.ranks_per_node
+    print(f"starting {here_ranks} rank{'s' * (here_ranks > 1)}", flush=True)
+    argv = processes.rank_command(config, run_dir, machine=here, node_rank=node_rank)
+    return argv, environment

@@ -78,6 +78,8 @@ def run(
     are asked and killed through it, and what they print comes back here. ``at_ctrl_c`` is what is
     said at the first SIGINT.
     """
+    # Blocked until the child is there to be told, and before anything that takes time.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
     before = set(descendants(os.getpid()))
     shown = None
     # Launchers in between print a line or two, and end by it where nobody reads that.
@@ -90,8 +92,6 @@ def run(
         return set(descendants(os.getpid())) - before
 
     _become_subreaper()
-    # Blocked until the child is there to be told.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
     handled = [n for n in ASKS_TO_STOP if signal.getsignal(n) != signal.SIG_IGN or n == STOP]
     handlers = {number: signal.signal(number, request.note) for number in handled}
     try:

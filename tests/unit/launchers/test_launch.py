@@ -85,6 +85,45 @@ def test_a_key_pressed_before_anything_is_prepared_leaves_nothing(checkout: Chec
     assert os.listdir(checkout.cwd) == []
 
 
+def test_a_key_pressed_between_the_data_and_the_ranks_is_told(checkout: Checkout) -> None:
+    (checkout.root / "launchers" / "processes.py").write_text(
+        (ROOT / "launchers" / "processes.py").read_text()
+        + "\n\ndef launcher_files(*arguments):\n    raise KeyboardInterrupt\n"
+    )
+    outcome = checkout.train(*LOCAL, "run_dir=run")
+    where = stop.read(checkout.cwd / "run")
+    assert outcome.code == 75
+    assert "stopped by Ctrl-C while the data were being prepared" in outcome.err
+    assert where is not None
+    assert str(where) == "stopped while preparing data by Ctrl-C"
+
+
+CTRL_C_BEFORE_THE_CHILD = """
+import signal, sys
+from launchers import start
+
+below = start.descendants
+
+def pressed(pid):  # what takes time before the child is there
+    start.descendants = below
+    signal.raise_signal(signal.SIGINT)
+    return below(pid)
+
+start.descendants = pressed
+ended = start.run([sys.executable, "-c", ""], {}, at_ctrl_c="stopping")
+assert ended.stopped_by == signal.SIGINT, ended
+"""
+
+
+def test_a_ctrl_c_just_before_the_child_is_passed_on() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CTRL_C_BEFORE_THE_CHILD]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "Traceback" not in process.stderr
+    assert process.returncode == 0
+    assert "stopping; Ctrl-C again kills" in process.stderr
+
+
 CTRL_C_BEFORE_EXEC = """
 import os, signal, sys
 from launchers import start
