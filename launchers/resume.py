@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,16 +169,7 @@ def _start(before: RunConfig, after: RunConfig, checkpoint: Path | None) -> str:
         )
         if risen is not None:
             rows["rate"] = risen
-    return "\n".join(
-        textwrap.fill(
-            f"  {name:<10}{text}",
-            width=100,
-            subsequent_indent=" " * 12,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, text in rows.items()
-    )
+    return "\n".join(report.aligned(rows, 10, report.terminal_width()))
 
 
 def rise(

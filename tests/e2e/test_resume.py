@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_another_engine_and_more_steps(tmp_path: Path) -> Non
 
     listed = cli.finish(cli.start("checkpoints", "run", "--verify", cwd=tmp_path))
     assert listed.returncode == 0
-    rows = [line.split() for line in listed.stdout.splitlines() if "every hash checked" in line]
+    rows = [line.split() for line in listed.stdout.splitlines() if "hashes checked" in line]
     assert [row[:3] for row in rows] == [["4", "zero2", "2"], ["6", "fsdp", "1"]]
 
     behind = cli.finish(cli.start("resume", "run", "trainer.max_steps=3", cwd=tmp_path))
