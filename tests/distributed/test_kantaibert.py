@@ -120,6 +120,7 @@ def published(config: RunConfig, lines: list[str], run_dir: Path) -> tuple[int, 
         num_train_epochs=1,
         per_device_train_batch_size=64,
         logging_steps=EVERY_STEPS,
+        logging_first_step=True,  # as the run does, whose next mean begins behind it
         learning_rate=config.trainer.learning_rate,
         save_strategy="no",
         report_to="none",
