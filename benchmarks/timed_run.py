@@ -23,9 +23,10 @@ from train import config as run_config
 from train import data, models
 from train.config import RunConfig, accumulation_steps, samples_wanted, total_steps
 from train.data.loader import train_loader
-from train.rank import join, rank_from_environment
+from train.rank import rank_from_environment
 from train.run import assemble
 from train.strategy import replicated
+from train.strategy.group import join
 
 
 class Clock(transformers.TrainerCallback):

@@ -18,8 +18,9 @@ import transformers
 
 from train import config as run_config
 from train.checkpoint import layout
-from train.rank import Rank, join, rank_from_environment
+from train.rank import Rank, rank_from_environment
 from train.run import assemble
+from train.strategy.group import join
 from train.trainer import Trainer
 
 WAYS = ("none", "sync", "async")

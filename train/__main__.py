@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, UserError
 if TYPE_CHECKING:
     from train.config import RunConfig
     from train.identity import Rank
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -71,7 +74,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
                 silent_seconds=time.time() - float(os.environ.get(progress.BEGAN, time.time())),
             )
             progress.now("importing libraries")
-            from train.rank import join
+            from train.strategy.group import join
 
             progress.now("waiting for all ranks")
             with join(settings, rank):
@@ -81,7 +84,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
                 final = run(run_dir, rank, console)
                 progress.begin("ending the ranks", comes_again=True)
     except Diverged as error:
-        logs.log.error("%s", error)
+        logger.error("%s", error)
         with suppress(OSError):  # a full disk
             logs.note_failure(run_dir, rank.index, error)
         # The others have the same to say, and who has started the ranks tells it.
@@ -89,7 +92,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             print(f"error: {error}", file=console)
         return FAILED
     except Exception as error:
-        logs.log.exception("rank %d failed", rank.index)
+        logger.exception("rank %d failed", rank.index)
         explanation = exhausted.explained(error, settings)
         try:
             is_told = not logs.note_failure(run_dir, rank.index, error, explanation)

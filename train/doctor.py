@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 import socket
 import statistics
@@ -25,6 +26,8 @@ from train import inherited
 from train.arguments import decoded
 from train.config import RunConfig, load
 from train.errors import BAD_INPUT, FAILED, UserError
+
+logger = logging.getLogger(__name__)
 
 REPEATS = 5
 
@@ -53,7 +56,8 @@ class Measured:
 def main(argv: list[str]) -> int:
     """Run one rank; return 0, 1 where it failed, or 2 on bad input."""
     from train import logs
-    from train.rank import join, rank_from_environment
+    from train.rank import rank_from_environment
+    from train.strategy.group import join
 
     directory, report = (Path(decoded(argument)) for argument in argv)
     rank = rank_from_environment()
@@ -67,7 +71,7 @@ def main(argv: list[str]) -> int:
                 ranks = [dataclasses.asdict(measured) for measured in found]
                 report.write_text(json.dumps(ranks, indent=1))
     except Exception as error:
-        logs.log.exception("rank %d failed", rank.index)
+        logger.exception("rank %d failed", rank.index)
         logs.note_failure(directory, rank.index, error)
         return BAD_INPUT if isinstance(error, UserError) else FAILED
     return 0

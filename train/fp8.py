@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 
 from train.errors import UserError
-from train.logs import log
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
     from transformers import PreTrainedModel
 
     from train.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 MULTIPLE = 16
 """The GPU's fp8 products take dimensions that are multiples of this."""
@@ -53,7 +55,7 @@ def convert(model: PreTrainedModel, config: RunConfig) -> None:
         model, config=torchao_config(recipe), module_filter_fn=lambda layer, name: layer in layers
     )
     if not config.trainer.compile:
-        log.warning(
+        logger.warning(
             "fp8 without trainer.compile=true is slower than bf16: torchao leaves the casts to "
             "the compiler"
         )

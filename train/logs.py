@@ -18,8 +18,6 @@ from train import terminal
 if TYPE_CHECKING:
     from train.identity import Rank
 
-log = logging.getLogger("train")
-
 
 def open_rank_log(
     run_dir: Path, rank: Rank, *, nodes: int = 1, run_log: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,10 @@ from train.config import (
 from train.config.positions import usable_positions
 from train.data.tokenizer import vocabulary_size
 from train.errors import UserError
-from train.logs import log
 from train.pretrained import CannotStream, loaded_whole, loading, streamed, weight_files
 from train.weights import Values, initialized
+
+logger = logging.getLogger(__name__)
 
 ROUTER_LOGITS = "output_router_logits"
 """The argument of a forward pass by which mixture-of-experts models give their auxiliary loss."""
@@ -381,7 +383,7 @@ def _load_pretrained(
                 files = weight_files(model.name, model.revision, config)
                 built, values = streamed(build, files, seed)
             except CannotStream as reason:
-                log.warning(
+                logger.warning(
                     "model.name=%s is loaded whole on every rank, not one tensor at a time: %s",
                     model.name,
                     reason,

@@ -14,15 +14,19 @@ from transformers.pytorch_utils import Conv1D
 
 from train.config import RunConfig
 from train.errors import UserError
-from train.strategy import zero
 
 Groups = list[dict[str, Any]]
 
 
 def build(
-    config: RunConfig, model: PreTrainedModel, decayed: Collection[str]
+    config: RunConfig,
+    model: PreTrainedModel,
+    decayed: Collection[str],
+    adamw: Callable[[Groups, dict[str, Any]], torch.optim.Optimizer],
 ) -> torch.optim.Optimizer:
     """Return the optimizer of the model's parameters; those named in ``decayed`` decay.
+
+    ``adamw`` makes the engine's own of groups and settings.
 
     Raises UserError where trainer.muon_learning_rate_scale=original meets a model whose matrices
     are stored as input x output, where torchao is not installed for adamw_8bit, and where
@@ -53,12 +57,7 @@ def build(
         # autograd_cache.py): under FSDP the second run on a machine learned something else.
         torch._functorch.config.enable_autograd_cache = False
         return AdamW8bit(groups, **_adamw_settings(config))
-    if zero.has_own_adam(config):
-        moments_dtype = config.precision.moments_dtype
-        return zero.deepspeed_cpu_adam(
-            groups, moments_dtype=moments_dtype, **_adamw_settings(config)
-        )
-    return torch.optim.AdamW(groups, fused=True, **_adamw_settings(config))
+    return adamw(groups, _adamw_settings(config))
 
 
 def hidden_matrices(model: PreTrainedModel) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ from train.checkpoint.names import WRAPPERS, unwrapped
 from train.config import PretrainedModel
 from train.conversion import CannotTrace, Traced, loaded
 from train.errors import UserError
-from train.logs import log
 from train.weights import Values, drawn_at_load, emptied, initialized
+
+logger = logging.getLogger(__name__)
 
 
 class CannotStream(Exception):
@@ -204,7 +206,7 @@ def check_found(
             "to them, or choose a size of model/ to begin from scratch"
         )
     if missing:
-        log.warning("not in the checkpoint, initialised anew: %s", ", ".join(missing))
+        logger.warning("not in the checkpoint, initialised anew: %s", ", ".join(missing))
 
 
 def _shortened(files: Sequence[str]) -> str:
@@ -335,7 +337,7 @@ def _untie_what_differs(
         if torch.equal(checkpoint.whole(found[target]), checkpoint.whole(found[source])):
             continue
         untie(model, target)
-        log.warning("%s and %s differ in the checkpoint and are not tied", target, source)
+        logger.warning("%s and %s differ in the checkpoint and are not tied", target, source)
 
 
 def untie(model: PreTrainedModel, target: str) -> None:

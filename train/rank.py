@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,18 +13,29 @@ import torch
 import torch.distributed as dist
 
 from train import inherited, stop
-from train.checkpoint.background import finish_writing
 from train.config import RunConfig
 from train.distributed import leave_process_group
 from train.errors import UserError
 from train.identity import Rank as Rank
 from train.identity import rank_from_environment as rank_from_environment
 from train.logs import has_failure
-from train.strategy import engine_of
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 LAST_WRITE_SECONDS = 600
 """How long a run that has failed waits for a checkpoint that it was writing."""
+
+
+_to_finish: list[Callable[[float], object]] = []
+
+
+def before_leaving(finish: Callable[[float], object]) -> None:
+    """Have the group left only after a function that takes the seconds it may wait at most."""
+    _to_finish.append(finish)
+
+
+def _finish() -> None:
+    for finish in _to_finish:
+        finish(LAST_WRITE_SECONDS)
 
 
 def cores_of(cores: Iterable[int], local_index: int, ranks: int) -> set[int]:
@@ -35,7 +46,7 @@ def cores_of(cores: Iterable[int], local_index: int, ranks: int) -> set[int]:
 
 
 @contextmanager
-def join(config: RunConfig, rank: Rank) -> Iterator[None]:
+def member(config: RunConfig, rank: Rank) -> Iterator[None]:
     """Be a member of the process group inside the block; leave it and its threads behind after.
 
     strategy=single has no group. Raises UserError where the number of ranks is not the config's.
@@ -62,7 +73,7 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
         try:
             yield
         finally:
-            finish_writing(LAST_WRITE_SECONDS)
+            _finish()
         return
 
     if rank.world_size == 1:
@@ -80,13 +91,12 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
             device_id=torch.device("cuda", rank.local_index) if on_gpu else None,
         )
     try:
-        engine_of(config).adopt_process_group()
         yield
     except BaseException:
         stop.no_longer()
         raise
     finally:
-        finish_writing(LAST_WRITE_SECONDS)
+        _finish()
         leave_process_group()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import sys
 from pathlib import Path
@@ -17,11 +18,14 @@ from train import inherited
 from train.config import PretrainedModel, RunConfig, load
 from train.errors import BAD_INPUT, FAILED, UserError
 
+logger = logging.getLogger(__name__)
+
 
 def main(argv: list[str]) -> int:
     """Run one rank; return 0, 1 where it failed, or 2 on bad input."""
     from train import exhausted, logs, sample
-    from train.rank import join, rank_from_environment
+    from train.rank import rank_from_environment
+    from train.strategy.group import join
 
     directory = Path(argv[0])
     options = sample.parser().parse_args(argv[1:])
@@ -33,7 +37,7 @@ def main(argv: list[str]) -> int:
         with join(config, rank):
             speak(config, options, terminal if rank.index == 0 else io.StringIO())
     except Exception as error:
-        logs.log.exception("rank %d failed", rank.index)
+        logger.exception("rank %d failed", rank.index)
         why = exhausted.explained(error, remedies=("more ranks (--nproc-per-node)",))
         logs.note_failure(directory, rank.index, error, why)
         return BAD_INPUT if isinstance(error, UserError) else FAILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -384,7 +385,10 @@ class Trainer(transformers.Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
-            self.optimizer = optimizer.build(self.config, self.model, decayed)
+            engine = engine_of(self.config)
+            self.optimizer = optimizer.build(
+                self.config, self.model, decayed, functools.partial(engine.adamw, self.config)
+            )
         return self.optimizer
 
     def create_scheduler(

@@ -12,8 +12,9 @@ from unittest import mock
 from tests.distributed.jobs import fp16_allowed_on_a_cpu
 from train.config import load
 from train.errors import Diverged, UserError
-from train.rank import Rank, join, rank_from_environment
+from train.rank import Rank, rank_from_environment
 from train.run import assemble
+from train.strategy.group import join
 from train.trainer import Trainer
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from train.config import load
-from train.rank import Rank, join, rank_from_environment
+from train.rank import Rank, rank_from_environment
 from train.run import assemble, run
+from train.strategy.group import join
 from train.trainer import Trainer
 
 

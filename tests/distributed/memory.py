@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from train.config import load
-from train.rank import Rank, join, rank_from_environment
+from train.rank import Rank, rank_from_environment
 from train.run import assemble
+from train.strategy.group import join
 from train.trainer import Trainer
 
 Storages = dict[int, int]

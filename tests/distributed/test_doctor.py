@@ -12,7 +12,8 @@ import torch
 
 from train import config as run_config
 from train import doctor
-from train.rank import join, rank_from_environment
+from train.rank import rank_from_environment
+from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
 

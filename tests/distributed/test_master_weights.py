@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 from tests.strategies import STRATEGIES
 from train import models
 from train.config import load
-from train.rank import Rank, join, rank_from_environment
+from train.rank import Rank, rank_from_environment
 from train.run import assemble
 from train.strategy import engine_of
+from train.strategy.group import join
 from train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed

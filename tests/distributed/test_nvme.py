@@ -18,7 +18,8 @@ from tests.distributed.test_master_weights import masters_that_differ
 from tests.distributed.test_parity import curve
 from tests.distributed.test_resume import SAVED, STEPS, STRATEGIES, interrupted
 from train.checkpoint import portable
-from train.logs import log
+
+logger = logging.getLogger("train")
 
 pytestmark = [
     pytest.mark.distributed,
@@ -165,11 +166,11 @@ def what_is_logged(run_dir: Path) -> str:
     """Train; return what this rank's log would have."""
     text = io.StringIO()
     handler = logging.StreamHandler(text)
-    log.addHandler(handler)
+    logger.addHandler(handler)
     try:
         whole_run(run_dir)
     finally:
-        log.removeHandler(handler)
+        logger.removeHandler(handler)
     return text.getvalue()
 
 

@@ -24,8 +24,9 @@ from tests.strategies import STRATEGIES
 from train.checkpoint import layout
 from train.config import CheckpointConfig, load
 from train.distributed import gloo_worker_count, leave_process_group
-from train.rank import from_all, join, rank_from_environment
+from train.rank import from_all, rank_from_environment
 from train.run import assemble
+from train.strategy.group import join
 from train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed

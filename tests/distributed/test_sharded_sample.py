@@ -25,10 +25,11 @@ from launchers.sample import sampling_overrides
 from tests.unit.test_sample import POSITIONS, TOKENS, save
 from train import models
 from train.config import from_tree, load, to_yaml
-from train.rank import join, rank_from_environment
+from train.rank import rank_from_environment
 from train.sample import parser, show
 from train.sharded_sample import speak
 from train.strategy import engine_of
+from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
 

@@ -19,8 +19,9 @@ from transformers import (
 
 from train import data, models
 from train.config import Gpt2Model, load
-from train.rank import join, rank_from_environment
+from train.rank import rank_from_environment
 from train.strategy import engine_of
+from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
 

@@ -11,8 +11,9 @@ import torch
 
 from train import data, models
 from train.config import load
-from train.rank import join, rank_from_environment
+from train.rank import rank_from_environment
 from train.strategy import replicated, zero
+from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
 

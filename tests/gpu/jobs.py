@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from tests.distributed.jobs import trained
 from train.config import load
-from train.rank import Rank, join, rank_from_environment
+from train.rank import Rank, rank_from_environment
 from train.run import assemble
+from train.strategy.group import join
 from train.trainer import Trainer
 
 

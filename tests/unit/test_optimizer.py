@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.unit.strategy.test_misconfiguration import TREE
 from train.config import RunConfig, from_tree
 from train.errors import UserError
 from train.optimizer import MuonWithAdamW, build, hidden_matrices
+from train.strategy import engine_of
 
 
 def gpt2(tied: bool = True) -> PreTrainedModel:
@@ -54,7 +56,9 @@ def decayed(model: PreTrainedModel) -> set[str]:
 
 
 def built(model: PreTrainedModel, **trainer: Any) -> torch.optim.Optimizer:
-    return build(config(**trainer), model, decayed(model))
+    settings = config(**trainer)
+    engine = engine_of(settings)
+    return build(settings, model, decayed(model), functools.partial(engine.adamw, settings))
 
 
 def names_in(group: dict[str, Any], model: nn.Module) -> set[str]:

@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from train import rank
+
 logger = logging.getLogger(__name__)
 
 _in_flight: threading.Thread | None = None
@@ -54,3 +56,6 @@ def finish_writing(timeout_seconds: float) -> None:
         thread.join(timeout_seconds)
         if thread.is_alive():
             logger.warning("a checkpoint is still being written after %g s", timeout_seconds)
+
+
+rank.before_leaving(finish_writing)

@@ -21,7 +21,7 @@ from train.checkpoint.hashed import HashedFolder
 from train.checkpoint.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from train.trainer import Trainer
+    from train.strategy.training import Training
 
 FOLDER = "engine"
 
@@ -33,7 +33,7 @@ class DistributedState:
     what `torch.distributed.checkpoint.save` does, but that one mixes collectives with writing.
     """
 
-    def __init__(self, trainer: Trainer, *, copy: bool) -> None:
+    def __init__(self, trainer: Training, *, copy: bool) -> None:
         optimizer = trainer.torch_optimizer()
         model_state, optimizer_state = get_state_dict(trainer.model, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}

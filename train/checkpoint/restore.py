@@ -25,7 +25,7 @@ from train.strategy import engine_of, loop
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from train.trainer import Trainer
+    from train.strategy.training import Training
     from train.weights import Values
 
 TRAINER_STATE = "trainer_state.json"
@@ -168,7 +168,7 @@ def _writing(tensor: LazyTensor) -> Callable[[torch.Tensor], object]:
 # --- everything else, once the engine is built --------------------------------------------------
 
 
-def restore(trainer: Trainer, resumed: Resumed) -> None:
+def restore(trainer: Training, resumed: Resumed) -> None:
     """Bring optimizer, schedule and random numbers of a live engine to the checkpoint's step.
 
     With as many ranks as wrote the checkpoint each goes on with its own random numbers and with the
@@ -197,7 +197,7 @@ def restore(trainer: Trainer, resumed: Resumed) -> None:
         retention.retain(resumed.checkpoint.parent, trainer.config.checkpoint, newest=resumed.step)
 
 
-def _restore_schedule(trainer: Trainer, step: int) -> None:
+def _restore_schedule(trainer: Training, step: int) -> None:
     """Put the learning rates where the schedule had come to; it may be a longer one now."""
     scheduler: Any = trainer.lr_scheduler
     scheduler.last_epoch = step

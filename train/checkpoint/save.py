@@ -12,7 +12,7 @@ import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,25 +25,16 @@ from train.checkpoint.model_directory import config_texts
 from train.checkpoint.peers import Peers, SaveFailed
 from train.config import CheckpointConfig
 from train.strategy import engine_of, loop
+from train.strategy.engine import EngineState
 
 if TYPE_CHECKING:
-    from train.trainer import Trainer
+    from train.strategy.training import Training
 
 
 logger = logging.getLogger(__name__)
 
 LOSS_SCALE = "loss_scale.json"
 """In fp16: the scale that the losses had come to."""
-
-
-class EngineState(Protocol):
-    """What an engine has to write of model and optimizer; neither method is collective."""
-
-    def write(self, folder: HashedFolder) -> Any:
-        """Write this rank's files and return what `finish` wants to know. Raises OSError."""
-
-    def finish(self, folder: HashedFolder, written: list[Any]) -> None:
-        """On the first rank, add what is known only now. Raises OSError."""
 
 
 @dataclass
@@ -65,7 +56,7 @@ class Draft:
         return self.directory / f"checkpoint-{self.step}"
 
 
-def save(trainer: Trainer) -> Path:
+def save(trainer: Training) -> Path:
     """Write checkpoint-<step> of the trainer's run and return its path. Collective.
 
     Raises SaveFailed, on all ranks alike, where one of them could not write.
@@ -74,13 +65,13 @@ def save(trainer: Trainer) -> Path:
     return write(draft(trainer, peers, copy=False), peers)
 
 
-def peers_of(trainer: Trainer) -> Peers:
+def peers_of(trainer: Training) -> Peers:
     """Return the ranks of a training on a group for its checkpoints. Collective."""
     node_local = getattr(trainer.config.strategy, "node_local_checkpoints", False)
     return Peers(trainer.args.process_index, node_local=node_local)
 
 
-def draft(trainer: Trainer, peers: Peers, *, copy: bool) -> Draft:
+def draft(trainer: Training, peers: Peers, *, copy: bool) -> Draft:
     """Collect the state of a run, copied to host memory where later steps may come before its end.
 
     Collective; touches no disk. Raises Diverged where the step or the weights are not finite: none
@@ -192,7 +183,7 @@ def write(draft: Draft, peers: Peers) -> Path:
     return draft.path
 
 
-def _parameters(trainer: Trainer) -> list[dict[str, Any]]:
+def _parameters(trainer: Training) -> list[dict[str, Any]]:
     """Return name, whole shape, dtype and tied aliases of each parameter."""
     names: dict[int, list[str]] = {}
     parameters = {}
@@ -211,7 +202,7 @@ def _parameters(trainer: Trainer) -> list[dict[str, Any]]:
     ]
 
 
-def _unlogged_loss(trainer: Trainer) -> dict[str, Any]:
+def _unlogged_loss(trainer: Training) -> dict[str, Any]:
     """Return what this rank's next logged loss, a mean over steps, has of those done already."""
     return {
         "unlogged_loss": float(trainer._tr_loss),

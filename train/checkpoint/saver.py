@@ -17,7 +17,7 @@ from train.checkpoint.save import Draft, draft, peers_of, write
 from train.rank import from_all
 
 if TYPE_CHECKING:
-    from train.trainer import Trainer
+    from train.strategy.training import Training
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Saver(TrainerCallback):
     Every method is collective. A failure is known to all ranks alike: they go on or stop together.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Training) -> None:
         self._trainer = trainer
         self.in_background = trainer.config.checkpoint.asynchronous
         """Whether the next save goes on while training does."""

@@ -9,8 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from train.config.run import RunConfig
 from train.config.section import shown
+from train.config.sections import Sections
 
 # Names from transformers, accelerate, DeepSpeed and Lightning, and what to write here.
 ALIASES = {
@@ -235,7 +235,7 @@ def known_keys() -> list[str]:
             for inner in _sections_of(field.annotation):
                 yield from walk(inner, f"{prefix}{name}.")
 
-    return list(dict.fromkeys(walk(RunConfig, "")))
+    return list(dict.fromkeys(walk(Sections, "")))
 
 
 def nearest_key(key: str) -> str | None:
@@ -396,7 +396,7 @@ def _sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 _SECTIONS = {
     name: sections
-    for name, field in RunConfig.model_fields.items()
+    for name, field in Sections.model_fields.items()
     if (sections := _sections_of(field.annotation))
 }
 # The kinds of each section that is a tagged union.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from train.config.run import RunConfig
+from train.config.sections import Sections
 from train.config.trainer import TrainerConfig
 
 
@@ -30,7 +30,7 @@ BEGINNING = Progress()
 
 
 def samples_wanted(
-    config: RunConfig, samples_per_epoch: int | None, samples_of_tokens: int | None = None
+    config: Sections, samples_per_epoch: int | None, samples_of_tokens: int | None = None
 ) -> int | None:
     """Return the samples that a run trains on, from its beginning to its end. Pure.
 

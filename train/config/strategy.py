@@ -9,13 +9,25 @@ from pydantic import Field
 from train.config.section import NonNegativeInt, PositiveInt, Section
 
 
-class SingleStrategy(Section):
+class _Strategy(Section):
+    @property
+    def uses_nvme(self) -> bool:
+        """Whether anything is offloaded to a disk."""
+        return False
+
+    @property
+    def has_own_adam(self) -> bool:
+        """Whether an AdamW of DeepSpeed's updates what is offloaded."""
+        return False
+
+
+class SingleStrategy(_Strategy):
     """One rank, no process group."""
 
     kind: Literal["single"]
 
 
-class DdpStrategy(Section):
+class DdpStrategy(_Strategy):
     """Each rank holds everything; gradients are all-reduced."""
 
     kind: Literal["ddp"]
@@ -38,7 +50,7 @@ class AsyncIo(Section):
     """Overlap submitting requests with waiting for others."""
 
 
-class ZeroStrategy(Section):
+class ZeroStrategy(_Strategy):
     """DeepSpeed ZeRO. Sizes are counted in elements, as DeepSpeed counts them."""
 
     kind: Literal["zero"]
@@ -100,8 +112,16 @@ class ZeroStrategy(Section):
     extra: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed keys that have no field of their own, as in its JSON; unknown ones are refused."""
 
+    @property
+    def uses_nvme(self) -> bool:
+        return "nvme" in (self.offload_optimizer, self.offload_parameters)
 
-class FsdpStrategy(Section):
+    @property
+    def has_own_adam(self) -> bool:
+        return self.cpu_adam == "deepspeed"
+
+
+class FsdpStrategy(_Strategy):
     """PyTorch FSDP2."""
 
     kind: Literal["fsdp"]

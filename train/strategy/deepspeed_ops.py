@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import logging
 import os
 import sysconfig
 import time
 from pathlib import Path
 
-from train.logs import log
+logger = logging.getLogger(__name__)
+
 
 QUIET_SECONDS = 180
 """A build adds a file to its folder more often than this: each is one source, compiled."""
@@ -31,7 +33,7 @@ def ready_to_build(*operators: str) -> None:
         folder = _build_directory(operator)
         _wait_for(folder / "lock")
         if not (folder / f"{operator}.so").exists():
-            log.warning("DeepSpeed compiles its operator %s, once: this takes minutes", operator)
+            logger.warning("DeepSpeed compiles its operator %s, once: this takes minutes", operator)
 
 
 def is_abandoned(lock: Path) -> bool:
@@ -69,11 +71,11 @@ def _wait_for(lock: Path) -> None:
         with open(lock.parent / _CHECK, "a") as check:
             fcntl.lockf(check, fcntl.LOCK_EX)
             if is_abandoned(lock):
-                log.warning("%s was left by a build that was killed: removed", lock)
+                logger.warning("%s was left by a build that was killed: removed", lock)
                 lock.unlink()
                 return
         if not said:
-            log.warning("waiting for the build that holds %s", lock)
+            logger.warning("waiting for the build that holds %s", lock)
             said = True
         time.sleep(0.5)
 

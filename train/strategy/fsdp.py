@@ -22,55 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.checkpoint.lazy import LazyTensor, PortableState
-    from train.checkpoint.save import EngineState
-    from train.trainer import Trainer
+    from train.strategy.engine import EngineState
+    from train.strategy.training import Training
     from train.weights import Values
 
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    strategy = config.strategy
-    assert isinstance(strategy, FsdpStrategy)
-    if world_size is not None and world_size % strategy.replicas:
-        yield (
-            f"strategy.replicas={strategy.replicas} does not divide the {world_size} rank(s) into "
-            "equal shards; choose a divisor"
-        )
-    elif world_size is not None and 1 < strategy.replicas == world_size:
-        yield (
-            f"strategy.replicas={strategy.replicas} on {world_size} rank(s) shards nothing; "
-            "choose fewer replicas, or strategy=ddp"
-        )
-    if strategy.block_class is not None and strategy.wrap != "transformer":
-        yield (
-            f"strategy.block_class={strategy.block_class} is read under strategy.wrap=transformer "
-            f"only, but it is {strategy.wrap}; set strategy.wrap=transformer or block_class=null"
-        )
-    optimizer = config.trainer.optimizer
-    if optimizer == "adafactor":
-        # torch 2.13's takes the norm of each column in place, which a sharded tensor cannot.
-        yield (
-            "trainer.optimizer=adafactor does not work on the sharded tensors of strategy=fsdp; "
-            "choose strategy=ddp or zero0, or trainer.optimizer=adamw or muon"
-        )
-    if optimizer in ("muon", "adamw_8bit") and strategy.offload:
-        yield (
-            f"trainer.optimizer={optimizer} with strategy.offload=true would do its arithmetic, "
-            "which is made for GPUs, on the CPU; set strategy.offload=false, or "
-            "trainer.optimizer=adamw"
-        )
-    if optimizer == "adamw_8bit" and config.precision.master_dtype != "fp32":
-        # torchao 0.18 casts its moments by an operation that they do not have as DTensors.
-        yield (
-            "trainer.optimizer=adamw_8bit under strategy=fsdp needs precision.master_dtype=fp32, "
-            f"but it is {config.precision.master_dtype}; choose precision=bf16 or strategy=ddp"
-        )
-    if strategy.wrap == "none" and not strategy.reshard_after_forward:
-        yield (
-            "strategy.wrap=none makes the model one unit, which is kept gathered between forward "
-            "and backward anyway; leave strategy.reshard_after_forward=true or choose another wrap"
-        )
 
 
 def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -279,7 +235,15 @@ def adopt_process_group() -> None:
     pass
 
 
-def complete(trainer: Trainer) -> None:
+def adamw(
+    config: RunConfig, groups: list[dict[str, Any]], settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    import torch
+
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def complete(trainer: Training) -> None:
     if trainer.accelerator.scaler is None:
         trainer.gate.guard(trainer.innermost_optimizer())
 
@@ -306,7 +270,7 @@ def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
     return facts
 
 
-def read_back(trainer: Trainer) -> dict[str, Any]:
+def read_back(trainer: Training) -> dict[str, Any]:
     import torch.distributed as dist
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
     from torch.distributed.tensor import DTensor
@@ -357,7 +321,7 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
+def restore_optimizer(trainer: Training, state: PortableState) -> None:
     from train.checkpoint.moments import check_names, entries
 
     optimizer = trainer.torch_optimizer()
@@ -390,7 +354,7 @@ def _sharded_as(parameter: DTensor, tensor: LazyTensor, dtype: torch.dtype) -> D
     )
 
 
-def after_evaluation(trainer: Trainer) -> None:
+def after_evaluation(trainer: Training) -> None:
     """Shard the parameters again: without resharding after forward only a backward does it."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -399,7 +363,7 @@ def after_evaluation(trainer: Trainer) -> None:
             module.reshard()
 
 
-def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None]]:
+def full_parameters(trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
     import torch
     from torch.distributed.tensor import DTensor
 
@@ -409,7 +373,7 @@ def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None
         yield name, whole if trainer.is_world_process_zero() else None
 
 
-def local_weights(trainer: Trainer) -> Iterator[torch.Tensor]:
+def local_weights(trainer: Training) -> Iterator[torch.Tensor]:
     from torch.distributed.tensor import DTensor
 
     for parameter in trainer.model.parameters():
@@ -425,7 +389,7 @@ def clean_up(config: RunConfig) -> None:
     pass
 
 
-def save_state(trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
+def save_state(trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
     from train.checkpoint.dcp import DistributedState
 
     return DistributedState(trainer, copy=copy)

@@ -6,14 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, Schedule, accumulation_steps
-from train.strategy import zero
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
 
-    from train.trainer import Trainer
+    from train.strategy.training import Training
 
 SMALLEST_LOSS_SCALE = 1.0
 """Below it losses would be made smaller, when it is there to keep gradients from vanishing."""
@@ -44,7 +43,7 @@ def expected(config: RunConfig, world_size: int, schedule: Schedule) -> dict[str
     }
 
 
-def read_back(trainer: Trainer) -> dict[str, Any]:
+def read_back(trainer: Training) -> dict[str, Any]:
     """Return facts read off the live loop."""
     import torch
 
@@ -109,7 +108,10 @@ def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
         "learning_rate_scale": trainer.muon_learning_rate_scale,
     }
     named = {
-        "adamw": ("DeepSpeedCPUAdam" if zero.has_own_adam(config) else "AdamW", {"adamw": adamw}),
+        "adamw": (
+            "DeepSpeedCPUAdam" if config.strategy.has_own_adam else "AdamW",
+            {"adamw": adamw},
+        ),
         "adamw_8bit": ("AdamW8bit", {"adamw": adamw}),
         "adafactor": ("Adafactor", {"adafactor": adafactor}),
         "muon": ("MuonWithAdamW", {"muon": muon, "adamw": adamw}),
@@ -119,7 +121,7 @@ def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
     return {"class": class_name, "weight_decays": decays, "algorithms": algorithms}
 
 
-def _optimizer(trainer: Trainer) -> dict[str, Any]:
+def _optimizer(trainer: Training) -> dict[str, Any]:
     groups = trainer.torch_optimizer().param_groups
     class_name = type(trainer.innermost_optimizer()).__name__
     only = "adafactor" if class_name == "Adafactor" else "adamw"
@@ -168,7 +170,7 @@ def _blocks_run_as(config: RunConfig) -> dict[str, Any]:
     return facts
 
 
-def _how_blocks_run(trainer: Trainer) -> dict[str, Any]:
+def _how_blocks_run(trainer: Training) -> dict[str, Any]:
     """Return by which attention it runs, and which of its modules torch.compile has got hold of."""
     # `Module.compile` leaves this; `torch.compile` wraps, as accelerate does of its own accord.
     compiled = {
@@ -256,7 +258,7 @@ def loss_scaling(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
     }
 
 
-def loss_scale_state(trainer: Trainer) -> dict[str, float]:
+def loss_scale_state(trainer: Training) -> dict[str, float]:
     """Return the loss scale and for how many steps it has stood; nothing where none is scaled."""
     if trainer.config.precision.compute_dtype != "fp16":
         return {}
@@ -267,7 +269,7 @@ def loss_scale_state(trainer: Trainer) -> dict[str, float]:
     return {"scale": float(own.cur_scale), "stable_steps": own.cur_iter - own.last_overflow_iter}
 
 
-def loss_scale_is_exhausted(trainer: Trainer) -> Any:
+def loss_scale_is_exhausted(trainer: Training) -> Any:
     """Return whether one more overflow leaves no smaller loss scale; None where none is scaled.
 
     To be asked before torch's scaler is updated by a step, and after DeepSpeed's is.
@@ -281,7 +283,7 @@ def loss_scale_is_exhausted(trainer: Trainer) -> Any:
     return own.cur_scale <= max(SMALLEST_LOSS_SCALE, smallest)
 
 
-def restore_loss_scale(trainer: Trainer, state: dict[str, float]) -> None:
+def restore_loss_scale(trainer: Training, state: dict[str, float]) -> None:
     """Let the loss scale go on from what `loss_scale_state` returned."""
     if not state or trainer.config.precision.compute_dtype != "fp16":
         return
@@ -297,13 +299,13 @@ def restore_loss_scale(trainer: Trainer, state: dict[str, float]) -> None:
     own.cur_iter, own.last_overflow_iter = stable - 1, -1
 
 
-def _deepspeeds_scaler(trainer: Trainer) -> Any:
+def _deepspeeds_scaler(trainer: Training) -> Any:
     # Stage 0 keeps it in a class of its own (deepspeed 0.19 runtime/fp16/unfused_optimizer.py).
     optimizer = trainer.model_wrapped.optimizer
     return getattr(optimizer, "loss_scale_config", None) or optimizer.loss_scaler
 
 
-def _live_schedule(trainer: Trainer) -> Schedule:
+def _live_schedule(trainer: Training) -> Schedule:
     scheduler: Any = trainer.lr_scheduler
     found: Schedule = scheduler.lr_lambdas[0]
     return found

@@ -18,11 +18,6 @@ from train.errors import UserError
 _PROGRAM = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
 
 
-def in_use(strategy: ZeroStrategy) -> bool:
-    """Whether anything is offloaded to a disk."""
-    return "nvme" in (strategy.offload_optimizer, strategy.offload_parameters)
-
-
 def directory(config: RunConfig) -> Path | None:
     """Return the run's own folder below strategy.nvme_path, or None where nothing goes there. Pure.
 
@@ -30,7 +25,7 @@ def directory(config: RunConfig) -> Path | None:
     """
     strategy = config.strategy
     assert isinstance(strategy, ZeroStrategy)
-    if not in_use(strategy) or strategy.nvme_path is None:
+    if not strategy.uses_nvme or strategy.nvme_path is None:
         return None
     digest = hashlib.blake2b((config.run_dir or "").encode(), digest_size=4).hexdigest()
     return Path(strategy.nvme_path) / f"{config.name}-{digest}"
@@ -38,7 +33,7 @@ def directory(config: RunConfig) -> Path | None:
 
 def problems(strategy: ZeroStrategy) -> Iterator[str]:
     """Yield a message for each thing that this machine lacks; creates nothing."""
-    if not in_use(strategy) or strategy.nvme_path is None:
+    if not strategy.uses_nvme or strategy.nvme_path is None:
         return
     path = Path(strategy.nvme_path)
     if not path.is_dir():

@@ -13,24 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.checkpoint.lazy import PortableState
-    from train.checkpoint.save import EngineState
-    from train.trainer import Trainer
+    from train.strategy.engine import EngineState
+    from train.strategy.training import Training
     from train.weights import Values
-
-
-def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    if config.strategy.kind == "single" and world_size not in (1, None):
-        yield (
-            f"strategy=single runs one rank, but launcher.nproc_per_node={world_size}; "
-            "choose strategy=ddp or launcher.nproc_per_node=1"
-        )
-    precision = config.precision
-    compresses = precision.reduce_dtype == "bf16" and precision.master_dtype == "fp32"
-    if config.strategy.kind == "ddp" and compresses and config.launcher.device == "cpu":
-        yield (
-            "precision.reduce_dtype=bf16 under strategy=ddp needs NCCL, but launcher.device=cpu; "
-            "set precision.reduce_dtype=fp32"
-        )
 
 
 def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -73,7 +58,15 @@ def adopt_process_group() -> None:
     pass
 
 
-def complete(trainer: Trainer) -> None:
+def adamw(
+    config: RunConfig, groups: list[dict[str, Any]], settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    import torch
+
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def complete(trainer: Training) -> None:
     """Reduce fp32 gradients in bf16 where that is asked for; pure bf16 does so by itself.
 
     Where losses are scaled, torch's GradScaler skips steps that overflow.
@@ -103,7 +96,7 @@ def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
     return facts
 
 
-def read_back(trainer: Trainer) -> dict[str, Any]:
+def read_back(trainer: Training) -> dict[str, Any]:
     from torch.nn.parallel import DistributedDataParallel
 
     from train.strategy import loop
@@ -132,7 +125,7 @@ def read_back(trainer: Trainer) -> dict[str, Any]:
     return {**facts, **loop.loss_scaling(trainer.accelerator.scaler)}
 
 
-def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
+def restore_optimizer(trainer: Training, state: PortableState) -> None:
     from train.checkpoint.moments import check_names, restore_whole
 
     parameters = dict(trainer.model.named_parameters())
@@ -140,11 +133,11 @@ def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
     restore_whole(trainer.torch_optimizer(), state, parameters)
 
 
-def after_evaluation(trainer: Trainer) -> None:
+def after_evaluation(trainer: Training) -> None:
     pass
 
 
-def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None]]:
+def full_parameters(trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
     import torch
 
     for name, parameter in trainer.model.named_parameters():
@@ -152,7 +145,7 @@ def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None
         yield name, whole if trainer.is_world_process_zero() else None
 
 
-def local_weights(trainer: Trainer) -> Iterator[torch.Tensor]:
+def local_weights(trainer: Training) -> Iterator[torch.Tensor]:
     return trainer.model.parameters()
 
 
@@ -164,7 +157,7 @@ def clean_up(config: RunConfig) -> None:
     pass
 
 
-def save_state(trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
+def save_state(trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
     from train.checkpoint.dcp import DistributedState
 
     return DistributedState(trainer, copy=copy)

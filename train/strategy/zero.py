@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, ZeroStrategy, accumulation_steps
 from train.errors import UserError
-from train.strategy import deepspeed_keys, nvme
+from train.strategy import nvme
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -19,126 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.checkpoint.lazy import PortableState
-    from train.checkpoint.save import EngineState
-    from train.trainer import Trainer
+    from train.strategy.engine import EngineState
+    from train.strategy.training import Training
     from train.weights import Values
 
-
-# Why an optimizer cannot work on flat partitions of whole groups, and where it can.
-_WHOLE_TENSORS = {
-    "adafactor": ("factors each matrix into rows and columns", "ddp or zero0"),
-    "muon": ("makes each matrix orthogonal", "fsdp, ddp or zero0"),
-    "adamw_8bit": ("quantises each tensor in whole blocks", "fsdp, ddp or zero0"),
-}
-
-
-def contradictions(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    strategy, precision = config.strategy, config.precision
-    assert isinstance(strategy, ZeroStrategy)
-    stage, adam, parameters = (
-        strategy.stage,
-        strategy.offload_optimizer,
-        strategy.offload_parameters,
-    )
-
-    if stage == 0 and adam != "none":
-        yield (
-            f"strategy.offload_optimizer={adam} needs a stage that shards the optimizer, but "
-            "strategy.stage=0; choose strategy=zero2_offload, or strategy.offload_optimizer=none"
-        )
-    for name, device in (("offload_optimizer", adam), ("offload_parameters", parameters)):
-        if device == "nvme" and stage != 3:
-            yield (
-                f"strategy.{name}=nvme needs strategy.stage=3, but it is {stage}; "
-                f"choose strategy=zero3_nvme, or strategy.{name}=cpu"
-            )
-    if parameters == "cpu" and stage != 3:
-        yield (
-            f"strategy.offload_parameters=cpu needs strategy.stage=3, but it is {stage}; "
-            "choose strategy=zero3_offload, or strategy.offload_parameters=none"
-        )
-    if parameters != "none" and adam == "none":
-        yield (
-            f"strategy.offload_parameters={parameters} without strategy.offload_optimizer keeps "
-            "the larger part on the GPU; offload the optimizer too (cpu or nvme)"
-        )
-    if nvme.in_use(strategy) and strategy.nvme_path is None:
-        yield "strategy.nvme_path is not set, but nvme is asked for; name a folder on a fast disk"
-    if strategy.nvme_path is not None and not nvme.in_use(strategy):
-        yield (
-            f"strategy.nvme_path={strategy.nvme_path} is given, but nothing is offloaded to nvme; "
-            "choose strategy=zero3_nvme, or set it to null"
-        )
-    for name, wanted in (
-        ("hierarchical_partition_ranks", strategy.hierarchical_partition_ranks > 1),
-        ("quantized_weights", strategy.quantized_weights),
-        ("quantized_gradients", strategy.quantized_gradients),
-        ("gather_16bit_weights_on_save", strategy.gather_16bit_weights_on_save),
-    ):
-        if wanted and stage != 3:
-            yield (
-                f"strategy.{name}={getattr(strategy, name)} needs strategy.stage=3, but it is "
-                f"{stage}; choose strategy=zero3 or leave it out"
-            )
-    if strategy.round_robin_gradients and stage not in (1, 2):
-        yield (
-            f"strategy.round_robin_gradients=true needs strategy.stage=1 or 2, but it is {stage}; "
-            "set it to false"
-        )
-    ranks = strategy.hierarchical_partition_ranks
-    if world_size is not None and world_size % ranks:
-        yield (
-            f"strategy.hierarchical_partition_ranks={ranks} does not divide the {world_size} "
-            "rank(s); choose a divisor"
-        )
-    for name in ("quantized_weights", "quantized_gradients"):
-        if getattr(strategy, name) and config.launcher.device == "cpu":
-            yield (
-                f"strategy.{name}=true needs DeepSpeed's GPU kernels, but launcher.device=cpu; "
-                "set it to false"
-            )
-    if precision.master_dtype == "bf16" and stage == 0:
-        yield (
-            "precision.master_dtype=bf16 under ZeRO needs strategy.stage=1, 2 or 3, but it is 0; "
-            "choose another stage or precision=bf16"
-        )
-    if precision.master_dtype == "bf16" and adam != "none" and strategy.cpu_adam == "torch":
-        yield (
-            f"precision.master_dtype=bf16 with strategy.offload_optimizer={adam} needs DeepSpeed's "
-            "own Adam; set strategy.cpu_adam=deepspeed, or precision=bf16"
-        )
-    if strategy.cpu_adam == "deepspeed" and adam == "none":
-        yield (
-            "strategy.cpu_adam=deepspeed needs an optimizer in host memory, but "
-            "strategy.offload_optimizer=none; choose strategy=zero2_offload or zero3_offload, or "
-            "strategy.cpu_adam=torch"
-        )
-    if strategy.cpu_adam == "deepspeed" and config.trainer.optimizer != "adamw":
-        yield (
-            "strategy.cpu_adam=deepspeed is an AdamW, but trainer.optimizer="
-            f"{config.trainer.optimizer}; set strategy.cpu_adam=torch or trainer.optimizer=adamw"
-        )
-    optimizer = config.trainer.optimizer
-    if stage > 0 and optimizer != "adamw":
-        need, others = _WHOLE_TENSORS[optimizer]
-        yield (
-            f"trainer.optimizer={optimizer} {need}, but strategy.stage={stage} flattens the "
-            f"parameters into one-dimensional partitions; choose strategy={others}, or "
-            "trainer.optimizer=adamw"
-        )
-    if precision.fp8_recipe is not None and stage == 3:
-        yield (
-            f"precision.fp8_recipe={precision.fp8_recipe} under strategy.stage=3 would keep every "
-            "gathered weight until the backward pass; choose strategy=fsdp or zero2, or "
-            "precision=bf16"
-        )
-    if config.checkpoint.asynchronous and adam == "nvme":
-        yield (
-            "checkpoint.async=true copies the state to host memory before it is written, but "
-            "strategy.offload_optimizer=nvme keeps it on a disk for want of that; set "
-            "checkpoint.async=false"
-        )
-    yield from deepspeed_keys.problems(strategy.extra)
+logger = logging.getLogger(__name__)
 
 
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -187,7 +73,7 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         # Its own progress lines would repeat ours.
         "steps_per_print": 2**31 - 1,
     }
-    if nvme.in_use(strategy):
+    if strategy.uses_nvme:
         aio = strategy.aio
         values["aio"] = {
             "block_size": aio.block_size_bytes,
@@ -294,7 +180,7 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     from train.weights import Owners, in_turn, materialize
 
     assert isinstance(config.strategy, ZeroStrategy)
-    if nvme.in_use(config.strategy):
+    if config.strategy.uses_nvme:
         from train.strategy.deepspeed_ops import ready_to_build
 
         elements = {name: p.numel() for name, p in model.named_parameters()}
@@ -342,9 +228,15 @@ def adopt_process_group() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def has_own_adam(config: RunConfig) -> bool:
-    """Return whether DeepSpeed's own AdamW is to update what is offloaded. Pure."""
-    return isinstance(config.strategy, ZeroStrategy) and config.strategy.cpu_adam == "deepspeed"
+def adamw(
+    config: RunConfig, groups: list[dict[str, Any]], settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    import torch
+
+    if config.strategy.has_own_adam:
+        moments_dtype = config.precision.moments_dtype
+        return deepspeed_cpu_adam(groups, moments_dtype=moments_dtype, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def deepspeed_cpu_adam(
@@ -371,7 +263,7 @@ def deepspeed_cpu_adam(
         ) from error
 
 
-def complete(trainer: Trainer) -> None:
+def complete(trainer: Training) -> None:
     """Mend what deepspeed 0.19 gets wrong.
 
     With round_robin_gradients it links parameters to the masters of others. In bf16 and fp16 it
@@ -382,7 +274,6 @@ def complete(trainer: Trainer) -> None:
     """
     from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-    from train.logs import log
     from train.strategy import swapped
 
     engine = trainer.model_wrapped
@@ -392,7 +283,7 @@ def complete(trainer: Trainer) -> None:
     if getattr(engine.optimizer, "swap_optimizer", False) and not swapped.elements(
         engine.optimizer
     ):
-        log.warning(
+        logger.warning(
             "strategy.offload_optimizer=nvme puts nothing on the disk: what is smaller than a MiB, "
             "or strategy.aio.block_size_bytes, stays in memory, and all parts of this model are"
         )
@@ -439,7 +330,7 @@ def _link_masters(zero: Any) -> None:
         zero.bit16_groups = plain
 
 
-def _start_from_fp32(trainer: Trainer) -> None:
+def _start_from_fp32(trainer: Training) -> None:
     """Give the master weights their values unrounded, one parameter at a time, on every rank."""
     from train.strategy import swapped
     from train.weights import in_turn
@@ -495,7 +386,7 @@ def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
     return facts
 
 
-def read_back(trainer: Trainer) -> dict[str, Any]:
+def read_back(trainer: Training) -> dict[str, Any]:
     import deepspeed
 
     from train.strategy import loop, swapped
@@ -566,7 +457,7 @@ def loss_scaling(optimizer: Any) -> dict[str, Any]:
     return {"initial_loss_scale": float(scale), "loss_scale_growth_steps": window}
 
 
-def restore_optimizer(trainer: Trainer, state: PortableState) -> None:
+def restore_optimizer(trainer: Training, state: PortableState) -> None:
     from train.checkpoint.moments import check_names, restore_flat, restore_whole
     from train.strategy import swapped
 
@@ -619,11 +510,11 @@ def _flat_partitions(
         yield flat, pieces
 
 
-def after_evaluation(trainer: Trainer) -> None:
+def after_evaluation(trainer: Training) -> None:
     pass
 
 
-def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None]]:
+def full_parameters(trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
     import torch
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -637,7 +528,7 @@ def full_parameters(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None
         yield name, whole if trainer.is_world_process_zero() else None
 
 
-def local_weights(trainer: Trainer) -> Iterator[torch.Tensor]:
+def local_weights(trainer: Training) -> Iterator[torch.Tensor]:
     from train.strategy import swapped
 
     engine = trainer.model_wrapped
@@ -682,7 +573,7 @@ def release() -> None:
     unset_hf_deepspeed_config()
 
 
-def save_state(trainer: Trainer, *, is_first: bool, copy: bool) -> EngineState:
+def save_state(trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
     from train.checkpoint.deepspeed_files import DeepSpeedState
     from train.checkpoint.read_zero_0 import PARAMETER_ORDER
 

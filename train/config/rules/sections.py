@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from train.config.launcher import LocalLauncher
 from train.config.model import LlamaModel, ScratchModel
+from train.config.rules import fsdp, replicated, zero
+from train.config.sections import Sections
 from train.config.trainer import accumulation_steps, largest_micro_batch
 from train.errors import UserError
 
-if TYPE_CHECKING:
-    from train.config.run import RunConfig
 
-
-def contradictions(config: RunConfig) -> Iterator[str]:
+def contradictions(config: Sections) -> Iterator[str]:
     """Yield a message for each pair of values that cannot both be meant."""
     model, objective, data = config.model, config.objective, config.data
 
@@ -104,13 +102,11 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         )
     yield from _fp8_contradictions(config)
 
-    # The engines know what they can do; they import this module, hence here and not above.
-    from train.strategy import engine_of
-
+    engines = {"single": replicated, "ddp": replicated, "zero": zero, "fsdp": fsdp}
     launcher = config.launcher
     known = isinstance(launcher, LocalLauncher) or launcher.nproc_per_node != "auto"
     for world_size in launcher.world_sizes if known else (None,):
-        yield from engine_of(config).contradictions(config, world_size)
+        yield from engines[config.strategy.kind].contradictions(config, world_size)
         if world_size is not None:
             try:
                 if config.trainer.micro_batch_size == "auto":
@@ -121,7 +117,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
                 yield str(error)
 
 
-def _checkpoint_contradictions(config: RunConfig) -> Iterator[str]:
+def _checkpoint_contradictions(config: Sections) -> Iterator[str]:
     trainer, checkpoint = config.trainer, config.checkpoint
     save_every, eval_every = trainer.save_every_steps, trainer.eval_every_steps
     keep_every, patience = checkpoint.keep_every_steps, trainer.early_stopping_patience
@@ -193,7 +189,7 @@ def _checkpoint_contradictions(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _fp8_contradictions(config: RunConfig) -> Iterator[str]:
+def _fp8_contradictions(config: Sections) -> Iterator[str]:
     recipe = config.precision.fp8_recipe
     if recipe is None:
         return

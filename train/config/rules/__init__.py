@@ -1,0 +1,1 @@
+"""What no two settings of a run may say together."""

@@ -1,0 +1,43 @@
+"""All sections of a run together, before it is known that they agree."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from train.config.checkpoint import CheckpointConfig
+from train.config.data import DataConfig
+from train.config.launcher import LauncherConfig
+from train.config.model import ModelConfig
+from train.config.objective import ObjectiveConfig
+from train.config.precision import PrecisionConfig
+from train.config.section import Section
+from train.config.strategy import StrategyConfig
+from train.config.tokenizer import TokenizerConfig
+from train.config.tracking import TrackingConfig
+from train.config.trainer import TrainerConfig
+
+
+class Sections(Section):
+    """Every setting of a run; `RunConfig` is one whose sections agree."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Names the run directory and the run in the tracker."""
+    run_dir: str | None = None
+    """Directory to create for the run; null is runs/<name>-<time>."""
+    sweep_dir: str | None = None
+    """With -m: the directory that holds one run directory for each job."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes initial weights, data order, masking and dropout."""
+
+    model: ModelConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    strategy: StrategyConfig
+    precision: PrecisionConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig
+    launcher: LauncherConfig

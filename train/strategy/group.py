@@ -1,0 +1,22 @@
+"""A rank's membership of the process group on which its engine works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from train.config import RunConfig
+from train.identity import Rank
+from train.rank import member
+from train.strategy import engine_of
+
+
+@contextmanager
+def join(config: RunConfig, rank: Rank) -> Iterator[None]:
+    """Be a member of the process group inside the block, and have the engine take it as its own.
+
+    As `train.rank.member` otherwise.
+    """
+    with member(config, rank):
+        engine_of(config).adopt_process_group()
+        yield
