@@ -32,17 +32,17 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     terminal.outlive()
     asked_for = Path(names.absolute(options.run_dir))
-    runs = status.runs_in(asked_for)
-    if runs == [asked_for]:
+    found = status.runs_in(asked_for)
+    if found == [asked_for]:
         return _wait(asked_for, _begin(asked_for, now=options.now))
-    return _cancel_all(asked_for, runs, now=options.now)
+    return _cancel_all(asked_for, found, now=options.now)
 
 
-def _cancel_all(sweep: Path, runs: Sequence[Path], *, now: bool) -> int:
+def _cancel_all(sweep: Path, run_dirs: Sequence[Path], *, now: bool) -> int:
     """Stop what runs of a sweep, all of it before any is waited for; return the exit code."""
     code = 0
     begun: dict[Path, Callable[[], bool]] = {}
-    for run_dir in runs:
+    for run_dir in run_dirs:
         try:
             begun[run_dir] = _begin(run_dir, now=now)
         except NotRunning:
@@ -51,7 +51,7 @@ def _cancel_all(sweep: Path, runs: Sequence[Path], *, now: bool) -> int:
             print(report.error_text(f"{run_dir}: {error}"), file=sys.stderr)
             code = BAD_INPUT
     if not begun and code == 0:
-        raise NotRunning(f"none of the {len(runs)} runs in {sweep} runs, here or elsewhere")
+        raise NotRunning(f"none of the {len(run_dirs)} runs in {sweep} runs, here or elsewhere")
     for run_dir, is_over in begun.items():
         print(f"{run_dir}: ", end="", flush=True)
         try:

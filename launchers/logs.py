@@ -20,9 +20,9 @@ def main(arguments: Sequence[str]) -> int:
     """Print a log; with --follow until the run is over."""
     options = _parser().parse_args(arguments)
     run_dir = Path(names.absolute(options.run_dir))
-    runs = status.runs_in(run_dir)
-    if runs != [run_dir]:
-        raise UserError(f"{run_dir} holds {len(runs)} runs; give one of them, such as {runs[0]}")
+    found = status.runs_in(run_dir)
+    if found != [run_dir]:
+        raise UserError(f"{run_dir} holds {len(found)} runs; give one of them, such as {found[0]}")
     if not options.follow:
         sys.stdout.buffer.write(_existing(run_dir, options.rank).read_bytes())
         return 0

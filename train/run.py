@@ -183,7 +183,11 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         progress.write(f"{parameters:,} parameters, {steps:,} steps", console)
         if resumed is not None:
             progress.write(f"going on from {resumed.checkpoint.name}", console)
-        restore.trim_metrics(run_dir, resumed)
+        if resumed is None:
+            restore.trim_metrics(run_dir)
+        else:
+            evaluated = restore.is_evaluated(resumed)
+            restore.trim_metrics(run_dir, resumed.step, is_evaluated=evaluated)
         try:
             model_card(trainer, {})
         except Exception as error:

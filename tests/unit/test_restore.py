@@ -61,11 +61,11 @@ def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     resumed = dataclasses.replace(at_step(2), checkpoint=tmp_path)
     state = tmp_path / "trainer_state.json"
     state.write_text('{"global_step": 2, "log_history": [{"step": 2, "eval_loss": 1}]}')
-    restore.trim_metrics(tmp_path, resumed)
+    restore.trim_metrics(tmp_path, 2, is_evaluated=restore.is_evaluated(resumed))
     assert path.read_text() == lines
     # An evaluation that came after the checkpoint comes again.
     state.write_text('{"global_step": 2, "log_history": []}')
-    restore.trim_metrics(tmp_path, resumed)
+    restore.trim_metrics(tmp_path, 2, is_evaluated=restore.is_evaluated(resumed))
     assert path.read_text() == "".join(lines.splitlines(keepends=True)[:2])
-    restore.trim_metrics(tmp_path, None)
+    restore.trim_metrics(tmp_path)
     assert path.read_text() == ""

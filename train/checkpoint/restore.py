@@ -255,23 +255,23 @@ def lacks_evaluation(resumed: Resumed, config: RunConfig, total_steps: int) -> b
         return False
     if resumed.step % every and resumed.step != total_steps:
         return False
-    return not any("eval_loss" in e and e["step"] == resumed.step for e in history(resumed))
+    return not is_evaluated(resumed)
 
 
-def trim_metrics(run_dir: Path, resumed: Resumed | None) -> None:
-    """Drop the lines of metrics.jsonl that are written again: all where the run begins anew.
+def is_evaluated(resumed: Resumed) -> bool:
+    """Return whether the checkpoint knows the evaluation of its own step."""
+    return any("eval_loss" in e and e["step"] == resumed.step for e in history(resumed))
 
-    That is those of later steps, those that a kill has cut short, and an evaluation that came after
+
+def trim_metrics(run_dir: Path, step: int = 0, *, is_evaluated: bool = False) -> None:
+    """Drop the lines of metrics.jsonl that are written again after a step: all where that is 0.
+
+    ``is_evaluated`` where the checkpoint of that step knows its evaluation. That is those of later steps, those that a kill has cut short, and an evaluation that came after
     the checkpoint of the same step, at the end of a run or where one was stopped.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return
-    step, is_evaluated = 0, False
-    if resumed is not None:
-        step = resumed.step
-        logged = history(resumed)
-        is_evaluated = any("eval_loss" in entry and entry["step"] == step for entry in logged)
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
