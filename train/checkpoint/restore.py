@@ -266,8 +266,9 @@ def is_evaluated(resumed: Resumed) -> bool:
 def trim_metrics(run_dir: Path, step: int = 0, *, is_evaluated: bool = False) -> None:
     """Drop the lines of metrics.jsonl that are written again after a step: all where that is 0.
 
-    ``is_evaluated`` where the checkpoint of that step knows its evaluation. That is those of later steps, those that a kill has cut short, and an evaluation that came after
-    the checkpoint of the same step, at the end of a run or where one was stopped.
+    Those are the lines of later steps, those that a kill has cut short, and an evaluation that came
+    after the checkpoint of the same step, at the end of a run or where one was stopped:
+    ``is_evaluated`` says that the checkpoint knows its own.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
