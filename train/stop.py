@@ -158,6 +158,13 @@ def no_longer() -> None:
     _set_all(signal.SIG_DFL)
 
 
+def hear(thread: int) -> None:
+    """Interrupt a thread of this process because another rank was asked to stop."""
+    global _heard
+    _heard = True
+    signal.pthread_kill(thread, signal.SIGUSR1)
+
+
 def is_over() -> None:
     """Ignore signals from now on: all is done but for the exit, whose code they would change."""
     _set_all(signal.SIG_IGN)
@@ -177,7 +184,7 @@ def check() -> None:
     import torch
     import torch.distributed as dist
 
-    is_asked = _request is not None
+    is_asked = asked() is not None
     if dist.is_initialized():
         flag = torch.tensor(int(is_asked))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -213,11 +220,9 @@ def _hearing_others() -> Iterator[Callable[[], object]]:
     store, over = _get_default_store(), threading.Event()
 
     def listen() -> None:
-        global _heard
         while not over.wait(SECONDS_BETWEEN_LOOKS):
             if store.check([_KEY]):
-                _heard = True
-                signal.pthread_kill(main, signal.SIGUSR1)
+                hear(main)
                 return
 
     main = threading.get_ident()
