@@ -13,7 +13,6 @@ from pathlib import Path
 
 import yaml
 
-import train
 from launchers.machine import Machine
 from train.arguments import encoded
 from train.config import (
@@ -23,9 +22,8 @@ from train.config import (
     RunConfig,
     TorchrunLauncher,
 )
+from train.program import PACKAGES
 
-PACKAGES = Path(train.__file__).resolve().parent.parent
-"""The folder from which `train` is imported."""
 NODE_CACHE = Path(tempfile.gettempdir()) / f"shardwright-{os.getuid()}"
 UNKNOWN = Machine()
 ACCELERATE_YAML = "accelerate.yaml"
