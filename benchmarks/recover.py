@@ -31,10 +31,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks import fabricated
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, versions
-from launchers import processes
-from launchers.compose import compose, plain
+from launchers.composition.compose import compose, plain
 from train.config import ScratchModel, from_tree
 from train.errors import FAILED
+from train.program import package_environment
 
 KINDS = ("zero2", "zero3", "fsdp")
 MODELS = ("gpt2_tiny", "gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl")
@@ -65,7 +65,8 @@ def programs(kind: str, checkpoint: Path, config: Path, out: Path) -> list[Progr
         ],
         [
             *(python, "-c"),
-            "import launchers.recover, train.recover, transformers.models.gpt2.modeling_gpt2",
+            "import launchers.commands.recover, train.export.recover; "
+            "import transformers.models.gpt2.modeling_gpt2",
         ],
     )
     if kind == "fsdp":
@@ -178,7 +179,7 @@ def _run(command: list[str]) -> Ended:
 def _environment() -> dict[str, str]:
     return {
         **os.environ,
-        **processes.package_environment(os.environ, packages=ROOT),
+        **package_environment(os.environ, packages=ROOT),
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",

@@ -22,9 +22,12 @@ from omegaconf import OmegaConf
 
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, prepare, uses_gpu, versions
-from launchers import machine, preflight, processes
-from launchers.compose import compose
-from launchers.machine import Machine
+from launchers.composition.compose import compose
+from launchers.machine import facts as machine
+from launchers.machine import preflight
+from launchers.machine.facts import Machine
+from launchers.ranks.command import rank_command
+from launchers.ranks.environment import rank_environment
 from train.config import RunConfig, from_tree
 from train.errors import BAD_INPUT, FAILED, UserError
 
@@ -87,10 +90,10 @@ def measure(plan: Plan, config: RunConfig, run_dir: Path) -> Figures:
     """Train in processes of their own; return the figures, or the ``error``."""
     environment = {
         **os.environ,
-        **processes.rank_environment(config, plan.here, os.environ, packages=ROOT),
+        **rank_environment(config, plan.here, os.environ, packages=ROOT),
     }
     numbers = (WARMUP_STEPS, plan.saves, plan.steps_between)
-    argv = processes.rank_command(
+    argv = rank_command(
         config, run_dir, module="benchmarks.timed_saves", arguments=[str(n) for n in numbers]
     )
     log = run_dir / "logs" / "benchmark.log"

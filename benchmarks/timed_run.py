@@ -20,10 +20,11 @@ from torch.utils.data import Dataset
 
 from benchmarks.flops import matmul_parameters
 from train import config as run_config
-from train import data, models
+from train import data
 from train.config import RunConfig, accumulation_steps, samples_wanted, total_steps
-from train.data.loader import train_loader
-from train.rank import rank_from_environment
+from train.data.batches.loader import train_loader
+from train.model import build as models
+from train.process.rank import rank_from_environment
 from train.run import assemble
 from train.strategy import replicated
 from train.strategy.group import join

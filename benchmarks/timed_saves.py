@@ -17,11 +17,11 @@ import torch
 import transformers
 
 from train import config as run_config
-from train.checkpoint import layout
-from train.rank import Rank, rank_from_environment
+from train.checkpoint.format import layout
+from train.loop.trainer import Trainer
+from train.process.rank import Rank, rank_from_environment
 from train.run import assemble
 from train.strategy.group import join
-from train.trainer import Trainer
 
 WAYS = ("none", "sync", "async")
 

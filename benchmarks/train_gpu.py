@@ -23,11 +23,15 @@ from omegaconf import OmegaConf
 
 from benchmarks.flops import peak_bf16_flops
 from benchmarks.report import STOCK, Figures, markdown, overall_ratio, summary
-from launchers import machine, preflight, processes
-from launchers.compose import compose
-from launchers.machine import Machine
+from launchers.composition.compose import compose
+from launchers.machine import facts as machine
+from launchers.machine import preflight
+from launchers.machine.facts import Machine
+from launchers.ranks.command import prepare_command
+from launchers.ranks.environment import rank_environment
 from train.config import RunConfig, from_tree
 from train.errors import BAD_INPUT, FAILED, UserError
+from train.program import package_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,8 +118,8 @@ def prepare(run_dir: Path) -> None:
 
     Raises UserError where that fails; why is on stderr then.
     """
-    environment = os.environ | processes.package_environment(os.environ, packages=ROOT)
-    if subprocess.run(processes.prepare_command(run_dir), env=environment).returncode != 0:
+    environment = os.environ | package_environment(os.environ, packages=ROOT)
+    if subprocess.run(prepare_command(run_dir), env=environment).returncode != 0:
         raise UserError("the data could not be prepared, see above")
 
 
@@ -123,7 +127,7 @@ def measure(plan: Plan, config: RunConfig, run_dir: Path, variant: str) -> Figur
     """Train in a process of its own; return its figures, or its ``error``."""
     environment = {
         **os.environ,
-        **processes.rank_environment(config, plan.here, os.environ, packages=ROOT),
+        **rank_environment(config, plan.here, os.environ, packages=ROOT),
         # With several GPUs in sight the stock Trainer would take DataParallel.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
     }

@@ -8,7 +8,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from train import terminal
+from train.console import terminal
 from train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 
 COMMANDS = (
@@ -16,7 +16,8 @@ COMMANDS = (
     *("status", "logs", "cancel", "sync", "doctor"),
     *("rank", "relay", "requeue"),
 )
-"""Each is a module of this package, imported when it is asked for: its `main` is the command."""
+"""Each is a module, imported when it is asked for: its `main` is the command."""
+IN_JOB_SCRIPTS = ("relay", "requeue")
 
 USAGE = """\
 Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
@@ -95,7 +96,7 @@ def _run(arguments: list[str]) -> int:
         return INTERRUPTED
     except (OSError, MemoryError) as error:
         from launchers.report import error_text
-        from train import exhausted
+        from train.process import exhausted
 
         if (why := exhausted.explained(error, room="make room, and try again")) is None:
             raise
@@ -117,13 +118,18 @@ def _dispatch(arguments: list[str]) -> int:
             print(f"shardwright {_version()}")
             return 0
         case ["-sc" | "--shell-completion" | "--shell_completion", *_]:
-            from launchers import completion
+            from launchers.commands import completion
 
             return completion.main(arguments, (*COMMANDS, "--help", "--version"))
         case [command, *rest] if command in COMMANDS:
-            code: int = importlib.import_module(f"launchers.{command}").main(rest)
+            code: int = importlib.import_module(module_of(command)).main(rest)
             return code
     raise UserError(_unknown(arguments[0]))
+
+
+def module_of(command: str) -> str:
+    """Return where a command is; job scripts of existing runs know some by older names. Pure."""
+    return f"launchers.{command}" if command in IN_JOB_SCRIPTS else f"launchers.commands.{command}"
 
 
 def _unknown(command: str) -> str:

@@ -7,11 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import report, requeue, resumes, slurm
+from launchers import report, requeue, resumes
+from launchers.slurm import jobs as slurm
 from train import config as run_config
-from train import program, stop, terminal
+from train import program
 from train.config import SlurmLauncher
+from train.console import terminal
 from train.errors import BAD_INPUT, RESUMABLE, UserError
+from train.run_directory import stop_note
+from train.run_directory.failures import rank_failures
 
 GO_ON = 76
 """What the job script takes for "back into the queue"."""
@@ -28,8 +32,8 @@ def main(arguments: Sequence[str]) -> int:
         return BAD_INPUT
     launcher = config.launcher
     assert isinstance(launcher, SlurmLauncher)
-    stopped = stop.read(run_dir)
-    failures = report.rank_failures(run_dir)
+    stopped = stop_note.read(run_dir)
+    failures = rank_failures(run_dir)
     if stopped is None and code == 0:
         print(report.finish(run_dir))
         return 0

@@ -11,12 +11,22 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launchers import preflight, processes, report, start
-from launchers.machine import Machine
-from train import owner, progress, stop, stopped, terminal
+from launchers import report
+from launchers.machine import preflight
+from launchers.machine.facts import Machine
+from launchers.ranks import child
+from launchers.ranks.command import prepare_command, rank_command
+from launchers.ranks.environment import rank_environment
+from launchers.ranks.files import launcher_files
 from train.config import RunConfig
+from train.console import progress, terminal
+from train.data import stopped
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
-from train.owner import Claim
+from train.process import signals
+from train.program import package_environment
+from train.run_directory import owner, stop_note
+from train.run_directory.failures import rank_failures
+from train.run_directory.owner import Claim
 
 
 def new_run(
@@ -37,7 +47,7 @@ def new_run(
             claim=lambda run_dir: claims.append(stack.enter_context(claimed(run_dir))),
         )
         run_dir = Path(str(config.run_dir))
-        environment = processes.rank_environment(config, here, os.environ)
+        environment = rank_environment(config, here, os.environ)
         (claim,) = claims
         try:
             stack.enter_context(terminal.kept_in(run_log(run_dir)))
@@ -78,11 +88,11 @@ def prepare(config: RunConfig, claim: Claim | None) -> int:
     """
     run_dir = Path(str(config.run_dir))
     if claim is not None:
-        stop.forget(run_dir)
-    ended = start.run(
+        stop_note.forget(run_dir)
+    ended = child.run(
         # Of several nodes only the first appends to the log that they share.
-        processes.prepare_command(run_dir, log=run_log(run_dir) if claim is not None else None),
-        {**processes.package_environment(os.environ), **owner.inherited(claim)},
+        prepare_command(run_dir, log=run_log(run_dir) if claim is not None else None),
+        {**package_environment(os.environ), **owner.inherited(claim)},
         grace_seconds=config.launcher.grace_seconds,
         run_dir=run_dir if claim is not None else None,
         at_ctrl_c="stopping the preparation of the data",
@@ -90,7 +100,7 @@ def prepare(config: RunConfig, claim: Claim | None) -> int:
     if ended.stopped_by is not None or ended.code == RESUMABLE:
         if claim is not None and ended.stopped_by is not None:
             # The work may have ended before it could be told who asks, or without being told.
-            stopped.note(run_dir, start.asked_by(ended.stopped_by))
+            stopped.note(run_dir, child.asked_by(ended.stopped_by))
         print(report.stopped_early(run_dir, ended.stopped_by), file=sys.stderr)
         return RESUMABLE
     if ended.code in (0, BAD_INPUT):
@@ -116,10 +126,10 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
     except KeyboardInterrupt:
         if claim is None:
             raise
-        stopped.note(run_dir, stop.CTRL_C)
+        stopped.note(run_dir, signals.CTRL_C)
         print(report.stopped_early(run_dir, signal.SIGINT), file=sys.stderr)
         return RESUMABLE
-    ended = start.run(
+    ended = child.run(
         argv,
         environment,
         stderr_file=quiet,
@@ -127,13 +137,13 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
         run_dir=run_dir,
         is_elsewhere=config.launcher.kind == "deepspeed" and config.launcher.hostfile is not None,
     )
-    if where := stop.read(run_dir):
+    if where := stop_note.read(run_dir):
         print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)
         return RESUMABLE
     if ended.code == 0:
         print(report.finish(run_dir))
         return 0
-    failures = report.rank_failures(run_dir)
+    failures = rank_failures(run_dir)
     why = report.failure(ended.code, failures, run_dir, ended.stopped_by, log, config=config)
     print(why, file=sys.stderr)
     return report.exit_code(ended.code, failures, ended.stopped_by)
@@ -148,16 +158,16 @@ def _made_ready(
     """
     run_dir = Path(str(config.run_dir))
     environment = {
-        **processes.rank_environment(config, here, os.environ),
+        **rank_environment(config, here, os.environ),
         **owner.inherited(claim),
         progress.BEGAN: str(time.time()),
     }
-    for name, text in processes.launcher_files(config, environment, here).items():
+    for name, text in launcher_files(config, environment, here).items():
         (run_dir / name).write_text(text, encoding="utf-8")
     if claim is not None:
-        stop.forget(run_dir)
+        stop_note.forget(run_dir)
         claim.hand_on()
     here_ranks = config.launcher.ranks_per_node
     print(f"starting {here_ranks} rank{'s' * (here_ranks > 1)}", flush=True)
-    argv = processes.rank_command(config, run_dir, machine=here, node_rank=node_rank)
+    argv = rank_command(config, run_dir, machine=here, node_rank=node_rank)
     return argv, environment

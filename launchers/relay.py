@@ -10,20 +10,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from launchers import start
-from train import terminal
+from launchers.ranks import child
+from train.console import terminal
 
 
 def main(argv: Sequence[str]) -> int:
     """Return the command's exit code, or 128 + the number of the signal that killed it."""
     terminal.outlive()
     parser = argparse.ArgumentParser(prog="shardwright relay", allow_abbrev=False)
-    parser.add_argument("--grace-seconds", type=float, default=start.GRACE_SECONDS)
+    parser.add_argument("--grace-seconds", type=float, default=child.GRACE_SECONDS)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
     if not options.command:
         parser.error("a command is needed")
-    code = start.run(
+    code = child.run(
         options.command,
         {},
         grace_seconds=options.grace_seconds,

@@ -11,17 +11,19 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers.machine import Machine
-from train import exhausted, final, inherited, program, stop
-from train.checkpoint import layout
+from launchers.machine.facts import Machine
+from train import program
+from train.checkpoint.format import layout
 from train.config import RunConfig, accumulation_steps
 from train.config.tracking import WandbTracking, wandb_unused
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
-from train.stop import Stopped
+from train.process import exhausted, inherited, signals
+from train.run_directory import final, stop_note
+from train.run_directory.failures import RankFailure
+from train.run_directory.stop_note import Stopped
 
 TRACEBACK_LINES = 8
 TORCHRUN_LOG = "torchrun.log"
@@ -170,7 +172,7 @@ def _last_losses(metrics: Path) -> dict[str, str]:
 
 def stopped(where: Stopped, run_dir: Path, stopped_by: int | None) -> str:
     """Return where a run has stopped cleanly, and how to go on. ``stopped_by``: the launcher."""
-    by = where.reason if stopped_by is None else stop.by_whom(stopped_by)
+    by = where.reason if stopped_by is None else signals.by_whom(stopped_by)
     text = f"\nstopped at step {where.step} by {by}; {_go_on(run_dir)}"
     if where.unsaved is not None:
         newest = Path(where.checkpoint).name if where.checkpoint else "no checkpoint"
@@ -180,9 +182,9 @@ def stopped(where: Stopped, run_dir: Path, stopped_by: int | None) -> str:
 
 def stopped_early(run_dir: Path, stopped_by: int | None) -> str:
     """Return what is kept where the data were still being prepared, and what a resume does."""
-    where = stop.read(run_dir)
+    where = stop_note.read(run_dir)
     if stopped_by is not None:
-        by = stop.by_whom(stopped_by)
+        by = signals.by_whom(stopped_by)
     else:
         by = where.reason if where is not None else "a signal"
     kept = "nothing of them is kept yet, and a resume prepares them from the beginning"
@@ -207,45 +209,6 @@ def _go_on(run_dir: Path) -> str:
 
 
 # --- failure ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RankFailure:
-    """One logs/rank-<N>.error.json, which a rank writes when it ends before its work is done.
-
-    ``kind`` is the class of its exception; "UserError" is bad input.
-    """
-
-    time: float
-    rank: int
-    host: str
-    kind: str
-    message: str
-    traceback: str
-    explanation: str | None = None
-    """What the traceback does not say to a person: which memory or disk ran out, and the remedy."""
-
-
-def rank_failures(run_dir: Path) -> list[RankFailure]:
-    """Read what the ranks left, the first to fail first; unreadable files are passed over."""
-    failures = []
-    for path in (run_dir / "logs").glob("rank-*.error.json"):
-        try:
-            note = json.loads(path.read_text(encoding="utf-8"))
-            failures.append(
-                RankFailure(
-                    time=float(note["time"]),
-                    rank=int(note["rank"]),
-                    host=str(note["host"]),
-                    kind=str(note["kind"]),
-                    message=str(note["message"]),
-                    traceback=str(note["traceback"]),
-                    explanation=note.get("explanation"),
-                )
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return sorted(failures, key=lambda failure: failure.time)
 
 
 def exit_code(child_code: int, failures: Sequence[RankFailure], stopped_by: int | None) -> int:
@@ -285,7 +248,7 @@ def failure(
     if code == RESUMABLE:
         return f"the ranks have stopped; {_go_on(run_dir)}"
     if stopped_by is not None and code != BAD_INPUT:
-        by = f"stopped by {stop.by_whom(stopped_by)}"
+        by = f"stopped by {signals.by_whom(stopped_by)}"
         if config is None:
             return by
         return f"{by} before the ranks could say where; {_go_on(run_dir)}\n  logs are in {logs}"

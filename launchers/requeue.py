@@ -8,9 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train import history, terminal
-from train.arguments import path as path_of
-from train.checkpoint import layout
+from train.checkpoint.format import layout
+from train.console import terminal
+from train.process.arguments import path as path_of
+from train.run_directory import history
 
 LIMIT = 100
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train import config as run_config
-from train import history, stop
-from train.checkpoint import discovery, layout
+from train.checkpoint import discovery
+from train.checkpoint.format import layout
 from train.config import RunConfig, why_too_short
 from train.data.prepare import noted_samples_wanted, noted_too_small
 from train.errors import UserError
+from train.run_directory import history, stop_note
 
 TAKEN_BACK = "nothing was trained: the run is what it was before this resume"
 ENGINE = "engine.json"
@@ -109,7 +110,9 @@ def take_back(run_dir: Path, number: int) -> None:
     aside = _aside(run_dir, number)
     if aside.is_dir():
         for path in aside.iterdir():
-            os.rename(path, (run_dir if path.name == stop.NOTE else run_dir / "logs") / path.name)
+            os.rename(
+                path, (run_dir if path.name == stop_note.NOTE else run_dir / "logs") / path.name
+            )
         aside.rmdir()
     first = run_dir / history.PROVENANCE
     if _is_since(first, folder / f"{number}.yaml"):
@@ -132,7 +135,7 @@ def _is_since(path: Path, other: Path) -> bool:
 
 def _notes(run_dir: Path) -> list[Path]:
     """Return what a start has left to say how it ended."""
-    logs, stopped = run_dir / "logs", run_dir / stop.NOTE
+    logs, stopped = run_dir / "logs", run_dir / stop_note.NOTE
     failed = [*logs.glob("rank-*.error.json"), *logs.glob("torchrun*.log")]
     return [*failed, *([stopped] if stopped.exists() else [])]
 

@@ -10,28 +10,32 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train import inherited, stop, stop_request, terminal
-from train.arguments import decoded
+from train.console import terminal
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, UserError
+from train.process import inherited, signals
+from train.process.arguments import decoded
+from train.process.stop_request import watch_for_stop
+from train.run_directory import stop_note
 
 if TYPE_CHECKING:
     from train.config import RunConfig
-    from train.identity import Rank
+    from train.process.rank import Rank
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
     """Run one rank; return 0, 1 where it failed, 2 on bad input, 75 where it was told to stop."""
-    stop.install()  # before the seconds that importing torch takes
+    signals.install()  # before the seconds that importing torch takes
     terminal.outlive()
     if len(argv) != 1:
         print("usage: shardwright rank RUN_DIR", file=sys.stderr)
         return BAD_INPUT
     run_dir = Path(decoded(argv[0]))
 
-    from train import config, owner
-    from train.identity import rank_from_environment
+    from train import config
+    from train.process.rank import rank_from_environment
+    from train.run_directory import owner
 
     try:
         rank = rank_from_environment()
@@ -44,7 +48,10 @@ def main(argv: list[str]) -> int:
 
 
 def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
-    from train import exhausted, logs, owner, progress
+    from train.console import progress
+    from train.process import exhausted, logs
+    from train.run_directory import owner
+    from train.run_directory.failures import note_failure
 
     try:
         console = logs.open_rank_log(
@@ -55,17 +62,17 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
         )
     except OSError as error:
         with suppress(OSError):
-            logs.note_failure(run_dir, rank.index, error, exhausted.explained(error, settings))
+            note_failure(run_dir, rank.index, error, exhausted.explained(error, settings))
         raise
     ignored = inherited.said(inherited.forget_engine(os.environ))
     if rank.index == 0:
-        stop.forget(run_dir)
+        stop_note.forget(run_dir)
         if ignored:
             print(ignored, file=console)
     try:
         with (
             progress.shown_on(console) if rank.index == 0 else nullcontext(),
-            stop_request.heeded(run_dir) if rank.index == 0 else nullcontext(),
+            watch_for_stop(run_dir) if rank.index == 0 else nullcontext(),
         ):
             # The launcher has said so; what follows are signs of life.
             progress.begin(
@@ -86,7 +93,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     except Diverged as error:
         logger.error("%s", error)
         with suppress(OSError):  # a full disk
-            logs.note_failure(run_dir, rank.index, error)
+            note_failure(run_dir, rank.index, error)
         # The others have the same to say, and who has started the ranks tells it.
         if rank.index == 0 and not owner.is_launched():
             print(f"error: {error}", file=console)
@@ -95,7 +102,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
         logger.exception("rank %d failed", rank.index)
         explanation = exhausted.explained(error, settings)
         try:
-            is_told = not logs.note_failure(run_dir, rank.index, error, explanation)
+            is_told = not note_failure(run_dir, rank.index, error, explanation)
             is_told |= owner.is_launched()  # whoever has started it tells all
         except OSError:  # a full disk
             is_told = False
@@ -103,7 +110,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             what = explanation or f"{type(error).__name__}: {error}"
             print(f"rank {rank.index} failed: {what}", file=console)
         return BAD_INPUT if isinstance(error, UserError) else FAILED
-    if final is None and not stop.is_restarted_on_failure():
+    if final is None and not signals.is_restarted_on_failure():
         return RESUMABLE
     return 0
 
@@ -114,5 +121,5 @@ def _starting(ranks: int) -> str:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    stop.is_over()
+    signals.is_over()
     sys.exit(code)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,3 +22,33 @@ def publish(temporary: Path, final: Path) -> None:
     """Give what is whole and flushed its name, by one rename in one directory."""
     os.rename(temporary, final)
     flush(final.parent)
+
+
+def temporary_of(final: Path) -> Path:
+    """Return where `atomic_directory` writes what becomes ``final``."""
+    return final.with_name(f".{final.name}.tmp")
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Give a temporary sibling to write into; it becomes ``final`` when the block ends well.
+
+    An older ``final`` stays until then, and is set aside just before. The sibling is removed when
+    the block raises; what a kill leaves of it, the next one replaces.
+    """
+    temporary = temporary_of(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for path in temporary.rglob("*"):
+        flush(path)
+    older = final.with_name(f".{final.name}.old")
+    shutil.rmtree(older, ignore_errors=True)
+    if final.exists():
+        os.rename(final, older)
+    publish(temporary, final)
+    shutil.rmtree(older, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -33,3 +34,16 @@ def program(script: Path, found: str | None) -> str:
     if found is not None and script.samefile(found):
         return NAME
     return shlex.quote(str(script))
+
+
+IMPORTS = ("PYTHONPATH", "PYTHONSAFEPATH")
+"""By which `train` is found whatever the user has set: an empty PYTHONSAFEPATH is none."""
+
+
+def package_environment(user: Mapping[str, str], *, packages: Path = PACKAGES) -> dict[str, str]:
+    """Return the variables with which a child finds this very `train`.
+
+    `python -m` looks into the working directory first, where a user may well have a train.py.
+    """
+    path = [str(packages), *filter(None, user.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}

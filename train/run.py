@@ -11,30 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import align_special_tokens
 
 from train import config as run_config
-from train import (
-    data,
-    final,
-    generation,
-    history,
-    models,
-    origin,
-    progress,
-    sample,
-    stop,
-    stopping,
-)
-from train.callbacks import early_stopping
-from train.callbacks.engine import EngineReady
-from train.callbacks.held_out import HeldOut
-from train.callbacks.metrics import Metrics
-from train.callbacks.progress import Progress
-from train.callbacks.tracking import Tracking
-from train.card import model_card
-from train.checkpoint import restore
-from train.checkpoint.export import best_checkpoint, export
-from train.checkpoint.layout import read_manifest
-from train.checkpoint.model_directory import rehearse
-from train.checkpoint.restore import Resumed
+from train import data
+from train.checkpoint.format.damage import in_one_line
+from train.checkpoint.format.layout import read_manifest
 from train.config import (
     BEGINNING,
     RunConfig,
@@ -43,15 +22,35 @@ from train.config import (
     total_steps,
     why_too_short,
 )
-from train.damage import in_one_line
-from train.data import tokenizer
-from train.data.loader import eval_loader, train_loader
+from train.console import progress
+from train.data.batches.loader import eval_loader, train_loader
+from train.data.tokens import tokenizer
 from train.errors import UserError
-from train.provenance import write_provenance
-from train.rank import Rank, from_all
+from train.export.card import model_card
+from train.export.final import best_checkpoint, export
+from train.loop import resuming, stopping
+from train.loop.arguments import training_arguments
+from train.loop.callbacks import early_stopping
+from train.loop.callbacks.engine import EngineReady
+from train.loop.callbacks.held_out import HeldOut
+from train.loop.callbacks.metrics import Metrics
+from train.loop.callbacks.progress import Progress
+from train.loop.callbacks.tracking import Tracking
+from train.loop.resuming import Resumed
+from train.loop.trainer import Trainer
+from train.model import build as models
+from train.model import generation, origin
+from train.model.blocks import parameter_count
+from train.model.directory import rehearse
+from train.model.weights import Values, drawn
+from train.process import signals
+from train.process.agreement import check, from_all, together
+from train.process.provenance import write_provenance
+from train.process.rank import Rank
+from train.run_directory import final, history
+from train.run_directory import metrics as run_directory_metrics
+from train.sampling import sample
 from train.strategy import engine_of
-from train.trainer import Trainer, training_arguments
-from train.weights import Values, drawn
 
 
 def run(run_dir: Path, rank: Rank, console: TextIO) -> Path | None:
@@ -63,12 +62,12 @@ def run(run_dir: Path, rank: Rank, console: TextIO) -> Path | None:
     try:
         trainer = assemble(run_dir, rank, console)
         trainer.train()
-        stop.check()
+        check()
         trainer.save_if_not_saved()
         model_dir = finish(trainer, rank, console)
         trainer.end_tracking("done")
         return model_dir
-    except stop.Stop:
+    except signals.Stop:
         pass  # ends here, as the trainer must outlive no traceback
     except BaseException:
         if trainer is not None:
@@ -93,7 +92,7 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
     if rank.index == 0:
         final.forget_earlier(trainer.run_dir)
         tokenizer.sweep(trainer.run_dir / "tokenizer")
-    if rank.index == 0 and trainer.config.objective.prompts and not stop.asked():
+    if rank.index == 0 and trainer.config.objective.prompts and not signals.asked():
         with progress.phase("continuing the prompts", comes_again=True):
             completions = sample.sample(
                 model_dir,
@@ -111,20 +110,20 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     if problems := list(engine_of(config).machine_problems(config)):
         raise UserError("\n".join(problems))
     progress.now("opening the data")
-    with stop.together():
+    with together():
         prepared = data.prepare(config, run_dir)
     # Not only when the model is trained and is to answer them.
     sample.check_prompts(
         config.objective.prompts, prepared.tokenizer, masked=config.objective.kind == "mlm"
     )
 
-    resumed = restore.newest(run_dir, rank, lambda text: progress.write(text, console))
+    resumed = resuming.newest(run_dir, rank, lambda text: progress.write(text, console))
     # The model comes before the arguments: while those live, transformers builds whatever it builds
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
     progress.now("building the model")
     model, values = _build(config, run_dir, prepared.tokenizer, resumed, rank, console)
     config = models.fitted(config, model)
-    stop.check()
+    check()
     wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
     at = resumed.progress if resumed is not None else BEGINNING
     steps = total_steps(config.trainer, wanted, at)
@@ -132,14 +131,14 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     if resumed is not None:
         if problem := why_too_short(config.trainer, wanted, at, resumed.checkpoint.name):
             raise UserError(problem)
-        restore.untie(model, resumed)
-        values = restore.values(model, resumed)
-        if early_stopping.is_due(config, restore.history(resumed)):
+        resuming.untie(model, resumed)
+        values = resuming.values(model, resumed)
+        if early_stopping.is_due(config, resuming.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/
     args = training_arguments(
         config, run_dir, world_size=rank.world_size, total_steps=steps, schedule=schedule
     )
-    args.eval_on_start = resumed is not None and restore.lacks_evaluation(resumed, config, steps)
+    args.eval_on_start = resumed is not None and resuming.lacks_evaluation(resumed, config, steps)
     progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
     model = engine_of(config).shard(model, values, config)
     place = {"rank": rank.index, "world_size": rank.world_size}
@@ -178,16 +177,16 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
     if rank.index == 0:
         if restarts:
             _note_restart(run_dir, restarts, resumed, rank.world_size)
-        parameters = models.parameter_count(model)
+        parameters = parameter_count(model)
         write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
         progress.write(f"{parameters:,} parameters, {steps:,} steps", console)
         if resumed is not None:
             progress.write(f"going on from {resumed.checkpoint.name}", console)
         if resumed is None:
-            restore.trim_metrics(run_dir)
+            run_directory_metrics.trim_metrics(run_dir)
         else:
-            evaluated = restore.is_evaluated(resumed)
-            restore.trim_metrics(run_dir, resumed.step, is_evaluated=evaluated)
+            evaluated = resuming.is_evaluated(resumed)
+            run_directory_metrics.trim_metrics(run_dir, resumed.step, is_evaluated=evaluated)
         try:
             model_card(trainer, {})
         except Exception as error:

@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from train import config as run_config
-from train import program, stop
-from train.arguments import decoded
+from train import program
 from train.config import RunConfig
 from train.config.tracking import (
     TensorboardTracking,
@@ -39,6 +38,8 @@ from train.config.tracking import (
     wandb_project,
 )
 from train.errors import FAILED
+from train.process import signals
+from train.process.arguments import decoded
 
 POLL_SECONDS = 0.5
 INIT_SECONDS = 60.0
@@ -356,7 +357,7 @@ def main(argv: list[str]) -> int:
 
     With --once alone, as a person asks, the exit code tells of that.
     """
-    for number in stop.SIGNALS:  # its stdin says when to end
+    for number in signals.SIGNALS:  # its stdin says when to end
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m train.tracker", description=__doc__)
     parser.add_argument("run_dir", type=decoded, help="the run's directory")

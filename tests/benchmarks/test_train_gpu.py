@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.report import STOCK, Figures, markdown, summary
 from benchmarks.train_gpu import MODELS, VARIANTS, Plan, freeze, overrides
-from launchers.machine import Machine
+from launchers.machine.facts import Machine
 from train.config import RunConfig
 
 ROOT = Path(__file__).parents[2]

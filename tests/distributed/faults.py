@@ -12,10 +12,10 @@ from unittest import mock
 from tests.distributed.jobs import fp16_allowed_on_a_cpu
 from train.config import load
 from train.errors import Diverged, UserError
-from train.rank import Rank, rank_from_environment
+from train.loop.trainer import Trainer
+from train.process.rank import Rank, rank_from_environment
 from train.run import assemble
 from train.strategy.group import join
-from train.trainer import Trainer
 
 
 def trained_with_a_fault(
@@ -101,7 +101,7 @@ def _train(
 @contextmanager
 def _spoilt_loss(is_on: Any) -> Iterator[None]:
     """Make the loss infinite, by an addition that leaves its gradients finite."""
-    from train import trainer
+    from train.loop import trainer
 
     sound = trainer.cross_entropy
 
@@ -115,7 +115,7 @@ def _spoilt_loss(is_on: Any) -> Iterator[None]:
 
 def _spoil_gradients(trainer: Trainer, is_on: Any) -> None:
     """Make gradients NaN on their way back through the last block; the loss stays as it is."""
-    from train.models import blocks
+    from train.model.blocks import blocks
 
     def watch(module: Any, inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output

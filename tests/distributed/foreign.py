@@ -104,8 +104,8 @@ def group() -> Iterator[int]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch.distributed as dist
 
-    from train.distributed import leave_process_group
-    from train.strategy.zero import adopt_process_group
+    from train.process.leave import leave_process_group
+    from train.strategy.zero.engine import adopt_process_group
 
     dist.init_process_group("gloo")
     try:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from train.config import load
-from train.rank import Rank, rank_from_environment
+from train.loop.trainer import Trainer
+from train.process.rank import Rank, rank_from_environment
 from train.run import assemble, run
 from train.strategy.group import join
-from train.trainer import Trainer
 
 
 def whole_run(run_dir: Path) -> str:
@@ -107,7 +107,7 @@ def state_through_zero0(run_dir: Path) -> dict[str, Any]:
 def _state_through_zero0(run_dir: Path, rank: Rank) -> dict[str, Any]:
     import torch
 
-    from train.checkpoint.save import save
+    from train.loop.saving.save import save
 
     trainer = assemble(run_dir, rank, io.StringIO())
     trainer.train()
@@ -155,12 +155,14 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
 
     import torch
 
-    from train import optimizer
     from train.config import RunConfig
-    from train.models import blocks
-    from train.strategy import fsdp, replicated, zero
+    from train.model.blocks import blocks
+    from train.optimizer import build as optimizer
+    from train.strategy import replicated
+    from train.strategy.fsdp import engine as fsdp
+    from train.strategy.zero import settings
 
-    sound_settings, sound_build = zero.settings, optimizer.build
+    sound_settings, sound_build = settings.settings, optimizer.build
 
     def other_stage(config: Any, world_size: int) -> dict[str, Any]:
         values = sound_settings(config, world_size)
@@ -175,7 +177,7 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
             os.environ["ACCELERATE_DYNAMO_BACKEND"] = "eager"  # forgotten as the group is left
         if damage == "stage":
             with mock.patch.object(
-                zero, "training_arguments", lambda c, w: {"deepspeed": other_stage(c, w)}
+                settings, "training_arguments", lambda c, w: {"deepspeed": other_stage(c, w)}
             ):
                 trainer = assemble(run_dir, rank, io.StringIO())
         elif damage == "fall_back_to_ddp":
@@ -214,7 +216,7 @@ def _train_and_watch_memory(run_dir: Path, rank: Rank) -> dict[str, Any]:
     from torch import Tensor, nn
     from torch.autograd.graph import saved_tensors_hooks
 
-    from train.models import blocks
+    from train.model.blocks import blocks
 
     trainer = assemble(run_dir, rank, io.StringIO())
     calls = [0 for _ in blocks(trainer.model)]
@@ -254,7 +256,7 @@ def trained_in_emulated_fp8(run_dir: Path) -> dict[str, Any]:
     import dataclasses
     from unittest import mock
 
-    from train import fp8
+    from train.model import fp8
 
     sound_config = fp8.torchao_config
 
@@ -299,8 +301,8 @@ def fp16_allowed_on_a_cpu() -> Iterator[None]:
 
 def restored_and_saved(run_dir: Path, directory: Path) -> None:
     """Restore a run that has no step left, and write what its engine then holds."""
-    from train.checkpoint.hashed import HashedFolder
-    from train.checkpoint.peers import Peers
+    from train.checkpoint.format.hashed import HashedFolder
+    from train.loop.saving.peers import Peers
     from train.strategy import engine_of
 
     def save(trainer: Trainer) -> None:
@@ -321,11 +323,11 @@ def held(trainer: Trainer) -> dict[str, dict[str, Any]]:
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from train.strategy import zero
+    from train.strategy.zero import masters as zero_masters
 
     engine = trainer.model_wrapped
     is_sharded_zero = trainer.config.strategy.kind == "zero" and trainer.config.strategy.stage > 0
-    masters = zero._replicated_masters(engine) if hasattr(engine, "optimizer") else {}
+    masters = zero_masters.replicated_masters(engine) if hasattr(engine, "optimizer") else {}
     optimizer = trainer.innermost_optimizer()
     links: Any = getattr(engine, "optimizer", None)
     if hasattr(links, "round_robin_bit16_groups"):

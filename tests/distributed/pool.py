@@ -121,7 +121,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _work(pipe: Connection) -> None:
-    from train.distributed import gloo_worker_count  # which brings torch
+    from train.process.leave import gloo_worker_count  # which brings torch
 
     while True:
         try:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.checkpoints import FILE_DAMAGES
 from tests.distributed.jobs import whole_run
 from tests.strategies import STRATEGIES
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 

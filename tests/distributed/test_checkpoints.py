@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tests.distributed.jobs import whole_run
 from tests.strategies import STRATEGIES
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 

@@ -12,8 +12,8 @@ import pytest
 from tests.checkpoints import FILE_DAMAGES
 from tests.distributed.jobs import whole_run
 from tests.strategies import STRATEGIES
-from train.checkpoint import layout
 from train.checkpoint.discovery import newest_whole
+from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 

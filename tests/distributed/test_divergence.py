@@ -15,10 +15,10 @@ from tests.checkpoints import rewrite_manifest
 from tests.distributed.faults import first_batch_is_refused, trained_with_a_fault
 from tests.distributed.jobs import trained, whole_run
 from tests.strategies import STRATEGIES
-from train.checkpoint import layout
-from train.finite import are_sound
+from train.checkpoint.format import layout
+from train.loop.trainer import Trainer
 from train.strategy import engine_of
-from train.trainer import Trainer
+from train.strategy.finite import are_sound
 
 pytestmark = pytest.mark.distributed
 

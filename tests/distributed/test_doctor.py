@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from train import config as run_config
-from train import doctor
-from train.rank import rank_from_environment
+from train.diagnosis import doctor
+from train.process.rank import rank_from_environment
 from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed

@@ -16,7 +16,7 @@ from tests.distributed.jobs import (
     trained_with_broken_engine,
 )
 from tests.distributed.pool import RanksFailed
-from train.trainer import Trainer
+from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

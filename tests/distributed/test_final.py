@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 
 from tests.distributed.jobs import trained, whole_run
 from tests.strategies import STRATEGIES
-from train.card import Card
-from train.checkpoint.export import export
-from train.trainer import Trainer
+from train.export.card import Card
+from train.export.final import export
+from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

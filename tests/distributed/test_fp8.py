@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.jobs import trained, trained_in_emulated_fp8
 from tests.distributed.test_parity import curve
 from tests.strategies import STRATEGIES
-from train.trainer import Trainer
+from train.loop.trainer import Trainer
 
 pytest.importorskip("torchao", reason="precision=fp8 needs the extra torchao")
 pytestmark = pytest.mark.distributed

@@ -18,17 +18,18 @@ import transformers
 from omegaconf import OmegaConf
 from torch.nn.utils.rnn import pad_sequence
 
-from launchers import machine, preflight
-from launchers.compose import compose
-from launchers.machine import Machine
+from launchers.composition.compose import compose
+from launchers.machine import facts as machine
+from launchers.machine import preflight
+from launchers.machine.facts import Machine
 from tests.distributed.jobs import whole_run
 from train.config import RunConfig, from_tree, samples_wanted, total_steps
 from train.data import prepare
-from train.data.loader import collator
-from train.data.sampler import SampleKey, sample_at
-from train.data.samples import Window
-from train.models import build
-from train.weights import materialize
+from train.data.batches.loader import collator
+from train.data.batches.sampler import SampleKey, sample_at
+from train.data.batches.samples import Window
+from train.model.build import build
+from train.model.weights import materialize
 
 pytestmark = pytest.mark.distributed
 

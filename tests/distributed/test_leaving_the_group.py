@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from train.distributed import gloo_worker_count, leave_process_group
+from train.process.leave import gloo_worker_count, leave_process_group
 
 pytestmark = pytest.mark.distributed
 
@@ -126,10 +126,10 @@ def run_fully_sharded(model: torch.nn.Module) -> None:
 def run_trainer(model: torch.nn.Module, strategy: str) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from train.strategy import zero as zero_engine
+    from train.strategy.zero import engine as zero_zero
 
     if strategy != "ddp":
-        zero_engine.adopt_process_group()
+        zero_zero.adopt_process_group()
     stage = None if strategy == "ddp" else int(strategy[4])
     zero: dict[str, Any] = {
         "zero_optimization": {"stage": stage},
@@ -185,7 +185,7 @@ def capture_the_group_in_a_default_argument() -> None:
 
 def leave_while_a_thread_writes() -> None:
     """Leave as `train.rank.join` does, with a background save still exchanging with its peers."""
-    from train.checkpoint.background import finish_writing
+    from train.loop.saving.background import finish_writing
 
     dist.init_process_group("gloo")
     saving = begin_to_write()
@@ -199,8 +199,8 @@ def leave_while_a_thread_writes() -> None:
 
 
 def begin_to_write() -> Any:
-    from train.checkpoint.background import Background
-    from train.checkpoint.peers import Peers
+    from train.loop.saving.background import Background
+    from train.loop.saving.peers import Peers
 
     peers = Peers(int(os.environ["RANK"]))
 

@@ -12,13 +12,13 @@ import torch
 from transformers import TrainerCallback
 
 from tests.strategies import STRATEGIES
-from train import models
 from train.config import load
-from train.rank import Rank, rank_from_environment
+from train.loop.trainer import Trainer
+from train.model import build as models
+from train.process.rank import Rank, rank_from_environment
 from train.run import assemble
 from train.strategy import engine_of
 from train.strategy.group import join
-from train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -17,7 +17,7 @@ from tests.distributed.jobs import restored_and_saved, whole_run
 from tests.distributed.test_master_weights import masters_that_differ
 from tests.distributed.test_parity import curve
 from tests.distributed.test_resume import SAVED, STEPS, STRATEGIES, interrupted
-from train.checkpoint import portable
+from train.checkpoint.read import portable
 
 logger = logging.getLogger("train")
 

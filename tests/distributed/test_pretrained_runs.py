@@ -30,14 +30,14 @@ from transformers import (
 from tests import own_code
 from tests.distributed.jobs import trained, whole_run
 from tests.strategies import STRATEGIES
-from train.card import Card
-from train.checkpoint.export import export
 from train.config import load
-from train.data.tokenizer import train_byte_bpe
+from train.data.tokens.tokenizer import train_byte_bpe
 from train.errors import UserError
-from train.recover import Options, recover
-from train.sample import sample
-from train.trainer import Trainer
+from train.export.card import Card
+from train.export.final import export
+from train.export.recover import Options, recover
+from train.loop.trainer import Trainer
+from train.sampling.sample import sample
 
 pytestmark = pytest.mark.distributed
 

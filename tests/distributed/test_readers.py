@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.jobs import held, trained
-from train.checkpoint import portable
+from train.checkpoint.read import portable
 
 pytestmark = pytest.mark.distributed
 

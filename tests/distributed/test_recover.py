@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.jobs import whole_run
 from train.errors import UserError
-from train.recover import Options, recover
+from train.export.recover import Options, recover
 
 pytestmark = pytest.mark.distributed
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.distributed import foreign
-from train.checkpoint import portable
-from train.checkpoint.lazy import PortableState
+from train.checkpoint.format.lazy import PortableState
+from train.checkpoint.read import portable
 
 pytestmark = pytest.mark.distributed
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.distributed.jobs import restored_and_saved, whole_run
 from tests.distributed.test_optimizers import COMPILED_FOR_DTENSORS, PURE_BF16, needs_torchao
 from tests.distributed.test_parity import curve
-from train.checkpoint import portable
+from train.checkpoint.read import portable
 
 pytestmark = pytest.mark.distributed
 

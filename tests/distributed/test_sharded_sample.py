@@ -20,14 +20,15 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from launchers.compose import compose, plain
-from launchers.sample import sampling_overrides
+from launchers.commands.sample import sampling_overrides
+from launchers.composition.compose import compose, plain
 from tests.unit.test_sample import POSITIONS, TOKENS, save
-from train import models
 from train.config import from_tree, load, to_yaml
-from train.rank import rank_from_environment
-from train.sample import parser, show
-from train.sharded_sample import speak
+from train.model import build as models
+from train.model.blocks import parameter_count
+from train.process.rank import rank_from_environment
+from train.sampling.sample import parser, show
+from train.sampling.sharded import speak
 from train.strategy import engine_of
 from train.strategy.group import join
 
@@ -85,7 +86,7 @@ def share(directory: Path, model_dir: Path) -> float:
         parameters: list[Any] = list(model.parameters())
         held = sum(p.to_local().numel() for p in parameters if hasattr(p, "to_local"))
         held += sum(p.ds_tensor.numel() for p in parameters if hasattr(p, "ds_tensor"))
-        return held / models.parameter_count(model)
+        return held / parameter_count(model)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3", "fsdp_offload", "zero3_offload"])

@@ -17,8 +17,8 @@ import filelock
 import pytest
 
 from tests.faults.killable import WORLD_SIZE, AtEvent, start
-from train import stop
-from train.checkpoint import layout
+from train.checkpoint.format import layout
+from train.run_directory import stop_note
 
 pytestmark = pytest.mark.distributed
 
@@ -128,7 +128,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
-def stopped(run_dir: Path, when: AtEvent) -> stop.Stopped:
+def stopped(run_dir: Path, when: AtEvent) -> stop_note.Stopped:
     """Start a run, signal it, and return where it has stopped, with all that it has whole."""
     ended = start(run_dir, when)
     assert ended.exit_codes == [75] * WORLD_SIZE, ended
@@ -139,7 +139,7 @@ def stopped(run_dir: Path, when: AtEvent) -> stop.Stopped:
     assert not any(layout.what_is_wrong(path) for path in directory.glob("checkpoint-*"))
     assert not list(directory.glob(".*.tmp"))
     assert not list(run_dir.glob(".tokenizer-*"))
-    where = stop.read(run_dir)
+    where = stop_note.read(run_dir)
     assert where is not None
     return where
 
@@ -147,7 +147,7 @@ def stopped(run_dir: Path, when: AtEvent) -> stop.Stopped:
 def assert_goes_on_to_the_same_end(run_dir: Path, undisturbed: Path) -> None:
     ended = start(run_dir)
     assert ended.exit_codes == [0] * WORLD_SIZE, ended
-    assert not (run_dir / stop.NOTE).exists()
+    assert not (run_dir / stop_note.NOTE).exists()
     weights = "final/model.safetensors"
     assert (run_dir / weights).read_bytes() == (undisturbed / weights).read_bytes()
     assert metrics(run_dir) == metrics(undisturbed)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import status
+from launchers import runs
 from tests.distributed.jobs import trained, whole_run
-from train import sample
 from train.errors import UserError
+from train.sampling import sample
 
 pytestmark = pytest.mark.distributed
 
@@ -44,19 +44,19 @@ def test_a_run_that_goes_past_its_final_model_has_none(
     ranks(world_size)(whole_run, run_dir)
     final = run_dir / "final"
     first = (final / "model.safetensors").read_bytes()
-    assert status.of(run_dir).state == "done"
+    assert runs.of(run_dir).state == "done"
 
     # Resumed with the same steps, nothing is trained: it stays what it is.
     ranks(world_size)(trained, run_dir, nothing)
     assert (final / "model.safetensors").read_bytes() == first
 
     resumed_for(run_dir, 4)
-    assert status.of(run_dir).state != "done", "more is asked for than there is"
+    assert runs.of(run_dir).state != "done", "more is asked for than there is"
     ranks(world_size)(trained, run_dir, nothing)
     assert not final.exists()
     earlier = run_dir / "final-earlier"
     assert (earlier / "model.safetensors").read_bytes() == first
-    assert status.of(run_dir).state != "done"
+    assert runs.of(run_dir).state != "done"
     with pytest.raises(UserError, match="was resumed after its model had been made and has not "):
         sample.model_directory(run_dir)
     with pytest.raises(UserError, match=f"the earlier one is {earlier}: give that to take it"):
@@ -68,6 +68,6 @@ def test_a_run_that_goes_past_its_final_model_has_none(
     assert (earlier / "model.safetensors").read_bytes() == first
 
     ranks(world_size)(whole_run, run_dir)
-    assert status.of(run_dir).state == "done"
+    assert runs.of(run_dir).state == "done"
     assert (final / "model.safetensors").read_bytes() != first
     assert not earlier.exists()

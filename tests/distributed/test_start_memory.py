@@ -17,9 +17,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from train import data, models
+from train import data
 from train.config import Gpt2Model, load
-from train.rank import rank_from_environment
+from train.model import build as models
+from train.process.rank import rank_from_environment
 from train.strategy import engine_of
 from train.strategy.group import join
 

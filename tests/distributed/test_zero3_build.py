@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from train import data, models
+from train import data
 from train.config import load
-from train.rank import rank_from_environment
-from train.strategy import replicated, zero
+from train.model import build as models
+from train.model.blocks import parameter_count
+from train.process.rank import rank_from_environment
+from train.strategy import replicated
 from train.strategy.group import join
+from train.strategy.zero import engine as zero
 
 pytestmark = pytest.mark.distributed
 
@@ -42,8 +45,8 @@ def compare_builds(run_dir: Path) -> dict[str, Any]:
             "differing": differing,
             "sharded": all(hasattr(p, "ds_id") for p in parameters.values()),
             "sharded_elements": sum(p.ds_tensor.numel() for p in parameters.values()),
-            "elements": models.parameter_count(whole),
-            "counted": models.parameter_count(sharded),
+            "elements": parameter_count(whole),
+            "counted": parameter_count(sharded),
             "training": sharded.training,
             "linear": torch.nn.functional.linear.__module__,
         }

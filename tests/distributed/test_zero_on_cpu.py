@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.jobs import trained
-from train.trainer import Trainer
+from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from launchers.start import descendants
+from launchers.ranks.child import descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 280

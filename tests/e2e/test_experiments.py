@@ -15,12 +15,13 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from launchers import machine, preflight
-from launchers.compose import CONF, compose
-from launchers.machine import Machine
+from launchers.composition.compose import CONF, compose
+from launchers.machine import facts as machine
+from launchers.machine import preflight
+from launchers.machine.facts import Machine
 from tests.distributed.jobs import whole_run
 from tests.e2e.cli import TINY
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 from train.config import from_tree
 
 pytestmark = pytest.mark.distributed

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cli import finish, on_one_rank, processes, shardwright, start, start_python, wait_for
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 

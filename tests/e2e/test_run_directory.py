@@ -20,16 +20,16 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from launchers import machine
-from launchers.compose import compose
+from launchers.composition.compose import compose
+from launchers.machine import facts as machine
 from tests.e2e.cli import ROOT, SECRETS, finish, processes, shardwright, start_python
 from tests.e2e.conftest import PROMPTS, Run
 from tests.unit.test_tracker import expected, of_tensorboard, of_wandb
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 from train.config import from_tree, load, to_yaml
-from train.data.cache import cache_root
-from train.data.corpus import read_corpus
 from train.data.prepare import prepare
+from train.data.sources.corpus import read_corpus
+from train.data.tokens.cache import cache_root
 
 pytestmark = pytest.mark.distributed
 

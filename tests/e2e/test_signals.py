@@ -25,9 +25,9 @@ from tests.e2e.cli import (
     wait_until,
 )
 from tests.e2e.test_failures import assert_all_gone
-from train import stop
-from train.checkpoint import layout
-from train.rank import cores_of
+from train.checkpoint.format import layout
+from train.process.group import cores_of
+from train.run_directory import stop_note
 
 pytestmark = pytest.mark.distributed
 
@@ -36,9 +36,9 @@ Tiny = Callable[[str], tuple[str, ...]]
 FOR_EVER = "trainer.max_steps=100000"
 
 
-def assert_stopped(ended: subprocess.CompletedProcess[str], run_dir: Path) -> stop.Stopped:
+def assert_stopped(ended: subprocess.CompletedProcess[str], run_dir: Path) -> stop_note.Stopped:
     """The launcher kills at the end of the grace period: a clean end is one within it."""
-    where = stop.read(run_dir)
+    where = stop_note.read(run_dir)
     assert where is not None, ended
     assert where.checkpoint == str(run_dir / "checkpoints" / f"checkpoint-{where.step}")
     assert layout.what_is_wrong(Path(where.checkpoint)) is None
@@ -183,7 +183,7 @@ def test_torchrun_started_by_hand_stops_too(tiny: Tiny, tmp_path: Path) -> None:
     script = str(Path(sysconfig.get_path("scripts")) / "shardwright")
     rank = ("--no-python", script, "rank", str(run_dir))
     command = ("-m", "torch.distributed.run", "--nproc-per-node=2", *rank)
-    before = stop.read(run_dir)
+    before = stop_note.read(run_dir)
     assert before is not None
     process = start_python(*command, cwd=tmp_path)
     metrics = run_dir / "metrics.jsonl"
@@ -193,7 +193,7 @@ def test_torchrun_started_by_hand_stops_too(tiny: Tiny, tmp_path: Path) -> None:
     ended = stopped_by(signal.SIGTERM, [process.pid], process)
 
     assert ended.returncode == 1, "torchrun's own"
-    after = stop.read(run_dir)
+    after = stop_note.read(run_dir)
     assert after is not None
     assert after.progress_steps == after.step - before.step >= 2
     assert_all_gone(tmp_path)

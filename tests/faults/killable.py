@@ -178,7 +178,7 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
     """Note each event of this process in ``found``, and kill at the one that is asked for."""
     import transformers
 
-    from train.trainer import Trainer
+    from train.loop.trainer import Trainer
 
     pattern = re.compile(kill.pattern) if kill else None
     matches = 0

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.killable import start
-from train.checkpoint import layout, restore
+from train.checkpoint.format import layout
 from train.errors import UserError
-from train.rank import Rank
+from train.loop import resuming
+from train.process.rank import Rank
 
 pytestmark = pytest.mark.distributed
 
@@ -60,14 +61,14 @@ def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_taken(
                 continue
             damage(sound, older / name)
             said: list[str] = []
-            found = restore.newest(run_dir, ALONE, said.append)
+            found = resuming.newest(run_dir, ALONE, said.append)
             assert found is not None
             assert found.checkpoint == older, f"{damage.__name__} of {name} is not found"
             (text,) = said
             assert text.startswith("checkpoint-2 is not whole: ")
             assert is_manifest or name.as_posix() in text
             sound.write_bytes(data)
-    found = restore.newest(run_dir, ALONE, pytest.fail)
+    found = resuming.newest(run_dir, ALONE, pytest.fail)
     assert found is not None
     assert found.checkpoint == newest
 
@@ -77,7 +78,7 @@ def test_nothing_to_go_on_from_is_an_error(run_of: RunOf) -> None:
     (run_dir / "checkpoints/checkpoint-1/rng-1.pt").unlink()
     (run_dir / "checkpoints/checkpoint-2/manifest.json").write_bytes(b"")
     with pytest.raises(UserError) as error:
-        restore.newest(run_dir, ALONE, lambda text: None)
+        resuming.newest(run_dir, ALONE, lambda text: None)
     assert "has checkpoints, but none to resume from" in str(error.value)
     assert "checkpoint-2 is not whole: its manifest cannot be read" in str(error.value)
     assert "checkpoint-1 is not whole: rng-1.pt is missing" in str(error.value)

@@ -18,7 +18,7 @@ import pytest
 from tests.e2e.cli import finish, processes, start_python, wait_for
 from tests.faults.killable import WORLD_SIZE, AtEvent, AtTime, Kill, events, start
 from tests.strategies import STRATEGIES
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 

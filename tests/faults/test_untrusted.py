@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from tests.checkpoints import described
 from tests.faults.killable import start
-from train.checkpoint import layout, restore
+from train.checkpoint.format import layout
 from train.errors import UserError
-from train.rank import Rank
+from train.loop import resuming
+from train.process.rank import Rank
 
 pytestmark = pytest.mark.distributed
 
@@ -70,7 +71,7 @@ def refusal(run_dir: Path) -> str:
     """Return what the user is told when the newest checkpoint is opened."""
     seal(run_dir / "checkpoints/checkpoint-2")
     with pytest.raises(UserError) as error:
-        restore.newest(run_dir, Rank(index=0, local_index=0, world_size=1), pytest.fail)
+        resuming.newest(run_dir, Rank(index=0, local_index=0, world_size=1), pytest.fail)
     assert "remove it to take an older one" in str(error.value)
     return str(error.value)
 
@@ -250,7 +251,7 @@ def test_code_in_the_random_numbers_is_refused(
     path, mark = run_of("ddp") / "checkpoints/checkpoint-2/rng-0.pt", tmp_path / "mark"
     path.write_bytes(write({"torch": Payload(mark)}))
     with pytest.raises(UserError, match=r"rng-0\.pt is refused: .*posix\.mkdir.*remove checkpoint"):
-        restore._restore_rng(path)
+        resuming._restore_rng(path)
     assert not mark.exists()
 
 
@@ -258,7 +259,7 @@ def test_code_in_the_random_numbers_is_refused(
 def test_other_random_numbers_are_refused(state: Any, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "rng-0.pt")
     with pytest.raises(UserError, match=r"rng-0\.pt is refused: "):
-        restore._restore_rng(tmp_path / "rng-0.pt")
+        resuming._restore_rng(tmp_path / "rng-0.pt")
 
 
 @pytest.mark.parametrize("damage", ["pickle", "other_step", "list"])

@@ -16,8 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.faults.test_untrusted import FORMATS, Payload
-from train.checkpoint import portable
-from train.checkpoint.lazy import Unreadable
+from train.checkpoint.format.lazy import Unreadable
+from train.checkpoint.read import portable
 
 Write = Callable[[Any], bytes]
 WEIGHT = torch.arange(6.0).view(2, 3)

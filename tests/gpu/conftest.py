@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from launchers import machine
+from launchers.machine import facts as machine
 from tests.distributed.pool import Ranks
 from train.config import PrecisionConfig
 

@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 
 from tests.distributed.jobs import trained
 from train.config import load
-from train.rank import Rank, rank_from_environment
+from train.loop.trainer import Trainer
+from train.process.rank import Rank, rank_from_environment
 from train.run import assemble
 from train.strategy.group import join
-from train.trainer import Trainer
 
 
 def observed_training(run_dir: Path) -> dict[str, Any]:

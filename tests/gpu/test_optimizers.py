@@ -13,7 +13,7 @@ from tests.distributed.pool import Ranks
 from tests.distributed.test_optimizers import OPTIMIZERS, needs_compiler, needs_torchao
 from tests.distributed.test_parity import curve
 from train.config import load
-from train.trainer import Trainer
+from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.status import rank_processes
+from launchers.ranks.processes import rank_processes
 from tests.e2e.cli import ROOT, TINY, finish
 from tests.slurm.cluster import Cluster, until
 

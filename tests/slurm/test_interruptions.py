@@ -12,7 +12,7 @@ from tests.e2e import cli
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import SLURM, STEPS, submitted
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.slurm
 

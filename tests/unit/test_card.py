@@ -12,11 +12,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from train import curve
-from train.card import card_of, recovered_card
-from train.card_text import Facts
-from train.checkpoint.layout import Manifest
+from train.checkpoint.format.layout import Manifest
 from train.config import from_tree
+from train.export import curve
+from train.export.card import card_of, recovered_card
+from train.export.card_text import Facts
+from train.run_directory import metrics
 
 GPT2 = {
     "model_type": "gpt2",
@@ -231,7 +232,7 @@ def test_a_prompt_and_a_path_cannot_break_out_of_their_places(tiny_tree: Tree) -
 
 
 def test_the_picture_shows_both_losses_inside_its_frame(run_dir: Path) -> None:
-    points = curve.read(run_dir / "metrics.jsonl").points
+    points = metrics.read(run_dir / "metrics.jsonl").points
     drawn = curve.picture(points)
     assert drawn is not None
     svg = ET.fromstring(drawn)
@@ -247,7 +248,7 @@ def test_the_picture_shows_both_losses_inside_its_frame(run_dir: Path) -> None:
 
 
 def test_a_long_run_is_drawn_and_tabled_in_bounded_size() -> None:
-    points = [curve.Point(step, step * 10, loss=1.0) for step in range(1, 5001)]
+    points = [metrics.Point(step, step * 10, loss=1.0) for step in range(1, 5001)]
     drawn = curve.picture(points)
     assert drawn is not None
     assert len(drawn) < 20_000
@@ -256,7 +257,7 @@ def test_a_long_run_is_drawn_and_tabled_in_bounded_size() -> None:
 
 
 def test_nothing_is_drawn_of_one_point() -> None:
-    assert curve.picture([curve.Point(1, 10, loss=2.0)]) is None
+    assert curve.picture([metrics.Point(1, 10, loss=2.0)]) is None
     assert curve.picture([]) is None
 
 

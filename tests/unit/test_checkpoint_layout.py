@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import described
-from train.checkpoint import layout
+from train.checkpoint.format import layout
+from train.durable import atomic_directory
 
 
 def write_checkpoint(directory: Path, step: int) -> Path:
@@ -67,21 +68,21 @@ def test_a_second_save_of_a_step_replaces_the_first(tmp_path: Path) -> None:
 
 def test_an_interrupted_directory_gets_no_name(tmp_path: Path) -> None:
     def write_half() -> None:
-        with layout.atomic_directory(tmp_path / "final") as directory:
+        with atomic_directory(tmp_path / "final") as directory:
             (directory / "model.safetensors").write_bytes(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_half()
     assert not (tmp_path / "final").exists()
-    with layout.atomic_directory(tmp_path / "final") as directory:
+    with atomic_directory(tmp_path / "final") as directory:
         assert list(directory.iterdir()) == []
     assert (tmp_path / "final").is_dir()
 
 
 def test_a_directory_that_is_there_already_is_replaced(tmp_path: Path) -> None:
     for text in ("first", "second"):
-        with layout.atomic_directory(tmp_path / "final") as directory:
+        with atomic_directory(tmp_path / "final") as directory:
             (directory / text).write_text(text)
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["final"]

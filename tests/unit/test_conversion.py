@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from train.checkpoint.model_directory import check_loads
-from train.conversion import CannotTrace, Piece, Traced, loaded, on_disk
 from train.errors import UserError
-from train.recover import Options, recover
+from train.export.recover import Options, recover
+from train.model.conversion import CannotTrace, Piece, Traced, loaded, on_disk
+from train.model.directory import check_loads
 
 Tensors = dict[str, torch.Tensor]
 

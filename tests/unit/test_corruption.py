@@ -15,9 +15,10 @@ from tests.checkpoints import (
     rewrite_manifest,
     write_checkpoint,
 )
-from train.checkpoint import discovery, layout
+from train.checkpoint import discovery
 from train.checkpoint.choose import choose
 from train.checkpoint.discovery import newest_whole
+from train.checkpoint.format import layout
 from train.errors import UserError
 
 

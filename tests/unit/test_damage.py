@@ -17,14 +17,14 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedToke
 
 from tests.unit.test_sample import POSITIONS, TOKENS
 from tests.unit.test_sample import save as save_with_tokenizer
-from train import damage
+from train.checkpoint.format import damage
 from train.config import PretrainedModel, from_tree
-from train.data.tokenizer import ensure_tokenizer
+from train.data.tokens.tokenizer import ensure_tokenizer
 from train.errors import UserError
-from train.models import build
-from train.origin import keep
-from train.recover import Options, recover
-from train.sample import sample
+from train.export.recover import Options, recover
+from train.model.build import build
+from train.model.origin import keep
+from train.sampling.sample import sample
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f3"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from train.callbacks.early_stopping import without_improvement
+from train.loop.callbacks.early_stopping import without_improvement
 
 NAN = math.nan
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.unit.strategy.test_misconfiguration import TREE
-from train.checkpoint.peers import SaveFailed
 from train.config import from_tree
-from train.exhausted import explained
+from train.loop.saving.peers import SaveFailed
+from train.process.exhausted import explained
 
 CONFIG = from_tree(TREE)
 

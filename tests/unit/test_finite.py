@@ -12,13 +12,15 @@ import torch
 
 from tests.checkpoints import write_checkpoint
 from tests.unit.test_optimizer import built, give_gradients, gpt2
-from train.checkpoint import layout, retention
+from train.checkpoint import retention
 from train.checkpoint.choose import choose
-from train.checkpoint.lazy import Fragment, LazyTensor, has_only_finite
+from train.checkpoint.format import layout
+from train.checkpoint.format.lazy import Fragment, LazyTensor, has_only_finite
 from train.config import CheckpointConfig
 from train.errors import UserError
-from train.finite import Found, Gate, are_sound, diagnosis, largest_weight, message
-from train.trainer import IGNORED, Trainer
+from train.loop.divergence import Found, diagnosis, message
+from train.loop.trainer import IGNORED, Trainer
+from train.strategy.finite import Gate, are_sound, largest_weight
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from tests.unit.strategy.test_misconfiguration import TREE
-from train import fp8
 from train.config import RunConfig, from_tree
 from train.errors import UserError
+from train.model import fp8
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="precision=fp8 needs the extra torchao"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xxhash
 
-from train.checkpoint.hashed import HashedFolder
+from train.checkpoint.format.hashed import HashedFolder
 
 
 def assert_hashes_are_real(folder: HashedFolder) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launchers import report, start
-from train import inherited
+from launchers import report
+from launchers.ranks import child
 from train.errors import UserError
-from train.rank import Rank, rank_from_environment
+from train.process import inherited
+from train.process.rank import Rank, rank_from_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_A_RANK = {
@@ -54,7 +55,7 @@ THE_USERS = {
 
 
 def test_a_launcher_hands_on_what_is_the_users() -> None:
-    assert start.handed_on(OF_A_RANK | OF_AN_ENGINE | THE_USERS) == THE_USERS
+    assert child.handed_on(OF_A_RANK | OF_AN_ENGINE | THE_USERS) == THE_USERS
 
 
 @pytest.mark.parametrize(
@@ -64,12 +65,17 @@ def test_what_a_launcher_starts_sees_nothing_of_it(what: str, tmp_path: Path) ->
     """Only a job's own relay hands on what the job has set for torchrun."""
     show = "import json, os; json.dump(dict(os.environ), open('seen', 'w'))"
     call = {
-        "start.run": "start.run([sys.executable, '-c', show], {'ADDED': '1'})",
-        "start.replace": "start.replace([sys.executable, '-c', show], {'ADDED': '1'})",
+        "start.run": "child.run([sys.executable, '-c', show], {'ADDED': '1'})",
+        "start.replace": "child.replace([sys.executable, '-c', show], {'ADDED': '1'})",
         "start.run(relay)": "relay.main([sys.executable, '-c', show])",
     }[what]
     subprocess.run(
-        [sys.executable, "-c", f"import sys; from launchers import relay, start; {show=}; {call}"],
+        [
+            sys.executable,
+            "-c",
+            "import sys; from launchers import relay; from launchers.ranks import child; "
+            f"{show=}; {call}",
+        ],
         cwd=tmp_path,
         env=os.environ | OF_A_RANK | OF_AN_ENGINE | {"PYTHONPATH": str(ROOT)},
         check=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.checkpoint.lazy import Fragment, LazyTensor, Unreadable, describe, lazy
+from train.checkpoint.format.lazy import Fragment, LazyTensor, Unreadable, describe, lazy
 
 
 def in_fragments(tensor: torch.Tensor, directory: Path, cuts: list[int]) -> LazyTensor:
@@ -69,7 +69,7 @@ def in_boxes(
 def test_a_matrix_cut_along_columns_reads_as_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.checkpoint.lazy._SCATTERED_BYTES", 50)
+    monkeypatch.setattr("train.checkpoint.format.lazy._SCATTERED_BYTES", 50)
     tensor = torch.arange(9 * 11).view(9, 11).to(torch.float32)
     boxes = [(0, 0, 9, 4), (0, 4, 5, 11), (5, 4, 9, 5), (5, 5, 9, 11)]
     stored = in_boxes(tensor, tmp_path, boxes)

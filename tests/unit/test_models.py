@@ -27,19 +27,14 @@ from transformers import (
     pipeline,
 )
 
-from train import activation_checkpointing
 from train.config import RunConfig, from_tree
 from train.errors import UserError
-from train.models import (
-    blocks,
-    build,
-    check_attention,
-    compile_blocks,
-    fitted,
-    parameter_count,
-    transformers_config,
-)
-from train.weights import materialize
+from train.model import activation_checkpointing
+from train.model.blocks import blocks, compile_blocks, parameter_count
+from train.model.build import build, fitted
+from train.model.configs import transformers_config
+from train.model.pretrained import check_attention
+from train.model.weights import materialize
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import FILES, write_checkpoint
-from train.checkpoint import discovery, layout, retention
+from train.checkpoint import discovery, retention
 from train.checkpoint.discovery import Gather, PassedOver, newest_whole
+from train.checkpoint.format import layout
 from train.config import CheckpointConfig
 
 

@@ -22,7 +22,8 @@ from transformers import (
 from tests.unit.strategy.test_misconfiguration import TREE
 from train.config import RunConfig, from_tree
 from train.errors import UserError
-from train.optimizer import MuonWithAdamW, build, hidden_matrices
+from train.optimizer.build import build
+from train.optimizer.muon import MuonWithAdamW, hidden_matrices
 from train.strategy import engine_of
 
 

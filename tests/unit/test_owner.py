@@ -22,15 +22,15 @@ import yaml
 from launchers.__main__ import main
 from tests.unit.strategy.test_misconfiguration import TREE
 from train import __main__ as rank
-from train import stop
 from train.errors import BAD_INPUT, UserError
-from train.owner import FILE, Owner, inherited, look, owned
+from train.process import signals
+from train.run_directory.owner import FILE, Owner, inherited, look, owned
 
 ROOT = Path(__file__).parents[2]
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from train.owner import owned
+from train.run_directory.owner import owned
 
 with owned(Path(sys.argv[1]), print):
     worker = os.fork()  # as a data loader's is, which outlives a killed rank for a while
@@ -43,8 +43,8 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.owner.DYING_SECONDS", 0.3)
-    monkeypatch.setattr("train.owner.LEASE_SECONDS", 0.6)
+    monkeypatch.setattr("train.run_directory.owner.DYING_SECONDS", 0.3)
+    monkeypatch.setattr("train.run_directory.owner.LEASE_SECONDS", 0.6)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_node_that_may_have_died_is_waited_for_longer(owner: Start, tmp_path: 
 LAUNCHER = """
 import sys
 from pathlib import Path
-from train import owner
+from train.run_directory import owner
 
 with owner.owned(Path(sys.argv[1]), print, owner.PREPARING) as claim:
     print("prepares", flush=True)
@@ -186,7 +186,7 @@ def owner_of(run_dir: Path) -> Owner:
 @pytest.fixture
 def _signals_as_before() -> Iterator[None]:
     """Undo what a rank does to signals as it starts: it is this process here."""
-    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

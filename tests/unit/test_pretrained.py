@@ -30,11 +30,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from train import conversion
 from train.config import PretrainedModel
 from train.errors import UserError
-from train.pretrained import CannotStream, loaded_whole, streamed, weight_files
-from train.weights import drawn, initialized, materialize
+from train.model import conversion
+from train.model.streaming import CannotStream, loaded_whole, streamed, weight_files
+from train.model.weights import drawn, initialized, materialize
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from train.rank import Rank, cores_of, rank_from_environment
+from train.process.group import cores_of
+from train.process.rank import Rank, rank_from_environment
 
 
 def test_ranks_of_mpirun_and_srun_are_read_by_their_own_names(

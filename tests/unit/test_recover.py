@@ -34,10 +34,12 @@ from transformers import (
 
 from tests.checkpoints import described
 from tests.unit.test_lazy import in_fragments
-from train.checkpoint import layout, portable, whole
-from train.checkpoint.contents import contents
+from train.checkpoint.format import layout
+from train.checkpoint.read import portable
 from train.errors import UserError
-from train.recover import Options, check_extents, recover
+from train.export import safetensors as whole
+from train.export.contents import contents
+from train.export.recover import Options, check_extents, recover
 
 Tensors = dict[str, torch.Tensor]
 
@@ -568,7 +570,9 @@ CHILD = """
 import io, os, signal, sys
 from pathlib import Path
 from tests.unit.test_recover import MAX_MEMORY, once_written
-from train.recover import Options, _resident, recover
+from train.export.recover import Options
+from train.export.recover import _resident
+from train.export.recover import recover
 
 small, large, out = map(Path, sys.argv[1:])
 recover(Options(small, out / "small"), sys.stdout, sys.stderr)  # imports all there is to import

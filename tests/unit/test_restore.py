@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.checkpoint import restore
-from train.checkpoint.lazy import LazyTensor, PortableState, Unreadable, describe, lazy
+from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable, describe, lazy
 from train.config import BEGINNING, Progress
 from train.errors import UserError
+from train.loop import resuming
+from train.run_directory import metrics
 
 
-def at_step(step: int) -> restore.Resumed:
-    return restore.Resumed(
+def at_step(step: int) -> resuming.Resumed:
+    return resuming.Resumed(
         checkpoint=Path(f"checkpoint-{step}"),
         progress=Progress(step=step, samples=step * 64),
         tokens=step * 64 * 64,
@@ -38,15 +39,15 @@ def test_another_model_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"weight": torch.ones(3, 2)}, path)
     stored = {"weight": lazy(describe(path)["weight"], path)}
-    resumed = restore.Resumed(tmp_path, BEGINNING, 1, 1, PortableState(stored, {}, {}))
+    resumed = resuming.Resumed(tmp_path, BEGINNING, 1, 1, PortableState(stored, {}, {}))
     same, other = torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 4)
     out = torch.empty(3, 2)
-    restore.values(same, resumed)["weight"](out)  # type: ignore[arg-type]
+    resuming.values(same, resumed)["weight"](out)  # type: ignore[arg-type]
     assert torch.equal(out, torch.ones(3, 2))
     with pytest.raises(
         UserError, match=r"weight has shape \(3, 2\), not \(4, 2\); bias is missing"
     ):
-        restore.values(other, resumed)  # type: ignore[arg-type]
+        resuming.values(other, resumed)  # type: ignore[arg-type]
 
 
 def test_a_gap_in_the_files_is_seen() -> None:
@@ -61,11 +62,11 @@ def test_metrics_beyond_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     resumed = dataclasses.replace(at_step(2), checkpoint=tmp_path)
     state = tmp_path / "trainer_state.json"
     state.write_text('{"global_step": 2, "log_history": [{"step": 2, "eval_loss": 1}]}')
-    restore.trim_metrics(tmp_path, 2, is_evaluated=restore.is_evaluated(resumed))
+    metrics.trim_metrics(tmp_path, 2, is_evaluated=resuming.is_evaluated(resumed))
     assert path.read_text() == lines
     # An evaluation that came after the checkpoint comes again.
     state.write_text('{"global_step": 2, "log_history": []}')
-    restore.trim_metrics(tmp_path, 2, is_evaluated=restore.is_evaluated(resumed))
+    metrics.trim_metrics(tmp_path, 2, is_evaluated=resuming.is_evaluated(resumed))
     assert path.read_text() == "".join(lines.splitlines(keepends=True)[:2])
-    restore.trim_metrics(tmp_path)
+    metrics.trim_metrics(tmp_path)
     assert path.read_text() == ""

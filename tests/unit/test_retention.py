@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import FILES, write_checkpoint
-from train.checkpoint import layout, retention
+from train.checkpoint import retention
+from train.checkpoint.format import layout
 from train.checkpoint.retention import Saved, best, expendable, marks
 from train.config import CheckpointConfig
 

@@ -11,7 +11,7 @@ import pytest
 
 from train.config import from_tree, samples_wanted, total_steps
 from train.errors import UserError
-from train.rank import Rank
+from train.process.rank import Rank
 from train.run import assemble
 
 Tree = Callable[[str], dict[str, Any]]

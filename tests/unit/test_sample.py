@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from train.errors import UserError
-from train.sample import check_strategy, main, model_directory, sample, show
+from train.sampling.sample import check_strategy, main, model_directory, sample, show
 
 POSITIONS = 64
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from train.checkpoint.snapshot import Snapshot
+from train.strategy.state.snapshot import Snapshot
 
 
 def file_of(value: Any) -> bytes:

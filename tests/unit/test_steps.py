@@ -18,7 +18,7 @@ from train.config import (
     total_steps,
     why_too_short,
 )
-from train.strategy.loop import SCHEDULES
+from train.optimizer.schedule import SCHEDULES
 
 FIRST_BATCH, WANTED = 8, 1000
 """128 samples of 64 tokens are 8,192; more of them tell schedules apart."""

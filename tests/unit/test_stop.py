@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from train import stop
 from train.errors import FAILED
-from train.logs import note_failure
+from train.process import signals
+from train.process.agreement import reason
+from train.run_directory import stop_note
+from train.run_directory.failures import note_failure
 
 # What each begins with: two ways to be signalled.
 PRELUDE = """
 import os, signal, sys, time
-from train import stop
+from train.process import signals
 def get(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
@@ -25,63 +27,67 @@ def get(*numbers):
 
 CASES = {
     "any signal leaves a note, and only the first counts": (
-        "stop.install(); get(signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)\n"
-        "print(stop.asked(), stop.seconds_since() > 0)",
+        "signals.install(); get(signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)\n"
+        "print(signals.asked(), signals.seconds_since() > 0)",
         "SIGTERM True",
         0,
     ),
-    "none, no note": ("stop.install(); print(stop.asked(), stop.seconds_since())", "None 0.0", 0),
+    "none, no note": (
+        "signals.install(); print(signals.asked(), signals.seconds_since())",
+        "None 0.0",
+        0,
+    ),
     "one that came before the handlers, and was blocked till then, counts": (
-        "signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS); get(signal.SIGUSR1)\n"
-        "stop.install(); print(stop.asked())",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS); get(signal.SIGUSR1)\n"
+        "signals.install(); print(signals.asked())",
         "SIGUSR1",
         0,
     ),
     "a second ctrl-c kills": (
-        "stop.install(); get(signal.SIGINT); print(stop.asked(), flush=True)\n"
+        "signals.install(); get(signal.SIGINT); print(signals.asked(), flush=True)\n"
         "get(signal.SIGINT); print('alive')",
         "Ctrl-C",
         -signal.SIGINT,
     ),
     "one that torchrun passes on is no second ctrl-c": (
         "os.environ['TORCHELASTIC_RUN_ID'] = 'run'\n"
-        "stop.install(); get(signal.SIGINT, signal.SIGINT); print(stop.asked())",
+        "signals.install(); get(signal.SIGINT, signal.SIGINT); print(signals.asked())",
         "Ctrl-C",
         0,
     ),
     "what nohup ignores stays ignored": (
-        "signal.signal(signal.SIGHUP, signal.SIG_IGN); stop.install(); get(signal.SIGHUP)\n"
-        "print(stop.asked())",
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); signals.install(); get(signal.SIGHUP)\n"
+        "print(signals.asked())",
         "None",
         0,
     ),
     "work without collectives ends at once, and once": (
-        "stop.install()\n"
+        "signals.install()\n"
         "try:\n"
-        "    with stop.at_once():\n"
+        "    with signals.at_once():\n"
         "        get(signal.SIGTERM); print('went on')\n"
-        "except stop.Stop:\n"
+        "except signals.Stop:\n"
         "    get(signal.SIGTERM); print('ended')",
         "ended",
         0,
     ),
     "such work does not begin behind a signal": (
-        "stop.install(); get(signal.SIGTERM)\n"
+        "signals.install(); get(signal.SIGTERM)\n"
         "try:\n"
-        "    with stop.at_once(): print('began')\n"
-        "except stop.Stop: print('ended')",
+        "    with signals.at_once(): print('began')\n"
+        "except signals.Stop: print('ended')",
         "ended",
         0,
     ),
     "a rank that has failed goes like any process": (
-        "stop.install(); stop.no_longer(); get(signal.SIGTERM); print('alive')",
+        "signals.install(); signals.no_longer(); get(signal.SIGTERM); print('alive')",
         "",
         -signal.SIGTERM,
     ),
     "one that comes as the interpreter ends does not change the exit code": (
         "class Late:\n"
         "    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 15)\n"
-        "stop.install(); sys.late = Late(); stop.is_over(); sys.exit(75)",
+        "signals.install(); sys.late = Late(); signals.is_over(); sys.exit(75)",
         "",
         75,
     ),
@@ -106,11 +112,11 @@ RANK_0_OF_2 = """
 import sys
 from datetime import timedelta
 from pathlib import Path
-from train import stop
-stop.install()
+from train.process import signals
+signals.install()
 from torch.distributed import TCPStore
-from train.logs import has_failure
-with stop.unless(lambda: has_failure(Path(sys.argv[1]), stop.started_at)):
+from train.run_directory.failures import has_failure
+with signals.unless(lambda: has_failure(Path(sys.argv[1]), signals.started_at)):
     print("waits", flush=True)
     TCPStore("localhost", 0, 2, is_master=True, timeout=timedelta(seconds=50))
 """
@@ -134,7 +140,7 @@ def test_a_rank_that_is_told_to_stop_waits_for_peers_but_not_for_one_that_has_fa
     assert process.stdout.readline() == "waits\n"
     process.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=4 * stop.SECONDS_BETWEEN_LOOKS)
+        process.wait(timeout=4 * signals.SECONDS_BETWEEN_LOOKS)
     note_failure(tmp_path, 1, ValueError("no such device"))
     _, error = process.communicate(timeout=30)
     assert process.returncode == FAILED
@@ -142,27 +148,27 @@ def test_a_rank_that_is_told_to_stop_waits_for_peers_but_not_for_one_that_has_fa
 
 
 def test_the_note_of_a_stop_round_trips_and_half_of_one_is_none(tmp_path: Path) -> None:
-    where = stop.Stopped(7, 56, "SIGTERM on rank 0", 1.5, None, 7)
-    assert stop.read(tmp_path) is None
+    where = stop_note.Stopped(7, 56, "SIGTERM on rank 0", 1.5, None, 7)
+    assert stop_note.read(tmp_path) is None
     where.write(tmp_path)
-    assert stop.read(tmp_path) == where
-    (tmp_path / stop.NOTE).write_text('{"step": 7')
-    assert stop.read(tmp_path) is None
-    stop.forget(tmp_path)
+    assert stop_note.read(tmp_path) == where
+    (tmp_path / stop_note.NOTE).write_text('{"step": 7')
+    assert stop_note.read(tmp_path) is None
+    stop_note.forget(tmp_path)
     assert not list(tmp_path.iterdir())
-    stop.forget(tmp_path)
+    stop_note.forget(tmp_path)
 
 
 def test_the_reason_names_signals_and_ranks() -> None:
-    assert stop.reason(["SIGTERM", None, "SIGTERM"]) == "SIGTERM on ranks 0, 2"
-    assert stop.reason([None, "SIGUSR1"]) == "SIGUSR1 on rank 1"
-    assert stop.reason(["SIGUSR1", "SIGTERM"]) == "SIGUSR1 on rank 0; SIGTERM on rank 1"
+    assert reason(["SIGTERM", None, "SIGTERM"]) == "SIGTERM on ranks 0, 2"
+    assert reason([None, "SIGUSR1"]) == "SIGUSR1 on rank 1"
+    assert reason(["SIGUSR1", "SIGTERM"]) == "SIGUSR1 on rank 0; SIGTERM on rank 1"
 
 
 def test_torchrun_gets_the_code_that_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would start ranks again that end with any other than 0, while it has restarts left."""
-    assert not stop.is_restarted_on_failure()
+    assert not signals.is_restarted_on_failure()
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     for restarts, is_restarted in enumerate((True, True, False)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
-        assert stop.is_restarted_on_failure() is is_restarted
+        assert signals.is_restarted_on_failure() is is_restarted

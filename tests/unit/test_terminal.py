@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from train.terminal import READER_GONE, Terminal, is_read
+from train.console.terminal import READER_GONE, Terminal, is_read
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = """
 import sys
 from pathlib import Path
-from train import terminal
+from train.console import terminal
 
 def work():
     terminal.outlive()
@@ -92,7 +92,7 @@ def test_no_file_and_no_child_gets_the_place_of_a_closed_output(tmp_path: Path) 
     look = """
 import os, subprocess, sys
 from pathlib import Path
-from train import terminal
+from train.console import terminal
 
 def look():
     file = os.open("opened", os.O_WRONLY | os.O_CREAT)
@@ -146,7 +146,7 @@ def test_a_full_disk_is_an_error_to_who_only_writes_there(tmp_path: Path, full: 
 def test_an_output_that_does_not_wait_loses_nothing(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    many = 'import train.terminal as t; t.outlive(); print("x" * 300_000)'
+    many = 'import train.console.terminal as t; t.outlive(); print("x" * 300_000)'
     child = subprocess.Popen(
         [sys.executable, "-c", many], stdout=writer, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )

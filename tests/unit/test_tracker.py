@@ -20,7 +20,6 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train import program, tracker
-from train.callbacks import tracking
 from train.config import RunConfig, load
 from train.config.tracking import (
     WandbTracking,
@@ -31,6 +30,7 @@ from train.config.tracking import (
     wandb_project,
     wandb_unused,
 )
+from train.loop.callbacks import tracking
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 Values = dict[str, dict[int, float]]

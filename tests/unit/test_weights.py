@@ -22,7 +22,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from train.weights import Values, in_turn, initialized, materialize
+from train.model.weights import Values, in_turn, initialized, materialize
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 1000,

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.unit.test_lazy import in_fragments
-from train.checkpoint import whole
-from train.checkpoint.whole import Budget, Output, Writer
+from train.checkpoint.format.outputs import Output
+from train.export import safetensors as whole
+from train.export.safetensors import Budget, Writer
 
 TENSORS = {
     "mask": torch.tensor([True, False, True]),  # 3 bytes, after which nothing would be aligned

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from train import config as run_config
-from train.checkpoint import discovery, layout, portable
-from train.checkpoint.layout import MANIFEST, Manifest
-from train.checkpoint.lazy import PortableState, Unreadable
+from train.checkpoint import discovery
+from train.checkpoint.format import layout
+from train.checkpoint.format.layout import MANIFEST, Manifest
+from train.checkpoint.format.lazy import PortableState, Unreadable
+from train.checkpoint.read import portable
 from train.errors import UserError
 
 Step = int | Literal["latest", "best"] | None

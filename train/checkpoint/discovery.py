@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 from train.checkpoint.retention import best, saved_in
 from train.config import CheckpointConfig
 
@@ -161,8 +161,8 @@ def _not_finite(checkpoint: Path, share: tuple[int, int]) -> list[str]:
     """Return what is wrong with this rank's share of the weights of a whole checkpoint."""
     if layout.read_manifest(checkpoint).finite is not None:
         return []
-    from train.checkpoint import portable
-    from train.checkpoint.lazy import Unreadable, has_only_finite
+    from train.checkpoint.format.lazy import Unreadable, has_only_finite
+    from train.checkpoint.read import portable
 
     try:
         weights = portable.read(checkpoint).weights

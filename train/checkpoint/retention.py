@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from train.checkpoint import layout
-from train.checkpoint.layout import MANIFEST
+from train.checkpoint.format import layout
+from train.checkpoint.format.layout import MANIFEST
 from train.config import CheckpointConfig
 from train.durable import flush
 

@@ -4,7 +4,7 @@ Importing this package costs next to nothing and no torch; the loaders, which ne
 ``train.data.loader``.
 """
 
-from train.data.corpus import check_corpus
 from train.data.prepare import Prepared, prepare
+from train.data.sources.corpus import check_corpus
 
 __all__ = ["Prepared", "check_corpus", "prepare"]

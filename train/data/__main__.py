@@ -12,16 +12,21 @@ import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
-from train import config, exhausted, owner, progress, stop, stop_request, stopped, terminal
+from train import config
 from train.config import RunConfig
-from train.data import cache
+from train.console import progress, terminal
+from train.data import stopped
 from train.data.prepare import prepare
+from train.data.tokens import cache
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
+from train.process import exhausted, signals
+from train.process.stop_request import watch_for_stop
+from train.run_directory import owner, stop_request
 
 
 def main() -> int:
     """Prepare the data; return 0, 1 where that failed, 2 on bad input, 75 where it was stopped."""
-    stop.install()
+    signals.install()
     terminal.outlive()
     parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="directory that holds the run's config.yaml")
@@ -56,15 +61,15 @@ def _watched(run_dir: Path, settings: RunConfig, *, heeds: bool) -> int:
     worker = os.fork()  # before this process has a second thread
     if worker == 0:
         os._exit(_work(run_dir, settings, parent))
-    with stop_request.heeded(run_dir) if heeds else nullcontext():
+    with watch_for_stop(run_dir) if heeds else nullcontext():
         try:
-            with stop.at_once():
+            with signals.at_once():
                 os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # it stays its pid's until
-        except stop.Stop:
+        except signals.Stop:
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
             cache.sweep(cache.cache_root(settings.data), worker)
-            stopped.note(run_dir, stop_request.said(run_dir) or str(stop.asked()))
+            stopped.note(run_dir, stop_request.said(run_dir) or str(signals.asked()))
             return RESUMABLE
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     if code < 0:
@@ -79,7 +84,7 @@ def _watched(run_dir: Path, settings: RunConfig, *, heeds: bool) -> int:
 
 def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
     """Do the work in a process that ends with its parent; return its exit code."""
-    for number in stop.SIGNALS:  # a terminal sends its Ctrl-C to both
+    for number in signals.SIGNALS:  # a terminal sends its Ctrl-C to both
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
@@ -99,7 +104,7 @@ def _prepared(run_dir: Path, settings: RunConfig) -> int:
     """Prepare the data; return the exit code, and have said what went wrong."""
     try:
         if settings.model.kind == "pretrained" and settings.model.attention != "auto":
-            from train.models import check_attention  # which brings torch
+            from train.model.pretrained import check_attention  # which brings torch
 
             check_attention(settings.model, settings.objective)
         with progress.shown_on(sys.stderr), progress.phase("preparing the data"):
@@ -127,5 +132,5 @@ _PR_SET_PDEATHSIG = 1
 
 if __name__ == "__main__":
     code = main()
-    stop.is_over()
+    signals.is_over()
     sys.exit(code)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from train.config import RunConfig, samples_wanted
-from train.data.corpus import Reading, corpus_identity, read_corpus, source_weights
+from train.data.sources.corpus import Reading, corpus_identity, read_corpus, source_weights
 from train.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from train.data.cache import Entry
-    from train.data.samples import Mixture, Samples
+    from train.data.batches.samples import Mixture, Samples
+    from train.data.tokens.cache import Entry
 
 CACHE_FORMAT = 2
 log = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     slip in. Raises UserError for what is wrong with corpus, tokenizer or cache directory.
     """
     # Costs half a second, which check_corpus does not need.
-    from train.data import cache
-    from train.data.tokenizer import ensure_tokenizer, load_tokenizer
+    from train.data.tokens import cache
+    from train.data.tokens.tokenizer import ensure_tokenizer, load_tokenizer
 
     started = time.monotonic()
     parent = cache.cache_root(config.data) / "tokens"
@@ -133,9 +133,10 @@ def _packed(
     noted: str | None,
 ) -> Entry:
     """Return the cached tokens of this corpus, tokenizer and settings, packing them if need be."""
-    from train.data.cache import build_once, cache_root, fingerprint
-    from train.data.packing import Packing, pack
-    from train.data.tokenizer import content_hash, control_ids, document_frame, vocabulary_size
+    from train.data.tokens.cache import build_once, cache_root, fingerprint
+    from train.data.tokens.packing import Packing, pack
+    from train.data.tokens.tokenizer import content_hash, control_ids, document_frame
+    from train.model.vocabulary import vocabulary_size
 
     frame = document_frame(tokenizer, config)
     packing = Packing(
@@ -180,9 +181,9 @@ def _open(
     noted: Mapping[str, Any] | None,
 ) -> Prepared:
     """Return what an entry of the cache holds; raise UserError where that is too little."""
-    from train.data.packing import store_name
-    from train.data.samples import Mixture, Samples
-    from train.data.store import TokenStore
+    from train.data.batches.samples import Mixture, Samples
+    from train.data.tokens.packing import store_name
+    from train.data.tokens.store import TokenStore
 
     data, causal = config.data, config.objective.kind == "clm"
     weights = source_weights(data)
@@ -343,7 +344,7 @@ def _samples_of_max_tokens(
     config: RunConfig, run_dir: Path, prepared: Prepared
 ) -> tuple[int | None, bool]:
     """Return `Prepared.samples_of_max_tokens`, and whether it was counted only now."""
-    from train.data.counting import samples_of_tokens
+    from train.data.tokens.counting import samples_of_tokens
 
     tokens = config.trainer.max_tokens
     if tokens is None or not config.data.line_by_line:

@@ -7,14 +7,13 @@ print the settings.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from train.config import RunConfig
-from train.strategy import fsdp, loop, replicated, zero
+from train.strategy import replicated
 from train.strategy.engine import Engine
-
-if TYPE_CHECKING:
-    from train.strategy.training import Training
+from train.strategy.fsdp import engine as fsdp
+from train.strategy.zero import engine as zero
 
 
 def engine_of(config: RunConfig) -> Engine:
@@ -31,34 +30,3 @@ def engine_of(config: RunConfig) -> Engine:
 def engine_settings(config: RunConfig) -> dict[str, Any]:
     """Return the engine settings that result from a resolved config. Pure."""
     return engine_of(config).settings(config, config.launcher.world_size)
-
-
-def verify(trainer: Training, config: RunConfig, world_size: int) -> dict[str, Any]:
-    """Compare the live engine with the config and return what was read back.
-
-    Raises EngineMismatch naming every fact that differs, with both values.
-    """
-    engine = engine_of(config)
-    expected = {
-        **engine.expected(config, world_size),
-        **loop.expected(config, world_size, trainer.schedule),
-    }
-    if trainer.state.global_step > 0:
-        # A resumed run goes on with the loss scale that it had come to.
-        del expected["initial_loss_scale"]
-    live = {**engine.read_back(trainer), **loop.read_back(trainer)}
-    differences = [
-        f"{fact}: the config asks for {value!r}, the live engine has {live.get(fact)!r}"
-        for fact, value in expected.items()
-        if live.get(fact) != value
-    ]
-    if differences:
-        raise EngineMismatch(
-            f"strategy={config.strategy.kind} is not what runs; nothing was trained\n"
-            + "\n".join(differences)
-        )
-    return live
-
-
-class EngineMismatch(RuntimeError):
-    """The live engine is not the one that was asked for."""

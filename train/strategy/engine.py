@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from train.checkpoint.hashed import HashedFolder
-    from train.checkpoint.lazy import PortableState
+    from train.checkpoint.format.hashed import HashedFolder
+    from train.checkpoint.format.lazy import PortableState
+    from train.model.weights import Values
     from train.strategy.training import Training
-    from train.weights import Values
 
 
 class EngineState(Protocol):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from train.config import RunConfig
-from train.identity import Rank
-from train.rank import member
+from train.process.group import member
+from train.process.rank import Rank
 from train.strategy import engine_of
 
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from train.checkpoint.lazy import PortableState
+    from train.checkpoint.format.lazy import PortableState
+    from train.model.weights import Values
     from train.strategy.engine import EngineState
     from train.strategy.training import Training
-    from train.weights import Values
 
 
 def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
 def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
     import torch
 
-    from train.weights import materialize
+    from train.model.weights import materialize
 
     dtype = torch.bfloat16 if config.precision.master_dtype == "bf16" else torch.float32
     materialize(model, values, dtype)
@@ -99,7 +99,8 @@ def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
 def read_back(trainer: Training) -> dict[str, Any]:
     from torch.nn.parallel import DistributedDataParallel
 
-    from train.strategy import loop
+    from train.strategy.dtypes import dtype_names, moments_dtypes
+    from train.strategy.loss_scale import loss_scaling
 
     model = trainer.model_wrapped
     is_ddp = isinstance(model, DistributedDataParallel)
@@ -117,16 +118,16 @@ def read_back(trainer: Training) -> dict[str, Any]:
         facts["reduce_dtype"] = "bfloat16" if compressed else "float32"
     autocast = facts["autocast_dtype"]
     facts["precision"] = {
-        "compute": autocast if autocast != "no" else loop.in_words(dtypes),
-        "reduction": loop.in_words([facts["reduce_dtype"]]) if is_ddp else "none",
-        "master": loop.in_words(dtypes),
-        "moments": loop.in_words(loop.moments_dtypes(trainer.innermost_optimizer(), dtypes)),
+        "compute": autocast if autocast != "no" else dtype_names(dtypes),
+        "reduction": dtype_names([facts["reduce_dtype"]]) if is_ddp else "none",
+        "master": dtype_names(dtypes),
+        "moments": dtype_names(moments_dtypes(trainer.innermost_optimizer(), dtypes)),
     }
-    return {**facts, **loop.loss_scaling(trainer.accelerator.scaler)}
+    return {**facts, **loss_scaling(trainer.accelerator.scaler)}
 
 
 def restore_optimizer(trainer: Training, state: PortableState) -> None:
-    from train.checkpoint.moments import check_names, restore_whole
+    from train.strategy.state.moments import check_names, restore_whole
 
     parameters = dict(trainer.model.named_parameters())
     check_names(state, parameters)
@@ -158,6 +159,6 @@ def clean_up(config: RunConfig) -> None:
 
 
 def save_state(trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
-    from train.checkpoint.dcp import DistributedState
+    from train.strategy.state.dcp import DistributedState
 
     return DistributedState(trainer, copy=copy)

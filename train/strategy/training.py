@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
     from train.config import RunConfig, Schedule
-    from train.finite import Gate
-    from train.weights import Values
+    from train.model.weights import Values
+    from train.strategy.finite import Gate
 
 
 class Training(Protocol):

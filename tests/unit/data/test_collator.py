@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from train.config import MlmObjective
-from train.data.collator import IGNORED, Collator, Masking
-from train.data.sampler import SampleKey
-from train.data.samples import Window
-from train.data.tokenizer import SpecialIds
+from train.data.batches.collator import IGNORED, Collator, Masking
+from train.data.batches.sampler import SampleKey
+from train.data.batches.samples import Window
+from train.data.tokens.tokenizer import SpecialIds
 
 BOS, PAD, EOS, UNK, MASK = range(5)
 SPECIAL = np.arange(5)

@@ -16,7 +16,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from train.config import DataConfig
-from train.data.corpus import (
+from train.data.sources.corpus import (
     Piece,
     Reading,
     check_corpus,

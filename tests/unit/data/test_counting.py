@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from train.config import MlmObjective
-from train.data import counting
-from train.data.collator import Collator, Masking
-from train.data.counting import samples_of_tokens
-from train.data.sampler import SampleKey, all_permuted, permuted, sample_at
-from train.data.samples import Mixture, Samples
-from train.data.store import StoreWriter, TokenStore
-from train.data.tokenizer import SpecialIds
+from train.data.batches.collator import Collator, Masking
+from train.data.batches.sampler import SampleKey, all_permuted, permuted, sample_at
+from train.data.batches.samples import Mixture, Samples
+from train.data.tokens import counting
+from train.data.tokens.counting import samples_of_tokens
+from train.data.tokens.store import StoreWriter, TokenStore
+from train.data.tokens.tokenizer import SpecialIds
 
 LENGTH = 16
 

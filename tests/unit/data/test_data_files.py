@@ -20,8 +20,8 @@ import pyarrow.parquet
 import pytest
 
 from train.config import HubData
-from train.data import hub
-from train.data.files import (
+from train.data.sources import hub
+from train.data.sources.files import (
     HASHED_BYTES,
     PIECE_BYTES,
     check_file,

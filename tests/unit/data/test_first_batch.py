@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.data.first_batch import check
+from train.data.batches.first_batch import check
 from train.errors import UserError
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from train.config import RunConfig
 from train.data import Prepared, prepare
-from train.data.loader import eval_loader, train_loader
+from train.data.batches.loader import eval_loader, train_loader
 
 MakeConfig = Callable[..., RunConfig]
 Batch = dict[str, torch.Tensor]

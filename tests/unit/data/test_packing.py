@@ -22,10 +22,10 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
-from train.data.corpus import Piece
-from train.data.packing import BATCH_TEXTS, Packing, pack, word_starts
-from train.data.store import StoreWriter, TokenStore
-from train.data.tokenizer import train_byte_bpe
+from train.data.sources.corpus import Piece
+from train.data.tokens.packing import BATCH_TEXTS, Packing, pack, word_starts
+from train.data.tokens.store import StoreWriter, TokenStore
+from train.data.tokens.tokenizer import train_byte_bpe
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 END = 2
@@ -256,8 +256,9 @@ def test_memory_does_not_grow_with_the_corpus(bpe: Tokenizer, tmp_path: Path) ->
 import resource, sys
 from pathlib import Path
 from tokenizers import Tokenizer
-from train.data.corpus import Piece
-from train.data.packing import Packing, pack
+from train.data.sources.corpus import Piece
+from train.data.tokens.packing import Packing
+from train.data.tokens.packing import pack
 folder = Path(sys.argv[1])
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 text = "pure reason of understanding, and the moral law. " * 400

@@ -18,12 +18,12 @@ import pytest
 from train.config import RunConfig, to_yaml
 from train.data import __main__ as data_command
 from train.data import prepare
-from train.data.cache import build_once, find
-from train.data.corpus import is_held_out
 from train.data.prepare import noted_samples_per_epoch, noted_samples_wanted
-from train.data.tokenizer import vocabulary_size
+from train.data.sources.corpus import is_held_out
+from train.data.tokens.cache import build_once, find
 from train.errors import UserError
-from train.owner import inherited
+from train.model.vocabulary import vocabulary_size
+from train.run_directory.owner import inherited
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -81,7 +81,9 @@ def test_the_samples_of_a_number_of_tokens_are_counted_once(
     more = prepare(by_tokens(6000), run_dir).samples_of_max_tokens
     assert more is not None
     assert more > counted
-    monkeypatch.setattr("train.data.counting.samples_of_tokens", lambda *_: pytest.fail("again"))
+    monkeypatch.setattr(
+        "train.data.tokens.counting.samples_of_tokens", lambda *_: pytest.fail("again")
+    )
     assert prepare(by_tokens(6000), run_dir).samples_of_max_tokens == more
     assert prepare(make_config(data=lines), run_dir).samples_of_max_tokens is None
 

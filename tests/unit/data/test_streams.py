@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from train.config import RunConfig
 from train.data import prepare
-from train.data.tokenizer import control_ids
+from train.data.tokens.tokenizer import control_ids
 
 MakeConfig = Callable[..., RunConfig]
 

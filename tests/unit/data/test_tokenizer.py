@@ -14,19 +14,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from train.config import RunConfig
-from train.data import tokenizer as tokenizer_module
-from train.data.corpus import is_held_out
-from train.data.tokenizer import (
+from train.data.sources.corpus import is_held_out
+from train.data.tokens import tokenizer as tokens_tokenizer
+from train.data.tokens.tokenizer import (
     LONGEST_WORD,
     document_frame,
     ensure_tokenizer,
     special_ids,
     sweep,
     train_byte_bpe,
-    vocabulary_size,
     with_short_words,
 )
 from train.errors import UserError
+from train.model.vocabulary import vocabulary_size
 
 MakeConfig = Callable[..., RunConfig]
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -294,7 +294,7 @@ def test_a_vocabulary_alone_says_which_library_it_needs(
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / name).write_bytes(content)
     config = make_config(tokenizer={"kind": "pretrained", "name": str(tmp_path / "t5")})
-    monkeypatch.setattr(tokenizer_module, "_is_installed", lambda _: False)
+    monkeypatch.setattr(tokens_tokenizer, "_is_installed", lambda _: False)
     with pytest.raises(UserError) as told:
         tokenizer_of(config, run_dir)
     assert str(told.value) == (
@@ -303,7 +303,7 @@ def test_a_vocabulary_alone_says_which_library_it_needs(
         "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) on a machine that has it"
     )
     # Where it is installed, transformers may still not know whose vocabulary it is.
-    monkeypatch.setattr(tokenizer_module, "_is_installed", lambda _: True)
+    monkeypatch.setattr(tokens_tokenizer, "_is_installed", lambda _: True)
     with pytest.raises(UserError, match=r"name its class in .*t5/tokenizer_config\.json, such as"):
         tokenizer_of(config, run_dir)
     assert not (run_dir / "tokenizer").exists()
@@ -363,7 +363,7 @@ def test_a_directory_without_a_tokenizer_is_refused(
 def test_training_a_tokenizer_imports_no_torch() -> None:
     code = (
         "import sys; from transformers import PreTrainedTokenizerFast; "
-        "from train.data.tokenizer import train_byte_bpe; "
+        "from train.data.tokens.tokenizer import train_byte_bpe; "
         f"train_byte_bpe(['text'], 261, 2, {SPECIAL}); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

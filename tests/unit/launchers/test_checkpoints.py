@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from launchers.checkpoints import strategy_name
-from launchers.machine import Machine, resolve
+from launchers.commands.checkpoints import strategy_name
+from launchers.machine.facts import Machine, resolve
 from tests.checkpoints import FILE_DAMAGES, FILES, write_checkpoint
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
 from tests.unit.launchers.test_shipped_conf import composed
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 from train.config import to_yaml
 
 shardwright = pytest.fixture(make_shardwright)

@@ -16,8 +16,8 @@ import yaml
 from launchers.__main__ import COMMANDS
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
 from train.config import from_tree
+from train.console.terminal import READER_GONE
 from train.errors import BAD_INPUT, FAILED, INTERRUPTED, RESUMABLE
-from train.terminal import READER_GONE
 
 shardwright = pytest.fixture(make_shardwright)
 

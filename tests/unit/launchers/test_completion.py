@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.completion import complete
+from launchers.commands.completion import complete
 from tests.unit.launchers.fakes import ROOT
 
 COMMANDS = ("train", "sample")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launchers import doctor
-from launchers.health import Finding
-from launchers.machine import Machine
+from launchers.commands import doctor
+from launchers.machine.facts import Machine
+from launchers.machine.health import Finding
 from train.errors import UserError
 
 

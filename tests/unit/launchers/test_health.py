@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launchers import health
-from launchers.health import GIB, MIB, Finding, Gpus
-from launchers.machine import Machine
+from launchers.machine import health
+from launchers.machine.facts import Machine
+from launchers.machine.health import GIB, MIB, Finding, Gpus
 
 H100 = "NVIDIA H100 80GB HBM3"
 

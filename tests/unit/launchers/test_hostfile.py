@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from deepspeed.launcher.runner import _parse_hostfile, parse_inclusion_exclusion
 
-from launchers.hostfile import hosts, ranks_per_node
+from launchers.machine.hostfile import hosts, ranks_per_node
 from train.errors import UserError
 
 FILE = """

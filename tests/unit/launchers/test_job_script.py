@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from launchers.job_script import Array, directives, job_script, submit_command
-from launchers.machine import Machine, resolve
-from launchers.processes import job_environment
-from launchers.submit import array_of
+from launchers.machine.facts import Machine, resolve
+from launchers.ranks.environment import job_environment
+from launchers.slurm.script import Array, directives, job_script, submit_command
+from launchers.slurm.submit import array_of
 from tests.unit.launchers.test_machine import config
 from tests.unit.test_inherited import OF_A_RANK, THE_USERS
 from train.config import RunConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launchers.join import node_rank_of
+from launchers.commands.join import node_rank_of
 from tests.unit.launchers.test_machine import config
 from train.config import (
     AccelerateLauncher,

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from launchers import start
+from launchers.ranks import child
 from tests.unit.launchers.fakes import ROOT, Checkout, make_checkout
-from train import stop
+from train.process import signals
+from train.run_directory import stop_note
 
 checkout = pytest.fixture(make_checkout)
 
@@ -68,11 +69,11 @@ def test_who_stops_a_preparation_is_told_though_its_work_cannot_know(
         time.sleep(0.05)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    where = stop.read(checkout.cwd / "run")
+    where = stop_note.read(checkout.cwd / "run")
     assert process.returncode == 75
-    assert f"stopped by {stop.by_whom(number)} while the data were being prepared" in err
+    assert f"stopped by {signals.by_whom(number)} while the data were being prepared" in err
     assert where is not None
-    assert str(where) == f"stopped while preparing data by {start.asked_by(number)}"
+    assert str(where) == f"stopped while preparing data by {child.asked_by(number)}"
 
 
 def test_a_key_pressed_before_anything_is_prepared_leaves_nothing(checkout: Checkout) -> None:
@@ -91,7 +92,7 @@ def test_a_key_pressed_between_the_data_and_the_ranks_is_told(checkout: Checkout
         + "\n\ndef launcher_files(*arguments):\n    raise KeyboardInterrupt\n"
     )
     outcome = checkout.train(*LOCAL, "run_dir=run")
-    where = stop.read(checkout.cwd / "run")
+    where = stop_note.read(checkout.cwd / "run")
     assert outcome.code == 75
     assert "stopped by Ctrl-C while the data were being prepared" in outcome.err
     assert where is not None
@@ -100,17 +101,17 @@ def test_a_key_pressed_between_the_data_and_the_ranks_is_told(checkout: Checkout
 
 CTRL_C_BEFORE_THE_CHILD = """
 import signal, sys
-from launchers import start
+from launchers.ranks import child
 
-below = start.descendants
+below = child.descendants
 
 def pressed(pid):  # what takes time before the child is there
-    start.descendants = below
+    child.descendants = below
     signal.raise_signal(signal.SIGINT)
     return below(pid)
 
-start.descendants = pressed
-ended = start.run([sys.executable, "-c", ""], {}, at_ctrl_c="stopping")
+child.descendants = pressed
+ended = child.run([sys.executable, "-c", ""], {}, at_ctrl_c="stopping")
 assert ended.stopped_by == signal.SIGINT, ended
 """
 
@@ -126,12 +127,12 @@ def test_a_ctrl_c_just_before_the_child_is_passed_on() -> None:
 
 CTRL_C_BEFORE_EXEC = """
 import os, signal, sys
-from launchers import start
+from launchers.ranks import child
 
 # As a terminal does whose foreground process group the child is still a member of.
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
-ended = start.run([sys.executable, "-c", "print('worked')"], {}, at_ctrl_c="stopping")
-assert ended == start.Ended(0, None), ended
+ended = child.run([sys.executable, "-c", "print('worked')"], {}, at_ctrl_c="stopping")
+assert ended == child.Ended(0, None), ended
 """
 
 
@@ -214,7 +215,7 @@ def test_a_signal_reaches_the_ranks_and_leaves_no_process(
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert f"stopped by {stop.by_whom(number)}" in err
+    assert f"stopped by {signals.by_whom(number)}" in err
     assert_all_gone(pids)
 
 

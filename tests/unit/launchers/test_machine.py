@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import try_to_load_from_cache
 
-from launchers import names
-from launchers.machine import Machine, detect, hidden_size, resolve, visible
+from launchers.machine import names
+from launchers.machine.facts import Machine, detect, hidden_size, resolve, visible
 from train.config import RunConfig, from_tree
 from train.errors import UserError
 from train.strategy import engine_settings

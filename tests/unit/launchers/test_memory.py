@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launchers import memory
-from launchers.compose import CONF, compose
-from launchers.machine import Machine, resolve
+from launchers.composition.compose import CONF, compose
+from launchers.machine import memory
+from launchers.machine.facts import Machine, resolve
 from tests.unit.launchers.test_shipped_conf import PRESETS, composed
 from train.config import RunConfig
 from train.config.model import Gpt2Model
@@ -40,7 +40,7 @@ def test_embeddings_that_are_not_tied_count_twice() -> None:
 
 def run(*overrides: str, **here: Any) -> tuple[RunConfig, Machine]:
     (job,) = compose(["model=llama_8b", "trainer.global_batch_size=64", *overrides])
-    from launchers.compose import plain
+    from launchers.composition.compose import plain
     from train.config import from_tree
 
     machine = Machine(cores=8, **here)

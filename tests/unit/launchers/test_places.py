@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import launch, names, preflight, slurm, train
-from launchers.compose_errors import with_home_quoted
-from launchers.machine import Machine, resolve
+from launchers import launch
+from launchers.commands import train
+from launchers.composition.errors import with_home_quoted
+from launchers.machine import names, preflight
+from launchers.machine.facts import Machine, resolve
+from launchers.slurm import jobs as slurm
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.launchers.test_machine import config
 from train import config as run_config
@@ -89,7 +92,7 @@ def test_directories_of_commands_begin_at_home(
         ended = subprocess.run(argv, check=False)  # instead of taking this process's place
         raise SystemExit(ended.returncode)
 
-    monkeypatch.setattr("launchers.start.replace", run)
+    monkeypatch.setattr("launchers.ranks.child.replace", run)
     outcome = shardwright(*words.split(" "))
     assert outcome.code == 2
     assert f"{home}/no" in outcome.err

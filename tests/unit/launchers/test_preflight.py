@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers import preflight
-from launchers.machine import Machine, resolve
+from launchers.machine import preflight
+from launchers.machine.facts import Machine, resolve
 from tests.unit.launchers.test_machine import config
 from train import config as run_config
 from train.config import (

@@ -11,18 +11,15 @@ import pytest
 import yaml
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from launchers.machine import Machine, resolve
-from launchers.processes import (
-    PACKAGES,
-    launcher_files,
-    prepare_command,
-    rank_command,
-    rank_environment,
-)
+from launchers.machine.facts import Machine, resolve
+from launchers.ranks.command import prepare_command, rank_command
+from launchers.ranks.environment import rank_environment
+from launchers.ranks.files import launcher_files
 from tests.unit.launchers.test_machine import config
-from train.arguments import decoded
 from train.config import RunConfig
 from train.errors import UserError
+from train.process.arguments import decoded
+from train.program import PACKAGES
 
 HOSTILE = ["/runs/a b", "/runs/'q' \"r\"", "/runs/$(rm -rf ~)", "/runs/line\nbreak", "/runs/;&|*"]
 
@@ -154,12 +151,12 @@ def test_srun_is_told_how_many_ranks_each_node_has_and_a_script(hosts: str) -> N
     run = resolved(
         "deepspeed", hostfile=hosts, backend="slurm", head_port=29501, backend_arguments="-c 8"
     )
-    assert rank_command(run, Path("/runs/a"), python="python", module="train.doctor") == [
+    assert rank_command(run, Path("/runs/a"), python="python", module="train.diagnosis.doctor") == [
         *("python", "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"),
         *("--master_port=29501", f"--hostfile={hosts}", "--launcher=slurm"),
         "--launcher_args=--nodes=4 --ntasks-per-node=2 --kill-on-bad-exit=1 -c 8",
         *("--master_addr=node1", "--no_ssh_check", "--force_multi"),
-        *(f"{PACKAGES}/train/doctor.py", "base64:L3J1bnMvYQ=="),
+        *(f"{PACKAGES}/train/diagnosis/doctor.py", "base64:L3J1bnMvYQ=="),
     ]
     assert f"{PACKAGES}/train/__main__.py" in rank_command(run, Path("/runs/a"))
     assert "MASTER_ADDR=node1\nMASTER_PORT=29501\n" in launcher_files(run, {})["deepspeed.env"]
@@ -218,9 +215,9 @@ def test_run_directory_is_one_argument_whatever_its_name(run_dir: str) -> None:
 
 def test_other_modules_get_their_arguments_behind_the_directory() -> None:
     found = rank_command(
-        resolved("torchrun"), Path("/runs/a"), module="train.sharded_sample", arguments=["a $x"]
+        resolved("torchrun"), Path("/runs/a"), module="train.sampling.sharded", arguments=["a $x"]
     )
-    assert found[-4:] == ["-m", "train.sharded_sample", "/runs/a", "a $$x"]
+    assert found[-4:] == ["-m", "train.sampling.sharded", "/runs/a", "a $$x"]
 
 
 def test_environment_on_a_cpu() -> None:

@@ -15,14 +15,17 @@ from typing import Any
 
 import pytest
 
-from launchers import processes, report, submit
+from launchers import report
 from launchers.__main__ import COMMANDS, USAGE
-from launchers.machine import Machine
+from launchers.machine.facts import Machine
+from launchers.ranks.environment import job_environment, rank_environment
+from launchers.slurm import submit
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
 from tests.unit.launchers.test_processes import resolved
 from train import program
 from train.errors import BAD_INPUT
-from train.stop import Stopped
+from train.program import PACKAGES
+from train.run_directory.stop_note import Stopped
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -163,9 +166,9 @@ def test_every_command_is_in_the_usage() -> None:
 @pytest.mark.parametrize("user", [{}, {"PYTHONSAFEPATH": "", "PYTHONPATH": "."}])
 def test_no_setting_of_the_user_has_ranks_import_the_users_modules(user: dict[str, str]) -> None:
     made: list[dict[str, Any]] = [
-        processes.rank_environment(resolved("local"), Machine(), user),
-        processes.job_environment(resolved("local"), user),
+        rank_environment(resolved("local"), Machine(), user),
+        job_environment(resolved("local"), user),
     ]
     for environment in made:
         assert environment["PYTHONSAFEPATH"] == "1"
-        assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(processes.PACKAGES)
+        assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(PACKAGES)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers import start
+from launchers.ranks import child
 from tests.unit.launchers.fakes import ROOT
 
 # A launcher that dies of SIGUSR1, as torchrun does; a rank with a child of its own that does too.
@@ -89,7 +89,7 @@ def test_one_to_the_launcher_alone_is_told_to_the_ranks(relay: Relay, tmp_path: 
     process = relay()
     for rank in range(2):
         wait_for(tmp_path / f"ready-{rank}")
-    (launcher,) = (p for p in start.descendants(process.pid) if parent(p) == process.pid)
+    (launcher,) = (p for p in child.descendants(process.pid) if parent(p) == process.pid)
     os.kill(launcher, signal.SIGUSR1)
     assert process.wait(60) == 75
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in range(2)] == ["0", "0"]

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from launchers import machine
-from launchers.machine import Machine
-from launchers.report import RankFailure, exit_code, failure, header, rank_failures, stopped
+from launchers.machine import facts as machine
+from launchers.machine.facts import Machine
+from launchers.report import exit_code, failure, header, stopped
 from tests.unit.launchers.test_machine import config
-from train.checkpoint import layout
+from train.checkpoint.format import layout
 from train.errors import UserError
-from train.logs import note_failure
-from train.stop import Stopped
+from train.run_directory.failures import RankFailure, note_failure, rank_failures
+from train.run_directory.stop_note import Stopped
 
 
 def note(logs: Path, rank: int, time: float, kind: str = "RuntimeError") -> None:

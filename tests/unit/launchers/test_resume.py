@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import job_end, resume, resumes
-from launchers.machine import Machine, resolve
+from launchers import job_end, resumes
+from launchers.commands import resume
+from launchers.machine.facts import Machine, resolve
 from tests.checkpoints import write_checkpoint
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.strategy.test_misconfiguration import TREE
 from train import config as run_config
-from train import history
 from train.checkpoint import retention
 from train.config import Progress, RunConfig, SlurmLauncher, from_tree, schedule_of, to_yaml
 from train.errors import UserError
+from train.run_directory import history
 
 shardwright = pytest.fixture(make_shardwright)
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from launchers import machine
-from launchers.compose import CONF, compose
-from launchers.machine import Machine, resolve
+from launchers.composition.compose import CONF, compose
+from launchers.machine import facts as machine
+from launchers.machine.facts import Machine, resolve
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from train.config import RunConfig, from_tree, messages, to_yaml
 from train.errors import UserError

@@ -15,28 +15,21 @@ from typing import Any
 
 import pytest
 
-from launchers import logs
-from launchers.report import RankFailure
-from launchers.slurm import Job
-from launchers.status import (
-    Status,
-    described,
-    everywhere,
-    known_steps,
-    left_seconds,
-    rank_processes,
-    state_of,
-    table,
-    tail,
-)
+from launchers.commands import logs
+from launchers.commands.status import described, table
+from launchers.ranks.processes import rank_processes
+from launchers.runs import Status, everywhere, known_steps, left_seconds, state_of
+from launchers.slurm.jobs import Job
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.launchers.test_job_script import slurm_run
 from tests.unit.launchers.test_machine import config
-from train.arguments import ENCODED, encoded
 from train.config import to_yaml
 from train.errors import UserError
-from train.owner import PREPARING, Owner
-from train.stop import Stopped
+from train.process.arguments import ENCODED, encoded
+from train.run_directory.failures import RankFailure
+from train.run_directory.metrics import tail
+from train.run_directory.owner import PREPARING, Owner
+from train.run_directory.stop_note import Stopped
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -311,7 +304,7 @@ def test_a_queue_that_does_not_answer_hides_no_run_of_this_directory(
     def silent() -> dict[str, Path]:
         raise UserError("squeue has had no answer for 30 s")
 
-    monkeypatch.setattr("launchers.slurm.working_directories", silent)
+    monkeypatch.setattr("launchers.slurm.jobs.working_directories", silent)
     for number in "01":
         a_run(tmp_path / "runs" / number)
     outcome = shardwright("status", "all")
@@ -354,16 +347,16 @@ def test_cancelling_a_sweep_stops_what_runs_and_passes_over_the_rest(
             raise UserError("scontrol has had no answer")
         return None
 
-    monkeypatch.setattr("launchers.cancel._asked", asked)
-    monkeypatch.setattr("launchers.cancel.POLL_SECONDS", 0)
-    monkeypatch.setattr("launchers.slurm.job_of", job_of)
+    monkeypatch.setattr("launchers.commands.cancel._asked", asked)
+    monkeypatch.setattr("launchers.commands.cancel.POLL_SECONDS", 0)
+    monkeypatch.setattr("launchers.slurm.jobs.job_of", job_of)
     outcome = shardwright("cancel", "sweep")
     assert outcome.code == 2, "one may still run"
     assert f"error: {runs[1]}: scontrol has had no answer" in outcome.err
     assert outcome.out == f"{runs[2]}: ended; go on with: shardwright resume {runs[2]}\n"
     assert [run_dir for _, run_dir in events[:3]] == [runs[0], runs[2], runs[3]]
 
-    monkeypatch.setattr("launchers.slurm.job_of", lambda run_dir: None)
+    monkeypatch.setattr("launchers.slurm.jobs.job_of", lambda run_dir: None)
     left[runs[2]] = 2
     assert shardwright("cancel", "sweep").code == 0
     outcome = shardwright("cancel", "sweep")

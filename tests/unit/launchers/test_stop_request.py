@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from launchers import cancel
-from launchers.start import descendants
+from launchers.commands import cancel
+from launchers.ranks.child import descendants
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
 from tests.unit.launchers.test_status import a_run
-from train import stop, stop_request
+from train.process import signals
+from train.run_directory import stop_note, stop_request
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -26,20 +27,24 @@ shardwright = pytest.fixture(make_shardwright)
 FIRST_RANK = """
 import contextlib, os, sys, time
 from pathlib import Path
-from train import owner, stop, stop_request
+from train.run_directory import owner
+from train.process import signals
+from train.process.agreement import reason
+from train.run_directory import stop_note
+from train.process.stop_request import watch_for_stop
 
-stop.install()
+signals.install()
 run_dir, what = Path(os.environ["RUN"]), sys.argv[1:]
 owned = owner.owned(run_dir, print) if "without lock" not in what else contextlib.nullcontext()
-with owned, stop_request.heeded(run_dir):
+with owned, watch_for_stop(run_dir):
     print("heeds", flush=True)
     try:
-        with stop.at_once() if "at once" in what else contextlib.nullcontext():
-            while not stop.asked() or "hang" in what:
+        with signals.at_once() if "at once" in what else contextlib.nullcontext():
+            while not signals.asked() or "hang" in what:
                 time.sleep(0.01)
-    except stop.Stop:
+    except signals.Stop:
         pass
-    stop.Stopped(7, 56, stop.reason([stop.asked(), None]), 0.0, None, 7).write(run_dir)
+    stop_note.Stopped(7, 56, reason([signals.asked(), None]), 0.0, None, 7).write(run_dir)
 sys.exit(75)
 """
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -76,12 +81,12 @@ def test_a_request_is_like_a_signal_and_reaches_one_start_alone(
     run_dir = tmp_path / "run"
     (run_dir / stop_request.FILE).write_text("SIGTERM of an earlier start\n")
     process = first_rank(what)
-    time.sleep(2 * stop.SECONDS_BETWEEN_LOOKS)
+    time.sleep(2 * signals.SECONDS_BETWEEN_LOOKS)
     assert process.poll() is None
     assert stop_request.request(run_dir, "SIGTERM to the launcher on node7")
     stop_request.request(run_dir, "another one, later")
     assert process.wait(20) == 75
-    where = stop.read(run_dir)
+    where = stop_note.read(run_dir)
     assert where is not None
     assert where.reason == "SIGTERM to the launcher on node7"
     assert not stop_request.request(run_dir, "too late")
@@ -102,7 +107,7 @@ def test_cancelling_a_run_of_another_machine(
     assert outcome.code == 0
     assert "stopped at step 7; go on with: shardwright resume" in outcome.out
     assert process.wait(20) == 75
-    where = stop.read(run_dir)
+    where = stop_note.read(run_dir)
     assert where is not None
     assert where.reason == f"shardwright cancel on {socket.gethostname()}"
 
@@ -123,8 +128,8 @@ def test_the_launcher_kills_what_has_not_stopped_within_the_grace_period(
 ) -> None:
     rank = first_rank("hang")
     script = (
-        "import sys; from pathlib import Path; from launchers import start\n"
-        "start.run(['sleep', '60'], {}, grace_seconds=1, run_dir=Path(sys.argv[1]), "
+        "import sys; from pathlib import Path; from launchers.ranks import child\n"
+        "child.run(['sleep', '60'], {}, grace_seconds=1, run_dir=Path(sys.argv[1]), "
         "is_elsewhere=True)"
     )
     launcher = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], cwd=ROOT)

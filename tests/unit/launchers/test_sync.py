@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from train import owner
+from train.run_directory import owner
 
 shardwright = pytest.fixture(make_shardwright)
 

@@ -7,19 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train.strategy import loop, zero
+from train.strategy.loss_scale import loss_scaling
+from train.strategy.zero import facts
 
 FACTS = {"initial_loss_scale": 4096.0, "loss_scale_growth_steps": 7}
 
 
 def test_torch() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4096.0, growth_interval=7)
-    assert loop.loss_scaling(scaler) == FACTS
+    assert loss_scaling(scaler) == FACTS
 
 
 @pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", enabled=False)])
 def test_losses_that_are_not_scaled(scaler: torch.amp.GradScaler | None) -> None:
-    assert set(loop.loss_scaling(scaler).values()) == {None}
+    assert set(loss_scaling(scaler).values()) == {None}
 
 
 @pytest.mark.parametrize("stage_0", [True, False])
@@ -36,4 +37,4 @@ def test_deepspeed(stage_0: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         scaler = CreateLossScaler(torch.float16, dynamic_scaling=True, **scaling)
         optimizer = SimpleNamespace(loss_scaler=scaler)
-    assert zero.loss_scaling(optimizer) == FACTS
+    assert facts.loss_scaling(optimizer) == FACTS

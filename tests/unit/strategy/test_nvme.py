@@ -11,7 +11,7 @@ import pytest
 from tests.unit.strategy.test_settings import ZERO3, config
 from train.config import RunConfig, ZeroStrategy
 from train.errors import UserError
-from train.strategy import nvme, swapped
+from train.strategy.zero import nvme, swapped
 
 
 def on_disk(path: Path, **fields: object) -> RunConfig:

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tests.unit.strategy.test_misconfiguration import FSDP
 from tests.unit.strategy.test_settings import config
 from train.errors import UserError
-from train.strategy import fsdp
+from train.strategy.fsdp import units as fsdp_units
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def model() -> GPT2LMHeadModel:
 
 
 def units(model: GPT2LMHeadModel, **strategy: Any) -> list[str]:
-    found = fsdp.units(model, config(strategy={**FSDP, **strategy}))
+    found = fsdp_units.units(model, config(strategy={**FSDP, **strategy}))
     return [type(unit).__name__ for unit in found]
 
 

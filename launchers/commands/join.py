@@ -1,0 +1,66 @@
+"""`shardwright join`: start this node's ranks of a run that another node has begun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from launchers import launch
+from launchers.machine import facts as machine
+from launchers.machine import names, preflight
+from train import config as run_config
+from train.config import AccelerateLauncher, RunConfig, TorchrunLauncher
+from train.console import terminal
+from train.errors import UserError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Start this node's ranks and wait; return their exit code."""
+    options = _parser().parse_args(arguments)
+    run_dir = Path(names.absolute(options.run_dir))
+    config = run_config.load(run_dir)
+    node_rank = node_rank_of(config, options.node_rank)
+    here = machine.detect(os.environ)
+    preflight.check_machine(config, here)
+    terminal.outlive()
+    # Found where the nodes share the cache.
+    return launch.prepare(config, None) or launch.run_ranks(config, here, None, node_rank)
+
+
+def node_rank_of(config: RunConfig, asked: int | None) -> int:
+    """Return the rank of a node that joins a run.
+
+    Raises UserError where the run has no other nodes, or the rank is none of theirs.
+    """
+    launcher = config.launcher
+    if not isinstance(launcher, TorchrunLauncher | AccelerateLauncher) or launcher.nodes == 1:
+        raise UserError(
+            f"launcher={launcher.kind} of {config.run_dir} starts all of its ranks itself; join is "
+            "for launcher=torchrun and launcher=accelerate with launcher.nodes above 1"
+        )
+    nodes = launcher.nodes
+    is_fixed = isinstance(launcher, AccelerateLauncher) or launcher.rendezvous == "static"
+    if asked is None and is_fixed:
+        raise UserError(
+            f"launcher={launcher.kind} gives each node its rank; add --node-rank N, from 1 to "
+            f"{nodes - 1}"
+        )
+    if asked is not None and not 1 <= asked < nodes:
+        raise UserError(
+            f"--node-rank {asked}, but the run has {nodes} nodes and its first one is 0; give 1 to "
+            f"{nodes - 1}"
+        )
+    return asked or 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shardwright join",
+        description="Start this node's ranks of a run over several nodes. Its directory lies on a "
+        "file system that all of them share; `shardwright train` on the first node made it.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--node-rank", type=int, metavar="N", help="with rendezvous=static")
+    return parser

@@ -1,0 +1,95 @@
+"""`shardwright logs`: what a run, its job or one of its ranks has printed, and still prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from launchers import runs
+from launchers.machine import names
+from train.console.terminal import RUN_LOG
+from train.errors import UserError
+
+POLL_SECONDS = 0.5
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a log; with --follow until the run is over."""
+    options = _parser().parse_args(arguments)
+    run_dir = Path(names.absolute(options.run_dir))
+    found = runs.runs_in(run_dir)
+    if found != [run_dir]:
+        raise UserError(f"{run_dir} holds {len(found)} runs; give one of them, such as {found[0]}")
+    if not options.follow:
+        sys.stdout.buffer.write(_existing(run_dir, options.rank).read_bytes())
+        return 0
+    follow(
+        lambda: log_of(run_dir, options.rank),
+        sys.stdout.buffer,
+        is_over=lambda: runs.of(run_dir).is_over,
+    )
+    return 0
+
+
+def log_of(run_dir: Path, rank: int | None) -> Path | None:
+    """Return a rank's log, or else what was last shown of the run, here or by a job.
+
+    That is rank 0's log where an earlier version has kept nothing else; None where there is none.
+    """
+    logs = run_dir / "logs"
+    if rank is None:
+        # A job resumed here, or a run of here by a job, has both.
+        shown = [path for path in (logs / RUN_LOG, *logs.glob("job-*.log")) if path.exists()]
+        if shown:
+            return max(shown, key=lambda path: path.stat().st_mtime)
+    path = logs / f"rank-{rank or 0}.log"
+    return path if path.exists() else None
+
+
+def follow(find: Callable[[], Path | None], out: BinaryIO, *, is_over: Callable[[], bool]) -> None:
+    """Copy a log as it grows, from the moment that it exists, until the run is over."""
+    read_bytes, last, before = 0, False, None
+    while True:
+        path = find()
+        if path is not None:
+            if path != before:  # the run was resumed elsewhere
+                read_bytes, before = 0, path
+            with path.open("rb") as file:
+                file.seek(read_bytes)
+                text = file.read()
+            out.write(text)
+            out.flush()
+            read_bytes += len(text)
+        if last:
+            return
+        # Once more after the end: it may have written in between.
+        last = is_over()
+        if not last:
+            time.sleep(POLL_SECONDS)
+
+
+def _existing(run_dir: Path, rank: int | None) -> Path:
+    path = log_of(run_dir, rank)
+    if path is not None:
+        return path
+    there = sorted(p.name for p in (run_dir / "logs").glob("*.log"))
+    what = f"no logs/rank-{rank}.log" if rank is not None else "no log yet"
+    hint = f"there are {', '.join(there)}" if there else "--follow waits for it"
+    raise UserError(f"{run_dir} has {what}; {hint}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shardwright logs",
+        description="Print what a run has shown on its terminal, or its job's log, or a rank's.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--rank", type=int, metavar="N", help="the rank's own log")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the run is over; Ctrl-C ends it"
+    )
+    return parser

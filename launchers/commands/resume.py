@@ -1,0 +1,326 @@
+"""`shardwright resume`: continue a run in its directory, with other settings where they may be."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+
+from launchers import launch, report, resumes
+from launchers.commands.dry_run import show
+from launchers.composition.compose import CONF, compose, group_options
+from launchers.composition.errors import is_free_form, refuse_dashes, unreadable, with_home_quoted
+from launchers.machine import facts as machine
+from launchers.machine import names, preflight
+from launchers.ranks.environment import rank_environment
+from launchers.slurm import submit
+from train import config as run_config
+from train.checkpoint import retention
+from train.checkpoint.format import layout
+from train.config import (
+    DEFAULT_MICRO_BATCH_SIZE,
+    Progress,
+    RunConfig,
+    TrainerConfig,
+    from_tree,
+    schedule_of,
+    total_steps,
+    unknown_key_message,
+)
+from train.console import terminal
+from train.data.prepare import noted_samples_wanted
+from train.errors import BAD_INPUT, UserError
+from train.process.arguments import path as path_of
+
+FALLING = ("linear", "cosine", "warmup_stable_decay")
+"""Schedules that end at 0 with the run, and so reach further in a longer one."""
+
+# What may not change, and what hangs on it. The longest prefix counts; None allows.
+_FIXED: dict[str, str | None] = {
+    "model": "the weights of the checkpoint have its shape",
+    "tokenizer": "the model has learned its tokens",
+    "data": "the position in the data would mean another place",
+    "data.cache_dir": None,
+    "objective": "the model has learned by it",
+    "objective.prompts": None,
+    "seed": "the order of the data hangs on it",
+    "run_dir": "the run goes on in its own directory",
+    "sweep_dir": "the run goes on in its own directory",
+    "trainer.optimizer": "the optimizer's state in the checkpoint is that of another",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Resume from the newest whole checkpoint, or with --dry-run show how; return the exit code."""
+    refuse_dashes(arguments)
+    options = _parser().parse_intermixed_args(arguments)
+    if options.run_dir is None or (
+        "=" in options.run_dir and not path_of(options.run_dir).is_dir()
+    ):
+        raise UserError(
+            "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
+        )
+    run_dir = Path(names.absolute(options.run_dir))
+    options.overrides = [*map(with_home_quoted, options.overrides)]
+    options.config_dir = options.config_dir and os.path.expanduser(options.config_dir)
+    before = run_config.load(run_dir)
+    submit.check_no_job(run_dir)
+    choices, trees = _options(options.overrides, options.config_dir)
+    here = machine.detect(os.environ)
+    after = with_wandb_mode(
+        changed(before, options.overrides, trees), options.overrides, here.wandb_mode
+    )
+    limit = largest_micro_batch(before, options.overrides)
+    config = machine.resolve(after, here, str(run_dir), limit)
+    if options.dry_run:
+        show([config], here)
+    preflight.check_machine(config, here)
+    if options.dry_run:
+        print(_start(before, config, resumes.check(run_dir, config)))
+        return 0
+
+    terminal.outlive()
+    with launch.claimed(run_dir) as claim:
+        # As the ranks do: it may bring back a checkpoint.
+        retention.sweep(run_dir / "checkpoints")
+        newest = resumes.check(run_dir, config)
+        start = _start(before, config, newest)
+        number = resumes.write(run_dir, config, options.overrides, newest)
+        if config.launcher.kind != "slurm":
+            with terminal.kept_in(launch.run_log(run_dir)):
+                environment = rank_environment(config, here, os.environ)
+                print(report.header(config, choices, here, environment, report.terminal_width()))
+                print(start, flush=True)
+                print(report.ignored(os.environ, report.terminal_width()), end="", flush=True)
+                print(report.other_nodes(config), end="", flush=True)
+                code = 0
+                if not (run_dir / "data.json").exists():  # stopped while they were being prepared
+                    code = launch.prepare(config, claim)
+                code = code or launch.run_ranks(config, here, claim)
+                if code == BAD_INPUT and resumes.take_back_unstarted(run_dir):
+                    print(resumes.TAKEN_BACK, file=sys.stderr)
+                return code
+    # Its job owns the run from here on.
+    print(start)
+    try:
+        return submit.again(config, choices, here)
+    except UserError:
+        resumes.take_back(run_dir, number)
+        raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shardwright resume",
+        usage="%(prog)s RUN_DIR [--dry-run] [--config-dir DIR] [group=option] [key=value] ...",
+        description="Resume a run from its newest whole checkpoint, in its own directory. Ranks, "
+        "strategy, precision, batch, length and cadences may change; what would change what was "
+        "learned (model, tokenizer, data and their order, optimizer) may not.",
+        epilog="Examples: shardwright resume runs/a strategy=zero3 launcher.nproc_per_node=4; "
+        "shardwright resume runs/a trainer.max_steps=20000. Exit codes: those of "
+        "`shardwright train`; 2 leaves the run as it was.",
+    )
+    parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what is to change")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print config, engine settings, command and checkpoint, and start nothing",
+    )
+    parser.add_argument(
+        "--config-dir", "-cd", metavar="DIR", help="a folder with options of your own, as for train"
+    )
+    return parser
+
+
+def _options(
+    overrides: Sequence[str], config_dir: str | None
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the option that the overrides choose of each group, and its tree."""
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir} is not a directory; give one that is there")
+    groups = {name for name in RunConfig.model_fields if (CONF / name).is_dir()}
+    picked = chosen(overrides, groups)
+    if not picked:
+        return {}, {}
+    (job,) = compose([*([] if config_dir is None else ["--config-dir", config_dir]), *picked])
+    choices = dict(choice.split("=", 1) for choice in picked)
+    trees = {group: OmegaConf.to_container(job.tree[group], resolve=True) for group in choices}
+    return choices, trees
+
+
+# --- from where, and at which rate --------------------------------------------------------------
+
+
+def _start(before: RunConfig, after: RunConfig, checkpoint: Path | None) -> str:
+    """Return from where a run is resumed, and that its learning rate rises again where it does."""
+    where = checkpoint.name if checkpoint else "the beginning: there is no checkpoint yet"
+    rows = {"resumes": f"from {where}"}
+    if checkpoint is not None:
+        run_dir = checkpoint.parent.parent
+        risen = rise(
+            before.trainer,
+            after.trainer,
+            noted_samples_wanted(before, run_dir),
+            noted_samples_wanted(after, run_dir),
+            layout.read_manifest(checkpoint).progress(),
+        )
+        if risen is not None:
+            rows["rate"] = risen
+    return "\n".join(report.aligned(rows, 10, report.terminal_width()))
+
+
+def rise(
+    before: TrainerConfig,
+    after: TrainerConfig,
+    wanted_before: int | None,
+    wanted_after: int | None,
+    at: Progress,
+) -> str | None:
+    """Return that a schedule which falls to 0 is higher again than it had come to, or None. Pure.
+
+    A longer run stretches its schedule: cosine, linear and warmup_stable_decay then are where they
+    were earlier. ``wanted_before`` and ``wanted_after`` are what `samples_wanted` returns.
+    """
+    lengths = ((before, wanted_before), (after, wanted_after))
+    unknown = any(trainer.max_steps is None and wanted is None for trainer, wanted in lengths)
+    if after.lr_scheduler not in FALLING or not at.scheduled_steps or unknown:
+        return None
+    old, new = (schedule_of(trainer, wanted, at) for trainer, wanted in lengths)
+    step = at.scheduled_steps
+    had, has = old(step - 1) * before.learning_rate, new(step) * after.learning_rate
+    if new(step) <= old(step) * (1 + 1e-9) or has <= had or not had:
+        return None
+    settings = ["trainer.lr_scheduler=constant", f"trainer.learning_rate={had:.6g}"]
+    if after.muon_learning_rate is not None:
+        settings.append(
+            f"trainer.muon_learning_rate={old(step - 1) * after.muon_learning_rate:.6g}"
+        )
+    if after.warmup_steps:
+        settings.append("trainer.warmup_steps=0")
+    if after.warmup_fraction:
+        settings.append("trainer.warmup_fraction=0")
+    end = total_steps(after, wanted_after, at)
+    return (
+        f"rises again, from {had:.3g} at step {at.step:,} to {has:.3g} at step {at.step + 1:,}: "
+        f"the {after.lr_scheduler} schedule now ends at step {end:,}. "
+        f"To stay at the rate that it has come to, add {' '.join(settings)}"
+    )
+
+
+# --- which settings may change ------------------------------------------------------------------
+
+
+def changed(
+    before: RunConfig, overrides: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+) -> RunConfig:
+    """Return a run's config with overrides on top. Pure.
+
+    ``options`` are the trees of the groups for which the overrides choose an option. Raises
+    UserError where an override does not parse, asks for what is unknown or may not change.
+    """
+    tree: dict[str, Any] = before.model_dump(mode="json", by_alias=True)
+    # Left to itself it is what it was where the ranks still divide the batch so, else smaller.
+    tree["trainer"]["micro_batch_size"] = "auto"
+    tree |= options
+    for key, value in _parsed(overrides):
+        if key in options:
+            continue
+        *path, leaf = key.split(".")
+        section = tree
+        for name in path:
+            if name not in section and is_free_form(key):
+                section[name] = {}
+            inner = section.get(name)
+            if not isinstance(inner, dict):
+                raise UserError(unknown_key_message(key))
+            section = inner
+        section[leaf] = value
+    if open_keys := list(_missing(tree)):
+        raise UserError(f"{open_keys[0]} is not set; give it with {open_keys[0]}=VALUE")
+    after = from_tree(tree)
+    if problems := list(refused(before, after)):
+        raise UserError("\n".join(problems))
+    return after
+
+
+def with_wandb_mode(config: RunConfig, overrides: Sequence[str], mode: str | None) -> RunConfig:
+    """Return a config with the mode that the environment asks W&B for today, unless an override
+    says another: the run's own may be what `auto` came to where it began. Pure."""
+    if config.tracking.kind != "wandb" or mode is None:
+        return config
+    if any(key == "tracking.mode" for key, _ in _parsed(overrides)):
+        return config
+    tree = config.model_dump(mode="json", by_alias=True)
+    tree["tracking"]["mode"] = mode
+    return from_tree(tree)
+
+
+def largest_micro_batch(before: RunConfig, overrides: Sequence[str]) -> int:
+    """Return the bound on a micro-batch that is resolved anew: what has fitted so far. Pure."""
+    if any(key == "trainer.micro_batch_size" for key, _ in _parsed(overrides)):
+        return DEFAULT_MICRO_BATCH_SIZE
+    return before.trainer.samples_per_pass
+
+
+def chosen(overrides: Sequence[str], groups: set[str]) -> list[str]:
+    """Return the overrides that choose an option of a group, as `strategy=zero3` does. Pure."""
+    return [f"{key}={value}" for key, value in _parsed(overrides) if key in groups]
+
+
+def refused(before: RunConfig, after: RunConfig) -> Iterator[str]:
+    """Yield a message for each setting that differs and may not. Pure."""
+    old, new = _leaves(before.model_dump(mode="json")), _leaves(after.model_dump(mode="json"))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key):
+            continue
+        prefixes = [p for p in _FIXED if key == p or key.startswith(f"{p}.")]
+        reason = _FIXED[max(prefixes, key=len)] if prefixes else None
+        if reason is not None:
+            yield (
+                f"{key}={new.get(key)} was {old.get(key)}, and a run that goes on keeps it: "
+                f"{reason}; leave it out, or start a new run with `shardwright train`"
+            )
+
+
+def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    for text in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except OverrideParseException:
+            raise UserError(unreadable(text, group_options())) from None
+        is_new = override.is_add() and not is_free_form(override.key_or_group)
+        if override.is_delete() or is_new or override.is_sweep_override():
+            raise UserError(f"{text}: a run that goes on takes key=value only")
+        value = override.value()
+        # Nothing behind "=" is an empty text to Hydra; a quoted string is an object of its own.
+        yield override.key_or_group, value if isinstance(value, list | dict) else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def _missing(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if value == "???":
+            yield prefix + key
+        elif isinstance(value, dict):
+            yield from _missing(value, f"{prefix}{key}.")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves

@@ -1,0 +1,98 @@
+"""`shardwright train`: compose runs, check them, and start them here or hand them to SLURM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from launchers import launch, report
+from launchers.commands.dry_run import show
+from launchers.composition.compose import Job, compose, quoted, resolved
+from launchers.machine import facts as machine
+from launchers.machine import preflight
+from launchers.machine.facts import Machine
+from launchers.slurm import submit
+from train import program
+from train.config import RunConfig
+from train.errors import BAD_INPUT, RESUMABLE, UserError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Start what the arguments ask for, or with --dry-run show it; return the exit code."""
+    dry_run = "--dry-run" in arguments
+    jobs = compose([argument for argument in arguments if argument != "--dry-run"])
+    here = machine.detect(os.environ)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    configs = [resolved(job, here, stamp) for job in jobs]
+    if "slurm" in (kinds := {config.launcher.kind for config in configs}) and len(kinds) > 1:
+        raise UserError(
+            f"launcher={','.join(sorted(kinds))}: the runs of a sweep start here or by SLURM, "
+            "not both; choose one launcher"
+        )
+    if dry_run:
+        show(configs, here)
+    _check(configs, here)
+    if dry_run:
+        return 0
+    is_generated = all(job.is_named_here for job in jobs)
+    with contextlib.ExitStack() as stack:
+        if is_generated and any(job.number is not None for job in jobs):
+            configs = stack.enter_context(preflight.claimed_sweep(configs))
+            is_generated = False  # the runs in it are nobody else's
+        if "slurm" in kinds:
+            choices = [job.choices for job in jobs]
+            return submit.new_runs(configs, choices, here, is_generated=is_generated)
+        return _one_after_the_other(jobs, configs, here, is_generated=is_generated)
+
+
+def _check(configs: Sequence[RunConfig], here: Machine) -> None:
+    """Raise UserError where one of several runs cannot be; what holds for many is said once."""
+    problems: dict[str, None] = {}
+    for config in configs:
+        try:
+            preflight.check(config, here)
+        except UserError as error:
+            problems[str(error)] = None
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _one_after_the_other(
+    jobs: Sequence[Job], configs: Sequence[RunConfig], here: Machine, *, is_generated: bool
+) -> int:
+    """Run all, whatever comes of each, until one is told to stop; return the first bad code."""
+    worst = 0
+    for number, (job, config) in enumerate(zip(jobs, configs, strict=True), 1):
+        is_stopped = True
+        try:
+            code = launch.new_run(config, job.choices, here, is_generated=is_generated)
+            is_stopped = code == RESUMABLE or code > 128
+        except UserError as error:
+            if len(configs) == 1:
+                raise
+            print(report.error_text(str(error)), file=sys.stderr)
+            code, is_stopped = BAD_INPUT, False
+        finally:
+            if is_stopped and number < len(configs):
+                print(not_started(jobs[number:], configs[number:]), file=sys.stderr)
+        if is_stopped:
+            return code
+        worst = worst or code
+    return worst
+
+
+def not_started(jobs: Sequence[Job], configs: Sequence[RunConfig]) -> str:
+    """Return which runs of a sweep are left, and the command that starts each. Pure."""
+    commands = [
+        program.command("train", *job.arguments, f"run_dir={quoted(str(config.run_dir))}")
+        for job, config in zip(jobs, configs, strict=True)
+    ]
+    return "\n".join(
+        [
+            f"\n{len(commands)} run(s) of the sweep were not started; start them with",
+            *(f"  {command}" for command in commands),
+        ]
+    )

@@ -1,0 +1,1 @@
+"""What this machine, and those of a hostfile, have; whether a run fits them."""

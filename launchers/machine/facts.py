@@ -1,0 +1,351 @@
+"""What this machine has, and what a config's `auto` values come to on it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import netrc
+import os
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers.machine import hostfile, names
+from train.config import (
+    DEFAULT_MICRO_BATCH_SIZE,
+    DEFAULT_SEQUENCE_LENGTH,
+    ModelConfig,
+    PrecisionConfig,
+    PretrainedModel,
+    RunConfig,
+    from_tree,
+)
+from train.config import largest_micro_batch as micro_batch
+from train.config.positions import longest_sample
+from train.config.tracking import wandb_mode
+from train.errors import UserError
+
+AMPERE = 8.0
+"""First compute capability with bf16 and TF32 arithmetic."""
+ADA = 8.9
+"""First compute capability with fp8 arithmetic."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that a run depends on, found without torch."""
+
+    compute_capabilities: tuple[float | None, ...] = ()
+    """One for each GPU that this process may use, in its order; None where it is not known."""
+    cores: int = 1
+    """CPU cores that this process may use."""
+    has_loopback: bool = True
+    torch_has_cuda: bool = True
+    has_wandb_key: bool = False
+    wandb_mode: str | None = None
+    """What the environment asks W&B for, if anything."""
+    free_port: int = 29500
+    """One that nothing listens on."""
+    cuda_visible_devices: str = ""
+    interface: str | None = None
+    """Through which other nodes are reached, where this machine's own name does not lead there."""
+
+    memory_bytes: int | None = None
+    """Of the host, swap included, within its control group's limit; None where it is not known."""
+    gpu_memory_bytes: int | None = None
+    """Of the largest GPU."""
+
+    @property
+    def gpus(self) -> int:
+        return len(self.compute_capabilities)
+
+
+def detect(environment: Mapping[str, str]) -> Machine:
+    """Look at this machine, within what the environment lets a process see of it."""
+    return Machine(
+        compute_capabilities=visible(_gpus(), environment.get("CUDA_VISIBLE_DEVICES")),
+        cores=len(os.sched_getaffinity(0)),
+        has_loopback="lo" in (name for _, name in socket.if_nameindex()),
+        torch_has_cuda=not importlib.metadata.version("torch").endswith("+cpu"),
+        has_wandb_key=_has_wandb_key(environment),
+        wandb_mode=wandb_mode(environment),
+        free_port=_free_port(),
+        cuda_visible_devices=environment.get("CUDA_VISIBLE_DEVICES", ""),
+        memory_bytes=_memory_bytes(),
+        gpu_memory_bytes=_gpu_memory_bytes(),
+        interface=None if is_reached_by(addresses()) else default_interface(),
+    )
+
+
+def visible(
+    gpus: list[tuple[str, float | None]], cuda_visible_devices: str | None
+) -> tuple[float | None, ...]:
+    """Return the compute capabilities of the (UUID, capability) GPUs that CUDA would show.
+
+    As in CUDA, the list of indices or UUID prefixes ends at the first that does not exist.
+    """
+    if cuda_visible_devices is None:
+        return tuple(capability for _, capability in gpus)
+    chosen = []
+    for name in cuda_visible_devices.split(","):
+        name = name.strip()
+        if name.isdecimal() and int(name) < len(gpus):
+            chosen.append(gpus[int(name)][1])
+        elif name.startswith("MIG-") and gpus:
+            chosen.append(None)
+        elif found := [c for uuid, c in gpus if name.startswith("GPU-") and uuid.startswith(name)]:
+            chosen.append(found[0])
+        else:
+            break
+    return tuple(chosen)
+
+
+def resolve(
+    config: RunConfig,
+    machine: Machine,
+    run_dir: str,
+    largest_micro_batch: int = DEFAULT_MICRO_BATCH_SIZE,
+) -> RunConfig:
+    """Return the config with every `auto` and relative path replaced by what it comes to here.
+
+    ``largest_micro_batch`` bounds trainer.micro_batch_size=auto. Raises UserError where the values
+    contradict each other then.
+    """
+    tree = config.model_dump(mode="json")
+    tree["run_dir"] = run_dir
+    # The frozen config must mean the same from any working directory.
+    data = tree["data"]
+    if "paths" in data:
+        data["paths"] = [names.absolute(path) for path in data["paths"]]
+    if data["cache_dir"] is not None:
+        data["cache_dir"] = names.absolute(data["cache_dir"])
+    for section in (tree["model"], tree["tokenizer"]):
+        if section["kind"] == "pretrained":
+            role = "model" if section is tree["model"] else "tokenizer"
+            section["name"] = names.pretrained(section["name"], role)
+    model = tree["model"]
+    if model["kind"] == "pretrained" and tree["strategy"]["kind"] == "zero":
+        # What its buckets are derived from.
+        found = names.config_json(model["name"], model["revision"], os.environ)
+        model["hidden_size"] = model["hidden_size"] or hidden_size(found or {})
+    if tree["strategy"].get("nvme_path") is not None:
+        tree["strategy"]["nvme_path"] = names.absolute(tree["strategy"]["nvme_path"])
+    launcher = tree["launcher"]
+    gpus = machine.gpus if machine.torch_has_cuda else 0
+    if launcher["kind"] == "slurm":  # the nodes count, not this machine
+        gpus = launcher["gpus_per_node"]
+        launcher["site"] = launcher["site"] and names.absolute(launcher["site"])
+    if launcher["device"] == "auto":
+        launcher["device"] = "cuda" if gpus else "cpu"
+    if launcher.get("hostfile") is not None:
+        launcher.update(from_hostfile(launcher))
+    if launcher.get("nodes", 1) > 1 and launcher.get("head_port", 1) is None:
+        launcher["head_port"] = machine.free_port
+    if launcher.get("nproc_per_node") == "auto":
+        one_rank = launcher["device"] == "cpu" or config.strategy.kind == "single"
+        launcher["nproc_per_node"] = 1 if one_rank else max(1, gpus)
+    if tree["tracking"].get("mode") == "auto":
+        by_key = "online" if machine.has_wandb_key else "offline"
+        tree["tracking"]["mode"] = machine.wandb_mode or by_key
+    if data["sequence_length"] == "auto":
+        positions = _positions(config.model, tree["model"].get("name"))
+        data["sequence_length"] = min(DEFAULT_SEQUENCE_LENGTH, positions or DEFAULT_SEQUENCE_LENGTH)
+    resolved = from_tree(tree)
+    if tree["trainer"]["micro_batch_size"] != "auto":
+        return resolved
+    # Only now it is certain how many ranks there may be.
+    tree["trainer"]["micro_batch_size"] = micro_batch(
+        config.trainer.global_batch_size, resolved.launcher.world_sizes, largest_micro_batch
+    )
+    return from_tree(tree)
+
+
+def hidden_size(config_json: Mapping[str, Any]) -> int | None:
+    """Return the width of a model by its config.json; None where that does not say. Pure."""
+    # Models of several parts keep that of their text apart.
+    text = config_json.get("text_config")
+    section = text if isinstance(text, Mapping) else config_json
+    # As architectures call it; transformers knows each of them by the first.
+    known = (section.get(name) for name in ("hidden_size", "n_embd", "d_model", "dim"))
+    return next((size for size in known if isinstance(size, int) and size > 0), None)
+
+
+def _positions(model: ModelConfig, name: str | None) -> int | None:
+    """Return the longest sample that a model takes; None where that is found out by the ranks.
+
+    ``name`` is what that of a pretrained one means here.
+    """
+    if not isinstance(model, PretrainedModel):
+        return model.max_sequence_length
+    found = names.config_json(name or model.name, model.revision, os.environ)
+    return longest_sample(found) if found else None
+
+
+def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
+    """Return what a hostfile decides: nodes, ranks of each and where they meet; its own path."""
+    path = names.absolute(launcher["hostfile"])
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"launcher.hostfile={path} cannot be read ({error}); give a file with lines of: "
+            "host slots=8"
+        ) from None
+    name = f"launcher.hostfile={path}"
+    chosen = hostfile.hosts(text, launcher["include"], launcher["exclude"], name)
+    decided = {"nodes": len(chosen), "nproc_per_node": hostfile.ranks_per_node(chosen, name)}
+    for name, value in decided.items():
+        if launcher[name] not in (value, "auto", 1):
+            raise UserError(
+                f"launcher.{name}={launcher[name]}, but launcher.hostfile={path} gives {value}; "
+                f"leave it out, or choose hosts and slots with launcher.include"
+            )
+    head = launcher["head_address"] or next(iter(chosen))
+    return {**decided, "hostfile": path, "head_address": head}
+
+
+def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machine) -> list[str]:
+    """Return a message for each thing asked for that this machine does not have."""
+    problems = []
+    if device == "cpu":
+        if precision.compute_dtype == "fp16":
+            problems.append(
+                "precision.compute_dtype=fp16 needs a GPU, but the ranks run on cpu; "
+                "choose precision=bf16 or precision=fp32"
+            )
+        if precision.allow_tf32:
+            problems.append(
+                "precision.allow_tf32=true needs a GPU, but the ranks run on cpu; "
+                "choose precision=fp32"
+            )
+        if precision.fp8_recipe is not None:
+            problems.append(
+                f"precision.fp8_recipe={precision.fp8_recipe} needs a GPU, but the ranks run on "
+                "cpu; choose precision=bf16"
+            )
+        return problems
+
+    if not machine.gpus:
+        return [
+            "launcher.device=cuda, but this machine shows no NVIDIA GPU (CUDA_VISIBLE_DEVICES may "
+            "hide it); choose launcher.device=cpu"
+        ]
+    if not machine.torch_has_cuda:
+        return [
+            "launcher.device=cuda, but the installed torch is a CPU build; install one with CUDA "
+            "or choose launcher.device=cpu"
+        ]
+    if ranks > machine.gpus:
+        problems.append(
+            f"launcher.nproc_per_node={ranks} is more than the {machine.gpus} GPU(s) of this "
+            f"machine; choose launcher.nproc_per_node={machine.gpus} or launcher.device=cpu"
+        )
+    known = [c for c in machine.compute_capabilities[:ranks] if c is not None]
+    oldest = min(known, default=ADA)
+    if oldest < AMPERE and precision.compute_dtype == "bf16":
+        problems.append(
+            f"precision.compute_dtype=bf16 needs compute capability {AMPERE}, but a GPU here has "
+            f"{oldest}; choose precision=fp16 or precision=fp32"
+        )
+    if oldest < AMPERE and precision.allow_tf32:
+        problems.append(
+            f"precision.allow_tf32=true needs compute capability {AMPERE}, but a GPU here has "
+            f"{oldest}; choose precision=fp32"
+        )
+    if oldest < ADA and precision.fp8_recipe is not None:
+        problems.append(
+            f"precision.fp8_recipe={precision.fp8_recipe} needs compute capability {ADA}, but a "
+            f"GPU here has {oldest}; choose precision=bf16"
+        )
+    return problems
+
+
+def _gpus() -> list[tuple[str, float | None]]:
+    query = ["nvidia-smi", "--query-gpu=uuid,compute_cap", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        devices = [p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdecimal()]
+        return [("", None)] * len(devices)
+    gpus: list[tuple[str, float | None]] = []
+    for line in output.splitlines():
+        uuid, _, capability = (part.strip() for part in line.partition(","))
+        try:
+            gpus.append((uuid, float(capability)))
+        except ValueError:
+            gpus.append((uuid, None))
+    return gpus
+
+
+def _gpu_memory_bytes() -> int | None:
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+        return max(int(line) for line in output.splitlines()) * 2**20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _memory_bytes() -> int | None:
+    found: list[int] = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is none
+            found.append(int(Path(path).read_text()))
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        pairs = (line.split(":") for line in lines)
+        sizes = {name: int(size.split()[0]) * 1024 for name, size in pairs}
+        swap = sizes["SwapTotal"]
+        found = [limit + swap for limit in found] + [sizes["MemTotal"] + swap]
+    return min(found, default=None)
+
+
+def addresses() -> list[str]:
+    """Return what this machine's own name resolves to; gloo meets its peers there."""
+    try:
+        return sorted({str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), 0)})
+    except OSError:
+        return []
+
+
+def is_reached_by(found: Sequence[str]) -> bool:
+    """Return whether other nodes can reach one of some addresses. Pure."""
+    return any(not address.startswith("127.") and address != "::1" for address in found)
+
+
+def default_interface() -> str | None:
+    """Return the interface of the default route, as far as the kernel tells."""
+    try:
+        routes = Path("/proc/net/route").read_text().splitlines()[1:]
+    except OSError:
+        return None
+    fields = (line.split() for line in routes)
+    return next((route[0] for route in fields if route[1] == "00000000"), None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+# Its server has two names, and keys are kept under either (wandb 0.31, sdk/lib/urls.py).
+_WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+
+
+def _has_wandb_key(environment: Mapping[str, str]) -> bool:
+    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    own = environment.get("WANDB_BASE_URL", "").split("//")[-1].split("/")[0]
+    try:
+        keys = netrc.netrc(environment.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any(keys.authenticators(host) is not None for host in ((own,) if own else _WANDB_HOSTS))

@@ -1,0 +1,151 @@
+"""Whether a model can fit at all: bytes that its training holds at the least, against what is here.
+
+Counts what stays from step to step, and only what is certain, so that a refusal is never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from launchers.machine.facts import Machine
+from train.config import DeepspeedLauncher, ModelConfig, RunConfig, TrainerConfig
+from train.config.model import BertModel, Gpt2Model, LlamaModel, ModernBertModel, RobertaModel
+
+GIB = 2**30
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of a rank."""
+
+    weights: float = 0
+    master_weights: float = 0
+    gradients: float = 0
+    moments: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.master_weights + self.gradients + self.moments
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Parts)))
+
+    def times(self, ranks: int) -> Parts:
+        return Parts(*(ranks * getattr(self, field.name) for field in fields(Parts)))
+
+    def __str__(self) -> str:
+        held = {field.name.replace("_", " "): getattr(self, field.name) for field in fields(Parts)}
+        return ", ".join(f"{name} {gib(size)}" for name, size in held.items() if size)
+
+
+def gib(size_bytes: float) -> str:
+    return f"{size_bytes / GIB:,.1f} GiB"
+
+
+def parameters(model: ModelConfig) -> int | None:
+    """Return the number of a model's parameters; None where its weights bring them. Pure."""
+    match model:
+        case Gpt2Model():
+            h, i, head = model.hidden_size, model.intermediate_size, 0
+            embeddings = model.max_position_embeddings * h
+            block = 4 * (h * h + h) + 2 * h * i + i + h + 4 * h
+            blocks = model.num_hidden_layers * block + 2 * h
+        case LlamaModel():
+            h, i, head = model.hidden_size, model.intermediate_size, 0
+            embeddings = 0
+            size = model.head_dim or h // model.num_attention_heads
+            attention = 2 * h * size * (model.num_attention_heads + model.num_key_value_heads)
+            blocks = model.num_hidden_layers * (attention + 3 * h * i + 2 * h) + h
+        case BertModel() | RobertaModel():
+            h, i = model.hidden_size, model.intermediate_size
+            embeddings = (model.max_position_embeddings + model.type_vocab_size + 2) * h
+            block = 4 * (h * h + h) + 2 * h * i + i + h + 4 * h
+            blocks = model.num_hidden_layers * block
+            head = h * h + 3 * h + model.padded_vocab_size
+        case ModernBertModel():
+            h, i = model.hidden_size, model.intermediate_size
+            embeddings = h
+            # The first block has no norm before its attention, the last is followed by one.
+            blocks = model.num_hidden_layers * (4 * h * h + 3 * h * i + 2 * h)
+            head = h * h + h + model.padded_vocab_size
+        case _:
+            return None
+    matrices = 1 if model.tie_word_embeddings else 2
+    return matrices * model.padded_vocab_size * h + embeddings + blocks + head
+
+
+def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
+    """Return what a rank holds of ``count`` parameters: on its device, and in host memory. Pure.
+
+    What lies on a disk is not counted.
+    """
+    precision, strategy = config.precision, config.strategy
+    master = _BYTES[precision.master_dtype] * count
+    compute = _BYTES[precision.compute_dtype] * count
+    ranks = config.launcher.world_size
+    has_copy = strategy.kind == "zero" and compute != master
+    parts = Parts(
+        weights=compute if has_copy else master,
+        master_weights=master if has_copy else 0,
+        gradients=min(compute, master),
+        moments=_moments(config.trainer, _BYTES[precision.moments_dtype]) * count,
+    )
+    if strategy.kind == "fsdp":
+        shards = max(1, ranks // strategy.replicas)
+        parts = Parts(*(getattr(parts, field.name) / shards for field in fields(Parts)))
+        return (Parts(), parts) if strategy.offload else (parts, Parts())
+    if strategy.kind != "zero":
+        return parts, Parts()
+    by_stage = {"weights": 3, "master_weights": 1, "gradients": 2, "moments": 1}
+    wait_where = {
+        "weights": strategy.offload_parameters,
+        "master_weights": strategy.offload_optimizer,
+        "gradients": strategy.offload_optimizer,
+        "moments": strategy.offload_optimizer,
+    }
+    held: dict[str, dict[str, float]] = {"none": {}, "cpu": {}, "nvme": {}}
+    for name, first_stage in by_stage.items():
+        share = ranks if strategy.stage >= first_stage else 1
+        held[wait_where[name]][name] = getattr(parts, name) / share
+    return Parts(**held["none"]), Parts(**held["cpu"])
+
+
+def _moments(trainer: TrainerConfig, dtype_bytes: int) -> int:
+    """Return the bytes of an optimizer's state for each parameter, at the least."""
+    return {"adamw": 2 * dtype_bytes, "adamw_8bit": 2, "muon": dtype_bytes}.get(
+        trainer.optimizer, 0
+    )
+
+
+def problems(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """Yield a message where the ranks of this machine cannot hold their parts of the model."""
+    launcher = config.launcher
+    if isinstance(launcher, DeepspeedLauncher) and launcher.hostfile is not None:
+        return  # this machine need not be one of them
+    count = parameters(config.model)
+    if count is None:
+        return
+    on_device, on_host = needed(config, count)
+    here = launcher.ranks_per_node
+    asked = (
+        f"strategy.kind={config.strategy.kind} on {launcher.world_size} rank(s) with a "
+        f"{config.model.kind} of {count:,} parameters"
+    )
+    if launcher.device != "cuda":
+        on_device, on_host = Parts(), on_device + on_host
+    limit = machine.gpu_memory_bytes
+    if limit is not None and on_device.total > limit:
+        yield (
+            f"{asked} takes at least {gib(on_device.total)} of each GPU ({on_device}), and the "
+            f"largest here has {gib(limit)}; choose a smaller model, strategy=zero3 or fsdp on "
+            "more GPUs, or strategy=zero3_offload or fsdp_offload"
+        )
+    limit, of_node = machine.memory_bytes, on_host.times(here)
+    if limit is not None and of_node.total > limit:
+        yield (
+            f"{asked} takes at least {gib(of_node.total)} of this machine's memory ({of_node}, "
+            f"of {here} rank(s) here), which has {gib(limit)}; choose a smaller model, more nodes "
+            "with strategy=zero3 or fsdp, or strategy=zero3_nvme"
+        )

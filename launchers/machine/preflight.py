@@ -1,0 +1,369 @@
+"""What can go wrong before a rank starts, and the run directory that is made if nothing does."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from launchers.machine import hostfile, memory, names
+from launchers.machine.facts import Machine, lacking
+from train.config import (
+    DeepspeedLauncher,
+    RunConfig,
+    SlurmLauncher,
+    to_yaml,
+)
+from train.config.tracking import WandbTracking, wandb_problems
+from train.errors import UserError
+from train.program import PACKAGES, package_environment
+from train.strategy import engine_of
+
+
+def check(config: RunConfig, machine: Machine) -> None:
+    """Raise UserError, one line for each problem, where a resolved config cannot run here.
+
+    Leaves nothing: whether its directory can be made is tried beside it.
+    """
+    assert config.run_dir is not None, "resolved"
+    if problems := [
+        *_run_dir_problems(Path(config.run_dir)),
+        *_missing_directories(config),
+        *_machine_problems(config, machine),
+    ]:
+        raise UserError("\n".join(problems))
+
+    from train.data import check_corpus
+
+    check_corpus(config.data)
+
+
+def check_place(config: RunConfig) -> None:
+    """Raise UserError where a run's directory cannot be made."""
+    if problems := _run_dir_problems(Path(str(config.run_dir))):
+        raise UserError("\n".join(problems))
+
+
+def check_machine(config: RunConfig, machine: Machine) -> None:
+    """Raise UserError where a run that has its directory and data already cannot go on here."""
+    if problems := _machine_problems(config, machine):
+        raise UserError("\n".join(problems))
+
+
+def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
+    if config.launcher.kind == "slurm":
+        # This is a login node: what GPUs, disks and compilers there are, the ranks find out.
+        return [
+            *_missing_packages(config),
+            *_slurm_problems(config),
+            *_tracking_problems(config, machine),
+        ]
+    return [
+        *lacking(config.launcher.device, config.launcher.ranks_per_node, config.precision, machine),
+        *memory.problems(config, machine),
+        *_launcher_problems(config),
+        *_missing_packages(config),
+        *engine_of(config).machine_problems(config),
+        *_missing_build_tools(config),
+        *_tracking_problems(config, machine),
+    ]
+
+
+def create(
+    config: RunConfig, run_dir: Path, *, claim: Callable[[], object] = lambda: None
+) -> list[Path]:
+    """Make ``run_dir`` with config.yaml and logs/; return the directories made, outermost first.
+
+    ``claim`` is called before there is a config.yaml, from which on others take it for a run's.
+    Raises UserError, and leaves nothing, where that cannot be done.
+    """
+    made: list[Path] = []
+    try:
+        for directory in [*reversed(run_dir.parents), run_dir]:
+            # Another run that starts now may make a common parent, but not this very directory.
+            if directory == run_dir or not directory.exists():
+                directory.mkdir(exist_ok=directory != run_dir)
+                made.append(directory)
+        (run_dir / "logs").mkdir()
+        claim()
+        _write_atomically(run_dir / "config.yaml", to_yaml(config))
+    except OSError as error:
+        is_taken = isinstance(error, FileExistsError) and run_dir not in made
+        take_back(made)
+        if is_taken:
+            raise Taken(_exists(run_dir)) from None
+        raise _cannot_be_made(f"run_dir={run_dir}", error) from None
+    return made
+
+
+class Taken(UserError):
+    """Somebody else has made that very directory."""
+
+
+def create_named(
+    config: RunConfig, *, is_generated: bool, claim: Callable[[Path], object] = lambda run_dir: None
+) -> tuple[RunConfig, list[Path]]:
+    """Make a run's directory as `create` does; return its config and the directories made.
+
+    One that ``is_generated`` takes the next free name where another run was given it at the same
+    time: making the directory is what claims it.
+    """
+    while True:
+        run_dir = Path(str(config.run_dir))
+        try:
+            return config, create(config, run_dir, claim=functools.partial(claim, run_dir))
+        except Taken:
+            if not is_generated:
+                raise
+            following = names.free(names.following(run_dir))
+            config = config.model_copy(update={"run_dir": str(following)})
+
+
+@contextlib.contextmanager
+def claimed_sweep(configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
+    """Claim the directory of a sweep, the common parent of runs, by making it.
+
+    Yields the configs, in a directory of the next free name where another sweep has that one; what
+    is empty at the end is removed again. Raises UserError where it cannot be made.
+    """
+    parent = Path(str(configs[0].run_dir)).parent
+    made: list[Path] = []
+    try:
+        while True:
+            try:
+                for directory in [*reversed(parent.parents), parent]:
+                    if directory == parent or not directory.exists():
+                        directory.mkdir(exist_ok=directory != parent)
+                        made.append(directory)
+                break
+            except FileExistsError:
+                parent = names.free(names.following(parent))
+            except OSError as error:
+                raise _cannot_be_made(f"sweep_dir={parent}", error) from None
+        yield [
+            config.model_copy(update={"run_dir": str(parent / Path(str(config.run_dir)).name)})
+            for config in configs
+        ]
+    finally:
+        for directory in reversed(made):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def _cannot_be_made(what: str, error: OSError) -> UserError:
+    return UserError(
+        f"{what} cannot be created: {error.strerror} ({error.filename}); "
+        "give a directory that you may write to"
+    )
+
+
+def take_back(made: list[Path]) -> None:
+    """Remove a run directory that ``create`` made, and those of its parents that are empty."""
+    if not made:
+        return
+    *parents, run_dir = made
+    shutil.rmtree(run_dir, ignore_errors=True)
+    for directory in reversed(parents):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _exists(run_dir: Path) -> str:
+    return f"run_dir={run_dir} exists already; choose another, or remove it first"
+
+
+def _launcher_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each program that a launcher needs and this machine does not have."""
+    launcher = config.launcher
+    if not isinstance(launcher, DeepspeedLauncher):
+        return
+    # ompi_info tells Open MPI from another's mpirun.
+    programs = {"pdsh": ["pdsh"], "openmpi": ["mpirun", "ompi_info"], "slurm": ["srun"]}
+    if launcher.hostfile is not None:
+        missing = [name for name in programs[launcher.backend] if shutil.which(name) is None]
+        for program in missing[:1]:
+            yield (
+                f"launcher.backend={launcher.backend} starts ranks with {program}, which is not "
+                "installed; install it, choose another backend, or launcher=torchrun"
+            )
+        if launcher.backend != "pdsh" and (launcher.include or launcher.exclude):
+            yield (
+                f"launcher.backend={launcher.backend} takes whole hostfiles only, but "
+                "launcher.include or exclude is given; write another hostfile, or set backend=pdsh"
+            )
+        elif launcher.backend == "slurm":
+            yield from _allocation_problems(launcher)
+        unsafe = [
+            p for p in (sys.executable, str(PACKAGES)) if not re.fullmatch(r"[\w@%+=:,./-]+", p)
+        ]
+        if launcher.backend == "pdsh" and unsafe:
+            yield (
+                f"launcher.backend=pdsh sends {unsafe[0]} through a shell unquoted, which would "
+                "not arrive; install to a path without blanks and quotes, or use launcher=torchrun"
+            )
+        path = package_environment(os.environ)["PYTHONPATH"]
+        if launcher.backend != "pdsh" and not re.fullmatch(r"[\w@%+=:,./-]+", path):
+            yield (
+                f"launcher.backend={launcher.backend} gets PYTHONPATH={path} from DeepSpeed in "
+                "quotes that the ranks would take for a part of it; install to a path without "
+                "blanks and quotes, or use launcher=torchrun"
+            )
+    if launcher.bind_cores_to_rank and shutil.which("numactl") is None:
+        yield (
+            "launcher.bind_cores_to_rank=true needs numactl, which is not installed; install it "
+            "(apt install numactl) or leave it out"
+        )
+
+
+def _allocation_problems(launcher: DeepspeedLauncher) -> Iterator[str]:
+    """Yield a message where srun would start ranks elsewhere than the hostfile says."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield (
+            "launcher.backend=slurm starts ranks with srun inside an allocation, and this is none; "
+            "begin with salloc, or set launcher=slurm, which submits a job"
+        )
+        return
+    wanted = list(hostfile.hosts(Path(str(launcher.hostfile)).read_text(encoding="utf-8")))
+    ended = subprocess.run(
+        ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=False
+    )
+    if (allocated := ended.stdout.split()) != wanted:
+        yield (
+            f"launcher.hostfile={launcher.hostfile} has {', '.join(wanted)}, but the allocation "
+            f"is {', '.join(allocated) or ended.stderr.strip()}, and srun's first rank is where "
+            "the ranks meet; write it with: scontrol show hostnames | "
+            f"sed 's/$/ slots={launcher.ranks_per_node}/'"
+        )
+
+
+def _slurm_problems(config: RunConfig) -> Iterator[str]:
+    launcher, run_dir = config.launcher, str(config.run_dir)
+    assert isinstance(launcher, SlurmLauncher)
+    if "%" in run_dir or "\\" in run_dir:
+        yield (
+            f"run_dir={run_dir} holds % or a backslash, which SLURM replaces in the path of a "
+            "job's log; choose another"
+        )
+    if launcher.site is not None and not os.access(launcher.site, os.R_OK):
+        yield (
+            f"launcher.site={launcher.site} cannot be read; copy slurm/site.example.sh there, or "
+            "leave it out"
+        )
+
+
+def _run_dir_problems(run_dir: Path) -> list[str]:
+    if "\0" in str(run_dir):
+        return ["run_dir holds a NUL character; choose another"]
+    if os.path.lexists(run_dir):
+        return [_exists(run_dir)]
+    nearest = next(parent for parent in run_dir.parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        return [f"run_dir={run_dir} cannot be created: {nearest} is not a directory"]
+    for name in run_dir.relative_to(nearest).parts:
+        if len(os.fsencode(name)) > (most := os.pathconf(nearest, "PC_NAME_MAX")):
+            return [
+                f"run_dir={run_dir} cannot be created: a name of {len(os.fsencode(name))} bytes is "
+                f"longer than the {most} that {nearest} takes; choose a shorter one"
+            ]
+    try:  # access(2) promises what root, NFS and /proc do not keep
+        os.rmdir(tempfile.mkdtemp(prefix=".shardwright-", dir=nearest))
+    except OSError as error:
+        is_refused = error.errno in _READ_ONLY or not os.access(nearest, os.W_OK | os.X_OK)
+        reason = "no permission to write to" if is_refused else f"{error.strerror}:"
+        return [
+            f"run_dir={run_dir} cannot be created: {reason} {nearest}; "
+            "give a directory that you may write to"
+        ]
+    return []
+
+
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _missing_directories(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each name that can only be a path, and leads nowhere."""
+    named = {"model": config.model, "tokenizer": config.tokenizer, "data": config.data}
+    for section, given in named.items():
+        name = given.name if given.kind in ("pretrained", "hub") else None
+        if name is None or not names.is_path(name):
+            continue
+        what = "the data set" if section == "data" else f"the {section}"
+        if not os.path.lexists(name):
+            yield (
+                f"{section}.name={name} does not exist; give the directory of {what}, or its name "
+                "on the hub"
+            )
+        elif not os.path.isdir(name):
+            yield f"{section}.name={name} is a file; give the directory that holds {what}"
+
+
+def _missing_packages(config: RunConfig) -> list[str]:
+    needed = {
+        "tracking=tensorboard": ("tensorboard", config.tracking.kind == "tensorboard"),
+        "tracking=wandb": ("wandb", config.tracking.kind == "wandb"),
+        f"precision.fp8_recipe={config.precision.fp8_recipe}": (
+            "torchao",
+            config.precision.fp8_recipe is not None,
+        ),
+        f"strategy.kind={config.strategy.kind}": ("deepspeed", config.strategy.kind == "zero"),
+        "trainer.optimizer=adamw_8bit": ("torchao", config.trainer.optimizer == "adamw_8bit"),
+    }
+    return [
+        f"{setting} needs the package {package}, which is not installed; `pip install {package}`"
+        for setting, (package, wanted) in needed.items()
+        if wanted and importlib.util.find_spec(package) is None
+    ]
+
+
+def _missing_build_tools(config: RunConfig) -> Iterator[str]:
+    """Yield a message for each setting that is compiled in the ranks, but not here."""
+    compilers = [os.environ.get("CXX"), "c++", "g++"]
+    has_compiler = any(shutil.which(name) for name in compilers if name)
+    if config.trainer.optimizer == "adamw_8bit" and not has_compiler:
+        yield (
+            "trainer.optimizer=adamw_8bit is compiled on its first use, but there is no C++ "
+            "compiler (c++ or g++); install one, or set trainer.optimizer=adamw"
+        )
+    if getattr(config.strategy, "cpu_adam", "torch") == "deepspeed":
+        # pip puts ninja beside the interpreter, which an inactive venv does not have in its PATH.
+        path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+        missing = [] if has_compiler else ["C++ compiler (c++ or g++)"]
+        missing += [] if shutil.which("ninja", path=path) else ["ninja"]
+        if missing:
+            yield (
+                "strategy.cpu_adam=deepspeed is compiled on its first use, but there is no "
+                f"{' and no '.join(missing)}; install what is missing, or set "
+                "strategy.cpu_adam=torch"
+            )
+
+
+def _tracking_problems(config: RunConfig, machine: Machine) -> list[str]:
+    if not isinstance(config.tracking, WandbTracking):
+        return []
+    if problems := wandb_problems(config.tracking, os.environ):
+        return problems
+    if config.tracking.mode == "online" and not machine.has_wandb_key:
+        return [
+            "tracking.mode=online, but there is no API key; run `wandb login`, set WANDB_API_KEY, "
+            "or choose tracking.mode=offline"
+        ]
+    return []

@@ -1,0 +1,224 @@
+"""Which runs there are, what each is doing and how far it is."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers.ranks.processes import rank_processes
+from launchers.slurm import jobs as slurm
+from train import config as run_config
+from train.checkpoint.format import layout
+from train.config import Progress, RunConfig, total_steps
+from train.data.prepare import noted_samples_wanted
+from train.errors import Diverged
+from train.run_directory import final, owner, stop_note
+from train.run_directory.failures import RankFailure, rank_failures
+from train.run_directory.metrics import tail
+from train.run_directory.owner import Owner
+from train.units import duration
+
+SILENT_SECONDS = 120.0
+"""A run that no process of this machine belongs to is taken for alive for so long at least."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run as it is now; None stands for what is not known (yet)."""
+
+    run_dir: Path
+    state: str
+    is_over: bool
+    job: str | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    left_seconds: float | None = None
+    checkpoint: str | None = None
+    model: str | None = None
+    """Where the model is, and of which state of the run."""
+    can_resume: bool = False
+    """Whether it has ended before its end."""
+
+
+def runs_in(directory: Path) -> list[Path]:
+    """Return a run's directory itself, or those of a sweep's runs. Raises UserError where none."""
+    if (directory / "config.yaml").is_file():
+        return [directory]
+    if found := _below(directory, "*"):
+        return found
+    run_config.load(directory)  # says what is wrong with it
+    raise AssertionError("not reached")
+
+
+def everywhere(here: Path, queued: Mapping[str, Path]) -> list[Path]:
+    """Return the runs below a working directory, and those of jobs by their working directory."""
+    found = [*_below(here, "runs/*"), *_below(here, "sweeps/*/*")]
+    for job, directory in queued.items():
+        _, _, task = job.partition("_")
+        found += _below(directory, task) if task else _below(directory.parent, directory.name)
+    return list(dict.fromkeys(found))
+
+
+def _below(directory: Path, pattern: str) -> list[Path]:
+    parents = sorted(directory.glob(pattern), key=lambda p: (p.parent, _number(p.name), p.name))
+    return [path for path in parents if (path / "config.yaml").is_file()]
+
+
+def _number(name: str) -> int:
+    return int(name) if name.isdecimal() else -1
+
+
+def of(run_dir: Path) -> Status:
+    """Look at a run's directory, at the queue and at the processes of this machine."""
+    config = run_config.load(run_dir)
+    known = slurm.job_of(run_dir)
+    job = slurm.look(known) if known is not None else None
+    batch_size = config.trainer.global_batch_size
+    last = logged(run_dir)
+    total, done = known_steps(run_dir, config, last), is_done(run_dir, config)
+    state, is_over = state_of(
+        job,
+        is_done=done,
+        stopped=stop_note.read(run_dir),
+        failures=rank_failures(run_dir),
+        ranks_here=len(rank_processes(run_dir)),
+        owned=owner.look(run_dir),
+        silent_seconds=time.time() - last["time"] if "time" in last else None,
+    )
+    whole = layout.whole_checkpoints(run_dir / "checkpoints")
+    return Status(
+        run_dir,
+        state,
+        is_over,
+        job=known,
+        step=last.get("step"),
+        total_steps=total,
+        loss=last.get("loss"),
+        tokens_per_second=None if is_over else last.get("tokens_per_second"),
+        left_seconds=None if is_over else left_seconds(last, total, batch_size),
+        checkpoint=whole[-1][1].name if whole else None,
+        model=_model(run_dir),
+        can_resume=is_over and not done,
+    )
+
+
+def _model(run_dir: Path) -> str | None:
+    if path := final.of(run_dir):
+        return str(path)
+    if path := final.earlier(run_dir):
+        return f"{path}, of before the run was resumed"
+    return None
+
+
+def state_of(
+    job: slurm.Job | None,
+    *,
+    is_done: bool,
+    stopped: stop_note.Stopped | None,
+    failures: Sequence[RankFailure],
+    ranks_here: int,
+    owned: tuple[Owner | None, bool],
+    silent_seconds: float | None,
+    here: str | None = None,
+) -> tuple[str, bool]:
+    """Return a run's state in words, and whether it is over. Pure.
+
+    ``owned`` is what `owner.look` tells: a lock that is held means that the run lives, on whichever
+    host. One that is not means that it has ended where its owner was of this host, ``here``; the
+    locks of other hosts do not show on every file system.
+    """
+    first, is_locked = owned
+    if job is not None and not job.is_over:
+        text = job.state.lower()
+        text += f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason else ""
+        return text + (f", restart {job.restarts}" if job.restarts else ""), False
+    if is_locked and first is not None and first.doing is not None:
+        return f"{first.doing} on {first.host}", False
+    if ranks_here:
+        return f"running, {ranks_here} rank(s) here", False
+    if is_locked:
+        return f"running on {first.host}" if first else "running", False
+    if stopped is not None:
+        return str(stopped), True
+    if failures:
+        failed = failures[0]
+        if failed.kind == Diverged.__name__:
+            return f"failed: {failed.message}", True
+        what = failed.explanation or f"{failed.kind}: {failed.message}"
+        what = what.partition("\n")[0]
+        return f"failed: rank {failed.rank} on {failed.host}, {what}", True
+    if is_done:
+        return "done", True
+    if job is not None:
+        return f"{job.state.lower()}, exit code {job.exit_code}", True
+    if first is not None and first.host == (here or socket.gethostname()):
+        doing = f" while {first.doing}" if first.doing else ""
+        return f"dead: it was killed or crashed{doing}, and could not say so", True
+    if silent_seconds is None:
+        return "no step yet, and no process here", False
+    if silent_seconds < SILENT_SECONDS:
+        return f"running, last heard of {duration(silent_seconds)} ago", False
+    return f"silent for {duration(silent_seconds)}", True
+
+
+def is_done(run_dir: Path, config: RunConfig) -> bool:
+    """Return whether a run has come to its end: it has its model, and no step is missing.
+
+    A resume may ask for more steps than there are, and end before the first of them is made.
+    """
+    if final.of(run_dir) is None:
+        return False
+    total, saved = (
+        known_steps(run_dir, config, logged(run_dir)),
+        layout.named(run_dir / "checkpoints"),
+    )
+    may_end_early = config.trainer.early_stopping_patience is not None
+    return may_end_early or total is None or not saved or saved[-1][0] >= total
+
+
+def logged(run_dir: Path) -> dict[str, Any]:
+    """Return each value of a run's metrics as it was logged last."""
+    last: dict[str, Any] = {}
+    # A line of an evaluation has no loss, and the last has none of the speed.
+    for line in tail(run_dir / "metrics.jsonl"):
+        last |= line
+    return last
+
+
+def known_steps(
+    run_dir: Path, config: RunConfig, last: Mapping[str, Any] | None = None
+) -> int | None:
+    """Return the steps of a whole run; None where they depend on data not yet prepared.
+
+    ``last`` is what it has logged last: how many steps are left depends on what it has consumed.
+    """
+    wanted = noted_samples_wanted(config, run_dir)
+    if wanted is None and config.trainer.max_steps is None:
+        return None
+    last = last or {}
+    at = Progress(step=last.get("step", 0), samples=last.get("samples", 0))
+    return total_steps(config.trainer, wanted, at)
+
+
+def left_seconds(last: Mapping[str, Any], total: int | None, batch_size: int) -> float | None:
+    """Return the time that the rest of the steps takes at the speed of the last ones. Pure.
+
+    ``batch_size`` is that of these steps, in samples; earlier ones may have had another.
+    """
+    step, speed = last.get("step"), last.get("tokens_per_second")
+    if total is None or not step or not speed:
+        return None
+    tokens_per_sample = last["tokens"] / last["samples"]
+    return float((total - step) * batch_size * tokens_per_sample / speed)
+
+
+def is_heard_of(run_dir: Path) -> bool:
+    """Return whether a run has logged something of late."""
+    lines = tail(run_dir / "metrics.jsonl")
+    return bool(lines) and time.time() - lines[-1]["time"] < SILENT_SECONDS

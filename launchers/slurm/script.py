@@ -1,0 +1,154 @@
+"""The job script of a run, out of slurm/job.sbatch and its config: pure functions."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import RunConfig, SlurmLauncher
+from train.process import inherited
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "job.sbatch"
+NAME = "job.sbatch"
+SITE = "site.sh"
+"""Under these names script and site settings lie in the directory that the job starts in."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """The runs of a sweep as one job array: task i runs in ``directory``/i."""
+
+    directory: Path
+    tasks: int
+
+
+def job_script(
+    config: RunConfig,
+    environment: Mapping[str, str],
+    *,
+    directory: Path,
+    has_site: bool,
+    array: Array | None = None,
+    python: str = sys.executable,
+    template: str | None = None,
+) -> str:
+    """Return the text of a run's job script, or that of all runs of an array.
+
+    ``directory`` is where the user is. Every value stands in quotes that let the shell change
+    nothing in it.
+    """
+    assert isinstance(config.launcher, SlurmLauncher)
+    home = job_directory(config, array)
+    quoted_home = shlex.quote(str(home))
+    values = {
+        "directives": "\n".join(f"#SBATCH {line}" for line in directives(config, array)),
+        "run_dir": quoted_home if array is None else f'{quoted_home}/"$SLURM_ARRAY_TASK_ID"',
+        "site": shlex.quote(str(home / SITE)) if has_site else "",
+        "python": shlex.quote(python),
+        "ranks_per_node": str(config.launcher.ranks_per_node),
+        "starts": config.launcher.starts,
+        "grace_seconds": f"{config.launcher.grace_seconds:g}",
+        "directory": shlex.quote(str(directory)),
+        "inherited": " ".join(
+            [
+                *inherited.RANKS,
+                *(f"${{!{p}@}}" for p in inherited.RANKS_OF_TORCHRUN + inherited.RANKS_OF_MPI),
+            ]
+        ),
+        "environment": "\n".join(
+            f"export {name}={shlex.quote(value)}" for name, value in environment.items()
+        ),
+    }
+    text = TEMPLATE.read_text(encoding="utf-8") if template is None else template
+    # In one pass, so that a value is never searched for the name of another.
+    return re.sub(r"@([a-z_]+)@", lambda found: values[found[1]], text)
+
+
+def job_directory(config: RunConfig, array: Array | None) -> Path:
+    """Return the directory that the job starts in, and that its script lies in."""
+    assert config.run_dir is not None, "resolved"
+    return Path(config.run_dir) if array is None else array.directory
+
+
+def directives(config: RunConfig, array: Array | None = None) -> list[str]:
+    """Return the flags for sbatch, one each.
+
+    They hold no path and no blank: sbatch reads them by rules of its own.
+    """
+    launcher = config.launcher
+    assert isinstance(launcher, SlurmLauncher)
+    # Relative to the job's own directory, whose name may hold what no directive may.
+    log = "logs/job-%j.log" if array is None else "%a/logs/job-%A_%a.log"
+    flags: dict[str, object] = {
+        "job-name": config.name,
+        "nodes": launcher.nodes,
+        "ntasks-per-node": launcher.ranks_per_node,
+        **_gpus(launcher),
+        "cpus-per-task": launcher.cpus_per_rank,
+        "mem": "0" if launcher.memory_per_node == "all" else launcher.memory_per_node,
+        "time": launcher.time_limit,
+        "partition": launcher.partition,
+        "account": launcher.account,
+        "qos": launcher.qos,
+        "constraint": launcher.constraint,
+        "dependency": launcher.dependency,
+        "array": _tasks(array, launcher.array_limit) if array else None,
+        "mail-user": launcher.mail_user,
+        "mail-type": ",".join(launcher.mail_type) or None,
+        "output": log,
+        "open-mode": "append",
+        "signal": f"B:USR1@{math.ceil(launcher.grace_seconds)}",
+    }
+    return [
+        *(f"--{name}={value}" for name, value in flags.items() if value is not None),
+        "--requeue" if launcher.requeue else "--no-requeue",
+        *(["--exclusive"] if launcher.exclusive else []),
+        *launcher.extra_sbatch,
+    ]
+
+
+def _gpus(launcher: SlurmLauncher) -> dict[str, str]:
+    if not launcher.gpus_per_node or launcher.gpu_request == "none":
+        return {}
+    kind = f"{launcher.gpu_type}:" if launcher.gpu_type else ""
+    if launcher.gpu_request == "gres":
+        return {"gres": f"gpu:{kind}{launcher.gpus_per_node}"}
+    return {"gpus-per-node": f"{kind}{launcher.gpus_per_node}"}
+
+
+def _tasks(array: Array, limit: int | None) -> str:
+    return f"0-{array.tasks - 1}" + (f"%{limit}" if limit else "")
+
+
+# A rank of `srun` without a job script: on the first node it meets the others.
+_RANK = """
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID * 7 % 10000))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+inside=()
+site=$1
+shift
+if [ -n "$site" ]; then source "$site"; fi
+exec "${inside[@]}" "$@"
+"""
+_OF_JOBS_ONLY = ("--output=", "--open-mode=", "--signal=", "--mail-", "--dependency=", "--requeue")
+
+
+def waited_command(config: RunConfig, command: Sequence[str], site: Path | None) -> list[str]:
+    """Return the argv that runs a command as every rank of a job, and waits for it. Pure."""
+    flags = [
+        flag for flag in directives(config) if not flag.startswith((*_OF_JOBS_ONLY, "--no-requeue"))
+    ]
+    return ["srun", *flags, "--label", "bash", "-c", _RANK, "rank", str(site or ""), *command]
+
+
+def submit_command(home: Path, arguments: Sequence[str] = ()) -> list[str]:
+    """Return the argv that submits the script that lies in ``home``."""
+    return ["sbatch", "--parsable", f"--chdir={home}", *arguments, str(home / NAME)]

@@ -1,0 +1,150 @@
+"""One way to read a checkpoint, whichever program wrote it: by parameter name, in slices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from train.checkpoint.format.lazy import PortableState, Unreadable
+from train.checkpoint.read import dcp as read_dcp
+from train.checkpoint.read import hf_shards as read_hf_shards
+from train.checkpoint.read import model_states
+from train.checkpoint.read import plain as read_plain
+from train.checkpoint.read import universal as read_universal
+from train.checkpoint.read import zero as read_zero
+from train.checkpoint.read.names import unwrapped
+
+ENGINE = "engine"
+"""The folder of a checkpoint that holds the engine's own files."""
+FSDP, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+"""What accelerate calls the folders of a sharded checkpoint."""
+LATEST = ("latest", "latest_universal")
+"""DeepSpeed's files that name the folder of the newest checkpoint beside them."""
+
+
+def read(checkpoint: Path, section: str | None = None) -> PortableState:
+    """Return the state in a checkpoint directory, an engine's folder or a file of weights.
+
+    Reads no tensor yet. What it is, the files say and nothing else; only ``section`` says which of
+    several mappings in them holds the weights. Raises Unreadable naming what was looked for.
+    """
+    state = _plainly_named(_read(checkpoint, section))
+    if state.step is not None:
+        return state
+    return replace(state, step=_step(checkpoint, state))
+
+
+def _read(checkpoint: Path, section: str | None) -> PortableState:
+    if checkpoint.is_file():
+        return read_plain.read(checkpoint, section)
+    if not checkpoint.is_dir():
+        raise Unreadable(f"{checkpoint} does not exist")
+    for directory in (*_named_folders(checkpoint), checkpoint / ENGINE, checkpoint):
+        if not directory.is_dir():
+            continue
+        if (directory / read_dcp.METADATA).is_file():
+            return read_dcp.read(directory, _optimizer_beside(directory), section)
+        if (directory / FSDP / read_dcp.METADATA).is_file():
+            folder = directory / FSDP
+            return read_dcp.read(folder, _optimizer_beside(folder), section)
+        if read_universal.is_universal(directory):
+            _check_no_section(section, directory)
+            return read_universal.read(directory)
+        if model_states.is_there(directory):
+            _check_no_section(section, directory)
+            return read_zero.read(directory)
+        if directory not in (checkpoint / ENGINE, checkpoint):
+            raise Unreadable(
+                f"{directory}, which {checkpoint} names as its newest, holds neither "
+                f"DeepSpeed's *_model_states.pt nor {read_dcp.METADATA}"
+            )
+    if read_hf_shards.is_there(checkpoint):
+        _check_no_section(section, checkpoint)
+        return read_hf_shards.read(checkpoint)
+    if (plain := read_plain.find(checkpoint)) is not None:
+        return read_plain.read(plain, section)
+    raise Unreadable(_nothing(checkpoint))
+
+
+def _check_no_section(section: str | None, directory: Path) -> None:
+    if section is not None:
+        raise Unreadable(f"{directory} has no sections; leave --section={section} out")
+
+
+def _named_folders(checkpoint: Path) -> list[Path]:
+    """Return the folders that a file called latest names, or the only one of a step.
+
+    Raises Unreadable where one is named that is not there, or where there are several and no name.
+    """
+    found = []
+    for file in (checkpoint / name for name in LATEST):
+        if not file.is_file():
+            continue
+        name = file.read_bytes()[:4096].decode(errors="replace").strip()
+        folder = checkpoint / name
+        if not name or not folder.is_dir():
+            raise Unreadable(f"{file} names the folder {name!r}, which is missing")
+        if not folder.resolve().is_relative_to(checkpoint.resolve()):
+            raise Unreadable(f"{file} names the folder {name}, which is not in {checkpoint}")
+        found.append(folder)
+    steps = [path for path in sorted(checkpoint.glob("global_step*")) if path.is_dir()]
+    if not found and len(steps) > 1:
+        raise Unreadable(
+            f"{checkpoint} holds {', '.join(path.name for path in steps[:4])}, and no file latest "
+            "that names one of them; give the folder that is meant"
+        )
+    return found or steps
+
+
+def _optimizer_beside(directory: Path) -> Path | None:
+    folder = directory.parent / FSDP_OPTIMIZER
+    is_one = directory.name == FSDP and (folder / read_dcp.METADATA).is_file()
+    return folder if is_one else None
+
+
+def _nothing(checkpoint: Path) -> str:
+    names = sorted(path.name + "/" * path.is_dir() for path in checkpoint.iterdir())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (
+        f"{checkpoint} holds no checkpoint. Looked for: a distributed checkpoint's "
+        f"{read_dcp.METADATA} (there, in {ENGINE}/ or in {FSDP}/), DeepSpeed's *_model_states.pt "
+        f"(there, in {ENGINE}/ or in the folder that a file called latest names), a universal "
+        f"checkpoint's {read_universal.FOLDER}/*/{read_universal.MASTER}, "
+        f"{', '.join(read_plain.NAMES)}, one *.pt, *.pth, *.ckpt or *.safetensors. Found: "
+        f"{', '.join(names[:8]) or 'nothing'}{more}"
+    )
+
+
+def _step(checkpoint: Path, state: PortableState) -> int | None:
+    """Return the step that transformers notes, or that of the optimizer."""
+    try:
+        step = json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"]
+        if type(step) is int:
+            return step
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    steps = [int(of["step"]) for of in state.scalars.values() if "step" in of]
+    return max(steps, default=None)
+
+
+_Value = TypeVar("_Value")
+
+
+def _plainly_named(state: PortableState) -> PortableState:
+    plain = unwrapped([*state.weights, *state.buffers])
+
+    def named(values: Mapping[str, _Value]) -> dict[str, _Value]:
+        names = plain if values.keys() <= plain.keys() else unwrapped(values)
+        return {names[name]: value for name, value in values.items()}
+
+    return replace(
+        state,
+        weights=named(state.weights),
+        moments=named(state.moments),
+        scalars=named(state.scalars),
+        buffers=named(state.buffers),
+        ema=named(state.ema),
+    )

@@ -1,0 +1,1 @@
+"""What a person sees of a process: its streams and its progress."""

@@ -1,0 +1,1 @@
+"""From stored tokens to the batches of each rank."""

@@ -1,0 +1,98 @@
+"""Samples to a batch of tensors: next-token labels for clm, masked tokens for mlm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from train.config import MlmObjective
+from train.data.batches.sampler import SampleKey
+from train.data.batches.samples import Window
+from train.data.tokens.tokenizer import SpecialIds
+
+IGNORED = -100
+"""Label of a position that is not predicted."""
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What mlm needs to know of objective and tokenizer."""
+
+    objective: MlmObjective
+    mask: int
+    special: Ids
+    """Ids that are never masked and never put in, shape (s,)."""
+    ordinary: Ids
+    """All other ids, shape (v,)."""
+    seed: int
+
+    def __call__(self, window: Window, key: SampleKey) -> tuple[Ids, Ids]:
+        """Return a sample's tokens with some masked, and labels for those alone.
+
+        Of the tokens ``masking_rate`` is chosen in expectation (a short one may have none), each
+        on its own or, with ``whole_word``, all of a word together. A pure function of the window,
+        the seed, the epoch and the sample's index.
+        """
+        draws = np.random.Generator(
+            np.random.Philox(key=[self.seed, 0], counter=[0, 0, key.epoch, key.sample])
+        )
+        tokens = window.tokens
+        # A word that the window's edge cuts counts as one from the edge on.
+        units = np.arange(len(tokens)) if window.word_starts is None else _words(window.word_starts)
+        chosen = draws.random(len(tokens))[units] < self.objective.masking_rate
+        chosen &= ~np.isin(tokens, self.special)
+        fate = draws.random(len(tokens))
+        others = self.ordinary[draws.integers(len(self.ordinary), size=len(tokens))]
+
+        masked_below = self.objective.mask_token_share
+        random_below = masked_below + self.objective.random_token_share
+        ids = np.where(chosen & (fate < random_below), others, tokens)
+        ids = np.where(chosen & (fate < masked_below), self.mask, ids)
+        return ids, np.where(chosen, tokens, IGNORED)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes ``input_ids`` and ``labels`` (int64, shape (batch, sequence_length)) of samples.
+
+    Labels are aligned with the logits: ``labels[:, t]`` is what position t predicts. Where samples
+    vary in length they are padded and an ``attention_mask`` of the same shape comes along.
+    """
+
+    sequence_length: int
+    padded: bool
+    ids: SpecialIds
+    masking: Masking | None
+    """None for clm."""
+
+    def __call__(self, samples: list[tuple[Window, SampleKey]]) -> dict[str, torch.Tensor]:
+        shape = (len(samples), self.sequence_length)
+        input_ids = np.full(shape, self.ids.pad)
+        labels = np.full(shape, IGNORED)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        for row, (window, key) in enumerate(samples):
+            if self.masking is None:
+                ids, targets = window.tokens[:-1], window.tokens[1:]
+            else:
+                ids, targets = self.masking(window, key)
+                ids = np.concatenate(([self.ids.begin], ids, [self.ids.end]))
+                targets = np.concatenate(([IGNORED], targets, [IGNORED]))
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = 1
+            if key.counted:
+                labels[row, : len(ids)] = targets
+        batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+        if self.padded:
+            batch["attention_mask"] = torch.from_numpy(attention_mask)
+        return batch
+
+
+def _words(word_starts: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return for each token the number of its word, counted from 0."""
+    numbers = np.cumsum(word_starts, dtype=np.int64)
+    return numbers - numbers[0]

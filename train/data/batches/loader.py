@@ -1,0 +1,131 @@
+"""Data loaders of one rank, for training and for evaluation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from train.config import RunConfig, accumulation_steps
+from train.data.batches.collator import Collator, Masking
+from train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
+from train.data.batches.samples import Mixture, Window
+from train.data.prepare import Prepared
+from train.data.tokens.tokenizer import special_ids
+from train.process import signals
+
+EVALUATION_SEED = 2**32
+"""Masks held-out samples: no run's own, so that runs of any seed are measured by the same masks."""
+
+Batches = DataLoader[tuple[Window, SampleKey]]
+
+
+def train_loader(
+    prepared: Prepared,
+    config: RunConfig,
+    *,
+    rank: int,
+    world_size: int,
+    start_sample: int = 0,
+    total_steps: int,
+) -> Batches:
+    """Return the micro-batches of one rank, from the ``start_sample``-th sample of the run on.
+
+    It has ``total_steps`` x accumulation steps of them and runs through as many epochs as it takes.
+    """
+    trainer = config.trainer
+    batches = TrainBatches(
+        seed=config.seed,
+        samples_per_epoch=prepared.samples_per_epoch,
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=trainer.samples_per_pass,
+        accumulation_steps=accumulation_steps(trainer, world_size),
+        steps=total_steps,
+        start_sample=start_sample,
+    )
+    return _loader(prepared, config, prepared.train, batches, config.seed)
+
+
+def eval_loader(prepared: Prepared, config: RunConfig, *, rank: int, world_size: int) -> Batches:
+    """Return one rank's part of the held-out samples (of the first ``eval_max_samples``).
+
+    All ranks get as many batches of one shape; what fills up the last ones has labels of -100.
+    """
+    trainer = config.trainer
+    batches = EvalBatches(
+        samples=min(prepared.eval_samples, trainer.eval_max_samples or prepared.eval_samples),
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=trainer.eval_samples_per_pass,
+    )
+    return _loader(prepared, config, prepared.heldout, batches, EVALUATION_SEED)
+
+
+class _MixtureDataset(Dataset[tuple[Window, SampleKey]]):
+    """A mixture as torch wants it; the sampler's keys are its indices."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+
+    def __getitem__(self, key: Any) -> tuple[Window, SampleKey]:
+        return self.mixture.get(key.epoch, key.sample), key
+
+
+def _loader(
+    prepared: Prepared,
+    config: RunConfig,
+    mixture: Mixture,
+    batches: TrainBatches | EvalBatches,
+    mask_seed: int,
+) -> Batches:
+    return DataLoader(
+        _MixtureDataset(mixture),
+        batch_sampler=batches,
+        collate_fn=collator(prepared, config, mask_seed),
+        num_workers=config.trainer.dataloader_workers,
+        worker_init_fn=_obey_the_rank_alone,
+        pin_memory=torch.cuda.is_available(),
+        # Its own, as a loader draws a seed for its workers: dropout must not depend on that.
+        generator=torch.Generator(),
+    )
+
+
+def _obey_the_rank_alone(worker: int) -> None:
+    """Let only the rank itself end a worker: it needs its batches until it has stopped.
+
+    torchrun and schedulers signal whole process groups, in which the workers are.
+    """
+    del worker
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(signals.SIGNALS).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def collator(prepared: Prepared, config: RunConfig, mask_seed: int) -> Collator:
+    """Return what makes this run's batches; ``mask_seed`` in [0, 2^64) fixes what is masked."""
+    ids = special_ids(prepared.tokenizer, config)
+    masking = None
+    if config.objective.kind == "mlm":
+        assert ids.mask is not None, "special_ids demands one"
+        # Not a range: ids may have holes.
+        every = np.array(sorted(set(prepared.tokenizer.get_vocab().values())), dtype=np.int64)
+        special = np.array(sorted(prepared.tokenizer.all_special_ids), dtype=np.int64)
+        masking = Masking(
+            objective=config.objective,
+            mask=ids.mask,
+            special=special,
+            ordinary=np.setdiff1d(every, special),
+            seed=mask_seed,
+        )
+    return Collator(config.data.tokens_per_sample, config.data.line_by_line, ids, masking)

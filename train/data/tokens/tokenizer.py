@@ -1,0 +1,508 @@
+"""The run's tokenizer: trained on its corpus, or a fast one from the hub; saved with the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+import secrets
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from train.config import ByteBpeTokenizer, PretrainedTokenizer, RunConfig, ScratchModel
+from train.console import progress
+from train.data.sources.corpus import read_corpus
+from train.data.tokens.cache import build_once, cache_root, fingerprint, flush
+from train.errors import UserError
+from train.model.vocabulary import vocabulary_size
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+PROBE_TIMEOUT_SECONDS = 20.0
+TRAINING_FORMAT = 2
+TOKENIZER_CONFIG = "tokenizer_config.json"
+LONGEST_WORD = 1000
+"""Characters of a word up to which it trains a tokenizer whole."""
+_MAYBE_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+log = logging.getLogger(__name__)
+
+
+class SpecialIds(NamedTuple):
+    """Ids that frame a sample."""
+
+    begin: int
+    """Put before a masked sample: CLS, or else BOS."""
+    end: int
+    """Ends a document, and a masked sample: SEP for mlm, EOS for clm."""
+    pad: int
+    mask: int | None
+
+
+def ensure_tokenizer(
+    config: RunConfig, directory: Path, identity: dict[str, Any]
+) -> PreTrainedTokenizerFast:
+    """Return the tokenizer saved in ``directory``, putting it there first if it is not.
+
+    ``identity`` is the corpus's, under which a trained one is cached. What trains is always what
+    was saved. Raises UserError where the tokenizer does not fit the objective or the model.
+    """
+    if not directory.exists():
+        settings = config.tokenizer
+        if settings.kind == "byte_bpe":
+            tokenizer = _wrap(_trained(config, settings, identity), config, settings)
+        else:
+            tokenizer = _pretrained(settings)
+        check_fits(tokenizer, config)
+        for line in unused(tokenizer, config):
+            log.warning(line)
+        _publish(tokenizer, directory)
+    return load_tokenizer(config, directory)
+
+
+def load_tokenizer(config: RunConfig, directory: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that a run directory holds."""
+    if config.tokenizer.kind == "byte_bpe":
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    # The one place that loads torch: AutoTokenizer knows models.
+    from transformers import AutoTokenizer
+
+    from train.model import remote_code
+
+    trusted = config.tokenizer.trust_remote_code
+    with remote_code.one_at_a_time() if trusted else nullcontext():
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
+    assert tokenizer.is_fast, "none else is saved"
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def content_hash(directory: Path) -> str:
+    """Return a hash of what a saved tokenizer does, whatever the order of its JSON keys."""
+    return fingerprint(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> SpecialIds:
+    """Return the ids that frame samples; raise UserError where the tokenizer lacks one."""
+    mlm = config.objective.kind == "mlm"
+    first = [tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    last = [tokenizer.sep_token_id, tokenizer.eos_token_id]
+    end = _first_of(last if mlm else last[::-1])
+    if end is None:
+        raise UserError(
+            f"tokenizer={_name(config)}: it has neither an EOS nor a SEP token to end documents "
+            f"with; {_name_an_end(tokenizer, config)}, or choose another tokenizer"
+        )
+    if mlm and tokenizer.mask_token_id is None:
+        raise UserError(
+            f"tokenizer={_name(config)}: it has no mask token, which objective=mlm needs; choose "
+            "a tokenizer of a masked model, tokenizer=byte_bpe or objective=clm"
+        )
+    begin, pad = _first_of(first), tokenizer.pad_token_id
+    return SpecialIds(
+        begin=end if begin is None else begin,
+        end=end,
+        pad=end if pad is None else pad,
+        mask=tokenizer.mask_token_id,
+    )
+
+
+def _name_an_end(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> str:
+    """Return where to say which token ends a document: tokenizer.json alone does not."""
+    path = Path(_name(config)) / TOKENIZER_CONFIG
+    if not path.parent.is_dir():
+        return f"save it in a directory, whose {TOKENIZER_CONFIG} can name one as eos_token"
+    verb = "add to" if path.is_file() else "write into"
+    special = [
+        added.content
+        for _, added in sorted(tokenizer.backend_tokenizer.get_added_tokens_decoder().items())
+        if added.special
+    ]
+    ends = [token for token in special if re.search(r"end|eo[std]|</s>|sep", token, re.IGNORECASE)]
+    known = f" (its special tokens are {', '.join(special[:8])})" if special else ""
+    value = json.dumps({"eos_token": ends[0] if ends else "..."}, ensure_ascii=False)
+    return f"{verb} {path} which of its tokens does{known}, as {value}"
+
+
+class Frame(NamedTuple):
+    """What surrounds each document in the stream of tokens."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    note: str
+    """Says so in words."""
+
+
+def document_frame(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Frame:
+    """Return what the tokenizer's own post-processor puts around a text, so that documents begin
+    as prompts do; where it puts nothing after it, documents end with the declared end.
+
+    For mlm each sample has its frame, and documents in it are set apart by the end alone.
+    """
+    ids = special_ids(tokenizer, config)
+    before, after = _put_around(tokenizer.backend_tokenizer)
+
+    def framed(what: str, first: tuple[int, ...], last: tuple[int, ...]) -> str:
+        names = [tokenizer.convert_ids_to_tokens(list(part)) for part in (first, last)]
+        return " + ".join([*names[0], what, *names[1]])
+
+    if config.objective.kind == "mlm":
+        note = f"each sample is {framed('tokens', (ids.begin,), (ids.end,))}"
+        if not config.data.line_by_line:
+            note += f", and a document in it ends with {tokenizer.convert_ids_to_tokens(ids.end)}"
+        if (before, after) != ((ids.begin,), (ids.end,)):
+            note += (
+                f"; in use the tokenizer itself makes {framed('text', before, after)} of a text, "
+                "which is not what the model is trained on"
+            )
+        return Frame((), (ids.end,), note)
+    note = f"each document is {framed('text', before, after or (ids.end,))}"
+    if not after:
+        note += " (the tokenizer itself puts nothing after a text)"
+    elif ids.end not in after:
+        end = tokenizer.convert_ids_to_tokens(ids.end)
+        note += f"; none ends with {end}, at which generation stops"
+    return Frame(before, after or (ids.end,), note)
+
+
+def _put_around(backend: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that a post-processor puts before and after a text."""
+    from tokenizers import AddedToken
+
+    copy = whole_texts(backend)
+    # Any text would do that is one token at least, which no ordinary one is to every tokenizer.
+    probe = secrets.token_hex(16)
+    copy.add_tokens([AddedToken(probe, normalized=False)])
+    encoding = copy.encode(probe)
+    inside = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    return tuple(encoding.ids[: inside[0]]), tuple(encoding.ids[inside[-1] + 1 :])
+
+
+def whole_texts(backend: Tokenizer) -> Tokenizer:
+    """Return a copy that neither pads nor cuts: a saved tokenizer may have been told to."""
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def control_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Return the ids that mean something to a model and that no text may spell, sorted."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    special = {i for i, token in added.items() if token.special}
+    return tuple(sorted(special | set(tokenizer.all_special_ids)))
+
+
+def check_fits(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
+    """Raise UserError where the tokenizer cannot serve the objective or the model's embedding."""
+    special_ids(tokenizer, config)
+    _check_unknown(tokenizer, config)
+    if not isinstance(config.model, ScratchModel):
+        # The embedding comes with the weights; whoever loads them compares.
+        return
+    rows, wanted = config.model.padded_vocab_size, vocabulary_size(tokenizer)
+    if wanted > rows:
+        raise UserError(
+            f"tokenizer={_name(config)} has ids up to {wanted - 1}, but model.vocab_size="
+            f"{config.model.vocab_size} gives the embedding {rows} rows; "
+            f"set model.vocab_size={wanted} or choose a smaller tokenizer"
+        )
+
+
+def _check_unknown(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
+    """Raise UserError where the tokenizer stops at what its vocabulary does not have."""
+    try:
+        # For private use, so that it is in no vocabulary.
+        tokenizer.backend_tokenizer.encode("a\ue000b \ue001")
+    except Exception as error:  # tokenizers raises nothing else
+        raise UserError(
+            f"tokenizer={_name(config)}: it has no token for what it does not know ({error}); give "
+            "its model an unk_token that is in its vocabulary, or choose another tokenizer"
+        ) from None
+
+
+def unused(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Iterator[str]:
+    """Yield what was asked for and will not be used: tokens, and rows of the embedding. Pure."""
+    found = len(set(tokenizer.get_vocab().values()))
+    if config.tokenizer.kind == "byte_bpe":
+        wanted = wanted_vocabulary(config, config.tokenizer)
+        if found < wanted:
+            yield (
+                f"tokenizer={_name(config)} has {found:,} tokens instead of {wanted:,}: the "
+                "training documents hold no more pairs that occur tokenizer.min_frequency="
+                f"{config.tokenizer.min_frequency} times"
+            )
+    if isinstance(config.model, ScratchModel) and found < config.model.vocab_size:
+        rows = config.model.vocab_size
+        yield (
+            f"model.vocab_size={rows} gives the embedding {rows - found:,} rows that no token "
+            f"uses; model.vocab_size={vocabulary_size(tokenizer)} is enough for tokenizer="
+            f"{_name(config)}"
+        )
+
+
+def wanted_vocabulary(config: RunConfig, settings: ByteBpeTokenizer) -> int:
+    """Return how many tokens a tokenizer is to be trained to; raise UserError at too few."""
+    if settings.vocab_size is not None:
+        return settings.vocab_size
+    assert isinstance(config.model, ScratchModel), "RunConfig demands a vocab_size otherwise"
+    wanted, smallest = config.model.vocab_size, 256 + len(settings.special_tokens)
+    if wanted < smallest:
+        raise UserError(
+            f"tokenizer.vocab_size=null takes model.vocab_size={wanted}, but 256 bytes "
+            f"and the special tokens need {smallest}; raise model.vocab_size"
+        )
+    return wanted
+
+
+def train_byte_bpe(
+    texts: Iterable[str], vocab_size: int, min_frequency: int, special_tokens: tuple[str, ...]
+) -> Tokenizer:
+    """Train a byte-level BPE: special tokens get the first ids, then come the 256 bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    *others, mask = special_tokens
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        # As in RoBERTa: the mask swallows the space before it, as word tokens hold theirs.
+        special_tokens=[*others, AddedToken(mask, lstrip=True, special=True)],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,  # it knows of no total: its bar is full at 0 of 0
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    shown = [progress.begin("reading text for the tokenizer", unit="character")]
+
+    def read() -> Iterator[str]:
+        for text in texts:
+            yield text
+            shown[0].advance(len(text))
+        shown[0].end()
+        shown.append(progress.begin("training the tokenizer"))
+
+    try:
+        tokenizer.train_from_iterator(read(), trainer)
+    finally:
+        shown[-1].end()
+    return tokenizer
+
+
+def _trained(config: RunConfig, settings: ByteBpeTokenizer, identity: dict[str, Any]) -> Path:
+    """Return the cached tokenizer.json, training it where there is none."""
+    import tokenizers
+
+    vocab_size = wanted_vocabulary(config, settings)
+
+    def build(directory: Path) -> dict[str, Any]:
+        texts = (p.text for p in read_corpus(config.data, root) if not p.held_out)
+        counts: Counter[str] = Counter()
+        trained = train_byte_bpe(
+            with_short_words(_first_bytes(texts, settings.max_training_bytes), counts),
+            vocab_size,
+            settings.min_frequency,
+            settings.special_tokens,
+        )
+        if counts["cut"]:
+            log.warning(
+                "the tokenizer was trained with %s words cut that are longer than %s characters: "
+                "text without spaces would take hours; the model gets them whole",
+                f"{counts['cut']:,}",
+                f"{LONGEST_WORD:,}",
+            )
+        trained.save(str(directory / "tokenizer.json"))
+        return {"tokens": trained.get_vocab_size()}
+
+    root = cache_root(config.data)
+    what = {
+        "format": TRAINING_FORMAT,
+        "corpus": identity,
+        "vocab_size": vocab_size,
+        "settings": settings.model_dump(mode="json", exclude={"vocab_size"}),
+        "tokenizers": tokenizers.__version__,
+    }
+    return build_once(root / "tokenizers", fingerprint(what), build).path / "tokenizer.json"
+
+
+def _first_bytes(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
+    left = limit_bytes
+    for text in texts:
+        encoded = text.encode()
+        if len(encoded) >= left:
+            yield encoded[:left].decode(errors="ignore")
+            return
+        left -= len(encoded)
+        yield text
+
+
+def with_short_words(texts: Iterable[str], counts: Counter[str]) -> Iterator[str]:
+    """Cut words that are too long to train on; ``counts["cut"]`` counts them.
+
+    The trainer goes through a whole word for each pair that it merges in it (tokenizers 0.23), so
+    its time grows with the square of a word's length.
+    """
+    from tokenizers import pre_tokenizers
+
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in texts:
+        if not _MAYBE_LONG.search(text):
+            yield text
+            continue
+        begin = 0
+        for _, (start, stop) in words.pre_tokenize_str(text):
+            counts["cut"] += stop - start > LONGEST_WORD
+            for cut in range(start + LONGEST_WORD, stop, LONGEST_WORD):
+                yield text[begin:cut]
+                begin = cut
+        yield text[begin:]
+
+
+def _wrap(path: Path, config: RunConfig, settings: ByteBpeTokenizer) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(path))
+    begin, pad, end, unknown, mask = settings.special_tokens
+    mlm = config.objective.kind == "mlm"
+    if mlm:
+        first, last = settings.special_tokens.index(begin), settings.special_tokens.index(end)
+        tokenizer.post_processor = processors.RobertaProcessing(
+            (end, last), (begin, first), add_prefix_space=False
+        )
+    else:
+        # A prompt is the beginning of a document, and documents are trained on without a frame.
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=begin,
+        cls_token=begin,
+        pad_token=pad,
+        eos_token=end,
+        sep_token=end,
+        unk_token=unknown,
+        mask_token=mask,
+        model_max_length=config.model.max_sequence_length or config.data.tokens_per_sample,
+        # Token types would reach GPT-2's word embedding, and ModernBERT knows none.
+        model_input_names=["input_ids", "attention_mask"],
+        # Prompts of different lengths have to end together to be continued together.
+        padding_side="right" if mlm else "left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    from train.checkpoint.format import damage
+
+    local = Path(settings.name).is_dir()
+    vocabulary = _unconverted(Path(settings.name)) if local else None
+    if vocabulary is not None and not _is_installed(library := _library_of(vocabulary)):
+        raise UserError(
+            f"tokenizer.name={settings.name} holds {vocabulary.name} and no tokenizer.json, which "
+            f"transformers makes of it where {library} is installed: `pip install {library}`, or "
+            "run AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) on a machine that has it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.name,
+            revision=settings.revision or "main",
+            trust_remote_code=settings.trust_remote_code,
+            local_files_only=local or not _hub_has(settings),
+        )
+    except Exception as error:  # of tokenizers, which raises nothing else, or of the model's code
+        if local and (problem := next(damage.problems(Path(settings.name)), None)):
+            raise UserError(f"tokenizer.name={settings.name}: {problem}") from None
+        if vocabulary is not None:
+            raise UserError(
+                f"tokenizer.name={settings.name} holds {vocabulary.name} and no tokenizer.json, "
+                f"and transformers does not know what to make of it; name its class in "
+                f"{Path(settings.name, TOKENIZER_CONFIG)}, such as "
+                '{"tokenizer_class": "T5Tokenizer"}, or give a directory with tokenizer.json'
+            ) from None
+        reason = damage.in_one_line(error)
+        raise UserError(
+            f"tokenizer.name={settings.name}: cannot load it ({reason}); correct the name. Without "
+            "a network give a directory that holds tokenizer.json, or download the tokenizer where "
+            "there is one and copy that machine's HF_HOME directory here"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer.name={settings.name}: {type(tokenizer).__name__} is not a fast tokenizer "
+            "(there is no tokenizer.json); choose one that is"
+        )
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _unconverted(directory: Path) -> Path | None:
+    """Return the vocabulary of a directory that holds nothing else of a tokenizer, if it has one.
+
+    transformers makes a tokenizer of it where the library that reads it is installed.
+    """
+    others = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
+    if any((directory / name).is_file() for name in others):
+        return None
+    return next((path for path in sorted(directory.glob("*.model")) if path.is_file()), None)
+
+
+def _library_of(vocabulary: Path) -> str:
+    """Return which library reads a vocabulary, by its first line."""
+    with vocabulary.open("rb") as stream:
+        line = stream.readline(1000)
+    # tiktoken's have a token in base64 and its rank on each line; SentencePiece's are binary.
+    return "tiktoken" if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", line) else "sentencepiece"
+
+
+def _is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def _hub_has(settings: PretrainedTokenizer) -> bool:
+    """Whether the hub answers; asked first, as loading tries again for a minute."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().model_info(
+            settings.name, revision=settings.revision, timeout=PROBE_TIMEOUT_SECONDS
+        )
+    except Exception:  # the HTTP client's errors share no base class
+        return False
+    return True
+
+
+def _publish(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Save under a temporary name, then rename; where another rank was first, keep its copy."""
+    temporary = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+    try:
+        tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():
+            flush(path)
+        temporary.rename(directory)
+    except OSError:
+        if not directory.exists():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a kill has left of copies of a tokenizer; for one rank, once all have theirs."""
+    for path in directory.parent.glob(f".{directory.name}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _first_of(ids: list[int | None]) -> int | None:
+    return next((i for i in ids if i is not None), None)
+
+
+def _name(config: RunConfig) -> str:
+    return getattr(config.tokenizer, "name", config.tokenizer.kind)

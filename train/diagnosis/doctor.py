@@ -1,0 +1,200 @@
+"""One of the ranks that `shardwright doctor` starts: `python -m train.doctor DIRECTORY REPORT`.
+
+DIRECTORY holds the config.yaml that says how many ranks there are and on what they run; the first
+rank writes what all of them measured to the file REPORT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from train.config import RunConfig, load
+from train.errors import BAD_INPUT, FAILED, UserError
+from train.process import inherited
+from train.process.arguments import decoded
+
+logger = logging.getLogger(__name__)
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank measured; rates are None where there is one rank only."""
+
+    rank: int
+    host: str
+    device: str
+    clock: float
+    """Seconds since 1970, read right after a barrier."""
+    matmul_flops: float
+    """Floating-point operations per second of a square matrix product."""
+    all_reduce_bytes_per_second: float | None = None
+    all_gather_bytes_per_second: float | None = None
+    """Bus bandwidth: what went through each rank's link, whatever the number of ranks."""
+    small_all_reduce_seconds: float | None = None
+    """Latency: that of four bytes."""
+    next_node: str | None = None
+    """On the first rank of a node: the node to which ``link_bytes_per_second`` was measured."""
+    link_bytes_per_second: float | None = None
+
+
+def main(argv: list[str]) -> int:
+    """Run one rank; return 0, 1 where it failed, or 2 on bad input."""
+    from train.process import logs
+    from train.process.rank import rank_from_environment
+    from train.run_directory.failures import note_failure
+    from train.strategy.group import join
+
+    directory, report = (Path(decoded(argument)) for argument in argv)
+    rank = rank_from_environment()
+    inherited.forget_engine(os.environ)
+    config = load(directory)
+    logs.open_rank_log(directory, rank, nodes=config.launcher.nodes)
+    try:
+        with join(config, rank):
+            found = measure(config)
+            if rank.index == 0:
+                ranks = [dataclasses.asdict(measured) for measured in found]
+                report.write_text(json.dumps(ranks, indent=1))
+    except Exception as error:
+        logger.exception("rank %d failed", rank.index)
+        note_failure(directory, rank.index, error)
+        return BAD_INPUT if isinstance(error, UserError) else FAILED
+    return 0
+
+
+def measure(config: RunConfig) -> list[Measured]:
+    """Return what each rank measured, in their order. Collective.
+
+    Raises RuntimeError where a collective gives a wrong result.
+    """
+    from train.process.agreement import from_all
+
+    on_gpu = config.launcher.device == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    mine = Measured(
+        rank=dist.get_rank() if dist.is_initialized() else 0,
+        host=socket.gethostname(),
+        device=torch.cuda.get_device_name() if on_gpu else "cpu",
+        clock=0.0,
+        # All at once: what a training does, and what shows a node whose cores are taken.
+        matmul_flops=_matmul_flops(device),
+    )
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [dataclasses.replace(mine, clock=time.time())]
+    elements = (256 if on_gpu else 16) * 2**20 // 4
+    mine = dataclasses.replace(
+        mine,
+        all_reduce_bytes_per_second=_all_reduce(elements, device),
+        all_gather_bytes_per_second=_all_gather(elements, device),
+        small_all_reduce_seconds=_small_all_reduce(device),
+    )
+    next_node, link = _link(from_all(mine.host), elements, device)
+    dist.barrier()
+    return from_all(
+        dataclasses.replace(
+            mine, clock=time.time(), next_node=next_node, link_bytes_per_second=link
+        )
+    )
+
+
+def _matmul_flops(device: torch.device) -> float:
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _seconds(lambda: a @ a, device)
+
+
+def _all_reduce(elements: int, device: torch.device) -> float:
+    """Bus bandwidth, 2 (n - 1) / n of the bytes a second, as nccl-tests defines it."""
+    ranks = dist.get_world_size()
+    tensor = torch.zeros(elements, device=device)
+
+    def once() -> None:
+        tensor.fill_(dist.get_rank() + 1)
+        dist.all_reduce(tensor)
+
+    seconds = _seconds(once, device)
+    _expect(tensor, ranks * (ranks + 1) / 2, "all-reduce")
+    return 2 * (ranks - 1) / ranks * tensor.nbytes / seconds
+
+
+def _all_gather(elements: int, device: torch.device) -> float:
+    """Bus bandwidth, (n - 1) / n of the bytes gathered a second, as nccl-tests defines it."""
+    ranks = dist.get_world_size()
+    mine = torch.full((elements // ranks,), float(dist.get_rank()), device=device)
+    whole = [torch.empty_like(mine) for _ in range(ranks)]
+    seconds = _seconds(lambda: dist.all_gather(whole, mine), device)
+    for rank, part in enumerate(whole):
+        _expect(part, rank, "all-gather")
+    return (ranks - 1) / ranks * sum(part.nbytes for part in whole) / seconds
+
+
+def _small_all_reduce(device: torch.device) -> float:
+    tensor = torch.zeros(1, device=device)
+    return _seconds(lambda: dist.all_reduce(tensor), device, repeats=50)
+
+
+def _link(hosts: list[str], elements: int, device: torch.device) -> tuple[str | None, float | None]:
+    """Send from each node's first rank to the next node's, one pair after the other.
+
+    Returns the next node's name and the bytes per second, on the ranks that sent. Collective.
+    """
+    nodes = list(dict.fromkeys(hosts))
+    firsts = [hosts.index(node) for node in nodes]
+    tensor = torch.zeros(elements, device=device)
+    found: tuple[str | None, float | None] = (None, None)
+    for i, sender in enumerate(firsts if len(nodes) > 1 else []):
+        j = (i + 1) % len(nodes)
+        if dist.get_rank() == sender:
+            seconds = _seconds(functools.partial(_send_and_hear, tensor, firsts[j]), device)
+            found = nodes[j], tensor.nbytes / seconds
+        elif dist.get_rank() == firsts[j]:
+            for _ in range(REPEATS + 1):
+                dist.recv(tensor, sender)
+                dist.send(tensor[:1], sender)
+        dist.barrier()
+    return found
+
+
+def _send_and_hear(tensor: torch.Tensor, to: int) -> None:
+    dist.send(tensor, to)
+    dist.recv(tensor[:1], to)  # four bytes that say that all has arrived
+
+
+def _seconds(do: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
+    """Return the median time of one call, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        do()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _expect(tensor: torch.Tensor, value: float, what: str) -> None:
+    if not bool((tensor == value).all()):
+        wrong = int((tensor != value).sum())
+        raise RuntimeError(
+            f"the {what} among all ranks gave {wrong:,} wrong values on {socket.gethostname()}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

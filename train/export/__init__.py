@@ -1,0 +1,1 @@
+"""From a trained or saved state to a model directory in whole weights, and its card."""

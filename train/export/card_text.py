@@ -1,0 +1,587 @@
+"""The words of a model card, made of facts: what is known is told, and nothing else.
+
+Pure, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.config import RunConfig, StrategyConfig
+from train.config.positions import longest_sample
+from train.export import curve
+from train.run_directory.metrics import NO_CURVE, Curve
+from train.units import duration
+
+PICTURE = "loss.svg"
+MODEL_PLACEHOLDER = "PATH_OR_NAME"
+"""Stands for the model's directory, or its name on a hub: a card cannot know where it will lie."""
+COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20
+"""Hoffmann et al. 2022, arXiv 2203.15556."""
+EXAMPLE_TOKENS = 40
+"""How far the example continues its prompt."""
+MANY_EPOCHS = 4
+"""Up to about here repeated text is worth nearly as much as new: arXiv 2305.16264."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that a card tells. None is what is not known, and the card says so."""
+
+    config_json: Mapping[str, Any]
+    """The model's own config."""
+    dtype: str
+    """Of the weights as written: fp32, bf16 or fp16."""
+    origin: str | None = None
+    """The checkpoint that the weights were taken out of; None for the result of a training."""
+    parameters: int | None = None
+    """Tied ones once."""
+    step: int | None = None
+    samples: int | None = None
+    tokens: int | None = None
+    world_size: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What was evaluated with these very weights."""
+    run: RunConfig | None = None
+    base_model: str | None = None
+    """Name on a hub of the weights that the training began with; None for local ones or none."""
+    base_title: str | None = None
+    """What their own card calls them."""
+    drawn_anew: Sequence[str] = ()
+    """The parameters of the head that they did not have."""
+    tokenizer_tokens: int | None = None
+    """Different ids that the tokenizer gives."""
+    tokenizer_class: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """The model's own generation settings."""
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    """data.json."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """That of the run's last start."""
+    resumes: int = 0
+    """How often the run has gone on from a checkpoint."""
+    curve: Curve = NO_CURVE
+
+
+def readme_of(facts: Facts, *, has_picture: bool) -> str:
+    """Return README.md with the hub's metadata header; it refers to the picture if there is one."""
+    sections = [
+        _introduction(facts),
+        _table("Model", _model_rows(facts)),
+        _use(facts),
+        _table("Data", _data_rows(facts)),
+        _table("Training", _training_rows(facts)),
+        _results(facts, has_picture=has_picture),
+        _table("Hardware and software", _machine_rows(facts)),
+        "\n".join(["## Limits", "", *(f"- {limit}" for limit in _limits(facts))]),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return f"---\n{_header(facts)}\n---\n\n{body}\n"
+
+
+def _header(facts: Facts) -> str:
+    """Return the metadata that the hub reads, as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    run, task = facts.run, _task(facts)
+    measured = _measured(facts)
+    hub = run.data if run is not None and run.data.kind == "hub" else None
+    data_set = hub.name if hub and is_hub_name(hub.name) else None
+    results = [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=data_set or run.data.kind,
+            dataset_name=f"{data_set or run.data.kind}, held-out documents",
+            dataset_config=hub.config if hub else None,
+            dataset_revision=hub.revision if hub else None,
+            metric_type="accuracy" if name == "masked accuracy" else name,
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in measured.items()
+        if run is not None
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        language={"stdlib": ["code", "en"], "kant": ["en"]}.get(run.data.kind) if run else None,
+        base_model=facts.base_model,
+        datasets=[data_set] if data_set else None,
+        tags=["shardwright", *filter(None, [facts.config_json.get("model_type")])],
+        model_name=_name(facts) if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _introduction(facts: Facts) -> str:
+    run = facts.run
+    if run is None:
+        how = (
+            "Nothing but the weights and the model's config is known of it: the checkpoint says "
+            "neither what it was trained on nor how."
+        )
+    elif run.model.kind != "pretrained":
+        how = "Trained from scratch with Shardwright."
+    else:
+        how = f"Trained with Shardwright from {_base(facts)}."
+        if facts.drawn_anew:
+            count = f"{len(facts.drawn_anew)} parameter{'s' * (len(facts.drawn_anew) > 1)}"
+            names = ", ".join(_code(name) for name in facts.drawn_anew[:3])
+            more = ", ..." if len(facts.drawn_anew) > 3 else ""
+            how += f" These had no weights of the head: its {count} ({names}{more}) began anew."
+    if facts.origin is not None:
+        how = f"Recovered with Shardwright from {facts.origin}. {how}"
+    return f"# {_name(facts)}\n\n{how}"
+
+
+def _base(facts: Facts) -> str:
+    """Return what the weights were that the training began with; of local ones not where they lay.
+
+    The last part of a path says nothing: that of each run's result is "final".
+    """
+    if facts.base_model is not None:
+        return _code(facts.base_model)
+    architecture = " ".join(facts.config_json.get("architectures") or ["model"])
+    if facts.base_title is None:
+        return f"the weights of another {_code(architecture)}"
+    return f"the weights of {_code(facts.base_title)}, a {_code(architecture)}"
+
+
+def _model_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
+    config, run = facts.config_json, facts.run
+    yield "Architecture", " ".join(config.get("architectures") or [config.get("model_type", "")])
+    yield "Parameters", _count(facts.parameters)
+    yield "Weights", facts.dtype
+    layers, width, heads = (
+        next((config[name] for name in names if name in config), None)
+        for names in (
+            ("num_hidden_layers", "n_layer"),
+            ("hidden_size", "n_embd"),
+            ("num_attention_heads", "n_head"),
+        )
+    )
+    if layers and width and heads:
+        yield "Size", f"{layers} layers, {heads} heads, hidden size {width:,}"
+    positions = _positions(facts)
+    yield "Context length", f"{positions:,} tokens" if positions else None
+    yield "Vocabulary", _vocabulary(facts)
+    if run is not None:
+        yield "Tokenizer", _tokenizer(facts, run)
+        yield "Objective", _objective(run)
+
+
+def _positions(facts: Facts) -> int | None:
+    """Return how many tokens the model takes, None where nothing bounds them or says so."""
+    if facts.run is not None and facts.run.model.kind != "pretrained":
+        return facts.run.model.max_sequence_length
+    return longest_sample(facts.config_json)
+
+
+def _vocabulary(facts: Facts) -> str | None:
+    """Return the tokens that the tokenizer has, and the rows of the embedding where they differ."""
+    rows, tokens = facts.config_json.get("vocab_size"), facts.tokenizer_tokens
+    if rows is None or tokens is None:
+        return f"{rows:,} rows of the embedding" if rows else None
+    if rows == tokens:
+        return f"{tokens:,} tokens"
+    return f"{tokens:,} tokens; {rows:,} rows of the embedding, {rows - tokens:,} of them unused"
+
+
+def _tokenizer(facts: Facts, run: RunConfig) -> str:
+    if run.tokenizer.kind != "pretrained":
+        return "byte-level BPE, trained on the same documents"
+    if run.model.kind == "pretrained" and run.tokenizer.name == run.model.name:
+        return f"that of {_base(facts)}"
+    if is_hub_name(run.tokenizer.name):
+        return f"that of {_code(run.tokenizer.name)}"
+    kind = f" ({_code(facts.tokenizer_class)})" if facts.tokenizer_class else ""
+    return f"made elsewhere, read from local files{kind}"
+
+
+def _objective(run: RunConfig) -> str:
+    if run.objective.kind == "clm":
+        return "causal: the next token"
+    unit = "whole words" if run.objective.whole_word else "tokens"
+    return f"masked: {run.objective.masking_rate:.0%} of the {unit}"
+
+
+def _use(facts: Facts) -> str:
+    task = _task(facts)
+    if task is None:
+        return ""
+    trusted = ", trust_remote_code=True" if facts.config_json.get("auto_map") else ""
+    prompts = facts.run.objective.prompts if facts.run is not None else ()
+    prompts = tuple(prompt for prompt in prompts if "```" not in prompt)
+    lines = ["from transformers import pipeline", ""]
+    if task == "fill-mask":
+        lines += [f'fill = pipeline("fill-mask", model="{MODEL_PLACEHOLDER}"{trusted})']
+        prompt = json.dumps(prompts[0], ensure_ascii=False) if prompts else None
+        lines += [f"fill({prompt or 'fill.tokenizer.mask_token'})"]
+    else:
+        prompt = prompts[0] if prompts else "The"
+        shown = json.dumps(prompt, ensure_ascii=False)
+        lines += [f'generate = pipeline("text-generation", model="{MODEL_PLACEHOLDER}"{trusted})']
+        lines += [f"generate({shown}, {_length(facts, prompt)}, do_sample=True)"]
+    return "\n".join(["## Use", "", "```python", *lines, "```"])
+
+
+def _length(facts: Facts, prompt: str) -> str:
+    """Return how long the example's text may become, within the model's positions.
+
+    In the setting that the model's own generation settings use: transformers warns of the other
+    beside it.
+    """
+    positions = _positions(facts)
+    # There are at most as many tokens as bytes.
+    room = len(prompt.encode()) + EXAMPLE_TOKENS
+    if facts.generation.get("max_length") is not None:
+        return f"max_length={min(room, positions or room)}"
+    new = EXAMPLE_TOKENS
+    if positions is not None:
+        new = max(1, min(new, positions - (room - new)))
+    return f"max_new_tokens={new}"
+
+
+def _data_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
+    run = facts.run
+    if run is None:
+        return
+    data, counts = run.data, facts.corpus
+    yield "Corpus", _corpus_name(run)
+    if data.kind == "stdlib":
+        python = facts.provenance.get("python")
+        yield "Python version", python
+        yield "Licence", "Python Software Foundation License"
+    elif data.kind == "kant":
+        public = all("gutenberg.org/" in url for url in data.urls)
+        yield "Sources", ", ".join(data.urls if public else [Path(u).name for u in data.urls])
+        if public:
+            yield "Licence", "public domain in the USA, as Project Gutenberg says of its books"
+    elif data.kind == "hub":
+        yield "Configuration", data.config
+        yield "Split", data.split
+        yield "Revision", data.revision
+        yield "Licence", "see the data set's own card"
+    else:
+        yield "Licence", "not known"
+    for name, part in (("For training", "training"), ("Held out", "heldout")):
+        if part in counts:
+            yield name, _counted(counts[part])
+    if data.max_documents:
+        yield "Taken", f"the first {data.max_documents:,} documents"
+    yield "Sequence length", f"{data.tokens_per_sample:,} tokens"
+
+
+def _counted(part: Mapping[str, Any]) -> str:
+    """Return what data.json counts of training or held-out documents, in words."""
+    documents, tokens = part["documents"], part["tokens"]
+    if not documents:
+        return "nothing"
+    text = f"{documents:,} documents, {tokens:,} tokens"
+    if samples := part.get("samples"):
+        text += f" in {samples:,} samples"
+    if left_out := part.get("tokens_left_out"):
+        text += f"; {left_out:,} tokens more are in none"
+    return text
+
+
+def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
+    run, step = facts.run, facts.step
+    if facts.samples is not None and facts.tokens is not None and step is not None:
+        yield "Seen", f"{facts.samples:,} samples, {facts.tokens:,} tokens, {step:,} steps"
+        yield "Epochs", f"{epochs:.2g}" if (epochs := _epochs(facts)) else None
+    elif step is not None:
+        yield "Steps", f"{step:,}"
+    if run is None:
+        return
+    trainer, precision = run.trainer, run.precision
+    yield "Batch", f"{trainer.global_batch_size:,} samples"
+    yield "Optimizer", _optimizer(run)
+    warmup = f", warm-up of {trainer.warmup_steps:,} steps" if trainer.warmup_steps else ""
+    if trainer.warmup_fraction:
+        warmup = f", warm-up over {trainer.warmup_fraction:.0%} of the steps"
+    yield "Learning rate", f"{trainer.learning_rate:g} at its peak, {trainer.lr_scheduler}{warmup}"
+    yield "Weight decay", f"{trainer.weight_decay:g}"
+    yield "Gradient norm", f"at most {trainer.max_grad_norm:g}" if trainer.max_grad_norm else None
+    fp8 = f" with matrix products in fp8 ({precision.fp8_recipe})" if precision.fp8_recipe else ""
+    yield (
+        "Precision",
+        f"{precision.compute_dtype} compute{fp8}, {precision.reduce_dtype} reduction, "
+        f"{precision.master_dtype} master weights and moments",
+    )
+    ranks = facts.world_size or facts.provenance.get("world_size")
+    yield "Strategy", _strategy(run.strategy) + (f" on {ranks} rank(s)" if ranks else "")
+    yield "Seed", str(run.seed)
+    yield "Resumed", f"{facts.resumes} time(s)" if facts.resumes else None
+    yield "Time", _times(facts)
+
+
+def _optimizer(run: RunConfig) -> str:
+    trainer = run.trainer
+    if trainer.optimizer == "adafactor":
+        return "adafactor"
+    betas = f"betas {trainer.adam_beta1:g} and {trainer.adam_beta2:g}"
+    return f"{trainer.optimizer}, {betas}, epsilon {trainer.adam_epsilon:g}"
+
+
+def _strategy(strategy: StrategyConfig) -> str:
+    if strategy.kind == "zero":
+        offloaded = strategy.offload_optimizer != "none" or strategy.offload_parameters != "none"
+        return f"DeepSpeed ZeRO stage {strategy.stage}" + (", offloaded" if offloaded else "")
+    if strategy.kind == "fsdp":
+        return "FSDP2" + (", offloaded" if strategy.offload else "")
+    return "DDP" if strategy.kind == "ddp" else "one process"
+
+
+def _times(facts: Facts) -> str | None:
+    """Return how long the training took, and the whole of it where nothing interrupted it."""
+    training, ended = facts.curve.training_seconds, facts.curve.last_logged_at
+    if training is None or ended is None:
+        return None
+    text = f"{duration(training)} of training"
+    try:
+        started = datetime.datetime.fromisoformat(facts.provenance["started"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return text
+    whole = ended - started
+    if facts.resumes or whole < training:
+        return text
+    return f"{text}, {duration(whole)} with start, evaluations and saves"
+
+
+def _results(facts: Facts, *, has_picture: bool) -> str:
+    points = facts.curve.points
+    lines = []
+    if measured := _measured(facts):
+        lines += ["## On held-out documents", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in measured.items()]
+        lines += [""]
+    losses = {
+        "training loss": [(p.loss, p.step) for p in points if p.loss is not None],
+        "evaluation loss": [(p.eval_loss, p.step) for p in points if p.eval_loss is not None],
+    }
+    if any(losses.values()):
+        lines += ["## Losses", ""]
+        lines += ["| | last | lowest |", "|---|---|---|"]
+        for name, values in losses.items():
+            if values:
+                cells = [f"{loss:.4f} at step {step:,}" for loss, step in (values[-1], min(values))]
+                lines += [f"| {name} | {' | '.join(cells)} |"]
+        lines += [""]
+        if has_picture:
+            lines += [f"![Loss over the steps of the training]({PICTURE})", ""]
+        lines += ["| step | tokens | training loss | evaluation loss |", "|--:|--:|--:|--:|"]
+        lines += [f"| {' | '.join(row)} |" for row in curve.table(points)]
+    return "\n".join(lines).rstrip()
+
+
+def _machine_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
+    hardware = facts.provenance.get("hardware", {})
+    if hardware:
+        gpus = Counter(hardware.get("gpus", []))
+        launcher = facts.run.launcher if facts.run is not None else None
+        nodes = launcher.nodes if launcher is not None and launcher.kind == "torchrun" else 1
+        yield "Nodes", f"{nodes:,}, of which one is" if nodes > 1 else None
+        yield "GPUs", ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "none"
+        yield "CPU cores", str(hardware.get("cores", "")) or None
+        memory = hardware.get("memory_bytes")
+        yield "Memory", f"{memory / 2**30:.0f} GiB" if memory else None
+        yield "CUDA", hardware.get("cuda")
+    versions = facts.provenance.get("versions", {})
+    named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    yield "Versions", named or None
+    yield "Commit", facts.provenance.get("commit")
+
+
+# --- limits: what follows from the facts, no more -------------------------------------------------
+
+
+def _limits(facts: Facts) -> Iterator[str]:
+    run, task = facts.run, _task(facts)
+    if task == "text-generation":
+        yield (
+            "A base model: it continues text. It is not tuned to follow instructions or to hold a "
+            "conversation, and nothing keeps it from false or harmful statements."
+        )
+    elif task == "fill-mask":
+        yield "A masked model: it fills single masks and gives representations; it does not write."
+    if run is None:
+        yield (
+            "What it was trained on is not known, and so neither are its languages, its biases, "
+            "the licence of its data, nor how well it does."
+        )
+        return
+    yield from _limits_of_size(facts)
+    yield _limits_of_data(run)
+    if positions := _untrained_positions(run):
+        yield positions
+    if _measured(facts):
+        yield (
+            "It was evaluated on documents of the same corpus alone, chosen by a hash of their "
+            "text, and on no benchmark of any task."
+        )
+    else:
+        yield "These weights were not evaluated on text that they were not trained on."
+    if facts.dtype != "fp32":
+        yield f"The weights are rounded to {facts.dtype}; training had them in finer steps."
+    allow = "its data and the weights it began with allow" if facts.base_model else "its data allow"
+    yield f"No licence is given for it: who publishes it has to choose one that {allow}."
+
+
+def _limits_of_size(facts: Facts) -> Iterator[str]:
+    run = facts.run
+    assert run is not None
+    if run.model.kind != "pretrained" and facts.parameters and facts.tokens:
+        sizes = f"{_rounded(facts.parameters)} parameters and {_rounded(facts.tokens)} tokens"
+        ratio = facts.tokens / facts.parameters
+        if ratio < COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER:
+            yield (
+                f"{sizes}: that is {ratio:.2g} tokens per parameter, where about "
+                f"{COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER} make the best of the same compute "
+                "(arXiv 2203.15556). It has seen too little to know much."
+            )
+        else:
+            yield f"{sizes}: what it knows, it has from no more than that."
+    if (epochs := _epochs(facts)) and epochs >= MANY_EPOCHS:
+        yield (
+            f"It has seen its corpus {epochs:.1f} times, and may repeat passages of it word for "
+            "word."
+        )
+
+
+def _limits_of_data(run: RunConfig) -> str:
+    if run.data.kind == "stdlib":
+        return (
+            "It knows Python as the standard library writes it, and English as its comments do. "
+            "What it writes looks like code and need not run, let alone be right or safe."
+        )
+    if run.data.kind == "kant":
+        return (
+            "It knows the English of a few translations of Immanuel Kant and nothing else. It "
+            "repeats the views of its author and his time, on people too, without a judgement."
+        )
+    return (
+        "Nobody has looked through its corpus on its behalf: whatever prejudice, error, personal "
+        f"data or protected text is in {_corpus_name(run)} can come out of the model."
+        " Languages that the corpus lacks, it lacks too."
+    )
+
+
+def _untrained_positions(run: RunConfig) -> str | None:
+    """Return what to say where samples were shorter than the positions that the model has."""
+    positions = run.model.max_sequence_length
+    if run.model.kind == "pretrained" or positions is None:
+        return None
+    if run.data.tokens_per_sample >= positions:
+        return None
+    return (
+        f"It was trained on samples of {run.data.tokens_per_sample:,} tokens; its positions from "
+        f"there to {positions:,} are untrained."
+    )
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _name(facts: Facts) -> str:
+    if facts.run is not None:
+        return facts.run.name
+    return f"{facts.config_json.get('model_type', 'language')} model"
+
+
+def _task(facts: Facts) -> str | None:
+    """Return the hub's name of what the model does; None for an architecture of another kind."""
+    if facts.run is not None:
+        return "text-generation" if facts.run.objective.kind == "clm" else "fill-mask"
+    names = [str(name) for name in facts.config_json.get("architectures") or []]
+    if any(name.endswith("ForMaskedLM") for name in names):
+        return "fill-mask"
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return "text-generation"
+    return None
+
+
+def _measured(facts: Facts) -> dict[str, float]:
+    """Return what was evaluated with these weights; of a step without a note, what was logged."""
+    metrics = facts.metrics
+    if not metrics:
+        logged = {p.step: p.eval_loss for p in facts.curve.points if p.eval_loss is not None}
+        metrics = {"eval_loss": logged[facts.step]} if facts.step in logged else {}
+    return {
+        name.removeprefix("eval_").replace("_", " "): value
+        for name, value in metrics.items()
+        if name in ("eval_loss", "eval_perplexity", "eval_masked_accuracy") and math.isfinite(value)
+    }
+
+
+def _corpus_name(run: RunConfig) -> str:
+    """Return what the corpus is called; of local files their names alone, as a card is public."""
+    data = run.data
+    if data.kind == "hub":
+        link = f"[{data.name}](https://huggingface.co/datasets/{data.name})"
+        return link if is_hub_name(data.name) else _code(_shown(data.name))
+    if data.kind == "stdlib":
+        return "the Python sources of the interpreter's own standard library"
+    if data.kind == "kant":
+        return "books by Immanuel Kant"
+    return "local files, " + ", ".join(_code(Path(path).name) for path in data.paths)
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name has the form that a hub gives, which a short relative path has too."""
+    return name.count("/") < 2 and not name.startswith((".", "/", "~"))
+
+
+def _shown(name: str) -> str:
+    """Return a hub's name as it is, and the last part of a path: a card is public."""
+    return name if is_hub_name(name) else Path(name).name
+
+
+def _epochs(facts: Facts) -> float | None:
+    """Return how often each sample was seen, where all were seen equally often."""
+    if facts.run is not None and facts.run.data.kind == "text" and facts.run.data.weights:
+        return None
+    an_epoch = facts.corpus.get("training", {}).get("samples_per_epoch")
+    return facts.samples / an_epoch if facts.samples and an_epoch else None
+
+
+def _table(title: str, rows: Iterator[tuple[str, str | None]]) -> str:
+    known = [(name, _cell(value)) for name, value in rows if value]
+    if not known:
+        return f"## {title}\n\nNot known."
+    return "\n".join(
+        [
+            f"## {title}",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in known),
+        ]
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', '')}`"
+
+
+def _count(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
+
+
+def _rounded(number: float) -> str:
+    for unit, size in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"

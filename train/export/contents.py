@@ -1,0 +1,247 @@
+"""What of a checkpoint goes into a model directory: each tensor that `from_pretrained` expects."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from train.checkpoint.format.lazy import LazyTensor, PortableState
+from train.checkpoint.format.outputs import Output, Place
+from train.errors import UserError
+from train.model.conversion import CannotTrace, assembled, loaded, placed
+
+logger = logging.getLogger(__name__)
+
+_COMPARED_ELEMENTS = 2**18
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of a model, in its own order: parameters, tied ones once, then buffers."""
+
+    tensors: Mapping[str, LazyTensor]
+    outputs: tuple[Output, ...]
+    """As `save_pretrained` names and divides them."""
+    places: Mapping[str, tuple[Place, ...]]
+    """Which parts of which outputs the tensors become, where they are not outputs themselves."""
+    parameters: int
+    """How many numbers the parameters have."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know."""
+
+
+def contents(
+    model: PreTrainedModel,
+    state: PortableState,
+    dtype: torch.dtype,
+    *,
+    ema: bool = False,
+    allow_upcast: bool = False,
+) -> Contents:
+    """Return a checkpoint's tensors by the names of a model on the meta device.
+
+    The checkpoint's own names are the model's, or those which `from_pretrained` knows. Parameters
+    are to be written in ``dtype``, buffers in that which they have. Raises UserError where one is
+    missing, of another shape or not of the model, and where fp32 is asked for of what the
+    checkpoint holds in 16 bits only.
+    """
+    if ema and not state.ema:
+        raise UserError(
+            "--ema: the checkpoint keeps no moving average of the weights; leave it out to take "
+            "the weights themselves"
+        )
+    notes: list[str] = []
+    weights = state.ema if ema else state.weights
+    found = {**state.weights, **state.buffers, **weights}
+    if any(not any(name in weights for name in names) for names in _tied(model)):
+        # Of a parameter that the average lacks, the weight itself must not stand in for it.
+        averaged = {
+            n: t for n, t in found.items() if not (ema and n in state.weights.keys() - weights)
+        }
+        if (converted := _converted(model, averaged, notes)) is not None:
+            found = weights = converted
+    expected = model.state_dict(keep_vars=True)
+    tensors: dict[str, LazyTensor] = {}
+    problems: list[str] = []
+    for names in _tied(model):
+        different = list(_different([name for name in names if name in weights], weights))
+        if not different:
+            problems.append(f"{names[0]} is missing")
+        for i, name in enumerate(different):
+            # The first under the name that the others are tied to when they are loaded.
+            tensors[name if i else names[0]] = weights[name]
+        for name in different[1:]:
+            notes.append(f"{names[0]} and {name} are tied in the config and differ here: both stay")
+    parameters = list(tensors)
+    aliases = {name for names in _tied(model) for name in names}
+    for name in (name for name in expected if name not in aliases):
+        if name in found:
+            tensors[name] = found[name]
+        else:
+            problems.append(f"the buffer {name} is missing")
+    for name, tensor in tensors.items():
+        if tensor.shape != tuple(expected[name].shape):
+            problems.append(f"{name} has shape {tensor.shape}, not {tuple(expected[name].shape)}")
+        elif tensor.dtype.is_floating_point != expected[name].is_floating_point():
+            problems.append(
+                f"{name} is in {_word(tensor.dtype)}, not {_word(expected[name].dtype)}"
+            )
+    problems += [f"{name} is not in the model" for name in _unexpected(model, found)]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            "the checkpoint holds another model than its config describes: "
+            f"{'; '.join(problems[:3])}{more}"
+        )
+    if dtype == torch.float32 and not allow_upcast:
+        _check_masters({name: tensors[name] for name in parameters})
+    outputs = [
+        Output(name, tensor.shape, dtype if name in parameters else tensor.dtype)
+        for name, tensor in tensors.items()
+    ]
+    try:
+        outputs, places = placed(model, outputs)
+    except CannotTrace as error:
+        places = {}
+        notes.append(
+            f"transformers saves {type(model).__name__} in another form, which cannot be streamed "
+            f"({error}): names are those of the model in memory, and versions of transformers "
+            f"other than {transformers.__version__} may not know them"
+        )
+    return Contents(
+        tensors, tuple(outputs), places, sum(tensors[name].numel for name in parameters), notes
+    )
+
+
+def _converted(
+    model: PreTrainedModel, found: Mapping[str, LazyTensor], notes: list[str]
+) -> dict[str, LazyTensor] | None:
+    """Return a checkpoint's tensors as `from_pretrained` would take them, by the model's names.
+
+    What it does not take stays under its own name. None where it takes less than its names say.
+    Raises UserError where it computes with them.
+    """
+    best, taken_prefix = None, ""
+    for prefix in _prefixes(found):
+        named = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        try:
+            known = loaded(
+                model,
+                {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in named.items()},
+            )
+        except Exception as error:  # of another shape, for instance, which is said by the caller
+            logger.info("transformers does not load it: %s", error)
+            continue
+        if best is None or len(known.tensors) > len(best.tensors):
+            best, taken_prefix = known, prefix
+    if best is None:
+        return None
+    if best.computed:
+        raise UserError(
+            f"transformers computes {best.computed[0]} out of several tensors of the checkpoint; "
+            "load it with from_pretrained, save it with save_pretrained, and recover that"
+        )
+    if len(best.tensors) <= sum(name in found for name in best.tensors):
+        return None
+    if taken_prefix:
+        notes.append(f"every name in the checkpoint begins with {taken_prefix}, which is left out")
+    named = {name.removeprefix(taken_prefix): tensor for name, tensor in found.items()}
+    # Those that are refused keep a name that says which they are.
+    refused = {name: named[name] for name in best.unexpected if name in named}
+    return {name: assembled(tensor, named) for name, tensor in best.tensors.items()} | refused
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """Return what may stand before the model's own names: nothing, or what all names begin with."""
+    prefixes = [""]
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        prefixes.append(f"{prefixes[-1]}{parts[0]}.")
+    return prefixes
+
+
+def _tied(model: PreTrainedModel) -> list[list[str]]:
+    """Return the names of each parameter, the one of `named_parameters` first."""
+    names: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return list(names.values())
+
+
+def _different(names: list[str], weights: Mapping[str, LazyTensor]) -> Iterator[str]:
+    """Yield of the names of one parameter those under which a checkpoint has different values.
+
+    Where they are in several dtypes, those in narrower ones are copies of the widest.
+    """
+    widest = max((weights[name].dtype.itemsize for name in names), default=0)
+    kept: list[str] = []
+    for name in names:
+        tensor = weights[name]
+        if tensor.dtype.itemsize < widest:
+            continue
+        if not any(_equal(tensor, weights[other]) for other in kept):
+            kept.append(name)
+            yield name
+
+
+def _equal(one: LazyTensor, other: LazyTensor) -> bool:
+    if one == other:
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return all(
+        torch.equal(
+            one.read(start, stop).view(torch.uint8), other.read(start, stop).view(torch.uint8)
+        )
+        for start in range(0, one.numel, _COMPARED_ELEMENTS)
+        for stop in [min(start + _COMPARED_ELEMENTS, one.numel)]
+    )
+
+
+def _unexpected(model: PreTrainedModel, found: Mapping[str, LazyTensor]) -> Iterator[str]:
+    """Yield what the model does not have, but for what `from_pretrained` passes over too.
+
+    Older versions of transformers saved buffers that today's compute.
+    """
+    known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *_BUFFERS_OF_OLD]
+    for name in found:
+        if name not in known and not any(re.search(pattern, name) for pattern in ignored):
+            yield name
+
+
+_BUFFERS_OF_OLD = (
+    r"(^|\.)(attn|attention|self_attention)\.(masked_)?bias$",  # GPT-2's and GPT-NeoX's masks
+    r"(^|\.)rotary_emb\.inv_freq$",
+    r"(^|\.)position_ids$",
+)
+"""What versions before 4.31 saved of every model, and today's load with a warning only."""
+
+
+def _check_masters(parameters: Mapping[str, LazyTensor]) -> None:
+    narrow = {name: t for name, t in parameters.items() if t.dtype.itemsize < 4}
+    if not narrow:
+        return
+    name, tensor = next(iter(narrow.items()))
+    word = _word(tensor.dtype)
+    of = "all" if len(narrow) == len(parameters) else f"{len(narrow)} of {len(parameters)}"
+    raise UserError(
+        f"the checkpoint holds no fp32 master weights of {name}, which is in {word} there "
+        f"({of} parameters are without). Add --dtype={word if word in DTYPES else 'bf16'} to write "
+        "what it holds, or --allow-upcast to write the same rounded values in fp32"
+    )
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _word(dtype: torch.dtype) -> str:
+    words = {value: word for word, value in DTYPES.items()}
+    return words.get(dtype, str(dtype).removeprefix("torch."))

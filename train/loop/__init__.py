@@ -1,0 +1,1 @@
+"""The training loop, and what is done around its steps."""

@@ -1,0 +1,63 @@
+"""From config to the arguments under which transformers trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+import transformers
+
+from train.config import RunConfig, Schedule, accumulation_steps
+from train.optimizer.schedule import SCHEDULES
+from train.strategy import engine_of
+
+if TYPE_CHECKING:
+    pass
+
+
+def training_arguments(
+    config: RunConfig, run_dir: Path, *, world_size: int, total_steps: int, schedule: Schedule
+) -> transformers.TrainingArguments:
+    """Derive `TrainingArguments`, under which transformers knows the engine that is to come.
+
+    Those of the schedule are for what trackers show: the Trainer makes it itself.
+    """
+    trainer, precision = config.trainer, config.precision
+    args = transformers.TrainingArguments(
+        output_dir=str(run_dir),
+        run_name=config.name,
+        seed=config.seed,
+        use_cpu=config.launcher.device == "cpu",
+        ddp_backend=dist.get_backend() if dist.is_initialized() else None,
+        max_steps=total_steps,
+        per_device_train_batch_size=trainer.samples_per_pass,
+        per_device_eval_batch_size=trainer.eval_samples_per_pass,
+        gradient_accumulation_steps=accumulation_steps(trainer, world_size),
+        average_tokens_across_devices=True,
+        learning_rate=trainer.learning_rate,
+        lr_scheduler_type=SCHEDULES[trainer.lr_scheduler],
+        lr_scheduler_kwargs={"num_decay_steps": schedule.decay_steps}
+        if trainer.lr_scheduler == "warmup_stable_decay"
+        else {},
+        warmup_steps=schedule.warmup_steps,
+        max_grad_norm=trainer.max_grad_norm,
+        fp16=precision.compute_dtype == "fp16",
+        tf32=precision.allow_tf32 if config.launcher.device == "cuda" else None,
+        logging_strategy="steps",
+        logging_steps=trainer.log_every_steps,
+        logging_first_step=True,
+        # The Trainer would otherwise write the mean of earlier losses where one is NaN.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if trainer.eval_every_steps else "no",
+        eval_steps=trainer.eval_every_steps,
+        save_strategy="steps" if trainer.save_every_steps else "no",
+        save_steps=trainer.save_every_steps or 500,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        **engine_of(config).training_arguments(config, world_size),
+    )
+    # One process is one GPU: with several in sight the Trainer would take DataParallel unasked.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args

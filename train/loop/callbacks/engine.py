@@ -1,0 +1,78 @@
+"""Stop a run whose live engine is not what the config asks for; say in which precision it runs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, TextIO
+
+from transformers import TrainerCallback
+
+from train import strategy
+from train.console import progress
+from train.loop.resuming import restore
+from train.run_directory import final
+from train.strategy import verify
+
+if TYPE_CHECKING:
+    from train.loop.trainer import Trainer
+
+
+class EngineReady(TrainerCallback):
+    """Completes the engine once it is built, restores it, reads it back, says its dtypes."""
+
+    def __init__(self, trainer: Trainer, console: TextIO) -> None:
+        self.trainer = trainer
+        self._console = console
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        strategy.engine_of(trainer.config).complete(trainer)
+        trainer.initial_values = {}  # they may hold the whole model
+        if trainer.resumed is not None:
+            restore(trainer, trainer.resumed)
+        facts = verify.verify(trainer, trainer.config, args.world_size)
+        if state.is_world_process_zero:
+            path = trainer.run_dir / "engine.json"
+            path.write_text(json.dumps(facts, indent=2) + "\n")
+            if state.global_step < state.max_steps:
+                final.set_aside(trainer.run_dir)
+            progress.write(precision_line(facts), self._console)
+
+
+def precision_line(facts: dict[str, Any]) -> str:
+    """Return in one line which number is in which dtype, in the same words for every engine.
+
+    ``facts`` are those of `strategy.verify`. Pure.
+    """
+    name = _NAMES.get(facts["engine"], facts["engine"])
+    if name == "zero":
+        name += str(facts["stage"])
+    ranks = "1 rank" if facts["world_size"] == 1 else f"{facts['world_size']} ranks"
+    precision = facts["precision"]
+    compute = f"{precision['compute']} compute"
+    if facts["fp8_recipe"] is not None:
+        layers = f"{facts['fp8_layers']} linear layers"
+        if facts["fp8_layers_left_out"]:
+            layers += f" ({facts['fp8_layers_left_out']} left out)"
+        compute += f" with {facts['fp8_recipe']} fp8 products in {layers}"
+    elif facts["tf32"]:
+        compute += " with TF32 products"
+    parts = [
+        compute,
+        *([f"{precision['reduction']} reduction"] if precision["reduction"] != "none" else []),
+        f"{precision['master']} master weights",
+        f"{precision['moments']} moments",
+    ]
+    if facts["attention"] != "sdpa":  # which almost all architectures have
+        parts.append(f"{facts['attention']} attention")
+    if facts["initial_loss_scale"] is not None:
+        parts.append(f"loss scale {facts['initial_loss_scale']:g}")
+    return f"{name} on {ranks}: {', '.join(parts)}"
+
+
+_NAMES = {
+    "none": "single",
+    "DistributedDataParallel": "ddp",
+    "DeepSpeedEngine": "zero",
+    "FSDP2": "fsdp",
+}

@@ -1,0 +1,155 @@
+"""metrics.jsonl: one line for each logged step, losses unrounded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from train.units import duration
+
+if TYPE_CHECKING:
+    from train.loop.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+# What the Trainer logs that is written down as it is; its own summary of the whole run is left out.
+_KEPT = ("loss", "grad_norm", "learning_rate", "stopped_early")
+
+
+class Metrics(TrainerCallback):
+    """Adds throughput and memory to what the Trainer logs, and writes it down."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._training_seconds = 0.0
+        self._is_warm = False
+        self._began_at = 0.0
+        self._whole_seconds = 0.0
+        self._whole_tokens = 0
+        self._resumed_at = 0.0
+        self._tokens_logged = 0
+        self._logged_step = 0
+
+    # Evaluation and saves are left out of the throughput: the clock runs from the end of one
+    # interruption to the beginning of the next. So is the first step of each start, in which a
+    # model is compiled, libraries choose their kernels and memory is first taken.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tokens_logged = self.trainer.tokens_seen
+        self._logged_step = self.trainer._globalstep_last_logged
+        self._began_at = self._resumed_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        if self._is_warm:
+            self._training_seconds += now - self._resumed_at
+        else:
+            self._is_warm = True
+            self._tokens_logged = self.trainer.tokens_seen
+        self._resumed_at = now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resumed_at = time.monotonic()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resumed_at = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        taken = {
+            key: value
+            for key, value in logs.items()
+            if key in _KEPT or (key.startswith("eval_") and not key.endswith(_SPEEDS))
+        }
+        if not taken:
+            return
+        trainer = self.trainer
+        if "loss" in taken:
+            if tokens := self._count():
+                taken["tokens_per_second"] = tokens / max(self._training_seconds, 1e-9)
+            taken["peak_memory_bytes"] = self._peak_memory_bytes()
+            if trainer.auxiliary_loss is not None:
+                total = trainer.accelerator.reduce(trainer.auxiliary_loss, "sum").item()
+                taken["auxiliary_loss"] = total / max(state.global_step - self._logged_step, 1)
+                trainer.auxiliary_loss = torch.zeros_like(trainer.auxiliary_loss)
+            self._logged_step = state.global_step
+            self._training_seconds = 0.0
+        if state.is_world_process_zero:
+            # Trackers are called after this one and read the same dictionary.
+            logs.update({k: v for k, v in taken.items() if k not in logs})
+            line = {
+                "step": state.global_step,
+                "samples": trainer.samples_seen,
+                "tokens": trainer.tokens_seen,
+                "time": time.time(),
+                **taken,
+            }
+            # JSON has no NaN.
+            finite = {k: v if math.isfinite(v) else None for k, v in line.items()}
+            self._append(json.dumps(finite, allow_nan=False) + "\n")
+        # Both are the same on every rank, so all of them look closer.
+        if not all(math.isfinite(taken.get(name, 0.0)) for name in ("loss", "grad_norm")):
+            trainer.check_finite()
+
+    def _count(self) -> int:
+        """Return the tokens of the seconds counted since the last time, and add up both."""
+        tokens = self.trainer.tokens_seen - self._tokens_logged
+        self._tokens_logged = self.trainer.tokens_seen
+        self._whole_tokens += tokens
+        self._whole_seconds += self._training_seconds
+        return tokens
+
+    def summary(self) -> str | None:
+        """Return what this start has trained, in words; None where that was no step."""
+        self._count()
+        self._training_seconds = 0.0
+        began = self.trainer.resumed.step if self.trainer.resumed else 0
+        steps = self.trainer.state.global_step - began
+        if not steps:
+            return None
+        seconds = time.monotonic() - self._began_at
+        text = f"trained {steps:,} step{'s' * (steps > 1)} in {duration(seconds)}"
+        if self._whole_tokens:
+            speed = self._whole_tokens / max(self._whole_seconds, 1e-9)
+            text += f", {speed:,.0f} tokens/s while training"
+        return text
+
+    def _append(self, line: str) -> None:
+        try:
+            with (self.trainer.run_dir / "metrics.jsonl").open("a") as file:
+                file.write(line)
+        except OSError as error:  # as with checkpoints: a full disk must not end the run
+            logger.warning("a line of metrics.jsonl is lost (%s): %s", error, line.rstrip())
+
+    def _peak_memory_bytes(self) -> int:
+        """Return the highest peak of any rank: the GPU allocator's, or on a CPU the process's."""
+        if self.trainer.args.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = _peak_resident_bytes()
+        mine = torch.tensor([peak], device=self.trainer.args.device)
+        return int(self.trainer.accelerator.gather(mine).max())
+
+
+def _peak_resident_bytes() -> int:
+    """Return the most memory that this process has had.
+
+    getrusage's answer may be that of the process that has started this one: it lasts over exec.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+_SPEEDS = ("_runtime", "_per_second", "_preparation_time")

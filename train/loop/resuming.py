@@ -1,0 +1,266 @@
+"""Go on from a checkpoint: choose it, and bring optimizer, schedule and dice to its step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from train.checkpoint import discovery, retention
+from train.checkpoint.format import layout
+from train.checkpoint.format.layout import LOSS_SCALE, TRAINER_STATE
+from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable, why_refused
+from train.checkpoint.read import portable
+from train.config import Progress, RunConfig
+from train.console import progress
+from train.errors import UserError
+from train.model import streaming
+from train.process.agreement import from_all
+from train.process.rank import Rank
+from train.strategy import engine_of
+from train.strategy.loss_scale import restore_loss_scale
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from train.model.weights import Values
+    from train.strategy.training import Training
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run is resumed."""
+
+    checkpoint: Path
+    progress: Progress
+    tokens: int
+    world_size: int
+    """Ranks that wrote it."""
+    state: PortableState
+    parameters: frozenset[str] = frozenset()
+    """The first name of each, as its manifest says."""
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def samples(self) -> int:
+        """Samples consumed so far: the position in the data."""
+        return self.progress.samples
+
+
+def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | None:
+    """Return the newest checkpoint of a run whose every hash is right, or None. Collective.
+
+    The ranks share the hashing, and all of them take the same one; on the first, ``say`` hears of
+    what was skipped, and why. Raises UserError where there are checkpoints and none is whole.
+    """
+    directory = run_dir / "checkpoints"
+    if rank.index == 0:
+        retention.sweep(directory)
+    with progress.phase("checking the checkpoint's hashes", unit="B", comes_again=True) as shown:
+        path, passed_over = discovery.newest_whole(
+            directory,
+            gather=from_all,
+            share=(rank.index, rank.world_size),
+            advance=shown.advance,
+        )
+    if rank.index == 0:
+        for skipped in passed_over:
+            names = layout.to_remove(skipped.problems)
+            say(f"{skipped}; skipped" + (f" (remove {names} to take it)" if names else ""))
+    if path is not None:
+        return _opened(path)
+    if passed_over:
+        raise UserError(discovery.none_whole(run_dir, passed_over))
+    return None
+
+
+def _opened(path: Path) -> Resumed:
+    manifest = layout.read_manifest(path)
+    try:
+        _check_trainer_state(path / TRAINER_STATE, manifest.step)
+        scheduled_steps = _scheduled_steps(path / "scheduler.pt")
+        state = portable.read(path)
+    except Unreadable as error:
+        raise UserError(
+            f"{path} cannot be gone on from: {error}. Start a run from the weights of an earlier "
+            "final/ with model=pretrained, or remove it to take an older one"
+        ) from None
+    return Resumed(
+        checkpoint=path,
+        progress=manifest.progress(scheduled_steps),
+        tokens=manifest.tokens,
+        world_size=manifest.world_size,
+        state=state,
+        parameters=frozenset(parameter.name for parameter in manifest.parameters),
+    )
+
+
+def _scheduled_steps(path: Path) -> int:
+    """Return how many steps the schedule has counted.
+
+    In fp16 that may be fewer steps than there were: one that overflows does not advance it. Raises
+    Unreadable.
+    """
+    try:
+        return int(torch.load(path, weights_only=True)["last_epoch"])
+    except Exception as error:
+        raise Unreadable(f"{path.name} is refused: {why_refused(error)}") from None
+
+
+def _check_trainer_state(path: Path, step: int) -> None:
+    """Raise Unreadable where it is not what the trainer left at that step."""
+    try:
+        found = json.loads(path.read_bytes())
+        is_sound = found["global_step"] == step and isinstance(found["log_history"], list)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Unreadable(f"{path.name} is refused: {type(error).__name__}: {error}") from None
+    if not is_sound:
+        raise Unreadable(f"{path.name} is not that of step {step}")
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def untie(model: PreTrainedModel, resumed: Resumed) -> None:
+    """Untie what a run that began with pretrained weights had untied, as they were unequal."""
+    own = resumed.parameters
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in own and source in own:
+            streaming.untie(model, target)
+
+
+def values(model: PreTrainedModel, resumed: Resumed) -> Values:
+    """Return each parameter's master weight as its first value; set the persistent buffers.
+
+    Raises UserError where the checkpoint holds another model.
+    """
+    found = resumed.state.weights
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        saved = resumed.state.buffers.get(name, found.get(name))
+        if name in persistent and saved is not None and saved.shape == tuple(buffer.shape):
+            buffer.copy_(saved.whole())
+    problems = []
+    for name, parameter in model.named_parameters():
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif found[name].shape != tuple(parameter.shape):
+            problems.append(f"{name} has shape {found[name].shape}, not {tuple(parameter.shape)}")
+    if problems:
+        raise UserError(
+            f"{resumed.checkpoint} holds another model than the config describes: "
+            f"{'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}"
+        )
+    return {name: _writing(found[name]) for name, _ in model.named_parameters()}
+
+
+def _writing(tensor: LazyTensor) -> Callable[[torch.Tensor], object]:
+    return lambda out: out.copy_(tensor.whole())
+
+
+# --- everything else, once the engine is built --------------------------------------------------
+
+
+def restore(trainer: Training, resumed: Resumed) -> None:
+    """Bring optimizer, schedule and random numbers of a live engine to the checkpoint's step.
+
+    With as many ranks as wrote the checkpoint each goes on with its own random numbers and with the
+    losses since the last logged step; with others the numbers are drawn anew, from the seed, the
+    step and the rank, and the next logged loss is the mean since this step. Collective. Once all
+    have read what is theirs, the older checkpoints that a killed run had yet to delete are deleted.
+    """
+    engine_of(trainer.config).restore_optimizer(trainer, resumed.state)
+    _restore_schedule(trainer, resumed.progress.scheduled_steps)
+    scale = resumed.checkpoint / LOSS_SCALE
+    restore_loss_scale(trainer, json.loads(scale.read_text()) if scale.exists() else {})
+    rank = trainer.args.process_index
+    if resumed.world_size == trainer.args.world_size:
+        saved = _restore_rng(resumed.checkpoint / f"rng-{rank}.pt")
+        if saved is not None:
+            trainer._tr_loss += saved["unlogged_loss"]
+            trainer._globalstep_last_logged = int(saved["logged_step"])
+            if trainer.auxiliary_loss is not None:
+                trainer.auxiliary_loss += saved.get("unlogged_auxiliary_loss", 0.0)
+    else:
+        text = f"{trainer.config.seed}/{resumed.step}/{rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
+    # Where a rank has been refused something, an older checkpoint may be all that is left.
+    from_all(None)
+    if rank == 0:
+        retention.retain(resumed.checkpoint.parent, trainer.config.checkpoint, newest=resumed.step)
+
+
+def _restore_schedule(trainer: Training, step: int) -> None:
+    """Put the learning rates where the schedule had come to; it may be a longer one now."""
+    scheduler: Any = trainer.lr_scheduler
+    scheduler.last_epoch = step
+    scheduler._step_count = step + 1
+    scheduler._last_lr = scheduler.get_lr()
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _restore_rng(path: Path) -> dict[str, float] | None:
+    """Set this rank's random numbers; return its losses since the last logged step, and that step.
+
+    None where the checkpoint is an older one.
+    """
+    try:
+        saved = torch.load(path, weights_only=True)
+        _set_rng(saved)
+        if "unlogged_loss" not in saved:
+            return None
+        names = ("unlogged_loss", "logged_step", "unlogged_auxiliary_loss")
+        return {name: float(saved[name]) for name in names if name in saved}
+    except Exception as error:
+        raise UserError(
+            f"{path} is refused: {type(error).__name__}: {why_refused(error)}; "
+            f"remove {path.parent.name} to take an older one"
+        ) from None
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, internal, gauss = json.loads(state["python"])
+    random.setstate((version, tuple(internal), gauss))
+    legacy = json.loads(state["numpy"])
+    legacy["state"]["key"] = np.array(legacy["state"]["key"], dtype=np.uint32)
+    np.random.set_state(legacy)
+
+
+def history(resumed: Resumed) -> list[dict[str, Any]]:
+    """Return what the run had logged by then, evaluations included."""
+    return json.loads((resumed.checkpoint / TRAINER_STATE).read_text())["log_history"]
+
+
+def lacks_evaluation(resumed: Resumed, config: RunConfig, total_steps: int) -> bool:
+    """Return whether the evaluation at a checkpoint's step was cut short by a stop.
+
+    Where any step is evaluated, the last one is too.
+    """
+    every = config.trainer.eval_every_steps
+    if every is None or not config.data.eval_fraction:
+        return False
+    if resumed.step % every and resumed.step != total_steps:
+        return False
+    return not is_evaluated(resumed)
+
+
+def is_evaluated(resumed: Resumed) -> bool:
+    """Return whether the checkpoint knows the evaluation of its own step."""
+    return any("eval_loss" in e and e["step"] == resumed.step for e in history(resumed))

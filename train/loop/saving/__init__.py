@@ -1,0 +1,1 @@
+"""From a live training to a checkpoint."""

@@ -1,0 +1,234 @@
+"""Save a running training as one checkpoint: engine state, schedule, RNG of each rank, manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import math
+import random
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from train.checkpoint import retention
+from train.checkpoint.discovery import Part, parts_in, together
+from train.checkpoint.format import layout
+from train.checkpoint.format.hashed import HashedFolder
+from train.checkpoint.format.layout import LOSS_SCALE
+from train.config import CheckpointConfig
+from train.loop.saving.peers import Peers, SaveFailed
+from train.model import origin
+from train.model.directory import config_texts
+from train.strategy import engine_of
+from train.strategy.engine import EngineState
+from train.strategy.loss_scale import loss_scale_state
+
+if TYPE_CHECKING:
+    from train.strategy.training import Training
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Draft:
+    """A checkpoint of which nothing is on the disk yet."""
+
+    directory: Path
+    step: int
+    engine: EngineState
+    texts: dict[str, bytes]
+    """This rank's other files by their names."""
+    manifest: dict[str, Any]
+    """All but the files."""
+    rule: CheckpointConfig
+    """What to keep of the older ones."""
+
+    @property
+    def path(self) -> Path:
+        return self.directory / f"checkpoint-{self.step}"
+
+
+def save(trainer: Training) -> Path:
+    """Write checkpoint-<step> of the trainer's run and return its path. Collective.
+
+    Raises SaveFailed, on all ranks alike, where one of them could not write.
+    """
+    peers = peers_of(trainer)
+    return write(draft(trainer, peers, copy=False), peers)
+
+
+def peers_of(trainer: Training) -> Peers:
+    """Return the ranks of a training on a group for its checkpoints. Collective."""
+    node_local = getattr(trainer.config.strategy, "node_local_checkpoints", False)
+    return Peers(trainer.args.process_index, node_local=node_local)
+
+
+def draft(trainer: Training, peers: Peers, *, copy: bool) -> Draft:
+    """Collect the state of a run, copied to host memory where later steps may come before its end.
+
+    Collective; touches no disk. Raises Diverged where the step or the weights are not finite: none
+    of that is saved.
+    """
+    trainer.check_finite(weights=True)
+    scheduler: Any = trainer.lr_scheduler
+    texts = {f"rng-{peers.rank}.pt": _torch_bytes(_rng_state() | _unlogged_loss(trainer))}
+    if peers.is_first:
+        texts["scheduler.pt"] = _torch_bytes(scheduler.state_dict())
+        state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
+        texts["trainer_state.json"] = f"{state}\n".encode()
+        texts |= config_texts(trainer.model, origin.code_in(trainer.run_dir / origin.FOLDER))
+        if scale := loss_scale_state(trainer):
+            texts[LOSS_SCALE] = json.dumps(scale).encode()
+    return Draft(
+        directory=trainer.run_dir / "checkpoints",
+        step=trainer.state.global_step,
+        engine=engine_of(trainer.config).save_state(trainer, is_first=peers.is_first, copy=copy),
+        texts=texts,
+        manifest={
+            "strategy": trainer.config.strategy.model_dump(mode="json"),
+            "world_size": trainer.args.world_size,
+            "step": trainer.state.global_step,
+            "samples": trainer.samples_seen,
+            "tokens": trainer.tokens_seen,
+            "batch_size": trainer.config.trainer.global_batch_size,
+            "schedule": {
+                "samples": trainer.schedule.samples(scheduler.last_epoch),
+                "samples_per_step": trainer.schedule.samples_per_step,
+            },
+            # JSON has no NaN, and NaN is never the best.
+            "metrics": {
+                k: v for k, v in trainer.evaluation_of_this_step().items() if math.isfinite(v)
+            },
+            "finite": True,
+            "parameters": _parameters(trainer),
+        },
+        rule=trainer.config.checkpoint,
+    )
+
+
+def write(draft: Draft, peers: Peers) -> Path:
+    """Write a draft under a temporary name, publish it and return its path. Collective.
+
+    Where each node has a disk of its own, each gets a checkpoint of what its ranks have written.
+    Raises SaveFailed, on all ranks alike, where one of them could not write; what was there before
+    is as it was then. No collective comes between a rank's first and its last byte: a rank that
+    fails joins the others at the end of each of the three parts.
+    """
+    temporary = draft.directory / f".{draft.path.name}.tmp"
+    folder = HashedFolder(temporary)
+
+    def prepare() -> None:
+        if peers.is_first:
+            draft.directory.mkdir(exist_ok=True)
+            # Only one checkpoint is written at a time, so none of what is there is in flight.
+            retention.sweep(draft.directory)
+            temporary.mkdir()
+
+    def write_part() -> tuple[int, Any, dict[str, Any], str]:
+        written = draft.engine.write(folder)
+        for name, data in draft.texts.items():
+            folder.write(name, data)
+        return peers.disk, written, folder.files, secrets.token_hex(8)
+
+    try:
+        peers.attempt(prepare)
+        parts = peers.attempt(write_part)
+
+        def finish() -> None:
+            if peers.is_first:
+                draft.engine.finish(folder, [written for _, written, *_ in parts])
+                files = dict(folder.files)
+                for disk, _, part, _ in parts:
+                    files |= part if disk == peers.disk else {}
+                manifest = {
+                    **draft.manifest,
+                    "save_id": parts[0][-1],
+                    "part": peers.disk,
+                    "parts": len({disk for disk, *_ in parts}),
+                    "files": dict(sorted(files.items())),
+                }
+                layout.write_manifest(temporary, manifest)
+                layout.publish_checkpoint(temporary, draft.path)
+
+        peers.attempt(finish)
+    except SaveFailed:
+        if peers.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+    def look() -> tuple[list[str], dict[int, Part]]:
+        # Each rank reads back what it has written itself.
+        wrong = layout.verify(draft.path, only=folder.files)
+        return wrong, parts_in(draft.directory) if peers.is_first else {}
+
+    seen = peers.attempt(look)
+
+    def retain() -> None:
+        if peers.is_first:
+            whole, _ = together([found for _, found in seen if found])
+            wrong = [problem for problems, _ in seen for problem in problems]
+            retention.retain(
+                draft.directory, draft.rule, newest=draft.step, wrong=wrong, among=whole
+            )
+
+    peers.attempt(retain)
+    return draft.path
+
+
+def _parameters(trainer: Training) -> list[dict[str, Any]]:
+    """Return name, whole shape, dtype and tied aliases of each parameter."""
+    names: dict[int, list[str]] = {}
+    parameters = {}
+    for name, parameter in trainer.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        parameters[id(parameter)] = parameter
+    return [
+        {
+            "name": aliases[0],
+            # ZeRO-3 leaves an empty tensor behind and notes the whole shape beside it.
+            "shape": list(getattr(parameters[key], "ds_shape", parameters[key].shape)),
+            "dtype": str(parameters[key].dtype).removeprefix("torch."),
+            "tied": aliases[1:],
+        }
+        for key, aliases in names.items()
+    ]
+
+
+def _unlogged_loss(trainer: Training) -> dict[str, Any]:
+    """Return what this rank's next logged loss, a mean over steps, has of those done already."""
+    return {
+        "unlogged_loss": float(trainer._tr_loss),
+        "logged_step": trainer._globalstep_last_logged,
+        **(
+            {"unlogged_auxiliary_loss": float(trainer.auxiliary_loss)}
+            if trainer.auxiliary_loss is not None
+            else {}
+        ),
+    }
+
+
+def _rng_state() -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "python": json.dumps(random.getstate()),
+        "numpy": json.dumps(
+            np.random.get_state(legacy=False), default=lambda array: array.tolist()
+        ),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _torch_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,421 @@
+"""The one training loop: transformers' Trainer with our data order, loss, evaluation and saves."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from train.config import RunConfig, Schedule
+from train.console import progress
+from train.data.batches import first_batch
+from train.errors import Diverged, UserError
+from train.loop import divergence
+from train.loop.saving.saver import Saver
+from train.model import build as models
+from train.optimizer import build as optimizer
+from train.process import signals
+from train.process.agreement import check, from_all
+from train.strategy import engine_of, finite
+from train.strategy.loss_scale import loss_scale_is_exhausted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate.utils import KwargsHandler
+
+    from train.loop.callbacks.tracking import Tracking
+    from train.loop.resuming import Resumed
+    from train.model.weights import Values
+
+METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
+"""What an evaluation measures, the last with masked models only."""
+BATCHES_BETWEEN_CHECKS = 4
+"""Of an evaluation, for a signal to stop."""
+IGNORED = -100
+"""Label of a position that is not predicted."""
+
+
+class Trainer(transformers.Trainer):
+    """Trains on batches whose labels are aligned with the logits."""
+
+    model: transformers.PreTrainedModel
+    model_wrapped: Any
+    """The live engine: DDP's or DeepSpeed's wrapper, or the model itself."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        args: transformers.TrainingArguments,
+        model: transformers.PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        train_loader: DataLoader,
+        eval_loader: DataLoader | None,
+        values: Values,
+        schedule: Schedule,
+        resumed: Resumed | None = None,
+    ) -> None:
+        self.config = config
+        self.schedule = schedule
+        self.resumed = resumed
+        """The checkpoint from which the run goes on; None where it begins."""
+        self.initial_values = values
+        """The model's first values in fp32, until the engine is complete."""
+        assert args.output_dir is not None
+        self.run_dir = Path(args.output_dir)
+        self._is_data_checked = False
+        self._train_loader, self._eval_loader = train_loader, eval_loader
+        self.saved_step = resumed.step if resumed else None
+        """Step of the newest whole checkpoint of this training."""
+        self.tokens_seen = resumed.tokens if resumed else 0
+        """Tokens trained on by all ranks, padding left out."""
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=train_loader.dataset,
+            eval_dataset=eval_loader.dataset if eval_loader else None,
+            compute_loss_func=self._step_loss,
+        )
+        self.gate = finite.Gate(args.device)
+        # The loss is ours: the model needs neither labels nor their number.
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(transformers.PrinterCallback)
+        self.tracking: Tracking | None = None
+        """On rank 0, what hands metrics on."""
+        self._auxiliary_coefficient = models.auxiliary_coefficient(model)
+        self.auxiliary_loss: torch.Tensor | None = None
+        """This rank's part of the model's auxiliary losses since the last logged step, each the
+        mean of a step; None where the model has none."""
+        if self._auxiliary_coefficient:
+            self.auxiliary_loss = torch.zeros((), device=args.device)
+        self.held_out_batches_not_finite = 0, 0
+        """How many batches of the last evaluation, over all ranks, were not finite; of how many."""
+        self._label_loss: torch.Tensor | None = None
+        """Of a micro-batch, without the auxiliary one."""
+        self.saver = Saver(self)
+        self.add_callback(self.saver)
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples trained on by all ranks: the position in the data."""
+        step, samples = (self.resumed.step, self.resumed.samples) if self.resumed else (0, 0)
+        return samples + (self.state.global_step - step) * self.config.trainer.global_batch_size
+
+    # --- data: our loaders already give each rank its own part --------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._train_loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        assert self._eval_loader is not None
+        return self._eval_loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        """Return one step's micro-batches and the number of labels in them, over all ranks.
+
+        There are none where a run goes on from its last step, as one does that was killed later.
+        Raises, before anything of the step is done, Diverged where the one before was not finite
+        and Stop where a rank was told to.
+        """
+        if self.control.should_training_stop:  # by the evaluation that a stop had cut short
+            return [], None
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        if not self._is_data_checked:
+            self._check_data(batches)
+        labels = sum(int(b["labels"].ne(IGNORED).sum()) for b in batches)
+        tokens = sum(
+            int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel()
+            for b in batches
+        )
+        # One reduction for all: neither whether to stop nor whether the step before was finite
+        # costs a collective of its own.
+        counts = torch.tensor([labels, tokens, signals.asked() is not None], device=device)
+        counts = torch.cat([counts, self.gate.verdict().to(device)])
+        counts = self.accelerator.reduce(counts, "sum")
+        _, tokens, stops, *not_finite = counts.tolist()
+        if any(not_finite):
+            raise self._diverged()
+        if stops:
+            raise signals.Stop
+        self.gate.begin()
+        self.tokens_seen += tokens
+        return batches, counts[0].clamp(min=1)
+
+    def _check_data(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Raise UserError where the model cannot be trained on the first batches."""
+        self._is_data_checked = True
+        embedding: Any = self.model.get_input_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        rows = embedding.num_embeddings
+        first_batch.check(
+            batches,
+            micro_batch_size=self.config.trainer.samples_per_pass,
+            sequence_length=self.config.data.tokens_per_sample,
+            embedding_rows=rows,
+            logits=getattr(head, "out_features", rows),
+        )
+
+    # --- whether the step was finite ----------------------------------------------------------
+
+    def check_finite(self, *, weights: bool = False) -> None:
+        """Raise Diverged, on all ranks alike, where this step was not finite. Collective.
+
+        With ``weights`` also where they are not, or too large: an update can overflow on its own.
+        """
+        verdict = self.gate.verdict()
+        if weights:
+            verdict = torch.cat([verdict, (~self._weights_are_sound()).long().view(1)])
+        if self.accelerator.reduce(verdict, "sum").any():
+            raise self._diverged()
+
+    def _weights_are_sound(self) -> torch.Tensor:
+        mine = engine_of(self.config).local_weights(self)
+        largest = finite.largest_weight(self.config.precision.compute_dtype)
+        return finite.are_sound(mine, self.args.device, largest)
+
+    def _diverged(self) -> Diverged:
+        # Closes the progress bar and the trackers, and waits for the checkpoint in flight.
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        loss, norm = self.gate.values()
+        found = from_all(divergence.Found(loss, norm, bool(self._weights_are_sound())))
+        text = divergence.message(
+            self.run_dir,
+            self.state.global_step,
+            found,
+            learning_rate=self.config.trainer.learning_rate,
+            began_at=self.resumed.step if self.resumed else None,
+        )
+        return Diverged(text)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.gate.add_loss(loss)
+        # What is logged can be compared with that of held-out samples, and from model to model.
+        return loss if self._label_loss is None else self._label_loss * self.args.world_size
+
+    # --- loss and evaluation ------------------------------------------------------------------
+
+    @staticmethod
+    def loss(
+        outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return summed cross entropy over ``num_items_in_batch`` labels of the whole step.
+
+        Every rank divides by the same global number, so that neither accumulation nor the world
+        size changes what a label weighs. ``logits`` (batch, sequence, vocabulary), ``labels``
+        (batch, sequence).
+        """
+        total = cross_entropy(
+            outputs.logits.flatten(0, 1).float(),
+            labels.flatten().to(outputs.logits.device),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+        count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / count
+
+    def _step_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what a micro-batch adds to the loss of the step, the model's auxiliary one too.
+
+        That one is a mean over the tokens of the micro-batch, and so counts by its share of the
+        step's labels: over all micro-batches and ranks the shares add up to 1.
+        """
+        loss = self.loss(outputs, labels, num_items_in_batch)
+        if self.auxiliary_loss is not None:
+            self._label_loss = loss.detach()
+            share = labels.ne(IGNORED).sum().to(loss.device) / num_items_in_batch
+            if outputs.aux_loss is None:
+                raise UserError(
+                    f"{type(outputs).__name__} of this model holds no auxiliary loss, by which its "
+                    "config asks to keep experts equally busy; set its coefficient to 0 in "
+                    "config.json to train without, or choose another model"
+                )
+            auxiliary = torch.as_tensor(outputs.aux_loss, device=loss.device).float() * share
+            self.auxiliary_loss += auxiliary.detach()
+            loss = loss + self._auxiliary_coefficient * auxiliary
+        return finite.poisoned(loss)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.auxiliary_loss is not None:
+            inputs = {**inputs, models.ROUTER_LOGITS: True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return loss and perplexity over all held-out labels, and accuracy for masked ones.
+
+        Only six sums are kept and reduced, never logits. Every rank makes the same number of
+        forward passes, as sharded engines need. Raises Stop where a rank was told to.
+        """
+        shown: dict[str, Any] = {
+            "name": f"evaluating step {self.state.global_step}",
+            "kind": "evaluating",
+            "total": len(dataloader),
+            "unit": "batch",
+            "comes_again": True,
+        }
+        model = self.model_wrapped
+        model.eval()
+        sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+        try:
+            with torch.no_grad():
+                for number, batch in enumerate(progress.over(dataloader, **shown)):
+                    if number % BATCHES_BETWEEN_CHECKS == 0:
+                        check()
+                    batch = self._prepare_inputs(batch)
+                    labels = batch.pop("labels")
+                    logits = model(**batch).logits
+                    kept = labels.ne(IGNORED)
+                    loss = cross_entropy(
+                        logits.flatten(0, 1).float(),
+                        labels.flatten(),
+                        ignore_index=IGNORED,
+                        reduction="sum",
+                    )
+                    sums[0] += loss
+                    sums[1] += (logits.argmax(-1).eq(labels) & kept).sum()
+                    sums[2] += kept.sum()
+                    sums[3] += kept.any(-1).sum()
+                    sums[4] += ~loss.isfinite()
+                    sums[5] += 1
+        finally:
+            model.train()
+            engine_of(self.config).after_evaluation(self)
+        total, correct, count, samples, *batches = self.accelerator.reduce(sums, "sum").tolist()
+        self.held_out_batches_not_finite = int(batches[0]), int(batches[1])
+        mean = total / max(count, 1)
+        metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+        if self.config.objective.kind == "mlm":
+            metrics["masked_accuracy"] = correct / max(count, 1)
+        return EvalLoopOutput(
+            predictions=(),  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            num_samples=int(samples),
+        )
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        at_start = skip_scheduler
+        every, step = self.config.trainer.save_every_steps, self.state.global_step
+        if at_start and (step == self.state.max_steps or (every and step % every == 0)):
+            self.saver.save()  # a manifest carries what was evaluated at its step
+        return metrics
+
+    # --- going on from a checkpoint -----------------------------------------------------------
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Begin at the checkpoint's step: our data begins there too, so nothing is skipped."""
+        super()._init_training_state(*args, **kwargs)
+        if self.resumed is not None:
+            path = self.resumed.checkpoint / "trainer_state.json"
+            before = transformers.TrainerState.load_from_json(str(path))
+            for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
+                setattr(self.state, name, getattr(before, name))
+        return 0, 0
+
+    # --- engine -------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            engine = engine_of(self.config)
+            self.optimizer = optimizer.build(
+                self.config, self.model, decayed, functools.partial(engine.adamw, self.config)
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Have the learning rate follow our schedule; it may go by samples instead of steps."""
+        if self.lr_scheduler is None:
+            found = self.optimizer if optimizer is None else optimizer
+            assert found is not None
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(found, self.schedule)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer behind accelerate's wrapper."""
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def innermost_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer that does the arithmetic, behind DeepSpeed's wrapper too."""
+        optimizer: Any = self.torch_optimizer()
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        if self.args.fp16:
+            from accelerate.utils import GradScalerKwargs
+
+            handlers: list[KwargsHandler] = list(built.get("kwargs_handlers") or [])
+            scaler = GradScalerKwargs(
+                init_scale=self.config.precision.initial_loss_scale,
+                growth_interval=self.config.precision.loss_scale_growth_steps,
+            )
+            built["kwargs_handlers"] = [*handlers, scaler]
+        return built
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if hasattr(norm, "full_tensor"):  # a DTensor holds only this rank's part
+            norm = norm.full_tensor()
+        self.gate.judge(norm, is_bad=loss_scale_is_exhausted(self))
+        return norm
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.saver.save()
+
+    def save_if_not_saved(self) -> None:
+        """Write a checkpoint of the last step, where the cadence has not written it."""
+        self.saver.save_last()
+
+    def end_tracking(self, outcome: str, **options: float) -> None:
+        """Tell the tracker, where there is one, that no line of metrics comes any more."""
+        if self.tracking is not None:
+            self.tracking.close(outcome, **options)
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Return the metrics of the last step; evaluate where the cadence has not done it."""
+        if self._eval_loader is None:
+            return {}
+        found = self.evaluation_of_this_step()
+        # One that is not finite has ended the run; a resumed one is not to end as if it were fine.
+        return found if math.isfinite(found.get("eval_loss", math.nan)) else self.evaluate()
+
+    def evaluation_of_this_step(self) -> dict[str, float]:
+        """Return the metrics that were evaluated at this very step, none where it was not."""
+        for entry in reversed(self.state.log_history):
+            if "eval_loss" in entry and entry["step"] == self.state.global_step:
+                return {name: entry[name] for name in METRICS if name in entry}
+        return {}

@@ -1,0 +1,46 @@
+"""The repeated blocks of a model, and how many parameters it has."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+)
+
+from train.errors import UserError
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones counted once, partitioned ones whole."""
+    # ZeRO-3 leaves an empty tensor in place and the whole size in ds_numel.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the repeated transformer blocks in order: the units to shard, compile and recompute.
+
+    They are the biggest `ModuleList` (by modules within) whose members are all of one class, among
+    the classes that the model names as not to be split where it names any. Raises UserError where
+    there is none.
+    """
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(member) for member in module}) == 1
+        and not isinstance(module[0], nn.ModuleList)
+    ]
+    unsplit = set(model._no_split_modules or ())
+    named = [members for members in lists if type(members[0]).__name__ in unsplit]
+    if not lists:
+        raise UserError(
+            f"{type(model).__name__} has no list of equal transformer blocks to shard or compile; "
+            "choose another strategy than fsdp and trainer.compile=false, or another model"
+        )
+    return max(named or lists, key=lambda members: sum(1 for m in members for _ in m.modules()))
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """torch.compile each block in place: equal blocks compile once, and no name changes."""
+    for block in blocks(model):
+        block.compile()

@@ -1,0 +1,142 @@
+"""From a size preset or a pretrained name to a model with its objective's head, and its weights."""
+
+from __future__ import annotations
+
+import logging
+from inspect import signature
+from pathlib import Path
+
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_flash_attn_2_available
+
+from train.config import (
+    PretrainedModel,
+    RunConfig,
+)
+from train.errors import UserError
+from train.model import activation_checkpointing, fp8
+from train.model.blocks import compile_blocks
+from train.model.configs import MODEL_CLASSES, transformers_config
+from train.model.generation import generation_config
+from train.model.pretrained import check_head, check_sizes, load_pretrained
+from train.model.weights import Values, initialized
+
+logger = logging.getLogger(__name__)
+
+ROUTER_LOGITS = "output_router_logits"
+"""The argument of a forward pass by which mixture-of-experts models give their auxiliary loss."""
+
+_OF_AUXILIARY_LOSSES = (
+    "router_aux_loss_coef",
+    "aux_loss_coef",
+    "aux_loss_alpha",
+    "router_z_loss_coef",
+    "z_loss_coefficient",
+)
+"""What configs call the weight of a loss beside that of the labels."""
+
+
+def build(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    kept: Path | None = None,
+    *,
+    reads_weights: bool = True,
+) -> tuple[PreTrainedModel, Values]:
+    """Return the run's model, in training mode and without values, and its parameters' fp32 values.
+
+    A pretrained model's config, generation settings and code are those in ``kept``, or with the
+    weights where there is none. Where a run is resumed its weights need not be read, and the values
+    are without meaning then.
+
+    The parameters are on the meta device: `Engine.shard` gives each rank its part of them. From
+    scratch, the values are a function of the config and ``config.seed`` alone; pretrained ones are
+    read tensor by tensor, where that is possible. The model compiles and recomputes if asked for.
+
+    Raises UserError where the tokenizer or the samples do not fit the model, a pretrained model
+    cannot be loaded, has no head for the objective or does not give the auxiliary loss that its
+    config asks for, or flash attention is not installed.
+    """
+    section = config.model
+    if section.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(
+            "model.attention=flash_attention_2 needs a CUDA GPU and the flash-attn package; "
+            "install it or choose model.attention=sdpa"
+        )
+    model_config = transformers_config(section, tokenizer, kept)
+    if isinstance(section, PretrainedModel):
+        check_head(section, model_config, config.objective)
+    check_sizes(config, model_config, tokenizer)
+    if isinstance(section, PretrainedModel):
+        model, values = load_pretrained(
+            section,
+            model_config,
+            config.objective,
+            config.seed,
+            kept,
+            reads_weights=reads_weights,
+        )
+    else:
+        assert section.causal == (config.objective.kind == "clm"), "checked in RunConfig"
+        model_class = MODEL_CLASSES[section.kind]
+        model, values = initialized(lambda: model_class(model_config), config.seed)
+        if section.causal:
+            model.generation_config = generation_config(model_config)
+    auxiliary_coefficient(model)  # refuses what cannot be given
+    # A cache of keys and values is of no use to a forward pass over whole samples.
+    model.config.use_cache = False
+    fp8.convert(model, config)
+    if (every_blocks := config.trainer.checkpoint_activations_every_blocks) is not None:
+        offload = config.trainer.offload_activations
+        activation_checkpointing.enable(model, every_blocks, offload=offload)
+    if config.trainer.compile:
+        compile_blocks(model)
+    return model.train(), values
+
+
+def fitted(config: RunConfig, model: PreTrainedModel) -> RunConfig:
+    """Return the config with what only the weights know of their model.
+
+    Raises UserError where it says something else of them.
+    """
+    section = config.model
+    found = getattr(model.config.get_text_config(), "hidden_size", None)
+    if not isinstance(section, PretrainedModel) or section.hidden_size == found:
+        return config
+    if section.hidden_size is not None:
+        raise UserError(
+            f"model.hidden_size={section.hidden_size}, but model.name={section.name} has {found}; "
+            "leave it out"
+        )
+    return config.model_copy(update={"model": section.model_copy(update={"hidden_size": found})})
+
+
+def auxiliary_coefficient(model: PreTrainedModel) -> float:
+    """Return by how much the model's auxiliary loss counts, by its own config; 0 where it has none.
+
+    Mixture-of-experts models keep their experts equally busy by it. Raises UserError where a config
+    asks for one that the model's forward pass does not give.
+    """
+    config = model.config.get_text_config()
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        coefficient = getattr(model, name, None)
+        if coefficient is not None and ROUTER_LOGITS in signature(model.forward).parameters:
+            return float(coefficient)
+    for name in _OF_AUXILIARY_LOSSES:
+        if coefficient := getattr(config, name, None):
+            raise UserError(
+                f"the model ({config.model_type}) asks for an auxiliary loss by "
+                f"{name}={coefficient} in its config.json, which transformers' "
+                f"{type(model).__name__} does not give; set it to 0 there to train without, or "
+                "choose another model"
+            )
+    return 0.0
+
+
+# --- from scratch -------------------------------------------------------------------------------
+
+
+# --- pretrained ---------------------------------------------------------------------------------

@@ -1,0 +1,184 @@
+"""A model that brings its own config and weights: what is taken of it, and whether it fits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from train.config import (
+    ModelConfig,
+    ObjectiveConfig,
+    PretrainedModel,
+    RunConfig,
+    ScratchModel,
+)
+from train.config.positions import usable_positions
+from train.errors import UserError
+from train.model.streaming import CannotStream, loaded_whole, loading, streamed, weight_files
+from train.model.vocabulary import vocabulary_size
+from train.model.weights import Values, initialized
+
+logger = logging.getLogger(__name__)
+
+
+def check_attention(model: ModelConfig, objective: ObjectiveConfig) -> None:
+    """Raise UserError where a pretrained model lacks the attention that is asked for.
+
+    For before its data are prepared: what else is wrong with it, `build` says.
+    """
+    if not isinstance(model, PretrainedModel) or model.attention in ("auto", "eager"):
+        return
+    auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
+    trusted = {"trust_remote_code": model.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(model.name, revision=model.revision, **trusted)
+        with torch.device("meta"):
+            auto_class.from_config(config, attn_implementation=model.attention, **trusted)
+    except Exception as error:  # whatever a model's own code raises
+        # transformers 5.23 words it so for each of them, and has no class of error for it.
+        if "does not support an attention implementation" not in str(error):
+            return
+        raise UserError(
+            f"model.attention={model.attention}, but the architecture of model.name={model.name} "
+            f"({config.model_type}) does not have it; set model.attention=auto, which takes what "
+            "it has"
+        ) from None
+
+
+def attention_of(model: ScratchModel | PretrainedModel) -> str | None:
+    """Return what transformers is asked for; of None it makes sdpa or eager itself."""
+    return None if model.attention == "auto" else model.attention
+
+
+def pretrained_config(model: PretrainedModel, kept: Path | None) -> PreTrainedConfig:
+    with loading(model):
+        return AutoConfig.from_pretrained(
+            kept or model.name,
+            revision=None if kept else model.revision,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+
+def load_pretrained(
+    model: PretrainedModel,
+    config: PreTrainedConfig,
+    objective: ObjectiveConfig,
+    seed: int,
+    kept: Path | None,
+    *,
+    reads_weights: bool,
+) -> tuple[PreTrainedModel, Values]:
+    auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
+    as_asked: dict[str, Any] = {
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": attention_of(model),
+        "dtype": torch.float32,
+    }
+
+    def build() -> PreTrainedModel:
+        return auto_class.from_config(config, **as_asked)
+
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    with loading(model):
+        if not reads_weights and not is_quantised:
+            built, values = initialized(build, seed)
+        else:
+            try:
+                files = weight_files(model.name, model.revision, config)
+                built, values = streamed(build, files, seed)
+            except CannotStream as reason:
+                logger.warning(
+                    "model.name=%s is loaded whole on every rank, not one tensor at a time: %s",
+                    model.name,
+                    reason,
+                )
+                built, values = loaded_whole(auto_class, model, config, as_asked, build, seed)
+        if built.can_generate():
+            built.generation_config = pretrained_generation_config(model, kept)
+    return built, values
+
+
+def pretrained_generation_config(model: PretrainedModel, kept: Path | None) -> GenerationConfig:
+    if kept is not None:
+        return GenerationConfig.from_pretrained(kept)
+    revision = model.revision or "main"
+    try:
+        return GenerationConfig.from_pretrained(model.name, revision=revision)
+    except OSError:  # older models keep theirs among their config
+        return GenerationConfig.from_pretrained(
+            model.name, "config.json", revision=revision, _from_model_config=True
+        )
+
+
+def check_head(
+    model: PretrainedModel, config: PreTrainedConfig, objective: ObjectiveConfig
+) -> None:
+    """Raise UserError where the architecture cannot be trained with the objective."""
+    own_code = getattr(config, "auto_map", None) or {}
+    masked = (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "AutoModelForMaskedLM" in own_code
+    )
+    causal = (
+        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own_code
+    )
+    what = f"model.name={model.name} is of the architecture {config.model_type}"
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{what}, an encoder-decoder, which fits no objective here; choose an encoder for "
+            "objective=mlm or a decoder for objective=clm"
+        )
+    if masked and causal:
+        # Encoders such as BERT can be switched to a decoder; only a flag in the config tells.
+        masked, causal = not config.is_decoder, bool(config.is_decoder)
+    if causal if objective.kind == "clm" else masked:
+        return
+    other = "mlm" if masked else "clm" if causal else None
+    remedy = f"choose objective={other} or another model" if other else "choose another model"
+    raise UserError(f"{what}, which has no head for objective={objective.kind}; {remedy}")
+
+
+def check_sizes(
+    config: RunConfig, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise UserError where the tokenizer has more tokens or a sample more than the model takes."""
+    text_config = model_config.get_text_config()
+    rows = text_config.vocab_size
+    # Not the number of tokens: ids may have holes, and the highest needs a row too.
+    wanted = vocabulary_size(tokenizer)
+    if wanted > rows:
+        remedy = (
+            "choose the tokenizer that belongs to it"
+            if config.model.kind == "pretrained"
+            else f"set model.vocab_size={wanted} or choose another tokenizer"
+        )
+        raise UserError(
+            f"the tokenizer's ids go up to {wanted - 1} and the model's embedding has only {rows} "
+            f"rows; {remedy}"
+        )
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        return
+    pad = getattr(text_config, "pad_token_id", None)  # a config with code of its own may lack it
+    positions = usable_positions(text_config.model_type, positions, pad)
+    if config.data.tokens_per_sample > positions:
+        raise UserError(
+            f"data.sequence_length={config.data.tokens_per_sample} is longer than the {positions} "
+            f"positions of the model ({text_config.model_type}, with this tokenizer); "
+            f"set data.sequence_length={positions} or less, or choose another model"
+        )

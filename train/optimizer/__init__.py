@@ -1,0 +1,1 @@
+"""From config and model to the optimizer."""

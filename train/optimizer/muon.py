@@ -1,0 +1,97 @@
+"""Muon for hidden matrices, with AdamW for all other parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+from transformers import PreTrainedModel
+
+
+def hidden_matrices(model: PreTrainedModel) -> set[str]:
+    """Return the names of the parameters that Muon is for: matrices between hidden layers.
+
+    Embeddings of every kind and the output head are none, as its authors advise
+    (https://kellerjordan.github.io/posts/muon/).
+    """
+    head = model.get_output_embeddings()
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    of_head = {id(p) for p in head.parameters()} if head is not None else set()
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and id(parameter) not in looked_up | of_head
+    }
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon for some groups and its fused AdamW for the others, as one optimizer.
+
+    A group's ``algorithm``, "muon" or "adamw", says which. What differs from `torch.optim.Muon` is
+    that parameters may be sharded DTensors: the momentum is sharded as they are, and each update
+    is gathered for the Newton-Schulz iteration, which needs the whole matrix, one at a time.
+    """
+
+    def __init__(self, adamw: torch.optim.AdamW, muon: torch.optim.Muon) -> None:
+        self._adamw = adamw
+        self.found_inf: Tensor | None = None
+        """1 where a step must change no weight, else 0, on the device, as AdamW has it."""
+        for algorithm, part in (("adamw", adamw), ("muon", muon)):
+            for group in part.param_groups:
+                group["algorithm"] = algorithm
+        # AdamW's first: its learning rate is the one that is logged.
+        super().__init__([*adamw.param_groups, *muon.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["algorithm"] == "muon":
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._muon_step(parameter, group)
+        # Loading a state replaces both, so the part that steps them takes them anew.
+        self._adamw.param_groups = [g for g in self.param_groups if g["algorithm"] == "adamw"]
+        self._adamw.state = self.state
+        self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self._adamw.step()
+        return loss
+
+    def _muon_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"]
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        whole = update.full_tensor() if isinstance(update, DTensor) else update
+        direction = _zeropower_via_newtonschulz(
+            whole, group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        if isinstance(update, DTensor):
+            mesh = update.device_mesh
+            replicated = DTensor.from_local(
+                direction, mesh, [Replicate()] * mesh.ndim, run_check=False
+            )
+            direction = replicated.redistribute(placements=update.placements)  # keeps its part
+        rate = float(group["lr"])
+        scaled_rate = _adjust_lr(rate, group["adjust_lr_fn"], parameter.shape)
+        if self.found_inf is None:
+            parameter.mul_(1 - rate * group["weight_decay"])
+            parameter.add_(direction, alpha=-scaled_rate)
+            return
+        old, direction = _local(parameter), _local(direction)
+        new = old.mul(1 - rate * group["weight_decay"]).add_(direction, alpha=-scaled_rate)
+        old.copy_(torch.where(self.found_inf.bool(), old, new))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

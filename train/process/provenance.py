@@ -1,0 +1,80 @@
+"""Versions, commit, command and hardware of each start of a run; never a secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.run_directory import history
+
+_PACKAGES = (
+    "shardwright",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+    "hydra-core",
+    "numpy",
+)
+
+
+def write_provenance(run_dir: Path, *, world_size: int, parameters: int) -> None:
+    """Describe what runs, beside what earlier starts have left; call it on rank 0."""
+    facts: dict[str, Any] = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "argv": sys.orig_argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "world_size": world_size,
+        "parameters": parameters,
+        "hardware": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "cuda": torch.version.cuda,
+        },
+    }
+    path = history.next_provenance(run_dir)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this file lies in, marked where it is changed."""
+    here = Path(__file__)
+    try:
+        # An installed copy may lie inside some other project's checkout.
+        if _git(here, "ls-files", "--error-unmatch", here.name).returncode:
+            return None
+        return _git(
+            here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _git(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["git", *arguments], cwd=file.parent, capture_output=True, text=True, timeout=10
+    )

@@ -1,0 +1,51 @@
+"""Watch for a request to stop while a run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from train.process import signals
+from train.run_directory.stop_request import _KILL, FILE, _lines
+
+
+@contextmanager
+def watch_for_stop(run_dir: Path) -> Iterator[None]:
+    """Have what is asked of a run reach its first rank, this process, inside of the block.
+
+    It then is as if this process had got a signal, wherever it is and whatever it does.
+
+    The file is there as long as somebody heeds it, and is emptied first: what an earlier start was
+    asked does not count. A thread reads it again and again instead of looking whether it is there:
+    for up to a minute NFS takes a file for missing that was so, but tells whoever opens one what is
+    in it now.
+    """
+    path = run_dir / FILE
+    with suppress(OSError):  # a full disk: this node's own signals are left
+        path.write_bytes(b"")
+    over = threading.Event()
+
+    def listen() -> None:
+        is_asked = False
+        while not over.wait(signals.SECONDS_BETWEEN_LOOKS):
+            lines = _lines(path)
+            if _KILL in lines:
+                path.unlink(missing_ok=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if lines and not is_asked:
+                is_asked = True
+                signals.ask(lines[0])
+
+    listener = threading.Thread(target=listen, name="stop request", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        over.set()
+        listener.join()
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The files of a run directory that are not checkpoints, and who reads them. No torch."""

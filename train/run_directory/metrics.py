@@ -1,0 +1,119 @@
+"""metrics.jsonl: what a run has logged, read in one place."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+from contextlib import suppress
+
+TAIL_BYTES = 2**16
+"""Of metrics.jsonl; a line has some 250."""
+
+
+def tail(path: Path) -> list[dict[str, Any]]:
+    """Return the last lines of a file of JSON lines; one that is being written is left out."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in text.splitlines()[size > TAIL_BYTES :]:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        lines += [entry] if isinstance(entry, dict) else []
+    return lines
+
+
+def trim_metrics(run_dir: Path, step: int = 0, *, is_evaluated: bool = False) -> None:
+    """Drop the lines of metrics.jsonl that are written again after a step: all where that is 0.
+
+    Those are the lines of later steps, those that a kill has cut short, and an evaluation that came
+    after the checkpoint of the same step, at the end of a run or where one was stopped:
+    ``is_evaluated`` says that the checkpoint knows its own.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+            again = entry["step"] == step and "eval_loss" in entry and not is_evaluated
+            if line.endswith("\n") and entry["step"] <= step and not again:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at one step; None where it was not."""
+
+    step: int
+    tokens: int
+    loss: float | None = None
+    """Of training, the mean since the point before."""
+    eval_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of a run in order, and how long the training between them took."""
+
+    points: tuple[Point, ...]
+    training_seconds: float | None
+    """Evaluations, saves and pauses left out."""
+    last_logged_at: float | None
+    """Seconds since 1970."""
+
+
+NO_CURVE = Curve((), None, None)
+
+
+def read(metrics: Path, until_step: int | None = None) -> Curve:
+    """Return the curve that a metrics.jsonl holds, up to a step; an empty one where there is none.
+
+    A line that cannot be read, such as one that a full disk has cut off, is passed over.
+    """
+    points: dict[int, Point] = {}
+    seconds, tokens_before, logged_at = 0.0, 0, None
+    lines = []
+    # A link to a device has no end.
+    with suppress(OSError):
+        if metrics.is_file():
+            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            step, tokens, logged_at_line = entry["step"], entry["tokens"], entry["time"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if until_step is not None and step > until_step:
+            continue
+        before = points.get(step, Point(step, tokens))
+        loss, eval_loss = entry.get("loss"), entry.get("eval_loss")
+        points[step] = Point(
+            step,
+            tokens,
+            before.loss if loss is None else loss,
+            before.eval_loss if eval_loss is None else eval_loss,
+        )
+        if speed := entry.get("tokens_per_second"):
+            seconds += (tokens - tokens_before) / speed
+            tokens_before = tokens
+        logged_at = logged_at_line
+    return Curve(tuple(points[step] for step in sorted(points)), seconds or None, logged_at)

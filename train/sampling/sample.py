@@ -1,0 +1,327 @@
+"""Let a trained model speak: fill masks or continue prompts, by the model's kind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from safetensors import SafetensorError
+
+from train.console import progress, terminal
+from train.errors import BAD_INPUT, FAILED, UserError
+from train.process import exhausted
+from train.process.arguments import path as path_of
+from train.process.logs import quiet_libraries
+from train.run_directory import final
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARDED_STRATEGIES = ("fsdp", "fsdp_offload", "zero3", "zero3_offload")
+"""Presets that divide the weights, so that ranks sample together from what none could hold."""
+
+
+def sample(
+    model_dir: Path,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int = 40,
+    top: int = 5,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    sharded: tuple[PreTrainedModel, torch.device] | None = None,
+) -> list[list[str]]:
+    """Return completions of each prompt by the model in a Hugging Face directory.
+
+    ``sharded`` is that very model, when ranks hold it together, and where its computation takes
+    place. Collective then: every rank makes the same forward passes and draws the same tokens.
+
+    A causal model gives one continuation of at most ``new_tokens`` tokens (fewer where the model's
+    positions end), drawn with temperature 0.7 from the 50 likeliest; a masked one the ``top``
+    likeliest fillings as "token (probability)".
+
+    Raises UserError where a prompt does not suit the model, or the directory's model cannot be
+    loaded; Python code that comes with one is run with ``trust_remote_code`` only.
+    """
+    quiet_libraries()
+    from transformers import set_seed
+
+    set_seed(seed)
+    check_code(model_dir, trusts_code=trust_remote_code)
+    # Not None, for which transformers would ask on the terminal and wait.
+    source: dict[str, Any] = {"model": str(model_dir), "trust_remote_code": trust_remote_code}
+    together: dict[str, Any] = {}
+    if sharded is not None:
+        source |= {"model": sharded[0], "tokenizer": str(model_dir)}
+        # All go on until all have ended, whatever rounding made of their tokens.
+        together = {"synced_gpus": True}
+    if is_masked(model_dir):
+        fill = _loaded("fill-mask", model_dir, source)
+        assert fill.tokenizer is not None
+        if sharded is not None:
+            fill.device = sharded[1]
+        check_prompts(prompts, fill.tokenizer, masked=True)
+        top = min(top, fill.model.config.vocab_size)
+        return [
+            [
+                f"{found['token_str'].strip() or repr(found['token_str'])} ({found['score']:.0%})"
+                for found in fill(prompt, top_k=top)
+            ]
+            for prompt in prompts
+        ]
+    generate = _loaded("text-generation", model_dir, source)
+    assert generate.tokenizer is not None
+    if sharded is not None:
+        generate.device = sharded[1]  # offloaded weights are elsewhere
+    check_prompts(prompts, generate.tokenizer, masked=False)
+    completions = []
+    for prompt in prompts:
+        room = generate.tokenizer.model_max_length - _length(prompt, generate.tokenizer)
+        (generated,) = generate(
+            prompt,
+            max_new_tokens=min(new_tokens, room),
+            max_length=None,
+            do_sample=True,
+            temperature=0.7,
+            top_k=50,
+            return_full_text=False,
+            **together,
+        )
+        completions.append([generated["generated_text"]])
+    return completions
+
+
+def _loaded(task: str, model_dir: Path, source: dict[str, Any]) -> Any:
+    """Return transformers' pipeline of a model. Raises UserError where it cannot be loaded.
+
+    What can be seen without loading is looked for first: libraries take some of it for another
+    thing, and say so.
+    """
+    from transformers import pipeline
+
+    from train.checkpoint.format import damage
+
+    if problem := next(damage.problems(model_dir), None):
+        raise UserError(problem)
+    try:
+        return pipeline(task, **source)  # type: ignore[call-overload]
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
+        if exhausted.explained(error) is not None:
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{model_dir} brings Python code of its own, which is not run unless asked for; "
+                "read it, then add --trust-remote-code, or choose another model"
+            ) from None
+        # `pipeline` tries several classes and raises what it printed of each.
+        said = [f"{type(error).__name__}: {error}", *str(error).splitlines()]
+        reason = next(line for line in said[::-1] if re.match(r"\w+Error: ", line))
+        raise UserError(
+            f"{model_dir} holds a model that cannot be loaded ({reason.splitlines()[0]}); "
+            "give one that `shardwright train` or `shardwright recover` has made, or a whole "
+            "Hugging Face model directory"
+        ) from None
+
+
+def check_code(model_dir: Path, *, trusts_code: bool) -> None:
+    """Raise UserError where a model needs Python code of its own, which may not be run."""
+    import transformers
+
+    from train.model import remote_code
+
+    tree = _config_of(model_dir)
+    name = str(tree["architectures"][0])
+    if remote_code.classes(tree) and not trusts_code and not hasattr(transformers, name):
+        raise UserError(
+            f"{model_dir} holds {name}, a model with Python code of its own "
+            f"({remote_code.names(tree)}), which is not run unless asked for; read it, then add "
+            f"{remote_code.FLAG}"
+        )
+
+
+def is_masked(model_dir: Path) -> bool:
+    """Return whether the model in a Hugging Face directory fills masks."""
+    tree = _config_of(model_dir)
+    own = tree.get("auto_map")
+    if isinstance(own, dict) and ("AutoModelForMaskedLM" in own) != ("AutoModelForCausalLM" in own):
+        return "AutoModelForMaskedLM" in own
+    return str(tree["architectures"][0]).endswith("ForMaskedLM")
+
+
+def _config_of(model_dir: Path) -> dict[str, Any]:
+    """Return a directory's config.json, which names its architecture. Raises UserError."""
+    path = model_dir / "config.json"
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        from train.checkpoint.format import damage
+
+        raise UserError(damage.problem(path) or f"{path} cannot be read ({error})") from None
+    names = tree.get("architectures") if isinstance(tree, dict) else None
+    if not (isinstance(names, list) and names):
+        raise UserError(
+            f'{path} names no architecture; add "architectures", such as ["GPT2LMHeadModel"]'
+        )
+    return tree
+
+
+def check_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, masked: bool
+) -> None:
+    """Raise UserError for a prompt that is too long, or for a masked model without one mask."""
+    for prompt in prompts:
+        shown = repr(prompt if len(prompt) <= 60 else f"{prompt[:57]}...")
+        if masked and prompt.count(str(tokenizer.mask_token)) != 1:
+            raise UserError(
+                f"prompt {shown} has {prompt.count(str(tokenizer.mask_token))} masks; this model "
+                f"fills exactly one {tokenizer.mask_token}"
+            )
+        length, longest = _length(prompt, tokenizer), tokenizer.model_max_length - (not masked)
+        if length > longest:
+            raise UserError(
+                f"prompt {shown} has {length:,} tokens; this model takes at most {longest:,}, "
+                "shorten it"
+            )
+
+
+def _length(prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    return len(tokenizer(prompt, verbose=False)["input_ids"])
+
+
+def show(model_dir: Path, prompts: Sequence[str], out: TextIO, **options: Any) -> None:
+    """Print what the model makes of each prompt."""
+    with progress.phase(f"loading {model_dir}"):
+        completions = sample(model_dir, prompts, **options)
+    print_completions(prompts, completions, out)
+
+
+def print_completions(
+    prompts: Sequence[str], all_completions: Sequence[Sequence[str]], out: TextIO
+) -> None:
+    """Print what `sample` has returned."""
+    for prompt, completions in zip(prompts, all_completions, strict=True):
+        if len(completions) > 1:
+            print(f"\n  {prompt}\n    {', '.join(completions)}", file=out)
+        else:
+            text = f"{prompt}\u2502{completions[0]}".strip("\n")
+            print("\n" + "\n".join(f"  {line}" for line in text.splitlines()), file=out)
+    out.flush()
+
+
+def model_directory(path: Path) -> Path:
+    """Return the model directory that ``path`` means: itself, or a run's final/.
+
+    Raises UserError where neither holds a model, or a run has gone past the one that it had.
+    """
+    if (path / "manifest.json").is_file():  # beside the model's config.json
+        run_dir = path.absolute().parent.parent
+        raise UserError(
+            f"{path} is a checkpoint, in the shards of the engine that trained it; give its run "
+            f"directory {run_dir}, whose final/ is read once the training has ended, or "
+            f"make a model directory with `shardwright recover {path} OUT`"
+        )
+    for candidate in (path, path / final.FINAL):
+        if (candidate / "config.json").is_file():
+            return candidate
+    for run_dir in (path, path.parent) if path.name == final.FINAL else (path,):
+        if earlier := final.earlier(run_dir):
+            raise UserError(final.why_earlier(run_dir, earlier))
+    raise UserError(
+        f"{path} holds no model: neither {path / 'config.json'} nor {path / final.FINAL} is there; "
+        "give a run directory whose training has ended, or a model directory"
+    )
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright sample`."""
+    found = argparse.ArgumentParser(prog="shardwright sample", description=__doc__)
+    found.add_argument(
+        "run_dir", type=path_of, help="run directory, or a Hugging Face model directory"
+    )
+    found.add_argument(
+        "--prompt", action="append", required=True, help="may be given several times"
+    )
+    found.add_argument(
+        "--new-tokens", type=_positive, default=40, help="of a continuation (default 40)"
+    )
+    found.add_argument("--top", type=_positive, default=5, help="fillings of a mask (default 5)")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the model brings along; read it before",
+    )
+    found.add_argument(
+        "--strategy",
+        help=f"divide the weights among ranks: {', '.join(SHARDED_STRATEGIES)} (default: one "
+        "process holds the whole model)",
+    )
+    found.add_argument(
+        "--nproc-per-node",
+        type=_positive,
+        help="ranks under --strategy (default: one for each GPU, or 1 on a CPU)",
+    )
+    return found
+
+
+def check_strategy(strategy: str | None, nproc_per_node: int | None) -> None:
+    """Raise UserError for a strategy that does not divide the weights, or ranks without one."""
+    choices = ", ".join(SHARDED_STRATEGIES)
+    if strategy is None and nproc_per_node is not None:
+        raise UserError(
+            f"--nproc-per-node={nproc_per_node} is for several ranks that hold the model together; "
+            f"add --strategy ({choices}), or leave it out"
+        )
+    if strategy is not None and strategy not in SHARDED_STRATEGIES:
+        raise UserError(
+            f"--strategy={strategy} does not divide the weights of a model that only speaks; "
+            f"choose one of {choices}, or leave it out"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    assert options.strategy is None, "the launcher starts ranks for that"
+    try:
+        with progress.shown_on(sys.stderr):
+            show(
+                model_directory(options.run_dir),
+                options.prompt,
+                sys.stdout,
+                new_tokens=options.new_tokens,
+                top=options.top,
+                seed=options.seed,
+                trust_remote_code=options.trust_remote_code,
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except (MemoryError, RuntimeError, OSError) as error:
+        why = exhausted.explained(error, remedies=_SMALLER)
+        if why is None:
+            raise
+        print(f"error: {why}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+_SMALLER = (
+    "--strategy fsdp --nproc-per-node N, which divides the model among N ranks",
+    "fewer --new-tokens",
+)
+
+
+if __name__ == "__main__":
+    sys.exit(terminal.run(main))

@@ -1,0 +1,44 @@
+"""The names of dtypes, ours and torch's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def dtype_names(dtypes: Iterable[Any]) -> str:
+    """Return torch dtypes by our names, several joined by "+". Pure."""
+    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+    return "+".join(_DTYPES.get(name, name) for name in names)
+
+
+def moments_dtypes(optimizer: torch.optim.Optimizer, masters: Iterable[Any]) -> set[Any]:
+    """Return the dtypes of the optimizer's running averages.
+
+    Before the first step there may be none yet; they will take those of the master weights.
+    torchao's 8-bit ones are tensors of a class of their own.
+    """
+    if type(optimizer).__name__ == "AdamW8bit":
+        return {"8-bit"}
+    averages = {
+        value.dtype
+        for state in optimizer.state.values()
+        for value in state.values()
+        if hasattr(value, "dtype") and value.ndim > 0
+    }
+    return averages or set(masters)
+
+
+TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -1,0 +1,112 @@
+"""No step whose loss or gradient norm is not finite reaches the weights, and no weights a save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Gate:
+    """Judges each step on the device; nothing waits for its verdict.
+
+    It lets the optimizer step or not, and travels to the host with the next numbers that the ranks
+    add up anyway: those of the next step's labels. A loss of one rank that is not finite reaches
+    the others through its gradients (`poisoned`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_closed = torch.zeros((), device=device)
+        """1 where this step must not reach the weights, else 0, as torch's optimizers take it."""
+        self._loss = torch.zeros((), device=device)
+        self._norm = torch.zeros((), device=device)
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have an optimizer leave the weights alone in a step that `judge` has found bad."""
+        # Where it works, be that host memory: torch would copy it there without waiting for it
+        # (2.13 optim/adam.py, _fused_adam).
+        self.is_closed = self.is_closed.to(optimizer.param_groups[0]["params"][0].device)
+        if getattr(optimizer, "_step_supports_amp_scaling", False) or hasattr(
+            optimizer, "found_inf"
+        ):
+            # torch's fused kernels read it on the device; it is how GradScaler skips their steps.
+            optimizer.found_inf = self.is_closed  # type: ignore[attr-defined]
+            return
+        step = optimizer.step
+
+        def guarded(*arguments: Any, **options: Any) -> Any:
+            # The arithmetic of Adafactor and of 8-bit AdamW has no such switch: the host decides.
+            return None if self.is_closed else step(*arguments, **options)
+
+        optimizer.step = guarded  # type: ignore[method-assign]
+
+    def begin(self) -> None:
+        """Forget the step before."""
+        self._loss.zero_()
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Take in this rank's loss of one micro-batch."""
+        self._loss += loss.detach()
+
+    def judge(self, norm: Tensor | float, *, is_bad: Tensor | bool | None = None) -> None:
+        """Take in the norm of the reduced gradients, before the optimizer steps.
+
+        ``is_bad`` is given where losses are scaled: there a norm that is not finite is normal, and
+        the engine skips the step.
+        """
+        norm = torch.as_tensor(norm, dtype=torch.float32).detach()
+        if is_bad is not None:
+            norm = torch.where(torch.as_tensor(is_bad, device=norm.device), norm, 0.0)
+        self._norm.copy_(norm)
+        self.is_closed.copy_(~norm.isfinite())
+
+    def verdict(self) -> Tensor:
+        """Return how many of this step's numbers are not finite on this rank: loss, norm."""
+        return torch.stack([~self._loss.isfinite(), ~self._norm.isfinite()]).long()
+
+    def values(self) -> tuple[float, float]:
+        """Return the loss of this rank and the gradient norm; waits for the device."""
+        return float(self._loss), float(self._norm)
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """Return a loss as it is, whose gradients are NaN where it is not finite.
+
+    An infinite loss can have finite gradients, and one rank's gradients are the only thing that all
+    ranks learn of before they step.
+    """
+    if loss.requires_grad:
+        factor = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        loss.register_hook(lambda gradient: gradient * factor)
+    return loss
+
+
+def largest_weight(compute_dtype: str) -> float:
+    """Return the largest magnitude that a weight may have: of use in products of that dtype. Pure.
+
+    In fp16 a copy of a larger one is infinite. In fp32 and bf16 its square is, which norms and
+    attention take: such weights are finite, and nothing that is computed with them is.
+    """
+    return torch.finfo(torch.float16).max if compute_dtype == "fp16" else 2.0**64
+
+
+def are_sound(tensors: Iterable[Tensor], device: torch.device, largest_allowed: float) -> Tensor:
+    """Return on ``device`` whether every element is a number of at most that magnitude.
+
+    Keeps nothing of the tensors' size.
+    """
+    largest = [
+        # The largest magnitude is NaN or infinite if any is, and takes no copy of the tensor.
+        torch.linalg.vector_norm(tensor.detach().flatten(), math.inf).float().to(device)
+        for tensor in tensors
+        if tensor.numel()
+    ]
+    if not largest:
+        return torch.tensor(True, device=device)
+    return (torch.stack(largest) <= largest_allowed).all()  # which NaN is not
+
+
+# --- what is said of it -------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""What FSDP2 is asked for, and what is read back off the live model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from train.config import RunConfig
+
+if TYPE_CHECKING:
+    from train.strategy.training import Training
+from train.strategy.dtypes import TORCH_DTYPES
+from train.strategy.fsdp.settings import settings
+
+
+def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
+    values = settings(config, world_size)
+    facts = {
+        "engine": "FSDP2",
+        "world_size": world_size,
+        "mesh": dict(zip(values["mesh"]["names"], values["mesh"]["shape"], strict=True)),
+        "unsharded_parameters": [],
+        "master_dtypes": [TORCH_DTYPES[config.precision.master_dtype]],
+        "compute_dtypes": [values["mixed_precision"]["param_dtype"]],
+        "reduce_dtypes": [values["mixed_precision"]["reduce_dtype"]],
+        "offloaded": values["offload"]["cpu"],
+        "pinned": values["offload"]["pin_memory"],
+        "reshard_after_forward": values["reshard_after_forward"],
+    }
+    layers = getattr(config.model, "num_hidden_layers", None)
+    if values["wrap"] == "none":
+        facts["units"] = 1
+    elif values["wrap"] == "transformer" and values["block_class"] is None and layers:
+        facts["units"] = layers + 1
+    return facts
+
+
+def read_back(trainer: Training) -> dict[str, Any]:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    from train.strategy.dtypes import dtype_names, moments_dtypes
+    from train.strategy.loss_scale import loss_scaling
+
+    model = trainer.model_wrapped
+    found = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    groups = [group for unit in found for group in _parameter_groups(unit)]
+    parameters = dict(model.named_parameters())
+    sharded = {n: p for n, p in parameters.items() if isinstance(p, DTensor)}
+    meshes = [p.device_mesh for p in sharded.values()]
+    masters = {p.dtype for p in sharded.values()}
+    policies = [group.offload_policy for group in groups]
+
+    def dtypes(attribute: str) -> list[str]:
+        found = {str(getattr(g.mp_policy, attribute)).removeprefix("torch.") for g in groups}
+        return sorted(found)
+
+    return {
+        "engine": "FSDP2" if found else type(model).__name__,
+        "world_size": dist.get_world_size(),
+        "mesh": dict(zip(meshes[0].mesh_dim_names or (), meshes[0].shape, strict=True))
+        if meshes
+        else {},
+        "units": len(found),
+        "unsharded_parameters": sorted(set(parameters) - set(sharded)),
+        "master_dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in masters),
+        "compute_dtypes": dtypes("param_dtype"),
+        "reduce_dtypes": dtypes("reduce_dtype"),
+        "offloaded": bool(policies) and all(isinstance(p, CPUOffloadPolicy) for p in policies),
+        "pinned": any(getattr(p, "pin_memory", False) for p in policies),
+        # The root keeps its parameters between forward and backward whatever was asked.
+        "reshard_after_forward": all(
+            group.post_forward_mesh_info is not None
+            for unit in found[1:]
+            for group in _parameter_groups(unit)
+        )
+        if len(found) > 1
+        else trainer.config.strategy.reshard_after_forward,  # type: ignore[union-attr]
+        "precision": {
+            "compute": dtype_names(dtypes("param_dtype")),
+            "reduction": dtype_names(dtypes("reduce_dtype")),
+            "master": dtype_names(masters),
+            "moments": dtype_names(moments_dtypes(trainer.innermost_optimizer(), masters)),
+        },
+        **loss_scaling(trainer.accelerator.scaler),
+    }
+
+
+def _parameter_groups(unit: Any) -> list[Any]:
+    # torch 2.13 keeps a list and 2.11 one group or None; neither has a public way to read them.
+    state = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []

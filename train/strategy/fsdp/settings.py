@@ -1,0 +1,48 @@
+"""From config to the arguments of `fully_shard`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from train.config import FsdpStrategy, RunConfig
+
+if TYPE_CHECKING:
+    pass
+from train.strategy.dtypes import TORCH_DTYPES
+
+
+def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """Return the arguments of `fully_shard`, dtypes by their torch names."""
+    strategy, precision = config.strategy, config.precision
+    assert isinstance(strategy, FsdpStrategy)
+    if strategy.replicas > 1:
+        shape, names = [strategy.replicas, world_size // strategy.replicas], ["replicate", "shard"]
+    else:
+        shape, names = [world_size], ["shard"]
+    return {
+        "mesh": {"shape": shape, "names": names},
+        "wrap": strategy.wrap,
+        "block_class": strategy.block_class,
+        "min_unit_parameters": strategy.min_unit_parameters if strategy.wrap == "size" else None,
+        "reshard_after_forward": strategy.reshard_after_forward,
+        "mixed_precision": {
+            "param_dtype": TORCH_DTYPES[precision.compute_dtype],
+            "reduce_dtype": TORCH_DTYPES[precision.reduce_dtype],
+            "cast_forward_inputs": True,
+        },
+        "offload": {"cpu": strategy.offload, "pin_memory": _pins(config)},
+        "reduce_each_micro_batch": strategy.reduce_each_micro_batch,
+        "prefetch_units": strategy.prefetch_units,
+    }
+
+
+def _pins(config: RunConfig) -> bool:
+    # There is nothing to pin memory for without a GPU.
+    assert isinstance(config.strategy, FsdpStrategy)
+    return (
+        config.strategy.offload and config.strategy.pin_memory and config.launcher.device == "cuda"
+    )
+
+
+def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
+    return {"bf16": config.precision.compute_dtype == "bf16"}

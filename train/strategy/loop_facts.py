@@ -1,0 +1,227 @@
+"""What every engine shares and must be as asked for: batch, clip, optimizer, schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from train.config import RunConfig, Schedule, accumulation_steps
+from train.optimizer.schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    from train.strategy.training import Training
+
+
+def expected(config: RunConfig, world_size: int, schedule: Schedule) -> dict[str, Any]:
+    """Return the facts that `read_back` must find. Pure."""
+    trainer = config.trainer
+    return {
+        "global_batch_size": trainer.global_batch_size,
+        "micro_batch_size": trainer.samples_per_pass,
+        "accumulation_steps": accumulation_steps(trainer, world_size),
+        "clip": trainer.max_grad_norm,
+        "optimizer": _expected_optimizer(config),
+        "schedule": _facts_of(schedule),
+        **_recomputed(config),
+        **_blocks_run_as(config),
+        **_numerics(config),
+    }
+
+
+def read_back(trainer: Training) -> dict[str, Any]:
+    """Return facts read off the live loop."""
+    import torch
+
+    from train.model import activation_checkpointing, fp8
+
+    args = trainer.args
+    return {
+        "global_batch_size": args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
+        "micro_batch_size": args.per_device_train_batch_size,
+        "accumulation_steps": args.gradient_accumulation_steps,
+        "clip": args.max_grad_norm,
+        "optimizer": _optimizer(trainer),
+        "schedule": _facts_of(_live_schedule(trainer)),
+        **activation_checkpointing.read_back(trainer.model),
+        **_how_blocks_run(trainer),
+        **fp8.read_back(trainer.model),
+        # Not allow_tf32, which raises where transformers has set this newer name.
+        "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
+    }
+
+
+# What each algorithm's parameter groups hold, by torch's names and by ours.
+_HYPER_PARAMETERS = {
+    "adamw": {"initial_lr": "peak_learning_rate", "betas": "betas", "eps": "epsilon"},
+    "adafactor": {
+        "initial_lr": "peak_learning_rate",
+        "beta2_decay": "beta2_decay",
+        "d": "clip_threshold",
+        "eps": "epsilons",
+    },
+    "muon": {
+        "initial_lr": "peak_learning_rate",
+        "momentum": "momentum",
+        "nesterov": "nesterov",
+        "ns_steps": "newton_schulz_steps",
+        "adjust_lr_fn": "learning_rate_scale",
+    },
+}
+
+
+def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
+    trainer = config.trainer
+    peak = _seven_digits(trainer.learning_rate)
+    adamw = {
+        "peak_learning_rate": peak,
+        "betas": [trainer.adam_beta1, trainer.adam_beta2],
+        "epsilon": trainer.adam_epsilon,
+    }
+    adafactor = {
+        "peak_learning_rate": peak,
+        "beta2_decay": trainer.adafactor_beta2_decay,
+        "clip_threshold": trainer.adafactor_clip_threshold,
+        "epsilons": [trainer.adafactor_epsilon1, trainer.adafactor_epsilon2],
+    }
+    muon = {
+        "peak_learning_rate": _seven_digits(trainer.muon_learning_rate or trainer.learning_rate),
+        "momentum": trainer.muon_momentum,
+        "nesterov": True,
+        "newton_schulz_steps": trainer.muon_newton_schulz_steps,
+        "learning_rate_scale": trainer.muon_learning_rate_scale,
+    }
+    named = {
+        "adamw": (
+            "DeepSpeedCPUAdam" if config.strategy.has_own_adam else "AdamW",
+            {"adamw": adamw},
+        ),
+        "adamw_8bit": ("AdamW8bit", {"adamw": adamw}),
+        "adafactor": ("Adafactor", {"adafactor": adafactor}),
+        "muon": ("MuonWithAdamW", {"muon": muon, "adamw": adamw}),
+    }
+    class_name, algorithms = named[trainer.optimizer]
+    decays = sorted({trainer.weight_decay, 0.0})
+    return {"class": class_name, "weight_decays": decays, "algorithms": algorithms}
+
+
+def _optimizer(trainer: Training) -> dict[str, Any]:
+    groups = trainer.torch_optimizer().param_groups
+    class_name = type(trainer.innermost_optimizer()).__name__
+    only = "adafactor" if class_name == "Adafactor" else "adamw"
+    algorithms: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        algorithm = group.get("algorithm", only)
+        for key, name in _HYPER_PARAMETERS[algorithm].items():
+            value: Any = group.get(key)
+            if key == "initial_lr":
+                value = _seven_digits(float(value))
+            value = list(value) if isinstance(value, tuple) else value
+            known = algorithms.setdefault(algorithm, {}).setdefault(name, value)
+            if known != value:
+                algorithms[algorithm][name] = f"{known} and {value}"
+    return {
+        "class": class_name,
+        "weight_decays": sorted({g["weight_decay"] for g in groups} | {0.0}),
+        "algorithms": algorithms,
+    }
+
+
+def _seven_digits(value: float) -> float:
+    # torchao keeps the rate in an fp32 tensor.
+    return float(f"{value:.7g}")
+
+
+def _recomputed(config: RunConfig) -> dict[str, Any]:
+    every_blocks = config.trainer.checkpoint_activations_every_blocks
+    facts: dict[str, Any] = {
+        "checkpoint_activations_every_blocks": every_blocks,
+        "offload_activations": config.trainer.offload_activations,
+    }
+    # Pretrained weights bring their number of blocks along.
+    if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
+        facts["recomputed_blocks"] = 0 if every_blocks is None else math.ceil(layers / every_blocks)
+    return facts
+
+
+def _blocks_run_as(config: RunConfig) -> dict[str, Any]:
+    compiles = config.trainer.compile
+    facts: dict[str, Any] = {"compile": compiles, "compiled_otherwise": []}
+    if config.model.attention != "auto":
+        facts["attention"] = config.model.attention
+    if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
+        facts["compiled_blocks"] = layers if compiles else 0
+    return facts
+
+
+def _how_blocks_run(trainer: Training) -> dict[str, Any]:
+    """Return by which attention it runs, and which of its modules torch.compile has got hold of."""
+    # `Module.compile` leaves this; `torch.compile` wraps, as accelerate does of its own accord.
+    compiled = {
+        id(module): module
+        for module in trainer.model_wrapped.modules()
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    }
+    blocks = [compiled.pop(id(b)) for b in _blocks(trainer.model) if id(b) in compiled]
+    return {
+        "attention": trainer.model.config._attn_implementation,
+        "compile": bool(blocks),
+        "compiled_blocks": len(blocks),
+        "compiled_otherwise": sorted({type(module).__name__ for module in compiled.values()}),
+    }
+
+
+def _blocks(model: Any) -> list[Any]:
+    from train.errors import UserError
+    from train.model.blocks import blocks
+
+    try:
+        return blocks(model)
+    except UserError:  # it has none, and whatever is compiled is not one
+        return []
+
+
+def _numerics(config: RunConfig) -> dict[str, Any]:
+    precision = config.precision
+    recipe = precision.fp8_recipe
+    facts: dict[str, Any] = {
+        "precision": {
+            "compute": precision.compute_dtype,
+            "reduction": "none" if config.strategy.kind == "single" else precision.reduce_dtype,
+            "master": precision.master_dtype,
+            "moments": "8-bit"
+            if config.trainer.optimizer == "adamw_8bit"
+            else precision.moments_dtype,
+        },
+        "tf32": precision.allow_tf32 and config.launcher.device == "cuda",
+        "fp8_recipe": recipe,
+        "loss_scale_growth_steps": None,
+        "initial_loss_scale": None,
+    }
+    if recipe is not None:
+        facts["fp8_layers_missed"] = 0
+    if precision.compute_dtype == "fp16":
+        facts["loss_scale_growth_steps"] = precision.loss_scale_growth_steps
+        facts["initial_loss_scale"] = precision.initial_loss_scale
+    return facts
+
+
+def _live_schedule(trainer: Training) -> Schedule:
+    scheduler: Any = trainer.lr_scheduler
+    found: Schedule = scheduler.lr_lambdas[0]
+    return found
+
+
+def _facts_of(schedule: Schedule) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "name": SCHEDULES[schedule.name],
+        "num_warmup_steps": schedule.warmup_steps,
+    }
+    if schedule.name in ("linear", "cosine"):
+        facts["num_training_steps"] = schedule.total_steps
+    if schedule.name == "warmup_stable_decay":
+        facts["num_decay_steps"] = schedule.decay_steps
+    if schedule.by_samples:
+        facts["samples_per_step"] = schedule.samples_per_step
+    return facts

@@ -1,0 +1,1 @@
+"""What engines write of themselves and take back."""

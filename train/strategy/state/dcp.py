@@ -1,0 +1,127 @@
+"""Model and optimizer state as torch distributed checkpoints, for DDP and FSDP alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.state_dict import get_state_dict
+
+from train.checkpoint.format.hashed import HashedFolder
+from train.optimizer import eight_bit
+from train.strategy.state.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from train.strategy.training import Training
+
+FOLDER = "engine"
+
+
+class DistributedState:
+    """What this rank writes of the model and the optimizer; replicated tensors are written once.
+
+    Building it is collective and touches no disk; a ``copy`` is untouched by later steps. It does
+    what `torch.distributed.checkpoint.save` does, but that one mixes collectives with writing.
+    """
+
+    def __init__(self, trainer: Training, *, copy: bool) -> None:
+        optimizer = trainer.torch_optimizer()
+        model_state, optimizer_state = get_state_dict(trainer.model, optimizer)
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+        if eight_bit.in_use(optimizer):
+            state["optimizer"] = eight_bit.appearing_in_fp32(optimizer_state)
+        self._planner = _Planner()
+        self._planner.set_up_planner(
+            state,
+            is_coordinator=trainer.args.process_index == 0,
+        )
+        self._metadata: Metadata | None = None
+        plan = self._planner.create_local_plan()
+        self._plan = self._planner.finish_plan(self._globally(plan))
+        # Copies are in host memory already: nothing to fetch ahead from a GPU.
+        self._copy_ahead_bytes = 0 if copy else 10_000_000
+        if copy:
+            self._planner.keep_copies(self._plan)
+
+    def _globally(self, plan: SavePlan) -> SavePlan:
+        """Have rank 0 decide who writes what; return this rank's part."""
+        is_alone, is_first = not dist.is_initialized(), self._planner.is_coordinator
+        plans: list[Any] = [plan] if is_alone else [None] * dist.get_world_size()
+        if not is_alone:
+            dist.gather_object(plan, plans if is_first else None)
+        if is_first:
+            plans, self._metadata = self._planner.create_global_plan(plans)
+            plans = FileSystemWriter(FOLDER).prepare_global_plan(plans)
+        if is_alone:
+            return plans[0]
+        mine: list[Any] = [None]
+        dist.scatter_object_list(mine, plans if is_first else None)
+        return mine[0]
+
+    def write(self, folder: HashedFolder) -> Any:
+        writer = self._writer(folder)
+        return writer.write_data(self._plan, self._planner).value()
+
+    def finish(self, folder: HashedFolder, written: list[Any]) -> None:
+        if self._metadata is not None:
+            self._writer(folder).finish(self._metadata, written)
+
+    def _writer(self, folder: HashedFolder) -> FileSystemWriter:
+        writer = FileSystemWriter(
+            folder.path / FOLDER,
+            sync_files=False,  # the folder does it
+            per_thread_copy_ahead=self._copy_ahead_bytes,
+        )
+        writer.fs = _HashedFileSystem(folder)
+        return writer
+
+
+class _Planner(DefaultSavePlanner):
+    """Takes what is to be written from the live state, or from copies of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies: dict[Any, Any] | None = None
+
+    def keep_copies(self, plan: SavePlan) -> None:
+        """Copy this rank's part to host memory and let go of the live state."""
+        snapshot = Snapshot()
+        copies: dict[Any, Any] = {}
+        for item in plan.items:
+            data = self.resolve_data(item)
+            copies[item.index] = snapshot.part(data) if isinstance(data, torch.Tensor) else data
+        snapshot.wait()
+        self._copies, self.state_dict = copies, {}
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if self._copies is not None:
+            return self._copies[write_item.index]
+        return eight_bit.dequantised(super().resolve_data(write_item))
+
+
+class _HashedFileSystem(FileSystem):
+    """Creates files through a `HashedFolder`."""
+
+    def __init__(self, folder: HashedFolder) -> None:
+        self._folder = folder
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        assert mode == "wb"
+        with self._folder.create(self._name(path)) as stream:
+            yield stream
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        self._folder.rename(self._name(path), self._name(new_path))
+
+    def _name(self, path: Any) -> str:
+        return Path(path).relative_to(self._folder.path).as_posix()

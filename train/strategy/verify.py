@@ -1,0 +1,43 @@
+"""Whether the live engine is the one that was asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from train.config import RunConfig
+from train.strategy import loop_facts
+
+if TYPE_CHECKING:
+    from train.strategy.training import Training
+from train.strategy import engine_of
+
+
+def verify(trainer: Training, config: RunConfig, world_size: int) -> dict[str, Any]:
+    """Compare the live engine with the config and return what was read back.
+
+    Raises EngineMismatch naming every fact that differs, with both values.
+    """
+    engine = engine_of(config)
+    expected = {
+        **engine.expected(config, world_size),
+        **loop_facts.expected(config, world_size, trainer.schedule),
+    }
+    if trainer.state.global_step > 0:
+        # A resumed run goes on with the loss scale that it had come to.
+        del expected["initial_loss_scale"]
+    live = {**engine.read_back(trainer), **loop_facts.read_back(trainer)}
+    differences = [
+        f"{fact}: the config asks for {value!r}, the live engine has {live.get(fact)!r}"
+        for fact, value in expected.items()
+        if live.get(fact) != value
+    ]
+    if differences:
+        raise EngineMismatch(
+            f"strategy={config.strategy.kind} is not what runs; nothing was trained\n"
+            + "\n".join(differences)
+        )
+    return live
+
+
+class EngineMismatch(RuntimeError):
+    """The live engine is not the one that was asked for."""

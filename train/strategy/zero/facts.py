@@ -1,0 +1,118 @@
+"""What ZeRO is asked for, and what is read back off the live engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from train.config import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.strategy.training import Training
+from train.strategy.zero.masters import master_partitions, replicated_masters
+from train.strategy.zero.settings import settings
+
+_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
+    values = settings(config, world_size)
+    section = values["zero_optimization"]
+    stage = section["stage"]
+    facts = {
+        "engine": "DeepSpeedEngine",
+        "world_size": world_size,
+        "stage": stage,
+        "bf16": values["bf16"]["enabled"],
+        "fp16": values["fp16"]["enabled"],
+        "reduce_dtype": _TORCH_NAMES[values["communication_data_type"]],
+        "engine_clip": values["gradient_clipping"],
+        "engine_global_batch_size": values["train_batch_size"],
+        "engine_micro_batch_size": values["train_micro_batch_size_per_gpu"],
+        "engine_accumulation_steps": values["gradient_accumulation_steps"],
+        "parameters_sharded": stage == 3,
+        "offload_optimizer": section["offload_optimizer"]["device"],
+        "offload_parameters": section.get("offload_param", {}).get("device", "none"),
+    }
+    if stage > 0:
+        facts["master_dtypes"] = [_TORCH_NAMES[config.precision.master_dtype]]
+    if stage > 1:
+        facts["reduce_bucket_elements"] = section["reduce_bucket_size"]
+    if stage == 3:
+        facts["persistence_elements"] = section["stage3_param_persistence_threshold"]
+    return facts
+
+
+def read_back(trainer: Training) -> dict[str, Any]:
+    import deepspeed
+
+    from train.strategy import loss_scale
+    from train.strategy.dtypes import dtype_names, moments_dtypes
+    from train.strategy.zero import swapped
+
+    engine = trainer.model_wrapped
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        return {"engine": type(engine).__name__}
+    zero: Any = engine.optimizer
+    stage = engine.zero_optimization_stage()
+
+    def device(offload: Any) -> str:
+        return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
+
+    facts = {
+        "engine": "DeepSpeedEngine",
+        "world_size": engine.dp_world_size,
+        "stage": stage,
+        "bf16": engine.bfloat16_enabled(),
+        "fp16": engine.fp16_enabled(),
+        "reduce_dtype": str(engine.communication_data_type).removeprefix("torch."),
+        "engine_clip": engine.gradient_clipping(),
+        "engine_global_batch_size": engine.train_batch_size(),
+        "engine_micro_batch_size": engine.train_micro_batch_size_per_gpu(),
+        "engine_accumulation_steps": engine.gradient_accumulation_steps(),
+        "parameters_sharded": all(hasattr(p, "ds_id") for p in engine.module.parameters()),
+        "zero_optimizer": type(zero).__name__,
+        "offload_optimizer": device(engine.zero_offload_optimizer()),
+        "offload_parameters": device(engine.zero_offload_param()),
+    }
+    if stage > 1:
+        facts["reduce_bucket_elements"] = int(zero.reduce_bucket_size)
+    if stage > 0:
+        facts["master_dtypes"] = sorted(
+            {str(p.dtype).removeprefix("torch.") for p in master_partitions(zero)}
+        )
+    if stage == 3:
+        facts["persistence_elements"] = engine.zero_param_persistence_threshold()
+        if facts["offload_optimizer"] == "nvme":
+            facts["optimizer_elements_on_nvme"] = swapped.elements(zero)
+    computed = _most_common_dtype(engine.module)
+    masters = facts.get("master_dtypes") or {m.dtype for m in replicated_masters(engine).values()}
+    masters = masters or {computed}
+    facts["precision"] = {
+        "compute": dtype_names([computed]),
+        "reduction": dtype_names([facts["reduce_dtype"]]),
+        "master": dtype_names(masters),
+        "moments": dtype_names(moments_dtypes(trainer.innermost_optimizer(), masters)),
+    }
+    return {**facts, **(loss_scaling(zero) if facts["fp16"] else loss_scale.loss_scaling(None))}
+
+
+def _most_common_dtype(model: torch.nn.Module) -> torch.dtype:
+    # strategy.extra can ask DeepSpeed to keep some modules in fp32.
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        elements[parameter.dtype] += getattr(parameter, "ds_numel", parameter.numel())
+    return elements.most_common(1)[0][0]
+
+
+def loss_scaling(optimizer: Any) -> dict[str, Any]:
+    """Return the facts of DeepSpeed's loss scaling: stage 0 keeps them in a class of its own."""
+    if (config := getattr(optimizer, "loss_scale_config", None)) is not None:
+        scale, window, dynamic = config.cur_scale, config.scale_window, config.dynamic_loss_scale
+    else:
+        scaler = optimizer.loss_scaler
+        scale, window, dynamic = scaler.cur_scale, scaler.scale_window, scaler.dynamic
+    assert dynamic, "fp16.loss_scale=0 asks for it"
+    return {"initial_loss_scale": float(scale), "loss_scale_growth_steps": window}

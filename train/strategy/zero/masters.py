@@ -1,0 +1,168 @@
+"""ZeRO's master weights: where they lie, and what DeepSpeed gets wrong about them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import torch
+
+    from train.strategy.training import Training
+logger = logging.getLogger(__name__)
+
+
+def complete(trainer: Training) -> None:
+    """Mend what deepspeed 0.19 gets wrong.
+
+    With round_robin_gradients it links parameters to the masters of others. In bf16 and fp16 it
+    clones the fp32 masters from the rounded parameters. At stage 0 it also makes room for the
+    moments by a step with zero gradients, which decays the masters and counts as Adam's first; in
+    fp32 it drops the gradient norm there, and steps whatever it is: everywhere else it skips a step
+    whose gradient norm is not finite. Of gradients on NVMe it reads most not at all.
+    """
+    from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+    from train.strategy.zero import swapped
+
+    engine = trainer.model_wrapped
+    precision = trainer.config.precision
+    _link_masters(engine.optimizer)
+    swapped.align_gradients(engine.optimizer)
+    if getattr(engine.optimizer, "swap_optimizer", False) and not swapped.elements(
+        engine.optimizer
+    ):
+        logger.warning(
+            "strategy.offload_optimizer=nvme puts nothing on the disk: what is smaller than a MiB, "
+            "or strategy.aio.block_size_bytes, stays in memory, and all parts of this model are"
+        )
+    is_new = bool(trainer.initial_values)
+    if is_new and precision.compute_dtype != "fp32" and precision.master_dtype == "fp32":
+        _start_from_fp32(trainer)
+    if engine.zero_optimization_stage() > 0:
+        return
+    if replicated_masters(engine):
+        if is_new:
+            engine.optimizer.optimizer.state.clear()
+        return
+
+    trainer.gate.guard(engine.optimizer)
+
+    def clip() -> None:
+        limit = engine.gradient_clipping()
+        engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), limit)
+        trainer.gate.judge(engine._global_grad_norm)
+
+    step = engine.optimizer.step
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        engine._global_grad_norm = get_total_norm(gradients)
+        trainer.gate.judge(engine._global_grad_norm)
+        return step(*arguments, **options)
+
+    if engine.gradient_clipping() > 0:
+        engine.clip_fp32_gradients = clip
+    else:
+        engine.optimizer.step = measured
+
+
+def _link_masters(zero: Any) -> None:
+    """Link each parameter to its own master weight, for DeepSpeed's safe_get and safe_set.
+
+    They lie in the order of round_robin_bit16_groups, but deepspeed 0.19 links them in that of
+    bit16_groups (runtime/zero/stage_1_and_2.py, _link_all_hp_params).
+    """
+    if hasattr(zero, "round_robin_bit16_groups"):
+        plain, zero.bit16_groups = zero.bit16_groups, zero.round_robin_bit16_groups
+        zero._link_all_hp_params()
+        zero.bit16_groups = plain
+
+
+def _start_from_fp32(trainer: Training) -> None:
+    """Give the master weights their values unrounded, one parameter at a time, on every rank."""
+    from train.model.weights import in_turn
+    from train.strategy.zero import swapped
+
+    engine, values = trainer.model_wrapped, trainer.initial_values
+    parameters = dict(engine.module.named_parameters())
+    if masters := replicated_masters(engine):
+        for _, parameter, whole in in_turn(parameters.items(), values):
+            masters[parameter].data.copy_(whole)
+        return
+    names = {parameter: name for name, parameter in parameters.items()}
+    for index, (flat, pieces) in enumerate(flat_partitions(engine, names)):
+        mine = [(name, parameters[name]) for name, *_ in pieces]
+        with swapped.in_memory(engine.optimizer, index):
+            for piece, (_, _, whole) in zip(pieces, in_turn(mine, values), strict=True):
+                _, start, length, place = piece
+                flat.data[place : place + length].copy_(whole.flatten()[start : start + length])
+
+
+def replicated_masters(engine: Any) -> dict[Any, torch.Tensor]:
+    """Return the fp32 master of each bf16 or fp16 parameter at stage 0; none at other stages."""
+    if engine.zero_optimization_stage() > 0 or not hasattr(engine.optimizer, "fp32_groups"):
+        return {}
+    groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+    return {p: m for low, high in groups for p, m in zip(low, high, strict=True)}
+
+
+def flat_partitions(
+    engine: Any, names: dict[Any, str]
+) -> Iterator[tuple[torch.Tensor, list[tuple[str, int, int, int]]]]:
+    """Yield this rank's flat fp32 partitions and what lies where in them.
+
+    A piece is a parameter's name, its first element there, how many, and their place in the flat
+    tensor.
+    """
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            place, pieces = 0, []
+            for parameter in group:
+                share = parameter.ds_tensor.ds_numel
+                start = parameter.ds_zero_partition_rank * share
+                length = max(0, min(share, parameter.ds_numel - start))
+                pieces.append((names[parameter], start, length, place))
+                place += share
+            yield flat, pieces
+        return
+    # Stage 1 in bf16 is a class of its own, BF16_Optimizer.
+    is_bf16 = hasattr(zero, "fp32_groups_flat_partition")
+    flats = zero.fp32_groups_flat_partition if is_bf16 else zero.single_partition_of_fp32_groups
+    groups = zero.bf16_groups if is_bf16 else zero.round_robin_bit16_groups
+    for flat, group in zip(flats, groups, strict=True):
+        begin = engine.global_rank * flat.numel()
+        offset, pieces = 0, []
+        for parameter in group:
+            first = max(begin, offset)
+            last = min(begin + flat.numel(), offset + parameter.numel())
+            if first < last:
+                pieces.append((names[parameter], first - offset, last - first, first - begin))
+            offset += parameter.numel()
+        yield flat, pieces
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ascending ranges with those joined that follow on one another, empty ones left out."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        elif stop > start:
+            joined.append((start, stop))
+    return joined
+
+
+def master_partitions(zero: Any) -> list[torch.Tensor]:
+    """Return this rank's flat master weights, one tensor for each group, at any stage but 0."""
+    # Stage 1 with bf16 and fp32 accumulation is a class of its own, BF16_Optimizer.
+    names = (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    )
+    partitions = next(getattr(zero, name) for name in names if hasattr(zero, name))
+    return [partition for partition in partitions if partition is not None]
