@@ -20,11 +20,10 @@ from launchers.ranks.environment import rank_environment
 from launchers.ranks.files import launcher_files
 from train.config import RunConfig
 from train.console import progress, terminal
-from train.data import stopped
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
 from train.process import signals
 from train.program import package_environment
-from train.run_directory import owner, stop_note
+from train.run_directory import owner, stop_note, stopped_preparing
 from train.run_directory.failures import rank_failures
 from train.run_directory.owner import Claim
 
@@ -100,7 +99,7 @@ def prepare(config: RunConfig, claim: Claim | None) -> int:
     if ended.stopped_by is not None or ended.code == RESUMABLE:
         if claim is not None and ended.stopped_by is not None:
             # The work may have ended before it could be told who asks, or without being told.
-            stopped.note(run_dir, child.asked_by(ended.stopped_by))
+            stopped_preparing.note(run_dir, child.asked_by(ended.stopped_by))
         print(report.stopped_early(run_dir, ended.stopped_by), file=sys.stderr)
         return RESUMABLE
     if ended.code in (0, BAD_INPUT):
@@ -126,7 +125,7 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
     except KeyboardInterrupt:
         if claim is None:
             raise
-        stopped.note(run_dir, signals.CTRL_C)
+        stopped_preparing.note(run_dir, signals.CTRL_C)
         print(report.stopped_early(run_dir, signal.SIGINT), file=sys.stderr)
         return RESUMABLE
     ended = child.run(

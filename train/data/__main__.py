@@ -15,13 +15,12 @@ from pathlib import Path
 from train import config
 from train.config import RunConfig
 from train.console import progress, terminal
-from train.data import stopped
 from train.data.prepare import prepare
 from train.data.tokens import cache
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 from train.process import exhausted, signals
 from train.process.stop_request import watch_for_stop
-from train.run_directory import owner, stop_request
+from train.run_directory import owner, stop_request, stopped_preparing
 
 
 def main() -> int:
@@ -69,7 +68,7 @@ def _watched(run_dir: Path, settings: RunConfig, *, heeds: bool) -> int:
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
             cache.sweep(cache.cache_root(settings.data), worker)
-            stopped.note(run_dir, stop_request.said(run_dir) or str(signals.asked()))
+            stopped_preparing.note(run_dir, stop_request.said(run_dir) or str(signals.asked()))
             return RESUMABLE
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     if code < 0:

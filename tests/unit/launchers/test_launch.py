@@ -87,8 +87,8 @@ def test_a_key_pressed_before_anything_is_prepared_leaves_nothing(checkout: Chec
 
 
 def test_a_key_pressed_between_the_data_and_the_ranks_is_told(checkout: Checkout) -> None:
-    (checkout.root / "launchers" / "processes.py").write_text(
-        (ROOT / "launchers" / "processes.py").read_text()
+    (checkout.root / "launchers" / "ranks" / "files.py").write_text(
+        (ROOT / "launchers" / "ranks" / "files.py").read_text()
         + "\n\ndef launcher_files(*arguments):\n    raise KeyboardInterrupt\n"
     )
     outcome = checkout.train(*LOCAL, "run_dir=run")
