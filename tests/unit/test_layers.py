@@ -1,0 +1,114 @@
+"""The folder tree is the architecture: who may import whom, lazily and for types alone too."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Each room imports only from those above it.
+ROOMS = (
+    *("train.errors", "train.units", "train.durable", "train.program"),
+    *("train.config", "train.console", "train.optimizer", "train.checkpoint"),
+    *("train.run_directory", "train.process", "train.model", "train.data"),
+    *("train.strategy", "train.loop", "train.export", "train.sampling", "train.diagnosis"),
+    *("train.tracker", "train.run", "train.__main__"),
+    *("launchers.machine", "launchers.composition", "launchers.ranks", "launchers.resumes"),
+    *("launchers.report", "launchers.requeue", "launchers.relay", "launchers.launch"),
+    *("launchers.slurm", "launchers.job_end", "launchers.runs", "launchers.commands"),
+    *("launchers.__main__", "benchmarks"),
+)
+HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "datasets"}
+"""What takes seconds to import, and is not there for a launcher to need."""
+PACKAGES = ("train", "launchers", "benchmarks")
+
+
+@cache
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(name: str) -> Iterator[tuple[str, bool]]:
+    """Yield what a module imports, and whether that happens as soon as it is imported itself."""
+    tree = ast.parse(modules()[name].read_text())
+    at_once = {id(node) for statement in tree.body for node in _run_at_once(statement)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in at_once) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = inner in modules()
+                yield (inner if is_module else str(node.module)), id(node) in at_once
+
+
+def _run_at_once(statement: ast.stmt) -> Iterator[ast.AST]:
+    if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
+        return
+    if isinstance(statement, ast.FunctionDef):
+        return
+    yield statement
+    for child in ast.iter_child_nodes(statement):
+        if isinstance(child, ast.stmt):
+            yield from _run_at_once(child)
+
+
+@cache
+def arrows(name: str) -> frozenset[str]:
+    """Return the project's own modules that a module imports, in whatever way."""
+    return frozenset(found for found, _ in imported(name) if found in modules() and found != name)
+
+
+def room(name: str) -> str | None:
+    """Return the room that a module is in; None for what a package says of itself."""
+    fitting = [r for r in ROOMS if name == r or name.startswith(f"{r}.")]
+    return max(fitting, key=len) if fitting else None
+
+
+def test_no_circle_of_imports() -> None:
+    try:
+        list(graphlib.TopologicalSorter({name: arrows(name) for name in modules()}).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(error.args[1][::-1]))
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {name for name in modules() if room(name) is None} <= set(PACKAGES)
+
+
+def test_rooms_import_only_from_those_above_them() -> None:
+    wrong = [
+        f"{name} imports {other}, which is below it"
+        for name in modules()
+        for other in arrows(name)
+        if room(name) and room(other) and ROOMS.index(room(name)) < ROOMS.index(room(other))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if n.partition(".")[0] == "launchers"])
+def test_a_launcher_imports_nothing_heavy(name: str) -> None:
+    seen, left = {name}, [name]
+    while left:
+        here = left.pop()
+        for found, is_at_once in imported(here):
+            if not is_at_once:
+                continue
+            parts = found.split(".")
+            assert parts[0] not in HEAVY, f"{here}, which {name} imports, imports {found}"
+            for end in range(1, len(parts) + 1):  # a module's packages are imported too
+                part = ".".join(parts[:end])
+                if part in modules() and part not in seen:
+                    seen.add(part)
+                    left.append(part)
