@@ -22,10 +22,10 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep; older ones go once the newest is verified."""
     keep_every_steps: PositiveInt | None = None
-    """Keep for ever each checkpoint whose step is a multiple of this; null keeps none for ever."""
+    """Keep each checkpoint permanently whose step is a multiple of this; null keeps none so."""
     keep_best: NonNegativeInt = 0
-    """Also keep so many with the best best_metric, of those evaluated at their step; 0 keeps none
-    for that."""
+    """Also keep this many with the best best_metric, of those evaluated at their step; 0 keeps
+    none for that."""
     best_metric: Literal["eval_loss", "eval_perplexity", "eval_masked_accuracy"] = "eval_loss"
     """What "best" means to keep_best and to early stopping: low loss or perplexity, high accuracy
     (of masked tokens)."""

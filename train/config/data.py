@@ -24,7 +24,7 @@ class DataSection(Section):
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of documents held out, chosen by a hash of their text; 0 holds out none."""
     max_documents: PositiveInt | None = None
-    """Read only the first so many documents; null reads all."""
+    """Read only this many documents, the first ones; null reads all."""
     cache_dir: str | None = None
     """Where packed tokens are cached; null is shardwright/ in the user's cache directory."""
 
@@ -68,12 +68,17 @@ class HubData(DataSection):
 
     kind: Literal["hub"]
     name: Annotated[str, Field(min_length=1)]
+    """Its name on the hub, or a directory that `save_to_disk` wrote."""
     config: str | None = None
+    """Which of its configurations; null is its default."""
     split: str = "train"
+    """Split to read; held-out documents are taken from it too."""
     streaming: bool = True
     """Read over the network while tokenising, instead of downloading the data set first."""
     text_field: str = "text"
+    """Column that holds the text."""
     revision: str | None = None
+    """Branch, tag or commit; null is the main branch."""
 
 
 class KantData(DataSection):
@@ -84,6 +89,7 @@ class KantData(DataSection):
 
     kind: Literal["kant"]
     urls: Annotated[Strings, Field(min_length=1)]
+    """Addresses of plain text; each is downloaded once and cached."""
 
 
 DataConfig = Annotated[StdlibData | TextData | HubData | KantData, Field(discriminator="kind")]

@@ -49,6 +49,7 @@ class SeveralRanks(LauncherSection):
     nproc_per_node: PositiveInt | Literal["auto"] = "auto"
     """Ranks on each node; auto is one for each GPU (of the job's, under SLURM), or 1 on a CPU."""
     nodes: PositiveInt = 1
+    """Nodes of the run; the most where they may be lost and come back."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -92,7 +93,7 @@ class TorchrunLauncher(MeetingRanks):
     rendezvous: Literal["c10d", "static"] = "c10d"
     """c10d: nodes come in any order and may be lost and come back; static: each has its rank."""
     min_nodes: PositiveInt | None = None
-    """Start with, and go on with, as few nodes as these; null waits for all of ``nodes``."""
+    """Start with, and continue with, as few nodes as these; null waits for all of ``nodes``."""
     max_restarts: NonNegativeInt = 0
     """How often all ranks are started again, from the newest whole checkpoint, after one of them
     has failed or a node was lost."""
@@ -150,6 +151,7 @@ class DeepspeedLauncher(MeetingRanks):
     backend_arguments: str = ""
     """Further arguments of pdsh, mpirun or srun, as in a shell."""
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of the nodes' ssh servers; null is ssh's own."""
     bind_cores_to_rank: bool = False
     """Give each rank an equal part of this machine's cores (needs numactl)."""
 
@@ -304,6 +306,7 @@ class SlurmLauncher(SeveralRanks):
     deepspeed: a node's launcher, behind a parent that passes signals on to its ranks."""
 
     gpus_per_node: NonNegativeInt = 0
+    """GPUs to ask for on each node; 0 asks for none."""
     gpu_request: Literal["gres", "gpus-per-node", "none"] = "gres"
     """The flag that asks for GPUs; none asks for none where a partition brings its own."""
     gpu_type: SlurmWord | None = None
@@ -315,8 +318,11 @@ class SlurmLauncher(SeveralRanks):
     time_limit: Annotated[PositiveInt | str, AfterValidator(_slurm_time)] | None = None
     """Minutes, "hours:minutes:seconds" or "days-hours:minutes:seconds"; null: the partition's."""
     partition: SlurmWord | None = None
+    """Partition to run in; null is the cluster's default."""
     account: SlurmWord | None = None
+    """Account that the job counts for; null is the user's default."""
     qos: SlurmWord | None = None
+    """Quality of service; null is the user's default."""
     constraint: SlurmWord | None = None
     """Features that the nodes must have, such as a100|h100."""
     exclusive: bool = False
@@ -324,8 +330,9 @@ class SlurmLauncher(SeveralRanks):
     dependency: Annotated[str, AfterValidator(_slurm_dependency)] | None = None
     """Jobs to wait for, such as afterok:1234."""
     array_limit: PositiveInt | None = None
-    """Of the runs of a sweep (-m), which are one job array, so many at once; null: all."""
+    """Of the runs of a sweep (-m), which are one job array, this many at once; null: all."""
     mail_user: SlurmWord | None = None
+    """Who gets the mails of mail_type; null is who submits."""
     mail_type: Annotated[
         tuple[
             Literal[

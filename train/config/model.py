@@ -9,7 +9,6 @@ from pydantic import Field
 from train.config.section import Fraction, PositiveFloat, PositiveInt, Section
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-"""auto: sdpa where the architecture has it, else eager; engine.json says which."""
 
 
 class ScratchModel(Section):
@@ -20,15 +19,21 @@ class ScratchModel(Section):
     pad_vocab_to_multiple: PositiveInt | None = None
     """Round ``vocab_size`` up to a multiple of this (64 suits tensor cores); null never pads."""
     hidden_size: PositiveInt
+    """Width of what passes from block to block."""
     num_hidden_layers: PositiveInt
+    """Transformer blocks."""
     num_attention_heads: PositiveInt
+    """Attention heads of each block."""
     intermediate_size: PositiveInt
+    """Width of the MLP."""
     max_position_embeddings: PositiveInt
     """Longest sequence in tokens (RoBERTa spends two of these on its padding offset)."""
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
     tie_word_embeddings: bool = True
+    """The head shares the embedding's weights."""
     attention: Attention = "auto"
+    """auto is sdpa where the architecture has it, else eager; engine.json says which."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -52,19 +57,31 @@ class ScratchModel(Section):
 
 
 class BertModel(ScratchModel):
+    """BERT, from scratch."""
+
     kind: Literal["bert"]
     type_vocab_size: PositiveInt = 2
+    """Rows of the embedding of segments; samples are one segment."""
     dropout: Fraction = 0.1
+    """On embeddings and residual branches."""
     attention_dropout: Fraction = 0.1
+    """On attention weights."""
     layer_norm_epsilon: PositiveFloat = 1e-12
+    """Added to the variance in layer norms."""
 
 
 class RobertaModel(ScratchModel):
+    """RoBERTa, from scratch."""
+
     kind: Literal["roberta"]
     type_vocab_size: PositiveInt = 1
+    """Rows of the embedding of segments; samples are one segment."""
     dropout: Fraction = 0.1
+    """On embeddings and residual branches."""
     attention_dropout: Fraction = 0.1
+    """On attention weights."""
     layer_norm_epsilon: PositiveFloat = 1e-5
+    """Added to the variance in layer norms."""
 
     @property
     def max_sequence_length(self) -> int:
@@ -73,21 +90,31 @@ class RobertaModel(ScratchModel):
 
 
 class ModernBertModel(ScratchModel):
+    """ModernBERT, from scratch."""
+
     kind: Literal["modernbert"]
     global_attention_every_layers: PositiveInt = 3
     """Every n-th layer attends to the whole sequence, the others to a window."""
     local_attention_window: PositiveInt = 128
     """Window of the local layers in tokens."""
     dropout: Fraction = 0.0
+    """On embeddings and residual branches."""
     attention_dropout: Fraction = 0.0
+    """On attention weights."""
     layer_norm_epsilon: PositiveFloat = 1e-5
+    """Added to the variance in layer norms."""
 
 
 class Gpt2Model(ScratchModel):
+    """GPT-2, from scratch."""
+
     kind: Literal["gpt2"]
     dropout: Fraction = 0.1
+    """On embeddings and residual branches."""
     attention_dropout: Fraction = 0.1
+    """On attention weights."""
     layer_norm_epsilon: PositiveFloat = 1e-5
+    """Added to the variance in layer norms."""
 
     @property
     def causal(self) -> bool:
@@ -95,6 +122,8 @@ class Gpt2Model(ScratchModel):
 
 
 class LlamaModel(ScratchModel):
+    """Llama, from scratch."""
+
     kind: Literal["llama"]
     num_key_value_heads: PositiveInt
     """Heads of keys and values; fewer than ``num_attention_heads`` is grouped-query attention."""
@@ -103,7 +132,9 @@ class LlamaModel(ScratchModel):
     rope_theta: PositiveFloat = 500000.0
     """Base of the rotary frequencies."""
     rms_norm_epsilon: PositiveFloat = 1e-5
+    """Added to the mean square in norms."""
     attention_dropout: Fraction = 0.0
+    """On attention weights."""
 
     @property
     def causal(self) -> bool:
@@ -115,12 +146,15 @@ class PretrainedModel(Section):
 
     kind: Literal["pretrained"]
     name: Annotated[str, Field(min_length=1)]
+    """Hub name, model directory, or run directory for its final/."""
     revision: str | None = None
+    """Branch, tag or commit on the hub; null is the main branch."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights."""
     hidden_size: PositiveInt | None = None
     """The weights' own, which is found: what is derived from it is known once it is."""
     attention: Attention = "auto"
+    """auto is sdpa where the architecture has it, else eager; engine.json says which."""
 
     @property
     def max_sequence_length(self) -> int | None:

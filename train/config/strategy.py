@@ -74,6 +74,7 @@ class ZeroStrategy(_Strategy):
     max_elements_in_cpu: NonNegativeInt = 1_000_000_000
     """Parameter elements kept in host memory when parameters live on nvme."""
     aio: AsyncIo = AsyncIo()
+    """How its files are read and written."""
 
     reduce_bucket_elements: PositiveInt | Literal["auto"] = "auto"
     """Gradients reduced at once; auto is hidden_size squared, at least 1,048,576."""
@@ -94,7 +95,7 @@ class ZeroStrategy(_Strategy):
     max_live_elements: NonNegativeInt = 1_000_000_000
     """Gathered parameters on one GPU before the least needed are released (stage 3)."""
     max_reuse_distance_elements: NonNegativeInt = 1_000_000_000
-    """Keep a parameter that is used again within so many others (stage 3)."""
+    """Keep a parameter that is used again within this many others (stage 3)."""
     sub_group_elements: PositiveInt = 1_000_000_000
     """Parameters updated at once (stage 3); smaller needs less memory where offloaded."""
     gather_16bit_weights_on_save: bool = False
@@ -103,7 +104,7 @@ class ZeroStrategy(_Strategy):
     """Each node keeps its ranks' files on its own disk, instead of a shared file system."""
 
     hierarchical_partition_ranks: PositiveInt = 1
-    """ZeRO++: keep a second copy of the shards within so many ranks (of one node), for backward."""
+    """ZeRO++: keep a second copy of the shards within this many ranks (of a node), for backward."""
     quantized_weights: bool = False
     """ZeRO++: gather parameters in int8; changes the numerics."""
     quantized_gradients: bool = False
@@ -128,7 +129,7 @@ class FsdpStrategy(_Strategy):
     reshard_after_forward: bool = True
     """Free gathered parameters after each forward (full shard); false keeps them (grad-op)."""
     replicas: PositiveInt = 1
-    """Hybrid: so many copies of the sharded model; each is sharded over world size / replicas."""
+    """Hybrid: this many copies of the sharded model; each is sharded over world size / replicas."""
     offload: bool = False
     """Keep shards, gradients and optimizer state in host memory; the optimizer runs on the CPU."""
     pin_memory: bool = True

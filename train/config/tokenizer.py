@@ -26,8 +26,8 @@ class ByteBpeTokenizer(Section):
     )
     """Beginning, padding, end, unknown, mask; they get the first ids in this order."""
     max_training_bytes: PositiveInt = 2**30
-    """Train on the first so many bytes of text. Each distinct word in them takes memory: about
-    0.6 MiB for each MB of source code, 10 MiB where no word comes twice."""
+    """Train on this many bytes of text, the first ones. Each distinct word in them takes memory:
+    about 0.6 MiB for each MB of source code, 10 MiB where no word comes twice."""
 
     @model_validator(mode="after")
     def _special_tokens_differ(self) -> ByteBpeTokenizer:
@@ -44,8 +44,11 @@ class PretrainedTokenizer(Section):
 
     kind: Literal["pretrained"]
     name: Annotated[str, Field(min_length=1)]
+    """Hub name, directory, or run directory for its tokenizer/."""
     revision: str | None = None
+    """Branch, tag or commit on the hub; null is the main branch."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the tokenizer."""
 
 
 TokenizerConfig = Annotated[ByteBpeTokenizer | PretrainedTokenizer, Field(discriminator="kind")]

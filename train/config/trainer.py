@@ -64,6 +64,7 @@ class TrainerConfig(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """The same of the mean squared gradient."""
     adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root of the mean squared gradient."""
     muon_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the matrices; null is learning_rate, which AdamW's part always has."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -85,14 +86,15 @@ class TrainerConfig(Section):
     """Clip the global gradient norm to this; 0 does not clip."""
 
     log_every_steps: PositiveInt = 10
+    """Log the losses every N steps, to metrics.jsonl and the terminal; step 1 is always logged."""
     eval_every_steps: PositiveInt | None = None
-    """Evaluate so often; null evaluates once, at the end."""
+    """Evaluate every N steps; null evaluates once, at the end."""
     eval_max_samples: PositiveInt | None = None
-    """Evaluate on the first so many held-out samples; null takes all."""
+    """Evaluate on this many held-out samples, the first ones; null takes all."""
     save_every_steps: PositiveInt | None = None
-    """Write a checkpoint so often; null writes one, at the end."""
+    """Write a checkpoint every N steps; null writes one, at the end."""
     early_stopping_patience: PositiveInt | None = None
-    """Stop after so many evaluations in a row without an improvement of checkpoint.best_metric;
+    """Stop after this many evaluations in a row without an improvement of checkpoint.best_metric;
     null never stops early."""
     early_stopping_threshold: NonNegativeFloat = 0.0
     """What counts as an improvement: more than this, in the metric's own unit."""
