@@ -9,7 +9,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 # On a machine with GPUs the demo takes them all, in bf16; on a CPU it runs as it is written.
 DEVICES := $(if $(filter-out 0,$(GPUS)),precision=bf16 launcher.nproc_per_node=$(GPUS))
 
-.PHONY: run test test-slow test-matrix test-faults test-slurm lint typecheck format setup clean
+.PHONY: run test test-slow test-matrix test-faults test-slurm lint typecheck format docs setup clean
 
 run: .venv/run
 	$(BIN)/shardwright train experiment=$(EXPERIMENT) $(DEVICES) $(ARGS)
@@ -41,6 +41,12 @@ format: .venv/dev
 typecheck: .venv/dev
 	$(BIN)/mypy
 
+# The chapters as a site that needs no network; a broken link fails.
+docs: .venv/docs
+	$(BIN)/python -m docs.generate
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo site/index.html
+
 setup: .venv/dev
 
 .venv/run: pyproject.toml constraints.txt
@@ -54,5 +60,9 @@ setup: .venv/dev
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv/docs: .venv/run
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from docs.generate import BEGIN, DOCS, END
 from launchers import report
 from launchers.__main__ import COMMANDS, USAGE
 from launchers.machine.facts import Machine
@@ -150,9 +151,13 @@ def test_no_message_has_a_module_run_that_could_be_the_users() -> None:
                 assert not re.search(r"(-m|torchrun .*) (train|launchers)[\w.]* ", text), path
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted(DOCS.glob("*.md"))))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_no_document_has_a_module_run_that_could_be_the_users(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
+    text = re.sub(f"{BEGIN}.*{END}", "", text, flags=re.DOTALL)  # what modules say of themselves
     assert not re.search(r"-m (train|launchers|conf|slurm)\b", text)
     for command in re.findall(r"(?:^|[`(])shardwright (\w+)", text, re.MULTILINE):
         assert command in COMMANDS
