@@ -1,1 +1,1 @@
-"""Measured comparisons with what a user would run otherwise; see README.md."""
+"""Measured comparisons with what a user would run otherwise; see docs/."""

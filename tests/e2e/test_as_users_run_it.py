@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900
 
 SHARDWRIGHT = str(Path(sys.executable).with_name("shardwright"))
 MOST_SILENT_SECONDS = 10.0
-"""As the README says: between two signs of life of a command that is at work."""
+"""As docs/commands.md says: between two signs of life of a command that is at work."""
 
 PLAIN = {"HOME": os.environ.get("HOME", "/"), "PATH": os.environ["PATH"], "TERM": "xterm"}
 # What a shell inside of somebody else's job has.
