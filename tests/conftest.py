@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.distributed.pool import Ranks
+from tests.fixtures import Freeze, RanksOf, TreeOf
 
 # A shell starts `make test &` with Ctrl-C ignored, which tests of Ctrl-C would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,7 +45,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_tree(corpus: Path, cache_dir: Path) -> Callable[[str], dict[str, Any]]:
+def tiny_tree(corpus: Path, cache_dir: Path) -> TreeOf:
     """Return a function from an objective to the tree of a run that trains in seconds."""
 
     def tree(objective: str) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def tiny_tree(corpus: Path, cache_dir: Path) -> Callable[[str], dict[str, Any]]:
 
 
 @pytest.fixture
-def frozen_run(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+def frozen_run(tmp_path: Path) -> Freeze:
     """Return a function that freezes a tree into a new run directory, as the launcher does."""
     count = 0
 
@@ -104,7 +105,7 @@ def frozen_run(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], Ranks]]:
+def ranks() -> Iterator[RanksOf]:
     """Return a function from a world size to its ranks, started once for all tests."""
     pools: dict[int, Ranks] = {}
     yield lambda world_size: pools.setdefault(world_size, Ranks(world_size))

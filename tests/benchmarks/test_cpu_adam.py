@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_optimizers import needs_compiler
+from tests.distributed.optimizers import needs_compiler
 
 ROOT = Path(__file__).parents[2]
 

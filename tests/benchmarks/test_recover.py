@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks import engine_checkpoints
 from benchmarks.fabricated import write_zero
 from benchmarks.recover import DEEPSPEED, OURS, differences, model_config, shown, summary
+from tests.fixtures import RanksOf
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def layout(value: Any) -> Any:
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_is_fabricated_is_laid_out_as_the_engine_does(
-    stage: int, ranks: Callable[[int], Any], tmp_path: Path
+    stage: int, ranks: RanksOf, tmp_path: Path
 ) -> None:
     # Odd sizes, so that the last rank's part is padded.
     config = GPT2Config(

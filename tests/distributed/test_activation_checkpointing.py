@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.curves import curve
 from tests.distributed.jobs import trained_with_memory_watched
-from tests.distributed.test_parity import curve
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.distributed
 def test_the_asked_blocks_recompute_and_learn_the_same(
     strategy: str,
     objective: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     def train(every_blocks: int | None, offload: bool = False) -> tuple[Path, dict[str, Any]]:
         tree = tiny_tree(objective)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from tests.distributed.interrupted import interrupted
 from tests.distributed.jobs import whole_run
-from tests.distributed.test_resume import interrupted
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
@@ -24,8 +25,8 @@ RunOf = Callable[..., Path]
 
 @pytest.fixture
 def run_of(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
     tmp_path: Path,
 ) -> RunOf:
     """Return a function that freezes a run of a small Mixtral with this much balancing loss."""
@@ -62,9 +63,7 @@ def curve(run_dir: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-def test_the_balancing_loss_counts_and_is_logged_apart(
-    run_of: RunOf, ranks: Callable[[int], Any]
-) -> None:
+def test_the_balancing_loss_counts_and_is_logged_apart(run_of: RunOf, ranks: RanksOf) -> None:
     without, with_much = run_of("ddp", 0.0), run_of("ddp", 10.0)
     for run_dir in (without, with_much):
         ranks(2)(whole_run, run_dir)
@@ -83,7 +82,7 @@ def test_the_balancing_loss_counts_and_is_logged_apart(
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp"])
 def test_it_is_the_same_under_every_engine_and_recomputed(
-    strategy: str, run_of: RunOf, ranks: Callable[[int], Any]
+    strategy: str, run_of: RunOf, ranks: RanksOf
 ) -> None:
     plain = run_of("ddp", 10.0)
     other = run_of(strategy, 10.0, checkpoint_activations_every_blocks=1)
@@ -94,7 +93,7 @@ def test_it_is_the_same_under_every_engine_and_recomputed(
 
 
 def test_what_was_not_logged_yet_is_carried_over_a_resume(
-    run_of: RunOf, ranks: Callable[[int], Any], tmp_path: Path
+    run_of: RunOf, ranks: RanksOf, tmp_path: Path
 ) -> None:
     whole = run_of("ddp", 10.0, log_every_steps=4, save_every_steps=3)
     ranks(2)(whole_run, whole)

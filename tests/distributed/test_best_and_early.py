@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.checkpoints import FILE_DAMAGES
 from tests.distributed.jobs import whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 from train.checkpoint.format import layout
 
@@ -24,9 +25,7 @@ RunOf = Callable[..., Path]
 
 
 @pytest.fixture
-def run_of(
-    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
-) -> RunOf:
+def run_of(tiny_tree: TreeOf, frozen_run: Freeze) -> RunOf:
     """Return a function that freezes a run of 12 steps, evaluated and saved after every two."""
 
     def freeze(
@@ -63,7 +62,7 @@ STOPPED = "step 6/12  stopped early: eval_loss has not improved since step 2, in
 
 @pytest.mark.parametrize("strategy", NAMES)
 def test_all_ranks_stop_early_at_one_step_with_a_checkpoint(
-    strategy: str, run_of: RunOf, ranks: Callable[[int], Any]
+    strategy: str, run_of: RunOf, ranks: RanksOf
 ) -> None:
     run_dir = run_of(strategy, {}, save_every_steps=4, **PATIENT)
     first, other = ranks(2)(whole_run, run_dir)
@@ -79,9 +78,7 @@ def test_all_ranks_stop_early_at_one_step_with_a_checkpoint(
     assert (run_dir / "final/model.safetensors").is_file()
 
 
-def test_a_resumed_run_stops_where_an_uninterrupted_one_does(
-    run_of: RunOf, ranks: Callable[[int], Any]
-) -> None:
+def test_a_resumed_run_stops_where_an_uninterrupted_one_does(run_of: RunOf, ranks: RanksOf) -> None:
     run_dir = run_of("ddp", {}, **PATIENT)
     ranks(2)(whole_run, run_dir)
     expected = load_file(run_dir / "final/model.safetensors")
@@ -117,7 +114,7 @@ RESTLESS: dict[str, Any] = {"learning_rate": 0.1, "max_steps": LAST}
 
 @pytest.mark.parametrize("strategy", NAMES)
 def test_final_gets_the_best_checkpoints_weights(
-    strategy: str, run_of: RunOf, ranks: Callable[[int], Any]
+    strategy: str, run_of: RunOf, ranks: RanksOf
 ) -> None:
     rule = {"keep_last": 1, "keep_best": 1, "export": "best"}
     run_dir = run_of(strategy, rule, **RESTLESS)
@@ -145,7 +142,7 @@ def test_final_gets_the_best_checkpoints_weights(
         assert torch.equal(found[name], tensor), name
 
 
-def test_the_best_by_accuracy_is_the_highest(run_of: RunOf, ranks: Callable[[int], Any]) -> None:
+def test_the_best_by_accuracy_is_the_highest(run_of: RunOf, ranks: RanksOf) -> None:
     rule = {"keep_last": 1, "keep_best": 2, "best_metric": "eval_masked_accuracy"}
     run_dir = run_of("ddp", rule, "mlm", **RESTLESS)
     ranks(2)(whole_run, run_dir)
@@ -155,7 +152,7 @@ def test_the_best_by_accuracy_is_the_highest(run_of: RunOf, ranks: Callable[[int
     assert steps_of(run_dir) == sorted({*best, LAST})
 
 
-def test_a_damaged_best_is_passed_over_and_said(run_of: RunOf, ranks: Callable[[int], Any]) -> None:
+def test_a_damaged_best_is_passed_over_and_said(run_of: RunOf, ranks: RanksOf) -> None:
     rule = {"keep_last": 9, "keep_best": 1, "export": "best"}
     run_dir = run_of("ddp", rule, **RESTLESS)
     ranks(2)(whole_run, run_dir)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tests.distributed.jobs import whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 from train.checkpoint.format import layout
 
@@ -35,9 +36,9 @@ def trained() -> dict[tuple[str, str, str], Path]:
 
 @pytest.fixture
 def checkpoint_of(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     trained: dict[tuple[str, str, str], Path],
 ) -> CheckpointOf:
     """Return a function that gives the last checkpoint of five steps, saved every two."""
@@ -104,7 +105,7 @@ def test_zero_shards_merge_to_the_final_weights(
     objective: str,
     dtype: str,
     checkpoint_of: CheckpointOf,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     checkpoint = checkpoint_of(strategy, objective, dtype)
     (merged,) = ranks(1)(merge_zero_shards, checkpoint)
@@ -137,7 +138,7 @@ def merge_stage_1_shards_of_bf16(checkpoint: Path) -> Weights:
 
 
 def test_stage_1_shards_of_bf16_hold_the_final_weights(
-    checkpoint_of: CheckpointOf, ranks: Callable[[int], Any]
+    checkpoint_of: CheckpointOf, ranks: RanksOf
 ) -> None:
     checkpoint = checkpoint_of("zero1", "clm", "bf16")
     (merged,) = ranks(1)(merge_stage_1_shards_of_bf16, checkpoint)
@@ -256,9 +257,9 @@ def test_the_newest_two_checkpoints_are_kept(checkpoint_of: CheckpointOf) -> Non
 
 
 def test_as_many_checkpoints_are_kept_as_were_asked_for(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["trainer"] |= {"max_steps": 4, "save_every_steps": 1}

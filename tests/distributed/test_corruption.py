@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.checkpoints import FILE_DAMAGES
 from tests.distributed.jobs import whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 from train.checkpoint.discovery import newest_whole
 from train.checkpoint.format import layout
@@ -22,9 +22,9 @@ NAMES = ("ddp", "zero2", "zero3", "fsdp")
 
 @pytest.fixture
 def run_of(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> Callable[[str], Path]:
     """Return a function that trains four steps with a checkpoint after every two."""
 
@@ -64,7 +64,7 @@ def test_any_damage_to_any_file_is_found(
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_and_says_so(
-    run_of: Callable[[str], Path], ranks: Callable[[int], Any]
+    run_of: Callable[[str], Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("fsdp")
     shutil.rmtree(run_dir / "final")

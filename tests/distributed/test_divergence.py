@@ -14,6 +14,7 @@ import torch
 from tests.checkpoints import rewrite_manifest
 from tests.distributed.faults import first_batch_is_refused, trained_with_a_fault
 from tests.distributed.jobs import trained, whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 from train.checkpoint.format import layout
 from train.loop.trainer import Trainer
@@ -77,9 +78,9 @@ def test_what_is_not_finite_reaches_no_weight_and_no_checkpoint(
     engine: str,
     precision: str,
     fault: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["strategy"] = STRATEGIES[engine]
@@ -109,9 +110,9 @@ def test_what_is_not_finite_reaches_no_weight_and_no_checkpoint(
 
 
 def test_the_save_in_flight_is_finished_and_named(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["strategy"] = STRATEGIES["fsdp"]
@@ -129,9 +130,7 @@ SCALED = ("zero0", "zero2", "zero3")
 
 
 @pytest.fixture
-def fp16_run(
-    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
-) -> Callable[[str], Path]:
+def fp16_run(tiny_tree: TreeOf, frozen_run: Freeze) -> Callable[[str], Path]:
     """Return a function that freezes a run whose loss scale is 8 and does not grow."""
 
     def freeze(engine: str) -> Path:
@@ -148,7 +147,7 @@ def fp16_run(
 
 @pytest.mark.parametrize("engine", SCALED)
 def test_an_overflow_in_fp16_is_skipped_and_the_run_continues(
-    engine: str, fp16_run: Callable[[str], Path], ranks: Callable[[int], Any]
+    engine: str, fp16_run: Callable[[str], Path], ranks: RanksOf
 ) -> None:
     run_dir = fp16_run(engine)
     for found in ranks(2)(trained_with_a_fault, run_dir, "gradient", SPOILT, 1):
@@ -158,7 +157,7 @@ def test_an_overflow_in_fp16_is_skipped_and_the_run_continues(
 
 @pytest.mark.parametrize("engine", SCALED)
 def test_overflows_that_no_loss_scale_ends_end_the_run(
-    engine: str, fp16_run: Callable[[str], Path], ranks: Callable[[int], Any]
+    engine: str, fp16_run: Callable[[str], Path], ranks: RanksOf
 ) -> None:
     run_dir = fp16_run(engine)
     for found in ranks(2)(trained_with_a_fault, run_dir, "gradient", SPOILT, 1, True):
@@ -171,7 +170,7 @@ def test_overflows_that_no_loss_scale_ends_end_the_run(
 
 @pytest.mark.parametrize("engine", SCALED)
 def test_a_loss_that_is_not_finite_is_no_overflow(
-    engine: str, fp16_run: Callable[[str], Path], ranks: Callable[[int], Any]
+    engine: str, fp16_run: Callable[[str], Path], ranks: RanksOf
 ) -> None:
     run_dir = fp16_run(engine)
     for found in ranks(2)(trained_with_a_fault, run_dir, "loss", SPOILT, 1):
@@ -188,9 +187,9 @@ def test_a_loss_that_is_not_finite_is_no_overflow(
 def test_a_run_resumes_from_before_weights_that_are_not_finite_and_says_so(
     engine: str,
     says: bool | None,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["strategy"] = STRATEGIES[engine]
@@ -219,9 +218,7 @@ def test_a_run_resumes_from_before_weights_that_are_not_finite_and_says_so(
 
 
 @pytest.fixture
-def evaluated_run(
-    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
-) -> Callable[..., Path]:
+def evaluated_run(tiny_tree: TreeOf, frozen_run: Freeze) -> Callable[..., Path]:
     """Return a function that freezes a run of 5 steps, saved after every second."""
 
     def freeze(**trainer: Any) -> Path:
@@ -234,7 +231,7 @@ def evaluated_run(
 
 
 def test_one_held_out_loss_that_is_not_finite_is_told_and_is_not_the_best(
-    evaluated_run: Callable[..., Path], ranks: Callable[[int], Any]
+    evaluated_run: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = evaluated_run(eval_every_steps=2)
     first, other = ranks(2)(trained_with_a_fault, run_dir, "held_out", 4, 1)
@@ -255,7 +252,7 @@ def test_one_held_out_loss_that_is_not_finite_is_told_and_is_not_the_best(
 
 
 def test_held_out_losses_that_stay_not_finite_end_the_run_with_a_checkpoint(
-    evaluated_run: Callable[..., Path], ranks: Callable[[int], Any]
+    evaluated_run: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = evaluated_run(eval_every_steps=1)
     for found in ranks(2)(trained_with_a_fault, run_dir, "held_out", 2, 1, True):
@@ -269,7 +266,7 @@ def test_held_out_losses_that_stay_not_finite_end_the_run_with_a_checkpoint(
 
 
 def test_a_last_held_out_loss_that_is_not_finite_is_an_error(
-    evaluated_run: Callable[..., Path], ranks: Callable[[int], Any]
+    evaluated_run: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = evaluated_run()
     for attempt in range(2):  # resumed, it evaluates again
@@ -282,9 +279,9 @@ def test_a_last_held_out_loss_that_is_not_finite_is_an_error(
 
 
 def test_ids_beyond_the_embedding_are_refused_before_the_first_step(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     run_dir = frozen_run(tiny_tree("mlm"))
     for said, steps in ranks(2)(first_batch_is_refused, run_dir):
@@ -312,9 +309,9 @@ def nan_in_padding(trainer: Trainer) -> tuple[int, bool]:
 
 
 def test_what_pads_a_partition_is_not_taken_for_a_weight(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     """DeepSpeed leaves there what its memory held before."""
     tree = tiny_tree("clm")

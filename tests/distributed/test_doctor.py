@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from train import config as run_config
 from train.diagnosis import doctor
 from train.process.rank import rank_from_environment
@@ -31,9 +30,9 @@ def measure_as_a_node_of_its_own(run_dir: Path) -> list[doctor.Measured]:
 
 
 def test_every_node_measures_its_link_to_the_next(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     first, second = ranks(2)(measure_as_a_node_of_its_own, frozen_run(tiny_tree("clm")))
     assert first == second, "all ranks know the same"

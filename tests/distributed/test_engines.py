@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from tests.distributed.jobs import (
     trained_with_broken_engine,
 )
 from tests.distributed.pool import RanksFailed
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 
-Tree = Callable[[str], dict[str, Any]]
-Freeze = Callable[[dict[str, Any]], Path]
-Pools = Callable[[int], Any]
+Tree = TreeOf
+Freeze = Freeze
+Pools = RanksOf
 
 
 def run_dir_of(strategy: dict[str, Any], tiny_tree: Tree, frozen_run: Freeze) -> Path:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from tests.distributed.jobs import trained, whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 from train.export.card import Card
 from train.export.final import export
@@ -22,16 +23,14 @@ from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 
-Pools = Callable[[int], Any]
+Pools = RanksOf
 Tensors = dict[str, torch.Tensor]
 
 NAMES = ("ddp", "zero0", "zero1", "zero2", "zero2_round_robin", "zero3", "fsdp")
 
 
 @pytest.fixture
-def run_of(
-    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
-) -> Callable[..., Path]:
+def run_of(tiny_tree: TreeOf, frozen_run: Freeze) -> Callable[..., Path]:
     """Return a function that freezes three steps with a learning rate that moves the weights."""
 
     def freeze(
@@ -147,8 +146,8 @@ def infer(model: PreTrainedModel, batch: dict[str, NDArray[Any]]) -> NDArray[Any
 
 
 def test_run_that_holds_nothing_out_ends_with_a_model_too(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
     ranks: Pools,
 ) -> None:
     tree = tiny_tree("clm")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.distributed.curves import curve
+from tests.distributed.interrupted import SAVED, STEPS, interrupted
 from tests.distributed.jobs import trained_in_fp16_on_a_cpu, whole_run
-from tests.distributed.test_parity import curve
-from tests.distributed.test_resume import SAVED, STEPS, interrupted
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
@@ -20,9 +19,9 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
 def test_the_loss_scale_starts_where_the_config_says_and_grows(
     strategy: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["strategy"] = STRATEGIES[strategy]
@@ -56,9 +55,9 @@ def test_the_loss_scale_starts_where_the_config_says_and_grows(
 @pytest.mark.parametrize("strategy", ["zero0", "zero2", "zero3"])
 def test_a_resumed_run_goes_on_with_the_loss_scale_that_it_had_come_to(
     strategy: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     tmp_path: Path,
 ) -> None:
     tree = tiny_tree("clm")

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.curves import curve
 from tests.distributed.jobs import trained, trained_in_emulated_fp8
-from tests.distributed.test_parity import curve
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 from train.loop.trainer import Trainer
 
 pytest.importorskip("torchao", reason="precision=fp8 needs the extra torchao")
 pytestmark = pytest.mark.distributed
 
-Tree = Callable[[str], dict[str, Any]]
-Freeze = Callable[[dict[str, Any]], Path]
-Pools = Callable[[int], Any]
+Tree = TreeOf
+Freeze = Freeze
+Pools = RanksOf
 
 LLAMA = {
     "kind": "llama",

@@ -23,6 +23,7 @@ from launchers.machine import facts as machine
 from launchers.machine import preflight
 from launchers.machine.facts import Machine
 from tests.distributed.jobs import whole_run
+from tests.fixtures import RanksOf
 from train.config import RunConfig, from_tree, samples_wanted, total_steps
 from train.data import prepare
 from train.data.batches.loader import collator
@@ -168,7 +169,7 @@ def test_the_experiment_learns_what_the_published_script_learns(
     overrides: list[str],
     tmp_path: Path,
     serve: Callable[[str], str],
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     lines, run_dir = printed_lines()[:count], tmp_path / "run"
     book = "\n\n".join(

@@ -8,12 +8,12 @@ so 4 bytes. DDP and FSDP have no 16-bit copy of their own: the parameter is the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.memory import bytes_held
+from tests.fixtures import Freeze, RanksOf, TreeOf
 
 pytestmark = pytest.mark.distributed
 
@@ -47,9 +47,9 @@ OFFLOADED: dict[str, tuple[dict[str, Any], Callable[[int], tuple[float, ...]]]] 
 
 @pytest.fixture
 def weigh(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> Callable[[dict[str, Any], int], list[list[float]]]:
     """Return a function from a strategy and a world size to each rank's bytes per parameter."""
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.curves import curve
+from tests.distributed.interrupted import SAVED, STEPS, STRATEGIES, interrupted
 from tests.distributed.jobs import restored_and_saved, whole_run
-from tests.distributed.test_master_weights import masters_that_differ
-from tests.distributed.test_parity import curve
-from tests.distributed.test_resume import SAVED, STEPS, STRATEGIES, interrupted
+from tests.distributed.master_weights import masters_that_differ
+from tests.fixtures import RanksOf
 from train.checkpoint.read import portable
 
 logger = logging.getLogger("train")
@@ -63,7 +64,7 @@ def test_two_ranks_learn_what_one_rank_learns(
     tiny_tree: Callable[[str], Tree],
     disk: Path,
     frozen_run: Callable[[Tree], Path],
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree(objective)
     tree["model"]["intermediate_size"] = 20_000
@@ -103,7 +104,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     tree: Tree,
     frozen_run: Callable[[Tree], Path],
     tmp_path: Path,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     tree["precision"] = {"compute_dtype": dtype}
     source = frozen_run(tree)
@@ -139,7 +140,7 @@ def test_a_run_goes_to_the_disk_and_from_it(
     tree: Tree,
     frozen_run: Callable[[Tree], Path],
     tmp_path: Path,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     strategies = {**STRATEGIES, "nvme": tree["strategy"]}
     tree["strategy"] = strategies[before]
@@ -155,7 +156,7 @@ def test_a_run_goes_to_the_disk_and_from_it(
 
 
 def test_masters_on_the_disk_are_the_initial_values_unrounded(
-    tree: Tree, frozen_run: Callable[[Tree], Path], ranks: Callable[[int], Any]
+    tree: Tree, frozen_run: Callable[[Tree], Path], ranks: RanksOf
 ) -> None:
     tree["precision"] = {"compute_dtype": "bf16"}
     tree["trainer"]["max_steps"] = 1
@@ -178,7 +179,7 @@ def test_a_model_too_small_for_the_disk_is_told(
     tiny_tree: Callable[[str], Tree],
     frozen_run: Callable[[Tree], Path],
     disk: Path,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["strategy"] = {**NVME, "nvme_path": str(disk)}
@@ -204,9 +205,7 @@ def what_a_refused_read_leaves(path: Path) -> tuple[int, bool]:
     return done, bool((place == -1.0).all())
 
 
-def test_deepspeed_takes_a_refused_read_for_done(
-    tmp_path: Path, ranks: Callable[[int], Any]
-) -> None:
+def test_deepspeed_takes_a_refused_read_for_done(tmp_path: Path, ranks: RanksOf) -> None:
     ((done, is_untouched),) = ranks(1)(what_a_refused_read_leaves, tmp_path / "file")
     if not is_untouched:
         pytest.skip("this disk reads to any address")

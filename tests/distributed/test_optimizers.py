@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.distributed.curves import curve, lines
 from tests.distributed.jobs import (
     forget_compiled_code,
     state_through_dcp,
@@ -20,26 +19,20 @@ from tests.distributed.jobs import (
     trained_with_broken_engine,
     whole_run,
 )
+from tests.distributed.optimizers import (
+    COMPILED_FOR_DTENSORS,
+    OPTIMIZERS,
+    PURE_BF16,
+    needs_compiler,
+    needs_torchao,
+)
 from tests.distributed.pool import RanksFailed
-from tests.distributed.test_parity import curve, lines
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
 
-HAS_COMPILER = shutil.which("c++") is not None and shutil.which("ninja") is not None
-needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler or no ninja")
-needs_torchao = pytest.mark.skipif(
-    not HAS_COMPILER or importlib.util.find_spec("torchao") is None,
-    reason="torchao is not installed, or no C++ compiler",
-)
 
-# Rates at which a tiny model learns something in twenty steps.
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adamw": {"optimizer": "adamw"},
-    "adafactor": {"optimizer": "adafactor", "learning_rate": 0.1},
-    "muon": {"optimizer": "muon", "learning_rate": 3e-3},
-    "adamw_8bit": {"optimizer": "adamw_8bit"},
-}
 CLASSES = {"adafactor": "Adafactor", "muon": "MuonWithAdamW", "adamw_8bit": "AdamW8bit"}
 TAKEN = {
     "adafactor": ("ddp", "zero0"),
@@ -55,22 +48,12 @@ CASES = [
     for name, strategies in TAKEN.items()
     for strategy in strategies
 ]
-COMPILED_FOR_DTENSORS = ("adamw_8bit", "fsdp")
-"""torch never frees what the guards of its compiled step hold, a mesh with its groups included."""
-PURE_BF16 = {
-    "compute_dtype": "bf16",
-    "reduce_dtype": "bf16",
-    "master_dtype": "bf16",
-    "moments_dtype": "bf16",
-}
 
 Run = Callable[..., Path]
 
 
 @pytest.fixture
-def new_run(
-    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
-) -> Run:
+def new_run(tiny_tree: TreeOf, frozen_run: Freeze) -> Run:
     """Return a function that freezes a run of an optimizer under a strategy."""
 
     def freeze(
@@ -111,7 +94,7 @@ def test_two_ranks_learn_what_one_rank_learns(
     name: str,
     strategy: str,
     new_run: Run,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
     alone: dict[tuple[str, str], list[float]],
 ) -> None:
     # RoBERTa's matrices are stored output x input, GPT-2's the other way round.
@@ -129,7 +112,7 @@ def test_two_ranks_learn_what_one_rank_learns(
 
 @needs_torchao
 def test_compiled_code_of_an_earlier_run_is_not_taken_for_another_rank(
-    new_run: Run, ranks: Callable[[int], Any], alone: dict[tuple[str, str], list[float]]
+    new_run: Run, ranks: RanksOf, alone: dict[tuple[str, str], list[float]]
 ) -> None:
     expected = losses_of_one_rank("adamw_8bit", "mlm", new_run, ranks, alone)
     for _ in range(2):
@@ -140,7 +123,7 @@ def test_compiled_code_of_an_earlier_run_is_not_taken_for_another_rank(
 
 
 def test_muon_gathers_uneven_shards_of_a_hybrid_mesh(
-    new_run: Run, frozen_run: Callable[[dict[str, Any]], Path], ranks: Callable[[int], Any]
+    new_run: Run, frozen_run: Freeze, ranks: RanksOf
 ) -> None:
     curves = []
     for strategy, world_size in (({"kind": "single"}, 1), ({"kind": "fsdp", "replicas": 2}, 4)):
@@ -157,7 +140,7 @@ def test_muon_gathers_uneven_shards_of_a_hybrid_mesh(
 def test_stage_0_in_bf16_stays_within_its_rounding_of_fp32(
     name: str,
     new_run: Run,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
     alone: dict[tuple[str, str], list[float]],
 ) -> None:
     expected = losses_of_one_rank(name, "clm", new_run, ranks, alone)
@@ -172,7 +155,7 @@ def test_stage_0_in_bf16_stays_within_its_rounding_of_fp32(
 def test_deepspeeds_cpu_adam_learns_what_torchs_learns(
     strategy: str,
     new_run: Run,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
     alone: dict[tuple[str, str], list[float]],
 ) -> None:
     expected = losses_of_one_rank("adamw", "clm", new_run, ranks, alone)
@@ -190,7 +173,7 @@ def test_deepspeeds_cpu_adam_learns_what_torchs_learns(
 def test_pure_bf16_is_offloaded_with_deepspeeds_cpu_adam(
     strategy: str,
     new_run: Run,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
     alone: dict[tuple[str, str], list[float]],
 ) -> None:
     expected = losses_of_one_rank("adamw", "clm", new_run, ranks, alone)
@@ -218,7 +201,7 @@ def assert_same_bits(states: list[dict[str, Any]]) -> None:
     ("name", "strategy"), [case for case in CASES if case.values[1] in ("ddp", "fsdp")]
 )
 def test_state_survives_a_distributed_checkpoint_bit_for_bit(
-    name: str, strategy: str, new_run: Run, ranks: Callable[[int], Any], tmp_path: Path
+    name: str, strategy: str, new_run: Run, ranks: RanksOf, tmp_path: Path
 ) -> None:
     run_dir = new_run(name, STRATEGIES[strategy], max_steps=3)
     states = ranks(2)(
@@ -234,24 +217,20 @@ def test_state_survives_a_distributed_checkpoint_bit_for_bit(
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])  # 8-bit moments are written as fp32 ones
 def test_state_survives_a_checkpoint_of_stage_0_bit_for_bit(
-    name: str, new_run: Run, ranks: Callable[[int], Any]
+    name: str, new_run: Run, ranks: RanksOf
 ) -> None:
     run_dir = new_run(name, STRATEGIES["zero0"], max_steps=3)
     assert_same_bits(ranks(2)(state_through_zero0, run_dir))
 
 
-def test_another_momentum_than_was_asked_for_stops_the_run(
-    new_run: Run, ranks: Callable[[int], Any]
-) -> None:
+def test_another_momentum_than_was_asked_for_stops_the_run(new_run: Run, ranks: RanksOf) -> None:
     run_dir = new_run("muon", STRATEGIES["fsdp"], max_steps=2)
     with pytest.raises(RanksFailed, match=r"asks for .*'momentum': 0.95.* has .*'momentum': 0.5"):
         ranks(2)(trained_with_broken_engine, run_dir, "momentum")
     assert not (run_dir / "metrics.jsonl").exists(), "a step was trained"
 
 
-def test_learning_rates_of_the_log_follow_the_schedule(
-    new_run: Run, ranks: Callable[[int], Any]
-) -> None:
+def test_learning_rates_of_the_log_follow_the_schedule(new_run: Run, ranks: RanksOf) -> None:
     run_dir = new_run("muon", STRATEGIES["fsdp"], max_steps=4, lr_scheduler="linear")
     ranks(2)(whole_run, run_dir)
     rates = [line["learning_rate"] for line in lines(run_dir) if "loss" in line]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.curves import curve, lines
 from tests.distributed.jobs import whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
@@ -25,14 +24,6 @@ HYBRID = {
 }
 
 
-def lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(run_dir: Path, key: str = "loss") -> list[float]:
-    return [line[key] for line in lines(run_dir) if key in line]
-
-
 @pytest.fixture(scope="session")
 def reference() -> dict[str, dict[str, list[float]]]:
     """Return the curves of one rank alone, filled in by the first test that needs them."""
@@ -41,9 +32,9 @@ def reference() -> dict[str, dict[str, list[float]]]:
 
 def curves_of_one_rank(
     objective: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     reference: dict[str, dict[str, list[float]]],
 ) -> dict[str, list[float]]:
     if objective not in reference:
@@ -61,9 +52,9 @@ def curves_of_one_rank(
 def test_two_ranks_learn_what_one_rank_learns(
     strategy: str,
     objective: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     reference: dict[str, dict[str, list[float]]],
 ) -> None:
     expected = curves_of_one_rank(objective, tiny_tree, frozen_run, ranks, reference)
@@ -107,9 +98,9 @@ def tuned() -> list[Any]:
 @pytest.mark.parametrize("strategy", tuned())
 def test_tuning_does_not_change_what_is_learned(
     strategy: dict[str, Any],
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     reference: dict[str, dict[str, list[float]]],
 ) -> None:
     expected = curves_of_one_rank("clm", tiny_tree, frozen_run, ranks, reference)
@@ -124,9 +115,9 @@ def test_tuning_does_not_change_what_is_learned(
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
 def test_accumulation_does_not_change_what_is_learned(
     micro_batch_size: int,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     curves = []
     for size in (4, micro_batch_size):
@@ -143,9 +134,9 @@ def test_accumulation_does_not_change_what_is_learned(
 @pytest.mark.parametrize("strategy", HYBRID)
 def test_four_ranks_in_two_replicas_learn_what_one_rank_learns(
     strategy: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     reference: dict[str, dict[str, list[float]]],
 ) -> None:
     expected = curves_of_one_rank("clm", tiny_tree, frozen_run, ranks, reference)
@@ -161,9 +152,9 @@ def test_four_ranks_in_two_replicas_learn_what_one_rank_learns(
 @pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"])
 def test_bf16_stays_within_its_rounding_of_fp32(
     strategy: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     reference: dict[str, dict[str, list[float]]],
 ) -> None:
     expected = curves_of_one_rank("clm", tiny_tree, frozen_run, ranks, reference)

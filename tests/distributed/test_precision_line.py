@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.jobs import whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
@@ -54,9 +53,9 @@ def test_the_precision_that_runs_is_printed(
     strategy: str,
     precision: dict[str, Any],
     line: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["strategy"], tree["precision"] = STRATEGIES[strategy], precision
@@ -72,9 +71,9 @@ def test_the_precision_that_runs_is_printed(
 
 
 def test_one_rank_alone_reduces_nothing(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["strategy"], tree["precision"] = {"kind": "single"}, BF16

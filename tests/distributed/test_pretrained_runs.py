@@ -29,6 +29,7 @@ from transformers import (
 
 from tests import own_code
 from tests.distributed.jobs import trained, whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 from train.config import load
 from train.data.tokens.tokenizer import train_byte_bpe
@@ -41,7 +42,7 @@ from train.sampling.sample import sample
 
 pytestmark = pytest.mark.distributed
 
-Pools = Callable[[int], Any]
+Pools = RanksOf
 
 
 def save_tokenizer(directory: Path) -> None:
@@ -118,9 +119,7 @@ def converted(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run_from(
-    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
-) -> Callable[..., Path]:
+def run_from(tiny_tree: TreeOf, frozen_run: Freeze) -> Callable[..., Path]:
     def freeze(
         source: Path,
         strategy: dict[str, Any],

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.jobs import held, trained
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from train.checkpoint.read import portable
 
 pytestmark = pytest.mark.distributed
@@ -67,9 +66,9 @@ def test_what_is_read_is_what_the_engine_held(
     strategy: str,
     dtype: str,
     world_size: int,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     # Sizes that neither 2 nor 4 divide, so that rows, parameters and partitions need padding.

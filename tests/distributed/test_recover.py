@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.jobs import whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from train.errors import UserError
 from train.export.recover import Options, recover
 
@@ -51,9 +51,9 @@ def test_the_last_checkpoint_is_final(
     objective: str,
     dtype: str,
     world_size: int,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     tmp_path: Path,
 ) -> None:
     tree = tiny_tree(objective)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed import foreign
+from tests.fixtures import RanksOf
 from train.checkpoint.format.lazy import PortableState
 from train.checkpoint.read import portable
 
@@ -23,7 +23,7 @@ SECOND = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pyte
 
 
 @pytest.fixture(scope="module")
-def by_deepspeed(ranks: Callable[[int], Any], tmp_path_factory: pytest.TempPathFactory) -> Written:
+def by_deepspeed(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Return a function from a world size to the folder of its checkpoints, made once."""
     made: dict[int, Path] = {}
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_deepspeed_holds_the_masters_of_its_engine(
 
 @pytest.mark.parametrize("world_size", SECOND)
 def test_deepspeeds_own_script_finds_the_same(
-    world_size: int, by_deepspeed: Written, ranks: Callable[[int], Any]
+    world_size: int, by_deepspeed: Written, ranks: RanksOf
 ) -> None:
     # It fails on stage 0 and on the optimizer of bf16 at stage 1.
     engines = [n for n, e in foreign.ENGINES.items() if e["stage"] and "bf16_optimizer" not in n]
@@ -101,7 +101,7 @@ def test_a_universal_checkpoint_holds_the_same_masters(
     engine: str,
     world_size: int,
     by_deepspeed: Written,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
     tmp_path: Path,
 ) -> None:
     source = by_deepspeed(world_size) / f"{engine}-odd"
@@ -121,7 +121,7 @@ def test_a_universal_checkpoint_holds_the_same_masters(
 
 @pytest.mark.parametrize("world_size", SECOND)
 def test_a_distributed_checkpoint_of_any_sections_and_cuts_holds_the_weights(
-    world_size: int, ranks: Callable[[int], Any], tmp_path: Path
+    world_size: int, ranks: RanksOf, tmp_path: Path
 ) -> None:
     ranks(world_size)(foreign.distributed_checkpoints, tmp_path, "odd")
     for form in foreign.DISTRIBUTED:
@@ -141,7 +141,7 @@ def test_a_distributed_checkpoint_of_any_sections_and_cuts_holds_the_weights(
     "kind", ["odd", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("clm", "mlm"))]
 )
 def test_a_checkpoint_of_accelerate_or_the_trainer_holds_the_masters_of_its_engine(
-    library: str, kind: str, world_size: int, ranks: Callable[[int], Any], tmp_path: Path
+    library: str, kind: str, world_size: int, ranks: RanksOf, tmp_path: Path
 ) -> None:
     if world_size == 1 and "fsdp" in library:
         pytest.skip("accelerate takes FSDP on one rank for no FSDP")

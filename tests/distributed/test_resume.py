@@ -14,29 +14,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.distributed.curves import curve
+from tests.distributed.interrupted import SAVED, STEPS, STRATEGIES, interrupted
 from tests.distributed.jobs import restored_and_saved, whole_run
-from tests.distributed.test_optimizers import COMPILED_FOR_DTENSORS, PURE_BF16, needs_torchao
-from tests.distributed.test_parity import curve
+from tests.distributed.optimizers import COMPILED_FOR_DTENSORS, PURE_BF16, needs_torchao
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from train.checkpoint.read import portable
 
 pytestmark = pytest.mark.distributed
 
-ZERO = {"kind": "zero"}
-CPU = {"offload_optimizer": "cpu"}
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "ddp": {"kind": "ddp"},
-    "zero0": {**ZERO, "stage": 0},
-    "zero1": {**ZERO, "stage": 1},
-    "zero2": {**ZERO, "stage": 2},
-    "zero3": {**ZERO, "stage": 3, "sub_group_elements": 3000},
-    "zero2_offload": {**ZERO, **CPU, "stage": 2},
-    "zero3_offload": {**ZERO, **CPU, "stage": 3, "offload_parameters": "cpu"},
-    "fsdp": {"kind": "fsdp"},
-    "fsdp_grad_op": {"kind": "fsdp", "reshard_after_forward": False},
-    "fsdp_hybrid": {"kind": "fsdp", "replicas": 2},
-    "fsdp_offload": {"kind": "fsdp", "offload": True},
-}
-STEPS, SAVED = 6, 3
 
 Source = Callable[..., Path]
 
@@ -49,9 +35,9 @@ def runs() -> dict[tuple[str, str, float], Path]:
 
 @pytest.fixture
 def uninterrupted(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     runs: dict[tuple[str, str, float], Path],
 ) -> Source:
     """Return a function that gives a run of six steps with a checkpoint after three.
@@ -74,25 +60,6 @@ def uninterrupted(
     return run
 
 
-def interrupted(source: Path, target: Path, **changes: Any) -> Path:
-    """Return a copy of a run as it was after its first checkpoint, with a changed config."""
-    (target / "checkpoints").mkdir(parents=True)
-    name = f"checkpoint-{SAVED}"
-    shutil.copytree(source / "checkpoints" / name, target / "checkpoints" / name)
-    shutil.copy(source / "metrics.jsonl", target)
-    shutil.copy(source / "data.json", target)
-    shutil.copytree(source / "tokenizer", target / "tokenizer")
-    tree = yaml.safe_load((source / "config.yaml").read_text())
-    for key, value in changes.items():
-        section, _, field = key.partition("__")
-        if field:
-            tree[section][field] = value
-        else:
-            tree[section] = value
-    (target / "config.yaml").write_text(yaml.safe_dump(tree))
-    return target
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -108,7 +75,7 @@ def interrupted(source: Path, target: Path, **changes: Any) -> Path:
     ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(
-    name: str, dtype: str, uninterrupted: Source, tmp_path: Path, ranks: Callable[[int], Any]
+    name: str, dtype: str, uninterrupted: Source, tmp_path: Path, ranks: RanksOf
 ) -> None:
     source = uninterrupted(name, dtype)
     resumed = interrupted(source, tmp_path / "resumed")
@@ -140,10 +107,10 @@ def test_every_optimizer_goes_on_with_the_same_bits(
     optimizer: str,
     name: str,
     precision: dict[str, str],
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
     tmp_path: Path,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("mlm")
     tree["strategy"], tree["precision"] = STRATEGIES[name], precision
@@ -185,7 +152,7 @@ def test_a_run_goes_on_under_another_strategy_and_world_size(
     world_size: int,
     uninterrupted: Source,
     tmp_path: Path,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     source = uninterrupted(before, "fp32", dropout=0.0)
     resumed = interrupted(
@@ -246,10 +213,10 @@ def rates(run_dir: Path) -> dict[int, float]:
 @pytest.mark.parametrize("name", ["ddp", "zero0", "zero2", "zero3", "fsdp"])
 def test_another_batch_trains_what_was_asked_at_the_rate_of_what_was_consumed(
     name: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
     tmp_path: Path,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     source = frozen_run(by_tokens(tiny_tree("clm"), name))
     ranks(2)(whole_run, source)
@@ -265,10 +232,10 @@ def test_another_batch_trains_what_was_asked_at_the_rate_of_what_was_consumed(
 
 
 def test_a_second_change_of_batch_counts_what_both_have_consumed(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
     tmp_path: Path,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     tree = by_tokens(tiny_tree("clm"), "ddp", global_batch_size=16, save_every_steps=1)
     source = frozen_run(by_tokens(tiny_tree("clm"), "ddp"))
@@ -296,10 +263,10 @@ def test_a_second_change_of_batch_counts_what_both_have_consumed(
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
 def test_lines_of_any_length_train_the_tokens_that_were_asked_for(
     objective: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
     tmp_path: Path,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     tree = by_tokens(tiny_tree(objective), "ddp")
     tree["data"] |= {"line_by_line": True, "max_cut_fraction": 1, "eval_fraction": 0}

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from tests.distributed.jobs import whole_run
 from tests.distributed.pool import RanksFailed
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 from train.checkpoint.format import layout
 from train.config import CheckpointConfig, load
@@ -68,9 +69,7 @@ def train_amid(run_dir: Path, event: Event) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run_of(
-    tiny_tree: Callable[[str], dict[str, Any]], frozen_run: Callable[[dict[str, Any]], Path]
-) -> Callable[..., Path]:
+def run_of(tiny_tree: TreeOf, frozen_run: Freeze) -> Callable[..., Path]:
     """Return a function from a strategy and checkpoint keys to a run of 6 steps, saved every 2."""
 
     def run(strategy: str, dtype: str = "fp32", save_every: int = 2, **checkpoint: Any) -> Path:
@@ -168,7 +167,7 @@ def nothing(trainer: Trainer, step: int) -> None:
     ],
 )
 def test_a_slow_write_beside_training_leaves_the_same_files_as_one_that_stops_it(
-    strategy: str, dtype: str, run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    strategy: str, dtype: str, run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     sync, later = run_of(strategy, dtype), run_of(strategy, dtype, **{"async": True})
     world_size = load(sync).launcher.world_size
@@ -200,7 +199,7 @@ def note_when_published(trainer: Trainer, step: int) -> None:
 
 
 def test_a_checkpoint_is_published_as_soon_as_it_is_written(
-    run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("ddp", save_every=3, **{"async": True})
     ranks(2)(train_amid, run_dir, note_when_published)
@@ -226,7 +225,7 @@ def hold_for_a_second(trainer: Trainer, step: int) -> None:
 
 
 def test_the_next_save_waits_for_the_one_in_flight_and_says_how_long(
-    run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("zero2", save_every=1, **{"async": True})
     first, second = ranks(2)(train_amid, run_dir, hold_for_a_second)
@@ -244,7 +243,7 @@ def fail_with_a_write_in_flight(trainer: Trainer, step: int) -> None:
 
 
 def test_a_run_that_fails_still_publishes_what_it_was_writing(
-    run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("fsdp", **{"async": True})
     with pytest.raises(RanksFailed, match="step 3 fails on all ranks"):
@@ -253,7 +252,7 @@ def test_a_run_that_fails_still_publishes_what_it_was_writing(
 
 
 def test_a_whole_run_that_saves_in_the_background_ends_with_a_model(
-    run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("zero3", **{"async": True})
     ranks(2)(whole_run, run_dir)
@@ -337,7 +336,7 @@ def rank_1_never_writes_again(trainer: Trainer, step: int) -> None:
 
 
 @pytest.fixture
-def unlimited(ranks: Callable[[int], Any]) -> Iterator[None]:
+def unlimited(ranks: RanksOf) -> Iterator[None]:
     yield
     ranks(2)(_limit_file_size, resource.RLIM_INFINITY)
 
@@ -356,7 +355,7 @@ def test_a_disk_that_is_full_or_read_only_costs_one_checkpoint_and_no_other(
     in_background: bool,
     run_of: Callable[..., Path],
     small_disk: Callable[[Path], Path],
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     run_dir = run_of("ddp", **{"async": in_background})
     disk = small_disk(run_dir)
@@ -378,7 +377,7 @@ def test_one_rank_that_cannot_write_leaves_the_others_not_waiting(
     strategy: str,
     in_background: bool,
     run_of: Callable[..., Path],
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
     unlimited: None,
 ) -> None:
     run_dir = run_of(strategy, **{"async": in_background})
@@ -392,7 +391,7 @@ def test_one_rank_that_cannot_write_leaves_the_others_not_waiting(
 
 
 def test_metrics_that_find_no_space_do_not_end_the_run(
-    run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("fsdp", save_every=3)
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")
@@ -403,7 +402,7 @@ def test_metrics_that_find_no_space_do_not_end_the_run(
 
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_disk_that_is_gone_is_not_replaced_by_what_lies_below(
-    in_background: bool, run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    in_background: bool, run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("zero2", **{"async": in_background})
     (run_dir / "disk").mkdir()
@@ -416,7 +415,7 @@ def test_a_disk_that_is_gone_is_not_replaced_by_what_lies_below(
 @pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_run_that_is_to_stop_does_so_on_all_ranks(
-    in_background: bool, run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    in_background: bool, run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("zero3", on_save_error="stop", **{"async": in_background})
     with pytest.raises(RanksFailed) as caught:
@@ -431,7 +430,7 @@ def test_a_run_that_is_to_stop_does_so_on_all_ranks(
 @pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("in_background", [False, True])
 def test_the_last_save_stops_the_run_where_it_fails(
-    in_background: bool, run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    in_background: bool, run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("fsdp", **{"async": in_background})
     with pytest.raises(RanksFailed) as caught:
@@ -456,7 +455,7 @@ def save_by_deepspeed_too(trainer: Trainer, step: int) -> None:
     [("zero3", "bf16"), slow("zero0", "fp32"), slow("zero1", "bf16"), slow("zero2", "fp32")],
 )
 def test_the_files_are_those_that_deepspeed_writes_itself(
-    strategy: str, dtype: str, run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    strategy: str, dtype: str, run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of(strategy, dtype, save_every=6)
     ranks(2)(train_amid, run_dir, save_by_deepspeed_too)
@@ -511,7 +510,7 @@ def write_on_two_nodes(directory: Path) -> list[str]:
 
 
 def test_each_node_publishes_what_its_own_ranks_have_written(
-    tmp_path: Path, ranks: Callable[[int], Any]
+    tmp_path: Path, ranks: RanksOf
 ) -> None:
     assert ranks(2)(write_on_two_nodes, tmp_path) == [
         ["engine/shard-0", "scheduler.pt"],
@@ -524,7 +523,7 @@ def test_each_node_publishes_what_its_own_ranks_have_written(
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_stage_0_names_the_parameters_in_the_optimizers_order(
-    dtype: str, run_of: Callable[..., Path], ranks: Callable[[int], Any]
+    dtype: str, run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
     run_dir = run_of("zero0", dtype, save_every=6)
     ranks(2)(train_amid, run_dir, nothing)

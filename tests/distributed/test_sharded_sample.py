@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from transformers import (
 
 from launchers.commands.sample import sampling_overrides
 from launchers.composition.compose import compose, plain
-from tests.unit.test_sample import POSITIONS, TOKENS, save
+from tests.fixtures import RanksOf
+from tests.unit.saved_models import POSITIONS, TOKENS, save
 from train.config import from_tree, load, to_yaml
 from train.model import build as models
 from train.model.blocks import parameter_count
@@ -91,7 +91,7 @@ def share(directory: Path, model_dir: Path) -> float:
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3", "fsdp_offload", "zero3_offload"])
 def test_two_ranks_say_what_one_process_says(
-    strategy: str, model_dir: Path, tmp_path: Path, ranks: Callable[[int], Any]
+    strategy: str, model_dir: Path, tmp_path: Path, ranks: RanksOf
 ) -> None:
     (job,) = compose([*sampling_overrides(model_dir, strategy, ranks=2), "launcher.device=cpu"])
     (tmp_path / "config.yaml").write_text(to_yaml(from_tree(plain(job.tree))))

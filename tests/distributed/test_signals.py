@@ -17,6 +17,7 @@ import filelock
 import pytest
 
 from tests.faults.killable import WORLD_SIZE, AtEvent, start
+from tests.fixtures import TreeOf
 from train.checkpoint.format import layout
 from train.run_directory import stop_note
 
@@ -104,7 +105,7 @@ def undisturbed_runs() -> dict[str, Path]:
 
 @pytest.fixture
 def undisturbed(
-    tiny_tree: Callable[[str], dict[str, Any]],
+    tiny_tree: TreeOf,
     tmp_path_factory: pytest.TempPathFactory,
     undisturbed_runs: dict[str, Path],
 ) -> Callable[[str], Path]:
@@ -164,7 +165,7 @@ def test_all_ranks_stop_at_one_step_and_go_on_with_the_same_bits(
     strategy: str,
     when: AtEvent,
     step: int,
-    tiny_tree: Callable[[str], dict[str, Any]],
+    tiny_tree: TreeOf,
     undisturbed: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
@@ -179,7 +180,7 @@ def test_all_ranks_stop_at_one_step_and_go_on_with_the_same_bits(
 
 
 def test_a_save_that_does_not_fit_into_the_grace_period_is_not_begun(
-    tiny_tree: Callable[[str], dict[str, Any]],
+    tiny_tree: TreeOf,
     undisturbed: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
@@ -195,7 +196,7 @@ def test_a_save_that_does_not_fit_into_the_grace_period_is_not_begun(
 
 @pytest.mark.faults
 def test_a_save_in_the_background_is_waited_for(
-    tiny_tree: Callable[[str], dict[str, Any]],
+    tiny_tree: TreeOf,
     undisturbed: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
@@ -211,7 +212,7 @@ def test_a_save_in_the_background_is_waited_for(
 
 @pytest.mark.faults
 def test_workers_that_load_the_data_outlive_the_signal(
-    tiny_tree: Callable[[str], dict[str, Any]],
+    tiny_tree: TreeOf,
     undisturbed: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
@@ -228,7 +229,7 @@ def test_workers_that_load_the_data_outlive_the_signal(
 @pytest.mark.parametrize("everyone", [False, True])
 def test_ranks_that_prepare_their_data_begin_anew(
     everyone: bool,
-    tiny_tree: Callable[[str], dict[str, Any]],
+    tiny_tree: TreeOf,
     undisturbed: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:

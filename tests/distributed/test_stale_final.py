@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 
 from launchers import runs
 from tests.distributed.jobs import trained, whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from train.errors import UserError
 from train.sampling import sample
 
@@ -33,9 +33,9 @@ def nothing(trainer: Any) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_that_goes_past_its_final_model_has_none(
     world_size: int,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["launcher"]["nproc_per_node"] = world_size

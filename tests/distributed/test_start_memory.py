@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from train import data
 from train.config import Gpt2Model, load
 from train.model import build as models
@@ -120,9 +121,9 @@ def check(strategy: str, world_size: int, seen: list[dict[str, int]]) -> None:
 def test_start_takes_the_memory_of_the_shards_and_a_tensor(
     strategy: str,
     world_size: int,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["model"] |= SIZE
@@ -157,9 +158,9 @@ PRETRAINED: dict[str, Callable[[], PreTrainedModel]] = {
 def test_pretrained_weights_are_read_into_the_memory_of_the_shards_and_a_tensor(
     kind: str,
     strategy: str,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
     tmp_path: Path,
 ) -> None:
     PRETRAINED[kind]().save_pretrained(tmp_path / "model")

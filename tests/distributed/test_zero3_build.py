@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from train import data
 from train.config import load
 from train.model import build as models
@@ -59,9 +59,9 @@ def compare_builds(run_dir: Path) -> dict[str, Any]:
 def test_weights_are_the_same_bit_for_bit(
     kind: str,
     tied: bool,
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm" if kind in CAUSAL else "mlm")
     tree["model"] |= {"kind": kind, "tie_word_embeddings": tied}

@@ -1,12 +1,11 @@
 """DeepSpeed on a CPU needs no compiler."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.jobs import trained
+from tests.fixtures import Freeze, RanksOf, TreeOf
 from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
@@ -20,9 +19,9 @@ def shared_memory_op(trainer: Trainer) -> Any:
 
 
 def test_no_kernel_is_compiled_for_gloo_ranks(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
-    ranks: Callable[[int], Any],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
 ) -> None:
     tree = tiny_tree("clm")
     tree["strategy"] = {"kind": "zero", "stage": 2}

@@ -7,7 +7,7 @@ import http.server
 import json
 import sysconfig
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from launchers.machine import preflight
 from launchers.machine.facts import Machine
 from tests.distributed.jobs import whole_run
 from tests.e2e.cli import TINY
+from tests.fixtures import RanksOf
 from train.checkpoint.format import layout
 from train.config import from_tree
 
@@ -51,7 +52,7 @@ def test_experiment_ends_with_a_model(
     corpus: Path,
     cache_dir: Path,
     book_url: str,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
 ) -> None:
     experiment = (CONF / "experiment" / f"{name}.yaml").read_text()
     ranks_wanted = 1 if "nproc_per_node: 1" in experiment else 2

@@ -8,11 +8,11 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.e2e.cli import finish, on_one_rank, processes, shardwright, start, start_python, wait_for
+from tests.fixtures import Freeze, TreeOf
 from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
@@ -83,8 +83,8 @@ def test_bad_input_that_only_a_rank_can_see_ends_with_code_2(tiny: Tiny, tmp_pat
 
 
 def test_other_number_of_ranks_than_the_config_is_refused(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
     tmp_path: Path,
 ) -> None:
     run_dir = frozen_run(tiny_tree("mlm"))

@@ -24,7 +24,7 @@ from launchers.composition.compose import compose
 from launchers.machine import facts as machine
 from tests.e2e.cli import ROOT, SECRETS, finish, processes, shardwright, start_python
 from tests.e2e.conftest import PROMPTS, Run
-from tests.unit.test_tracker import expected, of_tensorboard, of_wandb
+from tests.unit.trackers import expected, of_tensorboard, of_wandb
 from train.checkpoint.format import layout
 from train.config import from_tree, load, to_yaml
 from train.data.prepare import prepare

@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.cli import ROOT, losses, on_one_rank, shardwright
 from tests.e2e.ssh import needs_ssh
-from tests.unit.test_inherited import OF_A_RANK, OF_AN_ENGINE
+from tests.unit.environments import OF_A_RANK, OF_AN_ENGINE
 
 pytestmark = pytest.mark.distributed
 

@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.distributed.jobs import whole_run
+from tests.fixtures import RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 
 
@@ -21,10 +21,10 @@ def saved_runs() -> dict[str, Path]:
 
 @pytest.fixture
 def run_of(
-    tiny_tree: Callable[[str], dict[str, Any]],
+    tiny_tree: TreeOf,
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
-    ranks: Callable[[int], Any],
+    ranks: RanksOf,
     saved_runs: dict[str, Path],
 ) -> Callable[[str], Path]:
     """Return a function that gives a copy of a strategy's run, with checkpoints of steps 1 and 2.

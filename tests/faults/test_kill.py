@@ -17,6 +17,7 @@ import pytest
 
 from tests.e2e.cli import finish, processes, start_python, wait_for
 from tests.faults.killable import WORLD_SIZE, AtEvent, AtTime, Kill, events, start
+from tests.fixtures import TreeOf
 from tests.strategies import STRATEGIES
 from train.checkpoint.format import layout
 
@@ -88,7 +89,7 @@ def uninterrupted_runs() -> dict[str, Path]:
 
 @pytest.fixture
 def uninterrupted(
-    tiny_tree: Callable[[str], dict[str, Any]],
+    tiny_tree: TreeOf,
     tmp_path_factory: pytest.TempPathFactory,
     uninterrupted_runs: dict[str, Path],
 ) -> Callable[[str], Path]:
@@ -107,7 +108,7 @@ def uninterrupted(
 
 
 @pytest.fixture
-def fresh(tiny_tree: Callable[[str], dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
+def fresh(tiny_tree: TreeOf, tmp_path: Path) -> Callable[..., Path]:
     """Return a function from a strategy to a run of it that has not begun."""
     return lambda strategy, **checkpoint: trained(
         strategy, tmp_path / "run", tiny_tree("clm"), **checkpoint

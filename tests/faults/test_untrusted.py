@@ -6,7 +6,6 @@ Each is sealed with a manifest that fits, so that only the readers stand in the 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from tests.checkpoints import described
 from tests.faults.killable import start
+from tests.faults.untrusted import FORMATS, Payload, in_legacy_format, in_zip
 from train.checkpoint.format import layout
 from train.errors import UserError
 from train.loop import resuming
@@ -28,35 +28,6 @@ from train.process.rank import Rank
 pytestmark = pytest.mark.distributed
 
 RunOf = Callable[[str], Path]
-
-
-class Payload:
-    """Makes a directory when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
-
-
-def in_zip(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def in_legacy_format(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue()
-
-
-def in_bare_pickle(value: Any) -> bytes:
-    return pickle.dumps(value, protocol=2)
-
-
-FORMATS = [in_zip, in_legacy_format, in_bare_pickle]
 
 
 def seal(checkpoint: Path) -> None:

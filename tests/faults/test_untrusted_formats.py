@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.faults.test_untrusted import FORMATS, Payload
+from tests.faults.untrusted import FORMATS, Payload
 from train.checkpoint.format.lazy import Unreadable
 from train.checkpoint.read import portable
 

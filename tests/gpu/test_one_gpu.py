@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.jobs import whole_run
 from tests.distributed.pool import Ranks
+from tests.fixtures import Freeze, TreeOf
 from tests.gpu.jobs import observed_training, state_devices
 from train.config import load
 
@@ -109,8 +110,8 @@ Run = Callable[..., Path]
 
 @pytest.fixture
 def new_run(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
     skip_where_lacking: Callable[..., None],
 ) -> Run:
     """Return a function that freezes a run of one rank, or skips the test where it cannot run."""

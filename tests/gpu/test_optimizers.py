@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.curves import curve
 from tests.distributed.jobs import trained, whole_run
+from tests.distributed.optimizers import OPTIMIZERS, needs_compiler, needs_torchao
 from tests.distributed.pool import Ranks
-from tests.distributed.test_optimizers import OPTIMIZERS, needs_compiler, needs_torchao
-from tests.distributed.test_parity import curve
+from tests.fixtures import Freeze, TreeOf
 from train.config import load
 from train.loop.trainer import Trainer
 
@@ -34,8 +35,8 @@ CASES = [
 
 @pytest.fixture
 def new_run(
-    tiny_tree: Callable[[str], dict[str, Any]],
-    frozen_run: Callable[[dict[str, Any]], Path],
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
     skip_where_lacking: Callable[..., None],
 ) -> Run:
     """Return a function that freezes a run of one rank, or skips the test where it cannot run."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from tests.fixtures import TreeOf
 from train.checkpoint.format.layout import Manifest
 from train.config import from_tree
 from train.export import curve
@@ -30,7 +30,7 @@ GPT2 = {
 }
 ROBERTA = {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "vocab_size": 384}
 
-Tree = Callable[[str], dict[str, Any]]
+Tree = TreeOf
 
 
 def facts(tree: dict[str, Any], **values: Any) -> Facts:

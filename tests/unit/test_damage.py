@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
@@ -15,8 +14,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tests.unit.test_sample import POSITIONS, TOKENS
-from tests.unit.test_sample import save as save_with_tokenizer
+from tests.fixtures import TreeOf
+from tests.unit.saved_models import POSITIONS, TOKENS
+from tests.unit.saved_models import save as save_with_tokenizer
 from train.checkpoint.format import damage
 from train.config import PretrainedModel, from_tree
 from train.data.tokens.tokenizer import ensure_tokenizer
@@ -78,7 +78,7 @@ def model_dir(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_reader_names_the_file_what_it_is_and_the_remedy(
-    case: str, model_dir: Path, tmp_path: Path, tiny_tree: Callable[[str], dict[str, Any]]
+    case: str, model_dir: Path, tmp_path: Path, tiny_tree: TreeOf
 ) -> None:
     name, harm, wanted = CASES[case]
     tree = tiny_tree("clm")
@@ -133,7 +133,7 @@ def test_nothing_is_seen_in_whole_files(model_dir: Path) -> None:
 
 
 def test_a_tokenizer_that_stops_at_an_unknown_word_is_refused_before_the_corpus_is_read(
-    tmp_path: Path, tiny_tree: Callable[[str], dict[str, Any]]
+    tmp_path: Path, tiny_tree: TreeOf
 ) -> None:
     words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "def": 2}))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

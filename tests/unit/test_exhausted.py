@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.strategy.test_misconfiguration import TREE
+from tests.unit.trees import TREE
 from train.config import from_tree
 from train.loop.saving.peers import SaveFailed
 from train.process.exhausted import explained

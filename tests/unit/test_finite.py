@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.checkpoints import write_checkpoint
-from tests.unit.test_optimizer import built, give_gradients, gpt2
+from tests.unit.optimizers import built, give_gradients, gpt2
 from train.checkpoint import retention
 from train.checkpoint.choose import choose
 from train.checkpoint.format import layout

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.unit.strategy.test_misconfiguration import TREE
+from tests.unit.trees import TREE
 from train.config import RunConfig, from_tree
 from train.errors import UserError
 from train.model import fp8

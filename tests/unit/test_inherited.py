@@ -14,44 +14,12 @@ import pytest
 
 from launchers import report
 from launchers.ranks import child
+from tests.unit.environments import OF_A_RANK, OF_AN_ENGINE, THE_USERS
 from train.errors import UserError
 from train.process import inherited
 from train.process.rank import Rank, rank_from_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-OF_A_RANK = {
-    "RANK": "1",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "2",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "203.0.113.1",
-    "MASTER_PORT": "29500",
-    "PET_NNODES": "3",
-    "TORCHELASTIC_USE_AGENT_STORE": "True",
-    "PMI_SIZE": "4",
-    "PMIX_RANK": "3",
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "MV2_COMM_WORLD_RANK": "1",
-    "SHARDWRIGHT_RANKS_OF": "slurm",
-}
-OF_AN_ENGINE = {
-    "ACCELERATE_DYNAMO_BACKEND": "inductor",
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_MIXED_PRECISION": "fp16",
-    "FSDP_VERSION": "1",
-    "MEGATRON_LM_TP_DEGREE": "2",
-    "PARALLELISM_CONFIG_TP_SIZE": "2",
-}
-THE_USERS = {
-    "PATH": "/usr/bin",
-    "SLURM_JOB_ID": "7",
-    "SLURM_PROCID": "1",
-    "OMPI_MCA_btl": "tcp",
-    "ACCELERATE_LOG_LEVEL": "debug",
-    "TORCHDYNAMO_DISABLE": "1",
-    "NCCL_DEBUG": "INFO",
-    "RANKS": "mine",
-}
 
 
 def test_a_launcher_hands_on_what_is_the_users() -> None:

@@ -112,3 +112,14 @@ def test_a_launcher_imports_nothing_heavy(name: str) -> None:
                 if part in modules() and part not in seen:
                     seen.add(part)
                     left.append(part)
+
+
+def test_no_test_imports_from_another() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {node.module}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and any(part.startswith("test_") for part in str(node.module).split("."))
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
     RobertaConfig,
     RobertaForMaskedLM,
 )
 
-from tests.unit.strategy.test_misconfiguration import TREE
-from train.config import RunConfig, from_tree
+from tests.unit.optimizers import built, decayed, give_gradients, gpt2
 from train.errors import UserError
-from train.optimizer.build import build
 from train.optimizer.muon import MuonWithAdamW, hidden_matrices
-from train.strategy import engine_of
-
-
-def gpt2(tied: bool = True) -> PreTrainedModel:
-    torch.manual_seed(0)
-    sizes = GPT2Config(
-        vocab_size=64, n_embd=16, n_inner=32, n_layer=2, n_head=2, tie_word_embeddings=tied
-    )
-    return GPT2LMHeadModel(sizes)
 
 
 def roberta() -> PreTrainedModel:
@@ -47,30 +32,9 @@ def roberta() -> PreTrainedModel:
     return RobertaForMaskedLM(sizes)
 
 
-def config(**trainer: Any) -> RunConfig:
-    return from_tree({**TREE, "trainer": {**TREE["trainer"], **trainer}})
-
-
-def decayed(model: PreTrainedModel) -> set[str]:
-    """Return what the Trainer lets decay."""
-    return set(transformers.Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-
-
-def built(model: PreTrainedModel, **trainer: Any) -> torch.optim.Optimizer:
-    settings = config(**trainer)
-    engine = engine_of(settings)
-    return build(settings, model, decayed(model), functools.partial(engine.adamw, settings))
-
-
 def names_in(group: dict[str, Any], model: nn.Module) -> set[str]:
     ids = {id(p) for p in group["params"]}
     return {name for name, p in model.named_parameters() if id(p) in ids}
-
-
-def give_gradients(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "adamw_8bit"])

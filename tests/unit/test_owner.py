@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from launchers.__main__ import main
-from tests.unit.strategy.test_misconfiguration import TREE
+from tests.unit.trees import TREE
 from train import __main__ as rank
 from train.errors import BAD_INPUT, UserError
 from train.process import signals

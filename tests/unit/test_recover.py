@@ -14,8 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,12 @@ from transformers import (
 )
 
 from tests.checkpoints import described
-from tests.unit.test_lazy import in_fragments
+from tests.fixtures import TreeOf
+from tests.unit.recovering import MAX_MEMORY, once_written
+from tests.unit.tensors import in_fragments
 from train.checkpoint.format import layout
 from train.checkpoint.read import portable
 from train.errors import UserError
-from train.export import safetensors as whole
 from train.export.contents import contents
 from train.export.recover import Options, check_extents, recover
 
@@ -77,7 +77,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, weights: Tensors) -> Path:
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path, weights: Tensors, tiny_tree: Callable[[str], dict[str, Any]]) -> Path:
+def run_dir(tmp_path: Path, weights: Tensors, tiny_tree: TreeOf) -> Path:
     """Return a run with the checkpoints of steps 1, 2 and 3, of which 2 is the best."""
     run_dir = tmp_path / "run"
     for step, loss in ((1, 5.0), (2, 3.0), (3, 4.0)):
@@ -523,20 +523,6 @@ def test_a_config_of_no_model_is_refused(
 # --- interruptions --------------------------------------------------------------------------------
 
 
-@contextmanager
-def once_written(do: Callable[[], object]) -> Iterator[None]:
-    """Have something happen when the weights are written and nothing has its name yet."""
-    flush = whole.Writer.flush
-
-    def then_flush(writer: whole.Writer) -> None:
-        do()
-        flush(writer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole.Writer, "flush", then_flush)
-        yield
-
-
 def interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -564,12 +550,12 @@ def test_two_recoveries_of_one_output_are_kept_apart(
 
 # --- memory ---------------------------------------------------------------------------------------
 
-MAX_MEMORY = 2**26
 
 CHILD = """
 import io, os, signal, sys
 from pathlib import Path
-from tests.unit.test_recover import MAX_MEMORY, once_written
+from tests.unit.recovering import MAX_MEMORY
+from tests.unit.recovering import once_written
 from train.export.recover import Options
 from train.export.recover import _resident
 from train.export.recover import recover

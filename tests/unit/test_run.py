@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.fixtures import Freeze, TreeOf
 from train.config import from_tree, samples_wanted, total_steps
 from train.errors import UserError
 from train.process.rank import Rank
 from train.run import assemble
 
-Tree = Callable[[str], dict[str, Any]]
+Tree = TreeOf
 
 
 @pytest.mark.parametrize(
@@ -44,7 +42,7 @@ def test_steps_follow_from_steps_epochs_or_tokens(
 
 
 def test_prompts_that_cannot_be_answered_are_refused_before_the_training(
-    tiny_tree: Tree, frozen_run: Callable[[dict[str, Any]], Path]
+    tiny_tree: Tree, frozen_run: Freeze
 ) -> None:
     tree = tiny_tree("mlm")
     tree["objective"]["prompts"] = ["import <mask>", "def <mask>(<mask>):"]

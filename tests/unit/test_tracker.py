@@ -6,12 +6,10 @@ import io
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.unit.trackers import expected, of_tensorboard, of_wandb
 from train import program, tracker
 from train.config import RunConfig, load
 from train.config.tracking import (
@@ -33,7 +32,6 @@ from train.config.tracking import (
 from train.loop.callbacks import tracking
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
-Values = dict[str, dict[int, float]]
 
 
 def line(step: int, **values: Any) -> dict[str, Any]:
@@ -85,73 +83,6 @@ def track(run_dir: Path, *flags: str, **options: Any) -> list[str]:
     lacks = any("lacks a part of this run" in text for text in said)
     assert ended.returncode == (1 if lacks else 0), ended.stderr
     return said
-
-
-def expected(lines: Sequence[dict[str, Any]], *without: str) -> Values:
-    values: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    for entry in lines:
-        for name, value in entry.items():
-            if name not in ("step", *without) and value is not None:
-                values[name][entry["step"]] = float(value)
-    return dict(values)
-
-
-def of_tensorboard(directory: Path) -> Values:
-    """Return what TensorBoard shows; fails where it shows a step twice."""
-    events = EventAccumulator(str(directory))
-    events.Reload()
-    values = {}
-    for tag in events.Tags()["scalars"]:
-        shown = [(event.step, event.value) for event in events.Scalars(tag)]
-        # Two lines of one step, with a loss and with an evaluation, have its counts alike.
-        assert len(set(shown)) == len({step for step, _ in shown}), f"{tag} has a step twice"
-        values[tag] = dict(shown)
-    return values
-
-
-def of_wandb(directory: Path) -> tuple[Values, dict[str, Any], str]:
-    """Return the history, the config and the id in a run's file."""
-    from wandb.proto import wandb_internal_pb2
-
-    record_type: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
-
-    (path,) = directory.glob("run-*.wandb")
-    history: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    config: dict[str, Any] = {}
-    run_id = ""
-    for data in records(path.read_bytes()):
-        record = record_type.FromString(data)
-        for update in [*record.run.config.update, *record.config.update]:
-            if update.key:
-                config[update.key] = json.loads(update.value_json)
-        run_id = record.run.run_id or run_id
-        if record.HasField("history"):
-            row = {
-                (item.key or ".".join(item.nested_key)): json.loads(item.value_json)
-                for item in record.history.item
-            }
-            step = record.history.step.num
-            for name, value in row.items():
-                if not name.startswith("_"):
-                    assert step not in history[name], f"{name} has step {step} twice"
-                    history[name][step] = value
-    return dict(history), config, run_id
-
-
-def records(content: bytes) -> Iterator[bytes]:
-    """Yield the records of LevelDB's log format: blocks of 32 KiB, each record in parts."""
-    whole, at = b"", 7  # behind the file's own header
-    while at + 7 <= len(content):
-        left = 2**15 - at % 2**15
-        if left < 7:
-            at += left
-            continue
-        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
-        whole += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or its last part
-            yield whole
-            whole = b""
 
 
 def test_tensorboard_shows_metrics_over_a_resume(run_dir: Path, tiny_tree: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.unit.test_lazy import in_fragments
+from tests.unit.tensors import in_fragments
 from train.checkpoint.format.outputs import Output
 from train.export import safetensors as whole
 from train.export.safetensors import Budget, Writer

@@ -15,8 +15,8 @@ import pytest
 from launchers.commands.checkpoints import strategy_name
 from launchers.machine.facts import Machine, resolve
 from tests.checkpoints import FILE_DAMAGES, FILES, write_checkpoint
+from tests.unit.launchers.composed import composed
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
-from tests.unit.launchers.test_shipped_conf import composed
 from train.checkpoint.format import layout
 from train.config import to_yaml
 

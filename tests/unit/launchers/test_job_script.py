@@ -9,21 +9,16 @@ from typing import Any
 
 import pytest
 
-from launchers.machine.facts import Machine, resolve
 from launchers.ranks.environment import job_environment
 from launchers.slurm.script import Array, directives, job_script, submit_command
 from launchers.slurm.submit import array_of
-from tests.unit.launchers.test_machine import config
-from tests.unit.test_inherited import OF_A_RANK, THE_USERS
+from tests.unit.environments import OF_A_RANK, THE_USERS
+from tests.unit.launchers.configs import slurm_run
 from train.config import RunConfig
 from train.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = "/runs/a 'b' \"c\" $(touch pwned) `touch pwned` ${HOME} @python@ ;&|#\n#SBATCH --wrap=x"
-
-
-def slurm_run(run_dir: str = "/runs/a", **settings: Any) -> RunConfig:
-    return resolve(config(launcher={"kind": "slurm", **settings}), Machine(), run_dir)
 
 
 def script(run: RunConfig, **how: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launchers.commands.join import node_rank_of
-from tests.unit.launchers.test_machine import config
+from tests.unit.launchers.configs import config
 from train.config import (
     AccelerateLauncher,
     LauncherConfig,

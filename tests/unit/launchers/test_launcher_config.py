@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.launchers.test_machine import config
+from tests.unit.launchers.configs import config
 from train.errors import UserError
 
 

@@ -11,33 +11,10 @@ from huggingface_hub import try_to_load_from_cache
 
 from launchers.machine import names
 from launchers.machine.facts import Machine, detect, hidden_size, resolve, visible
-from train.config import RunConfig, from_tree
+from tests.unit.launchers.configs import TREE, config
+from train.config import from_tree
 from train.errors import UserError
 from train.strategy import engine_settings
-
-TREE = {
-    "model": {
-        "kind": "gpt2",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 256,
-        "max_position_embeddings": 128,
-    },
-    "objective": {"kind": "clm"},
-    "data": {"kind": "stdlib", "sequence_length": 64},
-    "tokenizer": {"kind": "byte_bpe"},
-    "strategy": {"kind": "ddp"},
-    "precision": {},
-    "trainer": {"max_steps": 10, "global_batch_size": 64, "micro_batch_size": 8},
-    "tracking": {"kind": "none"},
-    "launcher": {"kind": "torchrun"},
-}
-
-
-def config(**sections: object) -> RunConfig:
-    return from_tree({**TREE, **sections})
 
 
 def test_auto_is_one_rank_for_each_gpu() -> None:

@@ -10,7 +10,7 @@ import pytest
 from launchers.composition.compose import CONF, compose
 from launchers.machine import memory
 from launchers.machine.facts import Machine, resolve
-from tests.unit.launchers.test_shipped_conf import PRESETS, composed
+from tests.unit.launchers.composed import PRESETS, composed
 from train.config import RunConfig
 from train.config.model import Gpt2Model
 

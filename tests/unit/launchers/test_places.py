@@ -18,8 +18,8 @@ from launchers.composition.errors import with_home_quoted
 from launchers.machine import names, preflight
 from launchers.machine.facts import Machine, resolve
 from launchers.slurm import jobs as slurm
+from tests.unit.launchers.configs import config
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from tests.unit.launchers.test_machine import config
 from train import config as run_config
 from train.config import RunConfig
 

@@ -9,7 +9,7 @@ import pytest
 
 from launchers.machine import preflight
 from launchers.machine.facts import Machine, resolve
-from tests.unit.launchers.test_machine import config
+from tests.unit.launchers.configs import config
 from train import config as run_config
 from train.config import (
     DeepspeedLauncher,

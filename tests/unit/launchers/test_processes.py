@@ -15,18 +15,12 @@ from launchers.machine.facts import Machine, resolve
 from launchers.ranks.command import prepare_command, rank_command
 from launchers.ranks.environment import rank_environment
 from launchers.ranks.files import launcher_files
-from tests.unit.launchers.test_machine import config
-from train.config import RunConfig
+from tests.unit.launchers.configs import resolved
 from train.errors import UserError
 from train.process.arguments import decoded
 from train.program import PACKAGES
 
 HOSTILE = ["/runs/a b", "/runs/'q' \"r\"", "/runs/$(rm -rf ~)", "/runs/line\nbreak", "/runs/;&|*"]
-
-
-def resolved(launcher: str, machine: Machine | None = None, **settings: object) -> RunConfig:
-    wanted = config(launcher={"kind": launcher, **settings})
-    return resolve(wanted, machine or Machine(), "/runs/a")
 
 
 def test_local_rank_is_a_python_module() -> None:

@@ -21,8 +21,8 @@ from launchers.__main__ import COMMANDS, USAGE
 from launchers.machine.facts import Machine
 from launchers.ranks.environment import job_environment, rank_environment
 from launchers.slurm import submit
+from tests.unit.launchers.configs import resolved
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
-from tests.unit.launchers.test_processes import resolved
 from train import program
 from train.errors import BAD_INPUT
 from train.program import PACKAGES

@@ -11,7 +11,7 @@ import pytest
 from launchers.machine import facts as machine
 from launchers.machine.facts import Machine
 from launchers.report import exit_code, failure, header, stopped
-from tests.unit.launchers.test_machine import config
+from tests.unit.launchers.configs import config
 from train.checkpoint.format import layout
 from train.errors import UserError
 from train.run_directory.failures import RankFailure, note_failure, rank_failures

@@ -15,7 +15,7 @@ from launchers.commands import resume
 from launchers.machine.facts import Machine, resolve
 from tests.checkpoints import write_checkpoint
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from tests.unit.strategy.test_misconfiguration import TREE
+from tests.unit.trees import TREE
 from train import config as run_config
 from train.checkpoint import retention
 from train.config import Progress, RunConfig, SlurmLauncher, from_tree, schedule_of, to_yaml

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
-from launchers.composition.compose import CONF, compose
+from launchers.composition.compose import CONF
 from launchers.machine import facts as machine
 from launchers.machine.facts import Machine, resolve
+from tests.unit.launchers.composed import PRESETS, composed
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from train.config import RunConfig, from_tree, messages, to_yaml
 from train.errors import UserError
@@ -42,13 +41,6 @@ COMPANIONS = {
 MASKED = ("bert", "roberta", "modernbert", "kantaibert")
 
 
-def composed(*overrides: str) -> tuple[dict[str, Any], RunConfig]:
-    (job,) = compose(list(overrides))
-    tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
-    assert isinstance(tree, dict)
-    return tree, from_tree(tree)  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_option_composes_and_lists_every_key_with_its_default(option: Path) -> None:
     group = option.parent.name
@@ -75,9 +67,6 @@ def assert_same_unless_chosen(option: Path, name: str, value: object, default: o
         assert value is not None  # a run needs a length
     else:
         assert value == default, f"conf/{option}.yaml and train/config/ disagree on {name}"
-
-
-PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -10,8 +10,8 @@ import pytest
 from launchers.job_end import why_not_go_on
 from launchers.slurm import jobs as slurm
 from launchers.slurm.jobs import Job, exit_code, parsed
+from tests.unit.launchers.configs import slurm_run
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from tests.unit.launchers.test_job_script import slurm_run
 from train.config import SlurmLauncher
 
 shardwright = pytest.fixture(make_shardwright)

@@ -20,10 +20,9 @@ from launchers.commands.status import described, table
 from launchers.ranks.processes import rank_processes
 from launchers.runs import Status, everywhere, known_steps, left_seconds, state_of
 from launchers.slurm.jobs import Job
+from tests.unit.launchers.configs import config
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from tests.unit.launchers.test_job_script import slurm_run
-from tests.unit.launchers.test_machine import config
-from train.config import to_yaml
+from tests.unit.launchers.run_directories import a_run
 from train.errors import UserError
 from train.process.arguments import ENCODED, encoded
 from train.run_directory.failures import RankFailure
@@ -230,12 +229,6 @@ def test_metrics_are_read_from_the_end_without_the_line_that_is_being_written(
     assert tail(path)[-1] == {"step": 8999}
     assert 0 < len(tail(path)) < 9000
     assert tail(tmp_path / "none.jsonl") == []
-
-
-def a_run(directory: Path) -> Path:
-    (directory / "logs").mkdir(parents=True)
-    (directory / "config.yaml").write_text(to_yaml(slurm_run(str(directory))))
-    return directory
 
 
 def test_all_are_those_here_and_those_in_the_queue(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from launchers.commands import cancel
 from launchers.ranks.child import descendants
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
-from tests.unit.launchers.test_status import a_run
+from tests.unit.launchers.run_directories import a_run
 from train.process import signals
 from train.run_directory import stop_note, stop_request
 

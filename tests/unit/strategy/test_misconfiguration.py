@@ -7,41 +7,16 @@ from typing import Any
 
 import pytest
 
+from tests.unit.trees import BF16, CPU3, FSDP, PURE, TREE, ZERO2, ZERO3
 from train.config import from_tree
 from train.errors import UserError
 
-TREE: dict[str, Any] = {
-    "model": {
-        "kind": "gpt2",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 256,
-        "max_position_embeddings": 128,
-    },
-    "objective": {"kind": "clm"},
-    "data": {"kind": "stdlib", "sequence_length": 64},
-    "tokenizer": {"kind": "byte_bpe"},
-    "strategy": {"kind": "ddp"},
-    "precision": {},
-    "trainer": {"max_steps": 10, "global_batch_size": 64, "micro_batch_size": 8},
-    "tracking": {"kind": "none"},
-    "launcher": {"kind": "torchrun", "nproc_per_node": 4},
-}
-
 ZERO0 = {"kind": "zero", "stage": 0}
 ZERO1 = {"kind": "zero", "stage": 1}
-ZERO2 = {"kind": "zero", "stage": 2}
-ZERO3 = {"kind": "zero", "stage": 3}
-FSDP = {"kind": "fsdp"}
-CPU3 = {**ZERO3, "offload_optimizer": "cpu"}
-BF16 = {"compute_dtype": "bf16"}
 MUON = {"optimizer": "muon"}
 OWN_ADAM = {"offload_optimizer": "cpu", "cpu_adam": "deepspeed"}
 FP8 = {**BF16, "fp8_recipe": "tensorwise"}
 LLAMA = {**TREE["model"], "kind": "llama", "num_key_value_heads": 2}
-PURE = {**BF16, "reduce_dtype": "bf16", "master_dtype": "bf16", "moments_dtype": "bf16"}
 
 
 def zero_extra(**extra: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.strategy.test_settings import ZERO3, config
+from tests.unit.strategy.configs import config
+from tests.unit.trees import ZERO3
 from train.config import RunConfig, ZeroStrategy
 from train.errors import UserError
 from train.strategy.zero import nvme, swapped

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from tests.unit.strategy.test_misconfiguration import CPU3, PURE, TREE, ZERO2, ZERO3
-from train.config import RunConfig, from_tree
+from tests.unit.strategy.configs import config
+from tests.unit.trees import CPU3, PURE, TREE, ZERO2, ZERO3
 from train.strategy import engine_settings
-
-
-def config(**sections: Any) -> RunConfig:
-    return from_tree({**TREE, **sections})
 
 
 def test_zero_writes_out_every_derived_field() -> None:

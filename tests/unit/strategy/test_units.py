@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.unit.strategy.test_misconfiguration import FSDP
-from tests.unit.strategy.test_settings import config
+from tests.unit.strategy.configs import config
+from tests.unit.trees import FSDP
 from train.errors import UserError
 from train.strategy.fsdp import units as fsdp_units
 

@@ -1,0 +1,57 @@
+"""Master weights of a live engine, compared with what they should be."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from train.config import load
+from train.loop.trainer import Trainer
+from train.model import build as models
+from train.process.rank import Rank, rank_from_environment
+from train.run import assemble
+from train.strategy import engine_of
+from train.strategy.group import join
+
+
+class MasterWeights(TrainerCallback):
+    """Keeps what the masters are before the first step, on rank 0."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, whole in engine_of(self.trainer.config).full_parameters(self.trainer):
+            if whole is not None:
+                self.found[name] = whole.clone()
+
+
+def masters_that_differ(run_dir: Path) -> list[str] | None:
+    """Return, on rank 0, the parameters whose master is not the initial value bit for bit."""
+    rank = rank_from_environment()
+    with join(load(run_dir), rank):
+        return _compared(run_dir, rank)
+
+
+def _compared(run_dir: Path, rank: Rank) -> list[str] | None:
+    trainer = assemble(run_dir, rank, io.StringIO())
+    masters = MasterWeights(trainer)
+    trainer.add_callback(masters)
+    tokenizer: Any = trainer.processing_class
+    values = dict(trainer.initial_values)
+    trainer.train()
+    if rank.index > 0:
+        return None
+    model, _ = models.build(trainer.config, tokenizer)
+    differing = []
+    for name, parameter in model.named_parameters():
+        expected = torch.empty(parameter.shape)
+        values[name](expected)
+        if not torch.equal(masters.found[name], expected):
+            differing.append(name)
+    return differing
