@@ -5,27 +5,19 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.cli import finish, on_one_rank, processes, shardwright, start, start_python, wait_for
+from tests.e2e.endings import assert_all_gone
 from tests.fixtures import Freeze, TreeOf
 from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 
 Tiny = Callable[[str], tuple[str, ...]]
-
-
-def assert_all_gone(cwd: Path) -> None:
-    """A process that was killed takes a moment to leave /proc."""
-    deadline = time.monotonic() + 10
-    while left := list(processes(cwd)):
-        assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.1)
 
 
 def test_a_run_that_diverges_fails_in_one_line_and_keeps_what_is_finite(

@@ -13,8 +13,8 @@ import pytest
 from launchers.ranks.processes import rank_processes
 from tests.distributed.pool import free_port
 from tests.e2e.cli import SAME, crash, finish, losses, shardwright, start, wait_for, wait_until
+from tests.e2e.endings import assert_stopped
 from tests.e2e.ssh import needs_ssh
-from tests.e2e.test_signals import assert_stopped
 from train.run_directory import history
 
 Tiny = Callable[[str], tuple[str, ...]]

@@ -24,8 +24,7 @@ from tests.e2e.cli import (
     wait_for,
     wait_until,
 )
-from tests.e2e.test_failures import assert_all_gone
-from train.checkpoint.format import layout
+from tests.e2e.endings import assert_all_gone, assert_stopped
 from train.process.group import cores_of
 from train.run_directory import stop_note
 
@@ -34,18 +33,6 @@ pytestmark = pytest.mark.distributed
 Tiny = Callable[[str], tuple[str, ...]]
 
 FOR_EVER = "trainer.max_steps=100000"
-
-
-def assert_stopped(ended: subprocess.CompletedProcess[str], run_dir: Path) -> stop_note.Stopped:
-    """The launcher kills at the end of the grace period: a clean end is one within it."""
-    where = stop_note.read(run_dir)
-    assert where is not None, ended
-    assert where.checkpoint == str(run_dir / "checkpoints" / f"checkpoint-{where.step}")
-    assert layout.what_is_wrong(Path(where.checkpoint)) is None
-    assert "Traceback" not in ended.stdout + ended.stderr
-    assert not (run_dir / "final").exists()
-    assert_all_gone(run_dir.parent)
-    return where
 
 
 def stopped_by(
