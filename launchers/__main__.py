@@ -120,7 +120,7 @@ def _dispatch(arguments: list[str]) -> int:
         case ["-sc" | "--shell-completion" | "--shell_completion", *_]:
             from launchers.commands import completion
 
-            return completion.main(arguments, (*COMMANDS, "--help", "--version"))
+            return completion.main(arguments, COMMANDS, module_of)
         case [command, *rest] if command in COMMANDS:
             code: int = importlib.import_module(module_of(command)).main(rest)
             return code

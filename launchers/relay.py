@@ -17,12 +17,9 @@ from train.console import terminal
 def main(argv: Sequence[str]) -> int:
     """Return the command's exit code, or 128 + the number of the signal that killed it."""
     terminal.outlive()
-    parser = argparse.ArgumentParser(prog="shardwright relay", allow_abbrev=False)
-    parser.add_argument("--grace-seconds", type=float, default=child.GRACE_SECONDS)
-    parser.add_argument("command", nargs=argparse.REMAINDER)
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     if not options.command:
-        parser.error("a command is needed")
+        parser().error("a command is needed")
     code = child.run(
         options.command,
         {},
@@ -30,6 +27,14 @@ def main(argv: Sequence[str]) -> int:
         inherit_all=True,  # the job has set it for the command
     ).code
     return code if code >= 0 else 128 - code
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright relay`."""
+    found = argparse.ArgumentParser(prog="shardwright relay", allow_abbrev=False)
+    found.add_argument("--grace-seconds", type=float, default=child.GRACE_SECONDS)
+    found.add_argument("command", nargs=argparse.REMAINDER)
+    return found
 
 
 if __name__ == "__main__":

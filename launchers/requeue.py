@@ -43,11 +43,7 @@ def should_requeue(
 def main(argv: Sequence[str]) -> int:
     """Print the reason and return 0 where the job is to start again, which is noted, or else 1."""
     terminal.outlive()
-    parser = argparse.ArgumentParser(prog="shardwright requeue", description=__doc__)
-    parser.add_argument("run_dir", type=path_of)
-    parser.add_argument("--restarts", type=int, required=True, help="how many there have been")
-    parser.add_argument("--limit", type=int, default=LIMIT, help="how many there may be")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     whole = layout.whole_checkpoints(options.run_dir / "checkpoints")
     newest_step = whole[-1][0] if whole else 0
     yes, reason = should_requeue(
@@ -66,6 +62,15 @@ def main(argv: Sequence[str]) -> int:
         }
         history.append(options.run_dir, entry)
     return 0 if yes else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright requeue`."""
+    found = argparse.ArgumentParser(prog="shardwright requeue", description=__doc__)
+    found.add_argument("run_dir", type=path_of)
+    found.add_argument("--restarts", type=int, required=True, help="how many there have been")
+    found.add_argument("--limit", type=int, default=LIMIT, help="how many there may be")
+    return found
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class NotRunning(UserError):
 
 def main(arguments: Sequence[str]) -> int:
     """Stop a run, or every run of a sweep; return 1 where one goes on in spite of it."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     terminal.outlive()
     asked_for = Path(names.absolute(options.run_dir))
     found = runs.runs_in(asked_for)
@@ -146,12 +146,13 @@ def _wait(run_dir: Path, is_over: Callable[[], bool]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright cancel`."""
+    found = argparse.ArgumentParser(
         prog="shardwright cancel",
         description="Stop a run: its ranks write a checkpoint, and its job does not go on.",
         epilog="Exit codes: 0 stopped, 1 it goes on all the same, 2 it does not run.",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="or a sweep, with all its runs")
-    parser.add_argument("--now", action="store_true", help="at once, without a checkpoint")
-    return parser
+    found.add_argument("run_dir", metavar="RUN_DIR", help="or a sweep, with all its runs")
+    found.add_argument("--now", action="store_true", help="at once, without a checkpoint")
+    return found

@@ -20,8 +20,6 @@ from train.errors import FAILED, UserError
 from train.process.arguments import path as path_of
 from train.units import duration, size
 
-FLAGS = ("--verify", "--help")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -39,7 +37,7 @@ class Row:
 
 def main(arguments: Sequence[str]) -> int:
     """List the checkpoints; return 1 where --verify finds one that cannot be used, else 0."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     directory, paths, rule = _asked_for(options.directory)
     rows = [row for step, path in paths if (row := _read(step, path)) is not None]
     if options.verify:
@@ -74,22 +72,21 @@ def listing(
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright checkpoints`."""
+    found = argparse.ArgumentParser(
         prog="shardwright checkpoints",
         description="List a run's checkpoints: step, strategy, ranks, size, age, why each is kept, "
         "and whether it is whole.",
         epilog="Exit codes: 0, 1 where --verify finds one that cannot be used, 2 on bad input.",
     )
-    parser.add_argument(
-        "directory", type=path_of, metavar="RUN_DIR", help="or one checkpoint of it"
-    )
-    parser.add_argument(
+    found.add_argument("directory", type=path_of, metavar="RUN_DIR", help="or one checkpoint of it")
+    found.add_argument(
         "--verify",
         action="store_true",
         help="read every file and check its hash, besides its size",
     )
-    return parser
+    return found
 
 
 def _asked_for(asked: Path) -> tuple[Path, list[tuple[int, Path]], CheckpointConfig | None]:

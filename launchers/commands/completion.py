@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from launchers.commands import checkpoints, push, recover
 from launchers.composition.compose import compose
 from launchers.composition.errors import qualify
 
-TRAIN_FLAGS = (
-    "--cfg",
-    "--config-dir",
-    "--dry-run",
-    "--help",
-    "--hydra-help",
-    "--info",
-    "--multirun",
-    "--package",
-    "--resolve",
-)
-
-FLAGS = {
-    "cancel": ("--now", "--help"),
-    "checkpoints": checkpoints.FLAGS,
-    "logs": ("--rank", "--follow", "--help"),
-    "push": push.FLAGS,
-    "recover": recover.FLAGS,
-    "status": ("--help",),
-}
+PROGRAM_FLAGS = ("--help", "--version")
 
 
-def main(arguments: Sequence[str], commands: Sequence[str]) -> int:
-    """Answer Hydra's shell functions, or install them; ``commands`` are ours."""
+def main(arguments: Sequence[str], commands: Sequence[str], module_of: Callable[[str], str]) -> int:
+    """Answer Hydra's shell functions, or install them.
+
+    ``commands`` are ours; each is the module of the name that ``module_of`` gives.
+    """
     if any(argument.startswith("query=") for argument in arguments):
-        candidates = complete(os.environ.get("COMP_LINE", ""), commands)
+        candidates = complete(os.environ.get("COMP_LINE", ""), commands, module_of)
         if isinstance(candidates, list):
             print("\n".join(candidates))
             return 0
@@ -43,7 +28,9 @@ def main(arguments: Sequence[str], commands: Sequence[str]) -> int:
     return 0
 
 
-def complete(line: str, commands: Sequence[str]) -> list[str] | str:
+def complete(
+    line: str, commands: Sequence[str], module_of: Callable[[str], str]
+) -> list[str] | str:
     """Return the candidates for a command line, or the line to put to Hydra.
 
     Hydra's shell functions call ``shardwright -sc query=<shell>`` with the line in COMP_LINE, take
@@ -55,12 +42,25 @@ def complete(line: str, commands: Sequence[str]) -> list[str] | str:
         return []
     last = "" if line.endswith(" ") else words.pop()
     if not words:
-        return [command for command in commands if command.startswith(last)]
-    if (flags := FLAGS.get(words[0])) is not None:
-        return [flag for flag in flags if flag.startswith(last)] * last.startswith("-")
-    if words[0] != "train":
+        return [word for word in (*commands, *PROGRAM_FLAGS) if word.startswith(last)]
+    command = words[0]
+    if command not in commands:
         return []
     if last.startswith("-"):
-        return [flag for flag in TRAIN_FLAGS if flag.startswith(last)]
+        return [flag for flag in flags_of(module_of(command)) if flag.startswith(last)]
+    if command != "train":
+        return []
     overrides = [qualify(word) for word in words[1:] if word != "--dry-run"]
     return " ".join([program, *overrides, last])
+
+
+def flags_of(module: str) -> list[str]:
+    """Return the long flags that the parser of a command's module shows, sorted."""
+    parser: argparse.ArgumentParser = importlib.import_module(module).parser()
+    return sorted(
+        flag
+        for action in parser._actions  # argparse has no public list of them
+        if action.help != argparse.SUPPRESS
+        for flag in action.option_strings
+        if flag.startswith("--")
+    )

@@ -45,7 +45,7 @@ _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
 def main(arguments: Sequence[str]) -> int:
     """Say what is wrong with this machine and, with overrides, with a launcher's ranks."""
     refuse_dashes(arguments)
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     directory = Path(names.absolute(options.directory))
     here = machine.detect(os.environ)
     config = None
@@ -68,22 +68,23 @@ def main(arguments: Sequence[str]) -> int:
     return FAILED if any(finding.state == "wrong" for finding in findings) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright doctor`."""
+    found = argparse.ArgumentParser(
         prog="shardwright doctor",
         description="Look for what stops or slows training: versions, GPUs, compilers, memory, "
         "disk, clock, names, ports. With overrides (launcher=torchrun launcher.nproc_per_node=8) "
         "it starts the ranks too and measures matrix products and collectives among them.",
         epilog="Exit codes: 0, 1 where something is wrong, 2 on bad input.",
     )
-    parser.add_argument(
+    found.add_argument(
         "--directory",
         default="runs",
         metavar="DIR",
         help="where runs go, whose disk is tried (runs)",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser
+    found.add_argument("overrides", nargs="*", metavar="key=value")
+    return found
 
 
 def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:

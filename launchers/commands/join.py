@@ -18,7 +18,7 @@ from train.errors import UserError
 
 def main(arguments: Sequence[str]) -> int:
     """Start this node's ranks and wait; return their exit code."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     run_dir = Path(names.absolute(options.run_dir))
     config = run_config.load(run_dir)
     node_rank = node_rank_of(config, options.node_rank)
@@ -55,12 +55,13 @@ def node_rank_of(config: RunConfig, asked: int | None) -> int:
     return asked or 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright join`."""
+    found = argparse.ArgumentParser(
         prog="shardwright join",
         description="Start this node's ranks of a run over several nodes. Its directory lies on a "
         "file system that all of them share; `shardwright train` on the first node made it.",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR")
-    parser.add_argument("--node-rank", type=int, metavar="N", help="with rendezvous=static")
-    return parser
+    found.add_argument("run_dir", metavar="RUN_DIR")
+    found.add_argument("--node-rank", type=int, metavar="N", help="with rendezvous=static")
+    return found

@@ -19,7 +19,7 @@ POLL_SECONDS = 0.5
 
 def main(arguments: Sequence[str]) -> int:
     """Print a log; with --follow until the run is over."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     run_dir = Path(names.absolute(options.run_dir))
     found = runs.runs_in(run_dir)
     if found != [run_dir]:
@@ -82,14 +82,15 @@ def _existing(run_dir: Path, rank: int | None) -> Path:
     raise UserError(f"{run_dir} has {what}; {hint}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright logs`."""
+    found = argparse.ArgumentParser(
         prog="shardwright logs",
         description="Print what a run has shown on its terminal, or its job's log, or a rank's.",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR")
-    parser.add_argument("--rank", type=int, metavar="N", help="the rank's own log")
-    parser.add_argument(
+    found.add_argument("run_dir", metavar="RUN_DIR")
+    found.add_argument("--rank", type=int, metavar="N", help="the rank's own log")
+    found.add_argument(
         "-f", "--follow", action="store_true", help="go on until the run is over; Ctrl-C ends it"
     )
-    return parser
+    return found

@@ -21,8 +21,6 @@ from train.units import size
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-FLAGS = ("--dry-run", "--help", "--message", "--public", "--revision", "--trust-remote-code")
-
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 README = "README.md"
@@ -70,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     """Check a model directory and upload it; with --dry-run, show what that would be."""
     from train.sampling.sample import model_directory
 
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     check_repo_name(options.repo)
     directory = model_directory(Path(names.absolute(options.directory)))
     chosen = choose(directory)
@@ -110,31 +108,32 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright push`."""
+    found = argparse.ArgumentParser(
         prog="shardwright push",
         description="Upload a Hugging Face model directory, or the final/ of a run, with its model "
         "card, once it is found whole. The token is that of `hf auth login`, or HF_TOKEN.",
         epilog="Exit codes: 0, 1 where the hub or the network fails, 2 on bad input.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME on the hub")
-    parser.add_argument(
+    found.add_argument("directory", type=Path, metavar="DIR")
+    found.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME on the hub")
+    found.add_argument(
         "--public", action="store_true", help="for all to see; a new model is private otherwise"
     )
-    parser.add_argument("--revision", help="branch to commit to, made where it is missing")
-    parser.add_argument("--message", help="of the commit (default: Upload NAME)")
-    parser.add_argument(
+    found.add_argument("--revision", help="branch to commit to, made where it is missing")
+    found.add_argument("--message", help="of the commit (default: Upload NAME)")
+    found.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run Python code that the model brings along to check that it loads; read it before",
     )
-    parser.add_argument(
+    found.add_argument(
         "--dry-run",
         action="store_true",
         help="check, show the files and the card, and touch no network",
     )
-    return parser
+    return found
 
 
 # --- what is uploaded ---------------------------------------------------------------------------

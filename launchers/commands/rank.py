@@ -15,17 +15,22 @@ from train.program import package_environment
 
 def main(arguments: Sequence[str]) -> int:
     """Become the process that trains, with the variables by which its launcher says who it is."""
-    parser = argparse.ArgumentParser(
-        prog="shardwright rank",
-        description="Be a rank of a run whose config.yaml is there already: torchrun "
-        "--nproc-per-node N --no-python shardwright rank RUN_DIR. RANK, LOCAL_RANK and WORLD_SIZE "
-        "say which one; without them it is the only one. A directory with checkpoints is resumed.",
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR")
-    run_dir = names.absolute(parser.parse_args(arguments).run_dir)
+    run_dir = names.absolute(parser().parse_args(arguments).run_dir)
     child.replace(
         [sys.executable, "-m", "train", run_dir],
         package_environment(os.environ),
         inherit_all=True,
     )
     return FAILED  # not reached: this process is the rank now
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright rank`."""
+    found = argparse.ArgumentParser(
+        prog="shardwright rank",
+        description="Be a rank of a run whose config.yaml is there already: torchrun "
+        "--nproc-per-node N --no-python shardwright rank RUN_DIR. RANK, LOCAL_RANK and WORLD_SIZE "
+        "say which one; without them it is the only one. A directory with checkpoints is resumed.",
+    )
+    found.add_argument("run_dir", metavar="RUN_DIR")
+    return found

@@ -15,11 +15,6 @@ from train.process.arguments import path as path_of
 from train.process.logs import quiet_libraries
 from train.program import package_environment
 
-FLAGS = (
-    *("--step", "--section", "--dtype", "--ema", "--allow-upcast", "--allow-nan"),
-    *("--max-shard-size", "--max-memory", "--config", "--tokenizer", "--trust-remote-code"),
-    *("--dry-run", "--help"),
-)
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 

@@ -60,7 +60,7 @@ _FIXED: dict[str, str | None] = {
 def main(arguments: Sequence[str]) -> int:
     """Resume from the newest whole checkpoint, or with --dry-run show how; return the exit code."""
     refuse_dashes(arguments)
-    options = _parser().parse_intermixed_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     if options.run_dir is None or (
         "=" in options.run_dir and not path_of(options.run_dir).is_dir()
     ):
@@ -116,8 +116,9 @@ def main(arguments: Sequence[str]) -> int:
         raise
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright resume`."""
+    found = argparse.ArgumentParser(
         prog="shardwright resume",
         usage="%(prog)s RUN_DIR [--dry-run] [--config-dir DIR] [group=option] [key=value] ...",
         description="Resume a run from its newest whole checkpoint, in its own directory. Ranks, "
@@ -127,17 +128,17 @@ def _parser() -> argparse.ArgumentParser:
         "shardwright resume runs/a trainer.max_steps=20000. Exit codes: those of "
         "`shardwright train`; 2 leaves the run as it was.",
     )
-    parser.add_argument("run_dir", nargs="?", metavar="RUN_DIR")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what is to change")
-    parser.add_argument(
+    found.add_argument("run_dir", nargs="?", metavar="RUN_DIR")
+    found.add_argument("overrides", nargs="*", metavar="key=value", help="what is to change")
+    found.add_argument(
         "--dry-run",
         action="store_true",
         help="print config, engine settings, command and checkpoint, and start nothing",
     )
-    parser.add_argument(
+    found.add_argument(
         "--config-dir", "-cd", metavar="DIR", help="a folder with options of your own, as for train"
     )
-    return parser
+    return found
 
 
 def _options(

@@ -22,7 +22,7 @@ from train.sampling import sample
 
 def main(arguments: Sequence[str]) -> int:
     """Become the process that samples, or start ranks that do; return the exit code."""
-    options = sample.parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     sample.check_strategy(options.strategy, options.nproc_per_node)
     if options.strategy is not None:
         return _together(options, arguments)
@@ -30,6 +30,11 @@ def main(arguments: Sequence[str]) -> int:
     argv = [sys.executable, "-m", "train.sampling.sample", *arguments]
     child.replace(argv, package_environment(os.environ))
     return FAILED  # not reached: this process is train.sample now
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright sample`."""
+    return sample.parser()
 
 
 def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:

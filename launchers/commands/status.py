@@ -18,7 +18,7 @@ from train.units import duration
 
 def main(arguments: Sequence[str]) -> int:
     """Print the state of one run, or a line for each of several."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.run_dir == "all":
         found = everywhere(Path.cwd(), _queued())
         if not found:
@@ -49,18 +49,19 @@ def _of_one_among_many(run_dir: Path) -> Status:
         return Status(run_dir, f"cannot be read: {str(error).partition(chr(10))[0]}", is_over=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright status`."""
+    found = argparse.ArgumentParser(
         prog="shardwright status",
         description="Say of runs whether they wait, run, have stopped or are done: state in the "
         "queue, step, loss, tokens per second, time left, newest checkpoint.",
     )
-    parser.add_argument(
+    found.add_argument(
         "run_dir",
         metavar="RUN_DIR|all",
         help="one run or a sweep; all: those in runs/ and sweeps/, and yours in SLURM's queue",
     )
-    return parser
+    return found
 
 
 # --- which runs -----------------------------------------------------------------------------------

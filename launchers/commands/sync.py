@@ -20,14 +20,7 @@ from train.run_directory import owner
 
 def main(arguments: Sequence[str]) -> int:
     """Run the tracker over metrics.jsonl once; return 1 where it still lacks a part."""
-    parser = argparse.ArgumentParser(
-        prog="shardwright sync",
-        description="Hand on to TensorBoard or W&B what they lack of a run's metrics.jsonl: after "
-        "a full disk, a tracker that was killed, a server that did not answer.",
-        epilog="Exit codes: 0, 1 where a part is lacking still, 2 on bad input.",
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR")
-    run_dir = Path(names.absolute(parser.parse_args(arguments).run_dir))
+    run_dir = Path(names.absolute(parser().parse_args(arguments).run_dir))
     config = run_config.load(run_dir)
     if config.tracking.kind == "none":
         raise UserError(
@@ -55,3 +48,15 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         process.kill()  # it ignores Ctrl-C
         process.wait()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright sync`."""
+    found = argparse.ArgumentParser(
+        prog="shardwright sync",
+        description="Hand on to TensorBoard or W&B what they lack of a run's metrics.jsonl: after "
+        "a full disk, a tracker that was killed, a server that did not answer.",
+        epilog="Exit codes: 0, 1 where a part is lacking still, 2 on bad input.",
+    )
+    found.add_argument("run_dir", metavar="RUN_DIR")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from launchers import launch, report
 from launchers.commands.dry_run import show
-from launchers.composition.compose import Job, compose, quoted, resolved
+from launchers.composition.compose import Job, command_line, compose, quoted, resolved
 from launchers.machine import facts as machine
 from launchers.machine import preflight
 from launchers.machine.facts import Machine
@@ -46,6 +47,17 @@ def main(arguments: Sequence[str]) -> int:
             choices = [job.choices for job in jobs]
             return submit.new_runs(configs, choices, here, is_generated=is_generated)
         return _one_after_the_other(jobs, configs, here, is_generated=is_generated)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of `shardwright train`: Hydra's flags and ours."""
+    found = command_line()
+    found.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show config, engine settings and command, and start nothing",
+    )
+    return found
 
 
 def _check(configs: Sequence[RunConfig], here: Machine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -46,6 +47,22 @@ class Job:
         return self.tree.get("run_dir") is None and self.tree.get("sweep_dir") is None
 
 
+UNUSED_FLAGS = (
+    *("--config-name", "--config-path", "--experimental-rerun", "--run", "--version"),
+    "--shell-completion",
+)
+"""Those of Hydra that name another program's tree, or say what needs no saying."""
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return Hydra's parser, which takes all of its flags and shows those of use here."""
+    found = get_args_parser()
+    for action in found._actions:
+        if set(action.option_strings) & set(UNUSED_FLAGS):
+            action.help = argparse.SUPPRESS
+    return found
+
+
 def compose(arguments: Sequence[str]) -> list[Job]:
     """Return the runs that the arguments ask for; none where they ask Hydra itself for something.
 
@@ -76,7 +93,7 @@ def compose(arguments: Sequence[str]) -> list[Job]:
             # Hydra's parser would take --experiment=demo for --experimental-rerun.
             if errors.is_setting_with_dashes(argument):
                 raise UserError(errors.unknown_flag_message(argument))
-        parsed, unknown = get_args_parser().parse_known_intermixed_args(arguments)
+        parsed, unknown = command_line().parse_known_intermixed_args(arguments)
         if flags := [argument for argument in unknown if argument.startswith("-")]:
             raise UserError(errors.unknown_flag_message(flags[0]))
         starts_runs = not (

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from launchers import __main__ as launchers
 from launchers.commands.completion import complete
 from tests.unit.launchers.fakes import ROOT
 
 COMMANDS = ("train", "sample")
+FLAG = re.compile(r"(?<!\S)--[a-z][a-z-]*")
+BEHIND_HYDRA = "train"  # whose own page its --help shows
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("shardwright ", ["train", "sample"]),
+        ("shardwright ", ["train", "sample", "--help", "--version"]),
         ("shardwright tr", ["train"]),
         ("shardwright sample runs/", []),
         ("shardwright checkpoints runs/", []),
@@ -26,7 +31,11 @@ COMMANDS = ("train", "sample")
         ("shardwright recover runs/x out --dt", ["--dtype"]),
         ("shardwright push --pu", ["--public"]),
         ("shardwright logs runs/a --f", ["--follow"]),
-        ("shardwright cancel runs/a --", ["--now", "--help"]),
+        ("shardwright cancel runs/a --", ["--help", "--now"]),
+        ("shardwright resume runs/a --co", ["--config-dir"]),
+        ("shardwright join runs/a --", ["--help", "--node-rank"]),
+        ("shardwright nothing --", []),
+        ("shardwright --help --", []),
         ("shardwright train --dr", ["--dry-run"]),
         ("shardwright train ", "shardwright "),
         ("shardwright train strat", "shardwright strat"),
@@ -39,7 +48,25 @@ COMMANDS = ("train", "sample")
     ],
 )
 def test_line_that_hydra_gets(line: str, expected: list[str] | str) -> None:
-    assert complete(line, COMMANDS) == expected
+    commands = COMMANDS if line == "shardwright " else launchers.COMMANDS
+    assert complete(line, commands, launchers.module_of) == expected
+
+
+@pytest.mark.parametrize("command", sorted({*launchers.COMMANDS} - {BEHIND_HYDRA}))
+def test_flags_are_those_of_the_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(launchers.module_of(command)).main(["--help"])
+    shown = capsys.readouterr().out
+    flags = {flag for line in re.findall(r"^  (-.*)$", shown, re.M) for flag in FLAG.findall(line)}
+    line = f"shardwright {command} -"
+    assert complete(line, launchers.COMMANDS, launchers.module_of) == sorted(flags)
+
+
+def test_flags_of_train_are_hydras_and_ours() -> None:
+    assert complete("shardwright train -", launchers.COMMANDS, launchers.module_of) == [
+        *("--cfg", "--config-dir", "--dry-run", "--help", "--hydra-help", "--info"),
+        *("--multirun", "--package", "--resolve"),
+    ]
 
 
 @pytest.mark.parametrize(
