@@ -10,6 +10,7 @@ from pathlib import Path
 from train import config as run_config
 from train.checkpoint import discovery
 from train.checkpoint.format import layout
+from train.checkpoint.listing import Listing
 from train.config import RunConfig, why_too_short
 from train.data.prepare import noted_samples_wanted, noted_too_small
 from train.errors import UserError
@@ -30,7 +31,7 @@ def check(run_dir: Path, config: RunConfig) -> Path | None:
     if problem := noted_too_small(config, run_dir):
         raise UserError(problem)
     if not whole:
-        _, passed_over = discovery.together([discovery.parts_in(directory)])
+        _, passed_over = discovery.together([discovery.parts_in(Listing(directory))])
         # Of those set aside, `retention.sweep` brings back what has no other of its name.
         if passed_over and not any(directory.glob(layout.set_aside(Path("checkpoint-*")).name)):
             raise UserError(discovery.none_whole(run_dir, passed_over[::-1]))

@@ -13,6 +13,7 @@ from tests.checkpoints import FILES, write_checkpoint
 from train.checkpoint import discovery, retention
 from train.checkpoint.discovery import Gather, PassedOver, newest_whole
 from train.checkpoint.format import layout
+from train.checkpoint.listing import Listing
 from train.config import CheckpointConfig
 
 
@@ -134,7 +135,7 @@ def test_every_node_deletes_the_same_on_its_own_disk(disks: list[Path]) -> None:
 
 def test_what_only_one_node_holds_keeps_nothing_on_either(disks: list[Path]) -> None:
     shutil.rmtree(disks[1] / "checkpoint-2")
-    whole, _ = discovery.together([discovery.parts_in(disk) for disk in disks])
+    whole, _ = discovery.together([discovery.parts_in(Listing(disk)) for disk in disks])
     assert whole == [1, 3]
     rule = CheckpointConfig(keep_last=2)
     for disk in disks:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.format import layout
+from train.checkpoint.listing import Listing
 from train.checkpoint.retention import best, saved_in
 from train.config import CheckpointConfig
 
@@ -38,16 +39,15 @@ class Part:
     problem: str | None = None
 
 
-def parts_in(directory: Path) -> dict[int, Part]:
+def parts_in(listing: Listing) -> dict[int, Part]:
     """Return what lies in a directory of checkpoints, by step; sizes are checked, hashes not."""
     parts = {}
-    for step, path in layout.named(directory):
-        try:
-            manifest = layout.check_sizes(path)
-        except layout.NotWhole as error:
-            parts[step] = Part("", 0, 1, problem=str(error))
+    for step in listing.named:
+        found = listing.found(step)
+        if isinstance(found, layout.NotWhole):
+            parts[step] = Part("", 0, 1, problem=str(found))
         else:
-            parts[step] = Part(manifest.save_id, manifest.part, manifest.parts)
+            parts[step] = Part(found.save_id, found.part, found.parts)
     return parts
 
 
@@ -109,7 +109,7 @@ def newest_whole(
     Sizes are checked first, so that of most of what a crash leaves no hash is read. ``advance`` is
     called as by `layout.verify`.
     """
-    seen = gather(parts_in(directory) if share[0] == 0 else None)
+    seen = gather(parts_in(Listing(directory)) if share[0] == 0 else None)
     whole, passed_over = together([parts for parts in seen if parts is not None])
     chosen, damaged = _first_sound(directory, whole[::-1], gather, share, advance)
     newer = [p for p in passed_over if chosen is None or p.step > (layout.step_of(chosen) or 0)]
@@ -128,7 +128,7 @@ def best_whole(
 
     Collective, as `newest_whole` is, on a file system that all ranks share.
     """
-    order = gather(best(saved_in(directory), rule) if share[0] == 0 else None)[0]
+    order = gather(best(saved_in(Listing(directory)), rule) if share[0] == 0 else None)[0]
     return _first_sound(directory, order, gather, share, advance)
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from train.checkpoint.format import layout
 from train.checkpoint.format.layout import MANIFEST
+from train.checkpoint.listing import Listing
 from train.config import CheckpointConfig
 from train.durable import flush
 
@@ -78,6 +79,7 @@ def retain(
     newest: int,
     wrong: Sequence[str] = (),
     among: Collection[int] | None = None,
+    listing: Listing | None = None,
 ) -> list[int]:
     """Delete what may go, now that checkpoint-<newest> is there; return the deleted steps.
 
@@ -90,6 +92,8 @@ def retain(
     On node-local storage call it once on each node, when all of them have verified their parts, and
     with ``among``, the steps that `discovery.together` finds whole on all nodes: what only some
     hold keeps nothing, and nodes that count alike delete alike.
+
+    ``listing`` is what the directory holds, the newest included, where the caller knows.
     """
     if wrong:
         logger.warning(
@@ -97,7 +101,7 @@ def retain(
         )
         return []
     try:
-        saved = saved_in(directory, verified=[newest])
+        saved = saved_in(listing or Listing(directory), verified=[newest])
     except OSError as error:
         logger.warning("older checkpoints are not deleted: %s", error)
         return []
@@ -107,39 +111,39 @@ def retain(
     return [step for step in old if _delete(directory / f"checkpoint-{step}")]
 
 
-def saved_in(directory: Path, verified: Collection[int] = ()) -> list[Saved]:
+def saved_in(listing: Listing, verified: Collection[int] = ()) -> list[Saved]:
     """Return the whole checkpoints of a directory, oldest first."""
-    found = []
-    for step, path in layout.named(directory):
-        with contextlib.suppress(layout.NotWhole):
-            manifest = layout.check_sizes(path)
-            found.append(Saved(step, manifest.metrics, verified=step in verified))
-    return found
+    return [
+        Saved(step, manifest.metrics, verified=step in verified)
+        for step in listing.named
+        if isinstance(manifest := listing.found(step), layout.Manifest)
+    ]
 
 
-def sweep(directory: Path, in_flight: Collection[Path] = ()) -> list[Path]:
+def sweep(
+    directory: Path, in_flight: Collection[Path] = (), listing: Listing | None = None
+) -> list[Path]:
     """Remove what killed saves and deletions have left; return what is gone.
 
-    ``in_flight`` are the temporary directories of saves that go on. To be called where no other
-    process saves into ``directory``: by a run that saves or that begins to resume.
+    ``in_flight`` are the temporary directories of saves that continue, and ``listing`` is what the
+    directory holds, where the caller knows. To be called where no other process saves into
+    ``directory``: by a run that saves or that begins to resume.
     """
-    if not directory.is_dir():
-        return []
+    listing = listing or Listing(directory)
     gone = []
-    for old in directory.glob(".checkpoint-*.old"):
+    for old in listing.set_aside:
         final = directory / old.name.removeprefix(".").removesuffix(".old")
         if (final / MANIFEST).exists():
             gone += [old] * _remove_tree(old)
         else:  # killed between the two renames of `publish_checkpoint`
             with contextlib.suppress(OSError):
                 old.rename(final)
-    for temporary in directory.glob(".checkpoint-*.tmp"):
+    for temporary in listing.temporary:
         if temporary not in in_flight:
             gone += [temporary] * _remove_tree(temporary)
-    named = layout.named(directory)
-    whole = (step for step, path in reversed(named) if layout.what_is_wrong(path) is None)
-    newest = next(whole, -1)
-    for step, path in named:
+    steps = reversed(listing.named)
+    newest = next((s for s in steps if isinstance(listing.found(s), layout.Manifest)), -1)
+    for step, path in listing.named.items():
         # Only `_delete` takes manifests away, and never that of the newest.
         if step < newest and not (path / MANIFEST).exists():
             gone += [path] * _remove_tree(path)

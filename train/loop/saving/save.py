@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -22,6 +23,7 @@ from train.checkpoint.discovery import Part, parts_in, together
 from train.checkpoint.format import layout
 from train.checkpoint.format.hashed import HashedFolder
 from train.checkpoint.format.layout import LOSS_SCALE
+from train.checkpoint.listing import Listing
 from train.config import CheckpointConfig
 from train.loop.saving.peers import Peers, SaveFailed
 from train.model import origin
@@ -128,8 +130,7 @@ def write(draft: Draft, peers: Peers) -> Path:
     def prepare() -> None:
         if peers.is_first:
             draft.directory.mkdir(exist_ok=True)
-            # Only one checkpoint is written at a time, so none of what is there is in flight.
-            retention.sweep(draft.directory)
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a save that was killed
             temporary.mkdir()
 
     def write_part() -> tuple[int, Any, dict[str, Any], str]:
@@ -162,21 +163,37 @@ def write(draft: Draft, peers: Peers) -> Path:
     except SaveFailed:
         if peers.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
+            # What a full disk has no room for may be on it already, of no use.
+            with contextlib.suppress(OSError):
+                retention.sweep(draft.directory)
         raise
 
+    listing: Listing | None = None
+
     def look() -> tuple[list[str], dict[int, Part]]:
+        nonlocal listing
         # Each rank reads back what it has written itself.
         wrong = layout.verify(draft.path, only=folder.files)
-        return wrong, parts_in(draft.directory) if peers.is_first else {}
+        if not peers.is_first:
+            return wrong, {}
+        listing = Listing(draft.directory)
+        return wrong, parts_in(listing)
 
     seen = peers.attempt(look)
 
     def retain() -> None:
         if peers.is_first:
+            # Only one checkpoint is written at a time, so none of what is there is in flight.
+            retention.sweep(draft.directory, listing=listing)
             whole, _ = together([found for _, found in seen if found])
             wrong = [problem for problems, _ in seen for problem in problems]
             retention.retain(
-                draft.directory, draft.rule, newest=draft.step, wrong=wrong, among=whole
+                draft.directory,
+                draft.rule,
+                newest=draft.step,
+                wrong=wrong,
+                among=whole,
+                listing=listing,
             )
 
     peers.attempt(retain)
