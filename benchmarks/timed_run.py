@@ -21,7 +21,13 @@ from torch.utils.data import Dataset
 from benchmarks.flops import matmul_parameters
 from train import config as run_config
 from train import data
-from train.config import RunConfig, accumulation_steps, samples_wanted, total_steps
+from train.config import (
+    RankLayout,
+    RunConfig,
+    accumulation_steps,
+    samples_wanted,
+    total_steps,
+)
 from train.data.batches.loader import train_loader
 from train.model import build as models
 from train.process.rank import rank_from_environment
@@ -83,7 +89,7 @@ def stock_trainer(config: RunConfig, run_dir: Path) -> transformers.Trainer:
     prepared = data.prepare(config, run_dir)
     wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
     steps = total_steps(config.trainer, wanted)
-    loader = train_loader(prepared, config, rank=0, world_size=1, total_steps=steps)
+    loader = train_loader(prepared, config, rank=0, layout=RankLayout(), total_steps=steps)
     assert loader.batch_sampler is not None
 
     def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
@@ -100,7 +106,7 @@ def stock_trainer(config: RunConfig, run_dir: Path) -> transformers.Trainer:
         bf16=config.precision.compute_dtype == "bf16",
         max_steps=steps,
         per_device_train_batch_size=trainer.samples_per_pass,
-        gradient_accumulation_steps=accumulation_steps(trainer, world_size=1),
+        gradient_accumulation_steps=accumulation_steps(trainer, RankLayout()),
         dataloader_num_workers=trainer.dataloader_workers,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,  # the samples are no dictionaries yet

@@ -17,7 +17,7 @@ from typing import Any
 from launchers.machine.facts import Machine
 from train import program
 from train.checkpoint.format import layout
-from train.config import RunConfig, accumulation_steps
+from train.config import RunConfig, accumulation_steps, rank_layout
 from train.config.tracking import WandbTracking, wandb_unused
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
 from train.process import exhausted, inherited, signals
@@ -46,6 +46,7 @@ def header(
     Lines longer than ``width`` characters are continued below their beginning.
     """
     ranks, trainer = config.launcher.world_size, config.trainer
+    layout = rank_layout(config.strategy, ranks)
     length = next(
         f"{value:,} {unit}"
         for value, unit in (
@@ -61,7 +62,7 @@ def header(
         "data": f"{choices.get('data', config.data.kind)}, "
         f"{config.data.tokens_per_sample:,} tokens a sample",
         "batch": f"{trainer.global_batch_size:,} samples = {trainer.samples_per_pass} x "
-        f"{accumulation_steps(trainer, ranks)} x {ranks} rank(s); {length}",
+        f"{accumulation_steps(trainer, layout)} x {layout.data_parallel_size} rank(s); {length}",
         "strategy": f"{choices.get('strategy', config.strategy.kind)}, {precision}",
         "ranks": f"{ranks} x {config.launcher.device} ({config.launcher.kind})",
         "tracking": _tracking(config, machine),

@@ -17,6 +17,7 @@ from train.checkpoint.format.layout import read_manifest
 from train.config import (
     BEGINNING,
     RunConfig,
+    rank_layout,
     samples_wanted,
     schedule_of,
     total_steps,
@@ -135,13 +136,11 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
         values = resuming.values(model, resumed)
         if early_stopping.is_due(config, resuming.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/
-    args = training_arguments(
-        config, run_dir, world_size=rank.world_size, total_steps=steps, schedule=schedule
-    )
+    layout = rank_layout(config.strategy, rank.world_size)
+    args = training_arguments(config, run_dir, layout=layout, total_steps=steps, schedule=schedule)
     args.eval_on_start = resumed is not None and resuming.lacks_evaluation(resumed, config, steps)
     progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
     model = engine_of(config).shard(model, values, config)
-    place = {"rank": rank.index, "world_size": rank.world_size}
     trainer = Trainer(
         config,
         args,
@@ -152,9 +151,12 @@ def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
             config,
             start_sample=resumed.samples if resumed else 0,
             total_steps=steps - (resumed.step if resumed else 0),
-            **place,
+            rank=rank.index,
+            layout=layout,
         ),
-        eval_loader(prepared, config, **place) if prepared.eval_samples else None,
+        eval_loader(prepared, config, rank=rank.index, layout=layout)
+        if prepared.eval_samples
+        else None,
         values,
         schedule,
         resumed,

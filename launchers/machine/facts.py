@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from launchers.machine import hostfile, names
 from train.config import (
     DEFAULT_MICRO_BATCH_SIZE,
     DEFAULT_SEQUENCE_LENGTH,
+    LauncherConfig,
     ModelConfig,
     PrecisionConfig,
     PretrainedModel,
     RunConfig,
     from_tree,
+    rank_layout,
 )
 from train.config import largest_micro_batch as micro_batch
 from train.config.positions import longest_sample
@@ -153,13 +157,15 @@ def resolve(
     if data["sequence_length"] == "auto":
         positions = _positions(config.model, tree["model"].get("name"))
         data["sequence_length"] = min(DEFAULT_SEQUENCE_LENGTH, positions or DEFAULT_SEQUENCE_LENGTH)
-    resolved = from_tree(tree)
-    if tree["trainer"]["micro_batch_size"] != "auto":
-        return resolved
-    # Only now it is certain how many ranks there may be.
-    tree["trainer"]["micro_batch_size"] = micro_batch(
-        config.trainer.global_batch_size, resolved.launcher.world_sizes, largest_micro_batch
-    )
+    if tree["trainer"]["micro_batch_size"] == "auto":
+        # Only now it is certain how many ranks there may be. Where they cannot share the batch,
+        # that is said below, with all else that is wrong.
+        with contextlib.suppress(ValidationError, UserError):
+            ranks = TypeAdapter[LauncherConfig](LauncherConfig).validate_python(launcher)
+            layouts = [rank_layout(config.strategy, count) for count in ranks.world_sizes]
+            tree["trainer"]["micro_batch_size"] = micro_batch(
+                config.trainer.global_batch_size, layouts, largest_micro_batch
+            )
     return from_tree(tree)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from launchers.machine.facts import Machine
-from train.config import DeepspeedLauncher, ModelConfig, RunConfig, TrainerConfig
+from train.config import DeepspeedLauncher, ModelConfig, RunConfig, TrainerConfig, rank_layout
 from train.config.model import BertModel, Gpt2Model, LlamaModel, ModernBertModel, RobertaModel
 
 GIB = 2**30
@@ -84,7 +84,7 @@ def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
     precision, strategy = config.precision, config.strategy
     master = _BYTES[precision.master_dtype] * count
     compute = _BYTES[precision.compute_dtype] * count
-    ranks = config.launcher.world_size
+    shards = rank_layout(strategy, config.launcher.world_size).shards
     has_copy = strategy.kind == "zero" and compute != master
     parts = Parts(
         weights=compute if has_copy else master,
@@ -93,7 +93,6 @@ def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
         moments=_moments(config.trainer, _BYTES[precision.moments_dtype]) * count,
     )
     if strategy.kind == "fsdp":
-        shards = max(1, ranks // strategy.replicas)
         parts = Parts(*(getattr(parts, field.name) / shards for field in fields(Parts)))
         return (Parts(), parts) if strategy.offload else (parts, Parts())
     if strategy.kind != "zero":
@@ -107,7 +106,7 @@ def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
     }
     held: dict[str, dict[str, float]] = {"none": {}, "cpu": {}, "nvme": {}}
     for name, first_stage in by_stage.items():
-        share = ranks if strategy.stage >= first_stage else 1
+        share = shards if strategy.stage >= first_stage else 1
         held[wait_where[name]][name] = getattr(parts, name) / share
     return Parts(**held["none"]), Parts(**held["cpu"])
 

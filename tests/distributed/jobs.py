@@ -155,17 +155,17 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
 
     import torch
 
-    from train.config import RunConfig
+    from train.config import RankLayout, RunConfig
     from train.model.blocks import blocks
     from train.optimizer import build as optimizer
     from train.strategy import replicated
     from train.strategy.fsdp import engine as fsdp
-    from train.strategy.zero import settings
+    from train.strategy.zero import engine as zero
 
-    sound_settings, sound_build = settings.settings, optimizer.build
+    sound_settings, sound_build = zero.settings, optimizer.build
 
-    def other_stage(config: Any, world_size: int) -> dict[str, Any]:
-        values = sound_settings(config, world_size)
+    def other_stage(config: Any, layout: RankLayout) -> dict[str, Any]:
+        values = sound_settings(config, layout)
         return {**values, "zero_optimization": {"stage": 2}}
 
     def other_optimizer(config: RunConfig, *rest: Any) -> torch.optim.Optimizer:
@@ -177,7 +177,7 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
             os.environ["ACCELERATE_DYNAMO_BACKEND"] = "eager"  # forgotten as the group is left
         if damage == "stage":
             with mock.patch.object(
-                settings, "training_arguments", lambda c, w: {"deepspeed": other_stage(c, w)}
+                zero, "training_arguments", lambda c, w: {"deepspeed": other_stage(c, w)}
             ):
                 trainer = assemble(run_dir, rank, io.StringIO())
         elif damage == "fall_back_to_ddp":

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from train.config import (
+    RankLayout,
     TrainerConfig,
     accumulation_steps,
     from_tree,
@@ -192,15 +193,17 @@ def test_unknown_key_without_a_likeness_says_where_to_look() -> None:
 
 def test_accumulation_follows_from_the_batch() -> None:
     trainer = TrainerConfig(max_steps=1, global_batch_size=64, micro_batch_size=4)
-    assert accumulation_steps(trainer, world_size=8) == 2
+    assert accumulation_steps(trainer, RankLayout(replicas=8)) == 2
     with pytest.raises(UserError, match=r"global_batch_size=64 is not a multiple of .* 3 rank"):
-        accumulation_steps(trainer, world_size=3)
+        accumulation_steps(trainer, RankLayout(shards=3))
     with pytest.raises(UserError, match=r"set trainer.global_batch_size=128"):
-        accumulation_steps(trainer, world_size=32)
+        accumulation_steps(trainer, RankLayout(replicas=2, shards=16))
+    # Ranks that divide samples or matrices have none of their own.
+    assert accumulation_steps(trainer, RankLayout(2, 4, sequence=2, tensor=8)) == 2
 
 
 @pytest.mark.parametrize(
-    ("batch", "world_sizes", "limit", "size"),
+    ("batch", "sizes", "limit", "size"),
     [
         (256, [1], 8, 8),
         (8, [2], 8, 4),
@@ -213,15 +216,18 @@ def test_accumulation_follows_from_the_batch() -> None:
     ],
 )
 def test_the_largest_micro_batch_divides_each_ranks_part(
-    batch: int, world_sizes: list[int], limit: int, size: int
+    batch: int, sizes: list[int], limit: int, size: int
 ) -> None:
-    assert largest_micro_batch(batch, world_sizes, limit) == size
+    layouts = [RankLayout(replicas=size) for size in sizes]
+    assert largest_micro_batch(batch, layouts, limit) == size
+    apart = [RankLayout(shards=size, sequence=3, tensor=5) for size in sizes]
+    assert largest_micro_batch(batch, apart, limit) == size
 
 
 @pytest.mark.parametrize(("batch", "remedy"), [(10, "9 or 12"), (2, "3")])
 def test_a_batch_that_ranks_cannot_share_names_those_that_they_can(batch: int, remedy: str) -> None:
     with pytest.raises(UserError) as raised:
-        largest_micro_batch(batch, [1, 3])
+        largest_micro_batch(batch, [RankLayout(), RankLayout(shards=3)])
     assert str(raised.value) == (
         f"trainer.global_batch_size={batch} cannot be divided evenly among 3 rank(s); "
         f"set trainer.global_batch_size={remedy}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable, describe, lazy
-from train.config import BEGINNING, Progress
+from train.config import BEGINNING, Progress, RankLayout
 from train.errors import UserError
 from train.loop import resuming
 from train.run_directory import metrics
@@ -23,6 +23,18 @@ def at_step(step: int) -> resuming.Resumed:
         world_size=2,
         state=PortableState({}, {}, {}),
     )
+
+
+def test_rng_state_follows_the_samples() -> None:
+    def taken(layout: RankLayout) -> list[str | None]:
+        return [resuming.rng_file(at_step(3), layout, rank) for rank in range(layout.world_size)]
+
+    assert taken(RankLayout(replicas=2)) == taken(RankLayout(shards=2)) == ["rng-0.pt", "rng-1.pt"]
+    assert taken(RankLayout()) == [None]
+    assert taken(RankLayout(replicas=2, shards=2)) == [None] * 4
+    # Ranks that divide matrices have the samples of one rank, and so draw alike.
+    assert taken(RankLayout(tensor=2)) == [None] * 2
+    assert taken(RankLayout(shards=2, tensor=2)) == [*["rng-0.pt"] * 2, *["rng-1.pt"] * 2]
 
 
 def test_quantised_state_is_named(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from train.config.model import (
 )
 from train.config.objective import MlmObjective, ObjectiveConfig
 from train.config.precision import PrecisionConfig
+from train.config.rank_layout import RankLayout, rank_layout
 from train.config.run import RunConfig
 from train.config.steps import (
     BEGINNING,
@@ -80,6 +81,7 @@ __all__ = [
     "PretrainedModel",
     "PretrainedTokenizer",
     "Progress",
+    "RankLayout",
     "RobertaModel",
     "RunConfig",
     "Schedule",
@@ -96,6 +98,7 @@ __all__ = [
     "largest_micro_batch",
     "load",
     "nearest_key",
+    "rank_layout",
     "samples_wanted",
     "schedule_of",
     "to_yaml",

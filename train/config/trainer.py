@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from train.config.rank_layout import RankLayout
 from train.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -158,40 +159,41 @@ class TrainerConfig(Section):
         return self
 
 
-def accumulation_steps(trainer: TrainerConfig, world_size: int) -> int:
-    """Return micro-batches per rank and step: global batch / (micro-batch x world size).
+def accumulation_steps(trainer: TrainerConfig, layout: RankLayout) -> int:
+    """Return micro-batches per rank and step: global batch / (micro-batch x data-parallel size).
 
     Raises UserError where that is not a whole number.
     """
-    per_pass = trainer.samples_per_pass * world_size
+    per_pass = trainer.samples_per_pass * layout.data_parallel_size
     steps, rest = divmod(trainer.global_batch_size, per_pass)
     if rest or not steps:
         fitting = max(1, round(trainer.global_batch_size / per_pass)) * per_pass
         raise UserError(
             f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of "
-            f"trainer.micro_batch_size={trainer.micro_batch_size} x {world_size} rank(s) = "
-            f"{per_pass}; set trainer.global_batch_size={fitting} or another micro-batch"
+            f"trainer.micro_batch_size={trainer.micro_batch_size} x {layout.data_parallel_size} "
+            f"rank(s) = {per_pass}; set trainer.global_batch_size={fitting} or another micro-batch"
         )
     return steps
 
 
 def largest_micro_batch(
-    global_batch_size: int, world_sizes: Sequence[int], limit: int = DEFAULT_MICRO_BATCH_SIZE
+    global_batch_size: int, layouts: Sequence[RankLayout], limit: int = DEFAULT_MICRO_BATCH_SIZE
 ) -> int:
     """Return the largest micro-batch, up to ``limit``, that divides a rank's part of a batch. Pure.
 
-    ``world_sizes`` are all numbers of ranks with which the run may be trained. Raises UserError
-    where one of them does not divide the batch.
+    ``layouts`` are all those with which the run may be trained. Raises UserError where one of them
+    does not divide the batch.
     """
     parts = []
-    for world_size in world_sizes:
-        part, rest = divmod(global_batch_size, world_size)
+    for layout in layouts:
+        ranks = layout.data_parallel_size
+        part, rest = divmod(global_batch_size, ranks)
         if rest or not part:
-            below, above = part * world_size, (part + 1) * world_size
+            below, above = part * ranks, (part + 1) * ranks
             fitting = f"{below} or {above}" if below else f"{above}"
             raise UserError(
                 f"trainer.global_batch_size={global_batch_size} cannot be divided evenly among "
-                f"{world_size} rank(s); set trainer.global_batch_size={fitting}"
+                f"{ranks} rank(s); set trainer.global_batch_size={fitting}"
             )
         parts.append(part)
     part = math.gcd(*parts)

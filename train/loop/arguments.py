@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 import transformers
 
-from train.config import RunConfig, Schedule, accumulation_steps
+from train.config import RankLayout, RunConfig, Schedule, accumulation_steps
 from train.optimizer.schedule import SCHEDULES
 from train.strategy import engine_of
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def training_arguments(
-    config: RunConfig, run_dir: Path, *, world_size: int, total_steps: int, schedule: Schedule
+    config: RunConfig, run_dir: Path, *, layout: RankLayout, total_steps: int, schedule: Schedule
 ) -> transformers.TrainingArguments:
     """Derive `TrainingArguments`, under which transformers knows the engine that is to come.
 
@@ -33,7 +33,7 @@ def training_arguments(
         max_steps=total_steps,
         per_device_train_batch_size=trainer.samples_per_pass,
         per_device_eval_batch_size=trainer.eval_samples_per_pass,
-        gradient_accumulation_steps=accumulation_steps(trainer, world_size),
+        gradient_accumulation_steps=accumulation_steps(trainer, layout),
         average_tokens_across_devices=True,
         learning_rate=trainer.learning_rate,
         lr_scheduler_type=SCHEDULES[trainer.lr_scheduler],
@@ -56,7 +56,7 @@ def training_arguments(
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
-        **engine_of(config).training_arguments(config, world_size),
+        **engine_of(config).training_arguments(config, layout),
     )
     # One process is one GPU: with several in sight the Trainer would take DataParallel unasked.
     args._n_gpu = min(args.n_gpu, 1)

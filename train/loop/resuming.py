@@ -18,7 +18,7 @@ from train.checkpoint.format import layout
 from train.checkpoint.format.layout import LOSS_SCALE, TRAINER_STATE
 from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable, why_refused
 from train.checkpoint.read import portable
-from train.config import Progress, RunConfig
+from train.config import Progress, RankLayout, RunConfig
 from train.console import progress
 from train.errors import UserError
 from train.model import streaming
@@ -55,6 +55,11 @@ class Resumed:
     def samples(self) -> int:
         """Samples consumed so far: the position in the data."""
         return self.progress.samples
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Parts into which its batches were divided: each of its ranks had samples of its own."""
+        return self.world_size
 
 
 def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | None:
@@ -174,30 +179,39 @@ def _writing(tensor: LazyTensor) -> Callable[[torch.Tensor], object]:
 def restore(trainer: Training, resumed: Resumed) -> None:
     """Bring optimizer, schedule and random numbers of a live engine to the checkpoint's step.
 
-    With as many ranks as wrote the checkpoint each goes on with its own random numbers and with the
-    losses since the last logged step; with others the numbers are drawn anew, from the seed, the
-    step and the rank, and the next logged loss is the mean since this step. Collective. Once all
-    have read what is theirs, the older checkpoints that a killed run had yet to delete are deleted.
+    Where the batch is divided into as many parts as it was, each rank continues with the RNG state
+    of whoever had its samples and with the losses since the last logged step; else the numbers are
+    drawn anew, from the seed, the step and the part, and the next logged loss is the mean since
+    this step. Collective. Once all have read what is theirs, the older checkpoints that a killed
+    run had yet to delete are deleted.
     """
     engine_of(trainer.config).restore_optimizer(trainer, resumed.state)
     _restore_schedule(trainer, resumed.progress.scheduled_steps)
     scale = resumed.checkpoint / LOSS_SCALE
     restore_loss_scale(trainer, json.loads(scale.read_text()) if scale.exists() else {})
     rank = trainer.args.process_index
-    if resumed.world_size == trainer.args.world_size:
-        saved = _restore_rng(resumed.checkpoint / f"rng-{rank}.pt")
+    if (name := rng_file(resumed, trainer.layout, rank)) is not None:
+        saved = _restore_rng(resumed.checkpoint / name)
         if saved is not None:
             trainer._tr_loss += saved["unlogged_loss"]
             trainer._globalstep_last_logged = int(saved["logged_step"])
             if trainer.auxiliary_loss is not None:
                 trainer.auxiliary_loss += saved.get("unlogged_auxiliary_loss", 0.0)
     else:
-        text = f"{trainer.config.seed}/{resumed.step}/{rank}".encode()
+        part = trainer.layout.data_parallel_rank(rank)
+        text = f"{trainer.config.seed}/{resumed.step}/{part}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
     # Where a rank has been refused something, an older checkpoint may be all that is left.
     from_all(None)
     if rank == 0:
         retention.retain(resumed.checkpoint.parent, trainer.config.checkpoint, newest=resumed.step)
+
+
+def rng_file(resumed: Resumed, layout: RankLayout, rank: int) -> str | None:
+    """Return which RNG state of a checkpoint a rank continues with; None: with a new one. Pure."""
+    if resumed.data_parallel_size != layout.data_parallel_size:
+        return None
+    return f"rng-{layout.data_parallel_rank(rank)}.pt"
 
 
 def _restore_schedule(trainer: Training, step: int) -> None:

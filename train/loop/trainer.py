@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from train.config import RunConfig, Schedule
+from train.config import RunConfig, Schedule, rank_layout
 from train.console import progress
 from train.data.batches import first_batch
 from train.errors import Diverged, UserError
@@ -64,6 +64,7 @@ class Trainer(transformers.Trainer):
         resumed: Resumed | None = None,
     ) -> None:
         self.config = config
+        self.layout = rank_layout(config.strategy, args.world_size)
         self.schedule = schedule
         self.resumed = resumed
         """The checkpoint from which the run goes on; None where it begins."""
@@ -204,7 +205,11 @@ class Trainer(transformers.Trainer):
         loss = super().training_step(*args, **kwargs)
         self.gate.add_loss(loss)
         # What is logged can be compared with that of held-out samples, and from model to model.
-        return loss if self._label_loss is None else self._label_loss * self.args.world_size
+        if self._label_loss is None:
+            return loss
+        # As the Trainer scales a loss whose gradients the engine averages over all ranks but those
+        # that divide matrices (transformers 5.23, training_step).
+        return self._label_loss * (self.layout.world_size // self.layout.tensor)
 
     # --- loss and evaluation ------------------------------------------------------------------
 

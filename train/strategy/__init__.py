@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.config import RunConfig
+from train.config import RunConfig, rank_layout
 from train.strategy import replicated
 from train.strategy.engine import Engine
 from train.strategy.fsdp import engine as fsdp
@@ -29,4 +29,5 @@ def engine_of(config: RunConfig) -> Engine:
 
 def engine_settings(config: RunConfig) -> dict[str, Any]:
     """Return the engine settings that result from a resolved config. Pure."""
-    return engine_of(config).settings(config, config.launcher.world_size)
+    layout = rank_layout(config.strategy, config.launcher.world_size)
+    return engine_of(config).settings(config, layout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from train.config import RunConfig
+from train.config import RankLayout, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,10 +34,10 @@ class Engine(Protocol):
     def machine_problems(self, config: RunConfig) -> Iterator[str]:
         """Yield a message for each thing that the engine needs and this machine lacks."""
 
-    def settings(self, config: RunConfig, world_size: int) -> dict[str, Any]:
+    def settings(self, config: RunConfig, layout: RankLayout) -> dict[str, Any]:
         """Return the engine's own settings, every derived field written out. Pure."""
 
-    def training_arguments(self, config: RunConfig, world_size: int) -> dict[str, Any]:
+    def training_arguments(self, config: RunConfig, layout: RankLayout) -> dict[str, Any]:
         """Return what `transformers.TrainingArguments` must be told. Pure."""
 
     def shard(self, model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
@@ -71,7 +71,7 @@ class Engine(Protocol):
         Raises UserError where it has to be compiled and cannot be.
         """
 
-    def expected(self, config: RunConfig, world_size: int) -> dict[str, Any]:
+    def expected(self, config: RunConfig, layout: RankLayout) -> dict[str, Any]:
         """Return the facts that `read_back` must find. Pure."""
 
     def read_back(self, trainer: Training) -> dict[str, Any]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig, Schedule, accumulation_steps
+from train.config import RankLayout, RunConfig, Schedule, accumulation_steps, rank_layout
 from train.optimizer.schedule import SCHEDULES
 
 if TYPE_CHECKING:
     from train.strategy.training import Training
 
 
-def expected(config: RunConfig, world_size: int, schedule: Schedule) -> dict[str, Any]:
+def expected(config: RunConfig, layout: RankLayout, schedule: Schedule) -> dict[str, Any]:
     """Return the facts that `read_back` must find. Pure."""
     trainer = config.trainer
     return {
         "global_batch_size": trainer.global_batch_size,
         "micro_batch_size": trainer.samples_per_pass,
-        "accumulation_steps": accumulation_steps(trainer, world_size),
+        "accumulation_steps": accumulation_steps(trainer, layout),
         "clip": trainer.max_grad_norm,
         "optimizer": _expected_optimizer(config),
         "schedule": _facts_of(schedule),
@@ -35,10 +35,11 @@ def read_back(trainer: Training) -> dict[str, Any]:
     from train.model import activation_checkpointing, fp8
 
     args = trainer.args
+    layout = rank_layout(trainer.config.strategy, args.world_size)
     return {
         "global_batch_size": args.per_device_train_batch_size
         * args.gradient_accumulation_steps
-        * args.world_size,
+        * layout.data_parallel_size,
         "micro_batch_size": args.per_device_train_batch_size,
         "accumulation_steps": args.gradient_accumulation_steps,
         "clip": args.max_grad_norm,

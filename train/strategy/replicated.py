@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import DdpStrategy, RunConfig
+from train.config import DdpStrategy, RankLayout, RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from train.strategy.training import Training
 
 
-def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     if not isinstance(config.strategy, DdpStrategy):
         return {}
     return {
@@ -31,12 +31,12 @@ def machine_problems(config: RunConfig) -> Iterator[str]:
     yield from ()
 
 
-def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
+def training_arguments(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     # Autocast over fp32 weights; weights that are bf16 themselves need none.
     autocast = config.precision.master_dtype == "fp32"
     return {
         "bf16": config.precision.compute_dtype == "bf16" and autocast,
-        **{f"ddp_{key}": value for key, value in settings(config, world_size).items()},
+        **{f"ddp_{key}": value for key, value in settings(config, layout).items()},
     }
 
 
@@ -81,12 +81,12 @@ def complete(trainer: Training) -> None:
         trainer.gate.guard(trainer.innermost_optimizer())
 
 
-def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
+def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     precision = config.precision
     autocast = precision.compute_dtype != "fp32" and precision.master_dtype == "fp32"
     facts: dict[str, Any] = {
         "engine": "DistributedDataParallel" if config.strategy.kind == "ddp" else "none",
-        "world_size": world_size,
+        "world_size": layout.replicas,
         "parameter_dtypes": ["bfloat16" if precision.master_dtype == "bf16" else "float32"],
         "autocast_dtype": precision.compute_dtype if autocast else "no",
     }

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-    from train.config import RunConfig, Schedule
+    from train.config import RankLayout, RunConfig, Schedule
     from train.model.weights import Values
     from train.strategy.finite import Gate
 
@@ -20,6 +20,7 @@ class Training(Protocol):
     """A training whose engine is built."""
 
     config: RunConfig
+    layout: RankLayout
     schedule: Schedule
     run_dir: Path
     args: TrainingArguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig
+from train.config import RankLayout, RunConfig
 from train.strategy import loop_facts
 
 if TYPE_CHECKING:
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 from train.strategy import engine_of
 
 
-def verify(trainer: Training, config: RunConfig, world_size: int) -> dict[str, Any]:
+def verify(trainer: Training, config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     """Compare the live engine with the config and return what was read back.
 
     Raises EngineMismatch naming every fact that differs, with both values.
     """
     engine = engine_of(config)
     expected = {
-        **engine.expected(config, world_size),
-        **loop_facts.expected(config, world_size, trainer.schedule),
+        **engine.expected(config, layout),
+        **loop_facts.expected(config, layout, trainer.schedule),
     }
     if trainer.state.global_step > 0:
         # A resumed run goes on with the loss scale that it had come to.

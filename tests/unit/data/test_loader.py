@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from train.config import RunConfig
+from train.config import RankLayout, RunConfig
 from train.data import Prepared, prepare
 from train.data.batches.loader import eval_loader, train_loader
 
@@ -48,10 +48,14 @@ def prepared(config: RunConfig, run_dir: Path) -> Prepared:
 
 
 def test_a_step_is_the_same_for_every_world_size(config: RunConfig, prepared: Prepared) -> None:
-    alone = rows(train_loader(prepared, config, rank=0, world_size=1, total_steps=3))
+    alone = rows(train_loader(prepared, config, rank=0, layout=RankLayout(), total_steps=3))
     for world_size in (2, 4):
         loaders = [
-            list(train_loader(prepared, config, rank=r, world_size=world_size, total_steps=3))
+            list(
+                train_loader(
+                    prepared, config, rank=r, layout=RankLayout(replicas=world_size), total_steps=3
+                )
+            )
             for r in range(world_size)
         ]
         accumulation = 4 // world_size
@@ -64,7 +68,12 @@ def test_a_step_is_the_same_for_every_world_size(config: RunConfig, prepared: Pr
 def test_training_goes_on_where_it_stopped(config: RunConfig, prepared: Prepared) -> None:
     def steps(count: int, start: int = 0) -> list[object]:
         loader = train_loader(
-            prepared, config, rank=1, world_size=2, start_sample=start, total_steps=count
+            prepared,
+            config,
+            rank=1,
+            layout=RankLayout(shards=2),
+            start_sample=start,
+            total_steps=count,
         )
         assert len(loader) == 2 * count
         return list(rows(loader))
@@ -79,7 +88,7 @@ def test_workers_change_nothing(
     trainer = config.trainer.model_copy(update={"dataloader_workers": 2})
     with_workers = config.model_copy(update={"trainer": trainer})
     one, two = (
-        rows(train_loader(prepared, c, rank=0, world_size=1, total_steps=2))
+        rows(train_loader(prepared, c, rank=0, layout=RankLayout(), total_steps=2))
         for c in (config, with_workers)
     )
     assert one == two
@@ -87,7 +96,7 @@ def test_workers_change_nothing(
 
 def test_loading_leaves_torchs_random_state_alone(config: RunConfig, prepared: Prepared) -> None:
     before = torch.get_rng_state()
-    list(train_loader(prepared, config, rank=0, world_size=1, total_steps=1))
+    list(train_loader(prepared, config, rank=0, layout=RankLayout(), total_steps=1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -99,10 +108,10 @@ def test_evaluation_sees_each_held_out_sample_once(
         update={"eval_max_samples": limit, "eval_micro_batch_size": 3}
     )
     config = config.model_copy(update={"trainer": trainer})
-    alone = Counter(rows(eval_loader(prepared, config, rank=0, world_size=1)))
+    alone = Counter(rows(eval_loader(prepared, config, rank=0, layout=RankLayout())))
     for world_size in (1, 2, 4):
         loaders = [
-            list(eval_loader(prepared, config, rank=r, world_size=world_size))
+            list(eval_loader(prepared, config, rank=r, layout=RankLayout(replicas=world_size)))
             for r in range(world_size)
         ]
         assert len({len(loader) for loader in loaders}) == 1
@@ -125,8 +134,10 @@ def test_evaluation_masks_alike_for_every_seed(
     for seed in (0, 1):
         config = make_config(mlm=True, seed=seed)
         prepared = prepare(config, run_dir)
-        evaluations.append(rows(eval_loader(prepared, config, rank=0, world_size=1)))
-        trainings.append(rows(train_loader(prepared, config, rank=0, world_size=1, total_steps=1)))
+        evaluations.append(rows(eval_loader(prepared, config, rank=0, layout=RankLayout())))
+        trainings.append(
+            rows(train_loader(prepared, config, rank=0, layout=RankLayout(), total_steps=1))
+        )
     assert evaluations[0] == evaluations[1]
     assert trainings[0] != trainings[1]
 
@@ -136,7 +147,7 @@ def test_an_epoch_of_clm_is_the_text(corpus: Path, make_config: MakeConfig, run_
     prepared = prepare(config, run_dir)
     stream = "</s>".join(path.read_text() for path in sorted(corpus.iterdir())) + "</s>"
     steps = -(-prepared.samples_per_epoch // 16)
-    loader = train_loader(prepared, config, rank=0, world_size=1, total_steps=steps)
+    loader = train_loader(prepared, config, rank=0, layout=RankLayout(), total_steps=steps)
     texts = {str(prepared.tokenizer.decode(list(labels))) for _, labels in rows(loader)}
     assert len(texts) > 0.9 * prepared.samples_per_epoch
     assert all(text in stream for text in texts)
@@ -146,7 +157,10 @@ def test_no_held_out_samples_make_no_batches(
     corpus: Path, make_config: MakeConfig, run_dir: Path
 ) -> None:
     config = make_config(data={"eval_fraction": 0.0})
-    assert list(eval_loader(prepare(config, run_dir), config, rank=0, world_size=2)) == []
+    assert (
+        list(eval_loader(prepare(config, run_dir), config, rank=0, layout=RankLayout(shards=2)))
+        == []
+    )
 
 
 def test_random_tokens_are_none_of_the_holes_among_the_ids(
@@ -166,5 +180,5 @@ def test_random_tokens_are_none_of_the_holes_among_the_ids(
         objective={"random_token_share": 0.5, "mask_token_share": 0.5, "masking_rate": 0.9},
     )
     prepared = prepare(config, run_dir)
-    loader = train_loader(prepared, config, rank=0, world_size=1, total_steps=4)
+    loader = train_loader(prepared, config, rank=0, layout=RankLayout(), total_steps=4)
     assert {i for ids, _ in rows(loader) for i in ids} == {1, 2, 100, 299}

@@ -66,8 +66,8 @@ def batches(
             TrainBatches(
                 seed=3,
                 samples_per_epoch=37,
-                rank=rank,
-                world_size=world_size,
+                data_parallel_rank=rank,
+                data_parallel_size=world_size,
                 micro_batch_size=micro_batch_size,
                 accumulation_steps=accumulation,
                 steps=steps,

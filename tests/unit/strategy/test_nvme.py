@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.strategy.configs import config
 from tests.unit.trees import ZERO3
-from train.config import RunConfig, ZeroStrategy
+from train.config import RankLayout, RunConfig, ZeroStrategy
 from train.errors import UserError
 from train.strategy.zero import nvme, swapped
 
@@ -73,23 +73,23 @@ def test_the_folder_of_a_run_goes_and_the_disk_stays(tmp_path: Path) -> None:
 
 def test_a_buffer_that_holds_no_part_of_a_parameter(tmp_path: Path) -> None:
     run = on_disk(tmp_path, offload_parameters="nvme", nvme_buffer_elements=1000)
-    nvme.check_model(run, {"small": 10, "wte.weight": 2000}, world_size=2)
+    nvme.check_model(run, {"small": 10, "wte.weight": 2000}, RankLayout(shards=2))
     with pytest.raises(
         UserError,
         match=r"strategy.nvme_buffer_elements=1,000 holds no rank's part of wte.weight, which has "
         r"1,001 elements; raise it to that",
     ):
-        nvme.check_model(run, {"small": 10, "wte.weight": 2001}, world_size=2)
+        nvme.check_model(run, {"small": 10, "wte.weight": 2001}, RankLayout(shards=2))
 
 
 def test_a_disk_that_is_too_full(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     run = on_disk(tmp_path)
-    nvme.check_model(run, {"weight": free // 32}, world_size=1)
+    nvme.check_model(run, {"weight": free // 32}, RankLayout())
     with pytest.raises(
         UserError, match=rf"strategy.nvme_path={tmp_path} has [\d.,]+ GB free, and .* takes .* GB"
     ):
-        nvme.check_model(run, {"weight": free}, world_size=1)
+        nvme.check_model(run, {"weight": free}, RankLayout())
 
 
 def test_what_a_killed_run_left_on_the_disk_is_no_lack_of_room(
@@ -103,9 +103,9 @@ def test_what_a_killed_run_left_on_the_disk_is_no_lack_of_room(
     (folder / "rank0").mkdir(parents=True)
     (folder / "rank0" / "0_1.tensor.swp").write_bytes(b"x" * 2**20)
     (folder / "rank0" / "gone.tensor.swp").symlink_to("another rank removed it")
-    nvme.check_model(run, {"weight": 2**16}, world_size=1)
+    nvme.check_model(run, {"weight": 2**16}, RankLayout())
     with pytest.raises(UserError, match="name a larger disk"):
-        nvme.check_model(run, {"weight": 2**17}, world_size=1)
+        nvme.check_model(run, {"weight": 2**17}, RankLayout())
 
 
 @pytest.mark.parametrize(

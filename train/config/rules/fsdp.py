@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from train.config.rank_layout import RankLayout
 from train.config.sections import Sections
 from train.config.strategy import FsdpStrategy
 
 
-def contradictions(config: Sections, world_size: int | None) -> Iterator[str]:
+def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]:
     """Yield a message for each value that FSDP2 cannot honour. Pure.
 
-    ``world_size`` is None where it is not known yet.
+    ``layout`` is None where it is not known yet.
     """
     strategy = config.strategy
     assert isinstance(strategy, FsdpStrategy)
-    if world_size is not None and world_size % strategy.replicas:
+    if layout is not None and layout.replicas > 1 and layout.shards == 1:
         yield (
-            f"strategy.replicas={strategy.replicas} does not divide the {world_size} rank(s) into "
-            "equal shards; choose a divisor"
-        )
-    elif world_size is not None and 1 < strategy.replicas == world_size:
-        yield (
-            f"strategy.replicas={strategy.replicas} on {world_size} rank(s) shards nothing; "
+            f"strategy.replicas={strategy.replicas} on {layout.world_size} rank(s) shards nothing; "
             "choose fewer replicas, or strategy=ddp"
         )
     if strategy.block_class is not None and strategy.wrap != "transformer":

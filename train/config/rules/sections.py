@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from train.config.launcher import LocalLauncher
 from train.config.model import LlamaModel, ScratchModel
+from train.config.rank_layout import RankLayout, rank_layout
 from train.config.rules import fsdp, replicated, zero
 from train.config.sections import Sections
 from train.config.trainer import accumulation_steps, largest_micro_batch
@@ -106,15 +107,27 @@ def contradictions(config: Sections) -> Iterator[str]:
     launcher = config.launcher
     known = isinstance(launcher, LocalLauncher) or launcher.nproc_per_node != "auto"
     for world_size in launcher.world_sizes if known else (None,):
-        yield from engines[config.strategy.kind].contradictions(config, world_size)
+        layout = None
         if world_size is not None:
             try:
-                if config.trainer.micro_batch_size == "auto":
-                    largest_micro_batch(config.trainer.global_batch_size, [world_size])
-                else:
-                    accumulation_steps(config.trainer, world_size)
+                layout = rank_layout(config.strategy, world_size)
             except UserError as error:
                 yield str(error)
+        yield from engines[config.strategy.kind].contradictions(config, layout)
+        if world_size is not None:
+            # However they shard, that many ranks share the batch: whoever has to choose another
+            # number is told of it too.
+            yield from _batch_contradictions(config, layout or RankLayout(replicas=world_size))
+
+
+def _batch_contradictions(config: Sections, layout: RankLayout) -> Iterator[str]:
+    try:
+        if config.trainer.micro_batch_size == "auto":
+            largest_micro_batch(config.trainer.global_batch_size, [layout])
+        else:
+            accumulation_steps(config.trainer, layout)
+    except UserError as error:
+        yield str(error)
 
 
 def _checkpoint_contradictions(config: Sections) -> Iterator[str]:

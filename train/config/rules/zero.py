@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from train.config.rank_layout import RankLayout
 from train.config.rules import deepspeed_keys
 from train.config.sections import Sections
 from train.config.strategy import ZeroStrategy
@@ -16,10 +17,10 @@ _WHOLE_TENSORS = {
 }
 
 
-def contradictions(config: Sections, world_size: int | None) -> Iterator[str]:
+def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]:
     """Yield a message for each value that ZeRO cannot honour. Pure.
 
-    ``world_size`` is None where it is not known yet.
+    ``layout`` is None where it is not known yet.
     """
     strategy, precision = config.strategy, config.precision
     assert isinstance(strategy, ZeroStrategy)
@@ -74,10 +75,10 @@ def contradictions(config: Sections, world_size: int | None) -> Iterator[str]:
             "set it to false"
         )
     ranks = strategy.hierarchical_partition_ranks
-    if world_size is not None and world_size % ranks:
+    if layout is not None and layout.data_parallel_size % ranks:
         yield (
-            f"strategy.hierarchical_partition_ranks={ranks} does not divide the {world_size} "
-            "rank(s); choose a divisor"
+            f"strategy.hierarchical_partition_ranks={ranks} does not divide the "
+            f"{layout.data_parallel_size} rank(s); choose a divisor"
         )
     for name in ("quantized_weights", "quantized_gradients"):
         if getattr(strategy, name) and config.launcher.device == "cpu":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from train.config import RunConfig, accumulation_steps
+from train.config import RankLayout, RunConfig, accumulation_steps
 from train.data.batches.collator import Collator, Masking
 from train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
 from train.data.batches.samples import Mixture, Window
@@ -30,7 +30,7 @@ def train_loader(
     config: RunConfig,
     *,
     rank: int,
-    world_size: int,
+    layout: RankLayout,
     start_sample: int = 0,
     total_steps: int,
 ) -> Batches:
@@ -42,17 +42,17 @@ def train_loader(
     batches = TrainBatches(
         seed=config.seed,
         samples_per_epoch=prepared.samples_per_epoch,
-        rank=rank,
-        world_size=world_size,
+        data_parallel_rank=layout.data_parallel_rank(rank),
+        data_parallel_size=layout.data_parallel_size,
         micro_batch_size=trainer.samples_per_pass,
-        accumulation_steps=accumulation_steps(trainer, world_size),
+        accumulation_steps=accumulation_steps(trainer, layout),
         steps=total_steps,
         start_sample=start_sample,
     )
     return _loader(prepared, config, prepared.train, batches, config.seed)
 
 
-def eval_loader(prepared: Prepared, config: RunConfig, *, rank: int, world_size: int) -> Batches:
+def eval_loader(prepared: Prepared, config: RunConfig, *, rank: int, layout: RankLayout) -> Batches:
     """Return one rank's part of the held-out samples (of the first ``eval_max_samples``).
 
     All ranks get as many batches of one shape; what fills up the last ones has labels of -100.
@@ -60,8 +60,8 @@ def eval_loader(prepared: Prepared, config: RunConfig, *, rank: int, world_size:
     trainer = config.trainer
     batches = EvalBatches(
         samples=min(prepared.eval_samples, trainer.eval_max_samples or prepared.eval_samples),
-        rank=rank,
-        world_size=world_size,
+        data_parallel_rank=layout.data_parallel_rank(rank),
+        data_parallel_size=layout.data_parallel_size,
         micro_batch_size=trainer.eval_samples_per_pass,
     )
     return _loader(prepared, config, prepared.heldout, batches, EVALUATION_SEED)

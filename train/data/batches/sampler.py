@@ -77,15 +77,16 @@ def sample_at(seed: int, samples_per_epoch: int, position: int) -> SampleKey:
 class TrainBatches:
     """The micro-batches of one rank, in order: ``steps`` x ``accumulation_steps`` of them.
 
-    Micro-batch i of rank r in a step takes the samples [(i W + r) m, (i W + r + 1) m) of the
-    step's G = m x accumulation x W. So a step has the same samples for every split of G, and the
-    same micro-batches for every world size W.
+    Micro-batch i of data-parallel rank r in a step takes the samples [(i D + r) m, (i D + r + 1) m)
+    of the step's G = m x accumulation x D. So a step has the same samples for every split of G, and
+    the same micro-batches for every data-parallel size D. Ranks of one data-parallel rank get the
+    same samples.
     """
 
     seed: int
     samples_per_epoch: int
-    rank: int
-    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
     micro_batch_size: int
     accumulation_steps: int
     steps: int
@@ -97,7 +98,8 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for micro_batch in range(len(self)):
-            start = (micro_batch * self.world_size + self.rank) * self.micro_batch_size
+            part = micro_batch * self.data_parallel_size + self.data_parallel_rank
+            start = part * self.micro_batch_size
             yield [
                 sample_at(self.seed, self.samples_per_epoch, self.start_sample + start + i)
                 for i in range(self.micro_batch_size)
@@ -113,16 +115,17 @@ class EvalBatches:
     """
 
     samples: int
-    rank: int
-    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
     micro_batch_size: int
 
     def __len__(self) -> int:
-        return -(-self.samples // (self.micro_batch_size * self.world_size))
+        return -(-self.samples // (self.micro_batch_size * self.data_parallel_size))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for batch in range(len(self)):
-            start = (batch * self.world_size + self.rank) * self.micro_batch_size
+            part = batch * self.data_parallel_size + self.data_parallel_rank
+            start = part * self.micro_batch_size
             yield [
                 SampleKey(0, i) if i < self.samples else SampleKey(0, 0, counted=False)
                 for i in range(start, start + self.micro_batch_size)

@@ -30,7 +30,7 @@ class EngineReady(TrainerCallback):
         trainer.initial_values = {}  # they may hold the whole model
         if trainer.resumed is not None:
             restore(trainer, trainer.resumed)
-        facts = verify.verify(trainer, trainer.config, args.world_size)
+        facts = verify.verify(trainer, trainer.config, trainer.layout)
         if state.is_world_process_zero:
             path = trainer.run_dir / "engine.json"
             path.write_text(json.dumps(facts, indent=2) + "\n")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig
+from train.config import RunConfig, rank_layout
 from train.strategy.dtypes import TORCH_DTYPES
 from train.strategy.fsdp.facts import expected as expected
 from train.strategy.fsdp.facts import read_back as read_back
@@ -50,7 +50,7 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
         fully_shard,
     )
 
-    wanted = settings(config, dist.get_world_size())
+    wanted = settings(config, rank_layout(config.strategy, dist.get_world_size()))
     mixed, offload = wanted["mixed_precision"], wanted["offload"]
     master_dtype = getattr(torch, TORCH_DTYPES[config.precision.master_dtype])
     for parameter in model.parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig
+from train.config import RankLayout, RunConfig
 
 if TYPE_CHECKING:
     from train.strategy.training import Training
@@ -12,11 +12,11 @@ from train.strategy.dtypes import TORCH_DTYPES
 from train.strategy.fsdp.settings import settings
 
 
-def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
-    values = settings(config, world_size)
+def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
+    values = settings(config, layout)
     facts = {
         "engine": "FSDP2",
-        "world_size": world_size,
+        "world_size": layout.world_size,
         "mesh": dict(zip(values["mesh"]["names"], values["mesh"]["shape"], strict=True)),
         "unsharded_parameters": [],
         "master_dtypes": [TORCH_DTYPES[config.precision.master_dtype]],

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import FsdpStrategy, RunConfig
+from train.config import FsdpStrategy, RankLayout, RunConfig
 
 if TYPE_CHECKING:
     pass
 from train.strategy.dtypes import TORCH_DTYPES
 
 
-def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     """Return the arguments of `fully_shard`, dtypes by their torch names."""
     strategy, precision = config.strategy, config.precision
     assert isinstance(strategy, FsdpStrategy)
     if strategy.replicas > 1:
-        shape, names = [strategy.replicas, world_size // strategy.replicas], ["replicate", "shard"]
+        shape, names = [layout.replicas, layout.shards], ["replicate", "shard"]
     else:
-        shape, names = [world_size], ["shard"]
+        shape, names = [layout.shards], ["shard"]
     return {
         "mesh": {"shape": shape, "names": names},
         "wrap": strategy.wrap,
@@ -44,5 +44,5 @@ def _pins(config: RunConfig) -> bool:
     )
 
 
-def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
+def training_arguments(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     return {"bf16": config.precision.compute_dtype == "bf16"}

@@ -6,7 +6,7 @@ import json
 import logging
 from typing import TYPE_CHECKING
 
-from train.config import RunConfig, ZeroStrategy
+from train.config import RunConfig, ZeroStrategy, rank_layout
 from train.strategy.zero import nvme
 from train.strategy.zero.adam import adamw as adamw
 from train.strategy.zero.facts import expected as expected
@@ -57,11 +57,12 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     from train.model.weights import Owners, in_turn, materialize
 
     assert isinstance(config.strategy, ZeroStrategy)
+    layout = rank_layout(config.strategy, dist.get_world_size())
     if config.strategy.uses_nvme:
         from train.strategy.zero.operators import ready_to_build
 
         elements = {name: p.numel() for name, p in model.named_parameters()}
-        nvme.check_model(config, elements, dist.get_world_size())
+        nvme.check_model(config, elements, layout)
         ready_to_build("pin_memory", "async_io")
     if config.strategy.stage < 3:
         materialize(model, values)
@@ -70,7 +71,7 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     # Given a module, be it an empty one, DeepSpeed puts its own linear layer in place, without
     # which autograd would keep every gathered weight until the backward pass.
     context = deepspeed.zero.Init(
-        module=torch.nn.Module(), config_dict_or_path=settings(config, dist.get_world_size())
+        module=torch.nn.Module(), config_dict_or_path=settings(config, layout)
     )
     owners = Owners(model)
     for _, empty, whole in in_turn(model.named_parameters(), values, context.dtype):
@@ -90,8 +91,9 @@ def serve(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     import torch.distributed as dist
 
     model = shard(model, values, config).eval()
+    layout = rank_layout(config.strategy, dist.get_world_size())
     # Without an optimizer the engine only gathers what each module needs.
-    deepspeed.initialize(model=model, config=settings(config, dist.get_world_size()))
+    deepspeed.initialize(model=model, config=settings(config, layout))
     return model
 
 

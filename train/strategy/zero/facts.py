@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig
+from train.config import RankLayout, RunConfig
 
 if TYPE_CHECKING:
     import torch
@@ -17,13 +17,13 @@ from train.strategy.zero.settings import settings
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def expected(config: RunConfig, world_size: int) -> dict[str, Any]:
-    values = settings(config, world_size)
+def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
+    values = settings(config, layout)
     section = values["zero_optimization"]
     stage = section["stage"]
     facts = {
         "engine": "DeepSpeedEngine",
-        "world_size": world_size,
+        "world_size": layout.data_parallel_size,
         "stage": stage,
         "bf16": values["bf16"]["enabled"],
         "fp16": values["fp16"]["enabled"],

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from train.config import RunConfig, ZeroStrategy
+from train.config import RankLayout, RunConfig, ZeroStrategy
 from train.errors import UserError
 
 # What DeepSpeed itself tries before it builds its async_io operator.
@@ -55,7 +55,7 @@ def problems(strategy: ZeroStrategy) -> Iterator[str]:
         )
 
 
-def check_model(config: RunConfig, elements: Mapping[str, int], world_size: int) -> None:
+def check_model(config: RunConfig, elements: Mapping[str, int], layout: RankLayout) -> None:
     """Raise UserError where a model's parameters, by name and elements, do not fit.
 
     DeepSpeed ends with an assertion where a buffer is too small, and notices nothing where the disk
@@ -66,14 +66,14 @@ def check_model(config: RunConfig, elements: Mapping[str, int], world_size: int)
     if path is None:
         return
     assert isinstance(strategy, ZeroStrategy)
-    parts = {name: -(-count // world_size) for name, count in elements.items()}
+    parts = {name: -(-count // layout.shards) for name, count in elements.items()}
     name, largest = max(parts.items(), key=lambda part: part[1])
     if strategy.offload_parameters == "nvme" and largest > strategy.nvme_buffer_elements:
         raise UserError(
             f"strategy.nvme_buffer_elements={strategy.nvme_buffer_elements:,} holds no rank's part "
             f"of {name}, which has {largest:,} elements; raise it to that"
         )
-    ranks = min(config.launcher.ranks_per_node, world_size)
+    ranks = min(config.launcher.ranks_per_node, layout.world_size)
     needed = ranks * sum(parts.values()) * _bytes_per_element(config)
     # What a run that was killed has left there is written over.
     free = shutil.disk_usage(path.parent).free + _used_bytes(path)
@@ -81,7 +81,7 @@ def check_model(config: RunConfig, elements: Mapping[str, int], world_size: int)
         raise UserError(
             f"strategy.nvme_path={strategy.nvme_path} has {free / 1e9:,.1f} GB free, and what is "
             f"offloaded of {sum(elements.values()):,} parameters takes {needed / 1e9:,.1f} GB "
-            f"there for {ranks} of {world_size} ranks; name a larger disk, or offload to cpu"
+            f"there for {ranks} of {layout.world_size} ranks; name a larger disk, or offload to cpu"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig, ZeroStrategy, accumulation_steps
+from train.config import RankLayout, RunConfig, ZeroStrategy, accumulation_steps
 from train.strategy.zero import nvme
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ MIN_BUCKET_ELEMENTS = 2**20
 """Below this a collective costs more for its start than for its bytes."""
 
 
-def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     """Return the DeepSpeed JSON, every derived field written out, explicit false included."""
     strategy = config.strategy
     assert isinstance(strategy, ZeroStrategy)
@@ -25,7 +25,7 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     values: dict[str, Any] = {
         "train_batch_size": trainer.global_batch_size,
         "train_micro_batch_size_per_gpu": trainer.samples_per_pass,
-        "gradient_accumulation_steps": accumulation_steps(trainer, world_size),
+        "gradient_accumulation_steps": accumulation_steps(trainer, layout),
         "gradient_clipping": trainer.max_grad_norm,
         "zero_optimization": _zero_section(config, strategy),
         "bf16": {
@@ -134,8 +134,8 @@ def _merged(values: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def training_arguments(config: RunConfig, world_size: int) -> dict[str, Any]:
+def training_arguments(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     return {
         "bf16": config.precision.compute_dtype == "bf16",
-        "deepspeed": settings(config, world_size),
+        "deepspeed": settings(config, layout),
     }
