@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
     if side == "ours":
         rank = rank_from_environment()
         with join(config, rank):
-            figures = timed(assemble(run_dir, rank, sys.stdout), warmup_steps)
+            figures = timed(assemble(run_dir, config, rank, sys.stdout), warmup_steps)
     else:
         figures = timed(stock_trainer(config, run_dir), warmup_steps)
     (run_dir / "figures.json").write_text(json.dumps(figures))

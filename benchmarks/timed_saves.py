@@ -62,7 +62,7 @@ def now() -> float:
 
 
 def measure(run_dir: Path, rank: Rank, warmup_steps: int, rounds: int, steps: int) -> None:
-    trainer = assemble(run_dir, rank, sys.stdout)
+    trainer = assemble(run_dir, run_config.load(run_dir), rank, sys.stdout)
     stretches = Stretches(trainer, warmup_steps, rounds, steps)
     trainer.add_callback(stretches)
     trainer.train()

@@ -88,7 +88,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
                 progress.now("importing libraries")
                 from train.run import run
 
-                final = run(run_dir, rank, console)
+                final = run(run_dir, settings, rank, console)
                 progress.begin("ending the ranks", comes_again=True)
     except Diverged as error:
         logger.error("%s", error)

@@ -10,7 +10,6 @@ from typing import TextIO
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import align_special_tokens
 
-from train import config as run_config
 from train import data
 from train.checkpoint.format.damage import in_one_line
 from train.checkpoint.format.layout import read_manifest
@@ -54,14 +53,14 @@ from train.sampling import sample
 from train.strategy import engine_of
 
 
-def run(run_dir: Path, rank: Rank, console: TextIO) -> Path | None:
-    """Train what ``run_dir/config.yaml`` says as one of the ranks.
+def run(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Path | None:
+    """Train what the config of ``run_dir`` says as one of the ranks.
 
     Returns final/, or None where a rank was told to stop and stopped.json says what came of it.
     """
     trainer = None
     try:
-        trainer = assemble(run_dir, rank, console)
+        trainer = assemble(run_dir, config, rank, console)
         trainer.train()
         check()
         trainer.save_if_not_saved()
@@ -104,9 +103,8 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
     return model_dir
 
 
-def assemble(run_dir: Path, rank: Rank, console: TextIO) -> Trainer:
+def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Trainer:
     """Build data, model, engine settings and callbacks into a trainer that is ready to train."""
-    config = run_config.load(run_dir)
     # The launcher has looked at its own node only.
     if problems := list(engine_of(config).machine_problems(config)):
         raise UserError("\n".join(problems))

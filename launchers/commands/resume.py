@@ -259,9 +259,8 @@ def with_wandb_mode(config: RunConfig, overrides: Sequence[str], mode: str | Non
         return config
     if any(key == "tracking.mode" for key, _ in _parsed(overrides)):
         return config
-    tree = config.model_dump(mode="json", by_alias=True)
-    tree["tracking"]["mode"] = mode
-    return from_tree(tree)
+    tracking = config.tracking.model_copy(update={"mode": mode})
+    return config.model_copy(update={"tracking": tracking})
 
 
 def largest_micro_batch(before: RunConfig, overrides: Sequence[str]) -> int:

@@ -47,7 +47,7 @@ def _train(
     from train.strategy import engine_of
 
     console = io.StringIO()
-    trainer = assemble(run_dir, rank, console)
+    trainer = assemble(run_dir, load(run_dir), rank, console)
     before: list[torch.Tensor] = []
     is_spoilt = False
 
@@ -142,7 +142,7 @@ def first_batch_is_refused(run_dir: Path) -> tuple[str, int]:
 
 
 def _refused(run_dir: Path, rank: Rank) -> tuple[str, int]:
-    trainer = assemble(run_dir, rank, io.StringIO())
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     sound: Any = trainer._train_loader.collate_fn
 
     def shifted(samples: Any) -> Any:

@@ -21,7 +21,7 @@ def whole_run(run_dir: Path) -> str:
     """Do what `python -m train RUN_DIR` does; return what this rank prints on the terminal."""
     rank, console = rank_from_environment(), io.StringIO()
     with join(load(run_dir), rank):
-        run(run_dir, rank, console)
+        run(run_dir, load(run_dir), rank, console)
     return console.getvalue()
 
 
@@ -53,7 +53,7 @@ def alone_in_a_shell_of_another_group(run_dir: Path) -> int:
 
 def _train_and_look(run_dir: Path, rank: Rank, look: Callable[[Trainer], Any]) -> Any:
     # Its own frame, so that nothing holds the trainer when the group is left.
-    trainer = assemble(run_dir, rank, io.StringIO())
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     trainer.train()
     return look(trainer)
 
@@ -73,7 +73,7 @@ def _state_through_dcp(run_dir: Path, rank: Rank, checkpoint: Path) -> dict[str,
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    trainer = assemble(run_dir, rank, io.StringIO())
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     trainer.train()
     optimizer = trainer.torch_optimizer()
     model_state, optimizer_state = get_state_dict(trainer.model, optimizer)
@@ -109,7 +109,7 @@ def _state_through_zero0(run_dir: Path, rank: Rank) -> dict[str, Any]:
 
     from train.loop.saving.save import save
 
-    trainer = assemble(run_dir, rank, io.StringIO())
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     trainer.train()
     file = save(trainer) / "engine" / "mp_rank_00_model_states.pt"
     optimizer = trainer.innermost_optimizer()
@@ -179,12 +179,12 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
             with mock.patch.object(
                 zero, "training_arguments", lambda c, w: {"deepspeed": other_stage(c, w)}
             ):
-                trainer = assemble(run_dir, rank, io.StringIO())
+                trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
         elif damage == "fall_back_to_ddp":
             with mock.patch.object(fsdp, "shard", replicated.shard):
-                trainer = assemble(run_dir, rank, io.StringIO())
+                trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
         else:
-            trainer = assemble(run_dir, rank, io.StringIO())
+            trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
             if damage == "dtype":
                 torch.nn.Module.to(trainer.model, torch.bfloat16)
             elif damage == "recomputation":
@@ -218,7 +218,7 @@ def _train_and_watch_memory(run_dir: Path, rank: Rank) -> dict[str, Any]:
 
     from train.model.blocks import blocks
 
-    trainer = assemble(run_dir, rank, io.StringIO())
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     calls = [0 for _ in blocks(trainer.model)]
     for i, block in enumerate(blocks(trainer.model)):
 

@@ -39,7 +39,7 @@ def masters_that_differ(run_dir: Path) -> list[str] | None:
 
 
 def _compared(run_dir: Path, rank: Rank) -> list[str] | None:
-    trainer = assemble(run_dir, rank, io.StringIO())
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     masters = MasterWeights(trainer)
     trainer.add_callback(masters)
     tokenizer: Any = trainer.processing_class

@@ -33,7 +33,7 @@ def bytes_held(run_dir: Path) -> dict[str, int]:
 def _train_and_weigh(run_dir: Path, rank: Rank) -> dict[str, int]:
     gc.collect()
     before = _live()
-    trainer = assemble(run_dir, rank, io.StringIO())
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     held: list[dict[str, int]] = []
     step = trainer.training_step
 

@@ -57,7 +57,7 @@ def train_amid(run_dir: Path, event: Event) -> dict[str, Any]:
     rank, console = rank_from_environment(), io.StringIO()
 
     def train() -> int | None:
-        trainer = assemble(run_dir, rank, console)
+        trainer = assemble(run_dir, load(run_dir), rank, console)
         trainer.callback_handler.callbacks.insert(0, AtStepEnd(trainer, event))
         trainer.train()
         trainer.save_if_not_saved()

@@ -31,7 +31,7 @@ def _observe(run_dir: Path, rank: Rank) -> dict[str, Any]:
     on_gpu = load(run_dir).launcher.device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()  # the worker has trained before
-    trainer = assemble(run_dir, rank, io.StringIO())
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     head_dtypes: set[torch.dtype] = set()
     trainer.model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, logits: head_dtypes.add(logits.dtype)

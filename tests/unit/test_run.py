@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.fixtures import Freeze, TreeOf
-from train.config import from_tree, samples_wanted, total_steps
+from train.config import from_tree, load, samples_wanted, total_steps
 from train.errors import UserError
 from train.process.rank import Rank
 from train.run import assemble
@@ -47,5 +50,39 @@ def test_prompts_that_cannot_be_answered_are_refused_before_the_training(
     tree = tiny_tree("mlm")
     tree["objective"]["prompts"] = ["import <mask>", "def <mask>(<mask>):"]
     alone = Rank(index=0, local_index=0, world_size=1)
+    run_dir = frozen_run(tree)
+    config = load(run_dir)
     with pytest.raises(UserError, match="'def <mask>.*' has 2 masks; this model fills exactly one"):
-        assemble(frozen_run(tree), alone, io.StringIO())
+        assemble(run_dir, config, alone, io.StringIO())
+
+
+def test_a_rank_reads_and_validates_its_config_once(
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    tmp_path: Path,
+) -> None:
+    tree = tiny_tree("mlm")
+    tree["launcher"]["nproc_per_node"] = 1
+    tree["objective"]["prompts"] = ["no mask"]  # refused once data and tokenizer are there
+    run_dir = frozen_run(tree)
+    seen = tmp_path / "seen"
+    program = f"""
+import sys
+from pathlib import Path
+from train import __main__
+from train.config import run
+
+sound = run.contradictions
+
+def counted(config):
+    with Path({str(seen)!r}).open("a") as file:
+        file.write("validated ")
+    return sound(config)
+
+run.contradictions = counted
+sys.exit(__main__.main([{str(run_dir)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "'no mask' has 0 masks" in done.stdout + done.stderr
+    assert seen.read_text() == "validated "

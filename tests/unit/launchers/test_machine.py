@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from huggingface_hub import try_to_load_from_cache
@@ -12,9 +13,35 @@ from huggingface_hub import try_to_load_from_cache
 from launchers.machine import names
 from launchers.machine.facts import Machine, detect, hidden_size, resolve, visible
 from tests.unit.launchers.configs import TREE, config
-from train.config import from_tree
+from train.config import from_tree, run
 from train.errors import UserError
 from train.strategy import engine_settings
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, "auto"])
+def test_what_is_resolved_is_validated_once(
+    micro_batch_size: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = {"max_steps": 10, "global_batch_size": 64, "micro_batch_size": micro_batch_size}
+    asked = config(trainer=trainer)
+    counted = mock.Mock(side_effect=run.contradictions)
+    monkeypatch.setattr(run, "contradictions", counted)
+    resolved = resolve(asked, Machine(compute_capabilities=(9.0,) * 8), "/runs/a")
+    assert resolved.trainer.micro_batch_size == (8 if micro_batch_size == "auto" else 4)
+    assert counted.call_count == 1
+
+
+def test_a_batch_that_ranks_cannot_share_is_said_with_all_else_that_is_wrong() -> None:
+    asked = config(
+        trainer={"max_steps": 10, "global_batch_size": 64},
+        strategy={"kind": "fsdp", "replicas": 3},
+        launcher={"kind": "torchrun", "device": "cuda"},
+    )
+    with pytest.raises(UserError) as raised:
+        resolve(asked, Machine(compute_capabilities=(9.0,) * 5), "/runs/a")
+    replicas, batch = str(raised.value).splitlines()
+    assert "strategy.replicas=3 does not divide the 5 rank(s)" in replicas
+    assert "global_batch_size=64 cannot be divided evenly among 5 rank(s)" in batch
 
 
 def test_auto_is_one_rank_for_each_gpu() -> None:
