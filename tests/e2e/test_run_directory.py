@@ -411,7 +411,8 @@ def test_the_last_checkpoint_is_final_bit_for_bit_and_loads_anywhere(
 ) -> None:
     ended = shardwright("recover", str(run.directory), "out", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == ""
+    assert ended.stderr.startswith("importing libraries\n")
+    assert "warning" not in ended.stderr
     assert "checkpoints/checkpoint-4\n" in ended.stdout
     assert "out: " in ended.stdout.splitlines()[-1]
 
