@@ -57,7 +57,7 @@ def test_a_run_goes_on_when_its_terminal_is_closed(tiny: Tiny, tmp_path: Path) -
     for step, loss in enumerate(losses(run_dir), 1):
         line = f"step {step}/{steps}  loss {loss:.4f}"
         assert line in seen, "a bar has no lines, its log does"
-        assert f"[rank 0] INFO train.terminal: {line}" in marked
+        assert f"[rank 0] INFO train.console.terminal: {line}" in marked
     assert shardwright("logs", NAME, cwd=tmp_path).stdout == seen
 
 
