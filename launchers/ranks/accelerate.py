@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from train.config import (
-    AccelerateLauncher,
-)
+from train.config import AccelerateLauncher
 
 ACCELERATE_YAML = "accelerate.yaml"
 

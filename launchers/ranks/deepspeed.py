@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 from launchers.machine.facts import Machine
-from train.config import (
-    DeepspeedLauncher,
-)
+from train.config import DeepspeedLauncher
 
 DEEPSPEED_ENVIRONMENT = "deepspeed.env"
 """In a run's directory: what its launcher reads."""

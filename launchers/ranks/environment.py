@@ -1,4 +1,4 @@
-"""The exact command and environment of a run's ranks: pure functions of its config."""
+"""The environment of a run's ranks: a pure function of its config."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 
 from launchers.machine.facts import Machine
 from launchers.ranks.deepspeed import DEEPSPEED_ENVIRONMENT
-from train.config import (
-    RunConfig,
-)
+from train.config import RunConfig
 from train.program import IMPORTS, PACKAGES, package_environment
 
 NODE_CACHE = Path(tempfile.gettempdir()) / f"shardwright-{os.getuid()}"

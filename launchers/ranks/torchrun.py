@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from train.config import (
-    TorchrunLauncher,
-)
+from train.config import TorchrunLauncher
 
 
 def torchrun_arguments(launcher: TorchrunLauncher, run_dir: Path, node_rank: int) -> list[str]:

@@ -184,7 +184,7 @@ def capture_the_group_in_a_default_argument() -> None:
 
 
 def leave_while_a_thread_writes() -> None:
-    """Leave as `train.rank.join` does, with a background save still exchanging with its peers."""
+    """Leave as `train.strategy.group.join` does, while a background save talks to its peers."""
     from train.loop.saving.background import finish_writing
 
     dist.init_process_group("gloo")

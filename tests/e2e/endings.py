@@ -6,9 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.e2e.cli import (
-    processes,
-)
+from tests.e2e.cli import processes
 from train.checkpoint.format import layout
 from train.run_directory import stop_note
 

@@ -23,21 +23,9 @@ TREE: dict[str, Any] = {
     "tracking": {"kind": "none"},
     "launcher": {"kind": "torchrun", "nproc_per_node": 4},
 }
-
-
 ZERO2 = {"kind": "zero", "stage": 2}
-
-
 ZERO3 = {"kind": "zero", "stage": 3}
-
-
 FSDP = {"kind": "fsdp"}
-
-
 CPU3 = {**ZERO3, "offload_optimizer": "cpu"}
-
-
 BF16 = {"compute_dtype": "bf16"}
-
-
 PURE = {**BF16, "reduce_dtype": "bf16", "master_dtype": "bf16", "moments_dtype": "bf16"}

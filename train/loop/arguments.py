@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 import transformers
@@ -11,9 +10,6 @@ import transformers
 from train.config import RankLayout, RunConfig, Schedule, accumulation_steps
 from train.optimizer.schedule import SCHEDULES
 from train.strategy import engine_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def training_arguments(

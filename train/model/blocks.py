@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from train.errors import UserError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from inspect import signature
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from train.model.configs import MODEL_CLASSES, transformers_config
 from train.model.generation import generation_config
 from train.model.pretrained import check_head, check_sizes, load_pretrained
 from train.model.weights import Values, initialized
-
-logger = logging.getLogger(__name__)
 
 ROUTER_LOGITS = "output_router_logits"
 """The argument of a forward pass by which mixture-of-experts models give their auxiliary loss."""
@@ -134,9 +131,3 @@ def auxiliary_coefficient(model: PreTrainedModel) -> float:
                 "choose another model"
             )
     return 0.0
-
-
-# --- from scratch -------------------------------------------------------------------------------
-
-
-# --- pretrained ---------------------------------------------------------------------------------

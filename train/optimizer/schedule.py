@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
-# Our names of the schedules, and those of transformers.
 SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",

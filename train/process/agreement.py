@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from train.process.signals import CTRL_C, SECONDS_BETWEEN_LOOKS, Stop, asked, at_once, hear
 
+_KEY = "shardwright/stop"
+
 
 def from_all(value: Any) -> list[Any]:
     """Return what each rank gives, in their order. Collective; alone it is a list of one."""
@@ -23,13 +25,8 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
-_KEY = "shardwright/stop"
-
-
 def check() -> None:
     """Raise Stop on all ranks where one of them was asked to stop. Collective."""
-    import torch.distributed as dist
-
     is_asked = asked() is not None
     if dist.is_initialized():
         flag = torch.tensor(int(is_asked))
@@ -57,7 +54,6 @@ def together() -> Iterator[None]:
 @contextmanager
 def _hearing_others() -> Iterator[Callable[[], object]]:
     """Have a thread interrupt this process once another rank calls what the block is given."""
-    import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
     if not dist.is_initialized():

@@ -21,9 +21,8 @@ from train.run_directory.failures import has_failure
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 LAST_WRITE_SECONDS = 600
 """How long a run that has failed waits for a checkpoint that it was writing."""
-
-
 _to_finish: list[Callable[[float], object]] = []
+"""What the group is left after."""
 
 
 def before_leaving(finish: Callable[[float], object]) -> None:

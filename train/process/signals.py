@@ -172,13 +172,7 @@ def _set_all(handler: signal.Handlers) -> None:
             signal.signal(number, handler)
 
 
-# --- all ranks ----------------------------------------------------------------------------------
-
-
 def is_restarted_on_failure() -> bool:
     """Return whether torchrun would start the ranks again if they ended with any code but 0."""
     done = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return done < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-
-
-# --- what is left of it -------------------------------------------------------------------------

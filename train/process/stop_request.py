@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from train.process import signals
-from train.run_directory.stop_request import _KILL, FILE, _lines
+from train.run_directory.stop_request import FILE, KILL, lines_of
 
 
 @contextmanager
@@ -32,8 +32,8 @@ def watch_for_stop(run_dir: Path) -> Iterator[None]:
     def listen() -> None:
         is_asked = False
         while not over.wait(signals.SECONDS_BETWEEN_LOOKS):
-            lines = _lines(path)
-            if _KILL in lines:
+            lines = lines_of(path)
+            if KILL in lines:
                 path.unlink(missing_ok=True)
                 os.kill(os.getpid(), signal.SIGKILL)
             if lines and not is_asked:

@@ -6,12 +6,8 @@ import json
 import socket
 import time
 import traceback
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 from dataclasses import dataclass
+from pathlib import Path
 
 
 def note_failure(

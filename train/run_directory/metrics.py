@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-from contextlib import suppress
+from typing import Any
 
 TAIL_BYTES = 2**16
 """Of metrics.jsonl; a line has some 250."""

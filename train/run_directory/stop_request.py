@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 FILE = "stop-request"
-_KILL = "kill"
+KILL = "kill"
 _GONE = {errno.ENOENT, errno.ESTALE}
 
 
@@ -22,8 +22,8 @@ def request(run_dir: Path, by: str, *, kill: bool = False) -> bool:
         descriptor = os.open(run_dir / FILE, os.O_RDWR | os.O_APPEND)
         try:
             asked = os.read(descriptor, 4096).decode(errors="replace").splitlines()
-            if not asked or (kill and _KILL not in asked):
-                os.write(descriptor, f"{_KILL if kill else by}\n".encode())
+            if not asked or (kill and KILL not in asked):
+                os.write(descriptor, f"{KILL if kill else by}\n".encode())
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -35,10 +35,10 @@ def request(run_dir: Path, by: str, *, kill: bool = False) -> bool:
 
 def said(run_dir: Path) -> str | None:
     """Return who has asked for the stop through the directory; None where nobody has."""
-    return next((line for line in _lines(run_dir / FILE) if line != _KILL), None)
+    return next((line for line in lines_of(run_dir / FILE) if line != KILL), None)
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     """Return the whole lines of a file; none where it is not there, or cannot be read just now."""
     try:
         text = path.read_text(errors="replace")

@@ -1,8 +1,8 @@
 """The only place that knows the engines: config -> settings, live engine -> facts and weights.
 
 Each module is one engine and gives the functions of `Engine`. Nothing outside this folder and
-train/checkpoint/ asks which strategy it is. Importing it needs no torch, so that a dry run can
-print the settings.
+the rules of train/config/ asks which strategy it is. Importing it needs no torch, so that a dry run
+can print the settings.
 """
 
 from __future__ import annotations

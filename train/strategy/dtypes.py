@@ -9,19 +9,15 @@ if TYPE_CHECKING:
 
     import torch
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
-
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""By our names."""
+_NAMES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 
 
 def dtype_names(dtypes: Iterable[Any]) -> str:
     """Return torch dtypes by our names, several joined by "+". Pure."""
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
-    return "+".join(_DTYPES.get(name, name) for name in names)
+    return "+".join(_NAMES.get(name, name) for name in names)
 
 
 def moments_dtypes(optimizer: torch.optim.Optimizer, masters: Iterable[Any]) -> set[Any]:
@@ -39,6 +35,3 @@ def moments_dtypes(optimizer: torch.optim.Optimizer, masters: Iterable[Any]) -> 
         if hasattr(value, "dtype") and value.ndim > 0
     }
     return averages or set(masters)
-
-
-TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

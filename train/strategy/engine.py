@@ -77,7 +77,7 @@ class Engine(Protocol):
     def read_back(self, trainer: Training) -> dict[str, Any]:
         """Return facts read off the live engine, after it is built.
 
-        Among them are ``precision`` and the loss scaling, in the words of `loop.expected`.
+        Among them are ``precision`` and the loss scaling, in the words of `loop_facts.expected`.
         """
 
     def restore_optimizer(self, trainer: Training, state: PortableState) -> None:

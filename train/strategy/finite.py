@@ -107,6 +107,3 @@ def are_sound(tensors: Iterable[Tensor], device: torch.device, largest_allowed: 
     if not largest:
         return torch.tensor(True, device=device)
     return (torch.stack(largest) <= largest_allowed).all()  # which NaN is not
-
-
-# --- what is said of it -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from train.strategy import engine_of
 def join(config: RunConfig, rank: Rank) -> Iterator[None]:
     """Be a member of the process group inside the block, and have the engine take it as its own.
 
-    As `train.rank.member` otherwise.
+    As `train.process.group.member` otherwise.
     """
     with member(config, rank):
         engine_of(config).adopt_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from train.config import DdpStrategy, RankLayout, RunConfig
+from train.strategy.adamw import adamw as adamw
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,14 +57,6 @@ def serve(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
 
 def adopt_process_group() -> None:
     pass
-
-
-def adamw(
-    config: RunConfig, groups: list[dict[str, Any]], settings: dict[str, Any]
-) -> torch.optim.Optimizer:
-    import torch
-
-    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def complete(trainer: Training) -> None:

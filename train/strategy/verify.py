@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from train.config import RankLayout, RunConfig
-from train.strategy import loop_facts
+from train.strategy import engine_of, loop_facts
 
 if TYPE_CHECKING:
     from train.strategy.training import Training
-from train.strategy import engine_of
 
 
 def verify(trainer: Training, config: RunConfig, layout: RankLayout) -> dict[str, Any]:

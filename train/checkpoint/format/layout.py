@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,14 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from train.checkpoint.format.junk import is_junk
 from train.config import Progress
 from train.durable import flush, publish
-
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-pass
-if TYPE_CHECKING:
-    pass
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

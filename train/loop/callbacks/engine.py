@@ -42,7 +42,7 @@ class EngineReady(TrainerCallback):
 def precision_line(facts: dict[str, Any]) -> str:
     """Return in one line which number is in which dtype, in the same words for every engine.
 
-    ``facts`` are those of `strategy.verify`. Pure.
+    ``facts`` are those of `strategy.verify.verify`. Pure.
     """
     name = _NAMES.get(facts["engine"], facts["engine"])
     if name == "zero":

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
 import math
 import random
 import secrets
@@ -34,9 +33,6 @@ from train.strategy.loss_scale import loss_scale_state
 
 if TYPE_CHECKING:
     from train.strategy.training import Training
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, rank_layout
+from train.strategy.adamw import adamw as adamw
 from train.strategy.dtypes import TORCH_DTYPES
 from train.strategy.fsdp.facts import expected as expected
 from train.strategy.fsdp.facts import read_back as read_back
@@ -136,14 +137,6 @@ def serve(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
 
 def adopt_process_group() -> None:
     pass
-
-
-def adamw(
-    config: RunConfig, groups: list[dict[str, Any]], settings: dict[str, Any]
-) -> torch.optim.Optimizer:
-    import torch
-
-    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def complete(trainer: Training) -> None:

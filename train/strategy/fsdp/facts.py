@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from train.config import RankLayout, RunConfig
+from train.strategy.dtypes import TORCH_DTYPES
+from train.strategy.fsdp.settings import settings
 
 if TYPE_CHECKING:
     from train.strategy.training import Training
-from train.strategy.dtypes import TORCH_DTYPES
-from train.strategy.fsdp.settings import settings
 
 
 def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from train.config import FsdpStrategy, RankLayout, RunConfig
-
-if TYPE_CHECKING:
-    pass
 from train.strategy.dtypes import TORCH_DTYPES
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig
 from train.errors import UserError
+from train.strategy import adamw as torchs
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +16,10 @@ if TYPE_CHECKING:
 def adamw(
     config: RunConfig, groups: list[dict[str, Any]], settings: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    import torch
-
     if config.strategy.has_own_adam:
         moments_dtype = config.precision.moments_dtype
         return deepspeed_cpu_adam(groups, moments_dtype=moments_dtype, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    return torchs.adamw(config, groups, settings)
 
 
 def deepspeed_cpu_adam(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import TYPE_CHECKING
 
 from train.config import RunConfig, ZeroStrategy, rank_layout
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from train.model.weights import Values
     from train.strategy.engine import EngineState
     from train.strategy.training import Training
-
-logger = logging.getLogger(__name__)
 
 
 def machine_problems(config: RunConfig) -> Iterator[str]:

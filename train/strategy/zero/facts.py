@@ -6,15 +6,14 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from train.config import RankLayout, RunConfig
+from train.strategy.dtypes import TORCH_DTYPES
+from train.strategy.zero.masters import master_partitions, replicated_masters
+from train.strategy.zero.settings import settings
 
 if TYPE_CHECKING:
     import torch
 
     from train.strategy.training import Training
-from train.strategy.zero.masters import master_partitions, replicated_masters
-from train.strategy.zero.settings import settings
-
-_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
         "stage": stage,
         "bf16": values["bf16"]["enabled"],
         "fp16": values["fp16"]["enabled"],
-        "reduce_dtype": _TORCH_NAMES[values["communication_data_type"]],
+        "reduce_dtype": TORCH_DTYPES[values["communication_data_type"]],
         "engine_clip": values["gradient_clipping"],
         "engine_global_batch_size": values["train_batch_size"],
         "engine_micro_batch_size": values["train_micro_batch_size_per_gpu"],
@@ -37,7 +36,7 @@ def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
         "offload_parameters": section.get("offload_param", {}).get("device", "none"),
     }
     if stage > 0:
-        facts["master_dtypes"] = [_TORCH_NAMES[config.precision.master_dtype]]
+        facts["master_dtypes"] = [TORCH_DTYPES[config.precision.master_dtype]]
     if stage > 1:
         facts["reduce_bucket_elements"] = section["reduce_bucket_size"]
     if stage == 3:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from train.config import RankLayout, RunConfig, ZeroStrategy, accumulation_steps
 from train.strategy.zero import nvme
-
-if TYPE_CHECKING:
-    pass
-
 
 MIN_BUCKET_ELEMENTS = 2**20
 """Below this a collective costs more for its start than for its bytes."""
