@@ -89,18 +89,21 @@ def create(
     """
     made: list[Path] = []
     try:
-        for directory in [*reversed(run_dir.parents), run_dir]:
-            # Another run that starts now may make a common parent, but not this very directory.
-            if directory == run_dir or not directory.exists():
-                directory.mkdir(exist_ok=directory != run_dir)
-                made.append(directory)
+        _make_parents(run_dir, made)
+        run_dir.mkdir()
+        made.append(run_dir)
         (run_dir / "logs").mkdir()
         claim()
         _write_atomically(run_dir / "config.yaml", to_yaml(config))
-    except OSError as error:
-        is_taken = isinstance(error, FileExistsError) and run_dir not in made
-        take_back(made)
-        if is_taken:
+    except BaseException as error:
+        is_mine = run_dir in made
+        if is_mine:
+            take_back(made)
+        else:
+            _remove_empty(made)  # a run that has that name may lie in them
+        if not isinstance(error, OSError):
+            raise
+        if isinstance(error, FileExistsError) and not is_mine:
             raise Taken(_exists(run_dir)) from None
         raise _cannot_be_made(f"run_dir={run_dir}", error) from None
     return made
@@ -141,10 +144,9 @@ def claimed_sweep(configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
     try:
         while True:
             try:
-                for directory in [*reversed(parent.parents), parent]:
-                    if directory == parent or not directory.exists():
-                        directory.mkdir(exist_ok=directory != parent)
-                        made.append(directory)
+                _make_parents(parent, made)
+                parent.mkdir()
+                made.append(parent)
                 break
             except FileExistsError:
                 parent = names.free(names.following(parent))
@@ -155,9 +157,22 @@ def claimed_sweep(configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
             for config in configs
         ]
     finally:
-        for directory in reversed(made):
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+        _remove_empty(made)
+
+
+def _make_parents(directory: Path, made: list[Path]) -> None:
+    """Make what is lacking above a directory; ``made`` gets what nobody else has made meanwhile."""
+    for parent in reversed(directory.parents):
+        if not parent.exists():
+            with contextlib.suppress(FileExistsError):
+                parent.mkdir()
+                made.append(parent)
+
+
+def _remove_empty(made: Sequence[Path]) -> None:
+    for directory in reversed(made):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def _cannot_be_made(what: str, error: OSError) -> UserError:
@@ -169,13 +184,9 @@ def _cannot_be_made(what: str, error: OSError) -> UserError:
 
 def take_back(made: list[Path]) -> None:
     """Remove a run directory that ``create`` made, and those of its parents that are empty."""
-    if not made:
-        return
     *parents, run_dir = made
     shutil.rmtree(run_dir, ignore_errors=True)
-    for directory in reversed(parents):
-        with contextlib.suppress(OSError):
-            directory.rmdir()
+    _remove_empty(parents)
 
 
 def _write_atomically(path: Path, text: str) -> None:

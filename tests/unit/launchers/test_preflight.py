@@ -52,6 +52,28 @@ def test_run_directory_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> N
     assert os.listdir(tmp_path / "run") == ["theirs"]
 
 
+def test_runs_that_another_start_has_made_a_home_for_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, exists = tmp_path / "runs", Path.exists
+    (runs / "run").mkdir(parents=True)
+    (runs / "run" / "theirs").touch()
+    # As it looks to a run that starts at the same time, just before both make the parent.
+    monkeypatch.setattr(Path, "exists", lambda path: path != runs and exists(path))
+    with pytest.raises(preflight.Taken):
+        preflight.create(resolved(runs / "run"), runs / "run")
+    assert os.listdir(runs / "run") == ["theirs"]
+
+
+def test_run_directory_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        preflight.create(resolved(tmp_path / "a/run"), tmp_path / "a/run", claim=interrupted)
+    assert os.listdir(tmp_path) == []
+
+
 def test_run_directory_that_cannot_be_made_leaves_nothing() -> None:
     with pytest.raises(UserError, match=r"run_dir=/proc/a/run cannot be created"):
         preflight.create(resolved(Path("/proc/a/run")), Path("/proc/a/run"))
