@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 
@@ -24,6 +25,11 @@ os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ[
 
 # A few modules of the standard library, each large enough to be a document of its own.
 _MODULES = ("argparse", "ast", "calendar", "cmd", "csv", "dis", "enum", "glob", "heapq", "inspect")
+
+
+# A busy machine takes longer than hypothesis expects.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -50,7 +50,6 @@ def test_sixteen_ranks() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(layout=LAYOUTS, within=st.sets(st.sampled_from(DIMENSIONS)))
 def test_groups_are_partitions(layout: RankLayout, within: set[Any]) -> None:
     ranks = range(layout.world_size)
@@ -64,7 +63,6 @@ def test_groups_are_partitions(layout: RankLayout, within: set[Any]) -> None:
     assert all(rank in layout.group(rank, *sorted(within)) for rank in ranks)
 
 
-@settings(deadline=None)
 @given(layout=LAYOUTS)
 def test_a_place_belongs_to_one_rank(layout: RankLayout) -> None:
     places = {
@@ -79,7 +77,6 @@ def test_a_place_belongs_to_one_rank(layout: RankLayout) -> None:
     assert len(places) == layout.world_size
 
 
-@settings(deadline=None)
 @given(layout=LAYOUTS)
 def test_a_part_of_the_data_goes_to_those_that_divide_its_samples(layout: RankLayout) -> None:
     parts: dict[int, list[int]] = {}
@@ -90,7 +87,6 @@ def test_a_part_of_the_data_goes_to_those_that_divide_its_samples(layout: RankLa
         assert {layout.same_samples(rank) for rank in same} == {tuple(same)}
 
 
-@settings(deadline=None)
 @given(layout=LAYOUTS)
 def test_the_shards_of_a_replica_make_the_model_whole_once(layout: RankLayout) -> None:
     for rank in range(layout.world_size):
@@ -101,7 +97,6 @@ def test_the_shards_of_a_replica_make_the_model_whole_once(layout: RankLayout) -
         assert len(layout.copies(rank)) * layout.shards * layout.tensor == layout.world_size
 
 
-@settings(deadline=None)
 @given(layout=LAYOUTS, micro_batch_size=st.integers(1, 3), accumulation=st.integers(1, 3))
 def test_a_step_has_each_sample_once_however_many_ranks_divide_it(
     layout: RankLayout, micro_batch_size: int, accumulation: int
@@ -124,7 +119,6 @@ def test_a_step_has_each_sample_once_however_many_ranks_divide_it(
     assert len(set(seen)) == len(seen)
 
 
-@settings(deadline=None)
 @given(layout=LAYOUTS, samples=st.integers(0, 60))
 def test_an_evaluation_sees_each_sample_once(layout: RankLayout, samples: int) -> None:
     firsts = [min(layout.same_samples(rank)) for rank in range(layout.world_size)]
