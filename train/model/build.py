@@ -6,6 +6,7 @@ from inspect import signature
 from pathlib import Path
 
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -15,12 +16,14 @@ from train.config import (
     PretrainedModel,
     RunConfig,
 )
+from train.config.positions import usable_positions
 from train.errors import UserError
 from train.model import activation_checkpointing, fp8
 from train.model.blocks import compile_blocks
 from train.model.configs import MODEL_CLASSES, transformers_config
 from train.model.generation import generation_config
-from train.model.pretrained import check_head, check_sizes, load_pretrained
+from train.model.pretrained import check_head, load_pretrained
+from train.model.vocabulary import vocabulary_size
 from train.model.weights import Values, initialized
 
 ROUTER_LOGITS = "output_router_logits"
@@ -66,7 +69,7 @@ def build(
     model_config = transformers_config(section, tokenizer, kept)
     if isinstance(section, PretrainedModel):
         check_head(section, model_config, config.objective)
-    check_sizes(config, model_config, tokenizer)
+    _check_sizes(config, model_config, tokenizer)
     if isinstance(section, PretrainedModel):
         model, values = load_pretrained(
             section,
@@ -131,3 +134,34 @@ def auxiliary_coefficient(model: PreTrainedModel) -> float:
                 "choose another model"
             )
     return 0.0
+
+
+def _check_sizes(
+    config: RunConfig, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise UserError where the tokenizer has more tokens or a sample more than the model takes."""
+    text_config = model_config.get_text_config()
+    rows = text_config.vocab_size
+    # Not the number of tokens: ids may have holes, and the highest needs a row too.
+    wanted = vocabulary_size(tokenizer)
+    if wanted > rows:
+        remedy = (
+            "choose the tokenizer that belongs to it"
+            if config.model.kind == "pretrained"
+            else f"set model.vocab_size={wanted} or choose another tokenizer"
+        )
+        raise UserError(
+            f"the tokenizer's ids go up to {wanted - 1} and the model's embedding has only {rows} "
+            f"rows; {remedy}"
+        )
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        return
+    pad = getattr(text_config, "pad_token_id", None)  # a config with code of its own may lack it
+    positions = usable_positions(text_config.model_type, positions, pad)
+    if config.data.tokens_per_sample > positions:
+        raise UserError(
+            f"data.sequence_length={config.data.tokens_per_sample} is longer than the {positions} "
+            f"positions of the model ({text_config.model_type}, with this tokenizer); "
+            f"set data.sequence_length={positions} or less, or choose another model"
+        )

@@ -14,7 +14,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -25,13 +24,10 @@ from train.config import (
     ModelConfig,
     ObjectiveConfig,
     PretrainedModel,
-    RunConfig,
     ScratchModel,
 )
-from train.config.positions import usable_positions
 from train.errors import UserError
 from train.model.streaming import CannotStream, loaded_whole, loading, streamed, weight_files
-from train.model.vocabulary import vocabulary_size
 from train.model.weights import Values, initialized
 
 logger = logging.getLogger(__name__)
@@ -151,34 +147,3 @@ def check_head(
     other = "mlm" if masked else "clm" if causal else None
     remedy = f"choose objective={other} or another model" if other else "choose another model"
     raise UserError(f"{what}, which has no head for objective={objective.kind}; {remedy}")
-
-
-def check_sizes(
-    config: RunConfig, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raise UserError where the tokenizer has more tokens or a sample more than the model takes."""
-    text_config = model_config.get_text_config()
-    rows = text_config.vocab_size
-    # Not the number of tokens: ids may have holes, and the highest needs a row too.
-    wanted = vocabulary_size(tokenizer)
-    if wanted > rows:
-        remedy = (
-            "choose the tokenizer that belongs to it"
-            if config.model.kind == "pretrained"
-            else f"set model.vocab_size={wanted} or choose another tokenizer"
-        )
-        raise UserError(
-            f"the tokenizer's ids go up to {wanted - 1} and the model's embedding has only {rows} "
-            f"rows; {remedy}"
-        )
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions is None or positions < 1:
-        return
-    pad = getattr(text_config, "pad_token_id", None)  # a config with code of its own may lack it
-    positions = usable_positions(text_config.model_type, positions, pad)
-    if config.data.tokens_per_sample > positions:
-        raise UserError(
-            f"data.sequence_length={config.data.tokens_per_sample} is longer than the {positions} "
-            f"positions of the model ({text_config.model_type}, with this tokenizer); "
-            f"set data.sequence_length={positions} or less, or choose another model"
-        )
