@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from train.config import (
 )
 from train.data.batches.loader import train_loader
 from train.model import build as models
+from train.process.memory import peak_resident_bytes
 from train.process.rank import rank_from_environment
 from train.run import assemble
 from train.strategy import replicated
@@ -62,9 +62,7 @@ def timed(trainer: transformers.Trainer, warmup_steps: int) -> dict[str, Any]:
     return {
         "seconds": ended - started,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "peak_memory_bytes": torch.cuda.max_memory_allocated()
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
         "matmul_parameters": parameters,
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
         "cuda": torch.version.cuda if on_gpu else None,

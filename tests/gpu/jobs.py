@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import TrainerCallback
 from tests.distributed.jobs import trained
 from train.config import load
 from train.loop.trainer import Trainer
+from train.process.memory import peak_resident_bytes
 from train.process.rank import Rank, rank_from_environment
 from train.run import assemble
 from train.strategy.group import join
@@ -40,9 +40,7 @@ def _observe(run_dir: Path, rank: Rank) -> dict[str, Any]:
     trainer.add_callback(last_step)
     trainer.train()
     return {
-        "peak_memory_bytes": torch.cuda.max_memory_allocated()
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
         "parameter_devices": {p.device.type for p in trainer.model.parameters()},
         "head_dtypes": {str(dtype).removeprefix("torch.") for dtype in head_dtypes},
         "allow_tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",

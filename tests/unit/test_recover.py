@@ -557,14 +557,14 @@ from pathlib import Path
 from tests.unit.recovering import MAX_MEMORY
 from tests.unit.recovering import once_written
 from train.export.recover import Options
-from train.export.recover import _resident
+from train.process.memory import peak_resident_bytes, resident_bytes
 from train.export.recover import recover
 
 small, large, out = map(Path, sys.argv[1:])
 recover(Options(small, out / "small"), sys.stdout, sys.stderr)  # imports all there is to import
-before = _resident("VmRSS")
+before = resident_bytes()
 recover(Options(large, out / "large", max_memory_bytes=MAX_MEMORY), sys.stdout, sys.stderr)
-print("above", _resident("VmHWM") - before, flush=True)
+print("above", peak_resident_bytes() - before, flush=True)
 with once_written(lambda: os.kill(os.getpid(), signal.SIGKILL)):
     recover(Options(large, out / "killed"), io.StringIO(), io.StringIO())
 """

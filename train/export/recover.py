@@ -6,8 +6,6 @@ import fcntl
 import io
 import json
 import os
-import re
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +37,7 @@ from train.model.directory import (
     on_meta,
     parsed_config,
 )
+from train.process.memory import peak_resident_bytes, resident_bytes
 from train.units import size
 
 MAX_MEMORY_BYTES = 2**29
@@ -410,29 +409,18 @@ class _Memory:
         torch.save({}, buffer)
         buffer.seek(0)
         describe(buffer)
-        self.imports_bytes = _resident("VmRSS")
+        self.imports_bytes = resident_bytes()
 
     @contextmanager
     def of_imports(self) -> Iterator[None]:
         """Count what the block adds as imports."""
-        before = _resident("VmRSS")
+        before = resident_bytes()
         yield
-        self.imports_bytes += _resident("VmRSS") - before
+        self.imports_bytes += resident_bytes() - before
 
     def peak_bytes(self) -> int:
         """Return the peak above the imports."""
-        return max(0, _resident("VmHWM") - self.imports_bytes)
-
-
-def _resident(field: str) -> int:
-    """Return VmRSS or VmHWM, its peak, in bytes; the peak of both where there is no /proc."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    match = re.search(rf"{field}:\s+(\d+) kB", status)
-    assert match is not None
-    return int(match[1]) * 1024
+        return max(0, peak_resident_bytes() - self.imports_bytes)
 
 
 def _mebibytes(count: int) -> str:

@@ -253,12 +253,13 @@ def test_packing_reads_on_only_when_a_batch_is_written(bpe: Tokenizer, tmp_path:
 def test_memory_does_not_grow_with_the_corpus(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(str(tmp_path / "tokenizer.json"))
     code = """
-import resource, sys
+import sys
 from pathlib import Path
 from tokenizers import Tokenizer
 from train.data.sources.corpus import Piece
 from train.data.tokens.packing import Packing
 from train.data.tokens.packing import pack
+from train.process.memory import peak_resident_bytes
 folder = Path(sys.argv[1])
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 text = "pure reason of understanding, and the moral law. " * 400
@@ -266,7 +267,7 @@ def peak_after(documents):
     out = folder / str(documents); out.mkdir()
     pieces = (Piece(text, True, True, 0, False) for _ in range(documents))
     pack(pieces, 1, tokenizer, Packing(400, (), (2,), (), False, False), out)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 print(peak_after(60), peak_after(300))
 """
     done = subprocess.run(

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import time
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
+from train.process.memory import peak_resident_bytes
 from train.units import duration
 
 if TYPE_CHECKING:
@@ -135,21 +133,9 @@ class Metrics(TrainerCallback):
         if self.trainer.args.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
-            peak = _peak_resident_bytes()
+            peak = peak_resident_bytes()
         mine = torch.tensor([peak], device=self.trainer.args.device)
         return int(self.trainer.accelerator.gather(mine).max())
-
-
-def _peak_resident_bytes() -> int:
-    """Return the most memory that this process has had.
-
-    getrusage's answer may be that of the process that has started this one: it lasts over exec.
-    """
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 _SPEEDS = ("_runtime", "_per_second", "_preparation_time")
