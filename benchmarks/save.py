@@ -22,9 +22,10 @@ from omegaconf import OmegaConf
 
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, prepare, uses_gpu, versions
+from launchers import preflight
 from launchers.composition.compose import compose
+from launchers.machine import directories
 from launchers.machine import facts as machine
-from launchers.machine import preflight
 from launchers.machine.facts import Machine
 from launchers.ranks.command import rank_command
 from launchers.ranks.environment import rank_environment
@@ -82,7 +83,7 @@ def freeze(plan: Plan, strategy: str, run_dir: Path) -> RunConfig:
     tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
     config = machine.resolve(from_tree(tree), plan.here, str(run_dir))
     preflight.check(config, plan.here)
-    preflight.create(config, run_dir)
+    directories.create(config, run_dir)
     return config
 
 

@@ -23,9 +23,10 @@ from omegaconf import OmegaConf
 
 from benchmarks.flops import peak_bf16_flops
 from benchmarks.report import STOCK, Figures, markdown, overall_ratio, summary
+from launchers import preflight
 from launchers.composition.compose import compose
+from launchers.machine import directories
 from launchers.machine import facts as machine
-from launchers.machine import preflight
 from launchers.machine.facts import Machine
 from launchers.ranks.command import prepare_command
 from launchers.ranks.environment import rank_environment
@@ -109,7 +110,7 @@ def freeze(plan: Plan, model: str, variant: str, run_dir: Path) -> RunConfig:
     tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
     config = machine.resolve(from_tree(tree), plan.here, str(run_dir))
     preflight.check(config, plan.here)
-    preflight.create(config, run_dir)
+    directories.create(config, run_dir)
     return config
 
 

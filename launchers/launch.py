@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launchers import report
-from launchers.machine import preflight
+from launchers.machine import directories
 from launchers.machine.facts import Machine
 from launchers.ranks import child
 from launchers.ranks.command import prepare_command, rank_command
@@ -40,7 +40,7 @@ def new_run(
     terminal.outlive()
     with contextlib.ExitStack() as stack:
         claims: list[Claim] = []
-        config, made = preflight.create_named(
+        config, made = directories.create_named(
             config,
             is_generated=is_generated,
             claim=lambda run_dir: claims.append(stack.enter_context(claimed(run_dir))),
@@ -58,11 +58,11 @@ def new_run(
             prepared = prepare(config, claim)
         except BaseException:
             stack.close()  # an open file would keep its directory on NFS
-            preflight.take_back(made)
+            directories.take_back(made)
             raise
         if prepared == BAD_INPUT:
             stack.close()
-            preflight.take_back(made)
+            directories.take_back(made)
         if prepared != 0:
             return prepared
         print(report.other_nodes(config), end="", flush=True)

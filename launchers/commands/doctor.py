@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers import report
+from launchers import preflight, report
 from launchers.composition.compose import compose, plain
 from launchers.composition.errors import refuse_dashes
+from launchers.machine import directories, health, names
 from launchers.machine import facts as machine
-from launchers.machine import health, names, preflight
 from launchers.machine.facts import Machine
 from launchers.machine.health import CLOCK_SKEW_SECONDS, Finding
 from launchers.ranks import child
@@ -92,7 +92,7 @@ def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
 
     Raises UserError, which names the logs, where they do not come to an end.
     """
-    config, made = preflight.create_named(config, is_generated=True)
+    config, made = directories.create_named(config, is_generated=True)
     directory = Path(str(config.run_dir))
     written = directory / "doctor.json"
     if config.launcher.kind == "slurm":
@@ -117,13 +117,13 @@ def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
         grace_seconds=0.0,  # there is nothing to save
     )
     if ended.code != 0 and ended.stopped_by is not None:
-        preflight.take_back(made)
+        directories.take_back(made)
         raise SystemExit(128 + ended.stopped_by)
     if ended.code != 0:
         failures = rank_failures(directory)
         raise UserError(report.failure(ended.code, failures, directory, ended.stopped_by))
     measured = json.loads(written.read_text())
-    preflight.take_back(made)
+    directories.take_back(made)
     return measured
 
 

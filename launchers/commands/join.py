@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import launch
+from launchers import launch, preflight
 from launchers.machine import facts as machine
-from launchers.machine import names, preflight
+from launchers.machine import names
 from train import config as run_config
 from train.config import AccelerateLauncher, RunConfig, TorchrunLauncher
 from train.console import terminal

@@ -13,12 +13,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from launchers import launch, report, resumes
+from launchers import launch, preflight, report, resumes
 from launchers.commands.dry_run import show
 from launchers.composition.compose import CONF, compose, group_options
 from launchers.composition.errors import is_free_form, refuse_dashes, unreadable, with_home_quoted
 from launchers.machine import facts as machine
-from launchers.machine import names, preflight
+from launchers.machine import names
 from launchers.ranks.environment import rank_environment
 from launchers.slurm import submit
 from train import config as run_config

@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launchers import launch, report
+from launchers import launch, preflight, report
 from launchers.commands.dry_run import show
 from launchers.composition.compose import Job, command_line, compose, quoted, resolved
+from launchers.machine import directories
 from launchers.machine import facts as machine
-from launchers.machine import preflight
 from launchers.machine.facts import Machine
 from launchers.slurm import submit
 from train import program
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     is_generated = all(job.is_named_here for job in jobs)
     with contextlib.ExitStack() as stack:
         if is_generated and any(job.number is not None for job in jobs):
-            configs = stack.enter_context(preflight.claimed_sweep(configs))
+            configs = stack.enter_context(directories.claimed_sweep(configs))
             is_generated = False  # the runs in it are nobody else's
         if "slurm" in kinds:
             choices = [job.choices for job in jobs]

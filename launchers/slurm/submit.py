@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launchers import report
-from launchers.machine import preflight
+from launchers.machine import directories
 from launchers.machine.facts import Machine
 from launchers.ranks.environment import job_environment
 from launchers.slurm import jobs as slurm
@@ -63,18 +63,18 @@ def new_runs(
         return _each_by_itself(configs, choices, here)
     made: list[list[Path]] = []
     if array is None:
-        config, directories = preflight.create_named(configs[0], is_generated=is_generated)
-        configs, made = [config], [directories]
+        config, own = directories.create_named(configs[0], is_generated=is_generated)
+        configs, made = [config], [own]
     home = script.job_directory(configs[0], array)
     try:
         for config in configs[len(made) :]:
-            made.append(preflight.create(config, Path(str(config.run_dir))))
+            made.append(directories.create(config, Path(str(config.run_dir))))
         job = _submit(configs[0], home, array)
     except BaseException:
         for name in (script.NAME, script.SITE):
             (home / name).unlink(missing_ok=True)
-        for directories in reversed(made):
-            preflight.take_back(directories)
+        for own in reversed(made):
+            directories.take_back(own)
         raise
     run_dirs = [Path(str(config.run_dir)) for config in configs]
     jobs = [job] if array is None else [f"{job}_{number}" for number in range(array.tasks)]

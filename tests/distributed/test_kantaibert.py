@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from torch.nn.utils.rnn import pad_sequence
 
 from launchers.composition.compose import compose
+from launchers.machine import directories
 from launchers.machine import facts as machine
-from launchers.machine import preflight
 from launchers.machine.facts import Machine
 from tests.distributed.jobs import whole_run
 from tests.fixtures import RanksOf
@@ -85,7 +85,7 @@ def experiment(url: str, cache_dir: Path, run_dir: Path, *overrides: str) -> Run
     here = Machine(cores=2)
     tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
     config = machine.resolve(from_tree(tree), here, str(run_dir))
-    preflight.create(config, run_dir)
+    directories.create(config, run_dir)
     return config
 
 

@@ -15,9 +15,10 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
+from launchers import preflight
 from launchers.composition.compose import CONF, compose
+from launchers.machine import directories
 from launchers.machine import facts as machine
-from launchers.machine import preflight
 from launchers.machine.facts import Machine
 from tests.distributed.jobs import whole_run
 from tests.e2e.cli import TINY
@@ -85,7 +86,7 @@ def test_experiment_ends_with_a_model(
     tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
     config = machine.resolve(from_tree(tree), here, str(run_dir))
     preflight.check(config, here)
-    preflight.create(config, run_dir)
+    directories.create(config, run_dir)
     ranks(ranks_wanted)(whole_run, run_dir)
 
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -20,8 +20,8 @@ ROOMS = (
     *("train.tracker", "train.run", "train.__main__"),
     *("launchers.machine", "launchers.composition", "launchers.ranks", "launchers.resumes"),
     *("launchers.report", "launchers.requeue", "launchers.relay", "launchers.launch"),
-    *("launchers.slurm", "launchers.job_end", "launchers.runs", "launchers.commands"),
-    *("launchers.__main__", "benchmarks"),
+    *("launchers.slurm", "launchers.preflight", "launchers.job_end", "launchers.runs"),
+    *("launchers.commands", "launchers.__main__", "benchmarks"),
 )
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "datasets"}
 """What takes seconds to import, and is not there for a launcher to need."""

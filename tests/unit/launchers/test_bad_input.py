@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from launchers import preflight
 from launchers.machine import facts as machine
-from launchers.machine import preflight
 from launchers.machine.facts import Machine
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 

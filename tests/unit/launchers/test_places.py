@@ -15,7 +15,7 @@ import yaml
 from launchers import launch
 from launchers.commands import train
 from launchers.composition.errors import with_home_quoted
-from launchers.machine import names, preflight
+from launchers.machine import directories, names
 from launchers.machine.facts import Machine, resolve
 from launchers.slurm import jobs as slurm
 from tests.unit.launchers.configs import config
@@ -113,7 +113,7 @@ def test_names_that_follow() -> None:
 def test_runs_that_begin_together_have_a_directory_each(tmp_path: Path) -> None:
     run = resolved(tmp_path / "runs" / "run-20261129-075429")
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: preflight.create_named(run, is_generated=True), range(8)))
+        made = list(pool.map(lambda _: directories.create_named(run, is_generated=True), range(8)))
     places = {str(one.run_dir) for one, _ in made}
     assert len(places) == 8
     for one, _ in made:
@@ -122,14 +122,14 @@ def test_runs_that_begin_together_have_a_directory_each(tmp_path: Path) -> None:
 
 def test_sweeps_that_begin_together_have_a_directory_each(tmp_path: Path) -> None:
     runs = [resolved(tmp_path / "sweeps" / "run-20261129-075429" / str(n)) for n in range(2)]
-    with preflight.claimed_sweep(runs) as first, preflight.claimed_sweep(runs) as second:
+    with directories.claimed_sweep(runs) as first, directories.claimed_sweep(runs) as second:
         for run in (*first, *second):
-            preflight.create(run, Path(str(run.run_dir)))
+            directories.create(run, Path(str(run.run_dir)))
         parents = {Path(str(run.run_dir)).parent for run in (*first, *second)}
         assert len(parents) == 2
         assert first == runs
     assert all(parent.is_dir() for parent in parents)
-    with preflight.claimed_sweep([resolved(tmp_path / "other" / "sweep" / "0")]):
+    with directories.claimed_sweep([resolved(tmp_path / "other" / "sweep" / "0")]):
         pass
     assert not (tmp_path / "other").exists(), "nothing has come of it"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.machine import preflight
+from launchers import preflight
+from launchers.machine import directories
 from launchers.machine.facts import Machine, resolve
 from tests.unit.launchers.configs import config
 from train import config as run_config
@@ -25,22 +26,22 @@ def resolved(run_dir: Path) -> RunConfig:
 
 def test_run_directory_holds_the_config(tmp_path: Path) -> None:
     run = resolved(tmp_path / "a" / "run")
-    preflight.create(run, tmp_path / "a" / "run")
+    directories.create(run, tmp_path / "a" / "run")
     assert run_config.load(tmp_path / "a" / "run") == run
     assert sorted(os.listdir(tmp_path / "a" / "run")) == ["config.yaml", "logs"]
 
 
 def test_taking_back_removes_only_what_was_made(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    made = preflight.create(resolved(tmp_path / "runs/x/run"), tmp_path / "runs/x/run")
-    preflight.take_back(made)
+    made = directories.create(resolved(tmp_path / "runs/x/run"), tmp_path / "runs/x/run")
+    directories.take_back(made)
     assert os.listdir(tmp_path / "runs") == []
 
 
 def test_taking_back_spares_a_parent_that_others_use(tmp_path: Path) -> None:
-    made = preflight.create(resolved(tmp_path / "runs/one"), tmp_path / "runs/one")
-    preflight.create(resolved(tmp_path / "runs/two"), tmp_path / "runs/two")
-    preflight.take_back(made)
+    made = directories.create(resolved(tmp_path / "runs/one"), tmp_path / "runs/one")
+    directories.create(resolved(tmp_path / "runs/two"), tmp_path / "runs/two")
+    directories.take_back(made)
     assert os.listdir(tmp_path / "runs") == ["two"]
 
 
@@ -48,7 +49,7 @@ def test_run_directory_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> N
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "theirs").touch()
     with pytest.raises(UserError, match="exists already"):
-        preflight.create(resolved(tmp_path / "run"), tmp_path / "run")
+        directories.create(resolved(tmp_path / "run"), tmp_path / "run")
     assert os.listdir(tmp_path / "run") == ["theirs"]
 
 
@@ -60,8 +61,8 @@ def test_runs_that_another_start_has_made_a_home_for_are_left_alone(
     (runs / "run" / "theirs").touch()
     # As it looks to a run that starts at the same time, just before both make the parent.
     monkeypatch.setattr(Path, "exists", lambda path: path != runs and exists(path))
-    with pytest.raises(preflight.Taken):
-        preflight.create(resolved(runs / "run"), runs / "run")
+    with pytest.raises(directories.Taken):
+        directories.create(resolved(runs / "run"), runs / "run")
     assert os.listdir(runs / "run") == ["theirs"]
 
 
@@ -70,13 +71,13 @@ def test_run_directory_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        preflight.create(resolved(tmp_path / "a/run"), tmp_path / "a/run", claim=interrupted)
+        directories.create(resolved(tmp_path / "a/run"), tmp_path / "a/run", claim=interrupted)
     assert os.listdir(tmp_path) == []
 
 
 def test_run_directory_that_cannot_be_made_leaves_nothing() -> None:
     with pytest.raises(UserError, match=r"run_dir=/proc/a/run cannot be created"):
-        preflight.create(resolved(Path("/proc/a/run")), Path("/proc/a/run"))
+        directories.create(resolved(Path("/proc/a/run")), Path("/proc/a/run"))
 
 
 def test_name_that_no_file_can_have(tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
-"""What can go wrong before a rank starts, and the run directory that is made if nothing does."""
+"""What can go wrong before a rank starts."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import functools
 import importlib.util
 import os
 import re
@@ -13,16 +11,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from launchers.machine import hostfile, memory, names
+from launchers.machine import directories, hostfile, memory, names
 from launchers.machine.facts import Machine, lacking
 from train.config import (
     DeepspeedLauncher,
     RunConfig,
     SlurmLauncher,
-    to_yaml,
 )
 from train.config.tracking import WandbTracking, wandb_problems
 from train.errors import UserError
@@ -77,129 +74,6 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
         *_missing_build_tools(config),
         *_tracking_problems(config, machine),
     ]
-
-
-def create(
-    config: RunConfig, run_dir: Path, *, claim: Callable[[], object] = lambda: None
-) -> list[Path]:
-    """Make ``run_dir`` with config.yaml and logs/; return the directories made, outermost first.
-
-    ``claim`` is called before there is a config.yaml, from which on others take it for a run's.
-    Raises UserError, and leaves nothing, where that cannot be done.
-    """
-    made: list[Path] = []
-    try:
-        _make_parents(run_dir, made)
-        run_dir.mkdir()
-        made.append(run_dir)
-        (run_dir / "logs").mkdir()
-        claim()
-        _write_atomically(run_dir / "config.yaml", to_yaml(config))
-    except BaseException as error:
-        is_mine = run_dir in made
-        if is_mine:
-            take_back(made)
-        else:
-            _remove_empty(made)  # a run that has that name may lie in them
-        if not isinstance(error, OSError):
-            raise
-        if isinstance(error, FileExistsError) and not is_mine:
-            raise Taken(_exists(run_dir)) from None
-        raise _cannot_be_made(f"run_dir={run_dir}", error) from None
-    return made
-
-
-class Taken(UserError):
-    """Somebody else has made that very directory."""
-
-
-def create_named(
-    config: RunConfig, *, is_generated: bool, claim: Callable[[Path], object] = lambda run_dir: None
-) -> tuple[RunConfig, list[Path]]:
-    """Make a run's directory as `create` does; return its config and the directories made.
-
-    One that ``is_generated`` takes the next free name where another run was given it at the same
-    time: making the directory is what claims it.
-    """
-    while True:
-        run_dir = Path(str(config.run_dir))
-        try:
-            return config, create(config, run_dir, claim=functools.partial(claim, run_dir))
-        except Taken:
-            if not is_generated:
-                raise
-            following = names.free(names.following(run_dir))
-            config = config.model_copy(update={"run_dir": str(following)})
-
-
-@contextlib.contextmanager
-def claimed_sweep(configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
-    """Claim the directory of a sweep, the common parent of runs, by making it.
-
-    Yields the configs, in a directory of the next free name where another sweep has that one; what
-    is empty at the end is removed again. Raises UserError where it cannot be made.
-    """
-    parent = Path(str(configs[0].run_dir)).parent
-    made: list[Path] = []
-    try:
-        while True:
-            try:
-                _make_parents(parent, made)
-                parent.mkdir()
-                made.append(parent)
-                break
-            except FileExistsError:
-                parent = names.free(names.following(parent))
-            except OSError as error:
-                raise _cannot_be_made(f"sweep_dir={parent}", error) from None
-        yield [
-            config.model_copy(update={"run_dir": str(parent / Path(str(config.run_dir)).name)})
-            for config in configs
-        ]
-    finally:
-        _remove_empty(made)
-
-
-def _make_parents(directory: Path, made: list[Path]) -> None:
-    """Make what is lacking above a directory; ``made`` gets what nobody else has made meanwhile."""
-    for parent in reversed(directory.parents):
-        if not parent.exists():
-            with contextlib.suppress(FileExistsError):
-                parent.mkdir()
-                made.append(parent)
-
-
-def _remove_empty(made: Sequence[Path]) -> None:
-    for directory in reversed(made):
-        with contextlib.suppress(OSError):
-            directory.rmdir()
-
-
-def _cannot_be_made(what: str, error: OSError) -> UserError:
-    return UserError(
-        f"{what} cannot be created: {error.strerror} ({error.filename}); "
-        "give a directory that you may write to"
-    )
-
-
-def take_back(made: list[Path]) -> None:
-    """Remove a run directory that ``create`` made, and those of its parents that are empty."""
-    *parents, run_dir = made
-    shutil.rmtree(run_dir, ignore_errors=True)
-    _remove_empty(parents)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def _exists(run_dir: Path) -> str:
-    return f"run_dir={run_dir} exists already; choose another, or remove it first"
 
 
 def _launcher_problems(config: RunConfig) -> Iterator[str]:
@@ -285,7 +159,7 @@ def _run_dir_problems(run_dir: Path) -> list[str]:
     if "\0" in str(run_dir):
         return ["run_dir holds a NUL character; choose another"]
     if os.path.lexists(run_dir):
-        return [_exists(run_dir)]
+        return [directories.exists(run_dir)]
     nearest = next(parent for parent in run_dir.parents if os.path.lexists(parent))
     if not nearest.is_dir():
         return [f"run_dir={run_dir} cannot be created: {nearest} is not a directory"]
