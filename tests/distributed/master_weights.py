@@ -19,20 +19,31 @@ from train.strategy.group import join
 
 
 class MasterWeights(TrainerCallback):
-    """Keeps what the masters are before the first step, on rank 0."""
+    """Keeps what masters and parameters are before the first step, on rank 0."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.found: dict[str, torch.Tensor] = {}
+        self.copies: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for name, whole in engine_of(self.trainer.config).full_parameters(self.trainer):
             if whole is not None:
                 self.found[name] = whole.clone()
+        if self.trainer.config.strategy.kind == "zero":
+            import deepspeed
+
+            for name, parameter in self.trainer.model.named_parameters():
+                is_sharded = hasattr(parameter, "ds_id")
+                with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
+                    self.copies[name] = parameter.detach().clone()
 
 
 def masters_that_differ(run_dir: Path) -> list[str] | None:
-    """Return, on rank 0, the parameters whose master is not the initial value bit for bit."""
+    """Return, on rank 0, the parameters whose master is not the initial value bit for bit.
+
+    So are those that are not the same rounded, where they lie apart from their masters.
+    """
     rank = rank_from_environment()
     with join(load(run_dir), rank):
         return _compared(run_dir, rank)
@@ -51,7 +62,11 @@ def _compared(run_dir: Path, rank: Rank) -> list[str] | None:
     differing = []
     for name, parameter in model.named_parameters():
         expected = torch.empty(parameter.shape)
-        values[name](expected)
-        if not torch.equal(masters.found[name], expected):
+        values[name].write(expected)
+        copy = masters.copies.get(name)
+        is_rounded = copy is None or torch.equal(copy, expected.to(copy.dtype))
+        if not torch.equal(masters.found[name], expected) or not is_rounded:
             differing.append(name)
+    if trainer.config.strategy.kind == "zero":
+        assert {copy.dtype for copy in masters.copies.values()} == {torch.bfloat16}
     return differing

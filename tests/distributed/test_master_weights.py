@@ -1,4 +1,4 @@
-"""The fp32 master weights start from the initial values themselves, not from rounded ones."""
+"""Masters start from the initial values themselves, what is computed with from these rounded."""
 
 from __future__ import annotations
 

@@ -124,6 +124,23 @@ def test_streamed_weights_equal_those_loaded_whole(case: str, tmp_path: Path) ->
     assert_same(stream(tmp_path, auto), auto.from_pretrained(tmp_path, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("case", ["gpt2", "in bf16", "tied", "experts in several files"])
+def test_any_part_of_a_streamed_value_is_that_of_the_whole(case: str, tmp_path: Path) -> None:
+    auto, build, options = SAVED[case]
+    build().save_pretrained(tmp_path, **options)
+    config = AutoConfig.from_pretrained(tmp_path)
+    build_anew = functools.partial(auto.from_config, config, dtype=torch.float32)
+    model, values = streamed(build_anew, weight_files(str(tmp_path), None, config), 0)
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape)
+        values[name].write(whole)
+        count = whole.numel()
+        for start, stop in ((0, count // 3), (count // 3, count - 1), (count - 1, count)):
+            part = torch.empty(stop - start)
+            values[name].write(part, start)
+            assert torch.equal(part, whole.flatten()[start:stop]), (name, start)
+
+
 def test_a_checkpoint_of_the_base_model_gets_a_new_head_which_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

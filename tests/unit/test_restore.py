@@ -54,7 +54,7 @@ def test_another_model_is_an_error(tmp_path: Path) -> None:
     resumed = resuming.Resumed(tmp_path, BEGINNING, 1, 1, PortableState(stored, {}, {}))
     same, other = torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 4)
     out = torch.empty(3, 2)
-    resuming.values(same, resumed)["weight"](out)  # type: ignore[arg-type]
+    resuming.values(same, resumed)["weight"].write(out)  # type: ignore[arg-type]
     assert torch.equal(out, torch.ones(3, 2))
     with pytest.raises(
         UserError, match=r"weight has shape \(3, 2\), not \(4, 2\); bias is missing"

@@ -22,7 +22,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from train.model.weights import Values, in_turn, initialized, materialize
+from train.model.weights import InMemory, Values, Wanted, in_turn, initialized, materialize
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 1000,
@@ -61,7 +61,7 @@ def tensors(model: PreTrainedModel, values: Values) -> dict[str, torch.Tensor]:
     """Return every value, written into memory that holds something else."""
     written = {n: torch.full(p.shape, float("nan")) for n, p in model.named_parameters()}
     for name, value in values.items():
-        value(written[name])
+        value.write(written[name])
     return written
 
 
@@ -126,6 +126,22 @@ def test_residual_projections_are_scaled_by_the_depth(architecture: str) -> None
 
 def test_a_partition_that_is_all_padding_takes_no_values() -> None:
     assert list(in_turn([], {})) == []
+
+
+def test_parts_in_turn_are_those_of_the_whole_values_drawn_or_not() -> None:
+    model, values = initialized(ARCHITECTURES["gpt2"], seed=5)
+    whole = tensors(model, values)
+    name = "transformer.h.0.attn.c_attn.weight"
+    values["read"] = InMemory(torch.arange(15.0).view(3, 5))
+    whole["read"] = torch.arange(15.0)
+    wanted = [
+        *(Wanted("read", 15, 4, 7), Wanted(name, whole[name].numel(), 100, 300)),
+        *(Wanted("read", 15, 15, 0), Wanted(name, whole[name].numel(), whole[name].numel(), 0)),
+        *(Wanted("read", 15, 0, 15), Wanted(name, whole[name].numel(), 0, 1)),
+    ]
+    for part, found in zip(wanted, in_turn(wanted, values), strict=True):
+        expected = whole[part.name].flatten()[part.start : part.start + part.length]
+        assert torch.equal(found, expected), part
 
 
 def test_each_value_depends_on_seed_and_name_alone() -> None:

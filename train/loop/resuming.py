@@ -22,6 +22,7 @@ from train.config import Progress, RankLayout, RunConfig
 from train.console import progress
 from train.errors import UserError
 from train.model import streaming
+from train.model.weights import Value, Values
 from train.process.agreement import from_all
 from train.process.rank import Rank
 from train.strategy import engine_of
@@ -30,7 +31,6 @@ from train.strategy.loss_scale import restore_loss_scale
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from train.model.weights import Values
     from train.strategy.training import Training
 
 
@@ -166,11 +166,22 @@ def values(model: PreTrainedModel, resumed: Resumed) -> Values:
             f"{resumed.checkpoint} holds another model than the config describes: "
             f"{'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}"
         )
-    return {name: _writing(found[name]) for name, _ in model.named_parameters()}
+    return {name: _Saved(found[name]) for name, _ in model.named_parameters()}
 
 
-def _writing(tensor: LazyTensor) -> Callable[[torch.Tensor], object]:
-    return lambda out: out.copy_(tensor.whole())
+@dataclass(frozen=True)
+class _Saved(Value):
+    """A value in a checkpoint, of which no more is read than is asked for."""
+
+    tensor: LazyTensor
+
+    def write(self, out: torch.Tensor, start: int = 0) -> None:
+        flat = out.view(-1)
+        stop = start + flat.numel()
+        if self.tensor.dtype == flat.dtype:
+            self.tensor.read(start, stop, flat.view(torch.uint8))
+        else:
+            flat.copy_(self.tensor.read(start, stop))
 
 
 # --- everything else, once the engine is built --------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from train.config import PretrainedModel
 from train.errors import UserError
 from train.model import remote_code
 from train.model.conversion import CannotTrace, Traced, loaded
-from train.model.weights import Values, drawn_at_load, emptied, initialized
+from train.model.weights import InMemory, Value, Values, emptied, initialized
 from train.process import exhausted
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def streamed(
     for names in _aliases(model):
         held = next((found[name] for name in names if name in found), None)
         if held is not None:
-            values[names[0]] = functools.partial(checkpoint.read, held)
+            values[names[0]] = _InFiles(checkpoint, held)
             continue
         missing.append(names[0])
         if names[0] in initial:
@@ -162,7 +163,9 @@ def loaded_whole(
     initial = initialized(build, seed)[1] if missing else {}
     for name in missing:
         # As it would be drawn anywhere else; what has a way of its own keeps what it was given.
-        values[name] = initial.get(name) or functools.partial(drawn_at_load, values[name])
+        own = values[name]
+        assert isinstance(own, InMemory)
+        values[name] = initial.get(name) or InMemory(own.tensor, is_drawn=True)
     return emptied_model, values
 
 
@@ -215,6 +218,10 @@ def _shortened(files: Sequence[str]) -> str:
     return files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
+_COMPARED = 2**24
+"""How many elements of two tensors are compared at once."""
+
+
 class _Checkpoint:
     """Files of tensors: names, shapes and kinds at once, values one by one.
 
@@ -253,35 +260,76 @@ class _Checkpoint:
             return {raw: raw for raw in plain}
         return {name: raw for raw, name in plain.items()}
 
-    def read(self, made: Traced, out: torch.Tensor) -> None:
-        """Write the elements that a tensor is made of."""
-        flat, at = out.view(-1), 0
+    def read(self, made: Traced, out: torch.Tensor, start: int = 0) -> None:
+        """Write those elements that a tensor is made of from its ``start``-th on."""
+        flat, end = out.view(-1), 0
+        stop = start + flat.numel()
         # Each tensor of the files is opened once, however its elements lie among those of others.
         parts: dict[str, list[tuple[int, int, int]]] = {}
-        for name, start, length in made.pieces:
-            parts.setdefault(name, []).append((start, length, at))
-            at += length
+        for name, begin, length in made.pieces:
+            first, end = end, end + length
+            if end <= start:
+                continue
+            if first >= stop:
+                break
+            skipped = max(0, start - first)
+            taken = min(end, stop) - first - skipped
+            parts.setdefault(name, []).append((begin + skipped, taken, first + skipped - start))
         for name, of_it in parts.items():
-            with self._opened(name) as tensor:
-                elements = tensor.reshape(-1)
-                for start, length, at in of_it:
-                    # Copied: the tensor itself is the file's own pages, which may be written anew.
-                    flat[at : at + length].copy_(elements[start : start + length])
+            span = min(begin for begin, _, _ in of_it), max(b + length for b, length, _ in of_it)
+            with self._opened(name, *span) as (elements, offset):
+                for begin, length, at in of_it:
+                    # Copied: the elements are the file's own pages, which may be written anew.
+                    source = elements[begin - offset : begin - offset + length]
+                    flat[at : at + length].copy_(source)
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[torch.Tensor]:
-        raw = self._raw[name]
+    def _opened(self, name: str, start: int, stop: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """Give the flattened rows with the elements from start to stop, and where they begin.
+
+        They are mapped: of the file no more is read than what is copied out of them.
+        """
+        raw, shape = self._raw[name], self.empty[name].shape
         if raw in self._mapped:
-            yield self._mapped[raw]
+            yield self._mapped[raw].reshape(-1), 0
             return
         # Opened anew, or all that was read before would stay mapped and count as used memory.
         with safe_open(self._file[raw], framework="pt") as tensors:
-            yield tensors.get_tensor(raw)
+            if not shape:  # safetensors cuts no number
+                yield tensors.get_tensor(raw).reshape(-1), 0
+                return
+            width = max(1, math.prod(shape[1:]))
+            first, last = start // width, -(-stop // width)
+            yield tensors.get_slice(raw)[first:last].reshape(-1), first * width
+
+    def holds_equal(self, one: Traced, other: Traced) -> bool:
+        """Return whether two tensors have the same elements, reading no further than they have."""
+        if one.shape != other.shape or one.pieces == other.pieces:
+            return one.shape == other.shape
+        blocks = torch.empty(2, min(_COMPARED, one.numel()), dtype=one.dtype)
+        for start in range(0, one.numel(), _COMPARED):
+            mine, theirs = blocks[:, : one.numel() - start]
+            self.read(one, mine, start)
+            self.read(other, theirs, start)
+            if not torch.equal(mine, theirs):
+                return False
+        return True
 
     def whole(self, made: Traced) -> torch.Tensor:
         tensor = torch.empty(made.shape, dtype=made.dtype)
         self.read(made, tensor)
         return tensor
+
+
+@dataclass(frozen=True)
+class _InFiles(Value):
+    """A value in a checkpoint's files, of which no more is read than is asked for."""
+
+    checkpoint: _Checkpoint
+    made: Traced
+
+    def write(self, out: torch.Tensor, start: int = 0) -> None:
+        self.checkpoint.read(self.made, out, start)
 
 
 def _mapped(file: str) -> dict[str, torch.Tensor]:
@@ -336,7 +384,7 @@ def _untie_what_differs(
     for target, source in list(model.all_tied_weights_keys.items()):
         if target not in found or source not in found:
             continue
-        if torch.equal(checkpoint.whole(found[target]), checkpoint.whole(found[source])):
+        if checkpoint.holds_equal(found[target], found[source]):
             continue
         untie(model, target)
         logger.warning("%s and %s differ in the checkpoint and are not tied", target, source)

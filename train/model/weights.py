@@ -1,59 +1,101 @@
-"""Each parameter's first value, one whole tensor at a time: drawn anew or read from a checkpoint.
+"""Each parameter's first value, one at a time: drawn anew or read from a checkpoint.
 
 Models are built with their parameters on the meta device, and an engine gives them their values as
-it shards them. So no rank ever holds more than its shards and one whole tensor.
+it shards them. So no rank ever holds more than its shards and one whole tensor, nor reads of a
+checkpoint what it does not hold.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import TORCH_INIT_FUNCTIONS
 
-Values = dict[str, Callable[[torch.Tensor], object]]
-"""From a parameter's name, as `named_parameters` has it, to a function that writes its first value.
 
-It writes into a whole tensor of the parameter's shape: fp32, contiguous, on the CPU. The value is
-the same on every rank, in whatever order and however often it is written.
-"""
+class Value(ABC):
+    """A parameter's first value: the same on every rank, however often it is written."""
+
+    is_drawn: bool = False
+    """Whether it was not read from anywhere."""
+    comes_whole: ClassVar[bool] = False
+    """Whether no part of it can be had without the rest."""
+
+    @abstractmethod
+    def write(self, out: torch.Tensor, start: int = 0) -> None:
+        """Fill ``out`` with the elements of the flattened value from the ``start``-th on.
+
+        ``out`` is fp32, contiguous and on the CPU; it takes all of a value that comes whole.
+        """
+
+
+Values = dict[str, Value]
+"""By each parameter's name, as `named_parameters` has it."""
+
+
+@dataclass
+class InMemory(Value):
+    """A value that lies in memory already, whole."""
+
+    tensor: torch.Tensor
+    is_drawn: bool = False
+
+    def write(self, out: torch.Tensor, start: int = 0) -> None:
+        flat = out.view(-1)
+        flat.copy_(self.tensor.reshape(-1)[start : start + flat.numel()])
+
+
+class Zeros(Value):
+    """Stands in for a value that is written later."""
+
+    def write(self, out: torch.Tensor, start: int = 0) -> None:
+        out.zero_()
 
 
 # --- giving them to a model -----------------------------------------------------------------------
 
 
-def in_turn(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    values: Values,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """Yield each parameter with its name and its whole value, which the next one overwrites.
+class Wanted(NamedTuple):
+    """Some elements of a parameter that follow on one another, once it is flattened."""
 
-    All values lie in one buffer, and what they are cast to in another. Were each allocated by
-    itself, what the caller allocates for it would come to lie between them on the heap, whose gaps
-    are then too small for the next: that was measured to cost half as much again as the shards.
+    name: str
+    elements: int
+    """Of the whole parameter."""
+    start: int
+    length: int
+
+
+def in_turn(wanted: Sequence[Wanted], values: Values) -> Iterator[torch.Tensor]:
+    """Yield each part, flat and in fp32; the next one overwrites it.
+
+    All of them lie in one buffer. Were each allocated by itself, what the caller allocates for it
+    would come to lie between them on the heap, whose gaps are then too small for the next: that was
+    measured to cost half as much again as the shards.
     """
-    # ZeRO-3 leaves an empty tensor in place of a parameter and the whole shape beside it.
-    parameters = list(parameters)
-    shapes = [getattr(p, "ds_shape", p.shape) for _, p in parameters]
-    largest = max(map(math.prod, shapes), default=0)  # a rank's partition may be all padding
+
+    def written(part: Wanted) -> tuple[int, int]:
+        """Return start and length of what has to be written to have a part."""
+        if part.length and values[part.name].comes_whole:
+            return 0, part.elements
+        return part.start, part.length
+
+    largest = max((written(part)[1] for part in wanted), default=0)
     buffer = torch.empty(largest, dtype=torch.float32)
-    cast = buffer if dtype == torch.float32 else torch.empty(largest, dtype=dtype)
-    for (name, parameter), shape in zip(parameters, shapes, strict=True):
-        whole = buffer[: math.prod(shape)].view(shape)
-        values[name](whole)
-        if cast is not buffer:
-            whole = cast[: math.prod(shape)].view(shape).copy_(whole)
-        yield name, parameter, whole
+    for part in wanted:
+        start, length = written(part)
+        if length:  # a rank's part may be all padding
+            values[part.name].write(buffer[:length], start)
+        first = part.start - start
+        yield buffer[first : first + part.length]
 
 
 def materialize(model: nn.Module, values: Values, dtype: torch.dtype = torch.float32) -> None:
@@ -61,7 +103,7 @@ def materialize(model: nn.Module, values: Values, dtype: torch.dtype = torch.flo
     owners = Owners(model)
     for name, parameter in list(model.named_parameters()):
         tensor = torch.empty(parameter.shape, dtype=torch.float32)
-        values[name](tensor)
+        values[name].write(tensor)
         owners.replace(parameter, tensor.to(dtype))
 
 
@@ -85,14 +127,10 @@ class Owners:
 
 def emptied(model: PreTrainedModel) -> tuple[PreTrainedModel, Values]:
     """Return a whole model with its parameters on the meta device, and their values."""
-
-    def writing(tensor: torch.Tensor) -> Callable[[torch.Tensor], object]:
-        return lambda out: out.copy_(tensor)
-
     values: Values = {}
     owners = Owners(model)
     for name, parameter in list(model.named_parameters()):
-        values[name] = writing(parameter.detach())
+        values[name] = InMemory(parameter.detach())
         owners.replace(parameter, parameter.detach().to("meta"))
     return model, values
 
@@ -163,26 +201,31 @@ class _Recipes:
         for name, parameter in model.named_parameters():
             steps = self._steps.get(id(parameter), [])
             if steps and math.prod(steps[0].size) == parameter.numel():
-                values[name] = functools.partial(_draw, name, steps, seed)
+                values[name] = _Drawn(name, steps, seed)
         return values
 
 
 def drawn(values: Values) -> list[str]:
     """Return the names of the parameters whose first value was not read from anywhere. Pure."""
-    by = (_draw, drawn_at_load)
-    return [name for name, write in values.items() if getattr(write, "func", None) in by]
+    return [name for name, value in values.items() if value.is_drawn]
 
 
-def drawn_at_load(write: Callable[[torch.Tensor], object], out: torch.Tensor) -> None:
-    """Write the value that a library has drawn while it loaded the rest."""
-    write(out)
+@dataclass(frozen=True)
+class _Drawn(Value):
+    """Drawn from one stream of random numbers, whose every element depends on those before it."""
 
+    name: str
+    steps: list[_Step]
+    seed: int
+    is_drawn: bool = True
+    comes_whole: ClassVar[bool] = True
 
-def _draw(name: str, steps: list[_Step], seed: int, out: torch.Tensor) -> None:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    for step in steps:
-        step.repeat(out, generator)
+    def write(self, out: torch.Tensor, start: int = 0) -> None:
+        assert start == 0, "it comes whole"
+        digest = hashlib.blake2b(f"{self.seed}/{self.name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        for step in self.steps:
+            step.repeat(out, generator)
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class Engine(Protocol):
         """Give a model on the meta device its values, and return it as the Trainer is to get it.
 
         Collective. Beside what this rank is to hold of the model, no more than one whole parameter
-        is in memory at a time.
+        is in memory at a time; and of what can be read in parts, no more is read. Values may be
+        left to `complete` where the engine takes them with its master weights.
         """
 
     def serve(self, model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
@@ -59,8 +60,9 @@ class Engine(Protocol):
     def complete(self, trainer: Training) -> None:
         """Add to the live engine what the other engines have and this one lacks.
 
-        Among that is to leave the weights alone in a step whose gradient norm is not finite, by
-        `Trainer.gate`, unless the engine does so by itself.
+        Among that are first values that `shard` has left to it, and to leave the weights alone in
+        a step whose gradient norm is not finite, by `Trainer.gate`, unless the engine does so by
+        itself.
         """
 
     def adamw(

@@ -36,7 +36,7 @@ def machine_problems(config: RunConfig) -> Iterator[str]:
 
 
 def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
-    """Shard the parameters in place, each unit as one, then copy this rank's part of each value.
+    """Shard the parameters in place, each unit as one, then write this rank's part of each value.
 
     Units within come first: a parent takes whatever its children have not taken. Raises UserError
     where the wrap policy finds no unit but the whole model.
@@ -88,31 +88,36 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
 
 
 def _fill(model: PreTrainedModel, values: Values, device: str) -> None:
-    """Make the sharded parameters real, on ``device``, one whole value after the other."""
+    """Make the sharded parameters real, on ``device``, one value's part after the other."""
     import torch
-    from torch.distributed.tensor import DTensor
 
-    from train.model.weights import in_turn
+    from train.model.weights import Wanted, in_turn
 
     # What `to_empty` does, but buffers hold their values already.
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    wanted = [Wanted(name, p.numel(), *held(p)) for name, p in parameters.items()]
     with torch.no_grad():
-        for _, parameter, whole in in_turn(model.named_parameters(), values):
-            assert isinstance(parameter, DTensor)
-            parameter.to_local().copy_(part_of(whole, parameter))
+        for parameter, part in zip(parameters.values(), in_turn(wanted, values), strict=True):
+            local = parameter.to_local()
+            local.copy_(part.view(local.shape))
 
 
-def part_of(whole: torch.Tensor, parameter: DTensor) -> torch.Tensor:
-    """Return this rank's part of ``whole``, a view, as ``parameter`` is placed on its mesh."""
+def held(parameter: DTensor) -> tuple[int, int]:
+    """Return start and length of what this rank holds of a parameter, once that is flattened."""
+    import math
+
     from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    for mesh_dim, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            # DTensor's own rule for shapes that do not divide: the last parts are smaller or empty.
-            parts = whole.chunk(parameter.device_mesh.size(mesh_dim), placement.dim)
-            rank = parameter.device_mesh.get_local_rank(mesh_dim)
-            whole = parts[rank] if rank < len(parts) else whole.narrow(placement.dim, 0, 0)
-    return whole
+    # Runs of rows, so each lies in one piece.
+    assert all(p.dim == 0 for p in parameter.placements if isinstance(p, Shard))
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    if 0 in shape:  # more ranks than rows
+        return 0, 0
+    return offset[0] * math.prod(parameter.shape[1:]), math.prod(shape)
 
 
 def _prefetch(units: Sequence[Any], count: int) -> None:
@@ -157,20 +162,15 @@ def restore_optimizer(trainer: Training, state: PortableState) -> None:
 
 def _sharded_as(parameter: DTensor, tensor: LazyTensor, dtype: torch.dtype) -> DTensor:
     """Return a DTensor that is sharded as ``parameter``; only this rank's part is read."""
-    import math
-
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh, placements = parameter.device_mesh, parameter.placements
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-    # Shards are runs of rows, so each lies in one piece in the flattened tensor.
-    start = offset[0] * math.prod(parameter.shape[1:]) if 0 not in shape else 0
-    local = tensor.read(start, start + math.prod(shape)).view(shape)
+    start, length = held(parameter)
+    like = parameter.to_local()
+    local = tensor.read(start, start + length).view(like.shape)
     return DTensor.from_local(
-        local.to(parameter.to_local().device, dtype),
-        mesh,
-        placements,
+        local.to(like.device, dtype),
+        parameter.device_mesh,
+        parameter.placements,
         run_check=False,
         shape=parameter.shape,
         stride=parameter.stride(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Any
 
 from train.config import RunConfig, ZeroStrategy, rank_layout
 from train.strategy.zero import nvme
@@ -13,9 +14,11 @@ from train.strategy.zero.facts import read_back as read_back
 from train.strategy.zero.masters import complete as complete
 from train.strategy.zero.masters import (
     flat_partitions,
+    has_own_masters,
     joined,
     master_partitions,
     replicated_masters,
+    to_hold,
 )
 from train.strategy.zero.settings import settings
 from train.strategy.zero.settings import training_arguments as training_arguments
@@ -44,9 +47,19 @@ def clean_up(config: RunConfig) -> None:
 def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
     """Partition the parameters one by one at stage 3; the other stages start from the whole model.
 
-    What this costs beside the shards is the largest parameter in fp32 and, where that is another,
-    in the dtype of compute. There is no communication.
+    What this costs beside the shards is the largest parameter in the dtype of compute and, in fp32,
+    this rank's part of it, or all where it is drawn. There is no communication. What has a master
+    weight of its own gets its value with that, in `complete`: so it is read once.
     """
+    from train.model.weights import Zeros
+
+    if has_own_masters(config):
+        later = {name for name, p in model.named_parameters() if p.requires_grad}
+        values = {name: Zeros() if name in later else value for name, value in values.items()}
+    return _filled(model, values, config)
+
+
+def _filled(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -71,12 +84,24 @@ def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
         module=torch.nn.Module(), config_dict_or_path=settings(config, layout)
     )
     owners = Owners(model)
-    for _, empty, whole in in_turn(model.named_parameters(), values, context.dtype):
-        parameter = owners.replace(empty, whole.to(context.local_device))
+    largest = max(p.numel() for p in model.parameters())
+    # Each parameter is this memory until it is partitioned; only this rank's part of it is written.
+    buffer = torch.zeros(largest, dtype=context.dtype, device=context.local_device)
+    parameters: dict[str, Any] = {}
+    for name, empty in list(model.named_parameters()):
+        parameter = owners.replace(empty, buffer[: empty.numel()].view(empty.shape))
         # What zero.Init does to each parameter of a module that exists already, less its broadcast:
         # every rank has the same value.
         context._convert_to_deepspeed_param(parameter)
-        parameter.partition()  # type: ignore[attr-defined]
+        parameters[name] = parameter
+    wanted = [to_hold(name, parameter) for name, parameter in parameters.items()]
+    for parameter, (*_, start, length), part in zip(
+        parameters.values(), wanted, in_turn(wanted, values), strict=True
+    ):
+        parameter.data.view(-1)[start : start + length].copy_(part)
+        parameter.partition()
+        # With hierarchical partitions it is made of the gathered parameter, as after each step.
+        parameter.ds_secondary_tensor = None
     for buffer in model.buffers():
         # The engine leaves a partitioned model where it is.
         buffer.data = buffer.data.to(context.local_device)
@@ -87,7 +112,7 @@ def serve(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrain
     import deepspeed
     import torch.distributed as dist
 
-    model = shard(model, values, config).eval()
+    model = _filled(model, values, config).eval()
     layout = rank_layout(config.strategy, dist.get_world_size())
     # Without an optimizer the engine only gathers what each module needs.
     deepspeed.initialize(model=model, config=settings(config, layout))

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from train.config import RunConfig
+    from train.model.weights import Wanted
     from train.strategy.training import Training
+
 logger = logging.getLogger(__name__)
 
 
@@ -18,17 +21,17 @@ def complete(trainer: Training) -> None:
     """Mend what deepspeed 0.19 gets wrong.
 
     With round_robin_gradients it links parameters to the masters of others. In bf16 and fp16 it
-    clones the fp32 masters from the rounded parameters. At stage 0 it also makes room for the
-    moments by a step with zero gradients, which decays the masters and counts as Adam's first; in
-    fp32 it drops the gradient norm there, and steps whatever it is: everywhere else it skips a step
-    whose gradient norm is not finite. Of gradients on NVMe it reads most not at all.
+    clones the fp32 masters from the rounded parameters; here both get their values. At stage 0 it
+    also makes room for the moments by a step with zero gradients, which decays the masters and
+    counts as Adam's first; in fp32 it drops the gradient norm there, and steps whatever it is:
+    everywhere else it skips a step whose gradient norm is not finite. Of gradients on NVMe it reads
+    most not at all.
     """
     from torch.nn.utils import clip_grad_norm_, get_total_norm
 
     from train.strategy.zero import swapped
 
     engine = trainer.model_wrapped
-    precision = trainer.config.precision
     _link_masters(engine.optimizer)
     swapped.align_gradients(engine.optimizer)
     if getattr(engine.optimizer, "swap_optimizer", False) and not swapped.elements(
@@ -39,7 +42,7 @@ def complete(trainer: Training) -> None:
             "or strategy.aio.block_size_bytes, stays in memory, and all parts of this model are"
         )
     is_new = bool(trainer.initial_values)
-    if is_new and precision.compute_dtype != "fp32" and precision.master_dtype == "fp32":
+    if is_new and has_own_masters(trainer.config):
         _start_from_fp32(trainer)
     if engine.zero_optimization_stage() > 0:
         return
@@ -81,24 +84,59 @@ def _link_masters(zero: Any) -> None:
         zero.bit16_groups = plain
 
 
+def has_own_masters(config: RunConfig) -> bool:
+    """Return whether each parameter is a rounded copy of an fp32 master weight."""
+    precision = config.precision
+    return precision.compute_dtype != "fp32" and precision.master_dtype == "fp32"
+
+
+def to_hold(name: str, parameter: Any) -> Wanted:
+    """Return what this rank is to hold of a parameter of stage 3: equal parts, the last padded."""
+    from train.model.weights import Wanted
+
+    share = -(-parameter.ds_numel // parameter.ds_zero_partition_world_size)
+    start = min(parameter.ds_zero_partition_rank * share, parameter.ds_numel)
+    return Wanted(name, parameter.ds_numel, start, min(share, parameter.ds_numel - start))
+
+
 def _start_from_fp32(trainer: Training) -> None:
-    """Give the master weights their values unrounded, one parameter at a time, on every rank."""
-    from train.model.weights import in_turn
+    """Give the master weights their values, and the parameters the same rounded.
+
+    One parameter at a time, on every rank; each value is read once.
+    """
+    from train.model.weights import Wanted, in_turn
     from train.strategy.zero import swapped
 
     engine, values = trainer.model_wrapped, trainer.initial_values
-    parameters = dict(engine.module.named_parameters())
-    if masters := replicated_masters(engine):
-        for _, parameter, whole in in_turn(parameters.items(), values):
-            masters[parameter].data.copy_(whole)
-        return
+    zero = engine.optimizer
+    parameters: dict[str, Any] = dict(engine.module.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
-    for index, (flat, pieces) in enumerate(flat_partitions(engine, names)):
-        mine = [(name, parameters[name]) for name, *_ in pieces]
-        with swapped.in_memory(engine.optimizer, index):
-            for piece, (_, _, whole) in zip(pieces, in_turn(mine, values), strict=True):
-                _, start, length, place = piece
-                flat.data[place : place + length].copy_(whole.flatten()[start : start + length])
+    if engine.zero_optimization_stage() == 3:
+        for index, (flat, pieces) in enumerate(flat_partitions(engine, names)):
+            wanted = [to_hold(name, parameters[name]) for name, *_ in pieces]
+            with swapped.in_memory(zero, index):
+                for piece, part in zip(pieces, in_turn(wanted, values), strict=True):
+                    place = piece[-1]
+                    flat.data[place : place + part.numel()].copy_(part)
+                # What DeepSpeed does after each step.
+                zero._reassign_or_swap_out_partitioned_parameters(index)
+        return
+
+    # Where the elements of each parameter from a certain one on are.
+    found: dict[str, list[tuple[torch.Tensor, int]]] = {name: [] for name in parameters}
+    if replicated := replicated_masters(engine):
+        for parameter, master in replicated.items():
+            found[names[parameter]].append((master.data.view(-1), 0))
+    else:
+        for flat, pieces in flat_partitions(engine, names):
+            for name, start, length, place in pieces:
+                found[name].append((flat.data[place : place + length], start))
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    wanted = [Wanted(name, p.numel(), 0, p.numel()) for name, p in trained.items()]
+    for (name, parameter), whole in zip(trained.items(), in_turn(wanted, values), strict=True):
+        parameter.data.copy_(whole.view(parameter.shape))
+        for master, start in found[name]:
+            master.copy_(whole[start : start + master.numel()])
 
 
 def replicated_masters(engine: Any) -> dict[Any, torch.Tensor]:
@@ -122,11 +160,9 @@ def flat_partitions(
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             place, pieces = 0, []
             for parameter in group:
-                share = parameter.ds_tensor.ds_numel
-                start = parameter.ds_zero_partition_rank * share
-                length = max(0, min(share, parameter.ds_numel - start))
+                _, _, start, length = to_hold(names[parameter], parameter)
                 pieces.append((names[parameter], start, length, place))
-                place += share
+                place += parameter.ds_tensor.ds_numel
             yield flat, pieces
         return
     # Stage 1 in bf16 is a class of its own, BF16_Optimizer.
