@@ -47,6 +47,21 @@ def test_quantised_state_is_named(tmp_path: Path) -> None:
         lazy(describe(path), path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_of_a_value_is_written_whatever_dtype_the_checkpoint_has(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path, weight = tmp_path / "weights.pt", torch.arange(6.0).view(3, 2) / 8
+    torch.save({"weight": weight.to(dtype)}, path)
+    stored = {"weight": lazy(describe(path)["weight"], path)}
+    resumed = resuming.Resumed(tmp_path, BEGINNING, 1, 1, PortableState(stored, {}, {}))
+    model = torch.nn.Linear(2, 3, bias=False)
+    value = resuming.values(model, resumed)["weight"]  # type: ignore[arg-type]
+    out = torch.full((5,), 7.0)
+    value.write(out[1:4], 2)
+    assert out.tolist() == [7.0, 0.25, 0.375, 0.5, 7.0]
+
+
 def test_another_model_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"weight": torch.ones(3, 2)}, path)
