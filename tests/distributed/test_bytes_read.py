@@ -110,7 +110,7 @@ def _counted(run_dir: Path, rank: Rank) -> dict[str, int]:
         mock.patch.object(streaming, "safe_open", lambda *a, **o: CountedFile(counter, *a, **o)),
         mock.patch.object(engine_callback, "restore", restore_after_the_weights),
     ):
-        trainer = assemble(run_dir, rank, io.StringIO())
+        trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
         trainer.train()
     held = sum(part.numel() for part in engine_of(trainer.config).local_weights(trainer))
     read = of_weights[0] if of_weights else counter.bytes
