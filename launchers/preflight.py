@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from launchers.machine import directories, hostfile, memory, names
+from launchers.machine import directories, hostfile, memory
 from launchers.machine.facts import Machine, lacking
 from train.config import (
     DeepspeedLauncher,
@@ -22,7 +22,9 @@ from train.config import (
     SlurmLauncher,
 )
 from train.config.tracking import WandbTracking, wandb_problems
+from train.data.sources.registry import source_of
 from train.errors import UserError
+from train.paths import not_a_directory
 from train.program import PACKAGES, package_environment
 from train.strategy import engine_of
 
@@ -186,19 +188,10 @@ _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 def _missing_directories(config: RunConfig) -> Iterator[str]:
     """Yield a message for each name that can only be a path, and leads nowhere."""
-    named = {"model": config.model, "tokenizer": config.tokenizer, "data": config.data}
-    for section, given in named.items():
-        name = given.name if given.kind in ("pretrained", "hub") else None
-        if name is None or not names.is_path(name):
-            continue
-        what = "the data set" if section == "data" else f"the {section}"
-        if not os.path.lexists(name):
-            yield (
-                f"{section}.name={name} does not exist; give the directory of {what}, or its name "
-                "on the hub"
-            )
-        elif not os.path.isdir(name):
-            yield f"{section}.name={name} is a file; give the directory that holds {what}"
+    for section, given in (("model", config.model), ("tokenizer", config.tokenizer)):
+        if given.kind == "pretrained":
+            yield from not_a_directory(f"{section}.name", given.name, f"the {section}")
+    yield from source_of(config.data).misplaced()
 
 
 def _missing_packages(config: RunConfig) -> list[str]:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from launchers import report, runs
-from launchers.machine import names
 from launchers.ranks import child
 from launchers.ranks.processes import rank_processes
 from launchers.slurm import jobs as slurm
@@ -22,6 +21,7 @@ from train import config as run_config
 from train import program
 from train.console import terminal
 from train.errors import BAD_INPUT, FAILED, UserError
+from train.paths import absolute
 from train.run_directory import owner, stop_note, stop_request
 
 POLL_SECONDS = 0.5
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     """Stop a run, or every run of a sweep; return 1 where one goes on in spite of it."""
     options = parser().parse_args(arguments)
     terminal.outlive()
-    asked_for = Path(names.absolute(options.run_dir))
+    asked_for = Path(absolute(options.run_dir))
     found = runs.runs_in(asked_for)
     if found == [asked_for]:
         return _wait(asked_for, _begin(asked_for, now=options.now))

@@ -28,6 +28,7 @@ from launchers.slurm import script, submit
 from train.config import RunConfig, from_tree
 from train.console import progress
 from train.errors import FAILED, UserError
+from train.paths import absolute
 from train.run_directory.failures import rank_failures
 
 SLOW_SHARE = 0.85
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     """Say what is wrong with this machine and, with overrides, with a launcher's ranks."""
     refuse_dashes(arguments)
     options = parser().parse_args(arguments)
-    directory = Path(names.absolute(options.directory))
+    directory = Path(absolute(options.directory))
     here = machine.detect(os.environ)
     config = None
     if options.overrides:

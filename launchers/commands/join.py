@@ -9,17 +9,17 @@ from pathlib import Path
 
 from launchers import launch, preflight
 from launchers.machine import facts as machine
-from launchers.machine import names
 from train import config as run_config
 from train.config import AccelerateLauncher, RunConfig, TorchrunLauncher
 from train.console import terminal
 from train.errors import UserError
+from train.paths import absolute
 
 
 def main(arguments: Sequence[str]) -> int:
     """Start this node's ranks and wait; return their exit code."""
     options = parser().parse_args(arguments)
-    run_dir = Path(names.absolute(options.run_dir))
+    run_dir = Path(absolute(options.run_dir))
     config = run_config.load(run_dir)
     node_rank = node_rank_of(config, options.node_rank)
     here = machine.detect(os.environ)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launchers import runs
-from launchers.machine import names
 from train.console.terminal import RUN_LOG
 from train.errors import UserError
+from train.paths import absolute
 
 POLL_SECONDS = 0.5
 
@@ -20,7 +20,7 @@ POLL_SECONDS = 0.5
 def main(arguments: Sequence[str]) -> int:
     """Print a log; with --follow until the run is over."""
     options = parser().parse_args(arguments)
-    run_dir = Path(names.absolute(options.run_dir))
+    run_dir = Path(absolute(options.run_dir))
     found = runs.runs_in(run_dir)
     if found != [run_dir]:
         raise UserError(f"{run_dir} holds {len(found)} runs; give one of them, such as {found[0]}")

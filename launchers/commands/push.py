@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.machine import names
 from train.console import progress, terminal
 from train.errors import FAILED, UserError
+from train.paths import absolute
 from train.process.logs import quiet_libraries
 from train.units import size
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
     options = parser().parse_args(arguments)
     check_repo_name(options.repo)
-    directory = model_directory(Path(names.absolute(options.directory)))
+    directory = model_directory(Path(absolute(options.directory)))
     chosen = choose(directory)
     with progress.phase(f"checking {directory}", console=sys.stderr):
         check(directory, chosen, trusts_code=options.trust_remote_code)

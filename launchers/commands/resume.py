@@ -18,7 +18,6 @@ from launchers.commands.dry_run import show
 from launchers.composition.compose import CONF, compose, group_options
 from launchers.composition.errors import is_free_form, refuse_dashes, unreadable, with_home_quoted
 from launchers.machine import facts as machine
-from launchers.machine import names
 from launchers.ranks.environment import rank_environment
 from launchers.slurm import submit
 from train import config as run_config
@@ -37,6 +36,7 @@ from train.config import (
 from train.console import terminal
 from train.data.prepare import noted_samples_wanted
 from train.errors import BAD_INPUT, UserError
+from train.paths import absolute
 from train.process.arguments import path as path_of
 
 FALLING = ("linear", "cosine", "warmup_stable_decay")
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(
             "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
         )
-    run_dir = Path(names.absolute(options.run_dir))
+    run_dir = Path(absolute(options.run_dir))
     options.overrides = [*map(with_home_quoted, options.overrides)]
     options.config_dir = options.config_dir and os.path.expanduser(options.config_dir)
     before = run_config.load(run_dir)

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launchers import report
-from launchers.machine import names
 from launchers.runs import Status, everywhere, of, runs_in
 from launchers.slurm import jobs as slurm
 from train.errors import UserError
+from train.paths import absolute
 from train.units import duration
 
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         if not found:
             print("no runs in runs/ and sweeps/, and none in the queue")
     else:
-        found = runs_in(Path(names.absolute(options.run_dir)))
+        found = runs_in(Path(absolute(options.run_dir)))
     if len(found) == 1:
         print(described(of(found[0]), report.terminal_width()))
     elif found:

@@ -10,17 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.machine import names
 from train import config as run_config
 from train.console import terminal
 from train.errors import FAILED, UserError
+from train.paths import absolute
 from train.program import package_environment
 from train.run_directory import owner
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the tracker over metrics.jsonl once; return 1 where it still lacks a part."""
-    run_dir = Path(names.absolute(parser().parse_args(arguments).run_dir))
+    run_dir = Path(absolute(parser().parse_args(arguments).run_dir))
     config = run_config.load(run_dir)
     if config.tracking.kind == "none":
         raise UserError(

@@ -24,7 +24,9 @@ from launchers.machine import facts as machine
 from launchers.machine import names
 from launchers.machine.facts import Machine
 from train.config import RunConfig, from_tree
+from train.data.sources.registry import source_of
 from train.errors import BAD_INPUT, UserError
+from train.paths import absolute
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -147,10 +149,8 @@ def plain(tree: DictConfig) -> Any:
 def resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
     """Return a job's config, valid and with nothing left open."""
     config = from_tree(plain(job.tree))
-    if config.data.kind == "hub":
-        # Of new runs alone: by its name a resume finds the tokens of one that is older.
-        data = config.data.model_copy(update={"name": names.absolute_if_here(config.data.name)})
-        config = config.model_copy(update={"data": data})
+    # Of new runs alone: by the very names in it a resume finds the tokens of one that is older.
+    config = config.model_copy(update={"data": source_of(config.data).located()})
     return machine.resolve(config, here, _run_dir(config, job.number, stamp))
 
 
@@ -162,16 +162,16 @@ def _run_dir(config: RunConfig, number: int | None, stamp: str) -> str:
                 f"sweep_dir={config.sweep_dir} is for several runs; add -m, or give run_dir"
             )
         if config.run_dir is not None:
-            return names.absolute(config.run_dir)
-        return str(names.free(Path(names.absolute(f"runs/{config.name}-{stamp}"))))
+            return absolute(config.run_dir)
+        return str(names.free(Path(absolute(f"runs/{config.name}-{stamp}"))))
     if config.run_dir is not None:
         raise UserError(
             f"run_dir={config.run_dir} is one directory, and -m starts several runs; "
             "give sweep_dir instead"
         )
     if config.sweep_dir is not None:
-        return names.absolute(Path(config.sweep_dir) / str(number))
-    sweep_dir = names.free(Path(names.absolute(f"sweeps/{config.name}-{stamp}")))
+        return absolute(Path(config.sweep_dir) / str(number))
+    sweep_dir = names.free(Path(absolute(f"sweeps/{config.name}-{stamp}")))
     return str(sweep_dir / str(number))
 
 

@@ -31,6 +31,7 @@ from train.config import largest_micro_batch as micro_batch
 from train.config.positions import longest_sample
 from train.config.tracking import wandb_mode
 from train.errors import UserError
+from train.paths import absolute
 
 AMPERE = 8.0
 """First compute capability with bf16 and TF32 arithmetic."""
@@ -122,10 +123,8 @@ def resolve(
     tree["run_dir"] = run_dir
     # The frozen config must mean the same from any working directory.
     data = tree["data"]
-    if "paths" in data:
-        data["paths"] = [names.absolute(path) for path in data["paths"]]
     if data["cache_dir"] is not None:
-        data["cache_dir"] = names.absolute(data["cache_dir"])
+        data["cache_dir"] = absolute(data["cache_dir"])
     for section in (tree["model"], tree["tokenizer"]):
         if section["kind"] == "pretrained":
             role = "model" if section is tree["model"] else "tokenizer"
@@ -136,12 +135,12 @@ def resolve(
         found = names.config_json(model["name"], model["revision"], os.environ)
         model["hidden_size"] = model["hidden_size"] or hidden_size(found or {})
     if tree["strategy"].get("nvme_path") is not None:
-        tree["strategy"]["nvme_path"] = names.absolute(tree["strategy"]["nvme_path"])
+        tree["strategy"]["nvme_path"] = absolute(tree["strategy"]["nvme_path"])
     launcher = tree["launcher"]
     gpus = machine.gpus if machine.torch_has_cuda else 0
     if launcher["kind"] == "slurm":  # the nodes count, not this machine
         gpus = launcher["gpus_per_node"]
-        launcher["site"] = launcher["site"] and names.absolute(launcher["site"])
+        launcher["site"] = launcher["site"] and absolute(launcher["site"])
     if launcher["device"] == "auto":
         launcher["device"] = "cuda" if gpus else "cpu"
     if launcher.get("hostfile") is not None:
@@ -192,7 +191,7 @@ def _positions(model: ModelConfig, name: str | None) -> int | None:
 
 def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
     """Return what a hostfile decides: nodes, ranks of each and where they meet; its own path."""
-    path = names.absolute(launcher["hostfile"])
+    path = absolute(launcher["hostfile"])
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What the names and paths in a config mean on this machine: `~`, directories, runs, the hub."""
+"""What the name of a model, a tokenizer or a run means on this machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.paths import absolute, is_path
 from train.run_directory import final
-
-
-def absolute(path: str | Path) -> str:
-    """Return a path that means the same from any working directory, `~` expanded."""
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def following(path: Path) -> Path:
@@ -33,16 +29,6 @@ def free(path: Path) -> Path:
     while os.path.lexists(path):
         path = following(path)
     return path
-
-
-def absolute_if_here(name: str) -> str:
-    """Return the path of what a name means here; a hub's name as it is."""
-    return absolute(name) if os.path.isdir(os.path.expanduser(name)) or is_path(name) else name
-
-
-def is_path(name: str) -> bool:
-    """Return whether a name can only be a path: none of a hub's is like that. Pure."""
-    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 def pretrained(name: str, role: str) -> str:

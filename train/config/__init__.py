@@ -8,9 +8,6 @@ from train.config.checkpoint import CheckpointConfig
 from train.config.data import (
     DEFAULT_SEQUENCE_LENGTH,
     DataConfig,
-    HubData,
-    KantData,
-    TextData,
 )
 from train.config.launcher import (
     AccelerateLauncher,
@@ -68,8 +65,6 @@ __all__ = [
     "DeepspeedLauncher",
     "FsdpStrategy",
     "Gpt2Model",
-    "HubData",
-    "KantData",
     "LauncherConfig",
     "LlamaModel",
     "LocalLauncher",
@@ -88,7 +83,6 @@ __all__ = [
     "ScratchModel",
     "SlurmLauncher",
     "StrategyConfig",
-    "TextData",
     "TorchrunLauncher",
     "TrainerConfig",
     "ZeroStrategy",

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from train.config import RunConfig, samples_wanted
-from train.data.sources.corpus import Reading, corpus_identity, read_corpus, source_weights
+from train.data.sources.corpus import corpus_identity, read_corpus, source_weights
+from train.data.sources.registry import source_of
+from train.data.sources.source import Reading
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -236,27 +238,26 @@ def _part(
 def _check_sources(config: RunConfig, prepared: Prepared) -> None:
     """Raise UserError where a source of a mixture has no sample, and say where none is held out."""
     data = config.data
-    if data.kind != "text" or len(data.paths) == 1:
-        return
     documents = prepared.training.documents + prepared.held_out.documents
-    for path, train, heldout in zip(
-        data.paths, prepared.train.sources, prepared.heldout.sources, strict=True
+    # Where there is only one, it is all of the corpus, and has no name of its own.
+    for part, train, heldout in zip(
+        source_of(data).parts, prepared.train.sources, prepared.heldout.sources, strict=False
     ):
         extent = train.extent()
         tokens = len(train.store.tokens) + len(heldout.store.tokens)
         if extent.samples == 0 and tokens == 0 and documents == data.max_documents:
             raise UserError(
-                f"data.paths: {path} would give nothing: data.max_documents={documents} are read "
+                f"{part} would give nothing: data.max_documents={documents} are read "
                 "from the paths before it; raise data.max_documents, or leave the path out"
             )
         if extent.samples == 0:
             raise UserError(
-                f"data.paths: {path} would give no sample: {extent.tokens_left_out:,} training "
+                f"{part} would give no sample: {extent.tokens_left_out:,} training "
                 f"tokens are too few for one at data.sequence_length={data.sequence_length}; give "
                 "it more text, join it with another path by one glob, or leave it out"
             )
         if data.eval_fraction > 0 and len(heldout) == 0:
-            log.warning("no sample of data.paths: %s is held out for evaluation", path)
+            log.warning("no sample of %s is held out for evaluation", part)
 
 
 def _check_loss(config: RunConfig, prepared: Prepared) -> None:

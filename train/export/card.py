@@ -17,7 +17,8 @@ from train.checkpoint.format.layout import Manifest
 from train.config import RunConfig
 from train.errors import UserError
 from train.export import curve
-from train.export.card_text import PICTURE, Facts, is_hub_name, readme_of
+from train.export.card_text import PICTURE, Facts, readme_of
+from train.paths import is_hub_name
 from train.run_directory import history, metrics
 
 if TYPE_CHECKING:

@@ -11,12 +11,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig, StrategyConfig
 from train.config.positions import longest_sample
+from train.data.sources.registry import source_of
+from train.data.sources.source import code
 from train.export import curve
+from train.paths import is_hub_name
 from train.run_directory.metrics import NO_CURVE, Curve
 from train.units import duration
 
@@ -92,15 +94,16 @@ def _header(facts: Facts) -> str:
 
     run, task = facts.run, _task(facts)
     measured = _measured(facts)
-    hub = run.data if run is not None and run.data.kind == "hub" else None
-    data_set = hub.name if hub and is_hub_name(hub.name) else None
+    source = source_of(run.data) if run is not None else None
+    data_set = source.data_set if source is not None else None
+    name_on_hub = data_set.name if data_set else None
     results = [
         EvalResult(
             task_type=task or "other",
-            dataset_type=data_set or run.data.kind,
-            dataset_name=f"{data_set or run.data.kind}, held-out documents",
-            dataset_config=hub.config if hub else None,
-            dataset_revision=hub.revision if hub else None,
+            dataset_type=name_on_hub or run.data.kind,
+            dataset_name=f"{name_on_hub or run.data.kind}, held-out documents",
+            dataset_config=data_set.config if data_set else None,
+            dataset_revision=data_set.revision if data_set else None,
             metric_type="accuracy" if name == "masked accuracy" else name,
             metric_name=name,
             metric_value=value,
@@ -111,10 +114,14 @@ def _header(facts: Facts) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        language={"stdlib": ["code", "en"], "kant": ["en"]}.get(run.data.kind) if run else None,
+        language=list(source.languages) if source and source.languages else None,
         base_model=facts.base_model,
-        datasets=[data_set] if data_set else None,
-        tags=["shardwright", *filter(None, [facts.config_json.get("model_type")])],
+        datasets=[name_on_hub] if name_on_hub else None,
+        tags=[
+            "shardwright",
+            *filter(None, [facts.config_json.get("model_type")]),
+            *(source.tags if source is not None else ()),
+        ],
         model_name=_name(facts) if results else None,
         eval_results=results or None,
     )
@@ -134,7 +141,7 @@ def _introduction(facts: Facts) -> str:
         how = f"Trained with Shardwright from {_base(facts)}."
         if facts.drawn_anew:
             count = f"{len(facts.drawn_anew)} parameter{'s' * (len(facts.drawn_anew) > 1)}"
-            names = ", ".join(_code(name) for name in facts.drawn_anew[:3])
+            names = ", ".join(code(name) for name in facts.drawn_anew[:3])
             more = ", ..." if len(facts.drawn_anew) > 3 else ""
             how += f" These had no weights of the head: its {count} ({names}{more}) began anew."
     if facts.origin is not None:
@@ -148,11 +155,11 @@ def _base(facts: Facts) -> str:
     The last part of a path says nothing: that of each run's result is "final".
     """
     if facts.base_model is not None:
-        return _code(facts.base_model)
+        return code(facts.base_model)
     architecture = " ".join(facts.config_json.get("architectures") or ["model"])
     if facts.base_title is None:
-        return f"the weights of another {_code(architecture)}"
-    return f"the weights of {_code(facts.base_title)}, a {_code(architecture)}"
+        return f"the weights of another {code(architecture)}"
+    return f"the weights of {code(facts.base_title)}, a {code(architecture)}"
 
 
 def _model_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
@@ -201,8 +208,8 @@ def _tokenizer(facts: Facts, run: RunConfig) -> str:
     if run.model.kind == "pretrained" and run.tokenizer.name == run.model.name:
         return f"that of {_base(facts)}"
     if is_hub_name(run.tokenizer.name):
-        return f"that of {_code(run.tokenizer.name)}"
-    kind = f" ({_code(facts.tokenizer_class)})" if facts.tokenizer_class else ""
+        return f"that of {code(run.tokenizer.name)}"
+    kind = f" ({code(facts.tokenizer_class)})" if facts.tokenizer_class else ""
     return f"made elsewhere, read from local files{kind}"
 
 
@@ -254,24 +261,11 @@ def _data_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
     run = facts.run
     if run is None:
         return
-    data, counts = run.data, facts.corpus
-    yield "Corpus", _corpus_name(run)
-    if data.kind == "stdlib":
-        python = facts.provenance.get("python")
-        yield "Python version", python
-        yield "Licence", "Python Software Foundation License"
-    elif data.kind == "kant":
-        public = all("gutenberg.org/" in url for url in data.urls)
-        yield "Sources", ", ".join(data.urls if public else [Path(u).name for u in data.urls])
-        if public:
-            yield "Licence", "public domain in the USA, as Project Gutenberg says of its books"
-    elif data.kind == "hub":
-        yield "Configuration", data.config
-        yield "Split", data.split
-        yield "Revision", data.revision
-        yield "Licence", "see the data set's own card"
-    else:
-        yield "Licence", "not known"
+    data, counts, source = run.data, facts.corpus, source_of(run.data)
+    yield "Corpus", source.title()
+    yield from source.details(facts.provenance)
+    yield "Licence", source.licence
+    yield "How to cite", source.citation
     for name, part in (("For training", "training"), ("Held out", "heldout")):
         if part in counts:
             yield name, _counted(counts[part])
@@ -420,7 +414,7 @@ def _limits(facts: Facts) -> Iterator[str]:
         )
         return
     yield from _limits_of_size(facts)
-    yield _limits_of_data(run)
+    yield source_of(run.data).limits()
     if positions := _untrained_positions(run):
         yield positions
     if _measured(facts):
@@ -455,24 +449,6 @@ def _limits_of_size(facts: Facts) -> Iterator[str]:
             f"It has seen its corpus {epochs:.1f} times, and may repeat passages of it word for "
             "word."
         )
-
-
-def _limits_of_data(run: RunConfig) -> str:
-    if run.data.kind == "stdlib":
-        return (
-            "It knows Python as the standard library writes it, and English as its comments do. "
-            "What it writes looks like code and need not run, let alone be right or safe."
-        )
-    if run.data.kind == "kant":
-        return (
-            "It knows the English of a few translations of Immanuel Kant and nothing else. It "
-            "repeats the views of its author and his time, on people too, without a judgement."
-        )
-    return (
-        "Nobody has looked through its corpus on its behalf: whatever prejudice, error, personal "
-        f"data or protected text is in {_corpus_name(run)} can come out of the model."
-        " Languages that the corpus lacks, it lacks too."
-    )
 
 
 def _untrained_positions(run: RunConfig) -> str | None:
@@ -522,32 +498,9 @@ def _measured(facts: Facts) -> dict[str, float]:
     }
 
 
-def _corpus_name(run: RunConfig) -> str:
-    """Return what the corpus is called; of local files their names alone, as a card is public."""
-    data = run.data
-    if data.kind == "hub":
-        link = f"[{data.name}](https://huggingface.co/datasets/{data.name})"
-        return link if is_hub_name(data.name) else _code(_shown(data.name))
-    if data.kind == "stdlib":
-        return "the Python sources of the interpreter's own standard library"
-    if data.kind == "kant":
-        return "books by Immanuel Kant"
-    return "local files, " + ", ".join(_code(Path(path).name) for path in data.paths)
-
-
-def is_hub_name(name: str) -> bool:
-    """Return whether a name has the form that a hub gives, which a short relative path has too."""
-    return name.count("/") < 2 and not name.startswith((".", "/", "~"))
-
-
-def _shown(name: str) -> str:
-    """Return a hub's name as it is, and the last part of a path: a card is public."""
-    return name if is_hub_name(name) else Path(name).name
-
-
 def _epochs(facts: Facts) -> float | None:
     """Return how often each sample was seen, where all were seen equally often."""
-    if facts.run is not None and facts.run.data.kind == "text" and facts.run.data.weights:
+    if facts.run is not None and any(w != 1 for w in source_of(facts.run.data).weights):
         return None
     an_epoch = facts.corpus.get("training", {}).get("samples_per_epoch")
     return facts.samples / an_epoch if facts.samples and an_epoch else None
@@ -570,10 +523,6 @@ def _table(title: str, rows: Iterator[tuple[str, str | None]]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('`', '')}`"
 
 
 def _count(number: int | None) -> str | None:

@@ -19,7 +19,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from train.config import HubData
+from train.config.data import HubData
 from train.data.sources import hub
 from train.data.sources.files import (
     HASHED_BYTES,

@@ -133,10 +133,8 @@ def make_checkout(tmp_path: Path) -> Checkout:
     root, cwd = tmp_path / "checkout", tmp_path / "work"
     shutil.copytree(ROOT / "launchers", root / "launchers")
     shutil.copytree(ROOT / "conf", root / "conf")
-    shutil.copytree(ROOT / "train", root / "train", ignore=shutil.ignore_patterns("data"))
+    shutil.copytree(ROOT / "train", root / "train")
     (root / "train" / "__main__.py").write_text(FAKE_RANK)
-    (root / "train" / "data").mkdir()
-    (root / "train" / "data" / "__init__.py").write_text("def check_corpus(data): pass\n")
     (root / "train" / "data" / "__main__.py").write_text(FAKE_PREPARATION)
     cwd.mkdir()
     return Checkout(root, cwd)

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config import HubData
-from train.data.sources.files import column_missing, no_text
-from train.data.sources.files import identity as file_identity
+from train.config.data import HubData
+from train.data.sources import files
+from train.data.sources.files import Text, column_missing, no_text
+from train.data.sources.source import DataSet, Reading, Source, code
 from train.errors import UserError
+from train.paths import absolute_if_here, is_hub_name, not_a_directory
 
 PROBE_TIMEOUT_SECONDS = 20.0
+
+
+class Hub(Source[HubData]):
+    """A document is a row."""
+
+    def located(self) -> HubData:
+        return self.data.model_copy(update={"name": absolute_if_here(self.data.name)})
+
+    def misplaced(self) -> Iterator[str]:
+        yield from not_a_directory("data.name", self.data.name, "the data set")
+
+    def texts(self, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
+        yield (piece for row in rows(self.data) for piece in files.pieces(row))
+
+    def identity(self, cache_dir: Path) -> Mapping[str, Any]:
+        return {"sources": identity(self.data)}
+
+    def title(self) -> str:
+        name = self.data.name
+        if is_hub_name(name):
+            return f"[{name}](https://huggingface.co/datasets/{name})"
+        return code(Path(name).name)
+
+    def details(self, provenance: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+        yield "Configuration", self.data.config
+        yield "Split", self.data.split
+        yield "Revision", self.data.revision
+
+    @property
+    def licence(self) -> str:
+        return "see the data set's own card"
+
+    @property
+    def data_set(self) -> DataSet:
+        name = self.data.name if is_hub_name(self.data.name) else None
+        return DataSet(name, self.data.config, self.data.revision)
 
 
 def rows(data: HubData) -> Iterator[str]:
@@ -52,7 +90,7 @@ def identity(data: HubData) -> list[Any]:
     what: list[Any] = [data.name, data.config, data.split, data.text_field]
     local = Path(data.name)
     if local.is_dir():
-        return [*what, [file_identity(p) for p in sorted(local.rglob("*")) if p.is_file()]]
+        return [*what, [files.identity(p) for p in sorted(local.rglob("*")) if p.is_file()]]
     commit = _commit(data)
     return [*what, commit or _load(data)._fingerprint]
 

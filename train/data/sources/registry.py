@@ -1,0 +1,24 @@
+"""Which module reads which kind of data: a line for each, found by the section of the config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.config.data import DataSection, HubData, KantData, StdlibData, TextData
+from train.data.sources.hub import Hub
+from train.data.sources.kant import Books
+from train.data.sources.source import Source
+from train.data.sources.stdlib import Stdlib
+from train.data.sources.text import LocalFiles
+
+SOURCES: dict[type[DataSection], type[Source[Any]]] = {
+    StdlibData: Stdlib,
+    TextData: LocalFiles,
+    HubData: Hub,
+    KantData: Books,
+}
+
+
+def source_of(data: DataSection) -> Source[Any]:
+    """Return what the section "data" of a config describes."""
+    return SOURCES[type(data)](data)
