@@ -32,8 +32,8 @@ from train.model import build as models
 from train.process.memory import peak_resident_bytes
 from train.process.rank import rank_from_environment
 from train.run import assemble
-from train.strategy import replicated
 from train.strategy.group import join
+from train.strategy.replicated import Replicated
 
 
 class Clock(transformers.TrainerCallback):
@@ -123,7 +123,7 @@ def stock_trainer(config: RunConfig, run_dir: Path) -> transformers.Trainer:
     )
     model, values = models.build(config, prepared.tokenizer)
     return transformers.Trainer(
-        model=replicated.shard(model, values, config),
+        model=Replicated(config, RankLayout()).shard(model, values),
         args=args,
         train_dataset=StockSamples(
             loader.dataset, [key for batch in loader.batch_sampler for key in batch]

@@ -72,7 +72,7 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
         *memory.problems(config, machine),
         *_launcher_problems(config),
         *_missing_packages(config),
-        *engine_of(config).machine_problems(config),
+        *engine_of(config).machine_problems(),
         *_missing_build_tools(config),
         *_tracking_problems(config, machine),
     ]

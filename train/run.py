@@ -16,7 +16,6 @@ from train.checkpoint.format.layout import read_manifest
 from train.config import (
     BEGINNING,
     RunConfig,
-    rank_layout,
     samples_wanted,
     schedule_of,
     total_steps,
@@ -88,7 +87,7 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
         best,
         say=lambda text: progress.write(text, console),
     )
-    engine_of(trainer.config).clean_up(trainer.config)
+    trainer.engine.clean_up()
     if rank.index == 0:
         final.forget_earlier(trainer.run_dir)
         tokenizer.sweep(trainer.run_dir / "tokenizer")
@@ -106,7 +105,7 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
 def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Trainer:
     """Build data, model, engine settings and callbacks into a trainer that is ready to train."""
     # The launcher has looked at its own node only.
-    if problems := list(engine_of(config).machine_problems(config)):
+    if problems := list(engine_of(config, rank.world_size).machine_problems()):
         raise UserError("\n".join(problems))
     progress.now("opening the data")
     with together():
@@ -121,7 +120,8 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
     progress.now("building the model")
     model, values = _build(config, run_dir, prepared.tokenizer, resumed, rank, console)
-    config = models.fitted(config, model)
+    engine = engine_of(models.fitted(config, model), rank.world_size)
+    config, layout = engine.config, engine.layout
     check()
     wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
     at = resumed.progress if resumed is not None else BEGINNING
@@ -134,13 +134,12 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
         values = resuming.values(model, resumed)
         if early_stopping.is_due(config, resuming.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/
-    layout = rank_layout(config.strategy, rank.world_size)
-    args = training_arguments(config, run_dir, layout=layout, total_steps=steps, schedule=schedule)
+    args = training_arguments(engine, run_dir, total_steps=steps, schedule=schedule)
     args.eval_on_start = resumed is not None and resuming.lacks_evaluation(resumed, config, steps)
     progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
-    model = engine_of(config).shard(model, values, config)
+    model = engine.shard(model, values)
     trainer = Trainer(
-        config,
+        engine,
         args,
         model,
         prepared.tokenizer,

@@ -44,15 +44,13 @@ def _train(
     import torch
     from transformers import TrainerCallback
 
-    from train.strategy import engine_of
-
     console = io.StringIO()
     trainer = assemble(run_dir, load(run_dir), rank, console)
     before: list[torch.Tensor] = []
     is_spoilt = False
 
     def local_weights() -> list[torch.Tensor]:
-        weights = engine_of(trainer.config).local_weights(trainer)
+        weights = trainer.engine.local_weights(trainer)
         return [tensor.detach().clone().cpu() for tensor in weights]
 
     class Fault(TrainerCallback):

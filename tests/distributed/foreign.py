@@ -105,11 +105,11 @@ def group() -> Iterator[int]:
     import torch.distributed as dist
 
     from train.process.leave import leave_process_group
-    from train.strategy.zero.engine import adopt_process_group
+    from train.strategy.zero.engine import Zero
 
     dist.init_process_group("gloo")
     try:
-        adopt_process_group()
+        Zero.adopt_process_group()
         yield dist.get_rank()
     finally:
         leave_process_group()

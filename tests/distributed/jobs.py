@@ -155,18 +155,17 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
 
     import torch
 
-    from train.config import RankLayout, RunConfig
+    from train.config import RunConfig
     from train.model.blocks import blocks
     from train.optimizer import build as optimizer
-    from train.strategy import replicated
-    from train.strategy.fsdp import engine as fsdp
-    from train.strategy.zero import engine as zero
+    from train.strategy.fsdp.engine import Fsdp
+    from train.strategy.replicated import Replicated
+    from train.strategy.zero.engine import Zero
 
-    sound_settings, sound_build = zero.settings, optimizer.build
+    sound_build = optimizer.build
 
-    def other_stage(config: Any, layout: RankLayout) -> dict[str, Any]:
-        values = sound_settings(config, layout)
-        return {**values, "zero_optimization": {"stage": 2}}
+    def other_stage(engine: Zero) -> dict[str, Any]:
+        return {"deepspeed": {**engine.settings(), "zero_optimization": {"stage": 2}}}
 
     def other_optimizer(config: RunConfig, *rest: Any) -> torch.optim.Optimizer:
         changed = config.trainer.model_copy(update={"muon_momentum": 0.5})
@@ -176,12 +175,10 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
         if damage == "compiled_by_accelerate":
             os.environ["ACCELERATE_DYNAMO_BACKEND"] = "eager"  # forgotten as the group is left
         if damage == "stage":
-            with mock.patch.object(
-                zero, "training_arguments", lambda c, w: {"deepspeed": other_stage(c, w)}
-            ):
+            with mock.patch.object(Zero, "training_arguments", other_stage):
                 trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
         elif damage == "fall_back_to_ddp":
-            with mock.patch.object(fsdp, "shard", replicated.shard):
+            with mock.patch.object(Fsdp, "shard", Replicated.shard):
                 trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
         else:
             trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
@@ -303,13 +300,11 @@ def restored_and_saved(run_dir: Path, directory: Path) -> None:
     """Restore a run that has no step left, and write what its engine then holds."""
     from train.checkpoint.format.hashed import HashedFolder
     from train.loop.saving.peers import Peers
-    from train.strategy import engine_of
 
     def save(trainer: Trainer) -> None:
         directory.mkdir(exist_ok=True)
         folder, peers = HashedFolder(directory), Peers(trainer.args.process_index)
-        engine = engine_of(trainer.config)
-        state = engine.save_state(trainer, is_first=peers.is_first, copy=False)
+        state = trainer.engine.save_state(trainer, is_first=peers.is_first, copy=False)
         written = peers.attempt(lambda: state.write(folder))
         peers.attempt(lambda: state.finish(folder, written) if peers.rank == 0 else None)
 

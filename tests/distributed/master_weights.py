@@ -14,7 +14,6 @@ from train.loop.trainer import Trainer
 from train.model import build as models
 from train.process.rank import Rank, rank_from_environment
 from train.run import assemble
-from train.strategy import engine_of
 from train.strategy.group import join
 
 
@@ -27,7 +26,7 @@ class MasterWeights(TrainerCallback):
         self.copies: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, whole in engine_of(self.trainer.config).full_parameters(self.trainer):
+        for name, whole in self.trainer.engine.full_parameters(self.trainer):
             if whole is not None:
                 self.found[name] = whole.clone()
         if self.trainer.config.strategy.kind == "zero":

@@ -27,7 +27,6 @@ from train.model import streaming
 from train.model.blocks import parameter_count
 from train.process.rank import Rank, rank_from_environment
 from train.run import assemble
-from train.strategy import engine_of
 from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
@@ -112,7 +111,7 @@ def _counted(run_dir: Path, rank: Rank) -> dict[str, int]:
     ):
         trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
         trainer.train()
-    held = sum(part.numel() for part in engine_of(trainer.config).local_weights(trainer))
+    held = sum(part.numel() for part in trainer.engine.local_weights(trainer))
     read = of_weights[0] if of_weights else counter.bytes
     return {
         "weights": read,

@@ -18,7 +18,6 @@ from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
 from train.checkpoint.format import layout
 from train.loop.trainer import Trainer
-from train.strategy import engine_of
 from train.strategy.finite import are_sound
 
 pytestmark = pytest.mark.distributed
@@ -296,7 +295,7 @@ def nan_in_padding(trainer: Trainer) -> tuple[int, bool]:
     """Make NaN of what no weight lies in; return how much that is, and whether all is sound."""
 
     def weights() -> list[torch.Tensor]:
-        return list(engine_of(trainer.config).local_weights(trainer))
+        return list(trainer.engine.local_weights(trainer))
 
     kept = [tensor.clone() for tensor in weights()]
     partitions = trainer.model_wrapped.optimizer.fp32_partitioned_groups_flat

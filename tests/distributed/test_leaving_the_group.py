@@ -126,10 +126,10 @@ def run_fully_sharded(model: torch.nn.Module) -> None:
 def run_trainer(model: torch.nn.Module, strategy: str) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from train.strategy.zero import engine as zero_zero
+    from train.strategy.zero.engine import Zero
 
     if strategy != "ddp":
-        zero_zero.adopt_process_group()
+        Zero.adopt_process_group()
     stage = None if strategy == "ddp" else int(strategy[4])
     zero: dict[str, Any] = {
         "zero_optimization": {"stage": stage},

@@ -73,7 +73,7 @@ def spoken(directory: Path, arguments: list[str]) -> str:
     config = load(directory)
     out = io.StringIO()
     with join(config, rank_from_environment()):
-        speak(config, parser().parse_args(arguments), out)
+        speak(engine_of(config), parser().parse_args(arguments), out)
     return out.getvalue()
 
 
@@ -82,7 +82,7 @@ def share(directory: Path, model_dir: Path) -> float:
     config = load(directory)
     with join(config, rank_from_environment()):
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = engine_of(config).serve(*models.build(config, tokenizer), config)
+        model = engine_of(config).serve(*models.build(config, tokenizer))
         parameters: list[Any] = list(model.parameters())
         held = sum(p.to_local().numel() for p in parameters if hasattr(p, "to_local"))
         held += sum(p.ds_tensor.numel() for p in parameters if hasattr(p, "ds_tensor"))

@@ -52,9 +52,8 @@ def _measured(run_dir: Path) -> dict[str, int]:
     tokenizer = data.prepare(config, run_dir).tokenizer
     # What is imported on the way is not what is measured.
     tiny = Gpt2Model(kind="gpt2", vocab_size=384, **TINY)
-    engine_of(config).shard(
-        *models.build(config.model_copy(update={"model": tiny}), tokenizer), config
-    )
+    engine = engine_of(config)
+    engine.shard(*models.build(config.model_copy(update={"model": tiny}), tokenizer))
     gc.collect()
     # The worker has trained before: what it has freed goes back to the system, and the peak starts
     # anew from what is in use now.
@@ -64,7 +63,7 @@ def _measured(run_dir: Path) -> dict[str, int]:
     model, values = models.build(config, tokenizer)
     largest = max(p.nbytes for p in model.parameters())
     whole = sum(p.nbytes for p in model.parameters())
-    model = engine_of(config).shard(model, values, config)
+    model = engine.shard(model, values)
     return {
         "peak": status("VmHWM") - before,
         "kept": status("VmRSS") - before,

@@ -14,9 +14,9 @@ from train.config import load
 from train.model import build as models
 from train.model.blocks import parameter_count
 from train.process.rank import rank_from_environment
-from train.strategy import replicated
+from train.strategy import engine_of
 from train.strategy.group import join
-from train.strategy.zero import engine as zero
+from train.strategy.replicated import Replicated
 
 pytestmark = pytest.mark.distributed
 
@@ -30,9 +30,10 @@ def compare_builds(run_dir: Path) -> dict[str, Any]:
     config, rank = load(run_dir), rank_from_environment()
     with join(config, rank):
         tokenizer = data.prepare(config, run_dir).tokenizer
-        whole = replicated.shard(*models.build(config, tokenizer), config)
+        engine = engine_of(config)
+        whole = Replicated(config, engine.layout).shard(*models.build(config, tokenizer))
         torch.manual_seed(100 + rank.index)  # what was drawn before must not matter
-        sharded = zero.shard(*models.build(config, tokenizer), config)
+        sharded = engine.shard(*models.build(config, tokenizer))
 
         differing = []
         parameters: dict[str, Any] = dict(sharded.named_parameters())

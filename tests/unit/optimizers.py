@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -39,8 +38,7 @@ def decayed(model: PreTrainedModel) -> set[str]:
 
 def built(model: PreTrainedModel, **trainer: Any) -> torch.optim.Optimizer:
     settings = config(**trainer)
-    engine = engine_of(settings)
-    return build(settings, model, decayed(model), functools.partial(engine.adamw, settings))
+    return build(settings, model, decayed(model), engine_of(settings).adamw)
 
 
 def give_gradients(model: nn.Module, seed: int) -> None:

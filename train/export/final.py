@@ -25,7 +25,6 @@ from train.model.conversion import CannotTrace, placed
 from train.model.directory import CONFIG, WrongWeights, check_loads, write_beside_weights, writers
 from train.process.agreement import check, from_all, together
 from train.run_directory.final import FINAL
-from train.strategy import engine_of
 
 if TYPE_CHECKING:
     from train.loop.trainer import Trainer
@@ -64,7 +63,7 @@ def export(
                     f"{error}; final/ is not written, the checkpoints stand"
                 ) from None
             failed = _write_beside_weights(trainer, card, directory)
-            engine_of(trainer.config).release()
+            trainer.engine.release()
             if CONFIG not in failed:
                 with progress.phase(f"checking that {FINAL}/ loads", comes_again=True):
                     _check_loads(trainer, directory, failed)
@@ -141,7 +140,7 @@ def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
 
 def _live_tensors(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield each parameter's name and, on rank 0, its whole fp32 value. Collective; raises Stop."""
-    for found in engine_of(trainer.config).full_parameters(trainer):
+    for found in trainer.engine.full_parameters(trainer):
         check()
         yield found
 

@@ -7,18 +7,19 @@ from pathlib import Path
 import torch.distributed as dist
 import transformers
 
-from train.config import RankLayout, RunConfig, Schedule, accumulation_steps
+from train.config import Schedule, accumulation_steps
 from train.optimizer.schedule import SCHEDULES
-from train.strategy import engine_of
+from train.strategy.engine import Engine
 
 
 def training_arguments(
-    config: RunConfig, run_dir: Path, *, layout: RankLayout, total_steps: int, schedule: Schedule
+    engine: Engine, run_dir: Path, *, total_steps: int, schedule: Schedule
 ) -> transformers.TrainingArguments:
     """Derive `TrainingArguments`, under which transformers knows the engine that is to come.
 
     Those of the schedule are for what trackers show: the Trainer makes it itself.
     """
+    config = engine.config
     trainer, precision = config.trainer, config.precision
     args = transformers.TrainingArguments(
         output_dir=str(run_dir),
@@ -29,7 +30,7 @@ def training_arguments(
         max_steps=total_steps,
         per_device_train_batch_size=trainer.samples_per_pass,
         per_device_eval_batch_size=trainer.eval_samples_per_pass,
-        gradient_accumulation_steps=accumulation_steps(trainer, layout),
+        gradient_accumulation_steps=accumulation_steps(trainer, engine.layout),
         average_tokens_across_devices=True,
         learning_rate=trainer.learning_rate,
         lr_scheduler_type=SCHEDULES[trainer.lr_scheduler],
@@ -52,7 +53,7 @@ def training_arguments(
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
-        **engine_of(config).training_arguments(config, layout),
+        **engine.training_arguments(),
     )
     # One process is one GPU: with several in sight the Trainer would take DataParallel unasked.
     args._n_gpu = min(args.n_gpu, 1)

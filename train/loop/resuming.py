@@ -25,7 +25,6 @@ from train.model import streaming
 from train.model.weights import Value, Values
 from train.process.agreement import from_all
 from train.process.rank import Rank
-from train.strategy import engine_of
 from train.strategy.loss_scale import restore_loss_scale
 
 if TYPE_CHECKING:
@@ -196,7 +195,7 @@ def restore(trainer: Training, resumed: Resumed) -> None:
     this step. Collective. Once all have read what is theirs, the older checkpoints that a killed
     run had yet to delete are deleted.
     """
-    engine_of(trainer.config).restore_optimizer(trainer, resumed.state)
+    trainer.engine.restore_optimizer(trainer, resumed.state)
     _restore_schedule(trainer, resumed.progress.scheduled_steps)
     scale = resumed.checkpoint / LOSS_SCALE
     restore_loss_scale(trainer, json.loads(scale.read_text()) if scale.exists() else {})

@@ -13,7 +13,6 @@ from train.process import agreement, signals
 from train.process.agreement import from_all
 from train.process.rank import Rank
 from train.run_directory import stop_note, stop_request
-from train.strategy import engine_of
 
 if TYPE_CHECKING:
     from train.loop.trainer import Trainer
@@ -36,7 +35,7 @@ def end(run_dir: Path, rank: Rank, trainer: Trainer | None, console: TextIO) -> 
         # Closes the progress bar.
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         trainer.end_tracking("stopped", seconds=STOP_SECONDS)
-        engine_of(trainer.config).clean_up(trainer.config)
+        trainer.engine.clean_up()
     # Launchers kill the others as soon as one rank has left with a code that is not 0.
     from_all(None)
 

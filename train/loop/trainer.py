@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from train.config import RunConfig, Schedule, rank_layout
+from train.config import Schedule
 from train.console import progress
 from train.data.batches import first_batch
 from train.errors import Diverged, UserError
@@ -24,7 +23,7 @@ from train.model import build as models
 from train.optimizer import build as optimizer
 from train.process import signals
 from train.process.agreement import check, from_all
-from train.strategy import engine_of, finite
+from train.strategy import finite
 from train.strategy.loss_scale import loss_scale_is_exhausted
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from train.loop.callbacks.tracking import Tracking
     from train.loop.resuming import Resumed
     from train.model.weights import Values
+    from train.strategy.engine import Engine
 
 METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
 """What an evaluation measures, the last with masked models only."""
@@ -53,7 +53,7 @@ class Trainer(transformers.Trainer):
 
     def __init__(
         self,
-        config: RunConfig,
+        engine: Engine,
         args: transformers.TrainingArguments,
         model: transformers.PreTrainedModel,
         tokenizer: transformers.PreTrainedTokenizerBase,
@@ -63,8 +63,7 @@ class Trainer(transformers.Trainer):
         schedule: Schedule,
         resumed: Resumed | None = None,
     ) -> None:
-        self.config = config
-        self.layout = rank_layout(config.strategy, args.world_size)
+        self.engine, self.config, self.layout = engine, engine.config, engine.layout
         self.schedule = schedule
         self.resumed = resumed
         """The checkpoint from which the run goes on; None where it begins."""
@@ -183,7 +182,7 @@ class Trainer(transformers.Trainer):
             raise self._diverged()
 
     def _weights_are_sound(self) -> torch.Tensor:
-        mine = engine_of(self.config).local_weights(self)
+        mine = self.engine.local_weights(self)
         largest = finite.largest_weight(self.config.precision.compute_dtype)
         return finite.are_sound(mine, self.args.device, largest)
 
@@ -306,7 +305,7 @@ class Trainer(transformers.Trainer):
                     sums[5] += 1
         finally:
             model.train()
-            engine_of(self.config).after_evaluation(self)
+            self.engine.after_evaluation(self)
         total, correct, count, samples, *batches = self.accelerator.reduce(sums, "sum").tolist()
         self.held_out_batches_not_finite = int(batches[0]), int(batches[1])
         mean = total / max(count, 1)
@@ -347,10 +346,7 @@ class Trainer(transformers.Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
-            engine = engine_of(self.config)
-            self.optimizer = optimizer.build(
-                self.config, self.model, decayed, functools.partial(engine.adamw, self.config)
-            )
+            self.optimizer = optimizer.build(self.config, self.model, decayed, self.engine.adamw)
         return self.optimizer
 
     def create_scheduler(

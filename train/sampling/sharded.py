@@ -12,11 +12,14 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from train.config import PretrainedModel, RunConfig, load
+from train.config import PretrainedModel, load
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.process import inherited
+
+if TYPE_CHECKING:
+    from train.strategy.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ def main(argv: list[str]) -> int:
     from train.process.rank import rank_from_environment
     from train.run_directory.failures import note_failure
     from train.sampling import sample
+    from train.strategy import engine_of
     from train.strategy.group import join
 
     directory = Path(argv[0])
@@ -37,7 +41,8 @@ def main(argv: list[str]) -> int:
     terminal = logs.open_rank_log(directory, rank)
     try:
         with join(config, rank):
-            speak(config, options, terminal if rank.index == 0 else io.StringIO())
+            engine = engine_of(config, rank.world_size)
+            speak(engine, options, terminal if rank.index == 0 else io.StringIO())
     except Exception as error:
         logger.exception("rank %d failed", rank.index)
         why = exhausted.explained(error, remedies=("more ranks (--nproc-per-node)",))
@@ -46,15 +51,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def speak(config: RunConfig, options: argparse.Namespace, out: TextIO) -> None:
+def speak(engine: Engine, options: argparse.Namespace, out: TextIO) -> None:
     """Divide the model among the ranks and let it answer the prompts. Collective."""
     import torch
     from transformers import AutoTokenizer
 
     from train.model import build as models
     from train.sampling import sample
-    from train.strategy import engine_of
 
+    config = engine.config
     assert isinstance(config.model, PretrainedModel)
     model_dir = Path(config.model.name)
     sample.check_code(model_dir, trusts_code=options.trust_remote_code)
@@ -62,7 +67,7 @@ def speak(config: RunConfig, options: argparse.Namespace, out: TextIO) -> None:
         model_dir, trust_remote_code=options.trust_remote_code
     )
     sample.check_prompts(options.prompt, tokenizer, masked=config.objective.kind == "mlm")
-    model = engine_of(config).serve(*models.build(config, tokenizer), config)
+    model = engine.serve(*models.build(config, tokenizer))
     model.config.use_cache = True  # switched off for training
     device = torch.device(config.launcher.device)
     if device.type == "cuda":

@@ -1,8 +1,7 @@
 """The only place that knows the engines: config -> settings, live engine -> facts and weights.
 
-Each module is one engine and gives the functions of `Engine`. Nothing outside this folder and
-the rules of train/config/ asks which strategy it is. Importing it needs no torch, so that a dry run
-can print the settings.
+Each is a class of `Engine`. Nothing outside this folder and the rules of train/config/ asks which
+strategy it is. Importing it needs no torch, so that a dry run can print the settings.
 """
 
 from __future__ import annotations
@@ -10,24 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 from train.config import RunConfig, rank_layout
-from train.strategy import replicated
 from train.strategy.engine import Engine
-from train.strategy.fsdp import engine as fsdp
-from train.strategy.zero import engine as zero
+from train.strategy.fsdp.engine import Fsdp
+from train.strategy.replicated import Replicated
+from train.strategy.zero.engine import Zero
+
+_ENGINES: dict[str, type[Engine]] = {
+    "single": Replicated,
+    "ddp": Replicated,
+    "zero": Zero,
+    "fsdp": Fsdp,
+}
 
 
-def engine_of(config: RunConfig) -> Engine:
-    """Return the module of the engine that the config asks for."""
-    engines: dict[str, Engine] = {
-        "single": replicated,
-        "ddp": replicated,
-        "zero": zero,
-        "fsdp": fsdp,
-    }
-    return engines[config.strategy.kind]
+def engine_of(config: RunConfig, world_size: int | None = None) -> Engine:
+    """Return the engine that a config asks for.
+
+    ``world_size`` is the number of ranks that are there; without it the launcher's, which whoever
+    starts ranks by hand need not follow. Raises UserError where they cannot be laid out.
+    """
+    ranks = config.launcher.world_size if world_size is None else world_size
+    return _ENGINES[config.strategy.kind](config, rank_layout(config.strategy, ranks))
 
 
 def engine_settings(config: RunConfig) -> dict[str, Any]:
     """Return the engine settings that result from a resolved config. Pure."""
-    layout = rank_layout(config.strategy, config.launcher.world_size)
-    return engine_of(config).settings(config, layout)
+    return engine_of(config).settings()

@@ -18,5 +18,5 @@ def join(config: RunConfig, rank: Rank) -> Iterator[None]:
     As `train.process.group.member` otherwise.
     """
     with member(config, rank):
-        engine_of(config).adopt_process_group()
+        engine_of(config, rank.world_size).adopt_process_group()
         yield

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import DdpStrategy, RankLayout, RunConfig
-from train.strategy.adamw import adamw as adamw
+from train.config import DdpStrategy
+from train.strategy.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,143 +15,109 @@ if TYPE_CHECKING:
 
     from train.checkpoint.format.lazy import PortableState
     from train.model.weights import Values
-    from train.strategy.engine import EngineState
-    from train.strategy.training import Training
+    from train.strategy.training import EngineState, Training
 
 
-def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
-    if not isinstance(config.strategy, DdpStrategy):
-        return {}
-    return {
-        "bucket_cap_mb": config.strategy.bucket_size_bytes / 2**20,
-        "find_unused_parameters": False,
-    }
+class Replicated(Engine):
+    def settings(self) -> dict[str, Any]:
+        if not isinstance(self.config.strategy, DdpStrategy):
+            return {}
+        return {
+            "bucket_cap_mb": self.config.strategy.bucket_size_bytes / 2**20,
+            "find_unused_parameters": False,
+        }
 
+    def training_arguments(self) -> dict[str, Any]:
+        # Autocast over fp32 weights; weights that are bf16 themselves need none.
+        autocast = self.config.precision.master_dtype == "fp32"
+        return {
+            "bf16": self.config.precision.compute_dtype == "bf16" and autocast,
+            **{f"ddp_{key}": value for key, value in self.settings().items()},
+        }
 
-def machine_problems(config: RunConfig) -> Iterator[str]:
-    yield from ()
+    def shard(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+        import torch
 
+        from train.model.weights import materialize
 
-def training_arguments(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
-    # Autocast over fp32 weights; weights that are bf16 themselves need none.
-    autocast = config.precision.master_dtype == "fp32"
-    return {
-        "bf16": config.precision.compute_dtype == "bf16" and autocast,
-        **{f"ddp_{key}": value for key, value in settings(config, layout).items()},
-    }
+        is_bf16 = self.config.precision.master_dtype == "bf16"
+        materialize(model, values, torch.bfloat16 if is_bf16 else torch.float32)
+        return model
 
+    def serve(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+        return self.shard(model, values).eval().to(self.config.launcher.device)
 
-def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
-    import torch
+    def complete(self, trainer: Training) -> None:
+        """Reduce fp32 gradients in bf16 where that is asked for; pure bf16 does so by itself."""
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-    from train.model.weights import materialize
+        precision = self.config.precision
+        is_ddp = self.config.strategy.kind == "ddp"
+        if is_ddp and precision.reduce_dtype == "bf16" and precision.master_dtype == "fp32":
+            trainer.model_wrapped.register_comm_hook(None, bf16_compress_hook)
+        super().complete(trainer)
 
-    dtype = torch.bfloat16 if config.precision.master_dtype == "bf16" else torch.float32
-    materialize(model, values, dtype)
-    return model
+    def expected(self) -> dict[str, Any]:
+        strategy, precision = self.config.strategy, self.config.precision
+        autocast = precision.compute_dtype != "fp32" and precision.master_dtype == "fp32"
+        facts: dict[str, Any] = {
+            "engine": "DistributedDataParallel" if strategy.kind == "ddp" else "none",
+            "world_size": self.layout.replicas,
+            "parameter_dtypes": ["bfloat16" if precision.master_dtype == "bf16" else "float32"],
+            "autocast_dtype": precision.compute_dtype if autocast else "no",
+        }
+        if isinstance(strategy, DdpStrategy):
+            facts["bucket_size_bytes"] = strategy.bucket_size_bytes
+            facts["reduce_dtype"] = "bfloat16" if precision.reduce_dtype == "bf16" else "float32"
+        return facts
 
+    def read_back(self, trainer: Training) -> dict[str, Any]:
+        from torch.nn.parallel import DistributedDataParallel
 
-def serve(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
-    return shard(model, values, config).eval().to(config.launcher.device)
+        from train.strategy.dtypes import dtype_names, moments_dtypes
+        from train.strategy.loss_scale import loss_scaling
 
+        model = trainer.model_wrapped
+        is_ddp = isinstance(model, DistributedDataParallel)
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+        facts: dict[str, Any] = {
+            "engine": "DistributedDataParallel" if is_ddp else "none",
+            "world_size": model.process_group.size() if is_ddp else 1,
+            "parameter_dtypes": sorted(dtypes),
+            "autocast_dtype": trainer.accelerator.mixed_precision,
+        }
+        if is_ddp:
+            facts["bucket_size_bytes"] = model.bucket_bytes_cap
+            hook = model._get_ddp_logging_data().get("comm_hook", "")
+            compressed = "bf16" in hook or dtypes == {"bfloat16"}
+            facts["reduce_dtype"] = "bfloat16" if compressed else "float32"
+        autocast = facts["autocast_dtype"]
+        facts["precision"] = {
+            "compute": autocast if autocast != "no" else dtype_names(dtypes),
+            "reduction": dtype_names([facts["reduce_dtype"]]) if is_ddp else "none",
+            "master": dtype_names(dtypes),
+            "moments": dtype_names(moments_dtypes(trainer.innermost_optimizer(), dtypes)),
+        }
+        return {**facts, **loss_scaling(trainer.accelerator.scaler)}
 
-def adopt_process_group() -> None:
-    pass
+    def restore_optimizer(self, trainer: Training, state: PortableState) -> None:
+        from train.strategy.state.moments import check_names, restore_whole
 
+        parameters = dict(trainer.model.named_parameters())
+        check_names(state, parameters)
+        restore_whole(trainer.torch_optimizer(), state, parameters)
 
-def complete(trainer: Training) -> None:
-    """Reduce fp32 gradients in bf16 where that is asked for; pure bf16 does so by itself.
+    def full_parameters(self, trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
+        import torch
 
-    Where losses are scaled, torch's GradScaler skips steps that overflow.
-    """
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+        for name, parameter in trainer.model.named_parameters():
+            whole = parameter.detach().to("cpu", torch.float32)
+            yield name, whole if trainer.is_world_process_zero() else None
 
-    precision = trainer.config.precision
-    is_ddp = trainer.config.strategy.kind == "ddp"
-    if is_ddp and precision.reduce_dtype == "bf16" and precision.master_dtype == "fp32":
-        trainer.model_wrapped.register_comm_hook(None, bf16_compress_hook)
-    if trainer.accelerator.scaler is None:
-        trainer.gate.guard(trainer.innermost_optimizer())
+    def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
+        return trainer.model.parameters()
 
+    def save_state(self, trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
+        from train.strategy.state.dcp import DistributedState
 
-def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
-    precision = config.precision
-    autocast = precision.compute_dtype != "fp32" and precision.master_dtype == "fp32"
-    facts: dict[str, Any] = {
-        "engine": "DistributedDataParallel" if config.strategy.kind == "ddp" else "none",
-        "world_size": layout.replicas,
-        "parameter_dtypes": ["bfloat16" if precision.master_dtype == "bf16" else "float32"],
-        "autocast_dtype": precision.compute_dtype if autocast else "no",
-    }
-    if isinstance(config.strategy, DdpStrategy):
-        facts["bucket_size_bytes"] = config.strategy.bucket_size_bytes
-        facts["reduce_dtype"] = "bfloat16" if precision.reduce_dtype == "bf16" else "float32"
-    return facts
-
-
-def read_back(trainer: Training) -> dict[str, Any]:
-    from torch.nn.parallel import DistributedDataParallel
-
-    from train.strategy.dtypes import dtype_names, moments_dtypes
-    from train.strategy.loss_scale import loss_scaling
-
-    model = trainer.model_wrapped
-    is_ddp = isinstance(model, DistributedDataParallel)
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    facts: dict[str, Any] = {
-        "engine": "DistributedDataParallel" if is_ddp else "none",
-        "world_size": model.process_group.size() if is_ddp else 1,
-        "parameter_dtypes": sorted(dtypes),
-        "autocast_dtype": trainer.accelerator.mixed_precision,
-    }
-    if is_ddp:
-        facts["bucket_size_bytes"] = model.bucket_bytes_cap
-        hook = model._get_ddp_logging_data().get("comm_hook", "")
-        compressed = "bf16" in hook or dtypes == {"bfloat16"}
-        facts["reduce_dtype"] = "bfloat16" if compressed else "float32"
-    autocast = facts["autocast_dtype"]
-    facts["precision"] = {
-        "compute": autocast if autocast != "no" else dtype_names(dtypes),
-        "reduction": dtype_names([facts["reduce_dtype"]]) if is_ddp else "none",
-        "master": dtype_names(dtypes),
-        "moments": dtype_names(moments_dtypes(trainer.innermost_optimizer(), dtypes)),
-    }
-    return {**facts, **loss_scaling(trainer.accelerator.scaler)}
-
-
-def restore_optimizer(trainer: Training, state: PortableState) -> None:
-    from train.strategy.state.moments import check_names, restore_whole
-
-    parameters = dict(trainer.model.named_parameters())
-    check_names(state, parameters)
-    restore_whole(trainer.torch_optimizer(), state, parameters)
-
-
-def after_evaluation(trainer: Training) -> None:
-    pass
-
-
-def full_parameters(trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
-    import torch
-
-    for name, parameter in trainer.model.named_parameters():
-        whole = parameter.detach().to("cpu", torch.float32)
-        yield name, whole if trainer.is_world_process_zero() else None
-
-
-def local_weights(trainer: Training) -> Iterator[torch.Tensor]:
-    return trainer.model.parameters()
-
-
-def release() -> None:
-    pass
-
-
-def clean_up(config: RunConfig) -> None:
-    pass
-
-
-def save_state(trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
-    from train.strategy.state.dcp import DistributedState
-
-    return DistributedState(trainer, copy=copy)
+        return DistributedState(trainer, copy=copy)

@@ -1,7 +1,11 @@
-"""What engines, saves and resumes need of a live training: all that they know of the loop above."""
+"""What engines, saves and resumes need of a live training: all that they know of the loop above.
+
+And what saves and resumes need of its engine, whose methods take the training: so both stand here.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -11,9 +15,40 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
+    from train.checkpoint.format.hashed import HashedFolder
+    from train.checkpoint.format.lazy import PortableState
     from train.config import RankLayout, RunConfig, Schedule
     from train.model.weights import Values
     from train.strategy.finite import Gate
+
+
+class EngineState(Protocol):
+    """What an engine has to write of model and optimizer; neither method is collective."""
+
+    def write(self, folder: HashedFolder) -> Any:
+        """Write this rank's files and return what `finish` wants to know. Raises OSError."""
+
+    def finish(self, folder: HashedFolder, written: list[Any]) -> None:
+        """On the first rank, add what is known only now. Raises OSError."""
+
+
+class Stateful(Protocol):
+    """An engine, as saves and resumes see it."""
+
+    @abstractmethod
+    def save_state(self, trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
+        """Return what this rank writes of model and optimizer: the engine's own sharded files.
+
+        Collective, and touches no disk. With ``is_first`` also what its disk needs once. With
+        ``copy`` it lies in host memory, so that training can go on before it is written.
+        """
+
+    @abstractmethod
+    def restore_optimizer(self, trainer: Training, state: PortableState) -> None:
+        """Give the live optimizer the moments of a checkpoint: each rank reads its own part.
+
+        Raises UserError where the checkpoint's optimizer is another one.
+        """
 
 
 class Training(Protocol):
@@ -41,6 +76,10 @@ class Training(Protocol):
     """This rank's part of the model's auxiliary losses since the last logged step."""
     _tr_loss: Any
     _globalstep_last_logged: int
+
+    @property
+    def engine(self) -> Stateful:
+        """The engine that the config asks for, from before it is built."""
 
     @property
     def samples_seen(self) -> int:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import RankLayout, RunConfig
-from train.strategy import engine_of, loop_facts
+from train.strategy import loop_facts
 
 if TYPE_CHECKING:
+    from train.strategy.engine import Engine
     from train.strategy.training import Training
 
 
-def verify(trainer: Training, config: RunConfig, layout: RankLayout) -> dict[str, Any]:
-    """Compare the live engine with the config and return what was read back.
+def verify(engine: Engine, trainer: Training) -> dict[str, Any]:
+    """Compare the live engine of a training with its config and return what was read back.
 
     Raises EngineMismatch naming every fact that differs, with both values.
     """
-    engine = engine_of(config)
     expected = {
-        **engine.expected(config, layout),
-        **loop_facts.expected(config, layout, trainer.schedule),
+        **engine.expected(),
+        **loop_facts.expected(engine.config, engine.layout, trainer.schedule),
     }
     if trainer.state.global_step > 0:
         # A resumed run goes on with the loss scale that it had come to.
@@ -32,7 +31,7 @@ def verify(trainer: Training, config: RunConfig, layout: RankLayout) -> dict[str
     ]
     if differences:
         raise EngineMismatch(
-            f"strategy={config.strategy.kind} is not what runs; nothing was trained\n"
+            f"strategy={engine.config.strategy.kind} is not what runs; nothing was trained\n"
             + "\n".join(differences)
         )
     return live

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback
 
-from train import strategy
 from train.console import progress
 from train.loop.resuming import restore
 from train.run_directory import final
@@ -26,11 +25,11 @@ class EngineReady(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        strategy.engine_of(trainer.config).complete(trainer)
+        trainer.engine.complete(trainer)
         trainer.initial_values = {}  # they may hold the whole model
         if trainer.resumed is not None:
             restore(trainer, trainer.resumed)
-        facts = verify.verify(trainer, trainer.config, trainer.layout)
+        facts = verify.verify(trainer.engine, trainer)
         if state.is_world_process_zero:
             path = trainer.run_dir / "engine.json"
             path.write_text(json.dumps(facts, indent=2) + "\n")

@@ -27,12 +27,10 @@ from train.config import CheckpointConfig
 from train.loop.saving.peers import Peers, SaveFailed
 from train.model import origin
 from train.model.directory import config_texts
-from train.strategy import engine_of
-from train.strategy.engine import EngineState
 from train.strategy.loss_scale import loss_scale_state
 
 if TYPE_CHECKING:
-    from train.strategy.training import Training
+    from train.strategy.training import EngineState, Training
 
 
 @dataclass
@@ -88,7 +86,7 @@ def draft(trainer: Training, peers: Peers, *, copy: bool) -> Draft:
     return Draft(
         directory=trainer.run_dir / "checkpoints",
         step=trainer.state.global_step,
-        engine=engine_of(trainer.config).save_state(trainer, is_first=peers.is_first, copy=copy),
+        engine=trainer.engine.save_state(trainer, is_first=peers.is_first, copy=copy),
         texts=texts,
         manifest={
             "strategy": trainer.config.strategy.model_dump(mode="json"),

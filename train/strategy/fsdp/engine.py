@@ -7,212 +7,75 @@ activation checkpointing gives wrong gradients with dropout.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig, rank_layout
-from train.strategy.adamw import adamw as adamw
-from train.strategy.dtypes import TORCH_DTYPES
-from train.strategy.fsdp.facts import expected as expected
-from train.strategy.fsdp.facts import read_back as read_back
+from train.strategy.engine import Engine
+from train.strategy.fsdp import facts
 from train.strategy.fsdp.settings import settings
-from train.strategy.fsdp.settings import training_arguments as training_arguments
-from train.strategy.fsdp.units import units
+from train.strategy.fsdp.sharding import sharded, sharded_as
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
-    from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
-    from train.checkpoint.format.lazy import LazyTensor, PortableState
+    from train.checkpoint.format.lazy import PortableState
     from train.model.weights import Values
-    from train.strategy.engine import EngineState
-    from train.strategy.training import Training
+    from train.strategy.training import EngineState, Training
 
 
-def machine_problems(config: RunConfig) -> Iterator[str]:
-    yield from ()
+class Fsdp(Engine):
+    def settings(self) -> dict[str, Any]:
+        return settings(self.config, self.layout)
 
+    def training_arguments(self) -> dict[str, Any]:
+        return {"bf16": self.config.precision.compute_dtype == "bf16"}
 
-def shard(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
-    """Shard the parameters in place, each unit as one, then write this rank's part of each value.
+    def shard(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+        return sharded(model, values, self.config, self.layout)
 
-    Units within come first: a parent takes whatever its children have not taken. Raises UserError
-    where the wrap policy finds no unit but the whole model.
-    """
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-    )
+    def expected(self) -> dict[str, Any]:
+        return facts.expected(self.config, self.layout)
 
-    wanted = settings(config, rank_layout(config.strategy, dist.get_world_size()))
-    mixed, offload = wanted["mixed_precision"], wanted["offload"]
-    master_dtype = getattr(torch, TORCH_DTYPES[config.precision.master_dtype])
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(master_dtype)
-    inner = units(model, config)
-    mesh = init_device_mesh(
-        config.launcher.device,
-        tuple(wanted["mesh"]["shape"]),
-        mesh_dim_names=tuple(wanted["mesh"]["names"]),
-    )
-    for unit in [*inner, model]:
-        fully_shard(
-            unit,
-            mesh=mesh,
-            reshard_after_forward=wanted["reshard_after_forward"],
-            mp_policy=MixedPrecisionPolicy(
-                param_dtype=getattr(torch, mixed["param_dtype"]),
-                reduce_dtype=getattr(torch, mixed["reduce_dtype"]),
-                cast_forward_inputs=mixed["cast_forward_inputs"],
-            ),
-            offload_policy=CPUOffloadPolicy(pin_memory=offload["pin_memory"])
-            if offload["cpu"]
-            else OffloadPolicy(),
-        )
-    _fill(model, values, "cpu" if offload["cpu"] else config.launcher.device)
-    _prefetch(inner, wanted["prefetch_units"])
-    if not wanted["reduce_each_micro_batch"]:
-        # accelerate enters this on every micro-batch of a step but the last.
-        model.no_sync = functools.partial(_without_reduction, model)  # type: ignore[assignment]
-    # Accelerator.prepare_model returns a model with this mark as it is; without it accelerate 1.15
-    # refuses DTensor parameters in a multi-process run because it means to wrap them in DDP.
-    model._is_accelerate_prepared = True  # type: ignore[assignment]
-    return model
+    def read_back(self, trainer: Training) -> dict[str, Any]:
+        return facts.read_back(trainer)
 
+    def restore_optimizer(self, trainer: Training, state: PortableState) -> None:
+        from train.strategy.state.moments import check_names, entries
 
-def _fill(model: PreTrainedModel, values: Values, device: str) -> None:
-    """Make the sharded parameters real, on ``device``, one value's part after the other."""
-    import torch
+        optimizer = trainer.torch_optimizer()
+        parameters: dict[str, Any] = dict(trainer.model.named_parameters())
+        check_names(state, parameters)
+        for name, parameter in parameters.items():
+            take = functools.partial(sharded_as, parameter)
+            optimizer.state[parameter] = entries(optimizer, parameter, state, name, take)
 
-    from train.model.weights import Wanted, in_turn
+    def after_evaluation(self, trainer: Training) -> None:
+        """Shard the parameters again: without resharding after forward only a backward does it."""
+        from torch.distributed.fsdp import FSDPModule
 
-    # What `to_empty` does, but buffers hold their values already.
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
-    parameters: dict[str, Any] = dict(model.named_parameters())
-    wanted = [Wanted(name, p.numel(), *held(p)) for name, p in parameters.items()]
-    with torch.no_grad():
-        for parameter, part in zip(parameters.values(), in_turn(wanted, values), strict=True):
-            local = parameter.to_local()
-            local.copy_(part.view(local.shape))
+        for module in trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
+    def full_parameters(self, trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
+        import torch
+        from torch.distributed.tensor import DTensor
 
-def held(parameter: DTensor) -> tuple[int, int]:
-    """Return start and length of what this rank holds of a parameter, once that is flattened."""
-    import math
+        for name, parameter in trainer.model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            whole = parameter.full_tensor().detach().to("cpu", torch.float32)
+            yield name, whole if trainer.is_world_process_zero() else None
 
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
+        from torch.distributed.tensor import DTensor
 
-    # Runs of rows, so each lies in one piece.
-    assert all(p.dim == 0 for p in parameter.placements if isinstance(p, Shard))
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    if 0 in shape:  # more ranks than rows
-        return 0, 0
-    return offset[0] * math.prod(parameter.shape[1:]), math.prod(shape)
+        for parameter in trainer.model.parameters():
+            assert isinstance(parameter, DTensor)
+            yield parameter.to_local()
 
+    def save_state(self, trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
+        from train.strategy.state.dcp import DistributedState
 
-def _prefetch(units: Sequence[Any], count: int) -> None:
-    """Gather ``count`` units ahead of their use, in forward and in backward order."""
-    for i, unit in enumerate(units):
-        unit.set_modules_to_forward_prefetch(list(units[i + 1 : i + 1 + count]))
-        unit.set_modules_to_backward_prefetch(list(units[max(0, i - count) : i][::-1]))
-
-
-@contextmanager
-def _without_reduction(model: Any) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
-def serve(model: PreTrainedModel, values: Values, config: RunConfig) -> PreTrainedModel:
-    return shard(model, values, config).eval()
-
-
-def adopt_process_group() -> None:
-    pass
-
-
-def complete(trainer: Training) -> None:
-    if trainer.accelerator.scaler is None:
-        trainer.gate.guard(trainer.innermost_optimizer())
-
-
-def restore_optimizer(trainer: Training, state: PortableState) -> None:
-    from train.strategy.state.moments import check_names, entries
-
-    optimizer = trainer.torch_optimizer()
-    parameters: dict[str, Any] = dict(trainer.model.named_parameters())
-    check_names(state, parameters)
-    for name, parameter in parameters.items():
-        take = functools.partial(_sharded_as, parameter)
-        optimizer.state[parameter] = entries(optimizer, parameter, state, name, take)
-
-
-def _sharded_as(parameter: DTensor, tensor: LazyTensor, dtype: torch.dtype) -> DTensor:
-    """Return a DTensor that is sharded as ``parameter``; only this rank's part is read."""
-    from torch.distributed.tensor import DTensor
-
-    start, length = held(parameter)
-    like = parameter.to_local()
-    local = tensor.read(start, start + length).view(like.shape)
-    return DTensor.from_local(
-        local.to(like.device, dtype),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def after_evaluation(trainer: Training) -> None:
-    """Shard the parameters again: without resharding after forward only a backward does it."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in trainer.model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def full_parameters(trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    for name, parameter in trainer.model.named_parameters():
-        assert isinstance(parameter, DTensor)
-        whole = parameter.full_tensor().detach().to("cpu", torch.float32)
-        yield name, whole if trainer.is_world_process_zero() else None
-
-
-def local_weights(trainer: Training) -> Iterator[torch.Tensor]:
-    from torch.distributed.tensor import DTensor
-
-    for parameter in trainer.model.parameters():
-        assert isinstance(parameter, DTensor)
-        yield parameter.to_local()
-
-
-def release() -> None:
-    pass
-
-
-def clean_up(config: RunConfig) -> None:
-    pass
-
-
-def save_state(trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
-    from train.strategy.state.dcp import DistributedState
-
-    return DistributedState(trainer, copy=copy)
+        return DistributedState(trainer, copy=copy)

@@ -39,7 +39,3 @@ def _pins(config: RunConfig) -> bool:
     return (
         config.strategy.offload and config.strategy.pin_memory and config.launcher.device == "cuda"
     )
-
-
-def training_arguments(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
-    return {"bf16": config.precision.compute_dtype == "bf16"}

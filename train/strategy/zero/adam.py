@@ -1,25 +1,13 @@
-"""AdamW of what ZeRO shards: torch's, or DeepSpeed's in host memory."""
+"""DeepSpeed's AdamW of what it keeps in host memory."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import RunConfig
 from train.errors import UserError
-from train.strategy import adamw as torchs
 
 if TYPE_CHECKING:
-    import torch
     from torch.optim import Optimizer
-
-
-def adamw(
-    config: RunConfig, groups: list[dict[str, Any]], settings: dict[str, Any]
-) -> torch.optim.Optimizer:
-    if config.strategy.has_own_adam:
-        moments_dtype = config.precision.moments_dtype
-        return deepspeed_cpu_adam(groups, moments_dtype=moments_dtype, **settings)
-    return torchs.adamw(config, groups, settings)
 
 
 def deepspeed_cpu_adam(

@@ -128,10 +128,3 @@ def _merged(values: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if both else value
     return merged
-
-
-def training_arguments(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
-    return {
-        "bf16": config.precision.compute_dtype == "bf16",
-        "deepspeed": settings(config, layout),
-    }

@@ -1,0 +1,140 @@
+"""A model's parameters on the ranks that share them: `fully_shard`, and who holds which part."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from train.config import RankLayout, RunConfig
+from train.strategy.dtypes import TORCH_DTYPES
+from train.strategy.fsdp.settings import settings
+from train.strategy.fsdp.units import units
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.tensor import DTensor
+    from transformers import PreTrainedModel
+
+    from train.checkpoint.format.lazy import LazyTensor
+    from train.model.weights import Values
+
+
+def sharded(
+    model: PreTrainedModel, values: Values, config: RunConfig, layout: RankLayout
+) -> PreTrainedModel:
+    """Shard the parameters in place, each unit as one, then write this rank's part of each value.
+
+    Units within come first: a parent takes whatever its children have not taken. Raises UserError
+    where the wrap policy finds no unit but the whole model.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    wanted = settings(config, layout)
+    mixed, offload = wanted["mixed_precision"], wanted["offload"]
+    master_dtype = getattr(torch, TORCH_DTYPES[config.precision.master_dtype])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(master_dtype)
+    inner = units(model, config)
+    mesh = init_device_mesh(
+        config.launcher.device,
+        tuple(wanted["mesh"]["shape"]),
+        mesh_dim_names=tuple(wanted["mesh"]["names"]),
+    )
+    for unit in [*inner, model]:
+        fully_shard(
+            unit,
+            mesh=mesh,
+            reshard_after_forward=wanted["reshard_after_forward"],
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=getattr(torch, mixed["param_dtype"]),
+                reduce_dtype=getattr(torch, mixed["reduce_dtype"]),
+                cast_forward_inputs=mixed["cast_forward_inputs"],
+            ),
+            offload_policy=CPUOffloadPolicy(pin_memory=offload["pin_memory"])
+            if offload["cpu"]
+            else OffloadPolicy(),
+        )
+    _fill(model, values, "cpu" if offload["cpu"] else config.launcher.device)
+    _prefetch(inner, wanted["prefetch_units"])
+    if not wanted["reduce_each_micro_batch"]:
+        # accelerate enters this on every micro-batch of a step but the last.
+        model.no_sync = functools.partial(_without_reduction, model)  # type: ignore[assignment]
+    # Accelerator.prepare_model returns a model with this mark as it is; without it accelerate 1.15
+    # refuses DTensor parameters in a multi-process run because it means to wrap them in DDP.
+    model._is_accelerate_prepared = True  # type: ignore[assignment]
+    return model
+
+
+def _fill(model: PreTrainedModel, values: Values, device: str) -> None:
+    """Make the sharded parameters real, on ``device``, one value's part after the other."""
+    import torch
+
+    from train.model.weights import Wanted, in_turn
+
+    # What `to_empty` does, but buffers hold their values already.
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    wanted = [Wanted(name, p.numel(), *held(p)) for name, p in parameters.items()]
+    with torch.no_grad():
+        for parameter, part in zip(parameters.values(), in_turn(wanted, values), strict=True):
+            local = parameter.to_local()
+            local.copy_(part.view(local.shape))
+
+
+def held(parameter: DTensor) -> tuple[int, int]:
+    """Return start and length of what this rank holds of a parameter, once that is flattened."""
+    import math
+
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    # Runs of rows, so each lies in one piece.
+    assert all(p.dim == 0 for p in parameter.placements if isinstance(p, Shard))
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    if 0 in shape:  # more ranks than rows
+        return 0, 0
+    return offset[0] * math.prod(parameter.shape[1:]), math.prod(shape)
+
+
+def _prefetch(units: Sequence[Any], count: int) -> None:
+    """Gather ``count`` units ahead of their use, in forward and in backward order."""
+    for i, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[i + 1 : i + 1 + count]))
+        unit.set_modules_to_backward_prefetch(list(units[max(0, i - count) : i][::-1]))
+
+
+@contextmanager
+def _without_reduction(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def sharded_as(parameter: DTensor, tensor: LazyTensor, dtype: torch.dtype) -> DTensor:
+    """Return a DTensor that is sharded as ``parameter``; only this rank's part is read."""
+    from torch.distributed.tensor import DTensor
+
+    start, length = held(parameter)
+    like = parameter.to_local()
+    local = tensor.read(start, start + length).view(like.shape)
+    return DTensor.from_local(
+        local.to(like.device, dtype),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
