@@ -1,7 +1,8 @@
 """The parts of the documentation that the sources say themselves: `python -m docs.generate`.
 
-The configuration chapter is made of the config's own types and of conf/, and the tree in the
-architecture chapter of the first line of each module. Imports no torch.
+The configuration chapter is made of the config's own types and of conf/, the tree in the
+architecture chapter of the first line of each module, and the table of optimizers of what is known
+of each. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from train.config.optimizers import OPTIMIZERS, OptimizerFacts
 from train.config.section import Section
 from train.config.sections import Sections
 
@@ -31,6 +33,8 @@ DOCS = ROOT / "docs"
 COMMAND = "python -m docs.generate"
 BEGIN = f"<!-- Made by `{COMMAND}` of the first line of each module: edit those. -->"
 END = "<!-- The end of the tree. -->"
+BEGIN_OPTIMIZERS = f"<!-- Made by `{COMMAND}` of train/config/optimizers.py: edit that. -->"
+END_OPTIMIZERS = "<!-- The end of the optimizers. -->"
 PACKAGES = ("train", "launchers", "benchmarks")
 MOST_SIZES_OF_AN_OPTION = 3
 """An option that has to give more fields than these is a preset, whose file shows its sizes."""
@@ -398,17 +402,44 @@ def _line(name: str, module: Path, depth: int) -> str:
 
 def architecture(text: str) -> str:
     """Return the architecture chapter with the tree as it is now."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{tree()}\n\n{END}{after}"
+    return _replaced(text, BEGIN, tree(), END)
+
+
+def _replaced(text: str, begin: str, part: str, end: str) -> str:
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{part}\n\n{end}{after}"
+
+
+# --- the optimizers of the chapter on strategies --------------------------------------------------
+
+
+def optimizers() -> str:
+    """Return the table of optimizers, with where each works."""
+    rows = ["| `trainer.optimizer` | strategies | what it is |", "|---|---|---|"]
+    for name, facts in OPTIMIZERS.items():
+        rows.append(f"| `{name}` | {_where(facts)} | {_cell(facts.description)} |")
+    return "\n".join(rows)
+
+
+def _where(facts: OptimizerFacts) -> str:
+    if facts.takes_sharded and not (facts.why_not_flat or facts.is_for_gpus):
+        return "all"
+    where = "`single`, `ddp`, " + ("`zero0`" if facts.why_not_flat else "`zero0` to `zero3`")
+    if facts.takes_sharded:
+        where += ", `fsdp`" + (" without offload" if facts.is_for_gpus else "")
+        where += "" if facts.takes_sharded_bf16 else ", there with masters in fp32"
+    return where + ("; masters in fp32" if facts.why_fp32_masters else "")
 
 
 def generated() -> dict[Path, str]:
     """Return what each generated file has to hold."""
-    chapter = DOCS / "architecture.md"
+    chapter, strategies = DOCS / "architecture.md", DOCS / "strategies.md"
+    of_strategies = strategies.read_text(encoding="utf-8")
     return {
         DOCS / "configuration.md": configuration(),
         chapter: architecture(chapter.read_text(encoding="utf-8")),
+        strategies: _replaced(of_strategies, BEGIN_OPTIMIZERS, optimizers(), END_OPTIMIZERS),
     }
 
 

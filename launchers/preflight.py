@@ -17,6 +17,7 @@ from pathlib import Path
 from launchers.machine import directories, hostfile, memory
 from launchers.machine.facts import Machine, lacking
 from train.config import (
+    OPTIMIZERS,
     DeepspeedLauncher,
     RunConfig,
     SlurmLauncher,
@@ -195,6 +196,8 @@ def _missing_directories(config: RunConfig) -> Iterator[str]:
 
 
 def _missing_packages(config: RunConfig) -> list[str]:
+    optimizer = config.trainer.optimizer
+    package = OPTIMIZERS[optimizer].package
     needed = {
         "tracking=tensorboard": ("tensorboard", config.tracking.kind == "tensorboard"),
         "tracking=wandb": ("wandb", config.tracking.kind == "wandb"),
@@ -203,7 +206,7 @@ def _missing_packages(config: RunConfig) -> list[str]:
             config.precision.fp8_recipe is not None,
         ),
         f"strategy.kind={config.strategy.kind}": ("deepspeed", config.strategy.kind == "zero"),
-        "trainer.optimizer=adamw_8bit": ("torchao", config.trainer.optimizer == "adamw_8bit"),
+        f"trainer.optimizer={optimizer}": (package or "", package is not None),
     }
     return [
         f"{setting} needs the package {package}, which is not installed; `pip install {package}`"
@@ -216,9 +219,10 @@ def _missing_build_tools(config: RunConfig) -> Iterator[str]:
     """Yield a message for each setting that is compiled in the ranks, but not here."""
     compilers = [os.environ.get("CXX"), "c++", "g++"]
     has_compiler = any(shutil.which(name) for name in compilers if name)
-    if config.trainer.optimizer == "adamw_8bit" and not has_compiler:
+    optimizer = config.trainer.optimizer
+    if OPTIMIZERS[optimizer].is_compiled and not has_compiler:
         yield (
-            "trainer.optimizer=adamw_8bit is compiled on its first use, but there is no C++ "
+            f"trainer.optimizer={optimizer} is compiled on its first use, but there is no C++ "
             "compiler (c++ or g++); install one, or set trainer.optimizer=adamw"
         )
     if getattr(config.strategy, "cpu_adam", "torch") == "deepspeed":

@@ -28,6 +28,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from launchers.machine.facts import Machine, addresses, default_interface, is_reached_by
+from train.config import OPTIMIZERS
 from train.strategy.zero import nvme
 from train.strategy.zero.operators import is_abandoned
 
@@ -231,10 +232,11 @@ def build_tools() -> Iterator[Finding]:
     path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
     compiler = next((name for name in ("c++", "g++") if shutil.which(name)), None)
     if compiler is None:
+        compiled = [name for name, facts in OPTIMIZERS.items() if facts.is_compiled]
         yield Finding(
             "compiler",
             "note",
-            "no C++ compiler: trainer.compile, adamw_8bit and DeepSpeed's own "
+            f"no C++ compiler: {', '.join(['trainer.compile', *compiled])} and DeepSpeed's own "
             "operators cannot be built",
             "install one (Debian and Ubuntu: apt install g++)",
         )

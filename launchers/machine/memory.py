@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from launchers.machine.facts import Machine
-from train.config import DeepspeedLauncher, ModelConfig, RunConfig, TrainerConfig, rank_layout
+from train.config import (
+    OPTIMIZERS,
+    DeepspeedLauncher,
+    ModelConfig,
+    RunConfig,
+    TrainerConfig,
+    rank_layout,
+)
 from train.config.model import BertModel, Gpt2Model, LlamaModel, ModernBertModel, RobertaModel
 
 GIB = 2**30
@@ -113,9 +120,8 @@ def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
 
 def _moments(trainer: TrainerConfig, dtype_bytes: int) -> int:
     """Return the bytes of an optimizer's state for each parameter, at the least."""
-    return {"adamw": 2 * dtype_bytes, "adamw_8bit": 2, "muon": dtype_bytes}.get(
-        trainer.optimizer, 0
-    )
+    facts = OPTIMIZERS[trainer.optimizer]
+    return facts.moments * (facts.moments_bytes or dtype_bytes)
 
 
 def problems(config: RunConfig, machine: Machine) -> Iterator[str]:

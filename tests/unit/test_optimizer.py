@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import sys
+import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +18,13 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from tests.unit.optimizers import built, decayed, give_gradients, gpt2
+from tests.unit.optimizers import built, config, decayed, give_gradients, gpt2
+from train.config.optimizers import OPTIMIZERS, OptimizerName
 from train.errors import UserError
+from train.optimizer.build import KINDS, asked, found
 from train.optimizer.muon import MuonWithAdamW, hidden_matrices
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def roberta() -> PreTrainedModel:
@@ -189,3 +196,38 @@ def test_adamw_8bit_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(UserError, match="needs the package torchao, .* `pip install torchao`"):
         built(gpt2(), optimizer="adamw_8bit")
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"adamw"}))
+def test_an_optimizer_is_known_by_name_in_its_registries_and_its_module_alone(name: str) -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for package in ("train", "launchers")
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value == name
+    }
+    module = Path(str(sys.modules[KINDS[name].build.__module__].__file__)).relative_to(ROOT)
+    registries = {"train/config/optimizers.py", "train/optimizer/build.py"}
+    of_other_programs = {"train/config/messages.py"}  # what they call their settings
+    assert registries <= found <= {*registries, str(module)} | of_other_programs
+
+
+def test_the_registries_hold_the_same_optimizers() -> None:
+    assert set(OPTIMIZERS) == set(KINDS) == set(typing.get_args(OptimizerName))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_built_is_read_back_as_it_was_asked_for(name: OptimizerName) -> None:
+    if OPTIMIZERS[name].package is not None:
+        pytest.importorskip("torchao.optim")
+    own = {"muon": {"muon_momentum": 0.9, "muon_learning_rate": 0.02}}
+    given: dict[str, Any] = {"learning_rate": 3e-4, "adam_epsilon": 1e-6, **own.get(name, {})}
+    optimizer = built(roberta(), optimizer=name, **given)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)  # notes the peak rates
+    class_name = type(optimizer).__name__
+    assert class_name == KINDS[name].class_name
+    live = dict(found(class_name, group) for group in optimizer.param_groups)
+    assert live == asked(config(optimizer=name, **given))
+    other = asked(config(optimizer=name, **{**given, "learning_rate": 4e-4}))
+    assert live != other

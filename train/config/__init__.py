@@ -29,6 +29,7 @@ from train.config.model import (
     ScratchModel,
 )
 from train.config.objective import MlmObjective, ObjectiveConfig
+from train.config.optimizers import OPTIMIZERS
 from train.config.precision import PrecisionConfig
 from train.config.rank_layout import RankLayout, rank_layout
 from train.config.run import RunConfig
@@ -55,6 +56,7 @@ __all__ = [
     "BEGINNING",
     "DEFAULT_MICRO_BATCH_SIZE",
     "DEFAULT_SEQUENCE_LENGTH",
+    "OPTIMIZERS",
     "RESUMES",
     "AccelerateLauncher",
     "BertModel",

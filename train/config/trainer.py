@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
+from train.config.optimizers import OptimizerFields
 from train.config.rank_layout import RankLayout
 from train.config.section import (
-    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -24,8 +24,8 @@ DEFAULT_MICRO_BATCH_SIZE = 8
 """Samples that one rank passes through the model at once, at most, where nobody says."""
 
 
-class TrainerConfig(Section):
-    """The loop: how much, how fast, and how often something happens besides."""
+class Amount(Section):
+    """How much is trained, and in which portions."""
 
     max_steps: PositiveInt | None = None
     """Optimizer steps, also where a resume changes the batch. Give exactly one of max_steps,
@@ -42,49 +42,9 @@ class TrainerConfig(Section):
     eval_micro_batch_size: PositiveInt | None = None
     """Samples in one forward pass of one rank in evaluation; null is micro_batch_size."""
 
-    optimizer: Literal["adamw", "adafactor", "muon", "adamw_8bit"] = "adamw"
-    """What updates the weights; adamw_8bit keeps the moments of large tensors in 8 bits."""
-    learning_rate: PositiveFloat = 6e-4
-    """Peak learning rate; adafactor multiplies it by the RMS of each tensor."""
-    lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay", "inverse_sqrt"] = (
-        "cosine"
-    )
-    """Course after the linear warm-up; linear, cosine and warmup_stable_decay end at 0."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up. Give this or warmup_fraction. Of a run of max_epochs or max_tokens
-    these are steps of the batch that it began with: where a resume changes the batch, as many
-    samples warm up."""
-    warmup_fraction: Fraction = 0.0
-    """Warm-up as a share of all steps, rounded up to whole steps."""
-    decay_fraction: Fraction = 0.1
-    """warmup_stable_decay: share of all steps, at the end, in which the rate falls to 0."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay, times the learning rate; biases and norms are spared."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """adamw, adamw_8bit, and what muon leaves to AdamW: decay of the mean gradient in a step."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """The same of the mean squared gradient."""
-    adam_epsilon: PositiveFloat = 1e-8
-    """Added to the root of the mean squared gradient."""
-    muon_learning_rate: PositiveFloat | None = None
-    """Peak learning rate of the matrices; null is learning_rate, which AdamW's part always has."""
-    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the mean gradient in a step (Nesterov)."""
-    muon_newton_schulz_steps: Annotated[int, Field(ge=1, le=99)] = 5
-    """Iterations that make a matrix' update orthogonal."""
-    muon_learning_rate_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Factor on the rate for a matrix of A x B: 0.2 sqrt(max(A, B)), which gives updates the RMS of
-    AdamW's (arXiv 2502.16982), or sqrt(max(1, A / B)), which wants muon_learning_rate near 0.02."""
-    adafactor_beta2_decay: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.8
-    """Exponent c: at step t the mean squared gradient moves by t**c of the way."""
-    adafactor_clip_threshold: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
-    """Largest RMS of a tensor's update before learning_rate and the tensor's RMS multiply it."""
-    adafactor_epsilon1: Annotated[float, Field(ge=1e-18, allow_inf_nan=False)] = 1e-15
-    """Root mean squared gradients below this count as this."""
-    adafactor_epsilon2: PositiveFloat = 1e-3
-    """RMS of a tensor below this count as this, so that zeros can grow."""
-    max_grad_norm: NonNegativeFloat = 1.0
-    """Clip the global gradient norm to this; 0 does not clip."""
+
+class TrainerConfig(OptimizerFields, Amount):
+    """The loop: how much, how fast, and how often something happens besides."""
 
     log_every_steps: PositiveInt = 10
     """Log the losses every N steps, to metrics.jsonl and the terminal; step 1 is always logged."""
@@ -137,14 +97,6 @@ class TrainerConfig(Section):
                 f"warmup_steps={self.warmup_steps} and warmup_fraction={self.warmup_fraction} "
                 "contradict each other; set one of them to 0"
             )
-        for name, field in type(self).model_fields.items():
-            owner, value = name.partition("_")[0], getattr(self, name)
-            unread = owner in ("muon", "adafactor") and owner != self.optimizer
-            if unread and value != field.default:
-                raise ValueError(
-                    f"{name}={value} is read by optimizer={owner} only, but it is "
-                    f"{self.optimizer}; choose optimizer={owner} or leave {name} out"
-                )
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise ValueError(
                 f"early_stopping_threshold={self.early_stopping_threshold:g} is read with "

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.config import RunConfig, StrategyConfig
+from train.config import OPTIMIZERS, RunConfig, StrategyConfig
 from train.config.positions import longest_sample
 from train.data.sources.registry import source_of
 from train.data.sources.source import code
@@ -320,8 +320,8 @@ def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
 
 def _optimizer(run: RunConfig) -> str:
     trainer = run.trainer
-    if trainer.optimizer == "adafactor":
-        return "adafactor"
+    if not OPTIMIZERS[trainer.optimizer].runs_adamw:
+        return trainer.optimizer
     betas = f"betas {trainer.adam_beta1:g} and {trainer.adam_beta2:g}"
     return f"{trainer.optimizer}, {betas}, epsilon {trainer.adam_epsilon:g}"
 

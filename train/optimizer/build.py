@@ -2,83 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from train.config import RunConfig
-from train.errors import UserError
-from train.optimizer.groups import Groups, adamw_settings, groups_of
-from train.optimizer.muon import MuonWithAdamW, hidden_matrices
+from train.config.optimizers import OptimizerName
+from train.optimizer import adafactor, adamw, eight_bit, muon
+from train.optimizer.kind import AdamwOf, Kind
+
+KINDS: dict[OptimizerName, Kind] = {
+    "adamw": adamw.KIND,
+    "muon": muon.KIND,
+    "adafactor": adafactor.KIND,
+    "adamw_8bit": eight_bit.KIND,
+}
 
 
 def build(
-    config: RunConfig,
-    model: PreTrainedModel,
-    decayed: Collection[str],
-    adamw: Callable[[Groups, dict[str, Any]], torch.optim.Optimizer],
+    config: RunConfig, model: PreTrainedModel, decayed: Collection[str], adamw: AdamwOf
 ) -> torch.optim.Optimizer:
     """Return the optimizer of the model's parameters; those named in ``decayed`` decay.
 
-    ``adamw`` makes the engine's own of groups and settings.
-
-    Raises UserError where trainer.muon_learning_rate_scale=original meets a model whose matrices
-    are stored as input x output, where torchao is not installed for adamw_8bit, and where
-    DeepSpeed's CPU Adam cannot be compiled.
+    ``adamw`` makes the engine's own of groups and settings. Raises UserError where the optimizer
+    cannot work on this model, or what it is made of is not installed or cannot be compiled.
     """
-    trainer = config.trainer
-    if trainer.optimizer == "muon":
-        return _muon(config, model, decayed)
-    groups = groups_of(dict(model.named_parameters()), decayed, trainer.weight_decay)
-    if trainer.optimizer == "adafactor":
-        return torch.optim.Adafactor(
-            groups,
-            lr=trainer.learning_rate,
-            beta2_decay=trainer.adafactor_beta2_decay,
-            eps=(trainer.adafactor_epsilon1, trainer.adafactor_epsilon2),
-            d=trainer.adafactor_clip_threshold,
-        )
-    if trainer.optimizer == "adamw_8bit":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError:
-            raise UserError(
-                "trainer.optimizer=adamw_8bit needs the package torchao, which is not installed; "
-                "`pip install torchao`"
-            ) from None
-        # torchao compiles its step. torch 2.13 finds compiled code of an earlier process by what
-        # does not tell the ranks' local shapes apart (torch/_functorch/_aot_autograd/
-        # autograd_cache.py): under FSDP the second run on a machine learned something else.
-        torch._functorch.config.enable_autograd_cache = False
-        return AdamW8bit(groups, **adamw_settings(config))
-    return adamw(groups, adamw_settings(config))
+    return KINDS[config.trainer.optimizer].build(config, model, decayed, adamw)
 
 
-def _muon(config: RunConfig, model: PreTrainedModel, decayed: Collection[str]) -> MuonWithAdamW:
-    trainer = config.trainer
-    transposed = any(isinstance(module, Conv1D) for module in model.modules())
-    if transposed and trainer.muon_learning_rate_scale == "original":
-        raise UserError(
-            f"trainer.muon_learning_rate_scale=original needs matrices of output x input, but "
-            f"{type(model).__name__} stores them the other way round; "
-            "set trainer.muon_learning_rate_scale=match_rms_adamw"
-        )
-    matrices = hidden_matrices(model)
-    named = dict(model.named_parameters())
-    hidden = {name: p for name, p in named.items() if name in matrices}
-    rest = {name: p for name, p in named.items() if name not in matrices}
-    return MuonWithAdamW(
-        torch.optim.AdamW(
-            groups_of(rest, decayed, trainer.weight_decay), fused=True, **adamw_settings(config)
-        ),
-        torch.optim.Muon(
-            groups_of(hidden, decayed, trainer.weight_decay),
-            lr=trainer.muon_learning_rate or trainer.learning_rate,
-            momentum=trainer.muon_momentum,
-            ns_steps=trainer.muon_newton_schulz_steps,
-            adjust_lr_fn=trainer.muon_learning_rate_scale,
-        ),
-    )
+def asked(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the settings of each algorithm that the config asks for, by our names. Pure."""
+    algorithms = KINDS[config.trainer.optimizer].algorithms
+    return {name: algorithm.asked(config.trainer) for name, algorithm in algorithms.items()}
+
+
+def found(class_name: str, group: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the algorithm of a live parameter group, and its settings by our names.
+
+    A class that is none of ours is an engine's own AdamW.
+    """
+    kind = next((kind for kind in KINDS.values() if kind.class_name == class_name), adamw.KIND)
+    name = group.get("algorithm", next(iter(kind.algorithms)))
+    return name, kind.algorithms[name].found(group)

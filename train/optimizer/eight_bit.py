@@ -1,19 +1,47 @@
-"""torchao's 8-bit moments as fp32 ones, for a checkpoint that any engine reads, and back."""
+"""torchao's AdamW of 8-bit moments; these as fp32 ones, for a checkpoint, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from train.config import RunConfig
+from train.errors import UserError
+from train.optimizer.adamw import ADAMW, settings
+from train.optimizer.groups import groups_of
+from train.optimizer.kind import AdamwOf, Kind
 
 FIRST_MOMENT = "exp_avg"
 """The one that has a sign."""
 
 
+def _build(
+    config: RunConfig, model: PreTrainedModel, decayed: Collection[str], adamw: AdamwOf
+) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "trainer.optimizer=adamw_8bit needs the package torchao, which is not installed; "
+            "`pip install torchao`"
+        ) from None
+    # torchao compiles its step. torch 2.13 finds compiled code of an earlier process by what does
+    # not tell the ranks' local shapes apart (torch/_functorch/_aot_autograd/autograd_cache.py):
+    # under FSDP the second run on a machine learned something else.
+    torch._functorch.config.enable_autograd_cache = False
+    groups = groups_of(model, decayed, config.trainer)
+    return AdamW8bit(groups, **settings(config.trainer))
+
+
+KIND = Kind("AdamW8bit", {"adamw": ADAMW}, _build)
+
+
 def in_use(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__name__ == "AdamW8bit"
+    return type(optimizer).__name__ == KIND.class_name
 
 
 def is_quantised(tensor: Any) -> bool:

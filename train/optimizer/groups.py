@@ -1,4 +1,4 @@
-"""Which parameters decay, and AdamW's settings."""
+"""Which parameters decay."""
 
 from __future__ import annotations
 
@@ -7,27 +7,35 @@ from typing import Any
 
 from torch import nn
 
-from train.config import RunConfig
+from train.config import TrainerConfig
 
 Groups = list[dict[str, Any]]
 
 
 def groups_of(
-    parameters: dict[str, nn.Parameter], decayed: Collection[str], weight_decay: float
+    model: nn.Module,
+    decayed: Collection[str],
+    trainer: TrainerConfig,
+    *,
+    names: Collection[str] | None = None,
 ) -> Groups:
-    """Return one group that decays and one that does not, without those that are empty."""
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    """Return one group that decays and one that does not, without those that are empty.
+
+    With ``names`` of these parameters only.
+    """
+    trained = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (names is None or name in names)
+    }
     groups: Groups = [
-        {"params": [p for n, p in trained.items() if n in decayed], "weight_decay": weight_decay},
-        {"params": [p for n, p in trained.items() if n not in decayed], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trained.items() if name in decayed],
+            "weight_decay": trainer.weight_decay,
+        },
+        {
+            "params": [p for name, p in trained.items() if name not in decayed],
+            "weight_decay": 0.0,
+        },
     ]
     return [group for group in groups if group["params"]]
-
-
-def adamw_settings(config: RunConfig) -> dict[str, Any]:
-    trainer = config.trainer
-    return {
-        "lr": trainer.learning_rate,
-        "betas": (trainer.adam_beta1, trainer.adam_beta2),
-        "eps": trainer.adam_epsilon,
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from train.config import RunConfig, TrainerConfig
+from train.errors import UserError
+from train.optimizer import adamw as adamw_part
+from train.optimizer.groups import groups_of
+from train.optimizer.kind import AdamwOf, Algorithm, Kind
 
 
 def hidden_matrices(model: PreTrainedModel) -> set[str]:
@@ -95,3 +102,50 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def settings(trainer: TrainerConfig) -> dict[str, Any]:
+    return {
+        "lr": trainer.muon_learning_rate or trainer.learning_rate,
+        "momentum": trainer.muon_momentum,
+        "nesterov": True,
+        "ns_steps": trainer.muon_newton_schulz_steps,
+        "adjust_lr_fn": trainer.muon_learning_rate_scale,
+    }
+
+
+def _build(
+    config: RunConfig, model: PreTrainedModel, decayed: Collection[str], adamw: AdamwOf
+) -> torch.optim.Optimizer:
+    trainer = config.trainer
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    if transposed and trainer.muon_learning_rate_scale == "original":
+        raise UserError(
+            f"trainer.muon_learning_rate_scale=original needs matrices of output x input, but "
+            f"{type(model).__name__} stores them the other way round; "
+            "set trainer.muon_learning_rate_scale=match_rms_adamw"
+        )
+    matrices = hidden_matrices(model)
+    rest = {name for name, _ in model.named_parameters()} - matrices
+    return MuonWithAdamW(
+        torch.optim.AdamW(
+            groups_of(model, decayed, trainer, names=rest),
+            fused=True,
+            **adamw_part.settings(trainer),
+        ),
+        torch.optim.Muon(groups_of(model, decayed, trainer, names=matrices), **settings(trainer)),
+    )
+
+
+_NAMES = {
+    "lr": "peak_learning_rate",
+    "momentum": "momentum",
+    "nesterov": "nesterov",
+    "ns_steps": "newton_schulz_steps",
+    "adjust_lr_fn": "learning_rate_scale",
+}
+KIND = Kind(
+    "MuonWithAdamW",
+    {"muon": Algorithm(settings, _NAMES), "adamw": adamw_part.ADAMW},
+    _build,
+)

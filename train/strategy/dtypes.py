@@ -26,7 +26,9 @@ def moments_dtypes(optimizer: torch.optim.Optimizer, masters: Iterable[Any]) -> 
     Before the first step there may be none yet; they will take those of the master weights.
     torchao's 8-bit ones are tensors of a class of their own.
     """
-    if type(optimizer).__name__ == "AdamW8bit":
+    from train.optimizer import eight_bit
+
+    if eight_bit.in_use(optimizer):
         return {"8-bit"}
     averages = {
         value.dtype

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from train.config import RankLayout, RunConfig, Schedule, accumulation_steps, rank_layout
+from train.config import (
+    OPTIMIZERS,
+    RankLayout,
+    RunConfig,
+    Schedule,
+    accumulation_steps,
+    rank_layout,
+)
+from train.optimizer import build as optimizer
 from train.optimizer.schedule import SCHEDULES
 
 if TYPE_CHECKING:
@@ -53,85 +61,31 @@ def read_back(trainer: Training) -> dict[str, Any]:
     }
 
 
-# What each algorithm's parameter groups hold, by torch's names and by ours.
-_HYPER_PARAMETERS = {
-    "adamw": {"initial_lr": "peak_learning_rate", "betas": "betas", "eps": "epsilon"},
-    "adafactor": {
-        "initial_lr": "peak_learning_rate",
-        "beta2_decay": "beta2_decay",
-        "d": "clip_threshold",
-        "eps": "epsilons",
-    },
-    "muon": {
-        "initial_lr": "peak_learning_rate",
-        "momentum": "momentum",
-        "nesterov": "nesterov",
-        "ns_steps": "newton_schulz_steps",
-        "adjust_lr_fn": "learning_rate_scale",
-    },
-}
-
-
 def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
     trainer = config.trainer
-    peak = _seven_digits(trainer.learning_rate)
-    adamw = {
-        "peak_learning_rate": peak,
-        "betas": [trainer.adam_beta1, trainer.adam_beta2],
-        "epsilon": trainer.adam_epsilon,
+    own_adam = "DeepSpeedCPUAdam" if config.strategy.has_own_adam else None
+    return {
+        "class": own_adam or optimizer.KINDS[trainer.optimizer].class_name,
+        "weight_decays": sorted({trainer.weight_decay, 0.0}),
+        "algorithms": optimizer.asked(config),
     }
-    adafactor = {
-        "peak_learning_rate": peak,
-        "beta2_decay": trainer.adafactor_beta2_decay,
-        "clip_threshold": trainer.adafactor_clip_threshold,
-        "epsilons": [trainer.adafactor_epsilon1, trainer.adafactor_epsilon2],
-    }
-    muon = {
-        "peak_learning_rate": _seven_digits(trainer.muon_learning_rate or trainer.learning_rate),
-        "momentum": trainer.muon_momentum,
-        "nesterov": True,
-        "newton_schulz_steps": trainer.muon_newton_schulz_steps,
-        "learning_rate_scale": trainer.muon_learning_rate_scale,
-    }
-    named = {
-        "adamw": (
-            "DeepSpeedCPUAdam" if config.strategy.has_own_adam else "AdamW",
-            {"adamw": adamw},
-        ),
-        "adamw_8bit": ("AdamW8bit", {"adamw": adamw}),
-        "adafactor": ("Adafactor", {"adafactor": adafactor}),
-        "muon": ("MuonWithAdamW", {"muon": muon, "adamw": adamw}),
-    }
-    class_name, algorithms = named[trainer.optimizer]
-    decays = sorted({trainer.weight_decay, 0.0})
-    return {"class": class_name, "weight_decays": decays, "algorithms": algorithms}
 
 
 def _optimizer(trainer: Training) -> dict[str, Any]:
     groups = trainer.torch_optimizer().param_groups
     class_name = type(trainer.innermost_optimizer()).__name__
-    only = "adafactor" if class_name == "Adafactor" else "adamw"
     algorithms: dict[str, dict[str, Any]] = {}
     for group in groups:
-        algorithm = group.get("algorithm", only)
-        for key, name in _HYPER_PARAMETERS[algorithm].items():
-            value: Any = group.get(key)
-            if key == "initial_lr":
-                value = _seven_digits(float(value))
-            value = list(value) if isinstance(value, tuple) else value
-            known = algorithms.setdefault(algorithm, {}).setdefault(name, value)
+        name, settings = optimizer.found(class_name, group)
+        for setting, value in settings.items():
+            known = algorithms.setdefault(name, {}).setdefault(setting, value)
             if known != value:
-                algorithms[algorithm][name] = f"{known} and {value}"
+                algorithms[name][setting] = f"{known} and {value}"
     return {
         "class": class_name,
         "weight_decays": sorted({g["weight_decay"] for g in groups} | {0.0}),
         "algorithms": algorithms,
     }
-
-
-def _seven_digits(value: float) -> float:
-    # torchao keeps the rate in an fp32 tensor.
-    return float(f"{value:.7g}")
 
 
 def _recomputed(config: RunConfig) -> dict[str, Any]:
@@ -186,14 +140,13 @@ def _blocks(model: Any) -> list[Any]:
 def _numerics(config: RunConfig) -> dict[str, Any]:
     precision = config.precision
     recipe = precision.fp8_recipe
+    own_bytes = OPTIMIZERS[config.trainer.optimizer].moments_bytes
     facts: dict[str, Any] = {
         "precision": {
             "compute": precision.compute_dtype,
             "reduction": "none" if config.strategy.kind == "single" else precision.reduce_dtype,
             "master": precision.master_dtype,
-            "moments": "8-bit"
-            if config.trainer.optimizer == "adamw_8bit"
-            else precision.moments_dtype,
+            "moments": precision.moments_dtype if own_bytes is None else f"{8 * own_bytes}-bit",
         },
         "tf32": precision.allow_tf32 and config.launcher.device == "cuda",
         "fp8_recipe": recipe,

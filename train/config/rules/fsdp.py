@@ -26,25 +26,6 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
             f"strategy.block_class={strategy.block_class} is read under strategy.wrap=transformer "
             f"only, but it is {strategy.wrap}; set strategy.wrap=transformer or block_class=null"
         )
-    optimizer = config.trainer.optimizer
-    if optimizer == "adafactor":
-        # torch 2.13's takes the norm of each column in place, which a sharded tensor cannot.
-        yield (
-            "trainer.optimizer=adafactor does not work on the sharded tensors of strategy=fsdp; "
-            "choose strategy=ddp or zero0, or trainer.optimizer=adamw or muon"
-        )
-    if optimizer in ("muon", "adamw_8bit") and strategy.offload:
-        yield (
-            f"trainer.optimizer={optimizer} with strategy.offload=true would do its arithmetic, "
-            "which is made for GPUs, on the CPU; set strategy.offload=false, or "
-            "trainer.optimizer=adamw"
-        )
-    if optimizer == "adamw_8bit" and config.precision.master_dtype != "fp32":
-        # torchao 0.18 casts its moments by an operation that they do not have as DTensors.
-        yield (
-            "trainer.optimizer=adamw_8bit under strategy=fsdp needs precision.master_dtype=fp32, "
-            f"but it is {config.precision.master_dtype}; choose precision=bf16 or strategy=ddp"
-        )
     if strategy.wrap == "none" and not strategy.reshard_after_forward:
         yield (
             "strategy.wrap=none makes the model one unit, which is kept gathered between forward "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from train.config.launcher import LocalLauncher
 from train.config.model import LlamaModel, ScratchModel
 from train.config.rank_layout import RankLayout, rank_layout
-from train.config.rules import fsdp, replicated, zero
+from train.config.rules import fsdp, optimizers, replicated, zero
 from train.config.sections import Sections
 from train.config.trainer import accumulation_steps, largest_micro_batch
 from train.errors import UserError
@@ -70,12 +70,7 @@ def contradictions(config: Sections) -> Iterator[str]:
         )
     yield from _checkpoint_contradictions(config)
 
-    if config.trainer.optimizer == "adafactor" and config.precision.master_dtype == "bf16":
-        yield (
-            "trainer.optimizer=adafactor with precision.master_dtype=bf16: its averages come to "
-            "move by less than bf16 can hold; set precision=bf16 (fp32 masters) or "
-            "trainer.optimizer=adamw"
-        )
+    yield from optimizers.contradictions(config)
 
     every = config.trainer.checkpoint_activations_every_blocks
     layers = getattr(model, "num_hidden_layers", None)

@@ -9,13 +9,6 @@ from train.config.rules import deepspeed_keys
 from train.config.sections import Sections
 from train.config.strategy import ZeroStrategy
 
-# Why an optimizer cannot work on flat partitions of whole groups, and where it can.
-_WHOLE_TENSORS = {
-    "adafactor": ("factors each matrix into rows and columns", "ddp or zero0"),
-    "muon": ("makes each matrix orthogonal", "fsdp, ddp or zero0"),
-    "adamw_8bit": ("quantises each tensor in whole blocks", "fsdp, ddp or zero0"),
-}
-
 
 def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]:
     """Yield a message for each value that ZeRO cannot honour. Pure.
@@ -106,14 +99,6 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
         yield (
             "strategy.cpu_adam=deepspeed is an AdamW, but trainer.optimizer="
             f"{config.trainer.optimizer}; set strategy.cpu_adam=torch or trainer.optimizer=adamw"
-        )
-    optimizer = config.trainer.optimizer
-    if stage > 0 and optimizer != "adamw":
-        need, others = _WHOLE_TENSORS[optimizer]
-        yield (
-            f"trainer.optimizer={optimizer} {need}, but strategy.stage={stage} flattens the "
-            f"parameters into one-dimensional partitions; choose strategy={others}, or "
-            "trainer.optimizer=adamw"
         )
     if precision.fp8_recipe is not None and stage == 3:
         yield (

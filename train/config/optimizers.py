@@ -1,0 +1,147 @@
+"""The optimizers: what is known of each without torch, and the fields that they read.
+
+How each is built and read back says its module in train/optimizer/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from train.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Section,
+)
+
+OptimizerName = Literal["adamw", "adafactor", "muon", "adamw_8bit"]
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """What rules, estimates and texts ask of an optimizer.
+
+    Fields of the section that begin with its name are read by it alone.
+    """
+
+    description: str
+    """What it is, for the documentation."""
+    moments: int
+    """Numbers that it keeps of each parameter, at the least."""
+    moments_bytes: int | None = None
+    """Bytes of each of them; None is those of precision.moments_dtype."""
+    runs_adamw: bool = False
+    """Whether AdamW updates some of the parameters, so that the fields adam_... are read."""
+    why_not_flat: str | None = None
+    """What it does that ZeRO's flat partitions of many parameters do not allow."""
+    takes_sharded: bool = True
+    """Whether it works on FSDP's sharded tensors."""
+    is_for_gpus: bool = False
+    """Whether its arithmetic is too slow on a CPU to be offloaded."""
+    why_fp32_masters: str | None = None
+    """Why it cannot update bf16 weights."""
+    takes_sharded_bf16: bool = True
+    """Whether FSDP's sharded tensors may be bf16."""
+    package: str | None = None
+    """What has to be installed for it besides."""
+    is_compiled: bool = False
+    """Whether its first step needs a C++ compiler."""
+
+
+OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
+    "adamw": OptimizerFacts(description="torch's fused AdamW", moments=2, runs_adamw=True),
+    "muon": OptimizerFacts(
+        description="torch's Muon for the matrices of hidden layers, AdamW for embeddings, head, "
+        "norms and biases; takes AdamW's learning rates",
+        moments=1,
+        runs_adamw=True,
+        why_not_flat="makes each matrix orthogonal",
+        is_for_gpus=True,
+    ),
+    "adafactor": OptimizerFacts(
+        description="torch's Adafactor: a row and a column of second moments for a matrix, no "
+        "first moment; its rate is a share of each tensor's RMS, 0.01 and more",
+        moments=0,
+        why_not_flat="factors each matrix into rows and columns",
+        # torch 2.13's takes the norm of each column in place, which a sharded tensor cannot.
+        takes_sharded=False,
+        why_fp32_masters="its averages come to move by less than bf16 can hold",
+    ),
+    "adamw_8bit": OptimizerFacts(
+        description="torchao's AdamW, whose moments take a quarter of the memory: the extra "
+        "`torchao`, and a C++ compiler",
+        moments=2,
+        moments_bytes=1,
+        runs_adamw=True,
+        why_not_flat="quantises each tensor in whole blocks",
+        is_for_gpus=True,
+        # torchao 0.18 casts its moments by an operation that they do not have as DTensors.
+        takes_sharded_bf16=False,
+        package="torchao",
+        is_compiled=True,
+    ),
+}
+
+
+class OptimizerFields(Section):
+    """How far and by which rule a step moves the weights."""
+
+    optimizer: OptimizerName = "adamw"
+    """What updates the weights; adamw_8bit keeps the moments of large tensors in 8 bits."""
+    learning_rate: PositiveFloat = 6e-4
+    """Peak learning rate; adafactor multiplies it by the RMS of each tensor."""
+    lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay", "inverse_sqrt"] = (
+        "cosine"
+    )
+    """Course after the linear warm-up; linear, cosine and warmup_stable_decay end at 0."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up. Give this or warmup_fraction. Of a run of max_epochs or max_tokens
+    these are steps of the batch that it began with: where a resume changes the batch, as many
+    samples warm up."""
+    warmup_fraction: Fraction = 0.0
+    """Warm-up as a share of all steps, rounded up to whole steps."""
+    decay_fraction: Fraction = 0.1
+    """warmup_stable_decay: share of all steps, at the end, in which the rate falls to 0."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay, times the learning rate; biases and norms are spared."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """adamw, adamw_8bit, and what muon leaves to AdamW: decay of the mean gradient in a step."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """The same of the mean squared gradient."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root of the mean squared gradient."""
+    muon_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the matrices; null is learning_rate, which AdamW's part always has."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the mean gradient in a step (Nesterov)."""
+    muon_newton_schulz_steps: Annotated[int, Field(ge=1, le=99)] = 5
+    """Iterations that make a matrix' update orthogonal."""
+    muon_learning_rate_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor on the rate for a matrix of A x B: 0.2 sqrt(max(A, B)), which gives updates the RMS of
+    AdamW's (arXiv 2502.16982), or sqrt(max(1, A / B)), which wants muon_learning_rate near 0.02."""
+    adafactor_beta2_decay: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.8
+    """Exponent c: at step t the mean squared gradient moves by t**c of the way."""
+    adafactor_clip_threshold: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Largest RMS of a tensor's update before learning_rate and the tensor's RMS multiply it."""
+    adafactor_epsilon1: Annotated[float, Field(ge=1e-18, allow_inf_nan=False)] = 1e-15
+    """Root mean squared gradients below this count as this."""
+    adafactor_epsilon2: PositiveFloat = 1e-3
+    """RMS of a tensor below this count as this, so that zeros can grow."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this; 0 does not clip."""
+
+    @model_validator(mode="after")
+    def _is_read(self) -> OptimizerFields:
+        for name, field in type(self).model_fields.items():
+            owner = next((o for o in OPTIMIZERS if name.startswith(f"{o}_")), None)
+            value = getattr(self, name)
+            if owner not in (None, self.optimizer) and value != field.default:
+                raise ValueError(
+                    f"{name}={value} is read by optimizer={owner} only, but it is "
+                    f"{self.optimizer}; choose optimizer={owner} or leave {name} out"
+                )
+        return self
