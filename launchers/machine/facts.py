@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import netrc
 import os
 import socket
@@ -29,14 +30,10 @@ from train.config import (
 )
 from train.config import largest_micro_batch as micro_batch
 from train.config.positions import longest_sample
+from train.config.precision import DTYPES, FP8_RECIPES, TF32_COMPUTE_CAPABILITY
 from train.config.tracking import wandb_mode
 from train.errors import UserError
 from train.paths import absolute
-
-AMPERE = 8.0
-"""First compute capability with bf16 and TF32 arithmetic."""
-ADA = 8.9
-"""First compute capability with fp8 arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +213,10 @@ def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machin
     """Return a message for each thing asked for that this machine does not have."""
     problems = []
     if device == "cpu":
-        if precision.compute_dtype == "fp16":
+        if not precision.computes_in.cpu_computes:
             problems.append(
-                "precision.compute_dtype=fp16 needs a GPU, but the ranks run on cpu; "
-                "choose precision=bf16 or precision=fp32"
+                f"precision.compute_dtype={precision.compute_dtype} needs a GPU, but the ranks run "
+                "on cpu; choose precision=bf16 or precision=fp32"
             )
         if precision.allow_tf32:
             problems.append(
@@ -249,22 +246,24 @@ def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machin
             f"machine; choose launcher.nproc_per_node={machine.gpus} or launcher.device=cpu"
         )
     known = [c for c in machine.compute_capabilities[:ranks] if c is not None]
-    oldest = min(known, default=ADA)
-    if oldest < AMPERE and precision.compute_dtype == "bf16":
-        problems.append(
-            f"precision.compute_dtype=bf16 needs compute capability {AMPERE}, but a GPU here has "
-            f"{oldest}; choose precision=fp16 or precision=fp32"
-        )
-    if oldest < AMPERE and precision.allow_tf32:
-        problems.append(
-            f"precision.allow_tf32=true needs compute capability {AMPERE}, but a GPU here has "
-            f"{oldest}; choose precision=fp32"
-        )
-    if oldest < ADA and precision.fp8_recipe is not None:
-        problems.append(
-            f"precision.fp8_recipe={precision.fp8_recipe} needs compute capability {ADA}, but a "
-            f"GPU here has {oldest}; choose precision=bf16"
-        )
+    oldest = min(known, default=math.inf)
+    dtype, recipe = precision.compute_dtype, precision.fp8_recipe
+    older = [name for name, facts in DTYPES.items() if facts.compute_capability <= oldest]
+    asked = [
+        (f"compute_dtype={dtype}", DTYPES[dtype].compute_capability, older[::-1]),
+        ("allow_tf32=true", TF32_COMPUTE_CAPABILITY * precision.allow_tf32, ["fp32"]),
+        *(
+            [(f"fp8_recipe={recipe}", FP8_RECIPES[recipe].compute_capability, ["bf16"])]
+            if recipe is not None
+            else []
+        ),
+    ]
+    problems += [
+        f"precision.{setting} needs compute capability {needed}, but a GPU here has {oldest}; "
+        f"choose {' or '.join(f'precision={name}' for name in others)}"
+        for setting, needed, others in asked
+        if oldest < needed
+    ]
     return problems
 
 

@@ -18,9 +18,9 @@ from train.config import (
     rank_layout,
 )
 from train.config.model import BertModel, Gpt2Model, LlamaModel, ModernBertModel, RobertaModel
+from train.config.precision import DTYPES
 
 GIB = 2**30
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,15 @@ def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
     What lies on a disk is not counted.
     """
     precision, strategy = config.precision, config.strategy
-    master = _BYTES[precision.master_dtype] * count
-    compute = _BYTES[precision.compute_dtype] * count
+    master = DTYPES[precision.master_dtype].size_bytes * count
+    compute = precision.computes_in.size_bytes * count
     shards = rank_layout(strategy, config.launcher.world_size).shards
     has_copy = strategy.kind == "zero" and compute != master
     parts = Parts(
         weights=compute if has_copy else master,
         master_weights=master if has_copy else 0,
         gradients=min(compute, master),
-        moments=_moments(config.trainer, _BYTES[precision.moments_dtype]) * count,
+        moments=_moments(config.trainer, DTYPES[precision.moments_dtype].size_bytes) * count,
     )
     if strategy.kind == "fsdp":
         parts = Parts(*(getattr(parts, field.name) / shards for field in fields(Parts)))

@@ -17,10 +17,11 @@ from train.checkpoint.choose import choose
 from train.checkpoint.format import layout
 from train.checkpoint.format.lazy import Fragment, LazyTensor, has_only_finite
 from train.config import CheckpointConfig
+from train.config.precision import DTYPES
 from train.errors import UserError
 from train.loop.divergence import Found, diagnosis, message
 from train.loop.trainer import IGNORED, Trainer
-from train.strategy.finite import Gate, are_sound, largest_weight
+from train.strategy.finite import Gate, are_sound
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf
@@ -129,7 +130,7 @@ def test_weights_whose_products_overflow_are_not_sound(
     weights = torch.ones(9)
     for value, expected in ((sound, True), (-sound, True), (too_large, False), (-too_large, False)):
         weights[4] = value
-        assert are_sound([weights], CPU, largest_weight(dtype)).item() is expected
+        assert are_sound([weights], CPU, DTYPES[dtype].largest_weight).item() is expected
 
 
 # --- what is said --------------------------------------------------------------------------------

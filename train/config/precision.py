@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import model_validator
 
 from train.config.section import PositiveFloat, PositiveInt, Section
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """What is known of a dtype of ours without torch."""
+
+    torch_name: str
+    size_bytes: int
+    largest_weight: float = 2.0**64
+    """Largest magnitude of a weight that is of use in products of this dtype: its copy is finite
+    and so is its square, which norms and attention take."""
+    scales_losses: bool = False
+    """Whether gradients vanish in it unless the loss is multiplied by a factor."""
+    compute_capability: float = 0.0
+    """First that computes in it on a GPU."""
+    cpu_computes: bool = True
+    """Whether it can be trained in without a GPU."""
+
+
+DTYPES = {
+    "fp32": Dtype("float32", 4),
+    "bf16": Dtype("bfloat16", 2, compute_capability=8.0),
+    "fp16": Dtype("float16", 2, largest_weight=65504.0, scales_losses=True, cpu_computes=False),
+}
+TF32_COMPUTE_CAPABILITY = 8.0
+
+
+@dataclass(frozen=True)
+class Fp8Recipe:
+    """What is known of one of torchao's recipes for products in fp8."""
+
+    token_multiple: int = 16
+    """What has to divide the tokens of a micro-batch: a weight's gradient is a product over them.
+    1 where that product is none in fp8."""
+    compute_capability: float = 8.9
+    """First that has the products."""
+
+
+FP8_RECIPES = {
+    "tensorwise": Fp8Recipe(),
+    "rowwise": Fp8Recipe(),
+    "rowwise_with_gw_hp": Fp8Recipe(token_multiple=1),
+}
 
 
 class PrecisionConfig(Section):
@@ -31,6 +75,11 @@ class PrecisionConfig(Section):
     """fp16: first factor on the loss, a power of two; it halves on overflow."""
     loss_scale_growth_steps: PositiveInt = 1000
     """fp16: steps without overflow after which the factor doubles."""
+
+    @property
+    def computes_in(self) -> Dtype:
+        """``compute_dtype``, and what is known of it."""
+        return DTYPES[self.compute_dtype]
 
     @model_validator(mode="after")
     def _dtypes_fit(self) -> PrecisionConfig:

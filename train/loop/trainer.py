@@ -183,7 +183,7 @@ class Trainer(transformers.Trainer):
 
     def _weights_are_sound(self) -> torch.Tensor:
         mine = self.engine.local_weights(self)
-        largest = finite.largest_weight(self.config.precision.compute_dtype)
+        largest = self.config.precision.computes_in.largest_weight
         return finite.are_sound(mine, self.args.device, largest)
 
     def _diverged(self) -> Diverged:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from train.config.precision import FP8_RECIPES
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 MULTIPLE = 16
 """The GPU's fp8 products take dimensions that are multiples of this."""
-ADA = (8, 9)
-"""First compute capability with fp8 arithmetic."""
 
 
 def convert(model: PreTrainedModel, config: RunConfig) -> None:
@@ -118,8 +117,9 @@ def _check_device(recipe: str, device: str) -> None:
             "choose precision=bf16"
         )
     major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < ADA:
+    needed = FP8_RECIPES[recipe].compute_capability
+    if (major, minor) < divmod(round(10 * needed), 10):
         raise UserError(
-            f"precision.fp8_recipe={recipe} needs compute capability 8.9, but this rank's GPU has "
-            f"{major}.{minor}; choose precision=bf16"
+            f"precision.fp8_recipe={recipe} needs compute capability {needed}, but this rank's GPU "
+            f"has {major}.{minor}; choose precision=bf16"
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from train.config.precision import DTYPES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
 
-TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TORCH_DTYPES = {name: dtype.torch_name for name, dtype in DTYPES.items()}
 """By our names."""
 _NAMES = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 

@@ -84,15 +84,6 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss
 
 
-def largest_weight(compute_dtype: str) -> float:
-    """Return the largest magnitude that a weight may have: of use in products of that dtype. Pure.
-
-    In fp16 a copy of a larger one is infinite. In fp32 and bf16 its square is, which norms and
-    attention take: such weights are finite, and nothing that is computed with them is.
-    """
-    return torch.finfo(torch.float16).max if compute_dtype == "fp16" else 2.0**64
-
-
 def are_sound(tensors: Iterable[Tensor], device: torch.device, largest_allowed: float) -> Tensor:
     """Return on ``device`` whether every element is a number of at most that magnitude.
 

@@ -155,7 +155,7 @@ def _numerics(config: RunConfig) -> dict[str, Any]:
     }
     if recipe is not None:
         facts["fp8_layers_missed"] = 0
-    if precision.compute_dtype == "fp16":
+    if precision.computes_in.scales_losses:
         facts["loss_scale_growth_steps"] = precision.loss_scale_growth_steps
         facts["initial_loss_scale"] = precision.initial_loss_scale
     return facts

@@ -26,7 +26,7 @@ def loss_scaling(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
 
 def loss_scale_state(trainer: Training) -> dict[str, float]:
     """Return the loss scale and for how many steps it has stood; nothing where none is scaled."""
-    if trainer.config.precision.compute_dtype != "fp16":
+    if not trainer.config.precision.computes_in.scales_losses:
         return {}
     if (scaler := trainer.accelerator.scaler) is not None:
         state = scaler.state_dict()
@@ -40,7 +40,7 @@ def loss_scale_is_exhausted(trainer: Training) -> Any:
 
     To be asked before torch's scaler is updated by a step, and after DeepSpeed's is.
     """
-    if trainer.config.precision.compute_dtype != "fp16":
+    if not trainer.config.precision.computes_in.scales_losses:
         return None
     if (scaler := trainer.accelerator.scaler) is not None:
         return scaler._get_scale_async() * scaler.get_backoff_factor() <= SMALLEST_LOSS_SCALE
@@ -51,7 +51,7 @@ def loss_scale_is_exhausted(trainer: Training) -> Any:
 
 def restore_loss_scale(trainer: Training, state: dict[str, float]) -> None:
     """Let the loss scale go on from what `loss_scale_state` returned."""
-    if not state or trainer.config.precision.compute_dtype != "fp16":
+    if not (state and trainer.config.precision.computes_in.scales_losses):
         return
     stable = int(state["stable_steps"])
     if (scaler := trainer.accelerator.scaler) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from train.config import DdpStrategy
+from train.strategy.dtypes import TORCH_DTYPES
 from train.strategy.engine import Engine
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class Replicated(Engine):
 
         from train.model.weights import materialize
 
-        is_bf16 = self.config.precision.master_dtype == "bf16"
-        materialize(model, values, torch.bfloat16 if is_bf16 else torch.float32)
+        dtype = getattr(torch, TORCH_DTYPES[self.config.precision.master_dtype])
+        materialize(model, values, dtype)
         return model
 
     def serve(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
@@ -63,12 +64,12 @@ class Replicated(Engine):
         facts: dict[str, Any] = {
             "engine": "DistributedDataParallel" if strategy.kind == "ddp" else "none",
             "world_size": self.layout.replicas,
-            "parameter_dtypes": ["bfloat16" if precision.master_dtype == "bf16" else "float32"],
+            "parameter_dtypes": [TORCH_DTYPES[precision.master_dtype]],
             "autocast_dtype": precision.compute_dtype if autocast else "no",
         }
         if isinstance(strategy, DdpStrategy):
             facts["bucket_size_bytes"] = strategy.bucket_size_bytes
-            facts["reduce_dtype"] = "bfloat16" if precision.reduce_dtype == "bf16" else "float32"
+            facts["reduce_dtype"] = TORCH_DTYPES[precision.reduce_dtype]
         return facts
 
     def read_back(self, trainer: Training) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from train.config.launcher import LocalLauncher
 from train.config.model import LlamaModel, ScratchModel
+from train.config.precision import FP8_RECIPES
 from train.config.rank_layout import RankLayout, rank_layout
 from train.config.rules import fsdp, optimizers, replicated, zero
 from train.config.sections import Sections
@@ -91,10 +92,11 @@ def contradictions(config: Sections) -> Iterator[str]:
             "trainer.compile=true cannot trace; set one of them to false"
         )
 
-    if model.attention == "flash_attention_2" and config.precision.compute_dtype == "fp32":
+    if model.attention == "flash_attention_2" and config.precision.computes_in.size_bytes != 2:
         yield (
             "model.attention=flash_attention_2 computes in 16 bits only, but "
-            "precision.compute_dtype=fp32; choose precision=bf16 or model.attention=sdpa"
+            f"precision.compute_dtype={config.precision.compute_dtype}; choose precision=bf16 or "
+            "model.attention=sdpa"
         )
     yield from _fp8_contradictions(config)
 
@@ -207,15 +209,16 @@ def _fp8_contradictions(config: Sections) -> Iterator[str]:
             "model.kind=gpt2 have none (they are transformers' Conv1D); choose precision=bf16 or "
             "a llama model"
         )
-    # The gradient of a weight is a product over tokens.
     batch, length = config.trainer.micro_batch_size, config.data.sequence_length
     if batch == "auto" or length == "auto":
         return
     tokens = batch * length
-    if tokens % 16 and recipe != "rowwise_with_gw_hp":
+    multiple = FP8_RECIPES[recipe].token_multiple
+    if tokens % multiple:
+        any_number = [name for name, facts in FP8_RECIPES.items() if facts.token_multiple == 1]
         yield (
-            f"precision.fp8_recipe={recipe} needs a multiple of 16 tokens in a micro-batch, but "
-            f"trainer.micro_batch_size={config.trainer.micro_batch_size} x "
+            f"precision.fp8_recipe={recipe} needs a multiple of {multiple} tokens in a "
+            f"micro-batch, but trainer.micro_batch_size={config.trainer.micro_batch_size} x "
             f"data.sequence_length={config.data.sequence_length} = {tokens}; change one of them, "
-            "or set precision.fp8_recipe=rowwise_with_gw_hp"
+            f"or set precision.fp8_recipe={' or '.join(any_number)}"
         )

@@ -98,7 +98,7 @@ def _used_bytes(directory: Path) -> int:
 def _bytes_per_element(config: RunConfig) -> int:
     strategy = config.strategy
     assert isinstance(strategy, ZeroStrategy)
-    parameter = 4 if config.precision.compute_dtype == "fp32" else 2
+    parameter = config.precision.computes_in.size_bytes
     # The master, two moments at most, and the gradient, all in fp32.
     return parameter * (strategy.offload_parameters == "nvme") + 16 * (
         strategy.offload_optimizer == "nvme"
