@@ -205,7 +205,10 @@ def _missing_packages(config: RunConfig) -> list[str]:
             "torchao",
             config.precision.fp8_recipe is not None,
         ),
-        f"strategy.kind={config.strategy.kind}": ("deepspeed", config.strategy.kind == "zero"),
+        f"strategy.kind={config.strategy.kind}": (
+            config.strategy.package or "",
+            config.strategy.package is not None,
+        ),
         f"trainer.optimizer={optimizer}": (package or "", package is not None),
     }
     return [

@@ -92,29 +92,16 @@ def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
     master = DTYPES[precision.master_dtype].size_bytes * count
     compute = precision.computes_in.size_bytes * count
     shards = rank_layout(strategy, config.launcher.world_size).shards
-    has_copy = strategy.kind == "zero" and compute != master
+    has_copy = strategy.computes_with_copies and compute != master
     parts = Parts(
         weights=compute if has_copy else master,
         master_weights=master if has_copy else 0,
         gradients=min(compute, master),
         moments=_moments(config.trainer, DTYPES[precision.moments_dtype].size_bytes) * count,
     )
-    if strategy.kind == "fsdp":
-        parts = Parts(*(getattr(parts, field.name) / shards for field in fields(Parts)))
-        return (Parts(), parts) if strategy.offload else (parts, Parts())
-    if strategy.kind != "zero":
-        return parts, Parts()
-    by_stage = {"weights": 3, "master_weights": 1, "gradients": 2, "moments": 1}
-    wait_where = {
-        "weights": strategy.offload_parameters,
-        "master_weights": strategy.offload_optimizer,
-        "gradients": strategy.offload_optimizer,
-        "moments": strategy.offload_optimizer,
-    }
     held: dict[str, dict[str, float]] = {"none": {}, "cpu": {}, "nvme": {}}
-    for name, first_stage in by_stage.items():
-        share = shards if strategy.stage >= first_stage else 1
-        held[wait_where[name]][name] = getattr(parts, name) / share
+    for name, (is_divided, where) in strategy.placement.items():
+        held[where][name] = getattr(parts, name) / (shards if is_divided else 1)
     return Parts(**held["none"]), Parts(**held["cpu"])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from typing import Literal
 
-from train.config.strategy import FsdpStrategy, StrategyConfig, ZeroStrategy
+from train.config.strategy import StrategyConfig
 from train.errors import UserError
 
 Dimension = Literal["replicas", "shards", "sequence", "tensor"]
@@ -104,8 +104,7 @@ def rank_layout(
 ) -> RankLayout:
     """Return how a strategy lays out its ranks. Pure.
 
-    ZeRO's second copy of the parameters within some of the ranks that shard is no replica: what is
-    updated exists once. Raises UserError where the sizes do not divide the ranks.
+    Raises UserError where the sizes do not divide the ranks.
     """
     within = sequence * tensor
     if world_size % within:
@@ -114,19 +113,5 @@ def rank_layout(
             f"the {world_size} rank(s); choose divisors"
         )
     count = world_size // within
-    if strategy.kind == "single" and count != 1:
-        raise UserError(
-            f"strategy=single runs one rank, but launcher.nproc_per_node={world_size}; "
-            "choose strategy=ddp or launcher.nproc_per_node=1"
-        )
-    shards = 1
-    if isinstance(strategy, FsdpStrategy):
-        if count % strategy.replicas:
-            raise UserError(
-                f"strategy.replicas={strategy.replicas} does not divide the {count} rank(s) into "
-                "equal shards; choose a divisor"
-            )
-        shards = count // strategy.replicas
-    elif isinstance(strategy, ZeroStrategy) and strategy.stage > 0:
-        shards = count
+    shards = strategy.shards(count)
     return RankLayout(count // shards, shards, sequence, tensor)

@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from train.config.section import NonNegativeInt, PositiveInt, Section
+from train.errors import UserError
+
+
+class Placed(NamedTuple):
+    """Where a part of the model state lies."""
+
+    is_divided: bool = False
+    """Whether each rank of a replica holds a shard of it, or all of it."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where it waits for its use; none is on the device."""
+
+
+PARTS = ("weights", "master_weights", "gradients", "moments")
+"""Of the model state."""
 
 
 class _Strategy(Section):
+    """What a section says of its engine, for whoever asks no engine: rules, estimates and texts."""
+
+    @property
+    def description(self) -> str:
+        """What it is, for the model card."""
+        raise NotImplementedError
+
+    @property
+    def package(self) -> str | None:
+        """What has to be installed for it besides."""
+        return None
+
+    def shards(self, ranks: int) -> int:
+        """Return into how many parts so many ranks divide the model state of a replica. Pure.
+
+        Raises UserError where they cannot.
+        """
+        return 1
+
+    @property
+    def placement(self) -> dict[str, Placed]:
+        """Where each of PARTS lies."""
+        return {part: Placed() for part in PARTS}
+
+    @property
+    def computes_with_copies(self) -> bool:
+        """Whether weights of another dtype than the masters' are kept beside these."""
+        return False
+
     @property
     def uses_nvme(self) -> bool:
         """Whether anything is offloaded to a disk."""
@@ -26,6 +69,18 @@ class SingleStrategy(_Strategy):
 
     kind: Literal["single"]
 
+    @property
+    def description(self) -> str:
+        return "one process"
+
+    def shards(self, ranks: int) -> int:
+        if ranks != 1:
+            raise UserError(
+                f"strategy=single runs one rank, but launcher.nproc_per_node={ranks}; "
+                "choose strategy=ddp or launcher.nproc_per_node=1"
+            )
+        return 1
+
 
 class DdpStrategy(_Strategy):
     """Each rank holds everything; gradients are all-reduced."""
@@ -33,6 +88,10 @@ class DdpStrategy(_Strategy):
     kind: Literal["ddp"]
     bucket_size_bytes: PositiveInt = 25 * 2**20
     """Gradients are all-reduced in buckets of about this many bytes."""
+
+    @property
+    def description(self) -> str:
+        return "DDP"
 
 
 class AsyncIo(Section):
@@ -114,6 +173,33 @@ class ZeroStrategy(_Strategy):
     """DeepSpeed keys that have no field of their own, as in its JSON; unknown ones are refused."""
 
     @property
+    def description(self) -> str:
+        offloads = (self.offload_optimizer, self.offload_parameters) != ("none", "none")
+        return f"DeepSpeed ZeRO stage {self.stage}" + (", offloaded" if offloads else "")
+
+    @property
+    def package(self) -> str | None:
+        return "deepspeed"
+
+    def shards(self, ranks: int) -> int:
+        # A second copy of the parameters within some of the ranks that shard is no replica: what is
+        # updated exists once.
+        return ranks if self.stage > 0 else 1
+
+    @property
+    def placement(self) -> dict[str, Placed]:
+        return {
+            "weights": Placed(self.stage == 3, self.offload_parameters),
+            "master_weights": Placed(self.stage >= 1, self.offload_optimizer),
+            "gradients": Placed(self.stage >= 2, self.offload_optimizer),
+            "moments": Placed(self.stage >= 1, self.offload_optimizer),
+        }
+
+    @property
+    def computes_with_copies(self) -> bool:
+        return True
+
+    @property
     def uses_nvme(self) -> bool:
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
 
@@ -144,6 +230,22 @@ class FsdpStrategy(_Strategy):
     """Reduce after each micro-batch and keep gradients sharded; false: once a step, kept whole."""
     prefetch_units: NonNegativeInt = 1
     """Units gathered ahead of their use, forward and backward."""
+
+    @property
+    def description(self) -> str:
+        return "FSDP2" + (", offloaded" if self.offload else "")
+
+    def shards(self, ranks: int) -> int:
+        if ranks % self.replicas:
+            raise UserError(
+                f"strategy.replicas={self.replicas} does not divide the {ranks} rank(s) into "
+                "equal shards; choose a divisor"
+            )
+        return ranks // self.replicas
+
+    @property
+    def placement(self) -> dict[str, Placed]:
+        return {part: Placed(True, "cpu" if self.offload else "none") for part in PARTS}
 
 
 StrategyConfig = Annotated[

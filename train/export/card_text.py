@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.config import OPTIMIZERS, RunConfig, StrategyConfig
+from train.config import OPTIMIZERS, RunConfig
 from train.config.positions import longest_sample
 from train.data.sources.registry import source_of
 from train.data.sources.source import code
@@ -312,7 +312,7 @@ def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
         f"{precision.master_dtype} master weights and moments",
     )
     ranks = facts.world_size or facts.provenance.get("world_size")
-    yield "Strategy", _strategy(run.strategy) + (f" on {ranks} rank(s)" if ranks else "")
+    yield "Strategy", run.strategy.description + (f" on {ranks} rank(s)" if ranks else "")
     yield "Seed", str(run.seed)
     yield "Resumed", f"{facts.resumes} time(s)" if facts.resumes else None
     yield "Time", _times(facts)
@@ -324,15 +324,6 @@ def _optimizer(run: RunConfig) -> str:
         return trainer.optimizer
     betas = f"betas {trainer.adam_beta1:g} and {trainer.adam_beta2:g}"
     return f"{trainer.optimizer}, {betas}, epsilon {trainer.adam_epsilon:g}"
-
-
-def _strategy(strategy: StrategyConfig) -> str:
-    if strategy.kind == "zero":
-        offloaded = strategy.offload_optimizer != "none" or strategy.offload_parameters != "none"
-        return f"DeepSpeed ZeRO stage {strategy.stage}" + (", offloaded" if offloaded else "")
-    if strategy.kind == "fsdp":
-        return "FSDP2" + (", offloaded" if strategy.offload else "")
-    return "DDP" if strategy.kind == "ddp" else "one process"
 
 
 def _times(facts: Facts) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 
-from train.config import FsdpStrategy, RunConfig, ZeroStrategy
+from train.config import RunConfig
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 ROOM_OF_A_RUN = (
@@ -96,18 +96,13 @@ def smaller(config: RunConfig, *, on_gpu: bool) -> list[str]:
         found.append("trainer.offload_activations=true")
     if config.precision.compute_dtype == "fp32" and on_gpu:
         found.append("precision=bf16")
-    shards = isinstance(strategy, FsdpStrategy) or (
-        isinstance(strategy, ZeroStrategy) and strategy.stage == 3
-    )
-    if not shards and ranks > 1:
+    placement = strategy.placement
+    if not placement["weights"].is_divided and ranks > 1:
         found.append("strategy=fsdp or zero3, which divide the model among ranks")
     elif ranks > 1:
         found.append("more ranks on other nodes")
     if on_gpu:
-        offloads = getattr(strategy, "offload", False) or (
-            getattr(strategy, "offload_optimizer", "none") != "none"
-        )
-        if not offloads:
+        if placement["moments"].offload == "none":
             found.append("strategy=zero2_offload, which keeps the optimizer in host memory")
     elif config.launcher.device == "cuda" and (
         getattr(strategy, "offload", False) or getattr(strategy, "offload_optimizer", "") == "cpu"
