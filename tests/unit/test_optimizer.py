@@ -199,7 +199,9 @@ def test_adamw_8bit_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"adamw"}))
-def test_an_optimizer_is_known_by_name_in_its_registries_and_its_module_alone(name: str) -> None:
+def test_an_optimizer_is_known_by_name_in_its_registries_and_its_module_alone(
+    name: OptimizerName,
+) -> None:
     found = {
         str(path.relative_to(ROOT))
         for package in ("train", "launchers")
