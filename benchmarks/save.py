@@ -31,6 +31,7 @@ from launchers.ranks.command import rank_command
 from launchers.ranks.environment import rank_environment
 from train.config import RunConfig, from_tree
 from train.errors import BAD_INPUT, FAILED, UserError
+from train.run_directory.names import LOGS
 
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
 OBJECTIVES = {"kantaibert": "mlm", "roberta_tiny": "mlm", "gpt2_small": "clm", "gpt2_tiny": "clm"}
@@ -97,7 +98,7 @@ def measure(plan: Plan, config: RunConfig, run_dir: Path) -> Figures:
     argv = rank_command(
         config, run_dir, module="benchmarks.timed_saves", arguments=[str(n) for n in numbers]
     )
-    log = run_dir / "logs" / "benchmark.log"
+    log = run_dir / LOGS / "benchmark.log"
     with log.open("w") as output:
         ended = subprocess.run(argv, env=environment, stdout=output, stderr=subprocess.STDOUT)
     if ended.returncode != 0:

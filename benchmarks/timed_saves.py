@@ -21,6 +21,7 @@ from train.checkpoint.format import layout
 from train.loop.trainer import Trainer
 from train.process.rank import Rank, rank_from_environment
 from train.run import assemble
+from train.run_directory.names import CHECKPOINTS
 from train.strategy.group import join
 
 WAYS = ("none", "sync", "async")
@@ -66,7 +67,7 @@ def measure(run_dir: Path, rank: Rank, warmup_steps: int, rounds: int, steps: in
     stretches = Stretches(trainer, warmup_steps, rounds, steps)
     trainer.add_callback(stretches)
     trainer.train()
-    ((_, newest), *_) = reversed(layout.whole_checkpoints(run_dir / "checkpoints"))
+    ((_, newest), *_) = reversed(layout.whole_checkpoints(run_dir / CHECKPOINTS))
     on_gpu = trainer.args.device.type == "cuda"
     figures = {
         "seconds": stretches.seconds,

@@ -33,6 +33,7 @@ from launchers.ranks.environment import rank_environment
 from train.config import RunConfig, from_tree
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.program import package_environment
+from train.run_directory.names import LOGS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -135,7 +136,7 @@ def measure(plan: Plan, config: RunConfig, run_dir: Path, variant: str) -> Figur
     side = STOCK if variant == STOCK else "ours"
     argv = [sys.executable, "-m", "benchmarks.timed_run", side, str(run_dir)]
     argv.append(str(plan.warmup_steps))
-    log = run_dir / "logs" / "benchmark.log"
+    log = run_dir / LOGS / "benchmark.log"
     with log.open("w") as output:
         ended = subprocess.run(argv, env=environment, stdout=output, stderr=subprocess.STDOUT)
     if ended.returncode != 0:

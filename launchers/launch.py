@@ -20,11 +20,13 @@ from launchers.ranks.environment import rank_environment
 from launchers.ranks.files import launcher_files
 from train.config import RunConfig
 from train.console import progress, terminal
+from train.durable import write_text
 from train.errors import BAD_INPUT, FAILED, RESUMABLE
 from train.process import signals
 from train.program import package_environment
 from train.run_directory import owner, stop_note, stopped_preparing
 from train.run_directory.failures import rank_failures
+from train.run_directory.names import LOGS, RUN_LOG, TORCHRUN_LOG, torchrun_log
 from train.run_directory.owner import Claim
 
 
@@ -76,7 +78,7 @@ def claimed(run_dir: Path) -> contextlib.AbstractContextManager[Claim]:
 
 def run_log(run_dir: Path) -> Path:
     """Return where what the terminal of a run shows is kept."""
-    return run_dir / "logs" / terminal.RUN_LOG
+    return run_dir / LOGS / RUN_LOG
 
 
 def prepare(config: RunConfig, claim: Claim | None) -> int:
@@ -116,10 +118,10 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
     run_dir = Path(str(config.run_dir))
     # Launchers write their own pages about a failed rank to stderr, the ranks the terminal's lines
     # to stdout.
-    log = report.TORCHRUN_LOG
+    log = TORCHRUN_LOG
     if node_rank != 0:  # the nodes share the directory, and all that join may have one rank
-        log = f"torchrun-{socket.gethostname()}.log"
-    quiet = run_dir / "logs" / log if config.launcher.kind != "local" else None
+        log = torchrun_log(socket.gethostname())
+    quiet = run_dir / LOGS / log if config.launcher.kind != "local" else None
     try:
         argv, environment = _made_ready(config, here, claim, node_rank)
     except KeyboardInterrupt:
@@ -162,7 +164,7 @@ def _made_ready(
         progress.BEGAN: str(time.time()),
     }
     for name, text in launcher_files(config, environment, here).items():
-        (run_dir / name).write_text(text, encoding="utf-8")
+        write_text(run_dir / name, text)
     if claim is not None:
         stop_note.forget(run_dir)
         claim.hand_on()

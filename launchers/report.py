@@ -21,12 +21,21 @@ from train.config import RunConfig, accumulation_steps, rank_layout
 from train.config.tracking import WandbTracking, wandb_unused
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
 from train.process import exhausted, inherited, signals
-from train.run_directory import final, stop_note
+from train.run_directory import stop_note
 from train.run_directory.failures import RankFailure
+from train.run_directory.names import (
+    CHECKPOINTS,
+    DATA_JSON,
+    FINAL,
+    LOGS,
+    METRICS,
+    TOKENIZER_FOLDER,
+    TORCHRUN_LOG,
+    rank_log,
+)
 from train.run_directory.stop_note import Stopped
 
 TRACEBACK_LINES = 8
-TORCHRUN_LOG = "torchrun.log"
 
 
 def error_text(message: str) -> str:
@@ -137,12 +146,12 @@ def other_nodes(config: RunConfig) -> str:
 def finish(run_dir: Path) -> str:
     """Return where everything of a successful run lies."""
     what = {
-        "model": run_dir / final.FINAL,
-        "metrics": run_dir / "metrics.jsonl",
-        "logs": run_dir / "logs",
-        "checkpoints": run_dir / "checkpoints",
+        "model": run_dir / FINAL,
+        "metrics": run_dir / METRICS,
+        "logs": run_dir / LOGS,
+        "checkpoints": run_dir / CHECKPOINTS,
     }
-    rows = _last_losses(run_dir / "metrics.jsonl")
+    rows = _last_losses(run_dir / METRICS)
     rows |= {name: str(path) for name, path in what.items() if path.exists()}
     rows["try it"] = f"{program.command('sample', str(run_dir))} --prompt '...'"
     return "\ndone\n" + "\n".join(f"  {name:<12}{text}" for name, text in rows.items())
@@ -189,9 +198,9 @@ def stopped_early(run_dir: Path, stopped_by: int | None) -> str:
     else:
         by = where.reason if where is not None else "a signal"
     kept = "nothing of them is kept yet, and a resume prepares them from the beginning"
-    if (run_dir / "data.json").is_file():
+    if (run_dir / DATA_JSON).is_file():
         kept = "they are whole, and a resume starts the ranks"
-    elif (run_dir / "tokenizer").is_dir():
+    elif (run_dir / TOKENIZER_FOLDER).is_dir():
         kept = "the tokenizer is kept, and a resume packs the tokens from the beginning"
     return f"\nstopped by {by} while the data were being prepared: {kept}; {_go_on(run_dir)}"
 
@@ -245,7 +254,7 @@ def failure(
     ``launcher_log`` is the file in logs/ that this node's launcher wrote to.
     """
     code = exit_code(child_code, failures, stopped_by)
-    logs = run_dir / "logs"
+    logs = run_dir / LOGS
     if code == RESUMABLE:
         return f"the ranks have stopped; {_go_on(run_dir)}"
     if stopped_by is not None and code != BAD_INPUT:
@@ -266,7 +275,7 @@ def failure(
     ]
     if failures and not killed:
         first = failures[0]
-        log = logs / f"rank-{first.rank}.log"
+        log = logs / rank_log(first.rank)
         if first.kind == "UserError":
             return f"{error_text(first.message)}\n  rank {first.rank} on {first.host}, log: {log}"
         if first.kind == Diverged.__name__:
@@ -302,7 +311,7 @@ def _ends_in(torchrun_log: str) -> list[tuple[int, int]]:
 
 def _left_by(run_dir: Path) -> str:
     """Return what there is to resume from, and how."""
-    whole = layout.whole_checkpoints(run_dir / "checkpoints")
+    whole = layout.whole_checkpoints(run_dir / CHECKPOINTS)
     newest = whole[-1][1].name if whole else "none, so that a resume begins the run again"
     return (
         f"  newest checkpoint: {newest}\n"

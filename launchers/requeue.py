@@ -12,6 +12,7 @@ from train.checkpoint.format import layout
 from train.console import terminal
 from train.process.arguments import path as path_of
 from train.run_directory import history
+from train.run_directory.names import CHECKPOINTS
 
 LIMIT = 100
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the reason and return 0 where the job is to start again, which is noted, or else 1."""
     terminal.outlive()
     options = parser().parse_args(argv)
-    whole = layout.whole_checkpoints(options.run_dir / "checkpoints")
+    whole = layout.whole_checkpoints(options.run_dir / CHECKPOINTS)
     newest_step = whole[-1][0] if whole else 0
     yes, reason = should_requeue(
         history.read(options.run_dir),

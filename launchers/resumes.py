@@ -13,11 +13,20 @@ from train.checkpoint.format import layout
 from train.checkpoint.listing import Listing
 from train.config import RunConfig, why_too_short
 from train.data.prepare import noted_samples_wanted, noted_too_small
+from train.durable import write_text
 from train.errors import UserError
 from train.run_directory import history, stop_note
+from train.run_directory.names import (
+    CHECKPOINTS,
+    ENGINE_JSON,
+    FAILURES,
+    LOGS,
+    PROVENANCE,
+    RESUMES,
+    TORCHRUN_LOGS,
+)
 
 TAKEN_BACK = "nothing was trained: the run is what it was before this resume"
-ENGINE = "engine.json"
 """Written once the ranks have built what was asked for, just before the first step."""
 
 
@@ -26,7 +35,7 @@ def check(run_dir: Path, config: RunConfig) -> Path | None:
 
     Raises UserError where they would refuse it, as far as its manifest and the run's notes tell.
     """
-    directory = run_dir / "checkpoints"
+    directory = run_dir / CHECKPOINTS
     whole = layout.whole_checkpoints(directory)
     if problem := noted_too_small(config, run_dir):
         raise UserError(problem)
@@ -58,16 +67,14 @@ def write(
 
     Notes of how the start before has failed or stopped are put aside in logs/.
     """
-    folder = run_dir / run_config.RESUMES
+    folder = run_dir / RESUMES
     folder.mkdir(exist_ok=True)
     number = 1 + (newest_number(run_dir) or 0)
     path = folder / f"{number}.yaml"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(run_config.to_yaml(config), encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, run_config.to_yaml(config))
     entry = {
         "time": time.time(),
-        "config": f"{run_config.RESUMES}/{path.name}",
+        "config": f"{RESUMES}/{path.name}",
         "overrides": list(overrides),
         "checkpoint": checkpoint.name if checkpoint else None,
         "world_size": config.launcher.world_size,
@@ -79,7 +86,7 @@ def write(
 
 def newest_number(run_dir: Path) -> int | None:
     """Return the number of a run's last resume, or None where there was none."""
-    numbers = (p.stem for p in (run_dir / run_config.RESUMES).glob("*.yaml"))
+    numbers = (p.stem for p in (run_dir / RESUMES).glob("*.yaml"))
     return max((int(number) for number in numbers if number.isdecimal()), default=None)
 
 
@@ -91,7 +98,7 @@ def take_back_unstarted(run_dir: Path) -> bool:
     number = newest_number(run_dir)
     if number is None:
         return False
-    if _is_since(run_dir / ENGINE, run_dir / run_config.RESUMES / f"{number}.yaml"):
+    if _is_since(run_dir / ENGINE_JSON, run_dir / RESUMES / f"{number}.yaml"):
         return False
     take_back(run_dir, number)
     return True
@@ -99,10 +106,10 @@ def take_back_unstarted(run_dir: Path) -> bool:
 
 def take_back(run_dir: Path, number: int) -> None:
     """Undo `write`: the run is what it was before; notes of how this start failed are put aside."""
-    folder = run_dir / run_config.RESUMES
-    name = f"{run_config.RESUMES}/{number}.yaml"
+    folder = run_dir / RESUMES
+    name = f"{RESUMES}/{number}.yaml"
     history.cut(run_dir, lambda entry: entry.get("config") == name)
-    refused = run_dir / "logs" / f"refused-resume-{number}"
+    refused = run_dir / LOGS / f"refused-resume-{number}"
     attempt = 1
     while refused.exists():
         attempt += 1
@@ -112,10 +119,10 @@ def take_back(run_dir: Path, number: int) -> None:
     if aside.is_dir():
         for path in aside.iterdir():
             os.rename(
-                path, (run_dir if path.name == stop_note.NOTE else run_dir / "logs") / path.name
+                path, (run_dir if path.name == stop_note.NOTE else run_dir / LOGS) / path.name
             )
         aside.rmdir()
-    first = run_dir / history.PROVENANCE
+    first = run_dir / PROVENANCE
     if _is_since(first, folder / f"{number}.yaml"):
         first.unlink()
     # The config last: with it, a resume that is cut short here is still the newest.
@@ -136,13 +143,13 @@ def _is_since(path: Path, other: Path) -> bool:
 
 def _notes(run_dir: Path) -> list[Path]:
     """Return what a start has left to say how it ended."""
-    logs, stopped = run_dir / "logs", run_dir / stop_note.NOTE
-    failed = [*logs.glob("rank-*.error.json"), *logs.glob("torchrun*.log")]
+    logs, stopped = run_dir / LOGS, run_dir / stop_note.NOTE
+    failed = [*logs.glob(FAILURES), *logs.glob(TORCHRUN_LOGS)]
     return [*failed, *([stopped] if stopped.exists() else [])]
 
 
 def _aside(run_dir: Path, number: int) -> Path:
-    return run_dir / "logs" / f"before-resume-{number}"
+    return run_dir / LOGS / f"before-resume-{number}"
 
 
 def _move(paths: Sequence[Path], folder: Path) -> None:

@@ -19,6 +19,7 @@ from train.errors import Diverged
 from train.run_directory import final, owner, stop_note
 from train.run_directory.failures import RankFailure, rank_failures
 from train.run_directory.metrics import tail
+from train.run_directory.names import CHECKPOINTS, METRICS, RUN_CONFIG
 from train.run_directory.owner import Owner
 from train.units import duration
 
@@ -48,7 +49,7 @@ class Status:
 
 def runs_in(directory: Path) -> list[Path]:
     """Return a run's directory itself, or those of a sweep's runs. Raises UserError where none."""
-    if (directory / "config.yaml").is_file():
+    if (directory / RUN_CONFIG).is_file():
         return [directory]
     if found := _below(directory, "*"):
         return found
@@ -67,7 +68,7 @@ def everywhere(here: Path, queued: Mapping[str, Path]) -> list[Path]:
 
 def _below(directory: Path, pattern: str) -> list[Path]:
     parents = sorted(directory.glob(pattern), key=lambda p: (p.parent, _number(p.name), p.name))
-    return [path for path in parents if (path / "config.yaml").is_file()]
+    return [path for path in parents if (path / RUN_CONFIG).is_file()]
 
 
 def _number(name: str) -> int:
@@ -91,7 +92,7 @@ def of(run_dir: Path) -> Status:
         owned=owner.look(run_dir),
         silent_seconds=time.time() - last["time"] if "time" in last else None,
     )
-    whole = layout.whole_checkpoints(run_dir / "checkpoints")
+    whole = layout.whole_checkpoints(run_dir / CHECKPOINTS)
     return Status(
         run_dir,
         state,
@@ -176,7 +177,7 @@ def is_done(run_dir: Path, config: RunConfig) -> bool:
         return False
     total, saved = (
         known_steps(run_dir, config, logged(run_dir)),
-        layout.named(run_dir / "checkpoints"),
+        layout.named(run_dir / CHECKPOINTS),
     )
     may_end_early = config.trainer.early_stopping_patience is not None
     return may_end_early or total is None or not saved or saved[-1][0] >= total
@@ -186,7 +187,7 @@ def logged(run_dir: Path) -> dict[str, Any]:
     """Return each value of a run's metrics as it was logged last."""
     last: dict[str, Any] = {}
     # A line of an evaluation has no loss, and the last has none of the speed.
-    for line in tail(run_dir / "metrics.jsonl"):
+    for line in tail(run_dir / METRICS):
         last |= line
     return last
 
@@ -220,5 +221,5 @@ def left_seconds(last: Mapping[str, Any], total: int | None, batch_size: int) ->
 
 def is_heard_of(run_dir: Path) -> bool:
     """Return whether a run has logged something of late."""
-    lines = tail(run_dir / "metrics.jsonl")
+    lines = tail(run_dir / METRICS)
     return bool(lines) and time.time() - lines[-1]["time"] < SILENT_SECONDS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,28 @@ def publish(temporary: Path, final: Path) -> None:
     """Give what is whole and flushed its name, by one rename in one directory."""
     os.rename(temporary, final)
     flush(final.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, in UTF-8, whole or not at all: who reads it sees the old or the new.
+
+    Both the text and the name are on the disk when this returns. Its permissions are those that any
+    new file gets, whatever an older one had. Several processes may write the same file at once: the
+    last one's stays. Raises OSError, which names ``path`` and not the temporary file beside it.
+    """
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def temporary_of(final: Path) -> Path:

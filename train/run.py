@@ -48,6 +48,7 @@ from train.process.provenance import write_provenance
 from train.process.rank import Rank
 from train.run_directory import final, history
 from train.run_directory import metrics as run_directory_metrics
+from train.run_directory.names import TOKENIZER_FOLDER
 from train.sampling import sample
 from train.strategy import engine_of
 
@@ -90,7 +91,7 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
     trainer.engine.clean_up()
     if rank.index == 0:
         final.forget_earlier(trainer.run_dir)
-        tokenizer.sweep(trainer.run_dir / "tokenizer")
+        tokenizer.sweep(trainer.run_dir / TOKENIZER_FOLDER)
     if rank.index == 0 and trainer.config.objective.prompts and not signals.asked():
         with progress.phase("continuing the prompts", comes_again=True):
             completions = sample.sample(

@@ -37,9 +37,11 @@ from train.config.tracking import (
     wandb_name,
     wandb_project,
 )
+from train.durable import write_text
 from train.errors import FAILED
 from train.process import signals
 from train.process.arguments import decoded
+from train.run_directory.names import METRICS, TENSORBOARD_FOLDER, WANDB_FOLDER
 
 POLL_SECONDS = 0.5
 INIT_SECONDS = 60.0
@@ -84,7 +86,7 @@ class Tensorboard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event = event_pb2.Event
-        directory = run_dir / "tensorboard"
+        directory = run_dir / TENSORBOARD_FOLDER
         directory.mkdir(exist_ok=True)
         self._earlier = sorted(directory.glob(f"events.out.tfevents.*{SUFFIX}"))
         unique = f"{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
@@ -203,16 +205,14 @@ class Wandb:
 
 def _run_id(run_dir: Path) -> str:
     """Return the run's id, which its first start chooses; WANDB_RUN_ID counts then."""
-    path = run_dir / "wandb" / RUN_ID
+    path = run_dir / WANDB_FOLDER / RUN_ID
     try:
         return path.read_text().strip()
     except FileNotFoundError:
         pass
     path.parent.mkdir(exist_ok=True)
     found = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(f"{found}\n")
-    os.replace(temporary, path)
+    write_text(path, f"{found}\n")
     return found
 
 
@@ -391,7 +391,7 @@ def main(argv: list[str]) -> int:
 def _track(
     opener: Callable[[], Target], run_dir: Path, what: str, say: Say, options: argparse.Namespace
 ) -> int:
-    handover = Handover(opener, Tail(run_dir / "metrics.jsonl"), say, what)
+    handover = Handover(opener, Tail(run_dir / METRICS), say, what)
     said = b"done\n" if options.once else b""
     is_open = not options.once
     handover.go_on()

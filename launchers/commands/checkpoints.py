@@ -18,6 +18,7 @@ from train.config import CheckpointConfig
 from train.console import progress
 from train.errors import FAILED, UserError
 from train.process.arguments import path as path_of
+from train.run_directory.names import CHECKPOINTS, RUN_CONFIG
 from train.units import duration, size
 
 
@@ -100,10 +101,10 @@ def _asked_for(asked: Path) -> tuple[Path, list[tuple[int, Path]], CheckpointCon
     step = layout.step_of(directory)
     if step is not None:
         return directory.parent, [(step, directory)], None
-    if directory.name == "checkpoints" and not (directory / "config.yaml").exists():
+    if directory.name == CHECKPOINTS and not (directory / RUN_CONFIG).exists():
         directory = directory.parent
     rule = run_config.load(directory).checkpoint
-    return directory / "checkpoints", layout.named(directory / "checkpoints"), rule
+    return directory / CHECKPOINTS, layout.named(directory / CHECKPOINTS), rule
 
 
 def _read(step: int, path: Path) -> Row | None:

@@ -27,9 +27,11 @@ from launchers.ranks.files import launcher_files
 from launchers.slurm import script, submit
 from train.config import RunConfig, from_tree
 from train.console import progress
+from train.durable import write_text
 from train.errors import FAILED, UserError
 from train.paths import absolute
 from train.run_directory.failures import rank_failures
+from train.run_directory.names import LOGS, TORCHRUN_LOG
 
 SLOW_SHARE = 0.85
 """A node below this share of the median holds up all others noticeably."""
@@ -110,11 +112,11 @@ def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
         )
         environment = rank_environment(config, here, os.environ)
         for name, content in launcher_files(config, environment, here).items():
-            (directory / name).write_text(content, encoding="utf-8")
+            write_text(directory / name, content)
     ended = child.run(
         argv,
         environment,
-        stderr_file=directory / "logs" / report.TORCHRUN_LOG,
+        stderr_file=directory / LOGS / TORCHRUN_LOG,
         grace_seconds=0.0,  # there is nothing to save
     )
     if ended.code != 0 and ended.stopped_by is not None:

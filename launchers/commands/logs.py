@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launchers import runs
-from train.console.terminal import RUN_LOG
 from train.errors import UserError
 from train.paths import absolute
+from train.run_directory.names import ALL_LOGS, JOB_LOGS, LOGS, RUN_LOG, rank_log
 
 POLL_SECONDS = 0.5
 
@@ -40,13 +40,13 @@ def log_of(run_dir: Path, rank: int | None) -> Path | None:
 
     That is rank 0's log where an earlier version has kept nothing else; None where there is none.
     """
-    logs = run_dir / "logs"
+    logs = run_dir / LOGS
     if rank is None:
         # A job resumed here, or a run of here by a job, has both.
-        shown = [path for path in (logs / RUN_LOG, *logs.glob("job-*.log")) if path.exists()]
+        shown = [path for path in (logs / RUN_LOG, *logs.glob(JOB_LOGS)) if path.exists()]
         if shown:
             return max(shown, key=lambda path: path.stat().st_mtime)
-    path = logs / f"rank-{rank or 0}.log"
+    path = logs / rank_log(rank or 0)
     return path if path.exists() else None
 
 
@@ -76,8 +76,8 @@ def _existing(run_dir: Path, rank: int | None) -> Path:
     path = log_of(run_dir, rank)
     if path is not None:
         return path
-    there = sorted(p.name for p in (run_dir / "logs").glob("*.log"))
-    what = f"no logs/rank-{rank}.log" if rank is not None else "no log yet"
+    there = sorted(p.name for p in (run_dir / LOGS).glob(ALL_LOGS))
+    what = f"no {LOGS}/{rank_log(rank)}" if rank is not None else "no log yet"
     hint = f"there are {', '.join(there)}" if there else "--follow waits for it"
     raise UserError(f"{run_dir} has {what}; {hint}")
 

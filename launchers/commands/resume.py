@@ -38,6 +38,7 @@ from train.data.prepare import noted_samples_wanted
 from train.errors import BAD_INPUT, UserError
 from train.paths import absolute
 from train.process.arguments import path as path_of
+from train.run_directory.names import CHECKPOINTS, DATA_JSON
 
 FALLING = ("linear", "cosine", "warmup_stable_decay")
 """Schedules that end at 0 with the run, and so reach further in a longer one."""
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     terminal.outlive()
     with launch.claimed(run_dir) as claim:
         # As the ranks do: it may bring back a checkpoint.
-        retention.sweep(run_dir / "checkpoints")
+        retention.sweep(run_dir / CHECKPOINTS)
         newest = resumes.check(run_dir, config)
         start = _start(before, config, newest)
         number = resumes.write(run_dir, config, options.overrides, newest)
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
                 print(report.ignored(os.environ, report.terminal_width()), end="", flush=True)
                 print(report.other_nodes(config), end="", flush=True)
                 code = 0
-                if not (run_dir / "data.json").exists():  # stopped while they were being prepared
+                if not (run_dir / DATA_JSON).exists():  # stopped while they were being prepared
                     code = launch.prepare(config, claim)
                 code = code or launch.run_ranks(config, here, claim)
                 if code == BAD_INPUT and resumes.take_back_unstarted(run_dir):

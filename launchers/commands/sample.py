@@ -15,8 +15,10 @@ from pathlib import Path
 from launchers.ranks import child
 from launchers.ranks.command import rank_command
 from launchers.ranks.environment import rank_environment
+from train.durable import write_text
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.program import package_environment
+from train.run_directory.names import LOGS, RUN_CONFIG, TORCHRUN_LOG
 from train.sampling import sample
 
 
@@ -58,12 +60,12 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         config = machine.resolve(from_tree(plain(job.tree)), here, str(directory))
         if problems := machine.lacking(config.launcher.device, ranks, config.precision, here):
             raise UserError("\n".join(problems))
-        (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        (directory / "logs").mkdir()
+        write_text(directory / RUN_CONFIG, to_yaml(config))
+        (directory / LOGS).mkdir()
         ended = child.run(
             rank_command(config, directory, module="train.sampling.sharded", arguments=arguments),
             rank_environment(config, here, os.environ),
-            stderr_file=directory / "logs" / report.TORCHRUN_LOG,
+            stderr_file=directory / LOGS / TORCHRUN_LOG,
             grace_seconds=0,  # they have nothing to save
         )
         failures = rank_failures(directory)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from launchers.machine import names
 from train.config import RunConfig, to_yaml
+from train.durable import write_text
 from train.errors import UserError
+from train.run_directory.names import LOGS, RUN_CONFIG
 
 
 def create(
@@ -27,9 +28,9 @@ def create(
         _make_parents(run_dir, made)
         run_dir.mkdir()
         made.append(run_dir)
-        (run_dir / "logs").mkdir()
+        (run_dir / LOGS).mkdir()
         claim()
-        _write_atomically(run_dir / "config.yaml", to_yaml(config))
+        write_text(run_dir / RUN_CONFIG, to_yaml(config))
     except BaseException as error:
         is_mine = run_dir in made
         if is_mine:
@@ -122,15 +123,6 @@ def take_back(made: list[Path]) -> None:
     *parents, run_dir = made
     shutil.rmtree(run_dir, ignore_errors=True)
     _remove_empty(parents)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 def exists(run_dir: Path) -> str:

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint.format.layout import MANIFEST
 from train.errors import UserError
 from train.paths import absolute, is_path
 from train.run_directory import final
+from train.run_directory.names import RUN_CONFIG, TOKENIZER_FOLDER
 
 
 def following(path: Path) -> Path:
@@ -41,18 +43,18 @@ def pretrained(name: str, role: str) -> str:
         return name
     path, key = Path(absolute(name)), f"{role}.name={name}"
     own = "config.json" if role == "model" else "tokenizer_config.json"
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         run_dir = path.parent.parent
-        if role == "tokenizer" and (run_dir / "tokenizer").is_dir():
-            return str(run_dir / "tokenizer")
+        if role == "tokenizer" and (run_dir / TOKENIZER_FOLDER).is_dir():
+            return str(run_dir / TOKENIZER_FOLDER)
         raise UserError(
             f"{key} is a checkpoint, in the shards of the engine that trained it; make a model "
             f"directory with `shardwright recover {shlex.quote(str(path))} OUT`, and give that"
         )
-    if not (path / "config.yaml").is_file() or (path / own).is_file():
+    if not (path / RUN_CONFIG).is_file() or (path / own).is_file():
         return str(path)
-    if role == "tokenizer" and (path / "tokenizer").is_dir():
-        return str(path / "tokenizer")
+    if role == "tokenizer" and (path / TOKENIZER_FOLDER).is_dir():
+        return str(path / TOKENIZER_FOLDER)
     if (made := final.of(path)) is not None:
         return str(made)
     if (earlier := final.earlier(path)) is not None:

@@ -6,8 +6,6 @@ import yaml
 
 from train.config import AccelerateLauncher
 
-ACCELERATE_YAML = "accelerate.yaml"
-
 
 def accelerate_yaml(launcher: AccelerateLauncher, port: int) -> str:
     """Return what `accelerate config` would have written; the engine is the run's own affair."""

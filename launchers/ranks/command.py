@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launchers.machine.facts import Machine
-from launchers.ranks.accelerate import ACCELERATE_YAML
 from launchers.ranks.deepspeed import deepspeed_arguments
 from launchers.ranks.environment import UNKNOWN
 from launchers.ranks.torchrun import torchrun_arguments
@@ -20,6 +19,7 @@ from train.config import (
 )
 from train.process.arguments import encoded
 from train.program import PACKAGES
+from train.run_directory.names import ACCELERATE_YAML
 
 
 def rank_command(

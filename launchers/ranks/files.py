@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from launchers.machine.facts import Machine
-from launchers.ranks.accelerate import ACCELERATE_YAML, accelerate_yaml
+from launchers.ranks.accelerate import accelerate_yaml
 from launchers.ranks.deepspeed import DEEPSPEED_ENVIRONMENT, LAUNCHERS_ALONE, in_quotes
 from launchers.ranks.environment import UNKNOWN
 from train.config import (
@@ -13,6 +13,7 @@ from train.config import (
     DeepspeedLauncher,
     RunConfig,
 )
+from train.run_directory.names import ACCELERATE_YAML
 
 
 def launcher_files(

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.durable import write_text
 from train.errors import FAILED, RESUMABLE, UserError
+from train.run_directory.names import CANCEL_JSON, SLURM_JSON
 
-NOTE = "slurm.json"
+NOTE = SLURM_JSON
 """In a run's directory: which job it is."""
-CANCELLED = "cancel.json"
+CANCELLED = CANCEL_JSON
 """In a run's directory: it was asked to stop for good, and its job is not to requeue itself."""
 
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING"})
@@ -160,7 +162,7 @@ def cancel(job: Job) -> None:
 def note(run_dir: Path, job: str) -> None:
     """Write down which job a run is from now on."""
     (run_dir / CANCELLED).unlink(missing_ok=True)
-    _write(run_dir / NOTE, {"job": job, "submitted_at": time.time()})
+    write_text(run_dir / NOTE, json.dumps({"job": job, "submitted_at": time.time()}) + "\n")
 
 
 def job_of(run_dir: Path) -> str | None:
@@ -173,7 +175,7 @@ def job_of(run_dir: Path) -> str | None:
 
 def note_cancelled(run_dir: Path) -> None:
     """Have the job stop for good when its ranks have stopped."""
-    _write(run_dir / CANCELLED, {"time": time.time()})
+    write_text(run_dir / CANCELLED, json.dumps({"time": time.time()}) + "\n")
 
 
 def is_cancelled(run_dir: Path) -> bool:
@@ -187,12 +189,6 @@ def exit_code(job: Job, is_stopped: bool) -> int:
     if job.state == "FAILED" and job.exit_code:
         return job.exit_code
     return RESUMABLE if is_stopped else FAILED
-
-
-def _write(path: Path, values: Mapping[str, object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _checked(argv: Sequence[str]) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from train.config import RunConfig, SlurmLauncher
 from train.process import inherited
+from train.run_directory.names import JOB_SCRIPT, LOGS, job_log
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "job.sbatch"
-NAME = "job.sbatch"
+NAME = JOB_SCRIPT
 SITE = "site.sh"
 """Under these names script and site settings lie in the directory that the job starts in."""
 
@@ -83,7 +84,7 @@ def directives(config: RunConfig, array: Array | None = None) -> list[str]:
     launcher = config.launcher
     assert isinstance(launcher, SlurmLauncher)
     # Relative to the job's own directory, whose name may hold what no directive may.
-    log = "logs/job-%j.log" if array is None else "%a/logs/job-%A_%a.log"
+    log = f"{LOGS}/{job_log('%j')}" if array is None else f"%a/{LOGS}/{job_log('%A', '%a')}"
     flags: dict[str, object] = {
         "job-name": config.name,
         "nodes": launcher.nodes,

@@ -20,8 +20,10 @@ from launchers.slurm.script import Array
 from train import program
 from train.config import RunConfig, SlurmLauncher
 from train.console import terminal
+from train.durable import write_text
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.run_directory import stop_note
+from train.run_directory.names import LOGS, job_log
 
 SITE = script.TEMPLATE.with_name(script.SITE)
 """The cluster's own settings, which users make out of site.example.sh."""
@@ -161,7 +163,7 @@ def site_of(config: RunConfig) -> Path | None:
 
 
 def _submit(config: RunConfig, home: Path, array: Array | None) -> str:
-    (home / script.NAME).write_text(_script(config, array), encoding="utf-8")
+    write_text(home / script.NAME, _script(config, array))
     if site := site_of(config):
         shutil.copyfile(site, home / script.SITE)
     return slurm.submit(script.submit_command(home), Path.cwd())
@@ -169,7 +171,7 @@ def _submit(config: RunConfig, home: Path, array: Array | None) -> str:
 
 def _submitted(home: Path, job: str, array: Array | None) -> str:
     log = (
-        home / "logs" / f"job-{job}.log" if array is None else f"{home}/<n>/logs/job-{job}_<n>.log"
+        home / LOGS / job_log(job) if array is None else f"{home}/<n>/{LOGS}/{job_log(job, '<n>')}"
     )
     one = home if array is None else home / "0"
     rows = {
@@ -213,7 +215,7 @@ def wait(job: str, run_dir: Path) -> int:
         if found is None:
             unanswered += 1
             if unanswered > UNANSWERED:
-                print(f"job {job}: {problem}; see {run_dir / 'logs'}", file=sys.stderr)
+                print(f"job {job}: {problem}; see {run_dir / LOGS}", file=sys.stderr)
                 return FAILED
         else:
             unanswered = 0

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Each room imports only from those above it.
 ROOMS = (
     *("train.errors", "train.units", "train.durable", "train.paths", "train.program"),
+    *("train.run_directory.names",),
     *("train.config", "train.console", "train.optimizer", "train.checkpoint"),
     *("train.run_directory", "train.process", "train.model", "train.data"),
     *("train.strategy", "train.loop", "train.export", "train.sampling", "train.diagnosis"),

@@ -16,6 +16,7 @@ from train.checkpoint.format.layout import MANIFEST, Manifest
 from train.checkpoint.format.lazy import PortableState, Unreadable
 from train.checkpoint.read import portable
 from train.errors import UserError
+from train.run_directory.names import CHECKPOINTS, ENGINE_FOLDER, RUN_CONFIG
 
 Step = int | Literal["latest", "best"] | None
 
@@ -61,7 +62,7 @@ def choose(
     asked = Path(os.path.abspath(asked))
     if not asked.exists():
         raise UserError(f"{asked} does not exist; give a checkpoint, or a run directory")
-    directory = asked / "checkpoints" if (asked / "checkpoints").is_dir() else asked
+    directory = asked / CHECKPOINTS if (asked / CHECKPOINTS).is_dir() else asked
     steps = _steps_in(directory)
     is_run = directory != asked or any(layout.step_of(path) is not None for path in steps.values())
     if step is None and not is_run:
@@ -99,7 +100,7 @@ def _steps_in(directory: Path) -> dict[int, Path]:
 
 
 def _is_run_dir(path: Path) -> bool:
-    return (path / "config.yaml").is_file()
+    return (path / RUN_CONFIG).is_file()
 
 
 def _one(path: Path, advance: Callable[[int], object], section: str | None) -> Chosen:
@@ -114,7 +115,7 @@ def _one(path: Path, advance: Callable[[int], object], section: str | None) -> C
     elif _is_run_dir(path.parent.parent) and layout.step_of(path) is not None:
         raise UserError(
             f"{path} is no whole checkpoint: it has no {MANIFEST}, which is written last and "
-            f"deleted first. To read what is there nevertheless, give {path / portable.ENGINE}"
+            f"deleted first. To read what is there nevertheless, give {path / ENGINE_FOLDER}"
         )
     return _read(path, section)
 
@@ -124,12 +125,12 @@ def _read(path: Path, section: str | None = None) -> Chosen:
     if manifest is not None and manifest.finite is False:
         raise UserError(
             f"{path} cannot be used: {layout.NOT_FINITE}; take an earlier checkpoint of the run. "
-            f"To read what is there nevertheless, give {path / portable.ENGINE}"
+            f"To read what is there nevertheless, give {path / ENGINE_FOLDER}"
         )
     if manifest is not None and manifest.parts > 1:
         raise UserError(
             f"{path} is part {manifest.part + 1} of {manifest.parts}: each node kept what its "
-            f"ranks wrote; copy what is in their folders {portable.ENGINE} into one, and give that"
+            f"ranks wrote; copy what is in their folders {ENGINE_FOLDER} into one, and give that"
         )
     try:
         state = portable.read(path, section)

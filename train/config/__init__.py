@@ -50,14 +50,13 @@ from train.config.trainer import (
     accumulation_steps,
     largest_micro_batch,
 )
-from train.config.tree import RESUMES, from_tree, load, to_yaml
+from train.config.tree import from_tree, load, to_yaml
 
 __all__ = [
     "BEGINNING",
     "DEFAULT_MICRO_BATCH_SIZE",
     "DEFAULT_SEQUENCE_LENGTH",
     "OPTIMIZERS",
-    "RESUMES",
     "AccelerateLauncher",
     "BertModel",
     "ByteBpeTokenizer",

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from train.config.messages import problems
 from train.config.run import RunConfig
 from train.errors import UserError
+from train.run_directory.names import RESUMES, RUN_CONFIG
 
 
 def from_tree(tree: Any) -> RunConfig:
@@ -22,7 +23,6 @@ def from_tree(tree: Any) -> RunConfig:
         raise UserError("\n".join(problems(error.errors()))) from None
 
 
-RESUMES = "resumes"
 """Folder of a run with the config of each resume, <n>.yaml; config.yaml stays as it was."""
 
 
@@ -32,7 +32,7 @@ def load(run_dir: Path) -> RunConfig:
     Its ``run_dir`` is where it lies now.
     """
     resumes = [p for p in (run_dir / RESUMES).glob("*.yaml") if p.stem.isdecimal()]
-    path = max(resumes, key=lambda p: int(p.stem), default=run_dir / "config.yaml")
+    path = max(resumes, key=lambda p: int(p.stem), default=run_dir / RUN_CONFIG)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-RUN_LOG = "run.log"
 """In logs/: what the terminal of a run shows, for who has lost it."""
 READER_GONE = 141
 """Exit code of a command whose reader has left, 128 + SIGPIPE as the shell has it."""

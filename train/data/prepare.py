@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +15,9 @@ from train.config import RunConfig, samples_wanted
 from train.data.sources.corpus import corpus_identity, read_corpus, source_weights
 from train.data.sources.registry import source_of
 from train.data.sources.source import Reading
+from train.durable import write_text
 from train.errors import UserError
+from train.run_directory.names import DATA_JSON, TOKENIZER_FOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -86,7 +86,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
 
     started = time.monotonic()
     parent = cache.cache_root(config.data) / "tokens"
-    directory, note = run_dir / "tokenizer", run_dir / "data.json"
+    directory, note = run_dir / TOKENIZER_FOLDER, run_dir / DATA_JSON
     noted = _noted(note)
     name = noted["tokens"] if noted else None
     entry = cache.find(parent, name) if name and directory.exists() else None
@@ -299,7 +299,7 @@ def noted_too_small(config: RunConfig, run_dir: Path) -> str | None:
     samples = noted_samples_per_epoch(run_dir)
     if samples is None:
         return None
-    training = json.loads((run_dir / "data.json").read_text())["training"]
+    training = json.loads((run_dir / DATA_JSON).read_text())["training"]
     # Runs begun before noted fewer of these.
     part = Part(**{field: training.get(field, 0) for field in Part._fields})
     return _too_small(config, part, samples)
@@ -316,7 +316,7 @@ def _noted(note: Path) -> dict[str, Any] | None:
 def noted_samples_per_epoch(run_dir: Path) -> int | None:
     """Return what data.json tells of a run's epochs; None before it is there."""
     try:
-        return json.loads((run_dir / "data.json").read_text())["training"].get("samples_per_epoch")
+        return json.loads((run_dir / DATA_JSON).read_text())["training"].get("samples_per_epoch")
     except FileNotFoundError:
         return None
 
@@ -324,7 +324,7 @@ def noted_samples_per_epoch(run_dir: Path) -> int | None:
 def noted_samples_of_tokens(run_dir: Path, tokens: int) -> int | None:
     """Return how many samples data.json says hold so many tokens; None where it does not."""
     try:
-        training = json.loads((run_dir / "data.json").read_text())["training"]
+        training = json.loads((run_dir / DATA_JSON).read_text())["training"]
     except FileNotFoundError:
         return None
     found: int | None = training.get("samples_of_tokens", {}).get(str(tokens))
@@ -370,6 +370,4 @@ def _note(note: Path, name: str, prepared: Prepared, config: RunConfig) -> None:
         "heldout": prepared.held_out._asdict(),
         "empty_files": prepared.empty_files,
     }
-    temporary = note.with_name(f".{note.name}-{uuid.uuid4().hex}")
-    temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")
-    os.replace(temporary, note)
+    write_text(note, json.dumps(tree) + "\n")

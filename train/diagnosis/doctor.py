@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from train.config import RunConfig, load
+from train.durable import write_text
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.process import inherited
 from train.process.arguments import decoded
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
             found = measure(config)
             if rank.index == 0:
                 ranks = [dataclasses.asdict(measured) for measured in found]
-                report.write_text(json.dumps(ranks, indent=1))
+                write_text(report, json.dumps(ranks, indent=1))
     except Exception as error:
         logger.exception("rank %d failed", rank.index)
         note_failure(directory, rank.index, error)

@@ -20,6 +20,14 @@ from train.export import curve
 from train.export.card_text import PICTURE, Facts, readme_of
 from train.paths import is_hub_name
 from train.run_directory import history, metrics
+from train.run_directory.names import (
+    DATA_JSON,
+    METRICS,
+    MODEL_FOLDER,
+    ORIGIN_JSON,
+    RESUMES,
+    TOKENIZER_FOLDER,
+)
 
 if TYPE_CHECKING:
     from train.loop.trainer import Trainer
@@ -119,9 +127,9 @@ def recovered_card(
 def _of_run(config: RunConfig, run_dir: Path, *, until_step: int | None) -> dict[str, Any]:
     """Return the facts that the files of a run hold; nothing of those that are not there."""
     base = config.model.name if config.model.kind == "pretrained" else None
-    corpus, origin = _json(run_dir / "data.json"), _json(run_dir / "model" / "origin.json")
+    corpus, origin = _json(run_dir / DATA_JSON), _json(run_dir / MODEL_FOLDER / ORIGIN_JSON)
     tokens = _mapping(corpus.get("tokenizer")).get("tokens")
-    tokenizer = run_dir / "tokenizer"
+    tokenizer = run_dir / TOKENIZER_FOLDER
     starts = history.provenances(run_dir)
     return {
         "run": config,
@@ -132,8 +140,8 @@ def _of_run(config: RunConfig, run_dir: Path, *, until_step: int | None) -> dict
         "tokenizer_class": _json(tokenizer / "tokenizer_config.json").get("tokenizer_class"),
         "corpus": corpus,
         "provenance": _json(starts[-1]) if starts else {},
-        "resumes": len(list((run_dir / run_config.RESUMES).glob("*.yaml"))),
-        "curve": metrics.read(run_dir / "metrics.jsonl", until_step),
+        "resumes": len(list((run_dir / RESUMES).glob("*.yaml"))),
+        "curve": metrics.read(run_dir / METRICS, until_step),
     }
 
 

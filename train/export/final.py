@@ -25,6 +25,7 @@ from train.model.conversion import CannotTrace, placed
 from train.model.directory import CONFIG, WrongWeights, check_loads, write_beside_weights, writers
 from train.process.agreement import check, from_all, together
 from train.run_directory.final import FINAL
+from train.run_directory.names import CHECKPOINTS, MODEL_FOLDER
 
 if TYPE_CHECKING:
     from train.loop.trainer import Trainer
@@ -93,7 +94,7 @@ def _write_beside_weights(
 ) -> dict[str, Exception]:
     """Write all but the weights; return what could not be, by what it is."""
     assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)
-    code = origin.code_in(trainer.run_dir / origin.FOLDER)
+    code = origin.code_in(trainer.run_dir / MODEL_FOLDER)
     return write_beside_weights(
         directory,
         {
@@ -123,7 +124,7 @@ def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
     if rule.export == "last":
         return None
     best, passed_over = best_whole(
-        trainer.run_dir / "checkpoints", rule, gather=from_all, share=place
+        trainer.run_dir / CHECKPOINTS, rule, gather=from_all, share=place
     )
     if best is None:
         text = "warning: no checkpoint that was evaluated is whole; final/ gets the last weights"

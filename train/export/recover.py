@@ -38,6 +38,7 @@ from train.model.directory import (
     parsed_config,
 )
 from train.process.memory import peak_resident_bytes, resident_bytes
+from train.run_directory.names import TOKENIZER_FOLDER
 from train.units import size
 
 MAX_MEMORY_BYTES = 2**29
@@ -267,7 +268,7 @@ def _tokenizer_files(options: Options, chosen: Chosen) -> list[Path]:
             f"--tokenizer={options.tokenizer} holds no tokenizer; looked for "
             f"{', '.join(_VOCABULARIES)}"
         )
-    of_run = [chosen.run_dir / "tokenizer"] if chosen.run_dir is not None else []
+    of_run = [chosen.run_dir / TOKENIZER_FOLDER] if chosen.run_dir is not None else []
     for directory in (*of_run, chosen.path, chosen.path.parent):
         if files := _tokenizer_in(directory):
             return files

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.checkpoint.format import layout
+from train.run_directory.names import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def message(
         f"lower trainer.learning_rate (it is {learning_rate:g}) or trainer.max_grad_norm, or warm "
         "up for longer, and "
     )
-    saved = layout.whole_checkpoints(run_dir / "checkpoints")
+    saved = layout.whole_checkpoints(run_dir / CHECKPOINTS)
     if not saved:
         return f"{text}Nothing had been saved; {remedy}start a new run with `shardwright train`"
     newest_step, newest = saved[-1]
@@ -80,7 +81,7 @@ def resume_command(run_dir: Path) -> str:
 
 def way_on(run_dir: Path) -> str:
     """Return the newest checkpoint and what can be done with it, in a phrase."""
-    saved = layout.whole_checkpoints(run_dir / "checkpoints")
+    saved = layout.whole_checkpoints(run_dir / CHECKPOINTS)
     if not saved:
         return "nothing had been saved; start a new run with `shardwright train`"
     newest = saved[-1][1]

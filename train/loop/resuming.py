@@ -25,6 +25,7 @@ from train.model import streaming
 from train.model.weights import Value, Values
 from train.process.agreement import from_all
 from train.process.rank import Rank
+from train.run_directory.names import CHECKPOINTS
 from train.strategy.loss_scale import restore_loss_scale
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
     The ranks share the hashing, and all of them take the same one; on the first, ``say`` hears of
     what was skipped, and why. Raises UserError where there are checkpoints and none is whole.
     """
-    directory = run_dir / "checkpoints"
+    directory = run_dir / CHECKPOINTS
     if rank.index == 0:
         retention.sweep(directory)
     with progress.phase("checking the checkpoint's hashes", unit="B", comes_again=True) as shown:

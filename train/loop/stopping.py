@@ -13,6 +13,7 @@ from train.process import agreement, signals
 from train.process.agreement import from_all
 from train.process.rank import Rank
 from train.run_directory import stop_note, stop_request
+from train.run_directory.names import CHECKPOINTS
 
 if TYPE_CHECKING:
     from train.loop.trainer import Trainer
@@ -43,7 +44,7 @@ def end(run_dir: Path, rank: Rank, trainer: Trainer | None, console: TextIO) -> 
 def _stopped(
     run_dir: Path, trainer: Trainer | None, reason: str, unsaved: str | None
 ) -> stop_note.Stopped:
-    whole = layout.whole_checkpoints(run_dir / "checkpoints")
+    whole = layout.whole_checkpoints(run_dir / CHECKPOINTS)
     newest = whole[-1][1] if whole else None
     saved = layout.read_manifest(newest) if newest else None
     started_at = trainer.resumed.step if trainer is not None and trainer.resumed else 0

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
+from train.checkpoint.format.layout import TRAINER_STATE
 from train.config import Schedule
 from train.console import progress
 from train.data.batches import first_batch
@@ -335,7 +336,7 @@ class Trainer(transformers.Trainer):
         """Begin at the checkpoint's step: our data begins there too, so nothing is skipped."""
         super()._init_training_state(*args, **kwargs)
         if self.resumed is not None:
-            path = self.resumed.checkpoint / "trainer_state.json"
+            path = self.resumed.checkpoint / TRAINER_STATE
             before = transformers.TrainerState.load_from_json(str(path))
             for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step"):
                 setattr(self.state, name, getattr(before, name))

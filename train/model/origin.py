@@ -7,7 +7,6 @@ a resume needs nothing else, wherever the model lay, and whatever lies there tod
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -20,14 +19,14 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from train.config import PretrainedModel
-from train.durable import flush
+from train.durable import flush, write_text
 from train.errors import UserError
 from train.model import generation, remote_code
 from train.model.streaming import loading
+from train.run_directory.names import MODEL_FOLDER, ORIGIN_JSON
 
-FOLDER = "model"
 CONFIG = "config.json"
-NOTE = "origin.json"
+NOTE = ORIGIN_JSON
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def keep(model: PretrainedModel, objective: str, run_dir: Path, checkpoint: Path
     ``checkpoint`` is where the run is resumed, None where it begins. Every rank may call it at the
     same time; the first one's files stay. Raises UserError where the model's config cannot be read.
     """
-    directory = run_dir / FOLDER
+    directory = run_dir / MODEL_FOLDER
     if not directory.is_dir():
         files = _of_checkpoint(checkpoint, model) or _of_source(model, objective)
         _publish(files, directory)
@@ -56,11 +55,7 @@ def keep(model: PretrainedModel, objective: str, run_dir: Path, checkpoint: Path
 
 def note(directory: Path, **facts: Any) -> None:
     """Add to what is known of the model, for one rank; the card tells it."""
-    path = directory / NOTE
-    temporary = path.with_name(f".{NOTE}-{uuid.uuid4().hex}")
-    temporary.write_text(json.dumps(_note(directory) | facts) + "\n", encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
+    write_text(directory / NOTE, json.dumps(_note(directory) | facts) + "\n")
 
 
 def _note(directory: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from train.console import terminal
 from train.run_directory.failures import failure_file
+from train.run_directory.names import FAILURES, LOGS, RUN_LOG, rank_log
 
 if TYPE_CHECKING:
     from train.process.rank import Rank
@@ -30,16 +31,16 @@ def open_rank_log(
     where no library speaks.
     """
     terminal.outlive()
-    logs = run_dir / "logs"
+    logs = run_dir / LOGS
     logs.mkdir(exist_ok=True)
     failure_file(run_dir, rank.index).unlink(missing_ok=True)  # of an earlier start
     if rank.index == 0:  # that may have had more ranks
-        for path in logs.glob("rank-*.error.json"):
+        for path in logs.glob(FAILURES):
             number = path.name.removeprefix("rank-").removesuffix(".error.json")
             if number.isdecimal() and int(number) >= rank.world_size:
                 path.unlink(missing_ok=True)
     console = terminal.Terminal(os.dup(1), sys.stdout.encoding)
-    file = os.open(logs / f"rank-{rank.index}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(logs / rank_log(rank.index), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(file, 1)
@@ -55,7 +56,7 @@ def open_rank_log(
     console.copies.append(terminal.log_copy(logging.getLogger(terminal.__name__)))
     # Of several nodes only one appends to a file that they share.
     if run_log and (rank.index == 0 or nodes == 1):
-        console.copies.append(terminal.Lines(logs / terminal.RUN_LOG))
+        console.copies.append(terminal.Lines(logs / RUN_LOG))
     return console
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from train.durable import write_text
 from train.run_directory import history
 
 _PACKAGES = (
@@ -50,7 +51,7 @@ def write_provenance(run_dir: Path, *, world_size: int, parameters: int) -> None
     }
     path = history.next_provenance(run_dir)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(facts, indent=2) + "\n")
+    write_text(path, json.dumps(facts, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.durable import write_text
+from train.run_directory.names import FAILURES, LOGS, failure
+
 
 def note_failure(
     run_dir: Path, rank: int, error: BaseException, explanation: str | None = None
@@ -29,10 +32,8 @@ def note_failure(
         "explanation": explanation,
         "traceback": "".join(traceback.format_exception(error)),
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(note))
-    temporary.rename(path)
-    others = (other for other in path.parent.glob("rank-*.error.json") if other != path)
+    write_text(path, json.dumps(note))
+    others = (other for other in path.parent.glob(FAILURES) if other != path)
     return not any(_says(other, str(error), before=(noted_at, rank)) for other in others)
 
 
@@ -47,15 +48,13 @@ def _says(path: Path, message: str, *, before: tuple[float, int]) -> bool:
 def has_failure(run_dir: Path, since: float) -> bool:
     """Whether some rank of the run has noted its failure since then, in seconds of the epoch."""
     try:
-        return any(
-            path.stat().st_mtime >= since for path in (run_dir / "logs").glob("rank-*.error.json")
-        )
+        return any(path.stat().st_mtime >= since for path in (run_dir / LOGS).glob(FAILURES))
     except OSError:
         return False
 
 
 def failure_file(run_dir: Path, rank: int) -> Path:
-    return run_dir / "logs" / f"rank-{rank}.error.json"
+    return run_dir / LOGS / failure(rank)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class RankFailure:
 def rank_failures(run_dir: Path) -> list[RankFailure]:
     """Read what the ranks left, the first to fail first; unreadable files are passed over."""
     failures = []
-    for path in (run_dir / "logs").glob("rank-*.error.json"):
+    for path in (run_dir / LOGS).glob(FAILURES):
         try:
             note = json.loads(path.read_text(encoding="utf-8"))
             failures.append(

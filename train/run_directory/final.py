@@ -11,10 +11,7 @@ import shutil
 from pathlib import Path
 
 from train.durable import flush
-
-FINAL = "final"
-EARLIER = "final-earlier"
-"""What final/ is called from the first step after it until there is a new one."""
+from train.run_directory.names import FINAL, FINAL_EARLIER
 
 
 def of(run_dir: Path) -> Path | None:
@@ -25,7 +22,7 @@ def of(run_dir: Path) -> Path | None:
 
 def earlier(run_dir: Path) -> Path | None:
     """Return the model of an earlier state of a run, which has gone past it and not yet ended."""
-    path = run_dir / EARLIER
+    path = run_dir / FINAL_EARLIER
     return path if path.is_dir() and of(run_dir) is None else None
 
 
@@ -44,7 +41,7 @@ def set_aside(run_dir: Path) -> None:
     path = run_dir / FINAL
     if not path.is_dir():
         return
-    aside = run_dir / EARLIER
+    aside = run_dir / FINAL_EARLIER
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
     flush(run_dir)
@@ -53,4 +50,4 @@ def set_aside(run_dir: Path) -> None:
 def forget_earlier(run_dir: Path) -> None:
     """Remove what `set_aside` has kept, once a new final/ is there."""
     if of(run_dir) is not None:
-        shutil.rmtree(run_dir / EARLIER, ignore_errors=True)
+        shutil.rmtree(run_dir / FINAL_EARLIER, ignore_errors=True)

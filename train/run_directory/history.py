@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config import RESUMES
+from train.durable import write_text
+from train.run_directory.names import HISTORY, PROVENANCE, RESUMES
 
-FILE = "history.jsonl"
+FILE = HISTORY
 BY_TORCHRUN = "torchrun"
 """An entry's ``by`` where torchrun has started the ranks of the same job again."""
 
@@ -43,15 +43,11 @@ def cut(run_dir: Path, begins: Callable[[Mapping[str, Any]], bool]) -> None:
         except ValueError:
             continue
         if found:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(lines[:number]))
-            os.replace(temporary, path)
+            write_text(path, "".join(lines[:number]))
             return
 
 
 # --- provenance of each start -------------------------------------------------------------------
-
-PROVENANCE = "provenance.json"
 
 
 def provenances(run_dir: Path) -> list[Path]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.durable import write_text
+from train.run_directory.names import METRICS
+
 TAIL_BYTES = 2**16
 """Of metrics.jsonl; a line has some 250."""
 
@@ -39,7 +42,7 @@ def trim_metrics(run_dir: Path, step: int = 0, *, is_evaluated: bool = False) ->
     after the checkpoint of the same step, at the end of a run or where one was stopped:
     ``is_evaluated`` says that the checkpoint knows its own.
     """
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     if not path.is_file():
         return
     kept = []
@@ -51,9 +54,7 @@ def trim_metrics(run_dir: Path, step: int = 0, *, is_evaluated: bool = False) ->
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.rename(path)
+    write_text(path, "".join(kept))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from train.errors import UserError
+from train.run_directory.names import OWNER
 
-FILE = "owner.json"
+FILE = OWNER
 PREPARING = "preparing data"
 STARTING = "starting its ranks"
 """What an owner may do before it trains."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-NOTE = "stopped.json"
+from train.durable import write_text
+from train.run_directory.names import STOPPED
+
+NOTE = STOPPED
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,7 @@ class Stopped:
         return f"stopped {where} by {self.reason}"
 
     def write(self, run_dir: Path) -> None:
-        temporary = run_dir / f".{NOTE}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(temporary, run_dir / NOTE)
+        write_text(run_dir / NOTE, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def read(run_dir: Path) -> Stopped | None:

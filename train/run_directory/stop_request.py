@@ -6,7 +6,9 @@ import errno
 import os
 from pathlib import Path
 
-FILE = "stop-request"
+from train.run_directory.names import STOP_REQUEST
+
+FILE = STOP_REQUEST
 KILL = "kill"
 _GONE = {errno.ENOENT, errno.ESTALE}
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from train.checkpoint.format import layout
 from train.run_directory import stop_note
+from train.run_directory.names import CHECKPOINTS
 
 
 def note(run_dir: Path, reason: str) -> None:
     """Write down where the run has stopped: at its newest checkpoint, or before it began."""
-    whole = layout.whole_checkpoints(run_dir / "checkpoints")
+    whole = layout.whole_checkpoints(run_dir / CHECKPOINTS)
     newest = whole[-1][1] if whole else None
     manifest = layout.read_manifest(newest) if newest else None
     stop_note.Stopped(

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from safetensors import SafetensorError
 
+from train.checkpoint.format.layout import MANIFEST
 from train.console import progress, terminal
 from train.errors import BAD_INPUT, FAILED, UserError
 from train.process import exhausted
 from train.process.arguments import path as path_of
 from train.process.logs import quiet_libraries
 from train.run_directory import final
+from train.run_directory.names import FINAL
 
 if TYPE_CHECKING:
     import torch
@@ -219,21 +221,21 @@ def model_directory(path: Path) -> Path:
 
     Raises UserError where neither holds a model, or a run has gone past the one that it had.
     """
-    if (path / "manifest.json").is_file():  # beside the model's config.json
+    if (path / MANIFEST).is_file():  # beside the model's config.json
         run_dir = path.absolute().parent.parent
         raise UserError(
             f"{path} is a checkpoint, in the shards of the engine that trained it; give its run "
             f"directory {run_dir}, whose final/ is read once the training has ended, or "
             f"make a model directory with `shardwright recover {path} OUT`"
         )
-    for candidate in (path, path / final.FINAL):
+    for candidate in (path, path / FINAL):
         if (candidate / "config.json").is_file():
             return candidate
-    for run_dir in (path, path.parent) if path.name == final.FINAL else (path,):
+    for run_dir in (path, path.parent) if path.name == FINAL else (path,):
         if earlier := final.earlier(run_dir):
             raise UserError(final.why_earlier(run_dir, earlier))
     raise UserError(
-        f"{path} holds no model: neither {path / 'config.json'} nor {path / final.FINAL} is there; "
+        f"{path} holds no model: neither {path / 'config.json'} nor {path / FINAL} is there; "
         "give a run directory whose training has ended, or a model directory"
     )
 

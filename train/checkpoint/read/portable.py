@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from train.checkpoint.format.layout import TRAINER_STATE
 from train.checkpoint.format.lazy import PortableState, Unreadable
 from train.checkpoint.read import dcp as read_dcp
 from train.checkpoint.read import hf_shards as read_hf_shards
@@ -16,9 +17,8 @@ from train.checkpoint.read import plain as read_plain
 from train.checkpoint.read import universal as read_universal
 from train.checkpoint.read import zero as read_zero
 from train.checkpoint.read.names import unwrapped
+from train.run_directory.names import ENGINE_FOLDER
 
-ENGINE = "engine"
-"""The folder of a checkpoint that holds the engine's own files."""
 FSDP, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 """What accelerate calls the folders of a sharded checkpoint."""
 LATEST = ("latest", "latest_universal")
@@ -42,7 +42,7 @@ def _read(checkpoint: Path, section: str | None) -> PortableState:
         return read_plain.read(checkpoint, section)
     if not checkpoint.is_dir():
         raise Unreadable(f"{checkpoint} does not exist")
-    for directory in (*_named_folders(checkpoint), checkpoint / ENGINE, checkpoint):
+    for directory in (*_named_folders(checkpoint), checkpoint / ENGINE_FOLDER, checkpoint):
         if not directory.is_dir():
             continue
         if (directory / read_dcp.METADATA).is_file():
@@ -56,7 +56,7 @@ def _read(checkpoint: Path, section: str | None) -> PortableState:
         if model_states.is_there(directory):
             _check_no_section(section, directory)
             return read_zero.read(directory)
-        if directory not in (checkpoint / ENGINE, checkpoint):
+        if directory not in (checkpoint / ENGINE_FOLDER, checkpoint):
             raise Unreadable(
                 f"{directory}, which {checkpoint} names as its newest, holds neither "
                 f"DeepSpeed's *_model_states.pt nor {read_dcp.METADATA}"
@@ -110,8 +110,9 @@ def _nothing(checkpoint: Path) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (
         f"{checkpoint} holds no checkpoint. Looked for: a distributed checkpoint's "
-        f"{read_dcp.METADATA} (there, in {ENGINE}/ or in {FSDP}/), DeepSpeed's *_model_states.pt "
-        f"(there, in {ENGINE}/ or in the folder that a file called latest names), a universal "
+        f"{read_dcp.METADATA} (there, in {ENGINE_FOLDER}/ or in {FSDP}/), DeepSpeed's "
+        f"*_model_states.pt (there, in {ENGINE_FOLDER}/ or in the folder that a file called latest "
+        f"names), a universal "
         f"checkpoint's {read_universal.FOLDER}/*/{read_universal.MASTER}, "
         f"{', '.join(read_plain.NAMES)}, one *.pt, *.pth, *.ckpt or *.safetensors. Found: "
         f"{', '.join(names[:8]) or 'nothing'}{more}"
@@ -121,7 +122,7 @@ def _nothing(checkpoint: Path) -> str:
 def _step(checkpoint: Path, state: PortableState) -> int | None:
     """Return the step that transformers notes, or that of the optimizer."""
     try:
-        step = json.loads((checkpoint / "trainer_state.json").read_bytes())["global_step"]
+        step = json.loads((checkpoint / TRAINER_STATE).read_bytes())["global_step"]
         if type(step) is int:
             return step
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

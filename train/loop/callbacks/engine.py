@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from transformers import TrainerCallback
 
 from train.console import progress
+from train.durable import write_text
 from train.loop.resuming import restore
 from train.run_directory import final
+from train.run_directory.names import ENGINE_JSON
 from train.strategy import verify
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ class EngineReady(TrainerCallback):
             restore(trainer, trainer.resumed)
         facts = verify.verify(trainer.engine, trainer)
         if state.is_world_process_zero:
-            path = trainer.run_dir / "engine.json"
-            path.write_text(json.dumps(facts, indent=2) + "\n")
+            path = trainer.run_dir / ENGINE_JSON
+            write_text(path, json.dumps(facts, indent=2) + "\n")
             if state.global_step < state.max_steps:
                 final.set_aside(trainer.run_dir)
             progress.write(precision_line(facts), self._console)

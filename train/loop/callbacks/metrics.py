@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from train.process.memory import peak_resident_bytes
+from train.run_directory.names import METRICS
 from train.units import duration
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Metrics(TrainerCallback):
 
     def _append(self, line: str) -> None:
         try:
-            with (self.trainer.run_dir / "metrics.jsonl").open("a") as file:
+            with (self.trainer.run_dir / METRICS).open("a") as file:
                 file.write(line)
         except OSError as error:  # as with checkpoints: a full disk must not end the run
             logger.warning("a line of metrics.jsonl is lost (%s): %s", error, line.rstrip())

@@ -18,6 +18,7 @@ import train
 from train import program
 from train.config import RunConfig
 from train.console import progress
+from train.run_directory.names import TENSORBOARD_FOLDER
 
 CLOSE_SECONDS = 30.0
 """How long a run that has ended waits for its tracker."""
@@ -71,7 +72,7 @@ class Tracking(TrainerCallback):
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         if self._config.tracking.kind == "tensorboard":
-            self._say(f"tensorboard --logdir {self._run_dir / 'tensorboard'}")
+            self._say(f"tensorboard --logdir {self._run_dir / TENSORBOARD_FOLDER}")
 
     def close(self, outcome: str, seconds: float = CLOSE_SECONDS) -> None:
         """Tell the tracker how the run has ended, "done", "stopped" or "failed", and wait for it.

@@ -27,6 +27,7 @@ from train.config import CheckpointConfig
 from train.loop.saving.peers import Peers, SaveFailed
 from train.model import origin
 from train.model.directory import config_texts
+from train.run_directory.names import CHECKPOINTS, MODEL_FOLDER
 from train.strategy.loss_scale import loss_scale_state
 
 if TYPE_CHECKING:
@@ -79,12 +80,12 @@ def draft(trainer: Training, peers: Peers, *, copy: bool) -> Draft:
     if peers.is_first:
         texts["scheduler.pt"] = _torch_bytes(scheduler.state_dict())
         state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
-        texts["trainer_state.json"] = f"{state}\n".encode()
-        texts |= config_texts(trainer.model, origin.code_in(trainer.run_dir / origin.FOLDER))
+        texts[layout.TRAINER_STATE] = f"{state}\n".encode()
+        texts |= config_texts(trainer.model, origin.code_in(trainer.run_dir / MODEL_FOLDER))
         if scale := loss_scale_state(trainer):
             texts[LOSS_SCALE] = json.dumps(scale).encode()
     return Draft(
-        directory=trainer.run_dir / "checkpoints",
+        directory=trainer.run_dir / CHECKPOINTS,
         step=trainer.state.global_step,
         engine=trainer.engine.save_state(trainer, is_first=peers.is_first, copy=copy),
         texts=texts,

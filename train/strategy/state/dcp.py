@@ -18,12 +18,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from train.checkpoint.format.hashed import HashedFolder
 from train.optimizer import eight_bit
+from train.run_directory.names import ENGINE_FOLDER
 from train.strategy.state.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from train.strategy.training import Training
-
-FOLDER = "engine"
 
 
 class DistributedState:
@@ -60,7 +59,7 @@ class DistributedState:
             dist.gather_object(plan, plans if is_first else None)
         if is_first:
             plans, self._metadata = self._planner.create_global_plan(plans)
-            plans = FileSystemWriter(FOLDER).prepare_global_plan(plans)
+            plans = FileSystemWriter(ENGINE_FOLDER).prepare_global_plan(plans)
         if is_alone:
             return plans[0]
         mine: list[Any] = [None]
@@ -77,7 +76,7 @@ class DistributedState:
 
     def _writer(self, folder: HashedFolder) -> FileSystemWriter:
         writer = FileSystemWriter(
-            folder.path / FOLDER,
+            folder.path / ENGINE_FOLDER,
             sync_files=False,  # the folder does it
             per_thread_copy_ahead=self._copy_ahead_bytes,
         )

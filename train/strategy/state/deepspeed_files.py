@@ -12,13 +12,14 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from train.checkpoint.format.hashed import HashedFolder
 from train.optimizer import eight_bit
+from train.run_directory.names import ENGINE_FOLDER
 from train.strategy.state.snapshot import Snapshot
 from train.strategy.zero import swapped
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-TAG = "engine"
+TAG = ENGINE_FOLDER
 
 
 class DeepSpeedState:

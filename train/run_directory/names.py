@@ -1,0 +1,75 @@
+"""The names of what lies in a run directory; nothing else spells them. Imports nothing."""
+
+from __future__ import annotations
+
+# --- what it trains -------------------------------------------------------------------------------
+
+RUN_CONFIG = "config.yaml"
+RESUMES = "resumes"
+"""A config for each resume, by its number, and what each start has noted of its versions."""
+DATA_JSON = "data.json"
+TOKENIZER_FOLDER = "tokenizer"
+MODEL_FOLDER = "model"
+"""What is kept of a pretrained model: its config and its code."""
+ORIGIN_JSON = "origin.json"
+"""In there: where the model came from."""
+
+# --- how it goes ----------------------------------------------------------------------------------
+
+METRICS = "metrics.jsonl"
+HISTORY = "history.jsonl"
+PROVENANCE = "provenance.json"
+"""Of the first start; in resumes/ it ends the names of those of later ones."""
+ENGINE_JSON = "engine.json"
+OWNER = "owner.json"
+STOP_REQUEST = "stop-request"
+STOPPED = "stopped.json"
+TENSORBOARD_FOLDER = "tensorboard"
+WANDB_FOLDER = "wandb"
+
+# --- what comes of it -----------------------------------------------------------------------------
+
+CHECKPOINTS = "checkpoints"
+ENGINE_FOLDER = "engine"
+"""In a checkpoint: the engine's own files."""
+FINAL = "final"
+FINAL_EARLIER = "final-earlier"
+"""What final/ is called from the first step after it until there is a new one."""
+
+# --- logs/ ----------------------------------------------------------------------------------------
+
+LOGS = "logs"
+RUN_LOG = "run.log"
+TORCHRUN_LOG = "torchrun.log"
+TORCHRUN_LOGS = "torchrun*.log"
+JOB_LOGS = "job-*.log"
+FAILURES = "rank-*.error.json"
+ALL_LOGS = "*.log"
+
+
+def rank_log(rank: int) -> str:
+    """Return what the log of a rank is called."""
+    return f"rank-{rank}.log"
+
+
+def failure(rank: int) -> str:
+    """Return what a rank calls the note of its failure, which FAILURES matches."""
+    return f"rank-{rank}.error.json"
+
+
+def torchrun_log(host: str) -> str:
+    """Return what the log of a node's launcher is called where a run has several."""
+    return f"torchrun-{host}.log"
+
+
+def job_log(job: str, task: str | None = None) -> str:
+    """Return what the log of a job is called, or of a task of an array's."""
+    return f"job-{job}.log" if task is None else f"job-{job}_{task}.log"
+
+
+# --- what a launcher leaves -----------------------------------------------------------------------
+
+ACCELERATE_YAML = "accelerate.yaml"
+JOB_SCRIPT = "job.sbatch"
+SLURM_JSON = "slurm.json"
+CANCEL_JSON = "cancel.json"
