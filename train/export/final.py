@@ -24,8 +24,7 @@ from train.model import origin
 from train.model.conversion import CannotTrace, placed
 from train.model.directory import CONFIG, WrongWeights, check_loads, write_beside_weights, writers
 from train.process.agreement import check, from_all, together
-from train.run_directory.final import FINAL
-from train.run_directory.names import CHECKPOINTS, MODEL_FOLDER
+from train.run_directory.names import CHECKPOINTS, FINAL, MODEL_FOLDER
 
 if TYPE_CHECKING:
     from train.loop.trainer import Trainer
