@@ -201,10 +201,11 @@ def rise(
     if new(step) <= old(step) * (1 + 1e-9) or has <= had or not had:
         return None
     settings = ["trainer.lr_scheduler=constant", f"trainer.learning_rate={had:.6g}"]
-    if after.muon_learning_rate is not None:
-        settings.append(
-            f"trainer.muon_learning_rate={old(step - 1) * after.muon_learning_rate:.6g}"
-        )
+    settings += [
+        f"trainer.{name}={old(step - 1) * getattr(after, name):.6g}"
+        for name in type(after).model_fields
+        if name.endswith("_learning_rate") and getattr(after, name) is not None
+    ]
     if after.warmup_steps:
         settings.append("trainer.warmup_steps=0")
     if after.warmup_fraction:

@@ -345,6 +345,17 @@ def test_a_rate_that_rises_again_is_told_with_the_way_to_avoid_it(
     assert resume.rise(before, longer, None, None, Progress()) is None
 
 
+def test_the_way_to_stay_names_the_rate_of_muons_matrices_too(tmp_path: Path) -> None:
+    rates = {"optimizer": "muon", "learning_rate": 1e-3, "muon_learning_rate": 0.02}
+    before = finished(tmp_path, max_steps=60, lr_scheduler="linear", **rates).trainer
+    longer = before.model_copy(update={"max_steps": 120})
+    told = resume.rise(before, longer, None, None, at(60))
+    assert told is not None
+    share = schedule_of(before, None)(59)
+    assert f"trainer.learning_rate={share * 1e-3:.6g} trainer.muon_learning_rate=" in told
+    assert f"trainer.muon_learning_rate={share * 0.02:.6g}" in told
+
+
 def test_what_warms_up_does_not_rise_again(tmp_path: Path) -> None:
     before = finished(tmp_path, max_steps=60, warmup_steps=40).trainer
     longer = before.model_copy(update={"max_steps": 120})
