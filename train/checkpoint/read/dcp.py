@@ -25,6 +25,8 @@ from train.checkpoint.format.lazy import (
     describe,
     flat,
 )
+from train.checkpoint.read.reader import Reader
+from train.run_directory.names import ENGINE_FOLDER
 
 METADATA = ".metadata"
 
@@ -44,22 +46,35 @@ _ALLOWED = {
 }
 
 
+FSDP, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+"""What accelerate calls the folders of a sharded checkpoint."""
+
 # Names of the sections that programs give to `save`, by what they hold.
 _OPTIMIZERS = {"optimizer", "optimizers", "optim", "opt", "optimizer_state_dict"}
 _AVERAGES = {"ema", "ema_model", "model_ema", "ema_state_dict"}
 _MODELS = {"model", "module", "state_dict", "model_state_dict"}
 
 
-def read(
-    directory: Path, optimizer: Path | None = None, section: str | None = None
-) -> PortableState:
+def find(directory: Path) -> Path | None:
+    """Return the directory with a .metadata: this one, or accelerate's folder in it."""
+    folders = (directory, directory / FSDP)
+    return next((folder for folder in folders if (folder / METADATA).is_file()), None)
+
+
+def _optimizer_beside(directory: Path) -> Path | None:
+    folder = directory.parent / FSDP_OPTIMIZER
+    is_one = directory.name == FSDP and (folder / METADATA).is_file()
+    return folder if is_one else None
+
+
+def read(directory: Path, section: str | None = None) -> PortableState:
     """Return what is in a directory with a .metadata, whatever its sections are called.
 
-    ``optimizer`` is another such directory, where the optimizer's state is in one of its own;
-    ``section`` names that of the weights, where there are several. Raises Unreadable.
+    The optimizer's state may be in another one beside it. ``section`` names that of the weights,
+    where there are several. Raises Unreadable.
     """
     tensors = _tensors(directory)
-    if optimizer is not None:
+    if (optimizer := _optimizer_beside(directory)) is not None:
         tensors |= {p: t for p, t in _tensors(optimizer).items() if _OPTIMIZERS & set(p[:-1])}
     moments: dict[str, dict[str, LazyTensor]] = {}
     scalars: dict[str, dict[str, float]] = {}
@@ -287,3 +302,12 @@ class _Slice(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+
+READER = Reader(
+    f"a distributed checkpoint's {METADATA} (there, in {ENGINE_FOLDER}/ or in {FSDP}/)",
+    find,
+    read,
+    read_section=read,
+    is_an_engines=True,
+)

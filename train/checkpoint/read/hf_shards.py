@@ -10,14 +10,16 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable
 from train.checkpoint.read import plain as read_plain
 from train.checkpoint.read.dcp import chunk_of, last_cut
+from train.checkpoint.read.reader import Reader
 
 PATTERN = "shard-*-model-*-of-*.safetensors"
 _PLACES = "DCP_SHARDING_INFO"
 """Where a file's metadata says from which index on each of its tensors belongs (torch 2.13)."""
 
 
-def is_there(directory: Path) -> bool:
-    return next(directory.glob(PATTERN), None) is not None
+def find(directory: Path) -> Path | None:
+    """Return the directory where a file in it is named as such a shard."""
+    return directory if next(directory.glob(PATTERN), None) is not None else None
 
 
 def read(directory: Path) -> PortableState:
@@ -62,3 +64,6 @@ def _joined(name: str, parts: list[tuple[ChunkStorageMetadata, LazyTensor]]) -> 
         for chunk, tensor in different.values()
     ]
     return LazyTensor(size, dtypes.pop(), tuple(sorted(fragments, key=lambda f: f.start)))
+
+
+READER = Reader(PATTERN, find, read)

@@ -21,6 +21,7 @@ from train.checkpoint.format.lazy import (
     lazy,
 )
 from train.checkpoint.read.model_states import IGNORED
+from train.checkpoint.read.reader import Reader
 
 SAFETENSORS, TORCH = ".safetensors", (".bin", ".pt", ".pth", ".ckpt")
 
@@ -52,12 +53,15 @@ _AVERAGES = ("ema", "ema_model", "model_ema", "ema_state_dict")
 _STEPS = ("step", "global_step", "global_steps", "iter_num", "iteration")
 
 
-def find(directory: Path) -> Path | None:
+def find(path: Path) -> Path | None:
     """Return the file of a directory that holds its weights, or lists the files that do.
 
-    Beside the usual names that is a file of another name where there is only one. Raises Unreadable
-    where there are several.
+    A file is itself. Beside the usual names that is a file of another name where there is only
+    one. Raises Unreadable where there are several.
     """
+    if path.is_file():
+        return path
+    directory = path
     for name in NAMES:
         if (directory / name).is_file():
             return directory / name
@@ -259,3 +263,11 @@ def _tensors(found: Any, path: Path) -> dict[str, LazyTensor]:
     if not isinstance(found, Mapping):
         raise Unreadable(f"{path} holds no mapping of tensors")
     return {str(n): lazy(t, path) for n, t in found.items() if isinstance(t, torch.Tensor)}
+
+
+READER = Reader(
+    f"{', '.join(NAMES)}, one *.pt, *.pth, *.ckpt or *.safetensors",
+    find,
+    read,
+    read_section=read,
+)

@@ -10,17 +10,11 @@ from typing import TypeVar
 
 from train.checkpoint.format.layout import TRAINER_STATE
 from train.checkpoint.format.lazy import PortableState, Unreadable
-from train.checkpoint.read import dcp as read_dcp
-from train.checkpoint.read import hf_shards as read_hf_shards
-from train.checkpoint.read import model_states
-from train.checkpoint.read import plain as read_plain
-from train.checkpoint.read import universal as read_universal
-from train.checkpoint.read import zero as read_zero
+from train.checkpoint.read import dcp
 from train.checkpoint.read.names import unwrapped
+from train.checkpoint.read.registry import READERS
 from train.run_directory.names import ENGINE_FOLDER
 
-FSDP, FSDP_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
-"""What accelerate calls the folders of a sharded checkpoint."""
 LATEST = ("latest", "latest_universal")
 """DeepSpeed's files that name the folder of the newest checkpoint beside them."""
 
@@ -38,40 +32,29 @@ def read(checkpoint: Path, section: str | None = None) -> PortableState:
 
 
 def _read(checkpoint: Path, section: str | None) -> PortableState:
-    if checkpoint.is_file():
-        return read_plain.read(checkpoint, section)
-    if not checkpoint.is_dir():
+    if not (checkpoint.is_file() or checkpoint.is_dir()):
         raise Unreadable(f"{checkpoint} does not exist")
-    for directory in (*_named_folders(checkpoint), checkpoint / ENGINE_FOLDER, checkpoint):
-        if not directory.is_dir():
-            continue
-        if (directory / read_dcp.METADATA).is_file():
-            return read_dcp.read(directory, _optimizer_beside(directory), section)
-        if (directory / FSDP / read_dcp.METADATA).is_file():
-            folder = directory / FSDP
-            return read_dcp.read(folder, _optimizer_beside(folder), section)
-        if read_universal.is_universal(directory):
-            _check_no_section(section, directory)
-            return read_universal.read(directory)
-        if model_states.is_there(directory):
-            _check_no_section(section, directory)
-            return read_zero.read(directory)
-        if directory not in (checkpoint / ENGINE_FOLDER, checkpoint):
+    for place in _folders(checkpoint):
+        for reader in READERS:
+            if reader.is_an_engines and (found := reader.find(place)) is not None:
+                return reader.state(found, section)
+        if place not in (checkpoint / ENGINE_FOLDER, checkpoint):
             raise Unreadable(
-                f"{directory}, which {checkpoint} names as its newest, holds neither "
-                f"DeepSpeed's *_model_states.pt nor {read_dcp.METADATA}"
+                f"{place}, which {checkpoint} names as its newest, holds neither "
+                f"DeepSpeed's *_model_states.pt nor {dcp.METADATA}"
             )
-    if read_hf_shards.is_there(checkpoint):
-        _check_no_section(section, checkpoint)
-        return read_hf_shards.read(checkpoint)
-    if (plain := read_plain.find(checkpoint)) is not None:
-        return read_plain.read(plain, section)
+    for reader in READERS:
+        if not reader.is_an_engines and (found := reader.find(checkpoint)) is not None:
+            return reader.state(found, section)
     raise Unreadable(_nothing(checkpoint))
 
 
-def _check_no_section(section: str | None, directory: Path) -> None:
-    if section is not None:
-        raise Unreadable(f"{directory} has no sections; leave --section={section} out")
+def _folders(checkpoint: Path) -> list[Path]:
+    """Return the folders in which an engine's files may lie, the likeliest first."""
+    if not checkpoint.is_dir():
+        return []
+    places = (*_named_folders(checkpoint), checkpoint / ENGINE_FOLDER, checkpoint)
+    return [place for place in places if place.is_dir()]
 
 
 def _named_folders(checkpoint: Path) -> list[Path]:
@@ -99,22 +82,12 @@ def _named_folders(checkpoint: Path) -> list[Path]:
     return found or steps
 
 
-def _optimizer_beside(directory: Path) -> Path | None:
-    folder = directory.parent / FSDP_OPTIMIZER
-    is_one = directory.name == FSDP and (folder / read_dcp.METADATA).is_file()
-    return folder if is_one else None
-
-
 def _nothing(checkpoint: Path) -> str:
     names = sorted(path.name + "/" * path.is_dir() for path in checkpoint.iterdir())
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (
-        f"{checkpoint} holds no checkpoint. Looked for: a distributed checkpoint's "
-        f"{read_dcp.METADATA} (there, in {ENGINE_FOLDER}/ or in {FSDP}/), DeepSpeed's "
-        f"*_model_states.pt (there, in {ENGINE_FOLDER}/ or in the folder that a file called latest "
-        f"names), a universal "
-        f"checkpoint's {read_universal.FOLDER}/*/{read_universal.MASTER}, "
-        f"{', '.join(read_plain.NAMES)}, one *.pt, *.pth, *.ckpt or *.safetensors. Found: "
+        f"{checkpoint} holds no checkpoint. Looked for: "
+        f"{', '.join(reader.looked_for for reader in READERS)}. Found: "
         f"{', '.join(names[:8]) or 'nothing'}{more}"
     )
 

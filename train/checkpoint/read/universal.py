@@ -12,15 +12,16 @@ import torch
 from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable, describe, flat, lazy
 from train.checkpoint.read import model_states
 from train.checkpoint.read.model_states import IGNORED, ModelStates
+from train.checkpoint.read.reader import Reader
 
 FOLDER = "zero"
 MASTER = "fp32.pt"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def is_universal(directory: Path) -> bool:
-    """Whether a directory looks like what ds_to_universal makes."""
-    return any((directory / FOLDER).glob(f"*/{MASTER}"))
+def find(directory: Path) -> Path | None:
+    """Return the directory where it looks like what ds_to_universal makes."""
+    return directory if any((directory / FOLDER).glob(f"*/{MASTER}")) else None
 
 
 def read(directory: Path) -> PortableState:
@@ -106,3 +107,11 @@ def _step(path: Path) -> float | None:
     if isinstance(found, torch.Tensor):
         return float(lazy(found, path).read())
     return float(found)
+
+
+READER = Reader(
+    f"a universal checkpoint's {FOLDER}/*/{MASTER}",
+    find,
+    read,
+    is_an_engines=True,
+)

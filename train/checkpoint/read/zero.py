@@ -24,6 +24,8 @@ from train.checkpoint.format.lazy import (
 from train.checkpoint.read import model_states
 from train.checkpoint.read import zero_0 as read_zero_0
 from train.checkpoint.read.model_states import IGNORED, ModelStates
+from train.checkpoint.read.reader import Reader
+from train.run_directory.names import ENGINE_FOLDER
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
@@ -36,6 +38,11 @@ class _Shard:
     dtype: torch.dtype
     moments: Mapping[str, tuple[torch.dtype, Fragment]]
     scalars: Mapping[str, float]
+
+
+def find(directory: Path) -> Path | None:
+    """Return the directory where it looks like DeepSpeed's."""
+    return directory if model_states.is_there(directory) else None
 
 
 def read(directory: Path) -> PortableState:
@@ -262,3 +269,12 @@ class _Collected:
             origin=origin,
             step=states.step,
         )
+
+
+READER = Reader(
+    f"DeepSpeed's *_model_states.pt (there, in {ENGINE_FOLDER}/ or in the folder that a file "
+    "called latest names)",
+    find,
+    read,
+    is_an_engines=True,
+)
