@@ -121,6 +121,7 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
     progress.now("building the model")
     model, values = _build(config, run_dir, prepared.tokenizer, resumed, rank, console)
+    # Its settings are made of what only the weights know, too.
     engine = engine_of(models.fitted(config, model), rank.world_size)
     config, layout = engine.config, engine.layout
     check()
