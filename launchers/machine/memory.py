@@ -12,12 +12,10 @@ from launchers.machine.facts import Machine
 from train.config import (
     OPTIMIZERS,
     DeepspeedLauncher,
-    ModelConfig,
     RunConfig,
     TrainerConfig,
     rank_layout,
 )
-from train.config.model import BertModel, Gpt2Model, LlamaModel, ModernBertModel, RobertaModel
 from train.config.precision import DTYPES
 
 GIB = 2**30
@@ -49,38 +47,6 @@ class Parts:
 
 def gib(size_bytes: float) -> str:
     return f"{size_bytes / GIB:,.1f} GiB"
-
-
-def parameters(model: ModelConfig) -> int | None:
-    """Return the number of a model's parameters; None where its weights bring them. Pure."""
-    match model:
-        case Gpt2Model():
-            h, i, head = model.hidden_size, model.intermediate_size, 0
-            embeddings = model.max_position_embeddings * h
-            block = 4 * (h * h + h) + 2 * h * i + i + h + 4 * h
-            blocks = model.num_hidden_layers * block + 2 * h
-        case LlamaModel():
-            h, i, head = model.hidden_size, model.intermediate_size, 0
-            embeddings = 0
-            size = model.head_dim or h // model.num_attention_heads
-            attention = 2 * h * size * (model.num_attention_heads + model.num_key_value_heads)
-            blocks = model.num_hidden_layers * (attention + 3 * h * i + 2 * h) + h
-        case BertModel() | RobertaModel():
-            h, i = model.hidden_size, model.intermediate_size
-            embeddings = (model.max_position_embeddings + model.type_vocab_size + 2) * h
-            block = 4 * (h * h + h) + 2 * h * i + i + h + 4 * h
-            blocks = model.num_hidden_layers * block
-            head = h * h + 3 * h + model.padded_vocab_size
-        case ModernBertModel():
-            h, i = model.hidden_size, model.intermediate_size
-            embeddings = h
-            # The first block has no norm before its attention, the last is followed by one.
-            blocks = model.num_hidden_layers * (4 * h * h + 3 * h * i + 2 * h)
-            head = h * h + h + model.padded_vocab_size
-        case _:
-            return None
-    matrices = 1 if model.tie_word_embeddings else 2
-    return matrices * model.padded_vocab_size * h + embeddings + blocks + head
 
 
 def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
@@ -116,7 +82,7 @@ def problems(config: RunConfig, machine: Machine) -> Iterator[str]:
     launcher = config.launcher
     if isinstance(launcher, DeepspeedLauncher) and launcher.hostfile is not None:
         return  # this machine need not be one of them
-    count = parameters(config.model)
+    count = config.model.parameters
     if count is None:
         return
     on_device, on_host = needed(config, count)

@@ -19,7 +19,8 @@ from transformers import (
 
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from train import data
-from train.config import Gpt2Model, load
+from train.config import load
+from train.config.model import Gpt2Model
 from train.model import build as models
 from train.process.rank import rank_from_environment
 from train.strategy import engine_of

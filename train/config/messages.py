@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from train.config.model import ModelConfig
 from train.config.section import shown
 from train.config.sections import Sections
 
@@ -187,12 +188,8 @@ ALIASES = {
 # The options of conf/ by the kind that they have: what to choose where a key belongs to another.
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "model": {
-        "bert": ("bert_base", "bert_large"),
-        "roberta": ("roberta_tiny", "kantaibert", "roberta_base", "roberta_large"),
-        "modernbert": ("modernbert_base", "modernbert_large"),
-        "gpt2": ("gpt2_tiny", "gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl"),
-        "llama": ("llama_tiny", "llama_150m", "llama_1b", "llama_3b", "llama_8b", "llama_70b"),
-        "pretrained": ("pretrained",),
+        get_args(section.model_fields["kind"].annotation)[0]: section.options
+        for section in get_args(get_args(ModelConfig)[0])
     },
     "strategy": {
         "single": ("single",),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +15,8 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 class ScratchModel(Section):
     """What every architecture that is initialised from scratch has."""
 
+    options: ClassVar[tuple[str, ...]] = ()
+    """The options of conf/model/ that are of this kind, for messages that name one to choose."""
     vocab_size: PositiveInt
     """Rows of the embedding; at least the tokenizer's vocabulary."""
     pad_vocab_to_multiple: PositiveInt | None = None
@@ -34,6 +37,26 @@ class ScratchModel(Section):
     """The head shares the embedding's weights."""
     attention: Attention = "auto"
     """auto is sdpa where the architecture has it, else eager; engine.json says which."""
+
+    @property
+    def parameters(self) -> int | None:
+        """How many parameters the model has; None where that is not known before it is built."""
+        matrices = 1 if self.tie_word_embeddings else 2
+        rest = self.parameters_beside_words
+        return None if rest is None else matrices * self.padded_vocab_size * self.hidden_size + rest
+
+    @property
+    def parameters_beside_words(self) -> int | None:
+        """Those that are in no matrix of the vocabulary's."""
+        return None
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield a message for each pair of its own values that cannot both be meant."""
+        if self.hidden_size % self.num_attention_heads and getattr(self, "head_dim", None) is None:
+            yield (
+                f"model.hidden_size={self.hidden_size} is not a multiple of "
+                f"model.num_attention_heads={self.num_attention_heads}; change one of them"
+            )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -59,6 +82,7 @@ class ScratchModel(Section):
 class BertModel(ScratchModel):
     """BERT, from scratch."""
 
+    options: ClassVar[tuple[str, ...]] = ("bert_base", "bert_large")
     kind: Literal["bert"]
     type_vocab_size: PositiveInt = 2
     """Rows of the embedding of segments; samples are one segment."""
@@ -69,10 +93,20 @@ class BertModel(ScratchModel):
     layer_norm_epsilon: PositiveFloat = 1e-12
     """Added to the variance in layer norms."""
 
+    @property
+    def parameters_beside_words(self) -> int:
+        return _of_bert(self, self.type_vocab_size)
+
 
 class RobertaModel(ScratchModel):
     """RoBERTa, from scratch."""
 
+    options: ClassVar[tuple[str, ...]] = (
+        "roberta_tiny",
+        "kantaibert",
+        "roberta_base",
+        "roberta_large",
+    )
     kind: Literal["roberta"]
     type_vocab_size: PositiveInt = 1
     """Rows of the embedding of segments; samples are one segment."""
@@ -88,10 +122,23 @@ class RobertaModel(ScratchModel):
         # Positions start at padding_idx + 1 = 2.
         return self.max_position_embeddings - 2
 
+    @property
+    def parameters_beside_words(self) -> int:
+        return _of_bert(self, self.type_vocab_size)
+
+
+def _of_bert(model: ScratchModel, segments: int) -> int:
+    h, i = model.hidden_size, model.intermediate_size
+    embeddings = (model.max_position_embeddings + segments + 2) * h
+    block = 4 * (h * h + h) + 2 * h * i + i + h + 4 * h
+    head = h * h + 3 * h + model.padded_vocab_size
+    return embeddings + model.num_hidden_layers * block + head
+
 
 class ModernBertModel(ScratchModel):
     """ModernBERT, from scratch."""
 
+    options: ClassVar[tuple[str, ...]] = ("modernbert_base", "modernbert_large")
     kind: Literal["modernbert"]
     global_attention_every_layers: PositiveInt = 3
     """Every n-th layer attends to the whole sequence, the others to a window."""
@@ -104,10 +151,24 @@ class ModernBertModel(ScratchModel):
     layer_norm_epsilon: PositiveFloat = 1e-5
     """Added to the variance in layer norms."""
 
+    @property
+    def parameters_beside_words(self) -> int:
+        h, i = self.hidden_size, self.intermediate_size
+        # The first block has no norm before its attention, the last is followed by one.
+        blocks = self.num_hidden_layers * (4 * h * h + 3 * h * i + 2 * h)
+        return h + blocks + h * h + h + self.padded_vocab_size
+
 
 class Gpt2Model(ScratchModel):
     """GPT-2, from scratch."""
 
+    options: ClassVar[tuple[str, ...]] = (
+        "gpt2_tiny",
+        "gpt2_small",
+        "gpt2_medium",
+        "gpt2_large",
+        "gpt2_xl",
+    )
     kind: Literal["gpt2"]
     dropout: Fraction = 0.1
     """On embeddings and residual branches."""
@@ -120,10 +181,24 @@ class Gpt2Model(ScratchModel):
     def causal(self) -> bool:
         return True
 
+    @property
+    def parameters_beside_words(self) -> int:
+        h, i = self.hidden_size, self.intermediate_size
+        block = 4 * (h * h + h) + 2 * h * i + i + h + 4 * h
+        return self.max_position_embeddings * h + self.num_hidden_layers * block + 2 * h
+
 
 class LlamaModel(ScratchModel):
     """Llama, from scratch."""
 
+    options: ClassVar[tuple[str, ...]] = (
+        "llama_tiny",
+        "llama_150m",
+        "llama_1b",
+        "llama_3b",
+        "llama_8b",
+        "llama_70b",
+    )
     kind: Literal["llama"]
     num_key_value_heads: PositiveInt
     """Heads of keys and values; fewer than ``num_attention_heads`` is grouped-query attention."""
@@ -140,10 +215,26 @@ class LlamaModel(ScratchModel):
     def causal(self) -> bool:
         return True
 
+    @property
+    def parameters_beside_words(self) -> int:
+        h, i = self.hidden_size, self.intermediate_size
+        size = self.head_dim or h // self.num_attention_heads
+        attention = 2 * h * size * (self.num_attention_heads + self.num_key_value_heads)
+        return self.num_hidden_layers * (attention + 3 * h * i + 2 * h) + h
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield (
+                f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"model.num_key_value_heads={self.num_key_value_heads}; change one of them"
+            )
+
 
 class PretrainedModel(Section):
     """Weights to go on from: a hub name or a local directory, any MLM or CLM architecture."""
 
+    options: ClassVar[tuple[str, ...]] = ("pretrained",)
     kind: Literal["pretrained"]
     name: Annotated[str, Field(min_length=1)]
     """Hub name, model directory, or run directory for its final/."""
@@ -155,6 +246,13 @@ class PretrainedModel(Section):
     """The weights' own, which is found: what is derived from it is known once it is."""
     attention: Attention = "auto"
     """auto is sdpa where the architecture has it, else eager; engine.json says which."""
+
+    @property
+    def parameters(self) -> int | None:
+        return None
+
+    def contradictions(self) -> Iterator[str]:
+        yield from ()
 
     @property
     def max_sequence_length(self) -> int | None:

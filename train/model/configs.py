@@ -22,7 +22,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from train.config import (
+from train.config.model import (
     BertModel,
     Gpt2Model,
     LlamaModel,

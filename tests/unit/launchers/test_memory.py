@@ -23,12 +23,12 @@ def test_parameters_are_those_that_the_presets_first_line_says(preset: str) -> N
     line = (CONF / "model" / f"{preset}.yaml").read_text().partition("\n")[0]
     said = re.search(r"([\d,]+) parameters", line)
     assert said is not None
-    assert memory.parameters(composed(f"model={preset}")[1].model) == int(said[1].replace(",", ""))
+    assert composed(f"model={preset}")[1].model.parameters == int(said[1].replace(",", ""))
 
 
 def test_embeddings_that_are_not_tied_count_twice() -> None:
     tied, untied = (
-        memory.parameters(composed("model=gpt2_tiny", f"model.tie_word_embeddings={tied}")[1].model)
+        composed("model=gpt2_tiny", f"model.tie_word_embeddings={tied}")[1].model.parameters
         for tied in ("true", "false")
     )
     model = composed("model=gpt2_tiny")[1].model

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from train.config.launcher import LocalLauncher
-from train.config.model import LlamaModel, ScratchModel
+from train.config.model import ScratchModel
 from train.config.precision import FP8_RECIPES
 from train.config.rank_layout import RankLayout, rank_layout
 from train.config.rules import fsdp, optimizers, replicated, zero
@@ -33,26 +33,14 @@ def contradictions(config: Sections) -> Iterator[str]:
             f"the model (model.max_position_embeddings={model.max_position_embeddings}); "  # type: ignore[union-attr]
             "shorten the samples or lengthen the model"
         )
+    yield from model.contradictions()
     if isinstance(model, ScratchModel):
-        if (
-            model.hidden_size % model.num_attention_heads
-            and getattr(model, "head_dim", None) is None
-        ):
-            yield (
-                f"model.hidden_size={model.hidden_size} is not a multiple of "
-                f"model.num_attention_heads={model.num_attention_heads}; change one of them"
-            )
         wanted = getattr(config.tokenizer, "vocab_size", None)
         if wanted is not None and wanted > model.padded_vocab_size:
             yield (
                 f"tokenizer.vocab_size={wanted} is more than model.vocab_size={model.vocab_size}; "
                 "raise the model's or lower the tokenizer's"
             )
-    if isinstance(model, LlamaModel) and model.num_attention_heads % model.num_key_value_heads:
-        yield (
-            f"model.num_attention_heads={model.num_attention_heads} is not a multiple of "
-            f"model.num_key_value_heads={model.num_key_value_heads}; change one of them"
-        )
     if (
         model.kind == "pretrained"
         and config.tokenizer.kind == "byte_bpe"
