@@ -47,20 +47,21 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright cancel RUN_DIR [--now]
       stop a run after a checkpoint, wherever it runs; --now: at once
   shardwright sync RUN_DIR
-      hand on to TensorBoard or W&B what they lack of a run that has ended
+      send TensorBoard or W&B the metrics of an ended run that they lack
   shardwright doctor [group=option] [key=value]
       look for what stops or slows training here; with launcher=... on all of its nodes,
       with measured collectives and matrix products
   shardwright help COMMAND
-      its own page, as COMMAND --help
+      show its help, as COMMAND --help does
 
   For launchers and jobs of your own:
   shardwright rank RUN_DIR
-      be one of a run's ranks: torchrun --nproc-per-node N --no-python shardwright rank RUN_DIR
+      run one of a run's ranks: torchrun --nproc-per-node N --no-python shardwright rank RUN_DIR
   shardwright relay [--grace-seconds S] COMMAND ...
-      run torchrun or its like where signals reach only the top, and tell its ranks of them
+      run torchrun or a similar launcher where signals reach only the top process, and pass
+      them on to its ranks
   shardwright requeue RUN_DIR --restarts N
-      say by exit code 0 or 1 whether a job that was cut has got on and may start again
+      tell by exit code 0 or 1 whether an interrupted job has made progress and may start again
 
   shardwright --version
 
@@ -68,7 +69,7 @@ Exit codes
   0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint and meant to be resumed;
   130 interrupted by Ctrl-C where there was nothing to save: before the ranks were started, in a
   command without ranks, or by a second one, which kills; likewise 128 + N by signal N;
-  141 whoever read what a command shows has left, as `head` does
+  141 the reader of a command's output has closed it, as `head` does
 
 Examples
   shardwright train experiment=demo
@@ -98,7 +99,7 @@ def _run(arguments: list[str]) -> int:
         from launchers.report import error_text
         from train.process import exhausted
 
-        if (why := exhausted.explained(error, room="make room, and try again")) is None:
+        if (why := exhausted.explained(error, room="free some space, and try again")) is None:
             raise
         print(error_text(why), file=sys.stderr)
         return FAILED
@@ -135,7 +136,7 @@ def module_of(command: str) -> str:
 def _unknown(command: str) -> str:
     """Say what was probably meant."""
     if "=" in command:
-        return f"{command} comes behind a command: shardwright train {command}"
+        return f"{command} comes after a command: shardwright train {command}"
     near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.4)
     there_are = f"there are {', '.join(COMMANDS[:-1])} and {COMMANDS[-1]}"
     hint = f"did you mean {near[0]}?" if near else there_are

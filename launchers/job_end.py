@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
             return GO_ON
     else:
         print(reason)
-    print(f"go on with: {program.command('resume', str(run_dir))}")
+    print(f"resume with: {program.command('resume', str(run_dir))}")
     return RESUMABLE
 
 
@@ -68,7 +68,7 @@ def why_not_go_on(launcher: SlurmLauncher, *, is_ended: bool, is_cancelled: bool
     if is_cancelled:
         return "it was cancelled"
     if is_ended:
-        return "SLURM ends this job, and starts it again itself where it was preempted"
+        return "SLURM ends this job, and requeues it by itself if it was preempted"
     if not launcher.requeue:
         return "launcher.requeue=false keeps it out of the queue"
     return None

@@ -106,13 +106,13 @@ def _launcher_problems(config: RunConfig) -> Iterator[str]:
         if launcher.backend == "pdsh" and unsafe:
             yield (
                 f"launcher.backend=pdsh sends {unsafe[0]} through a shell unquoted, which would "
-                "not arrive; install to a path without blanks and quotes, or use launcher=torchrun"
+                "break it; install to a path without blanks and quotes, or use launcher=torchrun"
             )
         path = package_environment(os.environ)["PYTHONPATH"]
         if launcher.backend != "pdsh" and not re.fullmatch(r"[\w@%+=:,./-]+", path):
             yield (
                 f"launcher.backend={launcher.backend} gets PYTHONPATH={path} from DeepSpeed in "
-                "quotes that the ranks would take for a part of it; install to a path without "
+                "quotes, which the ranks would treat as part of it; install to a path without "
                 "blanks and quotes, or use launcher=torchrun"
             )
     if launcher.bind_cores_to_rank and shutil.which("numactl") is None:
@@ -137,9 +137,9 @@ def _allocation_problems(launcher: DeepspeedLauncher) -> Iterator[str]:
     if (allocated := ended.stdout.split()) != wanted:
         yield (
             f"launcher.hostfile={launcher.hostfile} has {', '.join(wanted)}, but the allocation "
-            f"is {', '.join(allocated) or ended.stderr.strip()}, and srun's first rank is where "
-            "the ranks meet; write it with: scontrol show hostnames | "
-            f"sed 's/$/ slots={launcher.ranks_per_node}/'"
+            f"is {', '.join(allocated) or ended.stderr.strip()}, and the ranks' rendezvous is on "
+            "the host of srun's first rank; write it with: scontrol show hostnames | sed 's/$/ "
+            f"slots={launcher.ranks_per_node}/'"
         )
 
 
@@ -178,8 +178,8 @@ def _run_dir_problems(run_dir: Path) -> list[str]:
         is_refused = error.errno in _READ_ONLY or not os.access(nearest, os.W_OK | os.X_OK)
         reason = "no permission to write to" if is_refused else f"{error.strerror}:"
         return [
-            f"run_dir={run_dir} cannot be created: {reason} {nearest}; "
-            "give a directory that you may write to"
+            f"run_dir={run_dir} cannot be created: {reason} {nearest}; give a directory that is "
+            "writable"
         ]
     return []
 

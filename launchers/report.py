@@ -118,7 +118,9 @@ def _tracking(config: RunConfig, machine: Machine) -> str:
     elif mode == "offline" and not machine.has_wandb_key:
         mode += ": no API key found"
     unused = wandb_unused(config.name, tracking, os.environ)
-    return f"wandb ({mode})" + (f"; {', '.join(unused)} gives way to the config" if unused else "")
+    return f"wandb ({mode})" + (
+        f"; {', '.join(unused)} is overridden by the config" if unused else ""
+    )
 
 
 def ignored(environment: Mapping[str, str], width: int | None = None) -> str:
@@ -215,7 +217,7 @@ def preparation_failed(run_dir: Path, code: int) -> str:
 
 
 def _go_on(run_dir: Path) -> str:
-    return f"go on with: {program.command('resume', str(run_dir))}"
+    return f"resume with: {program.command('resume', str(run_dir))}"
 
 
 # --- failure ------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def failure(
         by = f"stopped by {signals.by_whom(stopped_by)}"
         if config is None:
             return by
-        return f"{by} before the ranks could say where; {_go_on(run_dir)}\n  logs are in {logs}"
+        return f"{by} before the ranks could report where; {_go_on(run_dir)}\n  logs are in {logs}"
     left = "" if config is None else _left_by(run_dir)
     said = _text_of(logs / launcher_log)
     reported = {failure.rank for failure in failures}
@@ -355,9 +357,9 @@ def _why_nodes_did_not_meet(torchrun_log: str) -> str | None:
         if silent := re.search(r"timed out after (\d+)ms while .* to \((.+), (\d+)\)", line):
             return error_text(
                 f"nothing answered at launcher.head_address={silent[2]}, "
-                f"launcher.head_port={silent[3]} for {int(silent[1]) // 1000} s; look whether "
-                "`shardwright train` or `resume` runs on the first node and whether a firewall "
-                "lies between, and join again"
+                f"launcher.head_port={silent[3]} for {int(silent[1]) // 1000} s; check whether "
+                "`shardwright train` or `resume` is running on the first node and whether a "
+                "firewall lies between, and join again"
             )
     return None
 

@@ -38,7 +38,7 @@ def should_requeue(
             f"and is of step {newest_step}; a checkpoint must fit between two stops (lower "
             "trainer.save_every_steps or raise launcher.grace_seconds)"
         )
-    return True, f"goes on from step {newest_step} (restart {restarts + 1} of at most {limit})"
+    return True, f"resumes from step {newest_step} (restart {restarts + 1} of at most {limit})"
 
 
 def main(argv: Sequence[str]) -> int:

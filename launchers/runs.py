@@ -160,7 +160,7 @@ def state_of(
         return f"{job.state.lower()}, exit code {job.exit_code}", True
     if first is not None and first.host == (here or socket.gethostname()):
         doing = f" while {first.doing}" if first.doing else ""
-        return f"dead: it was killed or crashed{doing}, and could not say so", True
+        return f"dead: it was killed or crashed{doing}, and could not report it", True
     if silent_seconds is None:
         return "no step yet, and no process here", False
     if silent_seconds < SILENT_SECONDS:

@@ -182,7 +182,7 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
         write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
         progress.write(f"{parameters:,} parameters, {steps:,} steps", console)
         if resumed is not None:
-            progress.write(f"going on from {resumed.checkpoint.name}", console)
+            progress.write(f"resuming from {resumed.checkpoint.name}", console)
         if resumed is None:
             run_directory_metrics.trim_metrics(run_dir)
         else:

@@ -299,8 +299,8 @@ class Handover:
         if not self._is_told:
             self._is_told = True
             self._say(
-                f"warning: {self._what} fails ({self.problem}); training goes on, and what is "
-                "missing there is written when that is possible again"
+                f"warning: {self._what} fails ({self.problem}); training continues, and what is "
+                "missing there is written once that is possible again"
             )
         if isinstance(self._target, Tensorboard):
             self._target.discard()
@@ -361,8 +361,8 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m train.tracker", description=__doc__)
     parser.add_argument("run_dir", type=decoded, help="the run's directory")
-    parser.add_argument("--once", action="store_true", help="hand on what is there, and end")
-    parser.add_argument("--offline", action="store_true", help="reach for no server")
+    parser.add_argument("--once", action="store_true", help="send what is there, and end")
+    parser.add_argument("--offline", action="store_true", help="contact no server")
     options = parser.parse_args(argv)
     run_dir = Path(options.run_dir)
     # Libraries print freely, and stdout is for what this module says.

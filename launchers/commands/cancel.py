@@ -57,7 +57,9 @@ def _cancel_all(sweep: Path, run_dirs: Sequence[Path], *, now: bool) -> int:
             print(report.error_text(f"{run_dir}: {error}"), file=sys.stderr)
             code = BAD_INPUT
     if not begun and code == 0:
-        raise NotRunning(f"none of the {len(run_dirs)} runs in {sweep} runs, here or elsewhere")
+        raise NotRunning(
+            f"none of the {len(run_dirs)} runs in {sweep} is running, here or elsewhere"
+        )
     for run_dir, is_over in begun.items():
         print(f"{run_dir}: ", end="", flush=True)
         try:
@@ -86,7 +88,7 @@ def _begin(run_dir: Path, *, now: bool) -> Callable[[], bool]:
         return partial(_is_over, job.id)
     if not _asked(run_dir, now=now):
         raise NotRunning(
-            f"{run_dir} does not run: no job in the queue and no process here or elsewhere"
+            f"{run_dir} is not running: no job in the queue and no process here or elsewhere"
             + (f" (job {job.id} is {job.state})" if job else "")
         )
     return lambda: not _asked(run_dir, now=now)
@@ -128,7 +130,7 @@ def _wait(run_dir: Path, is_over: Callable[[], bool]) -> int:
     while not is_over():
         if time.monotonic() > deadline:
             print(
-                f"it has not stopped within {seconds:.0f} s; look with "
+                f"it has not stopped within {seconds:.0f} s; see its log with "
                 f"`{program.command('logs', str(run_dir))}`, or end it with "
                 f"`{program.command('cancel', str(run_dir), '--now')}`",
                 file=sys.stderr,
@@ -137,12 +139,12 @@ def _wait(run_dir: Path, is_over: Callable[[], bool]) -> int:
         time.sleep(POLL_SECONDS)
     stopped = stop_note.read(run_dir)
     if stopped is None and runs.is_done(run_dir, run_config.load(run_dir)):
-        print("it was done before it could be stopped")
+        print("it finished before it could be stopped")
         return 0
     where = "ended"
     if stopped is not None:
         where = str(stopped).partition(" by ")[0]
-    print(f"{where}; go on with: {program.command('resume', str(run_dir))}")
+    print(f"{where}; resume with: {program.command('resume', str(run_dir))}")
     return 0
 
 
@@ -150,8 +152,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of `shardwright cancel`."""
     found = argparse.ArgumentParser(
         prog="shardwright cancel",
-        description="Stop a run: its ranks write a checkpoint, and its job does not go on.",
-        epilog="Exit codes: 0 stopped, 1 it goes on all the same, 2 it does not run.",
+        description="Stop a run: its ranks write a checkpoint, and its job does not start again.",
+        epilog="Exit codes: 0 stopped, 1 still running, 2 not running.",
     )
     found.add_argument("run_dir", metavar="RUN_DIR", help="or a sweep, with all its runs")
     found.add_argument("--now", action="store_true", help="at once, without a checkpoint")

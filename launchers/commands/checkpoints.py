@@ -45,7 +45,9 @@ def main(arguments: Sequence[str]) -> int:
         rows = _verified(rows)
     print(listing(directory, rows, rule, verified=options.verify, now=time.time()))
     for path in sorted(directory.glob(".checkpoint-*")) if rule is not None else []:
-        print(f"\n{path.name} is a save under way, or was cut short and goes with the next save")
+        print(
+            f"\n{path.name} is a save in progress, or an interrupted one that the next save deletes"
+        )
     return FAILED if options.verify and any(row.problems for row in rows) else 0
 
 
@@ -69,7 +71,7 @@ def listing(
             lines += ["", f"checkpoint-{row.step} {what}:"]
             lines += [f"  {problem}" for problem in row.problems]
             if names := layout.to_remove(row.problems):
-                lines += [f"  it is once {names} is removed"]
+                lines += [f"  it is whole once {names} is removed"]
     return "\n".join(lines)
 
 

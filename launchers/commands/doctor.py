@@ -59,12 +59,12 @@ def main(arguments: Sequence[str]) -> int:
         preflight.check_place(config)
         preflight.check_machine(config, here)
     print(f"{platform.node()}\n", flush=True)
-    with progress.phase("looking at this machine", console=sys.stderr):
+    with progress.phase("checking this machine", console=sys.stderr):
         findings = health.look(directory, here, os.environ)
     print(text(findings), flush=True)
     if config is not None:
         print("\nranks\n", flush=True)
-        with progress.phase("measuring among ranks", console=sys.stderr):
+        with progress.phase("measuring across ranks", console=sys.stderr):
             among_ranks = list(judge_ranks(_measured(config, here)))
         print(text(among_ranks))
         findings += among_ranks
@@ -77,14 +77,14 @@ def parser() -> argparse.ArgumentParser:
         prog="shardwright doctor",
         description="Look for what stops or slows training: versions, GPUs, compilers, memory, "
         "disk, clock, names, ports. With overrides (launcher=torchrun launcher.nproc_per_node=8) "
-        "it starts the ranks too and measures matrix products and collectives among them.",
+        "it starts the ranks too and measures matrix products and collectives across them.",
         epilog="Exit codes: 0, 1 where something is wrong, 2 on bad input.",
     )
     found.add_argument(
         "--directory",
         default="runs",
         metavar="DIR",
-        help="where runs go, whose disk is tried (runs)",
+        help="where runs go; its disk is tested (default: runs)",
     )
     found.add_argument("overrides", nargs="*", metavar="key=value")
     return found
@@ -141,9 +141,9 @@ def asked_for(overrides: Sequence[str], here: Machine, directory: Path) -> RunCo
     nodes, kind = launcher.get("nodes", 1), launcher["kind"]
     if kind in ("torchrun", "accelerate") and nodes > 1:
         raise UserError(
-            f"launcher={kind} launcher.nodes={nodes} starts the ranks of this node alone, and "
-            "nothing would start the others'; measure among nodes with launcher=slurm, or with "
-            "launcher=deepspeed and a hostfile"
+            f"launcher={kind} launcher.nodes={nodes} starts only the ranks of this node, and "
+            "nothing would start those of the others; measure across nodes with launcher=slurm, "
+            "or with launcher=deepspeed and a hostfile"
         )
     if launcher.get("hostfile") is not None:
         launcher.update(machine.from_hostfile(launcher))

@@ -91,6 +91,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("run_dir", metavar="RUN_DIR")
     found.add_argument("--rank", type=int, metavar="N", help="the rank's own log")
     found.add_argument(
-        "-f", "--follow", action="store_true", help="go on until the run is over; Ctrl-C ends it"
+        "-f", "--follow", action="store_true", help="continue until the run is over; Ctrl-C stops"
     )
     return found

@@ -119,19 +119,21 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("directory", type=Path, metavar="DIR")
     found.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME on the hub")
     found.add_argument(
-        "--public", action="store_true", help="for all to see; a new model is private otherwise"
+        "--public",
+        action="store_true",
+        help="visible to everyone; by default a new model is private",
     )
-    found.add_argument("--revision", help="branch to commit to, made where it is missing")
+    found.add_argument("--revision", help="branch to commit to, created if it is missing")
     found.add_argument("--message", help="of the commit (default: Upload NAME)")
     found.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that the model brings along to check that it loads; read it before",
+        help="run Python code that comes with the model, to check that it loads; read it first",
     )
     found.add_argument(
         "--dry-run",
         action="store_true",
-        help="check, show the files and the card, and touch no network",
+        help="check, show the files and the card; do not use the network",
     )
     return found
 
@@ -172,13 +174,13 @@ def _weights(directory: Path, names: set[str]) -> set[str]:
         if WEIGHTS in names - wanted:
             raise UserError(
                 f"{directory} has both {WEIGHTS} and {INDEX}, which names other files: "
-                "`from_pretrained` would take the former; delete the one that is not meant"
+                "`from_pretrained` would load the former; delete the one that is not wanted"
             )
         if missing := sorted(wanted - names):
             raise UserError(
                 f"{directory}: {INDEX} names {missing[0]}"
                 + (f" and {len(missing) - 1} more files" if len(missing) > 1 else "")
-                + f", and it is not there; {_MAKE}"
+                + f", which is missing; {_MAKE}"
             )
         return wanted | {INDEX}
     if WEIGHTS not in names:
@@ -186,7 +188,7 @@ def _weights(directory: Path, names: set[str]) -> set[str]:
     return {WEIGHTS}
 
 
-_MAKE = "`shardwright recover CHECKPOINT OUT` makes a whole directory"
+_MAKE = "`shardwright recover CHECKPOINT OUT` makes a complete directory"
 
 
 def _code(directory: Path) -> set[str]:
@@ -204,14 +206,15 @@ def check(directory: Path, chosen: Chosen, *, trusts_code: bool = False) -> None
     """Raise UserError unless card and weights are what a hub and `from_pretrained` take."""
     if directory.name.startswith(".") and directory.name.endswith((".tmp", ".old")):
         raise UserError(
-            f"{directory} is what an interrupted write has left; give the directory without the "
-            "dot, or make it anew"
+            f"{directory} is left from an interrupted write; give the directory without the dot, "
+            "or make it again"
         )
     names = {path.name for path in chosen.files}
     if README not in names:
         raise UserError(
-            f"{directory / README} is missing: a model without a card is of no use to others; "
-            "write one, or take the directory that the run or `shardwright recover` has made"
+            f"{directory / README} is missing: without a card nobody knows what the model is "
+            "for; write one, or give the directory that the run or `shardwright recover` has "
+            "made"
         )
     for path in chosen.files:
         if not path.name.endswith((".safetensors", *_ENDINGS)):
@@ -225,8 +228,8 @@ def _check_secrets(path: Path) -> None:
     for what, pattern in _SECRETS.items():
         if pattern.search(content):
             raise UserError(
-                f"{path} holds what looks like {what}: it would be uploaded too; take it out, and "
-                "make it invalid if others have seen the file"
+                f"{path} holds what looks like {what}: it would be uploaded too; remove it, and "
+                "revoke it if others have seen the file"
             )
 
 
@@ -244,7 +247,7 @@ def check_card(readme: str) -> None:
         raise UserError(f"{where} cannot be read ({text}); correct it") from None
     for name in ("pipeline_tag", "license", "library_name"):
         if not isinstance(data.get(name, ""), str):
-            raise UserError(f"{where} has {name}: {data.get(name)}, which is no word; correct it")
+            raise UserError(f"{where} has {name}: {data.get(name)}, which is not text; correct it")
 
 
 def card_warnings(readme: str) -> list[str]:
@@ -252,7 +255,7 @@ def card_warnings(readme: str) -> list[str]:
     from train.export.card_text import MODEL_PLACEHOLDER
 
     found = [text for text in _PLACEHOLDERS if text in readme.replace(MODEL_PLACEHOLDER, "")]
-    problems = [f"still has {text!r}, which somebody meant to fill in" for text in found]
+    problems = [f"still has the placeholder {text!r}; fill it in" for text in found]
     header = readme.split("\n---", 1)[0]
     if not re.search(r"^license:", header, re.MULTILINE):
         problems.append("names no license: add `license:` to its header, or nobody may use it")
@@ -287,7 +290,7 @@ def check_repo_name(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         text = str(error).partition(" Use `repo_type`")[0]
-        raise UserError(f"REPO={repo} is no name on a hub: {text}") from None
+        raise UserError(f"REPO={repo} is not a valid name on a hub: {text}") from None
 
 
 def _upload(directory: Path, files: Sequence[Path], readme: str, options: Any) -> str:
@@ -302,7 +305,7 @@ def _upload(directory: Path, files: Sequence[Path], readme: str, options: Any) -
     warnings.filterwarnings("ignore", "Warnings while validating metadata")
     if get_token() is None:
         raise UserError(
-            "no token was found: run `hf auth login`, or set HF_TOKEN, to one that may write"
+            "no token was found: run `hf auth login`, or set HF_TOKEN, to one with write access"
         )
     api = HfApi()
     me = _who(api)
@@ -322,7 +325,7 @@ def _upload(directory: Path, files: Sequence[Path], readme: str, options: Any) -
         and name not in names
     ]
     for name in stale:
-        print(f"  takes away  {name}: weights of an older model")
+        print(f"  deletes   {name}: weights of an older model")
     contents: dict[str, Path | bytes] = {path.name: path for path in files}
     contents[README] = readme.replace(MODEL_PLACEHOLDER, repo).encode()
     commit = api.create_commit(
@@ -347,7 +350,7 @@ def _who(api: HfApi) -> dict[str, Any]:
     except HfHubHTTPError as error:
         if _status(error) == 401:
             raise UserError(
-                f"{api.endpoint} does not take the token: it is wrong or has expired; run "
+                f"{api.endpoint} does not accept the token: it is invalid or has expired; run "
                 "`hf auth login`, or set HF_TOKEN, to a valid one"
             ) from None
         raise
@@ -359,9 +362,9 @@ def _check_namespace(repo: str, me: dict[str, Any]) -> None:
     owner, name = repo.split("/")
     if owner not in owners:
         raise UserError(
-            f"REPO={repo} belongs to {owner}, and this token is of {me['name']}"
-            + (f", who belongs to {', '.join(owners[1:])}" if owners[1:] else "")
-            + f"; push to {me['name']}/{name}, or take a token of {owner}"
+            f"REPO={repo} belongs to {owner}, and this token belongs to {me['name']}"
+            + (f", a member of {', '.join(owners[1:])}" if owners[1:] else "")
+            + f"; push to {me['name']}/{name}, or use a token of {owner}"
         )
 
 
@@ -386,17 +389,17 @@ def _ensure(api: HfApi, repo: str, *, public: bool) -> bool:
         have, want = ("private", "public") if is_private else ("public", "private")
         way = f"leave --public out to push to a {have} model" if public else "add --public"
         raise UserError(
-            f"{repo} is there and {have}, and {want} is asked for; a push does not change that: "
-            f"{way}, choose another name, or make it {want} in its settings at {api.endpoint}/"
-            f"{repo}/settings"
+            f"{repo} exists and is {have}, but {want} was requested; a push does not change "
+            f"that: {way}, choose another name, or make it {want} in its settings at "
+            f"{api.endpoint}/{repo}/settings"
         )
     return False
 
 
 def _may_not_write(repo: str) -> str:
     return (
-        f"the token may not write to {repo}; make one with write access to it, and give it to "
-        "`hf auth login` or HF_TOKEN"
+        f"the token has no write access to {repo}; create one that has, and give it to `hf auth "
+        "login` or HF_TOKEN"
     )
 
 
@@ -410,11 +413,11 @@ def explained(error: BaseException) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    again = "then push again: what has arrived is not sent twice"
+    again = "then push again: what has arrived is not sent again"
     if not isinstance(error, HfHubHTTPError):
         return (
-            f"{constants.ENDPOINT} cannot be reached ({error}); see to the network, and to "
-            f"HF_ENDPOINT where it is set, {again}"
+            f"{constants.ENDPOINT} cannot be reached ({error}); check the network, and "
+            f"HF_ENDPOINT if it is set, {again}"
         )
     status = _status(error)
     text = " ".join((error.server_message or str(error)).split())

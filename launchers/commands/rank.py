@@ -28,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of `shardwright rank`."""
     found = argparse.ArgumentParser(
         prog="shardwright rank",
-        description="Be a rank of a run whose config.yaml is there already: torchrun "
+        description="Run one rank of a run whose config.yaml exists already: torchrun "
         "--nproc-per-node N --no-python shardwright rank RUN_DIR. RANK, LOCAL_RANK and WORLD_SIZE "
-        "say which one; without them it is the only one. A directory with checkpoints is resumed.",
+        "say which one; without them it is the only rank. A directory with checkpoints is resumed.",
     )
     found.add_argument("run_dir", metavar="RUN_DIR")
     return found

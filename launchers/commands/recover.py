@@ -80,9 +80,14 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0, 1 failed, 2 bad input, with nothing written.",
     )
     found.add_argument(
-        "source", type=path_of, metavar="CHECKPOINT_OR_RUN", help="what the files are, they say"
+        "source",
+        type=path_of,
+        metavar="CHECKPOINT_OR_RUN",
+        help="its format is found from its files",
     )
-    found.add_argument("out", type=path_of, metavar="OUT", help="a directory that is not there yet")
+    found.add_argument(
+        "out", type=path_of, metavar="OUT", help="a directory that does not exist yet"
+    )
     found.add_argument(
         "--step",
         type=_step,
@@ -111,14 +116,14 @@ def parser() -> argparse.ArgumentParser:
         type=_bytes,
         default=_bytes("5GB"),
         metavar="SIZE",
-        help="most bytes of a file, such as 500MB (default 5GB)",
+        help="largest size of a file, such as 500MB (default 5GB)",
     )
     found.add_argument(
         "--max-memory",
         type=_bytes,
         default=_bytes("512MiB"),
         metavar="SIZE",
-        help="most memory above what the program itself takes (default 512MiB)",
+        help="most memory to use besides what the program itself takes (default 512MiB)",
     )
     found.add_argument(
         "--config",
@@ -127,15 +132,18 @@ def parser() -> argparse.ArgumentParser:
         help="the model's config.json or its directory, where none lies with the checkpoint",
     )
     found.add_argument(
-        "--tokenizer", type=path_of, metavar="PATH", help="likewise its tokenizer's directory"
+        "--tokenizer",
+        type=path_of,
+        metavar="PATH",
+        help="its tokenizer's directory, where none lies with the checkpoint",
     )
     found.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that the model brings along; read it before",
+        help="run Python code that comes with the model; read it first",
     )
     found.add_argument(
-        "--dry-run", action="store_true", help="say what would be written, and write nothing"
+        "--dry-run", action="store_true", help="show what would be written; write nothing"
     )
     return found
 
@@ -147,7 +155,7 @@ def _bytes(text: str) -> int:
         or match[2] not in _UNITS
         or not (size := int(float(match[1]) * _UNITS[match[2]]))
     ):
-        raise argparse.ArgumentTypeError(f"{text} is no size, such as 500MB or 2GiB")
+        raise argparse.ArgumentTypeError(f"{text} is not a size, such as 500MB or 2GiB")
     return size
 
 

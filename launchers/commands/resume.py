@@ -47,13 +47,13 @@ FALLING = ("linear", "cosine", "warmup_stable_decay")
 _FIXED: dict[str, str | None] = {
     "model": "the weights of the checkpoint have its shape",
     "tokenizer": "the model has learned its tokens",
-    "data": "the position in the data would mean another place",
+    "data": "the position in the data would mean another sample",
     "data.cache_dir": None,
-    "objective": "the model has learned by it",
+    "objective": "the model was trained with it",
     "objective.prompts": None,
-    "seed": "the order of the data hangs on it",
-    "run_dir": "the run goes on in its own directory",
-    "sweep_dir": "the run goes on in its own directory",
+    "seed": "the order of the data depends on it",
+    "run_dir": "the run is resumed in its own directory",
+    "sweep_dir": "the run is resumed in its own directory",
     "trainer.optimizer": "the optimizer's state in the checkpoint is that of another",
 }
 
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         "`shardwright train`; 2 leaves the run as it was.",
     )
     found.add_argument("run_dir", nargs="?", metavar="RUN_DIR")
-    found.add_argument("overrides", nargs="*", metavar="key=value", help="what is to change")
+    found.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     found.add_argument(
         "--dry-run",
         action="store_true",
@@ -147,7 +147,7 @@ def _options(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the option that the overrides choose of each group, and its tree."""
     if config_dir is not None and not Path(config_dir).is_dir():
-        raise UserError(f"--config-dir {config_dir} is not a directory; give one that is there")
+        raise UserError(f"--config-dir {config_dir} is not a directory; give one that exists")
     groups = {name for name in RunConfig.model_fields if (CONF / name).is_dir()}
     picked = chosen(overrides, groups)
     if not picked:
@@ -213,8 +213,8 @@ def rise(
     end = total_steps(after, wanted_after, at)
     return (
         f"rises again, from {had:.3g} at step {at.step:,} to {has:.3g} at step {at.step + 1:,}: "
-        f"the {after.lr_scheduler} schedule now ends at step {end:,}. "
-        f"To stay at the rate that it has come to, add {' '.join(settings)}"
+        f"the {after.lr_scheduler} schedule now ends at step {end:,}. To stay at the rate that "
+        f"it has reached, add {' '.join(settings)}"
     )
 
 
@@ -287,8 +287,8 @@ def refused(before: RunConfig, after: RunConfig) -> Iterator[str]:
         reason = _FIXED[max(prefixes, key=len)] if prefixes else None
         if reason is not None:
             yield (
-                f"{key}={new.get(key)} was {old.get(key)}, and a run that goes on keeps it: "
-                f"{reason}; leave it out, or start a new run with `shardwright train`"
+                f"{key}={new.get(key)} was {old.get(key)}, and a resumed run keeps it: {reason}; "
+                "leave it out, or start a new run with `shardwright train`"
             )
 
 
@@ -300,7 +300,7 @@ def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
             raise UserError(unreadable(text, group_options())) from None
         is_new = override.is_add() and not is_free_form(override.key_or_group)
         if override.is_delete() or is_new or override.is_sweep_override():
-            raise UserError(f"{text}: a run that goes on takes key=value only")
+            raise UserError(f"{text}: a resumed run takes key=value only")
         value = override.value()
         # Nothing behind "=" is an empty text to Hydra; a quoted string is an object of its own.
         yield override.key_or_group, value if isinstance(value, list | dict) else _plain(value)

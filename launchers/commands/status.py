@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of `shardwright status`."""
     found = argparse.ArgumentParser(
         prog="shardwright status",
-        description="Say of runs whether they wait, run, have stopped or are done: state in the "
+        description="Show whether runs are waiting, running, stopped or done: state in the "
         "queue, step, loss, tokens per second, time left, newest checkpoint.",
     )
     found.add_argument(

@@ -24,13 +24,13 @@ def main(arguments: Sequence[str]) -> int:
     config = run_config.load(run_dir)
     if config.tracking.kind == "none":
         raise UserError(
-            f"{run_dir} has no tracker (tracking=none): its numbers are in metrics.jsonl alone"
+            f"{run_dir} has no tracker (tracking=none): its metrics are in metrics.jsonl only"
         )
     whose, is_locked = owner.look(run_dir)
     if is_locked:
         raise UserError(
-            f"{run_dir} belongs to {whose or 'a process that is alive'}, whose own tracker hands "
-            "its metrics on; wait for its end"
+            f"{run_dir} belongs to {whose or 'a process that is alive'}, whose own tracker sends "
+            "its metrics; wait until it has ended"
         )
     terminal.outlive()
     process = subprocess.Popen(
@@ -54,9 +54,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of `shardwright sync`."""
     found = argparse.ArgumentParser(
         prog="shardwright sync",
-        description="Hand on to TensorBoard or W&B what they lack of a run's metrics.jsonl: after "
-        "a full disk, a tracker that was killed, a server that did not answer.",
-        epilog="Exit codes: 0, 1 where a part is lacking still, 2 on bad input.",
+        description="Send TensorBoard or W&B what they lack of a run's metrics.jsonl: after a full "
+        "disk, a tracker that was killed, a server that did not answer.",
+        epilog="Exit codes: 0, 1 if some is still missing, 2 on bad input.",
     )
     found.add_argument("run_dir", metavar="RUN_DIR")
     return found

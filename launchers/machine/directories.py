@@ -113,8 +113,8 @@ def _remove_empty(made: Sequence[Path]) -> None:
 
 def _cannot_be_made(what: str, error: OSError) -> UserError:
     return UserError(
-        f"{what} cannot be created: {error.strerror} ({error.filename}); "
-        "give a directory that you may write to"
+        f"{what} cannot be created: {error.strerror} ({error.filename}); give a directory that "
+        "is writable"
     )
 
 

@@ -184,7 +184,7 @@ def gpus(seen: Gpus | None) -> Iterator[Finding]:
         yield Finding(
             "gpus",
             "wrong",
-            f"the driver serves CUDA {have}, torch was built with {need}",
+            f"the driver supports CUDA {have}, torch was built with {need}",
             "update the driver, or install a torch for an older CUDA",
         )
     if any(link in ("SYS", "NODE") for link in seen.links):
@@ -275,13 +275,13 @@ def operators(
                     "operators",
                     "note",
                     f"{operator} cannot be built, {use} will not start",
-                    f"apt install {needs}, if that is wanted",
+                    f"apt install {needs}, if you need it",
                 )
     for lock in abandoned_locks:
         yield Finding(
             "operators",
             "wrong",
-            f"{lock} is left by a build that was killed: the next one waits for ever",
+            f"{lock} is left by a build that was killed: the next one waits forever",
             f"remove it: rm {lock}",
         )
 
@@ -329,7 +329,7 @@ def cores(usable: int, quota: float | None) -> Iterator[Finding]:
         yield Finding(
             "cores",
             "note",
-            f"{usable} cores in sight, but the control group grants the time of {quota:g}",
+            f"{usable} cores visible, but the control group grants the time of {quota:g}",
             f"set OMP_NUM_THREADS so that all ranks together use {max(1, int(quota))}",
         )
     else:
@@ -429,7 +429,7 @@ def disk(directory: Path, probe_bytes: int = PROBE_BYTES) -> Iterator[Finding]:
         yield Finding(
             "disk",
             "wrong",
-            f"{place} cannot be written to: {error.strerror}",
+            f"{place} is not writable: {error.strerror}",
             "choose another run_dir, or change its permissions",
         )
         return
@@ -545,8 +545,8 @@ def port(number: int) -> Iterator[Finding]:
             yield Finding(
                 "ports",
                 "note",
-                f"{number}, where torchrun meets by default, is taken",
-                "one node alone takes a free one; for several give another port",
+                f"{number}, torchrun's default rendezvous port, is in use",
+                "a single node takes a free one; for several give another port",
             )
             return
     yield Finding("ports", "ok", f"{number} and others are free")
@@ -574,7 +574,7 @@ def settings(environment: Mapping[str, str]) -> Iterator[Finding]:
             clean = False
             yield Finding("environment", "note", f"{name}={value}: {effect}", f"unset {name}")
     if clean:
-        yield Finding("environment", "ok", "no variable that is known to slow runs down")
+        yield Finding("environment", "ok", "no variable is set that is known to slow runs down")
 
 
 # --- looking ------------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ def hosts(
         user, at, host = match[1].rpartition("@")
         if at and _HOST.fullmatch(host):
             raise UserError(
-                f"{where}, names a user, but the ranks meet at a name or address alone; write "
-                f"{host} there, and the user into ~/.ssh/config (Host {host}, User {user})"
+                f"{where}, names a user, but the ranks' rendezvous needs a name or address "
+                f"alone; write {host} there, and the user into ~/.ssh/config (Host {host}, User "
+                f"{user})"
             )
         if not _HOST.fullmatch(match[1]):
             raise UserError(
@@ -53,7 +54,7 @@ def hosts(
                 "the line out"
             )
         if match[1] in found:
-            raise UserError(f"{where}: {match[1]} stands there twice; write it once")
+            raise UserError(f"{where}: {match[1]} is listed twice; list it once")
         found[match[1]] = list(range(int(match[2])))
     if not found:
         raise UserError(f"{name} names no host; write lines of: host slots=8")

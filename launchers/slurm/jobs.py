@@ -83,7 +83,7 @@ def look(job: str) -> Job | None:
     if ended.returncode == 0 and (found := parsed(ended.stdout, job)):
         return found
     if ended.returncode != 0 and "Invalid job id" not in ended.stderr:
-        raise UserError(f"SLURM does not tell of job {job}: {ended.stderr.strip()}")
+        raise UserError(f"SLURM has no information about job {job}: {ended.stderr.strip()}")
     for flags in (["-X"], ["-c"]):  # the database, or the file of those that ended
         try:
             ended = _run(["sacct", *flags, "-nP", "-j", job, "-o", "state,exitcode"])

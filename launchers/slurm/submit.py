@@ -196,7 +196,7 @@ def _end_of_all(config: RunConfig, run_dirs: Mapping[str, Path]) -> int:
             code = wait(job, run_dir)
         except KeyboardInterrupt:
             for other in left:
-                print(f"\njob {other} goes on without this command", file=sys.stderr)
+                print(f"\njob {other} continues without this command", file=sys.stderr)
             raise
         left.remove(job)
         worst = worst or code

@@ -87,7 +87,7 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(run_of: RunOf, rank
     for path in ("checkpoints/checkpoint-6", "final"):
         shutil.rmtree(run_dir / path)
     text = ranks(2)(whole_run, run_dir)[0]
-    assert "going on from checkpoint-4" in text
+    assert "resuming from checkpoint-4" in text
     assert STOPPED in text
     assert steps_of(run_dir) == [4, 6]
     assert torch.equal(
@@ -98,7 +98,7 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(run_of: RunOf, rank
     # Killed between the stop and final/: nothing is trained beyond it.
     shutil.rmtree(run_dir / "final")
     text = ranks(2)(whole_run, run_dir)[0]
-    assert "going on from checkpoint-6" in text
+    assert "resuming from checkpoint-6" in text
     assert max(line["step"] for line in lines_of(run_dir)) == 6
     assert steps_of(run_dir) == [4, 6]
     found = load_file(run_dir / "final/model.safetensors")

@@ -73,7 +73,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_says_so(
     FILE_DAMAGES["flip_last_bit"](shard, shard)
     text = ranks(2)(whole_run, run_dir)[0]
     assert f"checkpoint-4 is not whole: engine/{shard.name} has the hash" in text
-    assert "going on from checkpoint-2\n" in text
+    assert "resuming from checkpoint-2\n" in text
     # It has been written anew in the place of the damaged one.
     assert layout.verify(newest) == layout.verify(older) == []
     assert sorted(p.name for p in newest.parent.iterdir()) == ["checkpoint-2", "checkpoint-4"]

@@ -206,7 +206,7 @@ def test_a_run_resumes_from_before_weights_that_are_not_finite_and_says_so(
 
     for step in (3, 4):
         assert f"checkpoint-{step} cannot be used: its weights are not finite; skipped\n" in text
-    assert "going on from checkpoint-2\n" in text
+    assert "resuming from checkpoint-2\n" in text
     assert (run_dir / "final/model.safetensors").is_file()
     # They have been written anew.
     assert all(layout.read_manifest(path).finite for path in spoilt)
@@ -237,8 +237,8 @@ def test_one_held_out_loss_that_is_not_finite_is_told_and_is_not_the_best(
     assert (first["error"], other["error"], first["step"]) == (None, None, 5)
     assert re.search(
         r"^warning: the held-out loss at step 4 is inf, in \d of \d batches, while the weights are "
-        r"finite; it counts for no best checkpoint, and if the next evaluation is not finite "
-        r"either, the run ends$",
+        r"finite; it does not count for the best checkpoint, and if the next evaluation is not "
+        r"finite either, the run ends$",
         first["text"],
         re.MULTILINE,
     )

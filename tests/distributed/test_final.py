@@ -229,6 +229,6 @@ def test_weights_that_are_not_finite_are_named_and_not_written(
     run_dir = run_of(STRATEGIES[strategy], "clm", world_size=1)
     (message,) = ranks(1)(trained, run_dir, export_with_a_nan)
     assert message == (
-        f"{POISONED} holds NaN or infinity; final/ is not written, the checkpoints stand"
+        f"{POISONED} holds NaN or infinity; final/ is not written, the checkpoints remain"
     )
     assert not (run_dir / "final").exists()

@@ -111,7 +111,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     ranks(2)(whole_run, source)
     resumed = interrupted(source, tmp_path / "resumed")
     (said,) = {text for text in ranks(2)(whole_run, resumed) if text}
-    assert f"going on from checkpoint-{SAVED}" in said
+    assert f"resuming from checkpoint-{SAVED}" in said
     assert curve(resumed) == curve(source)
     last = Path("checkpoints", f"checkpoint-{STEPS}")
     assert_alike(resumed / last, source / last)
@@ -186,7 +186,7 @@ def test_a_model_too_small_for_the_disk_is_told(
     tree["trainer"]["max_steps"] = 1
     run_dir = frozen_run(tree)
     for text in ranks(2)(what_is_logged, run_dir):
-        assert "strategy.offload_optimizer=nvme puts nothing on the disk" in text
+        assert "strategy.offload_optimizer=nvme stores nothing on the disk" in text
     assert json.loads((run_dir / "engine.json").read_text())["optimizer_elements_on_nvme"] == 0
 
 

@@ -351,8 +351,9 @@ def test_what_the_weights_lack_is_said_on_the_terminal_and_in_the_card(
     )
     card = (run_dir / "final" / "README.md").read_text()
     assert (
-        "Trained with Shardwright from the weights of `small_code`, a `GPT2LMHeadModel`. These had "
-        "no weights of the head: its 1 parameter (`lm_head.weight`) began anew." in card
+        "Trained with Shardwright from the weights of `small_code`, a `GPT2LMHeadModel`. These "
+        "had no weights of the head: its 1 parameter (`lm_head.weight`) started from random "
+        "values." in card
     )
     assert "| Tokenizer | that of the weights of `small_code`, a `GPT2LMHeadModel` |" in card
     assert "source" not in card

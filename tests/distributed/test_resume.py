@@ -80,7 +80,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     source = uninterrupted(name, dtype)
     resumed = interrupted(source, tmp_path / "resumed")
     (said,) = {text for text in ranks(2)(whole_run, resumed) if text}
-    assert f"going on from checkpoint-{SAVED}" in said
+    assert f"resuming from checkpoint-{SAVED}" in said
     assert curve(resumed) == curve(source)
     expected = load_file(source / "final/model.safetensors")
     found = load_file(resumed / "final/model.safetensors")

@@ -365,7 +365,7 @@ def test_a_disk_that_is_full_or_read_only_costs_one_checkpoint_and_no_other(
     assert [p.name for p in disk.iterdir() if p.name.startswith(".")] == []
     assert first["said"].count("warning: checkpoint-4 could not be written (rank 0: ") == 1
     assert reason in first["said"]
-    assert "training goes on and the next save tries again" in first["said"]
+    assert "training continues, and the next save tries again" in first["said"]
     assert "could not be written" not in second["said"]
 
 
@@ -437,7 +437,7 @@ def test_the_last_save_stops_the_run_where_it_fails(
         ranks(2)(train_amid, run_dir, rank_1_never_writes_again)
     message = str(caught.value)
     assert message.count("SaveFailed: checkpoint-6 could not be written (rank 1: ") == 2
-    assert "It was the run's last: nothing would try again. Free the disk or mend it" in message
+    assert "It was the run's last: no later one would try again. Free the disk or fix it" in message
     assert steps_of(run_dir) == [2]
 
 

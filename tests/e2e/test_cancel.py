@@ -26,7 +26,7 @@ def test_a_run_of_this_machine_is_seen_and_stopped_with_a_checkpoint(
     ended = cli.finish(launcher)
     assert (cancelled.returncode, ended.returncode) == (0, 75), cancelled.stderr + ended.stderr
     step = json.loads((run_dir / "stopped.json").read_text())["step"]
-    assert f"stopped at step {step}; go on with: shardwright resume" in cancelled.stdout
+    assert f"stopped at step {step}; resume with: shardwright resume" in cancelled.stdout
     assert (run_dir / "checkpoints" / f"checkpoint-{step}").is_dir()
     status = cli.shardwright("status", "run", cwd=tmp_path).stdout
     by = f"shardwright cancel on {socket.gethostname()}"

@@ -108,6 +108,6 @@ def test_sigterm_to_the_launcher_before_the_first_step_ends_every_rank(
     ended = finish(process)
 
     assert ended.returncode == 75
-    assert "stopped at step 0 by SIGTERM; go on with: shardwright resume" in ended.stderr
+    assert "stopped at step 0 by SIGTERM; resume with: shardwright resume" in ended.stderr
     assert not (tmp_path / "run" / "final").exists()
     assert_all_gone(tmp_path)

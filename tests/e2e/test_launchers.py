@@ -125,5 +125,5 @@ def test_a_node_that_is_killed_comes_back(
     restart = history.read(run_dir)[-1]
     assert (restart["by"], restart["world_size"]) == ("torchrun", 2)
     assert restart["restart"] >= 1
-    assert f"going on from {restart['checkpoint']}\n" in ends[0].stdout
-    assert "going on from checkpoint-" in ends[0].stdout
+    assert f"resuming from {restart['checkpoint']}\n" in ends[0].stdout
+    assert "resuming from checkpoint-" in ends[0].stdout

@@ -35,7 +35,7 @@ def test_a_run_goes_on_with_another_engine_and_more_steps(tmp_path: Path) -> Non
 
     refused = cli.finish(cli.start("resume", "run", "model.hidden_size=64", cwd=tmp_path))
     assert refused.returncode == 2
-    assert "model.hidden_size=64 was 32, and a run that goes on keeps it" in refused.stderr
+    assert "model.hidden_size=64 was 32, and a resumed run keeps it" in refused.stderr
     assert not (run_dir / "resumes").exists()
 
     overrides = ("strategy=fsdp", "launcher.nproc_per_node=1", "trainer.max_steps=6")

@@ -111,7 +111,7 @@ def test_the_others_go_on_without_a_node_that_is_lost_for_good(tiny: Tiny, tmp_p
     finally:
         end(first, second)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    together, resumed, after = ended.stdout.partition("going on from checkpoint-")
+    together, resumed, after = ended.stdout.partition("resuming from checkpoint-")
     assert "zero2 on 2 ranks" in together
     assert resumed
     assert "zero2 on 1 rank:" in after

@@ -54,7 +54,7 @@ def test_sigusr1_to_the_launcher_stops_the_ranks_below_torchrun(tiny: Tiny, tmp_
     assert ended.returncode == 75
     where = assert_stopped(ended, tmp_path / "run")
     assert (
-        f"stopped at step {where.step} by SIGUSR1; go on with: shardwright resume" in ended.stderr
+        f"stopped at step {where.step} by SIGUSR1; resume with: shardwright resume" in ended.stderr
     )
     assert where.reason == f"SIGUSR1 to the launcher on {socket.gethostname()}"
 
@@ -88,11 +88,11 @@ def test_a_run_that_prepares_its_data_is_seen_stopped_and_resumed(
     cancelled = shardwright("cancel", "run", cwd=tmp_path)
     ended = finish(process)
     assert (cancelled.returncode, ended.returncode) == (0, 75), cancelled.stderr + ended.stderr
-    assert "stopped while preparing data; go on with: shardwright resume" in cancelled.stdout
+    assert "stopped while preparing data; resume with: shardwright resume" in cancelled.stdout
     assert (
         f"stopped by shardwright cancel on {host} while the data were being prepared: nothing of "
-        "them is kept yet, and a resume prepares them from the beginning; go on with: shardwright "
-        f"resume {tmp_path / 'run'}\n"
+        "them is kept yet, and a resume prepares them from the beginning; resume with: "
+        f"shardwright resume {tmp_path / 'run'}\n"
     ) in ended.stderr
     status = shardwright("status", "run", cwd=tmp_path).stdout
     assert f"stopped while preparing data by shardwright cancel on {host}\n" in status
@@ -198,7 +198,7 @@ def test_a_second_ctrl_c_kills(tiny: Tiny, tmp_path: Path) -> None:
     ended = finish(process)
 
     assert ended.returncode == 128 + signal.SIGINT
-    assert "stopped by Ctrl-C before the ranks could say where; go on with" in ended.stderr
+    assert "stopped by Ctrl-C before the ranks could report where; resume with" in ended.stderr
     assert_all_gone(tmp_path)
 
 

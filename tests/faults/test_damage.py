@@ -82,7 +82,7 @@ def test_nothing_to_go_on_from_is_an_error(run_of: RunOf) -> None:
     assert "has checkpoints, but none to resume from" in str(error.value)
     assert "checkpoint-2 is not whole: its manifest cannot be read" in str(error.value)
     assert "checkpoint-1 is not whole: rng-1.pt is missing" in str(error.value)
-    assert "bring one of them back from a copy, or start a new run" in str(error.value)
+    assert "restore one of them from a copy, or start a new run" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_damaged_run_goes_on_from_before_and_ends_with_the_same_bits(
     run_dir = run_of(strategy)
     whole = start(run_dir)
     assert whole.exit_codes == [0, 0]
-    assert "going on from checkpoint-2" in whole.console
+    assert "resuming from checkpoint-2" in whole.console
     final = run_dir / "final/model.safetensors"
     expected = final.read_bytes()
     shutil.rmtree(run_dir / "final")
@@ -111,7 +111,7 @@ def test_a_damaged_run_goes_on_from_before_and_ends_with_the_same_bits(
     assert ended.exit_codes == [0, 0], ended
     name = damaged.relative_to(run_dir / "checkpoints/checkpoint-2").as_posix()
     assert f"checkpoint-2 is not whole: {name} " in ended.console
-    assert "going on from checkpoint-1\n" in ended.console
+    assert "resuming from checkpoint-1\n" in ended.console
     assert final.read_bytes() == expected
     assert layout.what_is_wrong(run_dir / "checkpoints/checkpoint-2") is None
 

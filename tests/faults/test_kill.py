@@ -125,7 +125,7 @@ def kill_and_go_on(run_dir: Path, kills: list[Kill]) -> None:
             assert -signal.SIGKILL in ended.exit_codes, f"{kill} did not come: {ended}"
         else:
             assert ended.exit_codes == [0] * WORLD_SIZE, ended
-            assert not found or f"going on from {found[-1]}\n" in ended.console
+            assert not found or f"resuming from {found[-1]}\n" in ended.console
         whole = [path for path in checkpoints(run_dir) if layout.what_is_wrong(path) is None]
         assert whole[-1:] == checkpoints(run_dir)[-1:], "the newest one is not whole"
 
@@ -292,5 +292,5 @@ def test_a_run_of_torchrun_killed_from_outside_ends_with_the_same_bits(
     assert not list(processes(tmp_path)), "ranks outlive torchrun"
     ended = finish(start_python(*command, str(run_dir), cwd=tmp_path))
     assert ended.returncode == 0, ended
-    assert "going on from checkpoint-" in ended.stdout
+    assert "resuming from checkpoint-" in ended.stdout
     assert_ended_alike(run_dir, uninterrupted(strategy))

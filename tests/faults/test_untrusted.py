@@ -43,7 +43,7 @@ def refusal(run_dir: Path) -> str:
     seal(run_dir / "checkpoints/checkpoint-2")
     with pytest.raises(UserError) as error:
         resuming.newest(run_dir, Rank(index=0, local_index=0, world_size=1), pytest.fail)
-    assert "remove it to take an older one" in str(error.value)
+    assert "remove it to use an older one" in str(error.value)
     return str(error.value)
 
 

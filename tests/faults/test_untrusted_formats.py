@@ -163,7 +163,7 @@ def test_links_out_of_a_universal_checkpoint_are_refused(link: str, tmp_path: Pa
     else:
         (folder / "fp32.pt").rename(elsewhere)
         (folder / "fp32.pt").symlink_to(elsewhere)
-    assert "a link that leads out of" in refusal(checkpoint)
+    assert "a link that points out of" in refusal(checkpoint)
 
 
 def test_a_universal_checkpoint_that_lacks_a_weight_or_has_another_is_refused(

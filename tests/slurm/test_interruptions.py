@@ -74,7 +74,7 @@ def test_scancel_leaves_a_checkpoint_from_which_the_run_goes_on_without_slurm(
     here = ("launcher=torchrun", "launcher.nproc_per_node=2", "launcher.device=cpu")
     outside = cli.shardwright("resume", "run", *here, cwd=tmp_path)
     assert outside.returncode == 2
-    assert f"SLURM does not tell of job {job}" in outside.stderr
+    assert f"SLURM has no information about job {job}" in outside.stderr
     assert f"where you know that it is over, remove {run_dir}/slurm.json" in outside.stderr
     (run_dir / "slurm.json").unlink()
     ended = cli.shardwright("resume", "run", *here, cwd=tmp_path)
@@ -96,7 +96,7 @@ def test_a_job_whose_node_dies_goes_on_from_the_last_checkpoint(
     try:
         assert_goes_on(cluster, job, run_dir, uninterrupted)
         assert cluster.job(job)["NodeList"] != node
-        assert f"going on from checkpoint-{max(saved)}" in runs.log(run_dir)
+        assert f"resuming from checkpoint-{max(saved)}" in runs.log(run_dir)
     finally:
         cluster.start_node(node)
 
@@ -105,7 +105,7 @@ def assert_goes_on(cluster: Cluster, job: str, run_dir: Path, uninterrupted: Pat
     record = cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=180)
     log = runs.log(run_dir)
     assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1"), log
-    assert log.count("going on from checkpoint-") == 1
+    assert log.count("resuming from checkpoint-") == 1
     lines = runs.metrics(run_dir)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in lines] == [

@@ -153,7 +153,7 @@ def test_cancel_stops_a_run_with_a_checkpoint_and_resume_submits_it_again(
     assert cancelled.returncode == 0, cancelled.stderr
     assert "stopped at step" in cancelled.stdout
     shown, _ = follower.communicate(timeout=60)
-    assert shown.endswith(f"it was cancelled\ngo on with: shardwright resume {run_dir}\n"), shown
+    assert shown.endswith(f"it was cancelled\nresume with: shardwright resume {run_dir}\n"), shown
     record = cluster.job(job)
     assert (record["JobState"], record["ExitCode"]) == ("FAILED", "75:0")
     stopped = json.loads((run_dir / "stopped.json").read_text())

@@ -133,9 +133,9 @@ def test_the_card_of_a_recovered_checkpoint(run_dir: Path) -> None:
         'generate = pipeline("text-generation", model="PATH_OR_NAME")',
         "![Loss over the steps of the training](loss.svg)",
         "- 30 thousand parameters and 20.5 thousand tokens: that is 0.68 tokens per parameter, "
-        "where about 20 make the best of the same compute (arXiv 2203.15556). It has seen too "
-        "little to know much.",
-        "- It has seen its corpus 5.1 times, and may repeat passages of it word for word.",
+        "where about 20 are the best use of the same compute (arXiv 2203.15556). It has seen "
+        "too little to know much.",
+        "- It has seen its corpus 5.1 times, and may repeat passages of it verbatim.",
         "- It was trained on samples of 32 tokens; its positions from there to 66 are untrained.",
     ):
         assert line in card.readme.splitlines(), line
@@ -156,7 +156,7 @@ def test_a_foreign_checkpoint_says_what_is_not_known() -> None:
     assert "loss.svg" not in card.readme
     assert "## Data\n\nNot known.\n" in card.readme
     assert "## Training\n\nNot known.\n" in card.readme
-    assert "What it was trained on is not known" in card.readme
+    assert "It is not known what it was trained on" in card.readme
     assert "| Weights | bf16 |" in card.readme
     assert "fill(fill.tokenizer.mask_token)" in card.readme
     assert "None" not in card.readme
@@ -312,8 +312,8 @@ def test_local_weights_are_called_what_their_card_says_or_their_architecture(
     assert "final" not in named + unnamed
     anew = from_weights(tree, "/x/final", drawn_anew=["lm_head.a", "lm_head.b"])
     assert (
-        "These had no weights of the head: its 2 parameters (`lm_head.a`, `lm_head.b`) began anew."
-        in anew
+        "These had no weights of the head: its 2 parameters (`lm_head.a`, `lm_head.b`) started "
+        "from random values." in anew
     )
 
 

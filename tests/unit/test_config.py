@@ -261,9 +261,9 @@ def test_evaluating_without_held_out_documents_is_a_contradiction() -> None:
         (
             {},
             {"keep_every_steps": 5},
-            "checkpoint.keep_every_steps=5 keeps some checkpoints for ever, but "
-            "trainer.save_every_steps=null writes one, at the end; set trainer.save_every_steps=5 "
-            "or checkpoint.keep_every_steps=null",
+            "checkpoint.keep_every_steps=5 keeps some checkpoints permanently, but "
+            "trainer.save_every_steps=null writes one, at the end; set "
+            "trainer.save_every_steps=5 or checkpoint.keep_every_steps=null",
         ),
         (
             {"save_every_steps": 4},

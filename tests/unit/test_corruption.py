@@ -76,7 +76,7 @@ def test_a_manifest_of_wrong_values_is_found(pair: tuple[Path, Path], damage: st
 def test_a_manifest_that_points_elsewhere_is_refused(pair: tuple[Path, Path], name: str) -> None:
     older, newest = pair
     rewrite_manifest(newest, lambda m: {**m, "files": {**m["files"], name: m["files"]["rng-0.pt"]}})
-    assert "is no path inside the checkpoint" in assert_passed_over(newest, older)
+    assert "is not a path inside the checkpoint" in assert_passed_over(newest, older)
 
 
 def test_all_files_of_another_checkpoint_are_that_checkpoint(pair: tuple[Path, Path]) -> None:
@@ -138,7 +138,7 @@ def test_an_unknown_file_is_to_be_removed_and_not_brought_back(pair: tuple[Path,
     assert said == "engine/shard-0.pt.bak, notes.txt are not in its manifest"
     for problems in ([said], layout.verify(newest)):
         assert layout.remedy(problems) == (
-            "remove engine/shard-0.pt.bak, notes.txt, which nothing has saved there"
+            "remove engine/shard-0.pt.bak, notes.txt, which no save has put there"
         )
     with pytest.raises(
         UserError, match=r"not in its manifest \(and 1 more\); remove engine/shard-0"
@@ -146,8 +146,8 @@ def test_an_unknown_file_is_to_be_removed_and_not_brought_back(pair: tuple[Path,
         choose(newest, None, print)
 
     (newest / FILES[0]).unlink()
-    assert layout.remedy(layout.verify(newest)) == "bring it back from a copy"
-    with pytest.raises(UserError, match="bring it back from a copy, or take another checkpoint"):
+    assert layout.remedy(layout.verify(newest)) == "restore it from a copy"
+    with pytest.raises(UserError, match="restore it from a copy, or use another checkpoint"):
         choose(newest, None, print)
 
 
@@ -157,9 +157,9 @@ def test_a_run_whose_only_damage_is_a_stray_file_says_which(pair: tuple[Path, Pa
     (older / "notes.txt").write_bytes(b"")
     _, passed_over = newest_whole(older.parent)
     assert discovery.remedy(passed_over) == (
-        "remove notes.txt from checkpoint-4, which nothing has saved there"
+        "remove notes.txt from checkpoint-4, which no save has put there"
     )
-    assert discovery.remedy(passed_over[:1]) == "bring one of them back from a copy"
+    assert discovery.remedy(passed_over[:1]) == "restore one of them from a copy"
 
 
 def test_sizes_alone_do_not_show_a_swapped_file(pair: tuple[Path, Path]) -> None:

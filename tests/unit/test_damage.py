@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "weights emptied": ("model.safetensors", emptied, ("is empty", AGAIN)),
     "config cut short": ("config.json", cut, ("cannot be read", AGAIN)),
     "config's pointer": ("config.json", pointer, (LFS,)),
-    "tokenizer cut short": ("tokenizer.json", cut, ("is cut short or not JSON", AGAIN)),
+    "tokenizer cut short": ("tokenizer.json", cut, ("is truncated or not JSON", AGAIN)),
     "tokenizer's pointer": ("tokenizer.json", pointer, (LFS,)),
     "tokenizer of a later version": ("tokenizer.json", of_a_later_version, (LATER, "install")),
     "settings' pointer": ("generation_config.json", pointer, (LFS,)),
@@ -145,7 +145,7 @@ def test_a_tokenizer_that_stops_at_an_unknown_word_is_refused_before_the_corpus_
     with pytest.raises(UserError) as caught:
         ensure_tokenizer(from_tree(tree), tmp_path / "tokenizer", {})
     assert str(caught.value) == (
-        f"tokenizer={source}: it has no token for what it does not know (WordLevel error: Missing "
-        "[UNK] token from the vocabulary); give its model an unk_token that is in its vocabulary, "
-        "or choose another tokenizer"
+        f"tokenizer={source}: it has no token for unknown text (WordLevel error: Missing [UNK] "
+        "token from the vocabulary); give its model an unk_token that is in its vocabulary, or "
+        "choose another tokenizer"
     )

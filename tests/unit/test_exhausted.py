@@ -39,14 +39,15 @@ def test_what_has_nothing_to_do_with_it_is_not_explained() -> None:
     [
         (
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/metrics.jsonl"),
-            "the disk is full where /run/metrics.jsonl is to be written; make room, keep fewer "
-            "checkpoints (checkpoint.keep_last, trainer.save_every_steps), and resume the run",
+            "the disk is full where /run/metrics.jsonl is to be written; free some space, keep "
+            "fewer checkpoints (checkpoint.keep_last, trainer.save_every_steps), and resume the "
+            "run",
         ),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/a"), "the disk quota is used up where"),
         # Of libraries in Rust and C++.
         (
             Exception("Error: No space left on device (os error 28)"),
-            "the disk is full (Error: No space left on device (os error 28)); make room",
+            "the disk is full (Error: No space left on device (os error 28)); free some space",
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore."),

@@ -63,5 +63,6 @@ def test_transformers_refuses_to_save_what_it_has_loaded_once_an_id_has_changed(
 def test_a_user_is_told_which() -> None:
     assert left_out({"temperature": 0.6, "top_k": 3}, "org/base") == (
         "warning: generation_config.json of org/base sets temperature=0.6, top_k=3, which "
-        "transformers refuses or ignores beside its other settings; the run's own is without"
+        "transformers refuses or ignores beside its other settings; the run's own file leaves "
+        "them out"
     )

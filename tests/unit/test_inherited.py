@@ -134,7 +134,9 @@ def test_variables_that_fit_no_rank_are_refused(
 ) -> None:
     for name, value in variables.items():
         clean.setenv(name, value)
-    with pytest.raises(UserError, match=f"no rank is meant by {said} in the environment; unset"):
+    with pytest.raises(
+        UserError, match=f"no rank is determined by {said} in the environment; unset"
+    ):
         rank_from_environment()
 
 

@@ -128,16 +128,19 @@ def test_an_order_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         tmp_path
     )
     order.write_text('{"wte.weight": 0}')
-    assert "parameter_order.json is no list of names" in refusal(tmp_path)
+    assert "parameter_order.json is not a list of names" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        ("mp_rank_01_model_states.pt", "a rank of model parallelism of its own"),
-        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "a rank of model parallelism of its own"),
-        ("layer_03-model_00-model_states.pt", "a stage of a pipeline of its own"),
-        ("layer_3_expert_1_mp_rank_00_model_states.pt", "experts that are spread over the ranks"),
+        ("mp_rank_01_model_states.pt", "a rank of model parallelism"),
+        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "a rank of model parallelism"),
+        ("layer_03-model_00-model_states.pt", "a stage of a pipeline"),
+        (
+            "layer_3_expert_1_mp_rank_00_model_states.pt",
+            "experts that are distributed over the ranks",
+        ),
         ("zero_pp_rank_0_mp_rank_00_model_states.pt", "the other of stage 3; remove those of the"),
     ],
 )

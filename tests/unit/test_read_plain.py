@@ -204,15 +204,15 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "is no safetensors file, or is cut short"),
-        ((2**40).to_bytes(8, "little") + b"{}", "is no safetensors file, or is cut short"),
+        (b"", "is not a safetensors file, or is truncated"),
+        ((2**40).to_bytes(8, "little") + b"{}", "is not a safetensors file, or is truncated"),
         (b"\x02" + bytes(7) + b"[]", "is refused: AttributeError"),
         (b"\x02" + bytes(7) + b"{!", "is refused: JSONDecodeError"),
         (header(ENTRY) + bytes(7), "ends 1 bytes too early"),
         (header({**ENTRY, "shape": [3]}) + bytes(8), "has 8 bytes for a tensor of (3,)"),
         (header({**ENTRY, "shape": [-1, -2]}) + bytes(8), "has 8 bytes for a tensor of (-1, -2)"),
         (header({**ENTRY, "data_offsets": [-8, 0]}) + bytes(8), "has 8 bytes for a tensor of (2,)"),
-        (header({**ENTRY, "dtype": "F3"}) + bytes(8), "holds a tensor in F3, which is not known"),
+        (header({**ENTRY, "dtype": "F3"}) + bytes(8), "holds a tensor in F3, which is unknown"),
         (header({"dtype": "F32"}) + bytes(8), "is refused: KeyError"),
     ],
 )
@@ -232,7 +232,7 @@ def test_a_file_without_weights_is_told_what_it_holds(tmp_path: Path) -> None:
 
 def test_names_that_become_one_are_refused(tmp_path: Path) -> None:
     torch.save({"_orig_mod.a": torch.zeros(1), "a": torch.zeros(1)}, tmp_path / "last.pt")
-    assert "two weights have one name" in refusal(tmp_path)
+    assert "two weights have the same name" in refusal(tmp_path)
 
 
 # --- other values beside the weights ------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_a_section_can_be_named_where_several_hold_tensors(tmp_path: Path) -> No
     torch.save({"teacher": TENSORS, "trainer": {"student": student}}, tmp_path / "last.pt")
     text = refusal(tmp_path)
     assert "found: teacher, trainer.student" in text
-    assert text.endswith("Name the one that is meant: --section teacher")
+    assert text.endswith("Name the one to read: --section teacher")
     holds(portable.read(tmp_path, "trainer.student"), student)
     with pytest.raises(Unreadable, match="has no section trainer.nobody: nobody is not among stud"):
         portable.read(tmp_path, "trainer.nobody")
@@ -269,9 +269,7 @@ def test_a_section_of_a_distributed_checkpoint_can_be_named(tmp_path: Path) -> N
     other = {name: tensor + 1 for name, tensor in TENSORS.items()}
     dcp.save({"actor": TENSORS, "critic": other}, checkpoint_id=tmp_path, no_dist=True)
     text = refusal(tmp_path)
-    assert "sections with tensors: actor, critic. Name the one that is meant: --section NAME" in (
-        text
-    )
+    assert "sections with tensors: actor, critic. Name the one to read: --section NAME" in (text)
     holds(portable.read(tmp_path, "critic"), other)
     with pytest.raises(Unreadable, match="has no section nobody; it has actor, critic"):
         portable.read(tmp_path, "nobody")
@@ -285,7 +283,7 @@ def test_a_section_is_refused_where_there_are_none(tmp_path: Path) -> None:
 
 def test_a_transposed_tensor_is_called_that(tmp_path: Path) -> None:
     torch.save({"a": torch.randn(3, 5).T, "b": torch.zeros(1)}, tmp_path / "last.pt")
-    assert "of shape (5, 3) that was saved transposed; save it anew after .contiguous()" in (
+    assert "of shape (5, 3) that was saved transposed; save it again after .contiguous()" in (
         refusal(tmp_path)
     )
     torch.save({"a": torch.randn(3, 5)[:, 1:]}, tmp_path / "last.pt")
@@ -348,6 +346,6 @@ def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "shard-00002-model-00001-of-00001.safetensors").unlink()
     assert "elements 8 to 16 of a tensor of 24 are in no file" in refusal(tmp_path)
     save_file({"rows": rows}, tmp_path / "shard-00002-model-00001-of-00001.safetensors")
-    assert "does not say where its tensors belong (KeyError: 'DCP_SHARDING_INFO')" in (
+    assert "does not tell where its tensors belong (KeyError: 'DCP_SHARDING_INFO')" in (
         refusal(tmp_path)
     )

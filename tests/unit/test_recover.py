@@ -264,7 +264,7 @@ def test_the_newest_of_another_program_is_the_newest_that_can_be_read(
     found, said, warned = recovered(tmp_path / "outputs", tmp_path / "out")
     assert_equal(found, weights)
     assert "outputs/checkpoint-5\n" in said
-    assert "passed over: " in warned
+    assert "skipped: " in warned
     assert "checkpoint-10/.metadata cannot be read" in warned
 
 
@@ -331,7 +331,7 @@ def test_an_existing_output_is_refused_unless_it_is_empty(
 def test_an_output_in_the_checkpoint_is_refused(run_dir: Path) -> None:
     checkpoint = run_dir / "checkpoints/checkpoint-3"
     text = refused(checkpoint, checkpoint / "out")
-    assert text.endswith(f"lies in the checkpoint {checkpoint} itself; choose another place")
+    assert text.endswith(f"is inside the checkpoint {checkpoint} itself; choose another place")
 
 
 SHARD = "engine/__0_0.distcp"
@@ -400,7 +400,7 @@ class Payload:
 def test_a_crafted_pickle_is_refused_and_not_run(saved: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(saved, tmp_path / "checkpoint"))
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "mark")))
-    assert "asks for posix.mkdir; it is refused" in refused(checkpoint, tmp_path / "out")
+    assert "names posix.mkdir, which is refused" in refused(checkpoint, tmp_path / "out")
     assert not (tmp_path / "mark").exists()
 
 
@@ -414,7 +414,9 @@ def test_no_space_is_found_out_before_the_first_byte(saved: Path, tmp_path: Path
         text = refused(saved, disk / "out")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-    assert re.match(r".*/out takes 3\d\.\d kB, and 16\.4 kB are free on its disk; make room", text)
+    assert re.match(
+        r".*/out takes 3\d\.\d kB, and 16\.4 kB are free on its disk; free some space", text
+    )
 
 
 def test_a_model_that_is_not_that_of_the_config_is_refused(
@@ -444,7 +446,7 @@ def test_values_that_are_not_finite_are_refused(weights: Tensors, tmp_path: Path
     poisoned["transformer.h.1.ln_1.weight"][3] = float("nan")
     save(tmp_path / "checkpoint", poisoned)
     assert refused(tmp_path / "checkpoint", tmp_path / "out") == (
-        "transformer.h.1.ln_1.weight holds NaN or infinity; --allow-nan writes it nevertheless. "
+        "transformer.h.1.ln_1.weight holds NaN or infinity; --allow-nan writes it anyway. "
         f"{tmp_path}/out is not written"
     )
     found, _, _ = recovered(tmp_path / "checkpoint", tmp_path / "out", allow_nan=True)
@@ -453,8 +455,8 @@ def test_values_that_are_not_finite_are_refused(weights: Tensors, tmp_path: Path
     poisoned["transformer.h.1.ln_1.weight"][3] = 1e5
     save(tmp_path / "large", poisoned)
     assert refused(tmp_path / "large", tmp_path / "none", dtype="fp16", allow_nan=True) == (
-        "transformer.h.1.ln_1.weight holds 100000, which is infinity in float16; choose a wider "
-        f"--dtype. {tmp_path}/none is not written"
+        "transformer.h.1.ln_1.weight holds 100000, which becomes infinity in float16; choose a "
+        f"wider --dtype. {tmp_path}/none is not written"
     )
 
 
@@ -480,7 +482,9 @@ def test_config_and_tokenizer_may_lie_elsewhere(
     elsewhere.mkdir()
     (checkpoint / "config.json").rename(elsewhere / "config.json")
     text = refused(checkpoint, tmp_path / "out")
-    assert text.startswith(f"which model {checkpoint} holds is not said: neither {checkpoint}/conf")
+    assert text.startswith(
+        f"{checkpoint} does not say which model it holds: neither {checkpoint}/conf"
+    )
     assert text.endswith("with --config")
     text = refused(checkpoint, tmp_path / "out", config=elsewhere, tokenizer=elsewhere)
     assert text.startswith(f"--tokenizer={elsewhere} holds no tokenizer; looked for tokenizer.json")

@@ -129,8 +129,8 @@ def test_a_checkpoint_is_no_model_and_its_run_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["zero2", "ddp", "fsdp_hybrid", "zeor3"])
 def test_strategy_that_divides_no_weights_is_refused(strategy: str) -> None:
     message = (
-        f"--strategy={strategy} does not divide the weights of a model that only speaks; choose "
-        "one of fsdp, fsdp_offload, zero3, zero3_offload, or leave it out"
+        f"--strategy={strategy} does not divide the weights of a model that only generates; "
+        "choose one of fsdp, fsdp_offload, zero3, zero3_offload, or leave it out"
     )
     with pytest.raises(UserError, match=re.escape(message)):
         check_strategy(strategy, 2)
@@ -184,9 +184,9 @@ def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(
     ended = capsys.readouterr()
     assert "their code runs" not in ended.out
     assert ended.err == (
-        f"loading {directory}\n"
-        f"error: {directory} holds OurModelForCausalLM, a model with Python code of its own "
-        "(ours.py), which is not run unless asked for; read it, then add --trust-remote-code\n"
+        f"loading {directory}\nerror: {directory} holds OurModelForCausalLM, a model with Python "
+        "code of its own (ours.py), which is not run by default; read it, then add "
+        "--trust-remote-code\n"
     )
     assert main([str(directory), "--prompt", "a", "--trust-remote-code"]) == 0
     assert "their code runs" in capsys.readouterr().out
@@ -216,7 +216,8 @@ def _no_json(directory: Path) -> None:
         (_without_weights, "holds a model that cannot be loaded (OSError: "),
         (
             _cut,
-            "model.safetensors is no safetensors file, or is cut short; copy or download it again",
+            "model.safetensors is not a safetensors file, or is truncated; copy or download it "
+            "again",
         ),
         (_nameless, 'config.json names no architecture; add "architectures", such as ["GPT2LMHead'),
         (_no_json, "config.json cannot be read (Expecting property name "),

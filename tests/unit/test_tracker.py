@@ -153,7 +153,9 @@ def test_a_full_disk_is_told_once_and_what_lacks_comes_later(
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
     first, last = track(run_dir, preexec_fn=small_files)
-    assert first.startswith("warning: TensorBoard fails ([Errno 27] File too large); training goes")
+    assert first.startswith(
+        "warning: TensorBoard fails ([Errno 27] File too large); training continues"
+    )
     command = "later: " + program.command("sync", str(run_dir))
     assert last.startswith("warning: TensorBoard lacks a part of this run (")
     assert last.endswith(command)

@@ -70,8 +70,8 @@ def choose(
     if not steps:
         if not is_run and step is not None:
             raise UserError(
-                f"--step={step} chooses among the checkpoints of a run, and {asked} is no run "
-                "directory: it holds no checkpoint-<step>; leave --step out to take it as a "
+                f"--step={step} chooses among the checkpoints of a run, and {asked} is not a run "
+                "directory: it holds no checkpoint-<step>; leave --step out to read it as a "
                 "checkpoint itself"
             )
         raise UserError(f"{directory} holds no checkpoint-<step>")
@@ -109,7 +109,7 @@ def _one(path: Path, advance: Callable[[int], object], section: str | None) -> C
         if problems := layout.verify(path, advance=advance):
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise UserError(
-                f"{path} is not whole: {problems[0]}{more}; {layout.remedy(problems)}, or take "
+                f"{path} is not whole: {problems[0]}{more}; {layout.remedy(problems)}, or use "
                 "another checkpoint of the run"
             )
     elif _is_run_dir(path.parent.parent) and layout.step_of(path) is not None:
@@ -151,7 +151,7 @@ def _best(directory: Path, say: Callable[[str], None], advance: Callable[[int], 
     if path is None and not passed_over:
         raise UserError(
             f"no checkpoint in {directory} was evaluated by {rule.best_metric}, so none is the "
-            "best; leave --step out to take the newest"
+            "best; leave --step out to use the newest"
         )
     return _opened(path, directory, passed_over, say)
 
@@ -168,7 +168,7 @@ def _opened(
             f"{discovery.remedy(passed_over)}"
         )
     for skipped in passed_over:
-        say(f"{skipped}; passed over")
+        say(f"{skipped}; skipped")
     return _read(path)
 
 
@@ -184,6 +184,6 @@ def _newest_foreign(
             problems.append(str(error))
         else:
             for problem in problems:
-                say(f"passed over: {problem}")
+                say(f"skipped: {problem}")
             return found
     raise UserError("\n".join(problems))

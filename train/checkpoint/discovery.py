@@ -90,8 +90,8 @@ def remedy(passed_over: Sequence[PassedOver]) -> str:
     """Return how one of these is made whole, the newest of those where that is easiest. Pure."""
     for found in passed_over:
         if names := layout.to_remove(found.problems):
-            return f"remove {names} from checkpoint-{found.step}, which nothing has saved there"
-    return "bring one of them back from a copy"
+            return f"remove {names} from checkpoint-{found.step}, which no save has put there"
+    return "restore one of them from a copy"
 
 
 def newest_whole(

@@ -160,9 +160,9 @@ class DeepspeedLauncher(MeetingRanks):
     def _failures_are_told(cls, backend: object) -> object:
         if backend == "mpich":
             raise ValueError(
-                "DeepSpeed 0.19 starts MPICH's ranks behind a helper that returns 0 whatever they "
-                "return, so that a failed run would pass for a finished one; set backend=openmpi "
-                "or backend=pdsh"
+                "DeepSpeed 0.19 starts MPICH's ranks behind a helper that returns 0 whatever "
+                "they return, so that a failed run would look like a finished one; set "
+                "backend=openmpi or backend=pdsh"
             )
         return backend
 
@@ -291,7 +291,7 @@ def _slurm_memory(memory: str) -> str:
 def _slurm_dependency(text: str) -> str:
     if not re.fullmatch(r"(singleton|after\w*:[\d_+:]+|[,?])+", _slurm_word(text)):
         raise ValueError(
-            f"{shown(text)} is no dependency that SLURM knows; write one such as "
+            f"{shown(text)} is not a dependency that SLURM knows; write one such as "
             "afterok:1234, afterany:1234:1235 or singleton"
         )
     return text

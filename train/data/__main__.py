@@ -124,7 +124,7 @@ _SMALLER = (
     "a smaller tokenizer.max_training_bytes where the tokenizer is being trained",
     "documents that are shorter: one is held in memory whole",
 )
-_ROOM = "make room there, or set data.cache_dir to a directory with room"
+_ROOM = "free some space there, or set data.cache_dir to a directory with room"
 _PR_SET_PDEATHSIG = 1
 """Linux's prctl(2)."""
 

@@ -123,7 +123,7 @@ def summary(prepared: Prepared, *, by_line: bool) -> Iterator[str]:
             f"samples; {cut}{part.tokens_left_out:,} tokens ({part.share_left_out:.2%}) in none"
         )
     if prepared.empty_files:
-        yield f"{prepared.empty_files:,} empty files passed over"
+        yield f"{prepared.empty_files:,} empty files skipped"
 
 
 def _packed(

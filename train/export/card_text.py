@@ -132,8 +132,8 @@ def _introduction(facts: Facts) -> str:
     run = facts.run
     if run is None:
         how = (
-            "Nothing but the weights and the model's config is known of it: the checkpoint says "
-            "neither what it was trained on nor how."
+            "Only the weights and the model's config are known: the checkpoint does not say "
+            "what it was trained on, or how."
         )
     elif run.model.kind != "pretrained":
         how = "Trained from scratch with Shardwright."
@@ -143,7 +143,10 @@ def _introduction(facts: Facts) -> str:
             count = f"{len(facts.drawn_anew)} parameter{'s' * (len(facts.drawn_anew) > 1)}"
             names = ", ".join(code(name) for name in facts.drawn_anew[:3])
             more = ", ..." if len(facts.drawn_anew) > 3 else ""
-            how += f" These had no weights of the head: its {count} ({names}{more}) began anew."
+            how += (
+                f" These had no weights of the head: its {count} ({names}{more}) started from "
+                "random values."
+            )
     if facts.origin is not None:
         how = f"Recovered with Shardwright from {facts.origin}. {how}"
     return f"# {_name(facts)}\n\n{how}"
@@ -393,15 +396,15 @@ def _limits(facts: Facts) -> Iterator[str]:
     run, task = facts.run, _task(facts)
     if task == "text-generation":
         yield (
-            "A base model: it continues text. It is not tuned to follow instructions or to hold a "
-            "conversation, and nothing keeps it from false or harmful statements."
+            "A base model: it continues text. It is not tuned to follow instructions or to hold "
+            "a conversation, and nothing prevents false or harmful statements."
         )
     elif task == "fill-mask":
         yield "A masked model: it fills single masks and gives representations; it does not write."
     if run is None:
         yield (
-            "What it was trained on is not known, and so neither are its languages, its biases, "
-            "the licence of its data, nor how well it does."
+            "It is not known what it was trained on, so its languages, its biases, the licence "
+            "of its data and its quality are not known either."
         )
         return
     yield from _limits_of_size(facts)
@@ -416,9 +419,9 @@ def _limits(facts: Facts) -> Iterator[str]:
     else:
         yield "These weights were not evaluated on text that they were not trained on."
     if facts.dtype != "fp32":
-        yield f"The weights are rounded to {facts.dtype}; training had them in finer steps."
+        yield f"The weights are rounded to {facts.dtype}; training kept them in a higher precision."
     allow = "its data and the weights it began with allow" if facts.base_model else "its data allow"
-    yield f"No licence is given for it: who publishes it has to choose one that {allow}."
+    yield f"No licence is given for it: anyone who publishes it has to choose one that {allow}."
 
 
 def _limits_of_size(facts: Facts) -> Iterator[str]:
@@ -430,15 +433,14 @@ def _limits_of_size(facts: Facts) -> Iterator[str]:
         if ratio < COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER:
             yield (
                 f"{sizes}: that is {ratio:.2g} tokens per parameter, where about "
-                f"{COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER} make the best of the same compute "
+                f"{COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER} are the best use of the same compute "
                 "(arXiv 2203.15556). It has seen too little to know much."
             )
         else:
-            yield f"{sizes}: what it knows, it has from no more than that."
+            yield f"{sizes}: it has learned from no more than that."
     if (epochs := _epochs(facts)) and epochs >= MANY_EPOCHS:
         yield (
-            f"It has seen its corpus {epochs:.1f} times, and may repeat passages of it word for "
-            "word."
+            f"It has seen its corpus {epochs:.1f} times, and may repeat passages of it verbatim."
         )
 
 

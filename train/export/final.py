@@ -60,7 +60,7 @@ def export(
                 _write_tensors(trainer, checkpoint, directory, max_shard_bytes)
             except FloatingPointError as error:
                 raise FloatingPointError(
-                    f"{error}; final/ is not written, the checkpoints stand"
+                    f"{error}; final/ is not written, the checkpoints remain"
                 ) from None
             failed = _write_beside_weights(trainer, card, directory)
             trainer.engine.release()

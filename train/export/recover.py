@@ -187,7 +187,7 @@ def _naming_damage(source: Path) -> Iterator[None]:
 def _check_apart(out: Path, checkpoint: Path) -> None:
     """Raise UserError where the output would lie in a checkpoint, which is whole as it is."""
     if Path(os.path.abspath(out)).is_relative_to(checkpoint):
-        raise UserError(f"{out} lies in the checkpoint {checkpoint} itself; choose another place")
+        raise UserError(f"{out} is inside the checkpoint {checkpoint} itself; choose another place")
 
 
 def _budget(max_memory_bytes: int) -> whole.Budget:
@@ -210,8 +210,8 @@ def _config_path(options: Options, chosen: Chosen) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"which model {chosen.path} holds is not said: neither {places[0]} nor {places[1]} is "
-        "there; give the model's config.json, or its directory, with --config"
+        f"{chosen.path} does not say which model it holds: neither {places[0]} nor {places[1]} "
+        "is there; give the model's config.json, or its directory, with --config"
     )
 
 
@@ -310,7 +310,7 @@ def _check_disk(out: Path, needed_bytes: int, free_bytes: int) -> None:
     if needed_bytes > free_bytes:
         raise UserError(
             f"{out} takes {size(needed_bytes)}, and {size(free_bytes)} are free on its disk; "
-            "make room, choose another place or a narrower --dtype"
+            "free some space, choose another place or a narrower --dtype"
         )
 
 
@@ -333,9 +333,7 @@ def _writing(out: Path) -> Iterator[Path]:
     except OverflowError as error:
         raise UserError(f"{error}; choose a wider --dtype. {out} is not written") from None
     except FloatingPointError as error:
-        raise UserError(
-            f"{error}; --allow-nan writes it nevertheless. {out} is not written"
-        ) from None
+        raise UserError(f"{error}; --allow-nan writes it anyway. {out} is not written") from None
     except Unreadable as error:
         raise UserError(f"{error}; {out} is not written") from None
     except OSError as error:

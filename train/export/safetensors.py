@@ -216,7 +216,7 @@ def _check_finite(name: str, values: torch.Tensor, cast: torch.Tensor, *, allow_
         values, cast = values.float(), cast.float()
     if (cast.isinf() & values.isfinite()).any():
         largest = values[values.isfinite()].abs().max().item()
-        raise OverflowError(f"{name} holds {largest:g}, which is infinity in {word}")
+        raise OverflowError(f"{name} holds {largest:g}, which becomes infinity in {word}")
     if not (allow_nan or cast.isfinite().all()):
         raise FloatingPointError(f"{name} holds NaN or infinity")
 

@@ -81,7 +81,7 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
     if rank.index == 0:
         for skipped in passed_over:
             names = layout.to_remove(skipped.problems)
-            say(f"{skipped}; skipped" + (f" (remove {names} to take it)" if names else ""))
+            say(f"{skipped}; skipped" + (f" (remove {names} to use it)" if names else ""))
     if path is not None:
         return _opened(path)
     if passed_over:
@@ -97,8 +97,8 @@ def _opened(path: Path) -> Resumed:
         state = portable.read(path)
     except Unreadable as error:
         raise UserError(
-            f"{path} cannot be gone on from: {error}. Start a run from the weights of an earlier "
-            "final/ with model=pretrained, or remove it to take an older one"
+            f"{path} cannot be resumed: {error}. Start a run from the weights of an earlier "
+            "final/ with model=pretrained, or remove it to use an older one"
         ) from None
     return Resumed(
         checkpoint=path,
@@ -130,7 +130,7 @@ def _check_trainer_state(path: Path, step: int) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Unreadable(f"{path.name} is refused: {type(error).__name__}: {error}") from None
     if not is_sound:
-        raise Unreadable(f"{path.name} is not that of step {step}")
+        raise Unreadable(f"{path.name} is not the checkpoint of step {step}")
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ def _restore_rng(path: Path) -> dict[str, float] | None:
         return {name: float(saved[name]) for name in names if name in saved}
     except Exception as error:
         raise UserError(
-            f"{path} is refused: {type(error).__name__}: {why_refused(error)}; "
-            f"remove {path.parent.name} to take an older one"
+            f"{path} is refused: {type(error).__name__}: {why_refused(error)}; remove "
+            f"{path.parent.name} to use an older one"
         ) from None
 
 

@@ -203,8 +203,8 @@ def architecture(path: Path, *, trusts_code: bool = False) -> type[PreTrainedMod
         if not trusts_code:
             raise UserError(
                 f"{path} is that of {name}, a model with Python code of its own "
-                f"({remote_code.names(tree)}), which is not run unless asked for; read it, then "
-                f"add {remote_code.FLAG}"
+                f"({remote_code.names(tree)}), which is not run by default; read it, then add "
+                f"{remote_code.FLAG}"
             )
         files = remote_code.beside(path.parent, tree)
         if lost := remote_code.missing(files, tree, key):

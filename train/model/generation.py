@@ -46,7 +46,7 @@ def read(path: Path) -> tuple[GenerationConfig, dict[str, Any]]:
     """Return what of a generation_config.json is accepted, and what is not. Raises ValueError."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no settings by name")
+        raise ValueError(f"{path} does not map settings to values")
     return accepted(settings)
 
 
@@ -55,7 +55,7 @@ def left_out(refused: Mapping[str, Any], name: str) -> str:
     values = ", ".join(f"{key}={value!r}" for key, value in refused.items())
     return (
         f"warning: {FILE} of {name} sets {values}, which transformers refuses or ignores beside "
-        "its other settings; the run's own is without"
+        "its other settings; the run's own file leaves them out"
     )
 
 

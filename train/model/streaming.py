@@ -56,7 +56,7 @@ def loading(model: PretrainedModel) -> Iterator[None]:
         reason = damage.in_one_line(error)
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{what} brings Python code of its own, which is not run unless asked for; read "
+                f"{what} comes with Python code of its own, which is not run by default; read "
                 "it, then set model.trust_remote_code=true, or choose another model"
             ) from None
         if isinstance(error, OSError):
@@ -80,7 +80,7 @@ def weight_files(name: str, revision: str | None, config: PreTrainedConfig) -> l
     if getattr(config, "quantization_config", None) is not None:
         raise CannotStream("its weights are quantised")
     if getattr(type(config), "extra_files", None):
-        raise CannotStream("its weights lie in files of a kind of its own")
+        raise CannotStream("its weights lie in files of an unusual kind")
     files, _ = _get_resolved_checkpoint_files(
         pretrained_model_name_or_path=name,
         variant=None,
@@ -129,9 +129,7 @@ def streamed(
             without_value.append(names[0])
     check_found(model, missing, checkpoint.empty, files)
     if without_value:
-        raise CannotStream(
-            f"{without_value[0]}, which it lacks, is initialised in a way of its own"
-        )
+        raise CannotStream(f"{without_value[0]}, which it lacks, is initialised in a special way")
     return model, values
 
 
@@ -348,8 +346,8 @@ def _made_of(model: PreTrainedModel, checkpoint: _Checkpoint) -> Mapping[str, Tr
         made = loaded(model, checkpoint.empty, ignore_mismatched_sizes=True)
     except CannotTrace as error:
         raise CannotStream(
-            f"transformers makes a tensor of {type(model).__name__} out of those of its files in a "
-            f"way that is not a copy of runs of elements: {error}"
+            f"transformers makes a tensor of {type(model).__name__} out of those of its files in "
+            f"a way that is not a plain copy of elements: {error}"
         ) from None
     _check_shapes(model, made.mismatched, checkpoint.files)
     if made.computed:

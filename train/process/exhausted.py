@@ -9,8 +9,8 @@ from train.config import RunConfig
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 ROOM_OF_A_RUN = (
-    "make room, keep fewer checkpoints (checkpoint.keep_last, trainer.save_every_steps), and "
-    "resume the run"
+    "free some space, keep fewer checkpoints (checkpoint.keep_last, trainer.save_every_steps), "
+    "and resume the run"
 )
 # How libraries in other languages word what the system told them; torch 2.13's allocator of host
 # memory raises a RuntimeError.

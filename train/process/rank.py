@@ -47,7 +47,7 @@ def rank_from_environment() -> Rank:
     if not 0 <= rank.local_index <= rank.index < rank.world_size:
         said = ", ".join(f"{name}={value}" for name, value in found.items() if value is not None)
         raise UserError(
-            f"no rank is meant by {said} in the environment; unset them, or start all ranks by "
-            "`shardwright resume` or torchrun, which set all three"
+            f"no rank is determined by {said} in the environment; unset them, or start all ranks "
+            "by `shardwright resume` or torchrun, which set all three"
         )
     return rank

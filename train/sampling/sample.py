@@ -118,7 +118,7 @@ def _loaded(task: str, model_dir: Path, source: dict[str, Any]) -> Any:
             raise
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{model_dir} brings Python code of its own, which is not run unless asked for; "
+                f"{model_dir} comes with Python code of its own, which is not run by default; "
                 "read it, then add --trust-remote-code, or choose another model"
             ) from None
         # `pipeline` tries several classes and raises what it printed of each.
@@ -142,7 +142,7 @@ def check_code(model_dir: Path, *, trusts_code: bool) -> None:
     if remote_code.classes(tree) and not trusts_code and not hasattr(transformers, name):
         raise UserError(
             f"{model_dir} holds {name}, a model with Python code of its own "
-            f"({remote_code.names(tree)}), which is not run unless asked for; read it, then add "
+            f"({remote_code.names(tree)}), which is not run by default; read it, then add "
             f"{remote_code.FLAG}"
         )
 
@@ -263,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that the model brings along; read it before",
+        help="run Python code that comes with the model; read it first",
     )
     found.add_argument(
         "--strategy",
@@ -288,7 +288,7 @@ def check_strategy(strategy: str | None, nproc_per_node: int | None) -> None:
         )
     if strategy is not None and strategy not in SHARDED_STRATEGIES:
         raise UserError(
-            f"--strategy={strategy} does not divide the weights of a model that only speaks; "
+            f"--strategy={strategy} does not divide the weights of a model that only generates; "
             f"choose one of {choices}, or leave it out"
         )
 

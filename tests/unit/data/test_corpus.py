@@ -204,7 +204,7 @@ def test_kant_without_network_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_kant_refuses_what_is_no_web_address() -> None:
-    with pytest.raises(UserError, match=r"data\.urls: file:///etc/passwd is no http or https"):
+    with pytest.raises(UserError, match=r"data\.urls: file:///etc/passwd is not an http or https"):
         check_corpus(section(kind="kant", urls=["file:///etc/passwd"]))
 
 

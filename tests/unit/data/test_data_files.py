@@ -375,7 +375,9 @@ def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,text\n1,x\n2\n")
     with pytest.raises(UserError, match=r"a\.jsonl, line 2 is not JSON"):
         texts(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match=r"b\.jsonl, line 2 is no JSON object; write each row as"):
+    with pytest.raises(
+        UserError, match=r"b\.jsonl, line 2 is not a JSON object; write each row as"
+    ):
         texts(tmp_path / "b.jsonl")
     with pytest.raises(UserError, match=r"a\.csv, line 3 has 1 fields and no text"):
         texts(tmp_path / "a.csv")
@@ -527,5 +529,5 @@ def test_an_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "inside.txt").write_text("text " * 100)
     with tarfile.open(tmp_path / "a.txt.gz", "w:gz") as archive:
         archive.add(tmp_path / "inside.txt", "inside.txt")
-    with pytest.raises(UserError, match=r"a\.txt\.gz holds a tar archive, not a text; unpack it"):
+    with pytest.raises(UserError, match=r"a\.txt\.gz is a tar archive, not a text; unpack it"):
         check_file(tmp_path / "a.txt.gz", "text")

@@ -205,7 +205,7 @@ def test_empty_files_that_a_glob_matched_are_told_once(
     for name in ("000.txt", "99.txt"):
         (corpus / name).write_text("")
     prepare(make_config(), run_dir)
-    assert caplog.messages.count("2 empty files passed over") == 1
+    assert caplog.messages.count("2 empty files skipped") == 1
     assert json.loads((run_dir / "data.json").read_text())["empty_files"] == 2
     (tmp_path / "other").mkdir()
     assert prepare(make_config(), tmp_path / "other").empty_files == 2, "from the cache, too"

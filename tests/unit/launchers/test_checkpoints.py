@@ -143,7 +143,8 @@ def test_one_checkpoint_wherever_it_lies(
 def test_what_a_killed_save_left_is_named(shardwright: Shardwright, run_dir: Path) -> None:
     (run_dir / "checkpoints" / ".checkpoint-30.tmp").mkdir()
     assert shardwright("checkpoints", str(run_dir)).out.endswith(
-        "\n.checkpoint-30.tmp is a save under way, or was cut short and goes with the next save\n"
+        "\n.checkpoint-30.tmp is a save in progress, or an interrupted one that the next save "
+        "deletes\n"
     )
 
 

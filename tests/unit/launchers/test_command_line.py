@@ -97,7 +97,7 @@ def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
         ),
         (
             "seed=1",
-            "error: seed=1 comes behind a command: shardwright train seed=1\n",
+            "error: seed=1 comes after a command: shardwright train seed=1\n",
         ),
     ],
 )

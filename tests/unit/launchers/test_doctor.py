@@ -108,7 +108,7 @@ def test_a_hostfile_says_how_many_ranks_measure(tmp_path: Path) -> None:
 
 def test_nodes_that_nobody_would_start_are_refused(tmp_path: Path) -> None:
     overrides = ["launcher=torchrun", "launcher.nodes=2", "launcher.head_address=node1"]
-    with pytest.raises(UserError, match=r"launcher\.nodes=2 starts the ranks of this node alone"):
+    with pytest.raises(UserError, match=r"launcher\.nodes=2 starts only the ranks of this node"):
         doctor.asked_for(overrides, Machine(), tmp_path)
 
 

@@ -61,7 +61,7 @@ def test_gpus_with_a_torch_for_cpus_are_an_error() -> None:
 
 def test_a_driver_older_than_torch_is_an_error() -> None:
     found = wrong(health.gpus(Gpus((H100,), (80 * GIB,), (12, 8), (), (13, 0))))
-    assert found.text == "the driver serves CUDA 12.8, torch was built with 13.0"
+    assert found.text == "the driver supports CUDA 12.8, torch was built with 13.0"
 
 
 def test_gpus_of_two_kinds_are_noted() -> None:
@@ -103,7 +103,7 @@ def test_the_lock_of_a_killed_build_is_found(
 
 def test_less_time_than_cores_is_noted() -> None:
     found = wrong(health.cores(64, 3.5))
-    assert found.text == "64 cores in sight, but the control group grants the time of 3.5"
+    assert found.text == "64 cores visible, but the control group grants the time of 3.5"
     assert "OMP_NUM_THREADS" in found.remedy
 
 
@@ -155,7 +155,7 @@ def test_a_taken_port_is_noted() -> None:
         taken.listen()
         number = taken.getsockname()[1]
         assert (
-            f"{number}, where torchrun meets by default, is taken"
+            f"{number}, torchrun's default rendezvous port, is in use"
             == wrong(health.port(number)).text
         )
 

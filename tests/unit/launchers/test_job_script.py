@@ -132,7 +132,10 @@ def test_gpus_that_a_partition_brings_are_not_asked_for() -> None:
         ({"time_limit": 0}, "launcher.time_limit=0: must be at least 1"),
         ({"memory_per_node": "64"}, "64 needs a unit, since SLURM takes a plain number for mega"),
         ({"memory_per_node": "64GB"}, "such as 64G, or all"),
-        ({"dependency": "17"}, "17 is no dependency that SLURM knows; write one such as afterok"),
+        (
+            {"dependency": "17"},
+            "17 is not a dependency that SLURM knows; write one such as afterok",
+        ),
         ({"mail_type": ["fail"]}, r"launcher.mail_type.0=fail: must be .*FAIL"),
         ({"extra_sbatch": ["reservation=lab"]}, "reservation=lab is not a whole flag of sbatch"),
         ({"extra_sbatch": ["--comment=a b"]}, "has to be one word"),

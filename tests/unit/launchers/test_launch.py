@@ -157,7 +157,11 @@ def test_failed_rank_is_named_with_the_end_of_its_traceback(checkout: Checkout) 
     ("behaviour", "code", "text"),
     [
         ("bad-input", 2, "error: data.paths: nothing in there"),
-        ("resumable", 75, "stopped at step 7 by SIGUSR1 on rank 1; go on with: shardwright resume"),
+        (
+            "resumable",
+            75,
+            "stopped at step 7 by SIGUSR1 on rank 1; resume with: shardwright resume",
+        ),
         ("killed", 1, "was killed by SIGKILL without a report"),
     ],
 )

@@ -70,8 +70,8 @@ from train.errors import UserError
         ),
         (
             {"kind": "deepspeed", "hostfile": "h", "backend": "mpich"},
-            "MPICH's ranks behind a helper that returns 0 whatever they return, so that a failed "
-            "run would pass for a finished one; set backend=openmpi or backend=pdsh",
+            "MPICH's ranks behind a helper that returns 0 whatever they return, so that a "
+            "failed run would look like a finished one; set backend=openmpi or backend=pdsh",
         ),
         (
             {"kind": "deepspeed", "hostfile": "h", "bind_cores_to_rank": True},

@@ -127,7 +127,7 @@ def test_a_second_push_takes_away_the_weights_of_the_first(
     assert {name for name in repository.branches["v2"] if name.startswith("model")} == {
         "model.safetensors"
     }
-    assert "takes away  model-00001-of-00002.safetensors: weights of an older model" in outcome.out
+    assert "deletes   model-00001-of-00002.safetensors: weights of an older model" in outcome.out
 
 
 def test_the_final_of_a_run_is_meant_by_the_run(
@@ -201,7 +201,7 @@ def leave_a_token(model: Path) -> None:
         (drop_all_weights, "has no weights: neither model.safetensors nor model.safetensors.index"),
         (keep_old_weights, "has both model.safetensors and model.safetensors.index.json"),
         (break_the_index, "model.safetensors.index.json cannot be read"),
-        (drop_the_card, "README.md is missing: a model without a card"),
+        (drop_the_card, "README.md is missing: without a card"),
         (drop_the_header, "its header, between two lines of ---, is missing"),
         (break_the_header, "its header, between two lines of ---, cannot be read ("),
         (put_a_list_for_the_task, "has pipeline_tag: ['a', 'b'], which is no word"),
@@ -229,20 +229,20 @@ def test_what_an_interrupted_write_left_is_refused(
     model.rename(tmp_path / ".final.tmp")
     outcome = shardwright("push", str(tmp_path / ".final.tmp"), "small", "--dry-run")
     assert outcome.code == 2
-    assert "is what an interrupted write has left" in outcome.err
+    assert "is left from an interrupted write" in outcome.err
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "a b", "-x"])
 def test_a_name_that_no_hub_takes_is_refused(shardwright: Shardwright, repo: str) -> None:
     outcome = shardwright("push", "nowhere", "--", repo)
     assert outcome.code == 2
-    assert f"REPO={repo} is no name on a hub" in outcome.err
+    assert f"REPO={repo} is not a valid name on a hub" in outcome.err
 
 
 def test_a_placeholder_is_worth_a_warning() -> None:
     readme = "---\nlicense: mit\n---\n# small\n[More Information Needed]\n"
     (problem,) = push.card_warnings(readme)
-    assert problem == "still has '[More Information Needed]', which somebody meant to fill in"
+    assert problem == "still has the placeholder '[More Information Needed]'; fill it in"
 
 
 # --- what the hub has to say --------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_a_token_that_the_hub_does_not_take(
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
     outcome = shardwright("push", str(model), "small")
     assert outcome.code == 2
-    assert f"{hub.url} does not take the token: it is wrong or has expired" in outcome.err
+    assert f"{hub.url} does not accept the token: it is invalid or has expired" in outcome.err
     assert "hf_expired" not in outcome.err
 
 
@@ -272,8 +272,8 @@ def test_a_repository_of_somebody_else(shardwright: Shardwright, model: Path, hu
     outcome = shardwright("push", str(model), "grace/small")
     assert outcome.code == 2
     assert (
-        "REPO=grace/small belongs to grace, and this token is of ada, who belongs to engines; "
-        "push to ada/small, or take a token of grace" in outcome.err
+        "REPO=grace/small belongs to grace, and this token belongs to ada, a member of engines; "
+        "push to ada/small, or use a token of grace" in outcome.err
     )
 
 
@@ -284,8 +284,8 @@ def test_a_token_that_may_not_write(
     hub.refused[where] = 403
     outcome = shardwright("push", str(model), "small")
     assert outcome.code == 2
-    assert "the token may not write to " in outcome.err
-    assert "make one with write access to it" in outcome.err
+    assert "the token has no write access to " in outcome.err
+    assert "create one that has" in outcome.err
 
 
 def test_a_public_repository_does_not_get_what_is_private(
@@ -308,7 +308,7 @@ def test_a_hub_that_fails(shardwright: Shardwright, model: Path, hub: Hub) -> No
     outcome = shardwright("push", str(model), "small")
     assert outcome.code == 1
     assert f"error: {hub.url} fails (500: " in outcome.err
-    assert "push again: what has arrived is not sent twice" in outcome.err
+    assert "push again: what has arrived is not sent again" in outcome.err
 
 
 def test_no_network(
@@ -333,9 +333,8 @@ def test_a_model_with_code_of_its_own_is_pushed_whole_once_that_may_run(
     refused = shardwright(*arguments)
     assert (refused.code, refused.out) == (2, "")
     assert refused.err == (
-        f"checking {model}\n"
-        f"error: {model} holds OwnForCausalLM, a model with Python code of its own "
-        "(configuration_own.py, modeling_own.py), which is not run unless asked for; read it, "
+        f"checking {model}\nerror: {model} holds OwnForCausalLM, a model with Python code of its "
+        "own (configuration_own.py, modeling_own.py), which is not run by default; read it, "
         "then add --trust-remote-code\n"
     )
     pushed = shardwright(*arguments, "--trust-remote-code")

@@ -80,9 +80,9 @@ def test_exit_code(child_code: int, kinds: list[str], stopped_by: int | None, co
 def test_a_clean_stop_names_its_step_and_how_to_go_on() -> None:
     where = Stopped(7, 56, "SIGUSR1 on rank 1", 1.0, "/a b/checkpoints/checkpoint-7", 7)
     assert stopped(where, Path("/a b"), None) == (
-        "\nstopped at step 7 by SIGUSR1 on rank 1; go on with: shardwright resume '/a b'"
+        "\nstopped at step 7 by SIGUSR1 on rank 1; resume with: shardwright resume '/a b'"
     )
-    assert "stopped at step 7 by SIGTERM; go on" in stopped(where, Path("/a b"), signal.SIGTERM)
+    assert "stopped at step 7 by SIGTERM; resume" in stopped(where, Path("/a b"), signal.SIGTERM)
 
 
 def test_a_stop_without_time_to_save_says_what_it_goes_on_from() -> None:
@@ -104,8 +104,8 @@ def test_a_stop_without_time_to_save_says_what_it_goes_on_from() -> None:
         (
             "DistNetworkError: The client socket has timed out after 60000ms while trying to "
             "connect to (node1, 29500).",
-            "error: nothing answered at launcher.head_address=node1, launcher.head_port=29500 for "
-            "60 s; look whether `shardwright train`",
+            "error: nothing answered at launcher.head_address=node1, launcher.head_port=29500 "
+            "for 60 s; check whether `shardwright train`",
         ),
     ],
 )
@@ -132,7 +132,7 @@ def test_a_death_names_the_newest_checkpoint_and_the_command_to_resume(
     (run_dir / "logs").mkdir(parents=True)
     run = machine.resolve(config(), Machine(), str(run_dir))
     text = failure(code, [], run_dir, None, config=run)
-    assert "\n  newest checkpoint: none, so that a resume begins the run again\n" in text
+    assert "\n  newest checkpoint: none, so a resume starts the run from the beginning\n" in text
     assert f"\n  resume it with: shardwright resume '{run_dir}'\n" in text
     for step in (2, 4):
         checkpoint = run_dir / "checkpoints" / f"checkpoint-{step}"

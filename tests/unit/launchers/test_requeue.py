@@ -17,8 +17,8 @@ ELASTIC_RESTART = {"by": "torchrun", "restart": 1, "checkpoint": "checkpoint-20"
 @pytest.mark.parametrize(
     ("history", "newest_step", "restarts", "yes", "why"),
     [
-        ([], 0, 0, True, "goes on from step 0 (restart 1 of at most 5)"),
-        ([RESTART], 30, 1, True, "goes on from step 30 (restart 2 of at most 5)"),
+        ([], 0, 0, True, "resumes from step 0 (restart 1 of at most 5)"),
+        ([RESTART], 30, 1, True, "resumes from step 30 (restart 2 of at most 5)"),
         (
             [RESTART],
             20,
@@ -29,7 +29,7 @@ ELASTIC_RESTART = {"by": "torchrun", "restart": 1, "checkpoint": "checkpoint-20"
         ([{"requeued_at_step": 0}], 0, 1, False, "was of step 0 and is of step 0"),
         ([RESTART, ELASTIC_RESTART], 20, 1, False, "no progress since the last restart"),
         # Somebody has looked after it meanwhile.
-        ([RESTART, RESUME], 20, 1, True, "goes on from step 20"),
+        ([RESTART, RESUME], 20, 1, True, "resumes from step 20"),
         # By SLURM itself after a node failed, which asks nobody.
         ([RESTART], 30, 4, True, "restart 5 of at most 5"),
         ([RESTART], 30, 5, False, "restarted 5 times, which is the limit"),
@@ -59,9 +59,9 @@ def test_progress_is_read_off_the_checkpoints(
 
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0].partition(" (")[0] for line in said] == [
-        "goes on from step 4",
+        "resumes from step 4",
         "no progress since the last restart",
-        "goes on from step 9",
+        "resumes from step 9",
     ]
     lines = map(json.loads, (tmp_path / "history.jsonl").read_text().splitlines())
     assert [(line["restart"], line["checkpoint"]) for line in lines] == [

@@ -79,7 +79,7 @@ def test_keys_of_deepspeed_may_change(override: str, extra: dict[str, Any]) -> N
 
 
 def test_the_length_of_samples_is_not_resolved_anew() -> None:
-    with pytest.raises(UserError, match="data.sequence_length=auto was 64, and a run"):
+    with pytest.raises(UserError, match="data.sequence_length=auto was 64, and a resumed run"):
         resume.changed(run(), ["data.sequence_length=auto"], {})
 
 
@@ -118,9 +118,9 @@ def test_only_groups_are_chosen() -> None:
         ("model.dropout=0.3", "model.dropout=0.3 was 0.1"),
         ("data.sequence_length=32", "data.sequence_length=32 was 64, .* position in the data"),
         ("tokenizer.min_frequency=3", "min_frequency=3 was 2, .* the model has learned its tokens"),
-        ("seed=1", "seed=1 was 0, .* the order of the data hangs on it"),
+        ("seed=1", "seed=1 was 0, .* the order of the data depends on it"),
         ("trainer.optimizer=muon", "trainer.optimizer=muon was adamw"),
-        ("run_dir=/elsewhere", "the run goes on in its own directory"),
+        ("run_dir=/elsewhere", "the run is resumed in its own directory"),
         ("trainer.max_stps=20", "unknown key trainer.max_stps: did you mean trainer.max_steps"),
         ("trainr.max_steps=20", "unknown key trainr.max_steps"),
         ("trainer.max_steps=many", "trainer.max_steps=many: must be a whole number"),
@@ -331,8 +331,8 @@ def test_a_rate_that_rises_again_is_told_with_the_way_to_avoid_it(
     had = schedule_of(before, None)(59) * 1e-3
     has = schedule_of(longer, None)(60) * 1e-3
     assert told.startswith(
-        f"rises again, from {had:.3g} at step 60 to {has:.3g} at step 61: the {name} schedule now "
-        "ends at step 120. To stay at the rate that it has come to, add "
+        f"rises again, from {had:.3g} at step 60 to {has:.3g} at step 61: the {name} schedule "
+        "now ends at step 120. To stay at the rate that it has reached, add "
         f"trainer.lr_scheduler=constant trainer.learning_rate={had:.6g}"
     )
     # Done so, it does.

@@ -69,11 +69,11 @@ def owner_of(doing: str | None = None, host: str = "node1") -> Owner:
         ({"owned": (None, True)}, ("running", False)),
         (
             {"owned": (owner_of(), False), "silent_seconds": 5.0},
-            ("dead: it was killed or crashed, and could not say so", True),
+            ("dead: it was killed or crashed, and could not report it", True),
         ),
         (
             {"owned": (owner_of(PREPARING), False)},
-            ("dead: it was killed or crashed while preparing data, and could not say so", True),
+            ("dead: it was killed or crashed while preparing data, and could not report it", True),
         ),
         ({"owned": (owner_of(), False), "stopped": STOPPED}, (str(STOPPED), True)),
         ({"owned": (owner_of(), False), "is_done": True}, ("done", True)),
@@ -317,8 +317,8 @@ def test_a_full_disk_is_said_without_a_traceback(
     outcome = shardwright("resume", "run", "launcher=local", "launcher.device=cpu")
     assert outcome.code == 1
     assert outcome.err == (
-        f"error: the disk is full where {tmp_path / 'resumes/1.tmp'} is to be written; make room, "
-        "and try again\n"
+        f"error: the disk is full where {tmp_path / 'resumes/1.tmp'} is to be written; free some "
+        "space, and try again\n"
     )
 
 
@@ -346,7 +346,7 @@ def test_cancelling_a_sweep_stops_what_runs_and_passes_over_the_rest(
     outcome = shardwright("cancel", "sweep")
     assert outcome.code == 2, "one may still run"
     assert f"error: {runs[1]}: scontrol has had no answer" in outcome.err
-    assert outcome.out == f"{runs[2]}: ended; go on with: shardwright resume {runs[2]}\n"
+    assert outcome.out == f"{runs[2]}: ended; resume with: shardwright resume {runs[2]}\n"
     assert [run_dir for _, run_dir in events[:3]] == [runs[0], runs[2], runs[3]]
 
     monkeypatch.setattr("launchers.slurm.jobs.job_of", lambda run_dir: None)
@@ -354,12 +354,14 @@ def test_cancelling_a_sweep_stops_what_runs_and_passes_over_the_rest(
     assert shardwright("cancel", "sweep").code == 0
     outcome = shardwright("cancel", "sweep")
     assert outcome.code == 2
-    assert f"none of the 4 runs in {tmp_path / 'sweep'} runs, here or elsewhere" in outcome.err
+    assert (
+        f"none of the 4 runs in {tmp_path / 'sweep'} is running, here or elsewhere" in outcome.err
+    )
 
 
 def test_cancelling_what_does_not_run(shardwright: Shardwright, tmp_path: Path) -> None:
     a_run(tmp_path / "run")
     outcome = shardwright("cancel", "run")
     assert outcome.code == 2
-    assert "does not run: no job in the queue and no process here" in outcome.err
+    assert "is not running: no job in the queue and no process here" in outcome.err
     assert "is not a run directory" in shardwright("status", "nowhere").err

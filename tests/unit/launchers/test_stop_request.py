@@ -105,7 +105,7 @@ def test_cancelling_a_run_of_another_machine(
     process = first_rank(*["without lock"] * (not sees_locks))
     outcome = shardwright("cancel", "run")
     assert outcome.code == 0
-    assert "stopped at step 7; go on with: shardwright resume" in outcome.out
+    assert "stopped at step 7; resume with: shardwright resume" in outcome.out
     assert process.wait(20) == 75
     where = stop_note.read(run_dir)
     assert where is not None
@@ -119,7 +119,7 @@ def test_ending_a_run_of_another_machine_at_once(
     os.kill(process.pid, signal.SIGUSR1)
     outcome = shardwright("cancel", "run", "--now")
     assert outcome.code == 0
-    assert "ended; go on with: shardwright resume" in outcome.out
+    assert "ended; resume with: shardwright resume" in outcome.out
     assert process.wait(20) == -signal.SIGKILL
 
 

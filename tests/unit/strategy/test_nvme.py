@@ -30,9 +30,9 @@ def problems(path: Path) -> str:
 
 def test_a_disk_that_is_not_mounted(tmp_path: Path) -> None:
     assert (
-        f"strategy.nvme_path={tmp_path / 'nvme'} does not exist on this machine, and is not made, "
-        "lest a disk that is not mounted fill another; mount the disk, make the directory or name "
-        "another" in problems(tmp_path / "nvme")
+        f"strategy.nvme_path={tmp_path / 'nvme'} does not exist on this machine, and is not "
+        "created, so that a disk that is not mounted does not fill another one; mount the disk, "
+        "create the directory or name another" in problems(tmp_path / "nvme")
     )
     assert not (tmp_path / "nvme").exists()
 
@@ -45,7 +45,7 @@ def test_a_file_in_its_place(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
 def test_a_directory_of_someone_else(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir(mode=0o555)
-    assert "theirs may not be written to; change its permissions" in problems(tmp_path / "theirs")
+    assert "theirs is not writable; change its permissions" in problems(tmp_path / "theirs")
 
 
 def test_no_libaio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +76,8 @@ def test_a_buffer_that_holds_no_part_of_a_parameter(tmp_path: Path) -> None:
     nvme.check_model(run, {"small": 10, "wte.weight": 2000}, RankLayout(shards=2))
     with pytest.raises(
         UserError,
-        match=r"strategy.nvme_buffer_elements=1,000 holds no rank's part of wte.weight, which has "
-        r"1,001 elements; raise it to that",
+        match=r"strategy.nvme_buffer_elements=1,000 is too small for a rank's part of "
+        r"wte.weight, which has 1,001 elements; raise it to that",
     ):
         nvme.check_model(run, {"small": 10, "wte.weight": 2001}, RankLayout(shards=2))
 
@@ -104,7 +104,7 @@ def test_what_a_killed_run_left_on_the_disk_is_no_lack_of_room(
     (folder / "rank0" / "0_1.tensor.swp").write_bytes(b"x" * 2**20)
     (folder / "rank0" / "gone.tensor.swp").symlink_to("another rank removed it")
     nvme.check_model(run, {"weight": 2**16}, RankLayout())
-    with pytest.raises(UserError, match="name a larger disk"):
+    with pytest.raises(UserError, match="choose a larger disk"):
         nvme.check_model(run, {"weight": 2**17}, RankLayout())
 
 

@@ -36,8 +36,8 @@ def test_an_unknown_block_class_is_an_error_that_lists_those_of_the_model(
 ) -> None:
     with pytest.raises(
         UserError,
-        match=r"strategy\.block_class=LlamaDecoderLayer is no class of modules in this model; it "
-        r"repeats .*GPT2Attention, GPT2Block, GPT2MLP.*; choose one, or null to infer it",
+        match=r"strategy\.block_class=LlamaDecoderLayer is not a class of modules in this model; "
+        r"it repeats .*GPT2Attention, GPT2Block, GPT2MLP.*; choose one, or null to infer it",
     ):
         units(model, block_class="LlamaDecoderLayer")
 
@@ -45,7 +45,7 @@ def test_an_unknown_block_class_is_an_error_that_lists_those_of_the_model(
 def test_a_wrap_that_leaves_the_whole_model_as_one_unit_is_an_error(
     model: GPT2LMHeadModel,
 ) -> None:
-    with pytest.raises(UserError, match="block_class=GPT2LMHeadModel is no class of modules"):
+    with pytest.raises(UserError, match="block_class=GPT2LMHeadModel is not a class of modules"):
         units(model, block_class="GPT2LMHeadModel")
     with pytest.raises(UserError, match="wrap=size finds no module of strategy.min_unit_param"):
         units(model, wrap="size", min_unit_parameters=10**9)

@@ -73,7 +73,7 @@ def tokenizer_problem(file: Path) -> str | None:
     try:
         tree = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        return f"{file} is cut short or not JSON ({in_one_line(error)}); {_AGAIN}"
+        return f"{file} is truncated or not JSON ({in_one_line(error)}); {_AGAIN}"
     try:
         tokenizers.Tokenizer.from_str(json.dumps(tree))
     except Exception as error:  # tokenizers raises nothing else

@@ -139,7 +139,7 @@ class Manifest(_Part):
     def _files_lie_inside(self) -> Manifest:
         for name in self.files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{name!r} is no path inside the checkpoint")
+                raise ValueError(f"{name!r} is not a path inside the checkpoint")
         if self.part >= self.parts:
             raise ValueError(f"part {self.part} of {self.parts}")
         return self
@@ -293,7 +293,7 @@ def _misplaced(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> di
             problems[name] = f"{name} is missing" if gone else f"{name} cannot be read ({error})"
             continue
         if not stat.S_ISREG(status.st_mode):
-            problems[name] = f"{name} is no file"
+            problems[name] = f"{name} is not a file"
         elif status.st_size != entry.bytes:
             problems[name] = f"{name} has {status.st_size} bytes instead of {entry.bytes}"
     return problems
@@ -335,8 +335,8 @@ def to_remove(problems: Iterable[str]) -> str | None:
 def remedy(problems: Iterable[str]) -> str:
     """Return what makes a checkpoint whole in which these are wrong. Pure."""
     if names := to_remove(problems):
-        return f"remove {names}, which nothing has saved there"
-    return "bring it back from a copy"
+        return f"remove {names}, which no save has put there"
+    return "restore it from a copy"
 
 
 def whole_checkpoints(directory: Path) -> list[tuple[int, Path]]:

@@ -192,7 +192,7 @@ def flat(tensor: torch.Tensor, path: Path, *, base_bytes: int = 0) -> Fragment:
         is_permuted = tensor.permute(order).is_contiguous()
         kind = "that was saved transposed" if is_permuted else "with gaps in it"
         raise Unreadable(
-            f"{path} holds a tensor of shape {tuple(tensor.shape)} {kind}; save it anew after "
+            f"{path} holds a tensor of shape {tuple(tensor.shape)} {kind}; save it again after "
             ".contiguous()"
         )
     # Set by torch.load under FakeTensorMode (torch/serialization.py, load_tensor), not for files of
@@ -201,10 +201,10 @@ def flat(tensor: torch.Tensor, path: Path, *, base_bytes: int = 0) -> Fragment:
     if offset is None:
         if type(tensor) is not FakeTensor:
             raise Unreadable(
-                f"{path} holds a quantised tensor ({type(tensor).__name__}), which can be loaded "
-                "only as a whole by who wrote it"
+                f"{path} holds a quantised tensor ({type(tensor).__name__}), which only the "
+                "program that wrote it can load, as a whole"
             )
-        raise Unreadable(f"{path} is in the format of torch before 1.6; save it anew")
+        raise Unreadable(f"{path} is in the format of torch before 1.6; save it again")
     begin = offset + tensor.storage_offset() * tensor.element_size()
     return Fragment(path, base_bytes + begin, 0, tensor.numel())
 
@@ -240,7 +240,7 @@ def describe(source: Path | BinaryIO | io.RawIOBase, ignored: Iterable[str] = ()
         reason = why_refused(error)
         # Not the advice of torch, which is to allow the class.
         remedy = (
-            "; who trusts its origin can load it with weights_only=False and save its weights alone"
+            "; if you trust its origin, load it with weights_only=False and save its weights alone"
             if "GLOBAL" in reason
             else ""
         )

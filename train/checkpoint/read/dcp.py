@@ -124,7 +124,7 @@ def _model(
             return next(iter(candidates.values()))
     raise Unreadable(
         f"{directory / METADATA} was looked through for one section of weights, such as model or "
-        f"state_dict; sections with tensors: {there}. Name the one that is meant: --section NAME"
+        f"state_dict; sections with tensors: {there}. Name the one to read: --section NAME"
     )
 
 
@@ -260,7 +260,7 @@ def _metadata(path: Path) -> Metadata:
     except Exception as error:
         raise Unreadable(f"{path} cannot be read ({type(error).__name__}: {error})") from None
     if not isinstance(found, Metadata):
-        raise Unreadable(f"{path} is no metadata of a distributed checkpoint")
+        raise Unreadable(f"{path} is not the metadata of a distributed checkpoint")
     kinds = (TensorStorageMetadata, BytesStorageMetadata)
     if not all(isinstance(entry, kinds) for entry in found.state_dict_metadata.values()):
         raise Unreadable(f"{path} holds entries of an unknown kind")
@@ -270,7 +270,7 @@ def _metadata(path: Path) -> Metadata:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
-            raise Unreadable(f"a checkpoint's .metadata asks for {module}.{name}; it is refused")
+            raise Unreadable(f"a checkpoint's .metadata names {module}.{name}, which is refused")
         return super().find_class(module, name)
 
 

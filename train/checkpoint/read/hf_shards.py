@@ -37,8 +37,8 @@ def read(directory: Path) -> PortableState:
                 chunks.setdefault(name, []).append((chunk, tensor))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Unreadable(
-                f"{path} does not say where its tensors belong ({type(error).__name__}: {error}); "
-                "it is named as a shard of torch's HuggingFaceStorageWriter"
+                f"{path} does not tell where its tensors belong ({type(error).__name__}: "
+                f"{error}); it is named as a shard of torch's HuggingFaceStorageWriter"
             ) from None
     tensors = {name: _joined(name, parts) for name, parts in chunks.items()}
     count = len(list(directory.glob(PATTERN)))

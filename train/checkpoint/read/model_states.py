@@ -67,10 +67,10 @@ IGNORED = (
 """Their values are not needed, and their code is not run."""
 
 _OF_ANOTHER_KIND = (
-    (r"(?:zero_pp_rank_\d+_)?mp_rank_(?!00_)\d+.*", "a rank of model parallelism of its own"),
-    (r"(?:bf16_)?zero_pp_rank_\d+_mp_rank_(?!00_)\d+.*", "a rank of model parallelism of its own"),
-    (r"(?:layer_\d+_)?expert_\d+.*|expp_rank_.*", "experts that are spread over the ranks"),
-    (r"layer_\d+.*", "a stage of a pipeline of its own"),
+    (r"(?:zero_pp_rank_\d+_)?mp_rank_(?!00_)\d+.*", "a rank of model parallelism"),
+    (r"(?:bf16_)?zero_pp_rank_\d+_mp_rank_(?!00_)\d+.*", "a rank of model parallelism"),
+    (r"(?:layer_\d+_)?expert_\d+.*|expp_rank_.*", "experts that are distributed over the ranks"),
+    (r"layer_\d+.*", "a stage of a pipeline"),
 )
 
 

@@ -21,5 +21,5 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     while plain and all(name.startswith(_LEADING) for name in plain.values()):
         plain = {name: short.removeprefix(_LEADING) for name, short in plain.items()}
     if len(set(plain.values())) < len(plain):
-        raise Unreadable("two weights have one name once their wrappers are left out")
+        raise Unreadable("two weights have the same name without those of their wrappers")
     return plain

@@ -81,8 +81,8 @@ def find(path: Path) -> Path | None:
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:4])
         raise Unreadable(
-            f"{directory} holds {names}{' and more' if len(found) > 4 else ''}, and no index that "
-            f"joins them (such as {NAMES[1]}); name the file that is meant, or bring back the index"
+            f"{directory} holds {names}{' and more' if len(found) > 4 else ''}, and no index "
+            f"that joins them (such as {NAMES[1]}); name the file to read, or restore the index"
         )
     return found[0] if found else None
 
@@ -159,7 +159,7 @@ def with_metadata(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise Unreadable(f"{path} is no safetensors file, or is cut short")
+            raise Unreadable(f"{path} is not a safetensors file, or is truncated")
         text = file.read(length)
     try:
         header = json.loads(text)
@@ -177,7 +177,7 @@ def _entry(path: Path, entry: Mapping[str, Any], base: int, size: int) -> LazyTe
     shape = tuple(int(length) for length in entry["shape"])
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise Unreadable(f"{path} holds a tensor in {entry['dtype']}, which is not known")
+        raise Unreadable(f"{path} holds a tensor in {entry['dtype']}, which is unknown")
     begin, end = (int(offset) for offset in entry["data_offsets"])
     elements = math.prod(shape)
     if min((0, *shape)) < 0 or begin < 0 or end - begin != elements * dtype.itemsize:
@@ -217,7 +217,7 @@ def weights_in(found: Any, path: Path) -> Mapping[str, Any]:
     if len(largest) == 1 and "." not in largest[0]:
         return sections[largest[0]]
     keys = ", ".join(map(str, list(found)[:8])) if isinstance(found, Mapping) else "no mapping"
-    hint = f". Name the one that is meant: --section {largest[0]}" if largest else ""
+    hint = f". Name the one to read: --section {largest[0]}" if largest else ""
     raise Unreadable(
         f"{path} was looked through for tensors by name, at its top or under "
         f"{', '.join(_MODELS)}; found: {', '.join(sections) or keys}{hint}"

@@ -76,8 +76,8 @@ def _named_folders(checkpoint: Path) -> list[Path]:
     steps = [path for path in sorted(checkpoint.glob("global_step*")) if path.is_dir()]
     if not found and len(steps) > 1:
         raise Unreadable(
-            f"{checkpoint} holds {', '.join(path.name for path in steps[:4])}, and no file latest "
-            "that names one of them; give the folder that is meant"
+            f"{checkpoint} holds {', '.join(path.name for path in steps[:4])}, and no file "
+            "latest that names one of them; give the folder to read"
         )
     return found or steps
 

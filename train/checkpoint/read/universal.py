@@ -74,7 +74,7 @@ def _folders(directory: Path) -> Iterator[Path]:
     root = directory.resolve()
     for path in sorted((directory / FOLDER).glob(f"*/{MASTER}")):
         if not path.resolve().is_relative_to(root):
-            raise Unreadable(f"{path} is a link that leads out of {directory}")
+            raise Unreadable(f"{path} is a link that points out of {directory}")
         yield path.parent
 
 

@@ -71,7 +71,7 @@ def _order(states: ModelStates) -> list[str] | None:
         return None
     order = json.loads(path.read_bytes())
     if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
-        raise Unreadable(f"{path} is no list of names")
+        raise Unreadable(f"{path} is not a list of names")
     return order
 
 
@@ -191,15 +191,16 @@ def _matched(groups: Sequence[_Group], stored: Mapping[str, LazyTensor]) -> dict
         reached = after
     if end not in reached:
         raise Unreadable(
-            "the optimizer's master weights of stage 0 name no parameters, and no order of the "
-            f"model's {len(stored)} makes each of them round to its 16-bit weight"
+            "the optimizer's master weights of stage 0 do not name their parameters, and no "
+            f"order of the model's {len(stored)} makes each of them round to its 16-bit weight"
         )
     last: _Way | None = reached[end]
     assert last is not None
     if not last.is_only:
         raise Unreadable(
-            "the optimizer's master weights of stage 0 name no parameters, and there is more than "
-            "one way to assign them in which each rounds to a 16-bit weight of its shape"
+            "the optimizer's master weights of stage 0 do not name their parameters, and there "
+            "is more than one way to assign them in which each rounds to a 16-bit weight of its "
+            "shape"
         )
     found = {}
     while last is not None:

@@ -122,9 +122,9 @@ def _checkpoint_contradictions(config: Sections) -> Iterator[str]:
 
     if keep_every is not None and save_every is None:
         yield (
-            f"checkpoint.keep_every_steps={keep_every} keeps some checkpoints for ever, but "
-            "trainer.save_every_steps=null writes one, at the end; set trainer.save_every_steps="
-            f"{keep_every} or checkpoint.keep_every_steps=null"
+            f"checkpoint.keep_every_steps={keep_every} keeps some checkpoints permanently, but "
+            "trainer.save_every_steps=null writes one, at the end; set "
+            f"trainer.save_every_steps={keep_every} or checkpoint.keep_every_steps=null"
         )
     elif keep_every is not None and save_every is not None and keep_every % save_every:
         fitting = max(1, round(keep_every / save_every)) * save_every

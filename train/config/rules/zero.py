@@ -45,7 +45,7 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
             "the larger part on the GPU; offload the optimizer too (cpu or nvme)"
         )
     if strategy.uses_nvme and strategy.nvme_path is None:
-        yield "strategy.nvme_path is not set, but nvme is asked for; name a folder on a fast disk"
+        yield "strategy.nvme_path is not set, but nvme is requested; give a folder on a fast disk"
     if strategy.nvme_path is not None and not strategy.uses_nvme:
         yield (
             f"strategy.nvme_path={strategy.nvme_path} is given, but nothing is offloaded to nvme; "
@@ -109,7 +109,7 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
     if config.checkpoint.asynchronous and adam == "nvme":
         yield (
             "checkpoint.async=true copies the state to host memory before it is written, but "
-            "strategy.offload_optimizer=nvme keeps it on a disk for want of that; set "
-            "checkpoint.async=false"
+            "strategy.offload_optimizer=nvme keeps it on a disk because there is no room for it "
+            "in host memory; set checkpoint.async=false"
         )
     yield from deepspeed_keys.problems(strategy.extra)

@@ -30,8 +30,8 @@ def check(
                 raise UserError(
                     f"the first batch has {name} of dtype {_name(tensor.dtype)} and shape "
                     f"{tuple(tensor.shape)}, where int64 and {shape} are wanted "
-                    "(trainer.micro_batch_size, data.sequence_length); prepare the data anew in "
-                    "another data.cache_dir"
+                    "(trainer.micro_batch_size, data.sequence_length); prepare the data again "
+                    "in another data.cache_dir"
                 )
         _check_ids("input_ids", batch["input_ids"], embedding_rows, "the model's embedding", "rows")
         labels = batch["labels"][batch["labels"].ne(IGNORED)]
@@ -39,8 +39,8 @@ def check(
         mask = batch.get("attention_mask")
         if mask is not None and not ((mask == 0) | (mask == 1)).all():
             raise UserError(
-                "the first batch has an attention_mask of other values than 0 and 1; prepare the "
-                "data anew in another data.cache_dir"
+                "the first batch has an attention_mask of other values than 0 and 1; prepare "
+                "the data again in another data.cache_dir"
             )
 
 

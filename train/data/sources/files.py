@@ -301,14 +301,14 @@ def _decoded(path: Path, limit_bytes: int | None = None) -> Iterator[str]:
 def _check_no_archive(path: Path, beginning: bytes) -> None:
     if beginning[257:262] == b"ustar":
         raise UserError(
-            f"data.paths: {path} holds a tar archive, not a text; unpack it and name its files"
+            f"data.paths: {path} is a tar archive, not a text; unpack it and name its files"
         )
 
 
 def _check_no_zeros(path: Path, beginning: str) -> None:
     if beginning.count("\0") * 4 > len(beginning):  # ASCII in UTF-16 is UTF-8 with zeros, too
         raise UserError(
-            f"data.paths: {path} is UTF-16 or UTF-32 without a mark, or no text: it is full of "
+            f"data.paths: {path} is UTF-16 or UTF-32 without a mark, or not text: it is full of "
             "zero bytes; convert it to UTF-8 or leave it out"
         )
 
@@ -388,7 +388,7 @@ def _jsonl_rows(path: Path, text_field: str) -> Iterator[str]:
             ) from None
         if not isinstance(row, dict):
             raise UserError(
-                f"data.paths: {path}, line {number} is no JSON object; "
+                f"data.paths: {path}, line {number} is not a JSON object; "
                 f'write each row as {{"{text_field}": "..."}}'
             )
         if text_field not in row:
@@ -459,7 +459,7 @@ def _table_rows(path: Path, text_field: str) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise UserError(
             f"data.paths: {path} holds text in {text_field} that is not UTF-8 "
-            f"(0x{error.object[error.start]:02x}); write it anew as UTF-8, or leave it out"
+            f"(0x{error.object[error.start]:02x}); save it again as UTF-8, or leave it out"
         ) from None
     except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from None
@@ -496,8 +496,8 @@ def _arrow_columns(path: Path, text_field: str) -> Iterator[Any]:
         is_file = magic == b"ARROW1"
         if magic[:4] == b"FEA1":
             raise UserError(
-                f"data.paths: {path} is Feather in its version 1, which is not read; write it anew "
-                "as version 2"
+                f"data.paths: {path} is Feather in its version 1, which is not read; save it "
+                "again as version 2"
             )
         source.seek(0)
         if is_file:

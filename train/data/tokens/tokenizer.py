@@ -224,8 +224,8 @@ def _check_unknown(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Non
         tokenizer.backend_tokenizer.encode("a\ue000b \ue001")
     except Exception as error:  # tokenizers raises nothing else
         raise UserError(
-            f"tokenizer={_name(config)}: it has no token for what it does not know ({error}); give "
-            "its model an unk_token that is in its vocabulary, or choose another tokenizer"
+            f"tokenizer={_name(config)}: it has no token for unknown text ({error}); give its "
+            "model an unk_token that is in its vocabulary, or choose another tokenizer"
         ) from None
 
 
@@ -314,8 +314,8 @@ def _trained(config: RunConfig, settings: ByteBpeTokenizer, identity: dict[str, 
         )
         if counts["cut"]:
             log.warning(
-                "the tokenizer was trained with %s words cut that are longer than %s characters: "
-                "text without spaces would take hours; the model gets them whole",
+                "the tokenizer was trained with %s words cut that are longer than %s "
+                "characters: text without spaces would take hours; the model is given them whole",
                 f"{counts['cut']:,}",
                 f"{LONGEST_WORD:,}",
             )
@@ -425,7 +425,7 @@ def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
         if vocabulary is not None:
             raise UserError(
                 f"tokenizer.name={settings.name} holds {vocabulary.name} and no tokenizer.json, "
-                f"and transformers does not know what to make of it; name its class in "
+                f"and transformers cannot tell which tokenizer it is; name its class in "
                 f"{Path(settings.name, TOKENIZER_CONFIG)}, such as "
                 '{"tokenizer_class": "T5Tokenizer"}, or give a directory with tokenizer.json'
             ) from None

@@ -41,8 +41,9 @@ class HeldOut(TrainerCallback):
         if len(not_finite) == 1 and not is_last:
             if state.is_world_process_zero:
                 progress.write(
-                    f"warning: {text}, while the weights are finite; it counts for no best "
-                    "checkpoint, and if the next evaluation is not finite either, the run ends",
+                    f"warning: {text}, while the weights are finite; it does not count for the "
+                    "best checkpoint, and if the next evaluation is not finite either, the run "
+                    "ends",
                     self._console,
                 )
             return

@@ -66,7 +66,7 @@ class Tracking(TrainerCallback):
         except OSError as error:  # no memory, or no room for a process more
             self._say(
                 f"warning: tracking={self._config.tracking.kind} cannot be started ({error}); "
-                f"training goes on; later: {self._later}"
+                f"training continues; later: {self._later}"
             )
             return
         assert self._process.stdout is not None

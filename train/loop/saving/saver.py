@@ -143,17 +143,17 @@ class Saver(TrainerCallback):
         problem = f"checkpoint-{step} could not be written ({failure}); earlier ones are untouched"
         if is_last:
             raise SaveFailed(
-                f"{problem}. It was the run's last: nothing would try again. Free the disk or mend "
-                "it, and resume the run",
+                f"{problem}. It was the run's last: no later one would try again. Free the disk "
+                "or fix it, and resume the run",
                 is_of_disk=True,
             ) from failure
         if self._on_error == "stop":
             raise SaveFailed(
-                f"{problem}. checkpoint.on_save_error=stop ends the run; free the disk or mend it, "
-                "or set checkpoint.on_save_error=warn to train on until the next save",
+                f"{problem}. checkpoint.on_save_error=stop ends the run; free the disk or fix "
+                "it, or set checkpoint.on_save_error=warn to train on until the next save",
                 is_of_disk=True,
             ) from failure
-        self._say(f"warning: {problem}; training goes on and the next save tries again")
+        self._say(f"warning: {problem}; training continues, and the next save tries again")
 
     def _say(self, text: str) -> None:
         if self._trainer.is_world_process_zero():

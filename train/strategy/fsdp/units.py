@@ -40,8 +40,8 @@ def units(model: PreTrainedModel, config: RunConfig) -> list[nn.Module]:
         classes = Counter(type(m).__name__ for m in model.modules())
         repeated = sorted(name for name, count in classes.items() if count > 1)
         raise UserError(
-            f"strategy.block_class={strategy.block_class} is no class of modules in this model; "
-            f"it repeats {', '.join(repeated)}; choose one, or null to infer it"
+            f"strategy.block_class={strategy.block_class} is not a class of modules in this "
+            f"model; it repeats {', '.join(repeated)}; choose one, or null to infer it"
         )
     return found
 

@@ -18,8 +18,8 @@ def check_names(state: PortableState, names: Iterable[str]) -> None:
     if missing:
         others = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"the checkpoint holds no optimizer state of {missing[0]}{others}; to go on from its "
-            "weights alone, recover them and start a run with model=pretrained"
+            f"the checkpoint holds no optimizer state of {missing[0]}{others}; to continue from "
+            "its weights alone, recover them and start a run with model=pretrained"
         )
 
 
@@ -88,9 +88,9 @@ def restore_flat(
         for kind, tensor in state.moments.get(name, {}).items():
             if tensor.shape != state.weights[name].shape:
                 raise UserError(
-                    f"the checkpoint's optimizer keeps a {kind} of shape {tensor.shape} for {name} "
+                    f"the checkpoint's optimizer has a {kind} of shape {tensor.shape} for {name} "
                     f"of {state.weights[name].shape}, which cannot be laid out in ZeRO's flat "
-                    "partitions; go on with strategy=ddp or zero0"
+                    "partitions; resume with strategy=ddp or zero0"
                 )
             if kind not in found:
                 found[kind] = torch.zeros_like(flat, requires_grad=False)

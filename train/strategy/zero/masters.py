@@ -38,8 +38,9 @@ def complete(trainer: Training) -> None:
         engine.optimizer
     ):
         logger.warning(
-            "strategy.offload_optimizer=nvme puts nothing on the disk: what is smaller than a MiB, "
-            "or strategy.aio.block_size_bytes, stays in memory, and all parts of this model are"
+            "strategy.offload_optimizer=nvme stores nothing on the disk: what is smaller than a "
+            "MiB, or strategy.aio.block_size_bytes, stays in memory, and all parts of this "
+            "model are"
         )
     is_new = bool(trainer.initial_values)
     if is_new and has_own_masters(trainer.config):

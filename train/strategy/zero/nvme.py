@@ -39,13 +39,14 @@ def problems(strategy: ZeroStrategy) -> Iterator[str]:
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
         yield (
-            f"strategy.nvme_path={path} {what} on this machine, and is not made, lest a disk that "
-            "is not mounted fill another; mount the disk, make the directory or name another"
+            f"strategy.nvme_path={path} {what} on this machine, and is not created, so that a "
+            "disk that is not mounted does not fill another one; mount the disk, create the "
+            "directory or name another"
         )
     elif not os.access(path, os.W_OK | os.X_OK):
         yield (
-            f"strategy.nvme_path={path} may not be written to; "
-            "change its permissions or name another directory"
+            f"strategy.nvme_path={path} is not writable; change its permissions or name another "
+            "directory"
         )
     if not _is_built() and not can_be_built():
         yield (
@@ -70,8 +71,8 @@ def check_model(config: RunConfig, elements: Mapping[str, int], layout: RankLayo
     name, largest = max(parts.items(), key=lambda part: part[1])
     if strategy.offload_parameters == "nvme" and largest > strategy.nvme_buffer_elements:
         raise UserError(
-            f"strategy.nvme_buffer_elements={strategy.nvme_buffer_elements:,} holds no rank's part "
-            f"of {name}, which has {largest:,} elements; raise it to that"
+            f"strategy.nvme_buffer_elements={strategy.nvme_buffer_elements:,} is too small for a "
+            f"rank's part of {name}, which has {largest:,} elements; raise it to that"
         )
     ranks = min(config.launcher.ranks_per_node, layout.world_size)
     needed = ranks * sum(parts.values()) * _bytes_per_element(config)
@@ -81,7 +82,8 @@ def check_model(config: RunConfig, elements: Mapping[str, int], layout: RankLayo
         raise UserError(
             f"strategy.nvme_path={strategy.nvme_path} has {free / 1e9:,.1f} GB free, and what is "
             f"offloaded of {sum(elements.values()):,} parameters takes {needed / 1e9:,.1f} GB "
-            f"there for {ranks} of {layout.world_size} ranks; name a larger disk, or offload to cpu"
+            f"there for {ranks} of {layout.world_size} ranks; choose a larger disk, or offload "
+            "to cpu"
         )
 
 
