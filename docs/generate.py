@@ -188,7 +188,7 @@ INTRODUCTION = f"""\
 # Configuration
 
 A run is composed of one option of each group below, `group=option`, and of single keys,
-`group.key=value`. Every key that there is stands on this page, with what it may be, its default
+`group.key=value`. Every key is on this page, with what it may be, its default
 and its effect. An unknown key, a wrong type, or two values that contradict each other are an error
 before anything starts.
 

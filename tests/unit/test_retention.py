@@ -47,7 +47,7 @@ def saved(*steps: int, verified: int | None = None, **losses: float) -> list[Sav
             {"keep_last": 1, "keep_every_steps": 20},
             saved(10, 20, 30, 40, 50),
             [10, 30],
-            id="multiples stay for ever",
+            id="multiples stay permanently",
         ),
         pytest.param(
             {"keep_last": 1, "keep_best": 1},
@@ -107,9 +107,9 @@ def test_marks_name_every_reason() -> None:
     assert marks(saved(0, 1, 2, 3, 4, at_4=1.0), rule) == {
         0: [],
         1: [],
-        2: ["for ever"],
+        2: ["permanent"],
         3: [],
-        4: ["last", "for ever", "best"],
+        4: ["last", "permanent", "best"],
     }
 
 

@@ -19,7 +19,7 @@ from train.durable import flush
 
 logger = logging.getLogger(__name__)
 
-Mark = Literal["last", "for ever", "best"]
+Mark = Literal["last", "permanent", "best"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def marks(saved: Sequence[Saved], rule: CheckpointConfig) -> dict[int, list[Mark
     if rule.keep_every_steps is not None:
         for step in steps:
             if step and step % rule.keep_every_steps == 0:
-                reasons[step].append("for ever")
+                reasons[step].append("permanent")
     for step in best(saved, rule)[: rule.keep_best]:
         reasons[step].append("best")
     return reasons

@@ -14,15 +14,15 @@ class CheckpointConfig(Section):
 
     asynchronous: bool = Field(default=False, alias="async")
     """``checkpoint.async``: copy the state to host memory (as much as the files hold) and write it
-    while training goes on; a checkpoint is there once it is written."""
+    while training continues; a checkpoint exists once it is written."""
     on_save_error: Literal["warn", "stop"] = "warn"
     """Where the disk is full, read-only or gone: warn, train on and try again at the next save, or
     stop the run. The save at the end of a run always stops it."""
 
     keep_last: PositiveInt = 2
-    """Newest checkpoints to keep; older ones go once the newest is verified."""
+    """Newest checkpoints to keep; older ones are deleted once the newest is verified."""
     keep_every_steps: PositiveInt | None = None
-    """Keep each checkpoint permanently whose step is a multiple of this; null keeps none so."""
+    """Keep each checkpoint permanently whose step is a multiple of this; null keeps none."""
     keep_best: NonNegativeInt = 0
     """Also keep this many with the best best_metric, of those evaluated at their step; 0 keeps
     none for that."""

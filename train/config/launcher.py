@@ -44,12 +44,12 @@ class LocalLauncher(LauncherSection):
 
 
 class SeveralRanks(LauncherSection):
-    """What launchers have that start several ranks, on one node or more."""
+    """What all launchers of several ranks have, on one node or more."""
 
     nproc_per_node: PositiveInt | Literal["auto"] = "auto"
     """Ranks on each node; auto is one for each GPU (of the job's, under SLURM), or 1 on a CPU."""
     nodes: PositiveInt = 1
-    """Nodes of the run; the most where they may be lost and come back."""
+    """Nodes of the run; the maximum where they may be lost and come back."""
 
     @property
     def ranks_per_node(self) -> int:
@@ -69,12 +69,12 @@ class SeveralRanks(LauncherSection):
 
 
 class MeetingRanks(SeveralRanks):
-    """What launchers have whose nodes are told where they meet."""
+    """What all launchers of several nodes have."""
 
     head_address: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]+$")] | None = None
-    """Name or address of the first node, where the ranks meet; null where there is one node."""
+    """Name or address of the first node, for the rendezvous; null where there is one node."""
     head_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """Where they meet; null takes a port that is free on the machine that starts the run."""
+    """Port of the rendezvous; null takes a port that is free on the machine that starts the run."""
 
     @model_validator(mode="after")
     def _nodes_meet_somewhere(self) -> Self:
@@ -306,9 +306,9 @@ class SlurmLauncher(SeveralRanks):
     deepspeed: a node's launcher, behind a parent that passes signals on to its ranks."""
 
     gpus_per_node: NonNegativeInt = 0
-    """GPUs to ask for on each node; 0 asks for none."""
+    """GPUs to request on each node; 0 requests none."""
     gpu_request: Literal["gres", "gpus-per-node", "none"] = "gres"
-    """The flag that asks for GPUs; none asks for none where a partition brings its own."""
+    """The flag that requests GPUs; none requests none, where a partition has its own."""
     gpu_type: SlurmWord | None = None
     """As the cluster calls it (a100); null takes any."""
     cpus_per_rank: PositiveInt | None = None
@@ -320,7 +320,7 @@ class SlurmLauncher(SeveralRanks):
     partition: SlurmWord | None = None
     """Partition to run in; null is the cluster's default."""
     account: SlurmWord | None = None
-    """Account that the job counts for; null is the user's default."""
+    """Account that the job is charged to; null is the user's default."""
     qos: SlurmWord | None = None
     """Quality of service; null is the user's default."""
     constraint: SlurmWord | None = None
@@ -332,7 +332,7 @@ class SlurmLauncher(SeveralRanks):
     array_limit: PositiveInt | None = None
     """Of the runs of a sweep (-m), which are one job array, this many at once; null: all."""
     mail_user: SlurmWord | None = None
-    """Who gets the mails of mail_type; null is who submits."""
+    """Recipient of the mails of mail_type; null is the submitting user."""
     mail_type: Annotated[
         tuple[
             Literal[
@@ -366,9 +366,9 @@ class SlurmLauncher(SeveralRanks):
     requeue: bool = True
     """Put the job back into the queue when it was stopped, preempted or lost a node."""
     max_requeues: NonNegativeInt = 20
-    """Starts after the first one that the job asks for by itself."""
+    """How many times, at most, the job puts itself back into the queue."""
     wait: bool = False
-    """Wait until the job has ended and return its exit code, instead of coming back at once."""
+    """Wait until the job has ended and return its exit code, instead of returning at once."""
     site: str | None = None
     """Shell file with the cluster's own settings; null is slurm/site.sh where there is one."""
 

@@ -232,7 +232,7 @@ class LlamaModel(ScratchModel):
 
 
 class PretrainedModel(Section):
-    """Weights to go on from: a hub name or a local directory, any MLM or CLM architecture."""
+    """Weights to start from: a hub name or a local directory, any MLM or CLM architecture."""
 
     options: ClassVar[tuple[str, ...]] = ("pretrained",)
     kind: Literal["pretrained"]
@@ -243,7 +243,7 @@ class PretrainedModel(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the weights."""
     hidden_size: PositiveInt | None = None
-    """The weights' own, which is found: what is derived from it is known once it is."""
+    """Read from the weights' own config; sizes that are derived from it are known from then on."""
     attention: Attention = "auto"
     """auto is sdpa where the architecture has it, else eager; engine.json says which."""
 

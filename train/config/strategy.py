@@ -125,7 +125,7 @@ class ZeroStrategy(_Strategy):
     pin_memory: bool = True
     """Page-lock host memory, for faster copies between host and GPU; GPU runs only."""
     nvme_path: str | None = None
-    """Existing directory on a fast local disk, for nvme; a run's folder there goes when it ends."""
+    """Existing directory on a fast local disk, for nvme; a run's own folder there is temporary."""
     nvme_buffer_count: PositiveInt = 5
     """Parameter buffers in host memory between disk and GPU."""
     nvme_buffer_elements: PositiveInt = 100_000_000
@@ -140,7 +140,7 @@ class ZeroStrategy(_Strategy):
     allgather_bucket_elements: PositiveInt | Literal["auto"] = "auto"
     """Updated parameters gathered at once (stages 1 and 2); auto as above."""
     overlap_communication: bool = False
-    """Reduce gradients while the backward pass goes on; takes a second bucket of memory."""
+    """Reduce gradients during the backward pass; takes a second bucket of memory."""
     reduce_scatter: bool = True
     """Reduce-scatter gradients instead of reducing each to its owner (stages 1 and 2)."""
     contiguous_gradients: bool = True

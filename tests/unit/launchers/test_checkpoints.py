@@ -27,7 +27,7 @@ ZERO2 = {"kind": "zero", "stage": 2, "offload_optimizer": "none", "offload_param
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Return a run that keeps every second checkpoint for ever, and the best."""
+    """Return a run that keeps every second checkpoint permanently, and the best."""
     run_dir = tmp_path / "a run"
     run_dir.mkdir()
     _, config = composed(
@@ -72,9 +72,9 @@ def test_the_table_of_a_run(shardwright: Shardwright, run_dir: Path) -> None:
     assert first == f"{run_dir}/checkpoints: 4 checkpoints, 512 B"
     assert table(outcome.out) == [
         ["step", "strategy", "ranks", "size", "age", "eval_loss", "kept", "state"],
-        ["10", "zero2", "2", "128 B", "3 min", "3.5000", "for ever", "whole"],
+        ["10", "zero2", "2", "128 B", "3 min", "3.5000", "permanent", "whole"],
         ["15", "zero2", "2", "128 B", "3 min", "2.2500", "best", "whole"],
-        ["20", "zero2", "2", "128 B", "3 min", "2.5000", "last, for ever", "whole"],
+        ["20", "zero2", "2", "128 B", "3 min", "2.5000", "last, permanent", "whole"],
         ["25", "zero2", "2", "128 B", "3 min", "2.7500", "last", "whole"],
     ]
     assert len({line.index("whole") for line in rows} | {head.index("state")}) == 1
@@ -101,7 +101,7 @@ def test_a_swapped_file_is_found_by_verify_only(shardwright: Shardwright, run_di
         outcome.out,
     )
     # What is not whole keeps nothing else from being among the last.
-    assert [row[-2] for row in rows[1:4]] == ["for ever", "last, best", "last, for ever"]
+    assert [row[-2] for row in rows[1:4]] == ["permanent", "last, best", "last, permanent"]
 
 
 def test_sizes_are_checked_without_verify(shardwright: Shardwright, run_dir: Path) -> None:
