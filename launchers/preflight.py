@@ -95,8 +95,9 @@ def _launcher_problems(config: RunConfig) -> Iterator[str]:
             )
         if launcher.backend != "pdsh" and (launcher.include or launcher.exclude):
             yield (
-                f"launcher.backend={launcher.backend} takes whole hostfiles only, but "
-                "launcher.include or exclude is given; write another hostfile, or set backend=pdsh"
+                f"launcher.backend={launcher.backend} accepts only whole hostfiles, but "
+                "launcher.include or exclude is given; write another hostfile, or set "
+                "backend=pdsh"
             )
         elif launcher.backend == "slurm":
             yield from _allocation_problems(launcher)
@@ -126,8 +127,8 @@ def _allocation_problems(launcher: DeepspeedLauncher) -> Iterator[str]:
     """Yield a message where srun would start ranks elsewhere than the hostfile says."""
     if "SLURM_JOB_ID" not in os.environ:
         yield (
-            "launcher.backend=slurm starts ranks with srun inside an allocation, and this is none; "
-            "begin with salloc, or set launcher=slurm, which submits a job"
+            "launcher.backend=slurm starts ranks with srun inside an allocation, and this is "
+            "not one; start with salloc, or set launcher=slurm, which submits a job"
         )
         return
     wanted = list(hostfile.hosts(Path(str(launcher.hostfile)).read_text(encoding="utf-8")))

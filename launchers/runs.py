@@ -113,7 +113,7 @@ def _model(run_dir: Path) -> str | None:
     if path := final.of(run_dir):
         return str(path)
     if path := final.earlier(run_dir):
-        return f"{path}, of before the run was resumed"
+        return f"{path}, from before the run was resumed"
     return None
 
 

@@ -192,8 +192,8 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
             model_card(trainer, {})
         except Exception as error:
             raise UserError(
-                f"{run_dir}: the model card of final/ cannot be made ({in_one_line(error)}); see "
-                "which of the run's files it cannot be made of"
+                f"{run_dir}: the model card of final/ cannot be made ({in_one_line(error)}); "
+                "find the file of the run that it cannot be made of"
             ) from error
     return trainer
 
@@ -240,7 +240,7 @@ def _tell_of_origin(kept: origin.Origin, drawn_anew: list[str], console: TextIO)
     if drawn_anew:
         progress.write(
             f"warning: {kept.name} has no weights of the head ({', '.join(drawn_anew)}): they "
-            "begin from scratch",
+            "start from random values",
             console,
         )
     origin.note(kept.directory, drawn_anew=drawn_anew)

@@ -157,7 +157,7 @@ def choose(directory: Path) -> Chosen:
         elif name in wanted or (name.endswith(_ENDINGS) and not name.startswith(".")):
             files.append(path)
         elif name.endswith(".safetensors"):
-            left_out[name] = f"{INDEX if INDEX in weights else WEIGHTS} is there, without it"
+            left_out[name] = f"{INDEX if INDEX in weights else WEIGHTS} does not name it"
         else:
             left_out[name] = "not part of a model"
     return Chosen(files, left_out)

@@ -229,8 +229,8 @@ _ELSEWHERE = {
 def _ambiguous(override: str) -> str:
     key, _, value = override.partition("=")
     return (
-        f"{override}: a comma separates runs, and one run is asked for; add -m for a run with each "
-        f"value, or write {key}=[{value}] where a list is meant"
+        f"{override}: a comma separates runs, and one run is requested; add -m for a run with "
+        f"each value, or write {key}=[{value}] if a list is meant"
     )
 
 

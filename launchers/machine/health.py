@@ -561,7 +561,7 @@ _COSTLY: dict[str, tuple[Callable[[str], bool], str]] = {
     "NCCL_IB_DISABLE": (lambda v: v == "1", "nodes exchange tensors over TCP"),
     "NCCL_SHM_DISABLE": (lambda v: v == "1", "GPUs of one node exchange tensors over TCP"),
     "TORCHDYNAMO_DISABLE": (lambda v: v == "1", "trainer.compile does nothing"),
-    "PYTORCH_NO_CUDA_MEMORY_CACHING": (lambda v: v != "", "every tensor is allocated anew"),
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": (lambda v: v != "", "every tensor is allocated again"),
 }
 
 

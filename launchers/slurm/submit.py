@@ -124,7 +124,7 @@ def check_no_job(run_dir: Path) -> None:
         job = slurm.look(known) if known is not None else None
     except UserError as error:
         raise UserError(
-            f"{error}\nso it may be training in {run_dir}; where you know that it is over, remove "
+            f"{error}\nso it may be training in {run_dir}; if you know that it is over, remove "
             f"{run_dir / slurm.NOTE}"
         ) from None
     if job is not None and not job.is_over:

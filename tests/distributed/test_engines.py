@@ -109,17 +109,17 @@ def test_each_zero_stage_is_the_one_asked_for(
         (
             {"kind": "zero", "stage": 1},
             "stage",
-            "stage: the config asks for 1, the live engine has 2",
+            "stage: the config requires 1, the live engine has 2",
         ),
         (
             {"kind": "fsdp"},
             "fall_back_to_ddp",
-            "engine: the config asks for 'FSDP2', the live engine has 'DistributedDataParallel'",
+            "engine: the config requires 'FSDP2', the live engine has 'DistributedDataParallel'",
         ),
         (
             {"kind": "ddp"},
             "dtype",
-            r"parameter_dtypes: the config asks for .'float32'., the live engine has .'bfloat16'",
+            r"parameter_dtypes: the config requires .'float32'., the live engine has .'bfloat16'",
         ),
         (
             {"kind": "ddp"},
@@ -129,22 +129,22 @@ def test_each_zero_stage_is_the_one_asked_for(
         (
             {"kind": "fsdp"},
             "recomputation",
-            r"every_blocks: the config asks for None, the live engine has 'only blocks \[1\]'",
+            r"every_blocks: the config requires None, the live engine has 'only blocks \[1\]'",
         ),
         (
             {"kind": "ddp"},
             "tf32",
-            "tf32: the config asks for False, the live engine has True",
+            "tf32: the config requires False, the live engine has True",
         ),
         (
             {"kind": "ddp"},
             "compiled_by_accelerate",
-            r"compiled_otherwise: the config asks for .*, the live engine has .*'OptimizedModule'",
+            r"compiled_otherwise: the config requires .*, the live engine has .*'OptimizedModule'",
         ),
         (
             {"kind": "fsdp"},
             "one_block_compiled",
-            "compiled_blocks: the config asks for 0, the live engine has 1",
+            "compiled_blocks: the config requires 0, the live engine has 1",
         ),
     ],
 )

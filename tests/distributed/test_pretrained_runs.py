@@ -346,8 +346,8 @@ def test_what_the_weights_lack_is_said_on_the_terminal_and_in_the_card(
     run_dir = run_from(gpt2, STRATEGIES["single"], ranks=1)
     (said,) = ranks(1)(whole_run, run_dir)
     assert (
-        f"warning: {gpt2} has no weights of the head (lm_head.weight): they begin from scratch"
-        in said.splitlines()
+        f"warning: {gpt2} has no weights of the head (lm_head.weight): they start from random "
+        "values" in said.splitlines()
     )
     card = (run_dir / "final" / "README.md").read_text()
     assert (

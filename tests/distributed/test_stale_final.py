@@ -57,7 +57,7 @@ def test_a_run_that_goes_past_its_final_model_has_none(
     earlier = run_dir / "final-earlier"
     assert (earlier / "model.safetensors").read_bytes() == first
     assert runs.of(run_dir).state != "done"
-    with pytest.raises(UserError, match="was resumed after its model had been made and has not "):
+    with pytest.raises(UserError, match="was resumed after its model was made and has not "):
         sample.model_directory(run_dir)
     with pytest.raises(UserError, match=f"the earlier one is {earlier}: give that to take it"):
         sample.model_directory(final)

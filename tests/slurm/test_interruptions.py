@@ -75,7 +75,7 @@ def test_scancel_leaves_a_checkpoint_from_which_the_run_goes_on_without_slurm(
     outside = cli.shardwright("resume", "run", *here, cwd=tmp_path)
     assert outside.returncode == 2
     assert f"SLURM has no information about job {job}" in outside.stderr
-    assert f"where you know that it is over, remove {run_dir}/slurm.json" in outside.stderr
+    assert f"if you know that it is over, remove {run_dir}/slurm.json" in outside.stderr
     (run_dir / "slurm.json").unlink()
     ended = cli.shardwright("resume", "run", *here, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

@@ -46,7 +46,7 @@ def test_the_deepspeed_command_has_srun_start_its_ranks_in_an_allocation(
     hosts.write_text("node2 slots=1\nnode1 slots=1\n")
     outside = shardwright(cluster, *over_hosts, cwd=cwd)
     assert outside.returncode == 2
-    assert "inside an allocation, and this is none; begin with salloc" in outside.stderr
+    assert "inside an allocation, and this is not one; start with salloc" in outside.stderr
     disordered = shardwright(cluster, *over_hosts, cwd=cwd, within=allocation)
     assert disordered.returncode == 2
     assert "has node2, node1, but the allocation is node1, node2" in disordered.stderr

@@ -427,7 +427,7 @@ def test_directory_without_weights_is_an_error(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     TINY_GPT2.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no complete model directory"):
+    with pytest.raises(UserError, match="not a complete model directory"):
         whole(from_directory(tmp_path, "clm"), tokenizer)
 
 

@@ -84,7 +84,8 @@ def test_a_second_run_is_told_whose_the_directory_is(owner: Start, tmp_path: Pat
         claim(tmp_path)
     assert re.fullmatch(
         rf"{tmp_path} belongs to a run that is alive \(process {first.pid} on "
-        rf"{socket.gethostname()}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\); wait for its end, or "
+        rf"{socket.gethostname()}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\); wait until it has "
+        r"ended, or "
         rf"stop it first: `shardwright cancel {tmp_path}`",
         str(refused.value),
     )
@@ -111,7 +112,7 @@ def test_an_owner_that_is_just_dying_is_waited_for(owner: Start, tmp_path: Path)
     threading.Timer(0.1, dying.kill).start()
     (said,) = claim(tmp_path)
     assert said.startswith(f"{tmp_path} belongs to process {dying.pid} on ")
-    assert said.endswith(": waiting 0.3 s for its end")
+    assert said.endswith(": waiting up to 0.3 s until it has ended")
 
 
 def test_a_node_that_may_have_died_is_waited_for_longer(owner: Start, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_node_that_may_have_died_is_waited_for_longer(owner: Start, tmp_path: 
     threading.Timer(0.4, first.kill).start()
     (said,) = claim(tmp_path)
     assert "on node-7" in said
-    assert said.endswith(": waiting 0.6 s for its end")
+    assert said.endswith(": waiting up to 0.6 s until it has ended")
 
 
 LAUNCHER = """

@@ -150,8 +150,8 @@ def test_a_checkpoint_of_the_base_model_gets_a_new_head_which_is_named(
         model = stream(tmp_path, MASKED)
     expected = MASKED.from_pretrained(tmp_path, dtype=torch.float32)
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("train.")]
-    assert message.startswith("not in the checkpoint, initialised anew: lm_head.")
-    missing = message.partition("anew: ")[2].split(", ")
+    assert message.startswith("not in the checkpoint, initialised from scratch: lm_head.")
+    missing = message.partition("scratch: ")[2].split(", ")
     assert set(missing) == {
         "lm_head.bias",
         "lm_head.dense.weight",

@@ -80,8 +80,8 @@ class MeetingRanks(SeveralRanks):
     def _nodes_meet_somewhere(self) -> Self:
         if self.nodes > 1 and self.head_address is None:
             raise ValueError(
-                f"nodes={self.nodes} have to meet, but head_address is not given; set it to the "
-                "first node's name or address"
+                f"nodes={self.nodes} need a rendezvous, but head_address is not given; set it to "
+                "the first node's name or address"
             )
         return self
 
@@ -120,7 +120,7 @@ class TorchrunLauncher(MeetingRanks):
             )
         if self.max_restarts == 0:
             raise ValueError(
-                f"min_nodes={self.min_nodes} goes on without a lost node by starting all ranks "
+                f"min_nodes={self.min_nodes} continues without a lost node by starting all ranks "
                 "again, but max_restarts=0 allows no such start; set max_restarts=3"
             )
         return self
@@ -376,7 +376,7 @@ class SlurmLauncher(SeveralRanks):
     def _gpus_are_asked_for(self) -> SlurmLauncher:
         if self.device == "cuda" and not self.gpus_per_node:
             raise ValueError(
-                "device=cuda needs GPUs, but gpus_per_node=0 asks for none; set gpus_per_node "
+                "device=cuda needs GPUs, but gpus_per_node=0 requests none; set gpus_per_node "
                 "(with gpu_request=none where the partition brings them) or device=cpu"
             )
         if (
@@ -390,7 +390,7 @@ class SlurmLauncher(SeveralRanks):
             )
         if self.gpu_type is not None and not self.gpus_per_node:
             raise ValueError(
-                f"gpu_type={self.gpu_type} says which GPUs, but gpus_per_node=0 asks for none; "
+                f"gpu_type={self.gpu_type} says which GPUs, but gpus_per_node=0 requests none; "
                 "set gpus_per_node or leave gpu_type out"
             )
         if self.gpu_type is not None and self.gpu_request == "none":

@@ -89,7 +89,7 @@ def wandb_problems(tracking: WandbTracking, environment: Mapping[str, str]) -> l
     if mode is not None and tracking.mode not in ("auto", mode):
         name = "WANDB_DISABLED" if environment.get("WANDB_DISABLED") else "WANDB_MODE"
         return [
-            f"tracking.mode={tracking.mode}, but {name}={environment[name]} asks for {mode}; "
+            f"tracking.mode={tracking.mode}, but {name}={environment[name]} requests {mode}; "
             f"unset {name}, or set tracking.mode={mode}"
         ]
     return []

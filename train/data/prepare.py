@@ -289,8 +289,8 @@ def _too_small(config: RunConfig, part: Part, samples_per_epoch: int) -> str | N
     return (
         f"data={config.data.kind} is too small for one batch: "
         f"{_counts(config, part, samples_per_epoch)}, and "
-        f"trainer.global_batch_size={config.trainer.global_batch_size} asks for more; "
-        "give more text, shorten the samples or lower the batch"
+        f"trainer.global_batch_size={config.trainer.global_batch_size} needs more; give more "
+        "text, shorten the samples or lower the batch"
     )
 
 

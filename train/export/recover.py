@@ -351,7 +351,7 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"another recovery is writing {out} now; wait for it") from None
+        raise UserError(f"another recovery is writing {out} now; wait until it has ended") from None
     except OSError:  # a file system without locks
         pass
     try:

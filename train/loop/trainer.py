@@ -246,8 +246,8 @@ class Trainer(transformers.Trainer):
             share = labels.ne(IGNORED).sum().to(loss.device) / num_items_in_batch
             if outputs.aux_loss is None:
                 raise UserError(
-                    f"{type(outputs).__name__} of this model holds no auxiliary loss, by which its "
-                    "config asks to keep experts equally busy; set its coefficient to 0 in "
+                    f"{type(outputs).__name__} of this model returns no auxiliary loss, which "
+                    "its config requires to balance the experts; set its coefficient to 0 in "
                     "config.json to train without, or choose another model"
                 )
             auxiliary = torch.as_tensor(outputs.aux_loss, device=loss.device).float() * share

@@ -128,9 +128,9 @@ def auxiliary_coefficient(model: PreTrainedModel) -> float:
     for name in _OF_AUXILIARY_LOSSES:
         if coefficient := getattr(config, name, None):
             raise UserError(
-                f"the model ({config.model_type}) asks for an auxiliary loss by "
+                f"the model ({config.model_type}) requires an auxiliary loss by "
                 f"{name}={coefficient} in its config.json, which transformers' "
-                f"{type(model).__name__} does not give; set it to 0 there to train without, or "
+                f"{type(model).__name__} does not return; set it to 0 there to train without, or "
                 "choose another model"
             )
     return 0.0

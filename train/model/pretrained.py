@@ -52,7 +52,7 @@ def check_attention(model: ModelConfig, objective: ObjectiveConfig) -> None:
             return
         raise UserError(
             f"model.attention={model.attention}, but the architecture of model.name={model.name} "
-            f"({config.model_type}) does not have it; set model.attention=auto, which takes what "
+            f"({config.model_type}) does not have it; set model.attention=auto, which uses what "
             "it has"
         ) from None
 

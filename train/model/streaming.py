@@ -61,10 +61,10 @@ def loading(model: PretrainedModel) -> Iterator[None]:
             ) from None
         if isinstance(error, OSError):
             raise UserError(
-                f"{what} cannot be loaded: it is no complete model directory here, and the Hugging "
-                f"Face hub does not have it or cannot be reached ({reason}). Check the name; "
-                f"without network, run `hf download {model.name} --local-dir DIR` where there is "
-                "one, copy DIR here and set model.name=DIR"
+                f"{what} cannot be loaded: it is not a complete model directory here, and the "
+                f"Hugging Face hub does not have it or cannot be reached ({reason}). Check the "
+                f"name; without network, run `hf download {model.name} --local-dir DIR` where "
+                "there is one, copy DIR here and set model.name=DIR"
             ) from None
         raise UserError(
             f"{what} cannot be loaded: {reason}; correct its config.json and files, or choose "
@@ -209,7 +209,7 @@ def check_found(
             "to them, or choose a size of model/ to begin from scratch"
         )
     if missing:
-        logger.warning("not in the checkpoint, initialised anew: %s", ", ".join(missing))
+        logger.warning("not in the checkpoint, initialised from scratch: %s", ", ".join(missing))
 
 
 def _shortened(files: Sequence[str]) -> str:

@@ -50,9 +50,9 @@ def member(config: RunConfig, rank: Rank) -> Iterator[None]:
     """
     if rank.world_size not in config.launcher.world_sizes:
         raise UserError(
-            f"the config asks for {config.launcher.world_size} rank(s) "
-            f"(launcher={config.launcher.kind}) but {rank.world_size} were started; start as many, "
-            "or make a run with another launcher.nproc_per_node"
+            f"the config requires {config.launcher.world_size} rank(s) "
+            f"(launcher={config.launcher.kind}) but {rank.world_size} were started; start as "
+            "many, or make a run with another launcher.nproc_per_node"
         )
     # DeepSpeed's command does not say so.
     ranks_here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", str(config.launcher.ranks_per_node)))

@@ -30,9 +30,9 @@ def why_earlier(run_dir: Path, path: Path) -> str:
     """Say that a run's only model is not that of its last step, and what to do. Pure."""
     quoted = shlex.quote(str(run_dir))
     return (
-        f"{run_dir} was resumed after its model had been made and has not come to its end since; "
-        f"`shardwright resume {quoted}` makes the new one, `shardwright recover {quoted} OUT` one "
-        f"of its newest checkpoint, and the earlier one is {path}: give that to take it"
+        f"{run_dir} was resumed after its model was made and has not finished since; "
+        f"`shardwright resume {quoted}` makes the new one, `shardwright recover {quoted} OUT` "
+        f"one of its newest checkpoint, and the earlier one is {path}: give that to use it"
     )
 
 

@@ -104,7 +104,10 @@ def owned(run_dir: Path, say: Callable[[str], object], doing: str | None = None)
                 if not waits:
                     waits = True
                     whose = owner or "another process"
-                    say(f"{run_dir} belongs to {whose}: waiting {patience_seconds:g} s for its end")
+                    say(
+                        f"{run_dir} belongs to {whose}: waiting up to {patience_seconds:g} s "
+                        "until it has ended"
+                    )
                 time.sleep(0.1)
         _note(descriptor, doing)
         yield Claim(descriptor)
@@ -180,6 +183,6 @@ def _owner(descriptor: int) -> Owner | None:
 def _refusal(run_dir: Path, owner: Owner | None) -> str:
     whose = f"a run that is alive ({owner})" if owner else "a process that is alive"
     return (
-        f"{run_dir} belongs to {whose}; wait for its end, or stop it first: "
-        f"`shardwright cancel {shlex.quote(str(run_dir))}`"
+        f"{run_dir} belongs to {whose}; wait until it has ended, or stop it first: `shardwright "
+        f"cancel {shlex.quote(str(run_dir))}`"
     )

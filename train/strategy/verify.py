@@ -25,7 +25,7 @@ def verify(engine: Engine, trainer: Training) -> dict[str, Any]:
         del expected["initial_loss_scale"]
     live = {**engine.read_back(trainer), **loop_facts.read_back(trainer)}
     differences = [
-        f"{fact}: the config asks for {value!r}, the live engine has {live.get(fact)!r}"
+        f"{fact}: the config requires {value!r}, the live engine has {live.get(fact)!r}"
         for fact, value in expected.items()
         if live.get(fact) != value
     ]

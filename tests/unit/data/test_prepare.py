@@ -397,7 +397,7 @@ def test_a_corpus_too_small_for_one_batch_is_refused(
         UserError,
         match=r"data=text is too small for one batch: \d+ training documents with [\d,]+ tokens "
         r"make [\d,]+ samples at data\.sequence_length=32, and trainer\.global_batch_size=100000 "
-        r"asks for more; give more text",
+        r"needs more; give more text",
     ):
         prepare(config, run_dir)
 

@@ -140,8 +140,8 @@ def test_gpus_that_a_partition_brings_are_not_asked_for() -> None:
         ({"extra_sbatch": ["reservation=lab"]}, "reservation=lab is not a whole flag of sbatch"),
         ({"extra_sbatch": ["--comment=a b"]}, "has to be one word"),
         ({"extra_sbatch": ["--time=5"]}, "--time is decided by launcher.time_limit; leave it out"),
-        ({"gpu_type": "a100"}, "gpu_type=a100 says which GPUs, but gpus_per_node=0 asks for none"),
-        ({"device": "cuda"}, "device=cuda needs GPUs, but gpus_per_node=0 asks for none"),
+        ({"gpu_type": "a100"}, "gpu_type=a100 says which GPUs, but gpus_per_node=0 requests none"),
+        ({"device": "cuda"}, "device=cuda needs GPUs, but gpus_per_node=0 requests none"),
         (
             {"gpus_per_node": 2, "device": "cuda", "nproc_per_node": 4},
             "nproc_per_node=4 ranks need as many GPUs, but gpus_per_node=2",

@@ -15,7 +15,8 @@ from train.errors import UserError
     [
         (
             {"kind": "torchrun", "nproc_per_node": 1, "nodes": 2},
-            "nodes=2 have to meet, but head_address is not given; set it to the first node's name",
+            "nodes=2 need a rendezvous, but head_address is not given; set it to the first "
+            "node's name",
         ),
         (
             {"kind": "torchrun", "nodes": 2, "head_address": "a; rm -rf /"},
@@ -27,7 +28,7 @@ from train.errors import UserError
         ),
         (
             {"kind": "torchrun", "nodes": 2, "min_nodes": 1, "head_address": "a"},
-            "min_nodes=1 goes on without a lost node by starting all ranks again, but "
+            "min_nodes=1 continues without a lost node by starting all ranks again, but "
             "max_restarts=0 allows no such start; set max_restarts=3",
         ),
         (

@@ -262,7 +262,7 @@ def test_a_run_stands_for_its_model_and_its_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.name=.*-3 is a checkpoint.* `shardwright recover "):
         pretrained(str(checkpoint))
     (run / "final-earlier").mkdir()
-    with pytest.raises(UserError, match=r"model.name=.*: .* was resumed after its model had been"):
+    with pytest.raises(UserError, match=r"model.name=.*: .* was resumed after its model was made"):
         pretrained(str(run))
     (run / "final").mkdir()
     assert pretrained(str(run)) == (str(run / "final"), str(run / "tokenizer"))

@@ -150,8 +150,8 @@ def test_programs_that_a_hostfile_needs_are_looked_for(
     assert str(error.value).splitlines() == [
         "launcher.backend=openmpi starts ranks with mpirun, which is not installed; install it, "
         "choose another backend, or launcher=torchrun",
-        "launcher.backend=openmpi takes whole hostfiles only, but launcher.include or exclude is "
-        "given; write another hostfile, or set backend=pdsh",
+        "launcher.backend=openmpi accepts only whole hostfiles, but launcher.include or exclude "
+        "is given; write another hostfile, or set backend=pdsh",
     ]
     alone = DeepspeedLauncher(
         kind="deepspeed", device="cpu", nproc_per_node=1, bind_cores_to_rank=True

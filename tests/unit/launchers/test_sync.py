@@ -50,7 +50,7 @@ def test_a_run_without_a_tracker_or_alive_is_refused(
     outcome = shardwright("sync", "run")
     assert outcome.code == 2
     assert "belongs to process 7 on node1" in outcome.err
-    assert "wait for its end" in outcome.err
+    assert "wait until it has ended" in outcome.err
     write(run_dir, tiny_tree("clm") | {"tracking": {"kind": "none"}})
     outcome = shardwright("sync", "run")
     assert (outcome.code, outcome.out) == (2, "")

@@ -123,7 +123,7 @@ def _model(
         if len(candidates) == 1:
             return next(iter(candidates.values()))
     raise Unreadable(
-        f"{directory / METADATA} was looked through for one section of weights, such as model or "
+        f"{directory / METADATA} was searched for one section of weights, such as model or "
         f"state_dict; sections with tensors: {there}. Name the one to read: --section NAME"
     )
 

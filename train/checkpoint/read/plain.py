@@ -219,8 +219,8 @@ def weights_in(found: Any, path: Path) -> Mapping[str, Any]:
     keys = ", ".join(map(str, list(found)[:8])) if isinstance(found, Mapping) else "no mapping"
     hint = f". Name the one to read: --section {largest[0]}" if largest else ""
     raise Unreadable(
-        f"{path} was looked through for tensors by name, at its top or under "
-        f"{', '.join(_MODELS)}; found: {', '.join(sections) or keys}{hint}"
+        f"{path} was searched for tensors by name, at its top or under {', '.join(_MODELS)}; "
+        f"found: {', '.join(sections) or keys}{hint}"
     )
 
 

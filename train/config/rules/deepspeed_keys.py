@@ -74,9 +74,9 @@ REFUSED = {
         "would let gradients that are not finite reach the weights, or changes nothing"
     ),
     "zero_optimization.zenflow": (
-        "takes its hyper-parameters from DeepSpeed's own optimizer section and its update interval "
-        "for the accumulation steps, so neither trainer.optimizer nor trainer.global_batch_size "
-        "would hold"
+        "takes its hyper-parameters from DeepSpeed's own optimizer section and its update "
+        "interval for the accumulation steps, so neither trainer.optimizer nor "
+        "trainer.global_batch_size would apply"
     ),
     "zero_optimization.save_muon_momentum_buffer_in_memory": (
         "is read by DeepSpeed's own Muon only; set trainer.optimizer=muon with strategy=fsdp, ddp "

@@ -26,9 +26,10 @@ def units(model: PreTrainedModel, config: RunConfig) -> list[nn.Module]:
         found = _big_enough(model, strategy.min_unit_parameters)
         if not found:
             raise UserError(
-                f"strategy.wrap=size finds no module of strategy.min_unit_parameters="
-                f"{strategy.min_unit_parameters:,} parameters below the whole model, which would "
-                "be gathered as one; lower it, or ask for strategy.wrap=none"
+                "strategy.wrap=size finds no module of "
+                f"strategy.min_unit_parameters={strategy.min_unit_parameters:,} parameters below "
+                "the whole model, which would be gathered as one; lower it, or set "
+                "strategy.wrap=none"
             )
         return found
     if strategy.block_class is None:
