@@ -59,7 +59,7 @@ def test_a_run_that_goes_past_its_final_model_has_none(
     assert runs.of(run_dir).state != "done"
     with pytest.raises(UserError, match="was resumed after its model was made and has not "):
         sample.model_directory(run_dir)
-    with pytest.raises(UserError, match=f"the earlier one is {earlier}: give that to take it"):
+    with pytest.raises(UserError, match=f"the earlier one is {earlier}: give that to use it"):
         sample.model_directory(final)
     assert sample.model_directory(earlier) == earlier
 

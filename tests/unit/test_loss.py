@@ -100,7 +100,7 @@ def test_one_that_does_not_is_refused() -> None:
     config = transformers.Llama4TextConfig(**settings)
     with torch.device("meta"):
         model = transformers.Llama4ForCausalLM(config)
-    with pytest.raises(UserError, match=r"llama4_text\) asks for an auxiliary loss by router_aux_"):
+    with pytest.raises(UserError, match=r"llama4_text\) requires an auxiliary loss by router_aux_"):
         auxiliary_coefficient(model)
     config.router_aux_loss_coef = 0.0
     assert auxiliary_coefficient(model) == 0.0

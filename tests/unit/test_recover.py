@@ -548,7 +548,7 @@ def test_two_recoveries_of_one_output_are_kept_apart(
 
     with once_written(recover_again):
         recover(Options(saved, tmp_path / "out"), io.StringIO(), io.StringIO())
-    assert seen == [f"another recovery is writing {tmp_path}/out now; wait for it"]
+    assert seen == [f"another recovery is writing {tmp_path}/out now; wait until it has ended"]
     assert_equal(load_file(tmp_path / "out/model.safetensors"), weights)
 
 

@@ -43,7 +43,7 @@ def test_the_choice_is_deepspeeds_own(include: str | None, exclude: str | None) 
         ("a, slots=2", None, None, "the/file: line 1, 'a, slots=2': 'a,' is neither a host's na"),
         ("a slots=two", None, None, "the/file: line 1 is 'a slots=two'; write each as: host slo"),
         ("a slots=2\nb", None, None, "line 2 is 'b'; write each as: host slots=8"),
-        ("a slots=2\na slots=4", None, None, "a stands there twice"),
+        ("a slots=2\na slots=4", None, None, "a is listed twice"),
         ("a slots=2", "b", None, "launcher.include=b: 'b' is not in the hostfile, which has a"),
         ("a slots=2", "a:2", None, "launcher.include=a:2: a has 2 slots, from 0 on, and no 2"),
         ("a slots=2", None, "a:x", "launcher.exclude=a:x: write slots as a:0,1"),

@@ -195,7 +195,7 @@ def leave_a_token(model: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (drop_a_shard, "names model-00002-of-00002.safetensors, and it is not there; `shardwright"),
+        (drop_a_shard, "names model-00002-of-00002.safetensors, which is missing; `shardwright"),
         (cut_a_shard, "`from_pretrained` does not load it: "),
         (lose_a_tensor, "`from_pretrained` does not load it: "),
         (drop_all_weights, "has no weights: neither model.safetensors nor model.safetensors.index"),
@@ -204,7 +204,7 @@ def leave_a_token(model: Path) -> None:
         (drop_the_card, "README.md is missing: without a card"),
         (drop_the_header, "its header, between two lines of ---, is missing"),
         (break_the_header, "its header, between two lines of ---, cannot be read ("),
-        (put_a_list_for_the_task, "has pipeline_tag: ['a', 'b'], which is no word"),
+        (put_a_list_for_the_task, "has pipeline_tag: ['a', 'b'], which is not text"),
         (leave_a_token, "generation_config.json holds what looks like a Hugging Face token"),
     ],
 )
@@ -294,12 +294,12 @@ def test_a_public_repository_does_not_get_what_is_private(
     hub.repositories["ada/small"] = Repository(private=False)
     outcome = shardwright("push", str(model), "small")
     assert outcome.code == 2
-    assert "ada/small is there and public, and private is asked for" in outcome.err
+    assert "ada/small exists and is public, but private was requested" in outcome.err
     assert "add --public, choose another name, or make it private in its settings" in outcome.err
     hub.repositories["ada/small"].private = True
     outcome = shardwright("push", str(model), "small", "--public")
     assert outcome.code == 2
-    assert "is there and private, and public is asked for" in outcome.err
+    assert "exists and is private, but public was requested" in outcome.err
     assert hub.repositories["ada/small"].branches == {"main": {}}
 
 
