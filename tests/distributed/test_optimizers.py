@@ -225,7 +225,7 @@ def test_state_survives_a_checkpoint_of_stage_0_bit_for_bit(
 
 def test_another_momentum_than_was_asked_for_stops_the_run(new_run: Run, ranks: RanksOf) -> None:
     run_dir = new_run("muon", STRATEGIES["fsdp"], max_steps=2)
-    with pytest.raises(RanksFailed, match=r"asks for .*'momentum': 0.95.* has .*'momentum': 0.5"):
+    with pytest.raises(RanksFailed, match=r"requires .*'momentum': 0.95.* has .*'momentum': 0.5"):
         ranks(2)(trained_with_broken_engine, run_dir, "momentum")
     assert not (run_dir / "metrics.jsonl").exists(), "a step was trained"
 

@@ -82,7 +82,7 @@ def test_other_number_of_ranks_than_the_config_is_refused(
     run_dir = frozen_run(tiny_tree("mlm"))
     ended = finish(start_python("-m", "train", str(run_dir), cwd=tmp_path))
     assert ended.returncode == 2
-    assert "the config asks for 2 rank(s) (launcher=torchrun) but 1 were started" in ended.stdout
+    assert "the config requires 2 rank(s) (launcher=torchrun) but 1 were started" in ended.stdout
 
 
 def test_killed_rank_is_named_and_takes_the_others_along(tiny: Tiny, tmp_path: Path) -> None:

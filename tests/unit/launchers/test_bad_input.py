@@ -308,7 +308,7 @@ def test_a_mode_of_tracking_that_the_environment_contradicts(
     message = refused(
         *(shardwright, "tracking=wandb", "tracking.mode=online", "launcher.device=cpu")
     )
-    assert message.startswith("tracking.mode=online, but WANDB_MODE=offline asks for offline")
+    assert message.startswith("tracking.mode=online, but WANDB_MODE=offline requests offline")
 
 
 def test_online_tracking_without_a_key(shardwright: Shardwright) -> None:

@@ -129,7 +129,7 @@ def test_few_open_files_are_an_error() -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
 def test_a_directory_that_may_not_be_written_to_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    assert "cannot be written to" in wrong(health.disk(tmp_path, MIB)).text
+    assert "is not writable" in wrong(health.disk(tmp_path, MIB)).text
 
 
 def test_a_disk_without_room_is_an_error(tmp_path: Path) -> None:
