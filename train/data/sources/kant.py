@@ -22,8 +22,8 @@ class Books(Source[KantData]):
         for url in self.data.urls:
             if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
                 raise UserError(
-                    f"data.urls: {url} is no http or https address; correct it, or read local "
-                    "files with data=text"
+                    f"data.urls: {url} is not an http or https address; correct it, or read "
+                    "local files with data=text"
                 )
 
     def texts(self, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
@@ -58,7 +58,8 @@ class Books(Source[KantData]):
     def limits(self) -> str:
         return (
             "It knows the English of a few translations of Immanuel Kant and nothing else. It "
-            "repeats the views of its author and his time, on people too, without a judgement."
+            "repeats the views of its author and his time, those on people included, "
+            "uncritically."
         )
 
     @property

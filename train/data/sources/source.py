@@ -125,9 +125,9 @@ class Source(ABC, Generic[Settings]):
     def limits(self) -> str:
         """Return what a model cannot do or must not be trusted in, as it has learned from this."""
         return (
-            "Nobody has looked through its corpus on its behalf: whatever prejudice, error, "
-            f"personal data or protected text is in {self.title()} can come out of the model."
-            " Languages that the corpus lacks, it lacks too."
+            "Its corpus was not reviewed: any prejudice, error, personal data or protected text "
+            f"in {self.title()} can appear in what the model writes. It does not know languages "
+            "that the corpus lacks."
         )
 
 

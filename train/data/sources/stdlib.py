@@ -51,7 +51,7 @@ class Stdlib(Source[StdlibData]):
     def limits(self) -> str:
         return (
             "It knows Python as the standard library writes it, and English as its comments do. "
-            "What it writes looks like code and need not run, let alone be right or safe."
+            "What it writes looks like code, and may not run, be correct or be safe."
         )
 
 
