@@ -120,7 +120,7 @@ def test_a_run_is_prepared_of_it_and_its_card_tells_of_it(
     for line in (
         *("language:\n- la", "datasets:\n- org/letters", "tags:\n- shardwright\n- gpt2\n- letters"),
         *("| Corpus | the alphabet, twice |\n| Typeface | Fraktur |", "| Licence | nobody's |"),
-        *("| How to cite | The Phoenicians, c. 1050 BC |", "text is in the alphabet, twice can"),
+        *("| How to cite | The Phoenicians, c. 1050 BC |", "text in the alphabet, twice can"),
     ):
         assert line in readme
     assert "Epochs" not in readme, "not all samples are seen equally often"
