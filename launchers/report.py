@@ -314,7 +314,7 @@ def _ends_in(torchrun_log: str) -> list[tuple[int, int]]:
 def _left_by(run_dir: Path) -> str:
     """Return what there is to resume from, and how."""
     whole = layout.whole_checkpoints(run_dir / CHECKPOINTS)
-    newest = whole[-1][1].name if whole else "none, so that a resume begins the run again"
+    newest = whole[-1][1].name if whole else "none, so a resume starts the run from the beginning"
     return (
         f"  newest checkpoint: {newest}\n"
         f"  resume it with: {program.command('resume', str(run_dir))}\n"

@@ -114,8 +114,8 @@ def _one(path: Path, advance: Callable[[int], object], section: str | None) -> C
             )
     elif _is_run_dir(path.parent.parent) and layout.step_of(path) is not None:
         raise UserError(
-            f"{path} is no whole checkpoint: it has no {MANIFEST}, which is written last and "
-            f"deleted first. To read what is there nevertheless, give {path / ENGINE_FOLDER}"
+            f"{path} is not a whole checkpoint: it has no {MANIFEST}, which is written last and "
+            f"deleted first. To read it anyway, give {path / ENGINE_FOLDER}"
         )
     return _read(path, section)
 
@@ -124,8 +124,8 @@ def _read(path: Path, section: str | None = None) -> Chosen:
     manifest = layout.read_manifest(path) if (path / MANIFEST).is_file() else None
     if manifest is not None and manifest.finite is False:
         raise UserError(
-            f"{path} cannot be used: {layout.NOT_FINITE}; take an earlier checkpoint of the run. "
-            f"To read what is there nevertheless, give {path / ENGINE_FOLDER}"
+            f"{path} cannot be used: {layout.NOT_FINITE}; use an earlier checkpoint of the run. "
+            f"To read it anyway, give {path / ENGINE_FOLDER}"
         )
     if manifest is not None and manifest.parts > 1:
         raise UserError(

@@ -69,7 +69,7 @@ OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
         why_not_flat="factors each matrix into rows and columns",
         # torch 2.13's takes the norm of each column in place, which a sharded tensor cannot.
         takes_sharded=False,
-        why_fp32_masters="its averages come to move by less than bf16 can hold",
+        why_fp32_masters="its averages come to change by less than bf16 can represent",
     ),
     "adamw_8bit": OptimizerFacts(
         description="torchao's AdamW, whose moments take a quarter of the memory: the extra "

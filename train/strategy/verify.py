@@ -31,7 +31,7 @@ def verify(engine: Engine, trainer: Training) -> dict[str, Any]:
     ]
     if differences:
         raise EngineMismatch(
-            f"strategy={engine.config.strategy.kind} is not what runs; nothing was trained\n"
+            f"strategy={engine.config.strategy.kind} is not what is running; nothing was trained\n"
             + "\n".join(differences)
         )
     return live
