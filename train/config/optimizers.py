@@ -122,7 +122,7 @@ class OptimizerFields(Section):
     """Iterations that make a matrix' update orthogonal."""
     muon_learning_rate_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Factor on the rate for a matrix of A x B: 0.2 sqrt(max(A, B)), which gives updates the RMS of
-    AdamW's (arXiv 2502.16982), or sqrt(max(1, A / B)), which wants muon_learning_rate near 0.02."""
+    AdamW's (arXiv 2502.16982), or sqrt(max(1, A / B)), which needs muon_learning_rate near 0.02."""
     adafactor_beta2_decay: Annotated[float, Field(le=0, allow_inf_nan=False)] = -0.8
     """Exponent c: at step t the mean squared gradient moves by t**c of the way."""
     adafactor_clip_threshold: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
