@@ -39,7 +39,11 @@ class Ranks:
         self._workers: list[tuple[Any, Connection]] = []
 
     def __call__(
-        self, function: Callable[..., Any], *arguments: Any, threads_may_stay: bool = False
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        threads_may_stay: bool = False,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> list[Any]:
         if not self._workers:
             self._start()
@@ -52,7 +56,7 @@ class Ranks:
         all_answered = True
         for rank, (process, pipe) in enumerate(self._workers):
             # A rank that fails leaves its peers waiting in a collective: they get no time then.
-            if not pipe.poll(5 if failures else TIMEOUT_SECONDS):
+            if not pipe.poll(5 if failures else timeout_seconds):
                 failures.append(f"rank {rank} did not answer")
                 all_answered = False
                 continue

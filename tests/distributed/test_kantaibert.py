@@ -176,7 +176,7 @@ def test_the_experiment_learns_what_the_published_script_learns(
         ["A book.", "*** START OF THE BOOK ***", *lines, "*** END OF THE BOOK ***", "."]
     )
     config = experiment(serve(book), tmp_path / "cache", run_dir, *overrides)
-    ranks(2)(whole_run, run_dir)
+    ranks(2)(whole_run, run_dir, timeout_seconds=3600)  # the slow one trains for minutes
     entries = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     ours = {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
