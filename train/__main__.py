@@ -6,9 +6,11 @@ import logging
 import os
 import sys
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from train.console import terminal
 from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, UserError
@@ -50,7 +52,6 @@ def main(argv: list[str]) -> int:
 def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     from train.console import progress
     from train.process import exhausted, logs
-    from train.run_directory import owner
     from train.run_directory.failures import note_failure
 
     try:
@@ -69,8 +70,10 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
         stop_note.forget(run_dir)
         if ignored:
             print(ignored, file=console)
+    report = _FailureReport(run_dir, rank, settings, console)
     try:
         with (
+            report.of_what_fails(),
             progress.shown_on(console) if rank.index == 0 else nullcontext(),
             watch_for_stop(run_dir) if rank.index == 0 else nullcontext(),
         ):
@@ -84,42 +87,95 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             from train.strategy.group import join
 
             progress.now("waiting for all ranks")
-            with join(settings, rank):
+            # Inside of the group: to leave it may take until peers are ended for this very report.
+            with join(settings, rank), report.of_what_fails():
                 progress.now("importing libraries")
                 from train.run import run
 
                 final = run(run_dir, settings, rank, console)
                 progress.begin("ending the ranks", comes_again=True)
-    except Diverged as error:
+    except _Reported as failed:
+        return failed.exit_code
+    if final is None and not signals.is_restarted_on_failure():
+        return RESUMABLE
+    return 0
+
+
+class _Reported(Exception):
+    """The rank has failed, and has said so."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class _FailureReport:
+    """Where a rank says how it failed: its log, logs/rank-N.error.json and the console."""
+
+    run_dir: Path
+    rank: Rank
+    settings: RunConfig
+    console: TextIO
+
+    @contextmanager
+    def of_what_fails(self) -> Iterator[None]:
+        """Report what fails in the block, at once, and raise _Reported from it."""
+        try:
+            yield
+        except _Reported:
+            raise
+        except Diverged as error:
+            self._report_divergence(error)
+            raise _Reported(FAILED) from error
+        except Exception as error:
+            self._report(error)
+            raise _Reported(BAD_INPUT if isinstance(error, UserError) else FAILED) from error
+
+    def _report_divergence(self, error: Diverged) -> None:
+        from train.run_directory import owner
+        from train.run_directory.failures import note_failure
+
         logger.error("%s", error)
         with suppress(OSError):  # a full disk
-            note_failure(run_dir, rank.index, error)
+            note_failure(self.run_dir, self.rank.index, error)
         # The others have the same to say, and who has started the ranks tells it.
-        if rank.index == 0 and not owner.is_launched():
-            print(f"error: {error}", file=console)
-        return FAILED
-    except Exception as error:
-        logger.exception("rank %d failed", rank.index)
-        explanation = exhausted.explained(error, settings)
+        if self.rank.index == 0 and not owner.is_launched():
+            print(f"error: {error}", file=self.console)
+
+    def _report(self, error: Exception) -> None:
+        from train.process import exhausted
+        from train.run_directory import owner
+        from train.run_directory.failures import note_failure
+
+        logger.exception("rank %d failed", self.rank.index)
+        explanation = exhausted.explained(error, self.settings)
         try:
-            is_told = not note_failure(run_dir, rank.index, error, explanation)
+            is_told = not note_failure(self.run_dir, self.rank.index, error, explanation)
             is_told |= owner.is_launched()  # whoever has started it tells all
         except OSError:  # a full disk
             is_told = False
         if not is_told:
             what = explanation or f"{type(error).__name__}: {error}"
-            print(f"rank {rank.index} failed: {what}", file=console)
-        return BAD_INPUT if isinstance(error, UserError) else FAILED
-    if final is None and not signals.is_restarted_on_failure():
-        return RESUMABLE
-    return 0
+            print(f"rank {self.rank.index} failed: {what}", file=self.console)
 
 
 def _starting(ranks: int) -> str:
     return f"starting {ranks} rank{'s' * (ranks > 1)}"
 
 
+def _exit(code: int) -> NoReturn:
+    """End the process, without waiting for a communicator that waits for a peer itself."""
+    leave = sys.modules.get("train.process.leave")  # with torch, or not at all
+    if leave is not None and leave.is_pending():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     signals.is_over()
-    sys.exit(code)
+    _exit(code)

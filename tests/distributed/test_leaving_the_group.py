@@ -1,10 +1,12 @@
 """Ranks leave their process group: no gloo thread is left, no exit aborts, a new group works."""
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.fixtures import Freeze, TreeOf
+from train.process import leave
 from train.process.leave import gloo_worker_count, leave_process_group
 
 pytestmark = pytest.mark.distributed
@@ -75,6 +79,21 @@ def test_a_failed_rank_leaves_without_a_peer_that_never_answers() -> None:
     assert "ValueError: rank 0 gives up" in ended.stderr
     assert "a collective is still in flight 2 s after training ended" in ended.stderr
     assert "exitcode  : 1 " in ended.stderr
+
+
+def test_a_failed_rank_reports_and_leaves_though_its_group_never_can(
+    tiny_tree: TreeOf, frozen_run: Freeze
+) -> None:
+    """What blocks here for good is a stand-in for NCCL, which waits for peers in a collective."""
+    run_dir = frozen_run(tiny_tree("clm"))
+
+    ended = torchrun("blocked", str(run_dir), timeout_seconds=120)
+
+    log = (run_dir / "logs" / "rank-1.log").read_text()
+    assert "the group is being destroyed, and the failure is noted: True" in log
+    assert "ValueError: rank 1 gives up" in log
+    assert "exitcode  : 1 " in ended.stderr  # and not what a signal makes of it
+    assert ended.returncode == 1
 
 
 def test_no_exit_aborts_when_the_workers_are_late_to_drop_their_collectives() -> None:
@@ -235,6 +254,26 @@ def fail_with_a_collective_in_flight() -> None:
         leave_process_group(timeout_seconds=2)
 
 
+def fail_in_a_group_that_cannot_be_left(run_dir: str) -> None:
+    from train.loop.trainer import Trainer
+
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise ValueError("rank 1 gives up")
+
+    def block() -> None:
+        is_noted = (Path(run_dir) / "logs" / "rank-1.error.json").exists()
+        sys.stdout.write(f"the group is being destroyed, and the failure is noted: {is_noted}\n")
+        sys.stdout.flush()
+        threading.Event().wait()
+
+    if os.environ["RANK"] == "1":
+        Trainer.training_step = fail  # type: ignore[method-assign, assignment]
+    dist.destroy_process_group = block  # type: ignore[assignment]
+    leave.TIMEOUT_SECONDS = 2
+    sys.argv = ["train", run_dir]
+    runpy.run_module("train", run_name="__main__")
+
+
 if __name__ == "__main__":
     match sys.argv[1]:
         case "train":
@@ -247,3 +286,5 @@ if __name__ == "__main__":
             end_while_workers_wait_for_the_gil()
         case "fail":
             fail_with_a_collective_in_flight()
+        case "blocked":
+            fail_in_a_group_that_cannot_be_left(sys.argv[2])

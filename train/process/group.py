@@ -87,11 +87,12 @@ def member(config: RunConfig, rank: Rank) -> Iterator[None]:
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
             device_id=torch.device("cuda", rank.local_index) if on_gpu else None,
         )
+    has_failed = True
     try:
         yield
-    except BaseException:
-        signals.no_longer()
-        raise
+        has_failed = False
     finally:
+        if has_failed:
+            signals.no_longer()
         _finish()
-        leave_process_group()
+        leave_process_group(has_failed=has_failed)

@@ -8,8 +8,10 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,17 +29,25 @@ _ENGINE_CHOICES = (
     "ACCELERATE_DYNAMO_MODE",
 )
 MOST_ROUNDS_OF_GC = 10
+TIMEOUT_SECONDS = 60.0
+"""How long a process waits for peers when it leaves."""
+_waiting: list[threading.Thread] = []
+"""Threads in which a communicator was still waiting when its time was up."""
 _PF_EXITING = 0x4  # linux/sched.h
 
 
-def leave_process_group(timeout_seconds: float = 60.0) -> None:
+def leave_process_group(timeout_seconds: float | None = None, *, has_failed: bool = False) -> None:
     """Destroy every process group, join its worker threads and forget what the libraries kept.
 
     Call it once, last, after success and after failure alike, from a frame that no longer holds
     the trainer, the model or the engine; nothing else needs to call `destroy_process_group`. It is
-    no collective: it never waits for a peer that has nothing in flight with this rank. A rank that
-    fails half-way through a collective waits until its peers have left too, at most
-    `timeout_seconds`. Afterwards a new group can be made in the same process, for any strategy.
+    not a collective: it never waits for a peer that has nothing in flight with this rank. A rank
+    that fails half-way through a collective waits until its peers have left too, at most
+    `timeout_seconds` (TIMEOUT_SECONDS), after which `is_pending`. Afterwards a new group can be
+    made in the same process, for any strategy.
+
+    A rank that ``has_failed`` aborts NCCL's communicators instead of destroying them, which would
+    wait for what is in flight with peers that never learn of the failure.
 
     Why destroying alone is not enough: a gloo worker drops its reference to a finished collective
     some time after the waiting main thread has gone on. If a tensor of it has a Python wrapper, the
@@ -52,24 +62,28 @@ def leave_process_group(timeout_seconds: float = 60.0) -> None:
     # Held here, so that the last reference is dropped below. Dropped by a C++ owner (DDP's reducer)
     # it would join the workers with the GIL held, while a worker waits for the GIL.
     groups: list[dist.ProcessGroup] = []
+    ends_at = time.monotonic() + (TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds)
+    is_destroyed = True
     if dist.is_available() and dist.is_initialized():
         groups.extend(distributed_c10d._world.pg_map)
-        dist.destroy_process_group()
+        on_gpu = any("nccl" in backend for backend, _ in distributed_c10d._world.pg_map.values())
+        destroy = (
+            distributed_c10d._abort_process_group
+            if has_failed and on_gpu
+            else dist.destroy_process_group
+        )
+        is_destroyed = _done_by(ends_at, destroy)
     # A tensor that another one is a view of is no garbage to Python until that one is gone, and so
     # is all that hangs on it: the parameters of DeepSpeed's BF16_Optimizer go in the second round.
     for _ in range(MOST_ROUNDS_OF_GC):
         if gc.collect() == 0:
             break
 
-    # In a thread, as the destructor waits for collectives in flight and cannot be interrupted.
-    # Daemonic, as a peer that never answers must not keep a failed rank alive.
-    release = threading.Thread(target=groups.clear, name="leave_process_group", daemon=True)
-    release.start()
-    release.join(timeout_seconds)
-    if release.is_alive():
+    # The destructor waits for collectives in flight.
+    if not (is_destroyed and _done_by(ends_at, groups.clear)):
         logger.warning(
             "a collective is still in flight %g s after training ended: a peer never joined it",
-            timeout_seconds,
+            TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds,
         )
     elif left := gloo_worker_count():
         logger.warning(
@@ -77,6 +91,35 @@ def leave_process_group(timeout_seconds: float = 60.0) -> None:
             "something still holds the model, the trainer or a process group",
             left,
         )
+
+
+def is_pending() -> bool:
+    """Whether a communicator still waits for a peer, so that the interpreter cannot end in order.
+
+    Only `os._exit` ends such a process for certain, and with the exit code that it asks for.
+    """
+    return any(thread.is_alive() for thread in _waiting)
+
+
+def _done_by(ends_at: float, action: Callable[[], object]) -> bool:
+    """Act in a thread, as what waits in C++ cannot be interrupted; return whether it has ended.
+
+    The thread is daemonic: a peer that never answers must not keep a failed rank alive.
+    """
+
+    def act() -> None:
+        try:
+            action()
+        except Exception:  # the process ends all the same
+            logger.exception("the process group could not be left in order")
+
+    thread = threading.Thread(target=act, name="leave_process_group", daemon=True)
+    thread.start()
+    thread.join(max(0.0, ends_at - time.monotonic()))
+    if thread.is_alive():
+        _waiting.append(thread)
+        return False
+    return True
 
 
 def gloo_worker_count() -> int:
