@@ -1,4 +1,4 @@
-"""The end of a job's script: say what came of the ranks, and whether the job is to go on."""
+"""The end of a job's script: report the outcome, and whether the job is to start again."""
 
 from __future__ import annotations
 

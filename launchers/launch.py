@@ -1,4 +1,4 @@
-"""Launch a run on this machine: prepare its data, run its ranks, say what came of them."""
+"""Launch a run on this machine: prepare its data, run its ranks, report the outcome."""
 
 from __future__ import annotations
 

@@ -86,20 +86,20 @@ def _begin(run_dir: Path, *, now: bool) -> Callable[[], bool]:
             print(f"job {job.id} is {job.state}", flush=True)
             slurm.stop(job)
         return partial(_is_over, job.id)
-    if not _asked(run_dir, now=now):
+    if not _request_stop(run_dir, now=now):
         raise NotRunning(
             f"{run_dir} is not running: no job in the queue and no process here or elsewhere"
             + (f" (job {job.id} is {job.state})" if job else "")
         )
-    return lambda: not _asked(run_dir, now=now)
+    return lambda: not _request_stop(run_dir, now=now)
 
 
-def _asked(run_dir: Path, *, now: bool) -> bool:
+def _request_stop(run_dir: Path, *, now: bool) -> bool:
     """Ask a run to stop, whatever it is just doing; return whether it lives.
 
-    Its first rank, or what prepares its data, heeds its directory from any node. To be called until
-    the run is over: it may be about to start what then heeds. Ranks of this machine are signalled
-    where nobody heeds, as a disk may be full.
+    Its first rank, or what prepares its data, watches its directory from any node. To be called
+    until the run is over: it may be about to start what then watches. Ranks of this machine are
+    signalled where nobody watches, as a disk may be full.
     """
     by = f"shardwright cancel on {socket.gethostname()}"
     first, is_locked = owner.look(run_dir)
@@ -109,12 +109,12 @@ def _asked(run_dir: Path, *, now: bool) -> bool:
         is_elsewhere = first is not None and first.host != socket.gethostname()
         may_live = is_elsewhere and runs.is_heard_of(run_dir)
         return may_live and stop_request.request(run_dir, by, kill=now)
-    is_heeded = stop_request.request(run_dir, by, kill=now)
+    is_watched = stop_request.request(run_dir, by, kill=now)
     for pid in ranks:
         with suppress(ProcessLookupError):
             if now:
                 os.kill(pid, signal.SIGKILL)
-            elif not is_heeded and child.listens(pid):
+            elif not is_watched and child.listens(pid):
                 os.kill(pid, signal.SIGUSR1)
     return True
 

@@ -1,4 +1,4 @@
-"""`shardwright sample`: let a trained model speak, in one process or among ranks that share it."""
+"""`shardwright sample`: generate with a trained model, in one process or on ranks that share it."""
 
 from __future__ import annotations
 

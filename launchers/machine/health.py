@@ -286,7 +286,7 @@ def operators(
         )
 
 
-_ASK_DEEPSPEED = """
+_PROBE_DEEPSPEED = """
 import contextlib, io, json, sys
 with contextlib.redirect_stdout(io.StringIO()):
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
@@ -300,7 +300,7 @@ def _deepspeed_operators(environment: Mapping[str, str]) -> dict[str, bool] | No
     """Ask DeepSpeed itself, in a child: its import costs seconds and prints."""
     path = os.pathsep.join([environment.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     child = subprocess.run(
-        [sys.executable, "-c", _ASK_DEEPSPEED],
+        [sys.executable, "-c", _PROBE_DEEPSPEED],
         env={"DS_ACCELERATOR": "cpu", **environment, "PATH": path},
         capture_output=True,
         text=True,

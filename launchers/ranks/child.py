@@ -70,9 +70,9 @@ def run(
     ``inherit_all``.
 
     Each of ASKS_TO_STOP has the ranks told STOP; those that have not ended ``grace_seconds`` later
-    are killed, and after a second SIGINT at once; 0 is for those that do not heed STOP. When the
-    child has ended, all that descends from it is ended too; when this process is killed, the child
-    gets SIGTERM. What asks to stop is blocked behind a run that was stopped: another one must not
+    are killed, and after a second SIGINT at once; 0 is for those that do not watch for STOP. When
+    the child has ended, all that descends from it is ended too; when this process is killed, the
+    child gets SIGTERM. What asks to stop is blocked behind a run that was stopped: another one must not
     keep its end from being told.
 
     ``run_dir`` is the directory of the run, through which its first rank is told who asks. Where

@@ -1,4 +1,4 @@
-"""Talk to SLURM's own commands: submit a job, ask what came of it, signal it, end it."""
+"""Talk to SLURM's own commands: submit a job, ask for its outcome, signal it, end it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from train.model import build as models
 from train.model.blocks import parameter_count
 from train.process.rank import rank_from_environment
 from train.sampling.sample import parser, show
-from train.sampling.sharded import speak
+from train.sampling.sharded import generate
 from train.strategy import engine_of
 from train.strategy.group import join
 
@@ -73,7 +73,7 @@ def spoken(directory: Path, arguments: list[str]) -> str:
     config = load(directory)
     out = io.StringIO()
     with join(config, rank_from_environment()):
-        speak(engine_of(config), parser().parse_args(arguments), out)
+        generate(engine_of(config), parser().parse_args(arguments), out)
     return out.getvalue()
 
 

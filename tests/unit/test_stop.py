@@ -80,14 +80,14 @@ CASES = {
         0,
     ),
     "a rank that has failed goes like any process": (
-        "signals.install(); signals.no_longer(); get(signal.SIGTERM); print('alive')",
+        "signals.install(); signals.restore_defaults(); get(signal.SIGTERM); print('alive')",
         "",
         -signal.SIGTERM,
     ),
     "one that comes as the interpreter ends does not change the exit code": (
         "class Late:\n"
         "    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, 15)\n"
-        "signals.install(); sys.late = Late(); signals.is_over(); sys.exit(75)",
+        "signals.install(); sys.late = Late(); signals.ignore(); sys.exit(75)",
         "",
         75,
     ),

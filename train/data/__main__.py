@@ -42,13 +42,13 @@ def _owned_and_prepared(run_dir: Path) -> int:
     try:
         settings = config.load(run_dir)
         with owner.owned(run_dir, print, owner.PREPARING) if is_mine else nullcontext():
-            return _watched(run_dir, settings, heeds=is_mine or owner.acts_for_the_owner())
+            return _watched(run_dir, settings, watches=is_mine or owner.acts_for_the_owner())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
-def _watched(run_dir: Path, settings: RunConfig, *, heeds: bool) -> int:
+def _watched(run_dir: Path, settings: RunConfig, *, watches: bool) -> int:
     """Have a process of its own do the work, which a signal ends wherever it is.
 
     Training a tokenizer takes minutes in compiled code, where no handler runs. Nothing is lost with
@@ -60,7 +60,7 @@ def _watched(run_dir: Path, settings: RunConfig, *, heeds: bool) -> int:
     worker = os.fork()  # before this process has a second thread
     if worker == 0:
         os._exit(_work(run_dir, settings, parent))
-    with watch_for_stop(run_dir) if heeds else nullcontext():
+    with watch_for_stop(run_dir) if watches else nullcontext():
         try:
             with signals.at_once():
                 os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # it stays its pid's until
@@ -131,5 +131,5 @@ _PR_SET_PDEATHSIG = 1
 
 if __name__ == "__main__":
     code = main()
-    signals.is_over()
+    signals.ignore()
     sys.exit(code)

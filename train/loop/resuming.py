@@ -1,4 +1,4 @@
-"""Go on from a checkpoint: choose it, and bring optimizer, schedule and dice to its step."""
+"""Resume from a checkpoint: choose it, and bring optimizer, schedule and RNG state to its step."""
 
 from __future__ import annotations
 

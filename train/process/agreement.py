@@ -77,11 +77,11 @@ def _hearing_others() -> Iterator[Callable[[], object]]:
         listener.join()
 
 
-def reason(askers: Sequence[str | None]) -> str:
+def reason(requesters: Sequence[str | None]) -> str:
     """Return in words who has asked which ranks, from what `asked` returns on each. Pure."""
     parts = []
-    for by in dict.fromkeys(askers):
-        ranks = [str(rank) for rank, found in enumerate(askers) if found == by]
+    for by in dict.fromkeys(requesters):
+        ranks = [str(rank) for rank, found in enumerate(requesters) if found == by]
         if by == CTRL_C or by in signal.Signals.__members__:
             parts.append(f"{by} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}")
         elif by is not None:

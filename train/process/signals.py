@@ -40,7 +40,7 @@ class _Request:
 started_at = time.time()
 """When this process began to listen, seconds since the epoch."""
 _request: _Request | None = None
-_asker: str | None = None
+_requester: str | None = None
 _at_once = False
 _heard = False
 """Whether the next signal is only to say that another rank was asked."""
@@ -57,8 +57,8 @@ def install() -> None:
     may have got theirs already, and a terminal's Ctrl-C does not reach them (torch 2.13,
     elastic/multiprocessing/api.py, start_new_session).
     """
-    global _request, _asker
-    _request = _asker = None
+    global _request, _requester
+    _request = _requester = None
     for number in SIGNALS:
         may_be_ignored = number in (signal.SIGHUP, signal.SIGINT)
         if not (may_be_ignored and signal.getsignal(number) == signal.SIG_IGN):
@@ -76,15 +76,15 @@ def _note(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
         signal.signal(number, signal.SIG_DFL)
     if _request is None:
-        _request = _Request(_asker or by_whom(number), time.monotonic())
+        _request = _Request(_requester or by_whom(number), time.monotonic())
         if _at_once:
             raise Stop
 
 
-def ask(by: str) -> None:
+def request_stop(by: str) -> None:
     """Have this process stop as a signal does; for another thread than the main one."""
-    global _asker
-    _asker = by
+    global _requester
+    _requester = by
     main = threading.main_thread().ident
     assert main is not None
     signal.pthread_kill(main, signal.SIGUSR1)
@@ -93,7 +93,7 @@ def ask(by: str) -> None:
 def asked() -> str | None:
     """Return who was the first to ask this very process to stop, None where nobody has.
 
-    That is a signal's name, CTRL_C, or what `ask` was given.
+    That is a signal's name, CTRL_C, or what `request_stop` was given.
     """
     return _request.by if _request else None
 
@@ -149,7 +149,7 @@ def unless(has_failed: Callable[[], bool]) -> Iterator[None]:
         os.close(reading)
 
 
-def no_longer() -> None:
+def restore_defaults() -> None:
     """Let signals end this process as they end any other: it has failed, and holds up the rest."""
     _set_all(signal.SIG_DFL)
 
@@ -161,7 +161,7 @@ def hear(thread: int) -> None:
     signal.pthread_kill(thread, signal.SIGUSR1)
 
 
-def is_over() -> None:
+def ignore() -> None:
     """Ignore signals from now on: all is done but for the exit, whose code they would change."""
     _set_all(signal.SIG_IGN)
 

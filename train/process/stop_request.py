@@ -1,4 +1,4 @@
-"""Watch for a request to stop while a run goes on."""
+"""Watch for a request to stop while a run continues."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def watch_for_stop(run_dir: Path) -> Iterator[None]:
 
     It then is as if this process had got a signal, wherever it is and whatever it does.
 
-    The file is there as long as somebody heeds it, and is emptied first: what an earlier start was
-    asked does not count. A thread reads it again and again instead of looking whether it is there:
+    The file is there as long as somebody watches it, and is emptied first: what an earlier start
+    was asked does not count. A thread reads it again and again instead of testing for it:
     for up to a minute NFS takes a file for missing that was so, but tells whoever opens one what is
     in it now.
     """
@@ -38,7 +38,7 @@ def watch_for_stop(run_dir: Path) -> Iterator[None]:
                 os.kill(os.getpid(), signal.SIGKILL)
             if lines and not is_asked:
                 is_asked = True
-                signals.ask(lines[0])
+                signals.request_stop(lines[0])
 
     listener = threading.Thread(target=listen, name="stop request", daemon=True)
     listener.start()

@@ -14,7 +14,7 @@ _GONE = {errno.ENOENT, errno.ESTALE}
 
 
 def request(run_dir: Path, by: str, *, kill: bool = False) -> bool:
-    """Ask the ranks of a run to stop, or to end at once; return whether its first rank heeds it.
+    """Ask the ranks of a run to stop, or to end at once; return whether its first rank watches it.
 
     ``by`` says in a line who asks. To be called until the run is over: a rank that starts in
     between has not heard of it, and one that was asked before is not asked again.

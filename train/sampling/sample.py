@@ -1,4 +1,4 @@
-"""Let a trained model speak: fill masks or continue prompts, by the model's kind."""
+"""Generate with a trained model: fill masks or continue prompts, by the model's kind."""
 
 from __future__ import annotations
 

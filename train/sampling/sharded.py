@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     try:
         with join(config, rank):
             engine = engine_of(config, rank.world_size)
-            speak(engine, options, terminal if rank.index == 0 else io.StringIO())
+            generate(engine, options, terminal if rank.index == 0 else io.StringIO())
     except Exception as error:
         logger.exception("rank %d failed", rank.index)
         why = exhausted.explained(error, remedies=("more ranks (--nproc-per-node)",))
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def speak(engine: Engine, options: argparse.Namespace, out: TextIO) -> None:
+def generate(engine: Engine, options: argparse.Namespace, out: TextIO) -> None:
     """Divide the model among the ranks and let it answer the prompts. Collective."""
     import torch
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""The one thread of this process that writes a checkpoint while training goes on."""
+"""The one thread of this process that writes a checkpoint while training continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks that write one checkpoint together, and agree on what came of it."""
+"""The ranks that write one checkpoint together, and agree on its outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of live state in host memory, which training goes on without changing."""
+"""Copies of live state in host memory, which training continues without changing."""
 
 from __future__ import annotations
 

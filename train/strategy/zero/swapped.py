@@ -1,4 +1,4 @@
-"""ZeRO-3's optimizer state on NVMe: mended, measured, filled on resume, mapped for a checkpoint."""
+"""ZeRO-3's optimizer state on NVMe: corrected, measured, filled, mapped for a checkpoint."""
 
 from __future__ import annotations
 
