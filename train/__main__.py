@@ -177,5 +177,5 @@ def _exit(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    signals.is_over()
+    signals.ignore()
     _exit(code)

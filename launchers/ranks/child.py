@@ -72,8 +72,8 @@ def run(
     Each of ASKS_TO_STOP has the ranks told STOP; those that have not ended ``grace_seconds`` later
     are killed, and after a second SIGINT at once; 0 is for those that do not watch for STOP. When
     the child has ended, all that descends from it is ended too; when this process is killed, the
-    child gets SIGTERM. What asks to stop is blocked behind a run that was stopped: another one must not
-    keep its end from being told.
+    child gets SIGTERM. What asks to stop is blocked behind a run that was stopped: another one
+    must not keep its end from being told.
 
     ``run_dir`` is the directory of the run, through which its first rank is told who asks. Where
     the ranks are ``is_elsewhere`` and do not descend from the child, as other nodes' do not, they

@@ -93,6 +93,6 @@ def member(config: RunConfig, rank: Rank) -> Iterator[None]:
         has_failed = False
     finally:
         if has_failed:
-            signals.no_longer()
+            signals.restore_defaults()
         _finish()
         leave_process_group(has_failed=has_failed)
