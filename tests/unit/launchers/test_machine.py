@@ -14,6 +14,7 @@ from launchers.machine import names
 from launchers.machine.facts import Machine, detect, hidden_size, resolve, visible
 from tests.unit.launchers.configs import TREE, config
 from train.config import from_tree, run
+from train.data.sources.registry import source_of
 from train.errors import UserError
 from train.strategy import engine_settings
 
@@ -127,8 +128,7 @@ def test_relative_paths_are_frozen_as_absolute_ones(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = {"kind": "text", "sequence_length": 64, "paths": ["corpus/*.txt"], "cache_dir": "cache"}
-    data = resolve(config(data=text), Machine(cores=2), "/runs/a").data
-    assert data.kind == "text"
+    data = source_of(resolve(config(data=text), Machine(cores=2), "/runs/a").data).located()
     assert data.paths == (str(tmp_path / "corpus/*.txt"),)
     assert data.cache_dir == str(tmp_path / "cache")
 
