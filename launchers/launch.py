@@ -17,7 +17,7 @@ from launchers.machine.facts import Machine
 from launchers.ranks import child
 from launchers.ranks.command import prepare_command, rank_command
 from launchers.ranks.environment import rank_environment
-from launchers.ranks.files import launcher_files
+from launchers.registry import launcher_of
 from train.config import RunConfig
 from train.console import progress, terminal
 from train.durable import write_text
@@ -67,7 +67,7 @@ def new_run(
             directories.take_back(made)
         if prepared != 0:
             return prepared
-        print(report.other_nodes(config), end="", flush=True)
+        print(launcher_of(config).other_nodes(), end="", flush=True)
         return run_ranks(config, here, claim)
 
 
@@ -121,7 +121,7 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
     log = TORCHRUN_LOG
     if node_rank != 0:  # the nodes share the directory, and all that join may have one rank
         log = torchrun_log(socket.gethostname())
-    quiet = run_dir / LOGS / log if config.launcher.kind != "local" else None
+    quiet = run_dir / LOGS / log if launcher_of(config).has_pages else None
     try:
         argv, environment = _made_ready(config, here, claim, node_rank)
     except KeyboardInterrupt:
@@ -136,7 +136,7 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
         stderr_file=quiet,
         grace_seconds=config.launcher.grace_seconds,
         run_dir=run_dir,
-        is_elsewhere=config.launcher.kind == "deepspeed" and config.launcher.hostfile is not None,
+        is_elsewhere=config.launcher.is_elsewhere,
     )
     if where := stop_note.read(run_dir):
         print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)
@@ -163,7 +163,7 @@ def _made_ready(
         **owner.inherited(claim),
         progress.BEGAN: str(time.time()),
     }
-    for name, text in launcher_files(config, environment, here).items():
+    for name, text in launcher_of(config).files(environment, here).items():
         write_text(run_dir / name, text)
     if claim is not None:
         stop_note.forget(run_dir)

@@ -5,28 +5,20 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-import re
 import shutil
-import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from launchers.machine import directories, hostfile, memory
+from launchers.machine import directories, memory
 from launchers.machine.facts import Machine, lacking
-from train.config import (
-    OPTIMIZERS,
-    DeepspeedLauncher,
-    RunConfig,
-    SlurmLauncher,
-)
+from launchers.registry import launcher_of
+from train.config import OPTIMIZERS, RunConfig
 from train.config.tracking import WandbTracking, wandb_problems
 from train.data.sources.registry import source_of
 from train.errors import UserError
 from train.paths import not_a_directory
-from train.program import PACKAGES, package_environment
 from train.strategy import engine_of
 
 
@@ -61,102 +53,21 @@ def check_machine(config: RunConfig, machine: Machine) -> None:
 
 
 def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
-    if config.launcher.kind == "slurm":
-        # This is a login node: what GPUs, disks and compilers there are, the ranks find out.
-        return [
-            *_missing_packages(config),
-            *_slurm_problems(config),
-            *_tracking_problems(config, machine),
-        ]
-    return [
-        *lacking(config.launcher.device, config.launcher.ranks_per_node, config.precision, machine),
-        *memory.problems(config, machine),
-        *_launcher_problems(config),
+    problems = [
+        *launcher_of(config).problems(),
         *_missing_packages(config),
-        *engine_of(config).machine_problems(),
-        *_missing_build_tools(config),
-        *_tracking_problems(config, machine),
     ]
-
-
-def _launcher_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a message for each program that a launcher needs and this machine does not have."""
-    launcher = config.launcher
-    if not isinstance(launcher, DeepspeedLauncher):
-        return
-    # ompi_info tells Open MPI from another's mpirun.
-    programs = {"pdsh": ["pdsh"], "openmpi": ["mpirun", "ompi_info"], "slurm": ["srun"]}
-    if launcher.hostfile is not None:
-        missing = [name for name in programs[launcher.backend] if shutil.which(name) is None]
-        for program in missing[:1]:
-            yield (
-                f"launcher.backend={launcher.backend} starts ranks with {program}, which is not "
-                "installed; install it, choose another backend, or launcher=torchrun"
-            )
-        if launcher.backend != "pdsh" and (launcher.include or launcher.exclude):
-            yield (
-                f"launcher.backend={launcher.backend} accepts only whole hostfiles, but "
-                "launcher.include or exclude is given; write another hostfile, or set "
-                "backend=pdsh"
-            )
-        elif launcher.backend == "slurm":
-            yield from _allocation_problems(launcher)
-        unsafe = [
-            p for p in (sys.executable, str(PACKAGES)) if not re.fullmatch(r"[\w@%+=:,./-]+", p)
+    if not config.launcher.is_job:
+        launcher = config.launcher
+        problems = [
+            *lacking(launcher.device, launcher.ranks_per_node, config.precision, machine),
+            *memory.problems(config, machine),
+            *problems,
+            *engine_of(config).machine_problems(),
+            *_missing_build_tools(config),
         ]
-        if launcher.backend == "pdsh" and unsafe:
-            yield (
-                f"launcher.backend=pdsh sends {unsafe[0]} through a shell unquoted, which would "
-                "break it; install to a path without blanks and quotes, or use launcher=torchrun"
-            )
-        path = package_environment(os.environ)["PYTHONPATH"]
-        if launcher.backend != "pdsh" and not re.fullmatch(r"[\w@%+=:,./-]+", path):
-            yield (
-                f"launcher.backend={launcher.backend} gets PYTHONPATH={path} from DeepSpeed in "
-                "quotes, which the ranks would treat as part of it; install to a path without "
-                "blanks and quotes, or use launcher=torchrun"
-            )
-    if launcher.bind_cores_to_rank and shutil.which("numactl") is None:
-        yield (
-            "launcher.bind_cores_to_rank=true needs numactl, which is not installed; install it "
-            "(apt install numactl) or leave it out"
-        )
-
-
-def _allocation_problems(launcher: DeepspeedLauncher) -> Iterator[str]:
-    """Yield a message where srun would start ranks elsewhere than the hostfile says."""
-    if "SLURM_JOB_ID" not in os.environ:
-        yield (
-            "launcher.backend=slurm starts ranks with srun inside an allocation, and this is "
-            "not one; start with salloc, or set launcher=slurm, which submits a job"
-        )
-        return
-    wanted = list(hostfile.hosts(Path(str(launcher.hostfile)).read_text(encoding="utf-8")))
-    ended = subprocess.run(
-        ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=False
-    )
-    if (allocated := ended.stdout.split()) != wanted:
-        yield (
-            f"launcher.hostfile={launcher.hostfile} has {', '.join(wanted)}, but the allocation "
-            f"is {', '.join(allocated) or ended.stderr.strip()}, and the ranks' rendezvous is on "
-            "the host of srun's first rank; write it with: scontrol show hostnames | sed 's/$/ "
-            f"slots={launcher.ranks_per_node}/'"
-        )
-
-
-def _slurm_problems(config: RunConfig) -> Iterator[str]:
-    launcher, run_dir = config.launcher, str(config.run_dir)
-    assert isinstance(launcher, SlurmLauncher)
-    if "%" in run_dir or "\\" in run_dir:
-        yield (
-            f"run_dir={run_dir} holds % or a backslash, which SLURM replaces in the path of a "
-            "job's log; choose another"
-        )
-    if launcher.site is not None and not os.access(launcher.site, os.R_OK):
-        yield (
-            f"launcher.site={launcher.site} cannot be read; copy slurm/site.example.sh there, or "
-            "leave it out"
-        )
+    # Of a job's nodes, what GPUs, disks and compilers they have, the ranks find out.
+    return [*problems, *_tracking_problems(config, machine)]
 
 
 def _run_dir_problems(run_dir: Path) -> list[str]:

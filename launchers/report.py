@@ -134,17 +134,6 @@ def ignored(environment: Mapping[str, str], width: int | None = None) -> str:
     return "".join(f"{line}\n" for line in aligned(rows, 10, width))
 
 
-def other_nodes(config: RunConfig) -> str:
-    """Return what to do on the other nodes; nothing where this command starts them all."""
-    launcher = config.launcher
-    if launcher.kind not in ("torchrun", "accelerate") or launcher.nodes == 1:
-        return ""
-    is_fixed = launcher.kind == "accelerate" or launcher.rendezvous == "static"
-    rank = ["--node-rank", "N"] if is_fixed else []
-    command = program.command("join", str(config.run_dir), *rank)
-    return f"\non each of the {launcher.nodes - 1} other node(s)\n  {command}\n\n"
-
-
 def finish(run_dir: Path) -> str:
     """Return where everything of a successful run lies."""
     what = {

@@ -59,7 +59,7 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             run_dir,
             rank,
             nodes=settings.launcher.nodes,
-            run_log=settings.launcher.kind != "slurm",  # whose job has a log of its own
+            run_log=not settings.launcher.is_job,  # which has a log of its own
         )
     except OSError as error:
         with suppress(OSError):

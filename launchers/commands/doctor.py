@@ -22,9 +22,8 @@ from launchers.machine.facts import Machine
 from launchers.machine.health import CLOCK_SKEW_SECONDS, Finding
 from launchers.ranks import child
 from launchers.ranks.command import rank_command
-from launchers.ranks.environment import job_environment, rank_environment
-from launchers.ranks.files import launcher_files
-from launchers.slurm import script, submit
+from launchers.ranks.environment import rank_environment
+from launchers.registry import launcher_of
 from train.config import RunConfig, from_tree
 from train.console import progress
 from train.durable import write_text
@@ -98,21 +97,16 @@ def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
     config, made = directories.create_named(config, is_generated=True)
     directory = Path(str(config.run_dir))
     written = directory / "doctor.json"
-    if config.launcher.kind == "slurm":
-        measure = [sys.executable, "-m", "train.diagnosis.doctor", str(directory), str(written)]
-        argv = script.waited_command(config, measure, submit.site_of(config))
-        environment = job_environment(config, os.environ)
-    else:
-        argv = rank_command(
-            config,
-            directory,
-            module="train.diagnosis.doctor",
-            arguments=[str(written)],
-            machine=here,
-        )
-        environment = rank_environment(config, here, os.environ)
-        for name, content in launcher_files(config, environment, here).items():
-            write_text(directory / name, content)
+    argv = rank_command(
+        config,
+        directory,
+        module="train.diagnosis.doctor",
+        arguments=[str(written)],
+        machine=here,
+    )
+    environment = rank_environment(config, here, os.environ)
+    for name, content in launcher_of(config).files(environment, here).items():
+        write_text(directory / name, content)
     ended = child.run(
         argv,
         environment,
@@ -138,18 +132,18 @@ def asked_for(overrides: Sequence[str], here: Machine, directory: Path) -> RunCo
     (job,) = compose([*DEFAULTS, *overrides])
     tree = plain(job.tree)
     launcher = tree["launcher"]
-    nodes, kind = launcher.get("nodes", 1), launcher["kind"]
-    if kind in ("torchrun", "accelerate") and nodes > 1:
+    # The batch has to divide among ranks that are settled only below.
+    unsettled = {name: "auto" for name in launcher if name == "nproc_per_node"}
+    asked = from_tree({**tree, "launcher": {**launcher, **unsettled}})
+    kind, nodes = asked.launcher.kind, asked.launcher.nodes
+    if launcher_of(asked).joins and nodes > 1:
         raise UserError(
             f"launcher={kind} launcher.nodes={nodes} starts only the ranks of this node, and "
             "nothing would start those of the others; measure across nodes with launcher=slurm, "
             "or with launcher=deepspeed and a hostfile"
         )
-    if launcher.get("hostfile") is not None:
-        launcher.update(machine.from_hostfile(launcher))
+    machine.resolve_launcher(launcher, asked, here)
     ranks = launcher.get("nproc_per_node", 1)
-    if ranks == "auto":
-        ranks = launcher["nproc_per_node"] = 1 if launcher["device"] == "cpu" else max(1, here.gpus)
     # No step is made, but a config has a batch that divides.
     tree["trainer"]["global_batch_size"] = ranks * launcher.get("nodes", 1)
     return machine.resolve(from_tree(tree), here, str(directory))

@@ -11,8 +11,7 @@ from pathlib import Path
 from launchers.machine.facts import Machine
 from launchers.ranks.command import rank_command
 from launchers.ranks.environment import rank_environment
-from launchers.ranks.files import launcher_files
-from launchers.slurm import submit
+from launchers.registry import launcher_of
 from train.config import RunConfig, to_yaml
 from train.strategy import engine_settings
 
@@ -23,10 +22,10 @@ def show(configs: Sequence[RunConfig], here: Machine) -> None:
         settings = json.dumps(engine_settings(config), indent=2)
         print(f"# {config.run_dir}/config.yaml\n{to_yaml(config)}")
         print(f"# engine settings\n{settings}\n")
-        if config.launcher.kind != "slurm":
+        if launcher_of(config).queue is None:
             _show_command(config, here)
-    if configs and configs[0].launcher.kind == "slurm":  # one job, perhaps, for all of them
-        print(submit.show(configs), flush=True)
+    if configs and (queue := launcher_of(configs[0]).queue):  # one job, perhaps, for all of them
+        print(queue.show(configs), flush=True)
 
 
 def _show_command(config: RunConfig, here: Machine) -> None:
@@ -34,7 +33,7 @@ def _show_command(config: RunConfig, here: Machine) -> None:
     assert config.run_dir is not None, "resolved"
     environment = rank_environment(config, here, os.environ)
     argv = rank_command(config, Path(config.run_dir), machine=here)
-    for name, text in launcher_files(config, environment, here).items():
+    for name, text in launcher_of(config).files(environment, here).items():
         print(f"# {config.run_dir}/{name}\n{text}")
     print("# environment")
     exports = (f"export {name}={shlex.quote(value)}" for name, value in environment.items())

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from launchers import launch, preflight
 from launchers.machine import facts as machine
+from launchers.registry import joining, launcher_of
 from train import config as run_config
-from train.config import AccelerateLauncher, RunConfig, TorchrunLauncher
+from train.config import RunConfig
 from train.console import terminal
 from train.errors import UserError
 from train.paths import absolute
@@ -34,18 +35,17 @@ def node_rank_of(config: RunConfig, asked: int | None) -> int:
 
     Raises UserError where the run has no other nodes, or the rank is none of theirs.
     """
-    launcher = config.launcher
-    if not isinstance(launcher, TorchrunLauncher | AccelerateLauncher) or launcher.nodes == 1:
+    launcher, nodes = launcher_of(config), config.launcher.nodes
+    name = f"launcher={config.launcher.kind}"
+    if not launcher.joins or nodes == 1:
+        others = " and ".join(f"launcher={kind}" for kind in joining())
         raise UserError(
-            f"launcher={launcher.kind} of {config.run_dir} starts all of its ranks itself; join is "
-            "for launcher=torchrun and launcher=accelerate with launcher.nodes above 1"
+            f"{name} of {config.run_dir} starts all of its ranks itself; join is for {others} "
+            "with launcher.nodes above 1"
         )
-    nodes = launcher.nodes
-    is_fixed = isinstance(launcher, AccelerateLauncher) or launcher.rendezvous == "static"
-    if asked is None and is_fixed:
+    if asked is None and launcher.gives_node_ranks:
         raise UserError(
-            f"launcher={launcher.kind} gives each node its rank; add --node-rank N, from 1 to "
-            f"{nodes - 1}"
+            f"{name} gives each node its rank; add --node-rank N, from 1 to {nodes - 1}"
         )
     if asked is not None and not 1 <= asked < nodes:
         raise UserError(

@@ -19,6 +19,7 @@ from launchers.composition.compose import CONF, compose, group_options
 from launchers.composition.errors import is_free_form, refuse_dashes, unreadable, with_home_quoted
 from launchers.machine import facts as machine
 from launchers.ranks.environment import rank_environment
+from launchers.registry import launcher_of
 from launchers.slurm import submit
 from train import config as run_config
 from train.checkpoint import retention
@@ -94,13 +95,13 @@ def main(arguments: Sequence[str]) -> int:
         newest = resumes.check(run_dir, config)
         start = _start(before, config, newest)
         number = resumes.write(run_dir, config, options.overrides, newest)
-        if config.launcher.kind != "slurm":
+        if (queue := launcher_of(config).queue) is None:
             with terminal.kept_in(launch.run_log(run_dir)):
                 environment = rank_environment(config, here, os.environ)
                 print(report.header(config, choices, here, environment, report.terminal_width()))
                 print(start, flush=True)
                 print(report.ignored(os.environ, report.terminal_width()), end="", flush=True)
-                print(report.other_nodes(config), end="", flush=True)
+                print(launcher_of(config).other_nodes(), end="", flush=True)
                 code = 0
                 if not (run_dir / DATA_JSON).exists():  # stopped while they were being prepared
                     code = launch.prepare(config, claim)
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     # Its job owns the run from here on.
     print(start)
     try:
-        return submit.again(config, choices, here)
+        return queue.again(config, choices, here)
     except UserError:
         resumes.take_back(run_dir, number)
         raise

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from launchers import launch, preflight, report
 from launchers.commands.dry_run import show
 from launchers.composition.compose import Job, command_line, compose, quoted, resolved
+from launchers.kinds.launcher import Queue
 from launchers.machine import directories
 from launchers.machine import facts as machine
 from launchers.machine.facts import Machine
-from launchers.slurm import submit
+from launchers.registry import launcher_of
 from train import program
 from train.config import RunConfig
 from train.errors import BAD_INPUT, RESUMABLE, UserError
@@ -28,11 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     here = machine.detect(os.environ)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     configs = [resolved(job, here, stamp) for job in jobs]
-    if "slurm" in (kinds := {config.launcher.kind for config in configs}) and len(kinds) > 1:
-        raise UserError(
-            f"launcher={','.join(sorted(kinds))}: the runs of a sweep start here or by SLURM, "
-            "not both; choose one launcher"
-        )
+    queue = _queue_of(configs)
     if dry_run:
         show(configs, here)
     _check(configs, here)
@@ -43,10 +40,25 @@ def main(arguments: Sequence[str]) -> int:
         if is_generated and any(job.number is not None for job in jobs):
             configs = stack.enter_context(directories.claimed_sweep(configs))
             is_generated = False  # the runs in it are nobody else's
-        if "slurm" in kinds:
+        if queue is not None:
             choices = [job.choices for job in jobs]
-            return submit.new_runs(configs, choices, here, is_generated=is_generated)
+            return queue.new_runs(configs, choices, here, is_generated=is_generated)
         return _one_after_the_other(jobs, configs, here, is_generated=is_generated)
+
+
+def _queue_of(configs: Sequence[RunConfig]) -> Queue | None:
+    """Return what takes runs instead of this command; None where they start here.
+
+    Raises UserError where not all of them have the same.
+    """
+    queues = {config.launcher.kind: launcher_of(config).queue for config in configs}
+    found = [queue for queue in queues.values() if queue is not None]
+    if found and len(queues) > 1:
+        raise UserError(
+            f"launcher={','.join(sorted(queues))}: the runs of a sweep start here or by "
+            f"{found[0].NAME}, not both; choose one launcher"
+        )
+    return found[0] if found else None
 
 
 def parser() -> argparse.ArgumentParser:

@@ -134,19 +134,7 @@ def resolve(
     if tree["strategy"].get("nvme_path") is not None:
         tree["strategy"]["nvme_path"] = absolute(tree["strategy"]["nvme_path"])
     launcher = tree["launcher"]
-    gpus = machine.gpus if machine.torch_has_cuda else 0
-    if launcher["kind"] == "slurm":  # the nodes count, not this machine
-        gpus = launcher["gpus_per_node"]
-        launcher["site"] = launcher["site"] and absolute(launcher["site"])
-    if launcher["device"] == "auto":
-        launcher["device"] = "cuda" if gpus else "cpu"
-    if launcher.get("hostfile") is not None:
-        launcher.update(from_hostfile(launcher))
-    if launcher.get("nodes", 1) > 1 and launcher.get("head_port", 1) is None:
-        launcher["head_port"] = machine.free_port
-    if launcher.get("nproc_per_node") == "auto":
-        one_rank = launcher["device"] == "cpu" or config.strategy.kind == "single"
-        launcher["nproc_per_node"] = 1 if one_rank else max(1, gpus)
+    resolve_launcher(launcher, config, machine)
     if tree["tracking"].get("mode") == "auto":
         by_key = "online" if machine.has_wandb_key else "offline"
         tree["tracking"]["mode"] = machine.wandb_mode or by_key
@@ -163,6 +151,22 @@ def resolve(
                 config.trainer.global_batch_size, layouts, largest_micro_batch
             )
     return from_tree(tree)
+
+
+def resolve_launcher(launcher: dict[str, Any], config: RunConfig, machine: Machine) -> None:
+    """Replace what is open in a config's section "launcher" by what it comes to here."""
+    gpus = config.launcher.gpus_of_node(machine.gpus if machine.torch_has_cuda else 0)
+    for path in config.launcher.paths:
+        launcher[path] = launcher[path] and absolute(launcher[path])
+    if launcher["device"] == "auto":
+        launcher["device"] = "cuda" if gpus else "cpu"
+    if launcher.get("hostfile") is not None:
+        launcher.update(from_hostfile(launcher))
+    if launcher.get("nodes", 1) > 1 and launcher.get("head_port", 1) is None:
+        launcher["head_port"] = machine.free_port
+    if launcher.get("nproc_per_node") == "auto":
+        one_rank = launcher["device"] == "cpu" or config.strategy.kind == "single"
+        launcher["nproc_per_node"] = 1 if one_rank else max(1, gpus)
 
 
 def hidden_size(config_json: Mapping[str, Any]) -> int | None:

@@ -9,13 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from launchers.machine.facts import Machine
-from train.config import (
-    OPTIMIZERS,
-    DeepspeedLauncher,
-    RunConfig,
-    TrainerConfig,
-    rank_layout,
-)
+from train.config import OPTIMIZERS, RunConfig, TrainerConfig, rank_layout
 from train.config.precision import DTYPES
 
 GIB = 2**30
@@ -80,8 +74,8 @@ def _moments(trainer: TrainerConfig, dtype_bytes: int) -> int:
 def problems(config: RunConfig, machine: Machine) -> Iterator[str]:
     """Yield a message where the ranks of this machine cannot hold their parts of the model."""
     launcher = config.launcher
-    if isinstance(launcher, DeepspeedLauncher) and launcher.hostfile is not None:
-        return  # this machine need not be one of them
+    if launcher.is_elsewhere:
+        return  # this machine need not be one of theirs
     count = config.model.parameters
     if count is None:
         return

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.slurm.tasks import RANK_VARIABLES, STARTS
 from train.config import RunConfig, SlurmLauncher
 from train.process import inherited
 from train.run_directory.names import JOB_SCRIPT, LOGS, job_log
@@ -52,7 +53,7 @@ def job_script(
         "site": shlex.quote(str(home / SITE)) if has_site else "",
         "python": shlex.quote(python),
         "ranks_per_node": str(config.launcher.ranks_per_node),
-        "starts": config.launcher.starts,
+        "tasks": STARTS[config.launcher.starts]().text(),
         "grace_seconds": f"{config.launcher.grace_seconds:g}",
         "directory": shlex.quote(str(directory)),
         "inherited": " ".join(
@@ -127,17 +128,16 @@ def _tasks(array: Array, limit: int | None) -> str:
 
 
 # A rank of `srun` without a job script: on the first node it meets the others.
-_RANK = """
-export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+_RANK = f"""
+{RANK_VARIABLES}\
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID * 7 % 10000))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}
 inside=()
 site=$1
 shift
 if [ -n "$site" ]; then source "$site"; fi
-exec "${inside[@]}" "$@"
+exec "${{inside[@]}}" "$@"
 """
 _OF_JOBS_ONLY = ("--output=", "--open-mode=", "--signal=", "--mail-", "--dependency=", "--requeue")
 

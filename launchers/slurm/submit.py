@@ -13,9 +13,9 @@ from pathlib import Path
 from launchers import report
 from launchers.machine import directories
 from launchers.machine.facts import Machine
-from launchers.ranks.environment import job_environment
 from launchers.slurm import jobs as slurm
 from launchers.slurm import script
+from launchers.slurm.environment import job_environment
 from launchers.slurm.script import Array
 from train import program
 from train.config import RunConfig, SlurmLauncher
@@ -25,6 +25,7 @@ from train.errors import BAD_INPUT, FAILED, UserError
 from train.run_directory import stop_note
 from train.run_directory.names import LOGS, job_log
 
+NAME = "SLURM"
 SITE = script.TEMPLATE.with_name(script.SITE)
 """The cluster's own settings, which users make out of site.example.sh."""
 POLL_SECONDS = 2.0
@@ -37,12 +38,12 @@ def array_of(configs: Sequence[RunConfig]) -> Array | None:
 
     None where each run is a job of its own.
     """
-    directories = [Path(str(config.run_dir)) for config in configs]
-    parent = directories[0].parent
+    run_dirs = [Path(str(config.run_dir)) for config in configs]
+    parent = run_dirs[0].parent
     alike = all(config.launcher == configs[0].launcher for config in configs)
     if len(configs) == 1 or not alike:
         return None
-    if directories != [parent / str(number) for number in range(len(configs))]:
+    if run_dirs != [parent / str(number) for number in range(len(configs))]:
         return None
     return Array(parent, len(configs))
 

@@ -77,6 +77,24 @@ def run_dir(tiny_tree: Tree, tmp_path: Path) -> Path:
     return tmp_path
 
 
+SEVERAL_NODES = {
+    "torchrun": {"head_address": "node1", "head_port": 29501},
+    "accelerate": {"head_address": "node1", "head_port": 29501},
+    "slurm": {},
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL_NODES)
+def test_a_machine_is_one_of_several_whatever_started_them(
+    kind: str, run_dir: Path, tiny_tree: Tree
+) -> None:
+    launcher = {"kind": kind, "device": "cpu", "nproc_per_node": 1, "nodes": 2}
+    tree = {**tiny_tree("clm"), "launcher": launcher | SEVERAL_NODES[kind]}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
+    card = recovered_card(GPT2, "a checkpoint", 40, run_dir, None, "fp32", 30_000)
+    assert "| Nodes | 2, of which one is |" in card.readme
+
+
 def test_the_card_of_a_recovered_checkpoint(run_dir: Path) -> None:
     manifest = Manifest(
         step=40,

@@ -19,10 +19,11 @@ ROOMS = (
     *("train.run_directory", "train.process", "train.model", "train.data"),
     *("train.strategy", "train.loop", "train.export", "train.sampling", "train.diagnosis"),
     *("train.tracker", "train.run", "train.__main__"),
-    *("launchers.machine", "launchers.composition", "launchers.ranks", "launchers.resumes"),
-    *("launchers.report", "launchers.requeue", "launchers.relay", "launchers.launch"),
-    *("launchers.slurm", "launchers.preflight", "launchers.job_end", "launchers.runs"),
-    *("launchers.commands", "launchers.__main__", "benchmarks"),
+    *("launchers.machine", "launchers.composition", "launchers.resumes", "launchers.report"),
+    *("launchers.kinds", "launchers.slurm", "launchers.registry", "launchers.preflight"),
+    *("launchers.ranks", "launchers.requeue", "launchers.relay", "launchers.launch"),
+    *("launchers.job_end", "launchers.runs", "launchers.commands", "launchers.__main__"),
+    "benchmarks",
 )
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "datasets"}
 """What takes seconds to import, and is not there for a launcher to need."""

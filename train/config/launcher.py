@@ -20,6 +20,37 @@ class LauncherSection(Section):
     terminationGracePeriodSeconds or the time that --signal gives. A last checkpoint that would not
     fit is not begun."""
 
+    # What the rest asks of a launcher, whatever its kind.
+
+    @property
+    def knows_ranks(self) -> bool:
+        """Whether it is settled how many ranks each node has."""
+        return True
+
+    @property
+    def is_job(self) -> bool:
+        """Whether the ranks are a cluster's job, which starts later and has a log of its own."""
+        return False
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether ranks run on machines of which this one need not be any."""
+        return False
+
+    @property
+    def binds_cores(self) -> bool:
+        """Whether each rank takes its equal part of its node's cores by itself."""
+        return False
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The fields that are paths, made absolute before config.yaml is written."""
+        return ()
+
+    def gpus_of_node(self, here: int) -> int:
+        """Return the GPUs that a node of the run has, where this machine has ``here``."""
+        return here
+
 
 class LocalLauncher(LauncherSection):
     """One rank in one process on this machine."""
@@ -50,6 +81,10 @@ class SeveralRanks(LauncherSection):
     """Ranks on each node; auto is one for each GPU (of the job's, under SLURM), or 1 on a CPU."""
     nodes: PositiveInt = 1
     """Nodes of the run; the maximum where they may be lost and come back."""
+
+    @property
+    def knows_ranks(self) -> bool:
+        return self.nproc_per_node != "auto"
 
     @property
     def ranks_per_node(self) -> int:
@@ -99,6 +134,10 @@ class TorchrunLauncher(MeetingRanks):
     has failed or a node was lost."""
     bind: Literal["none", "cores", "numa"] = "none"
     """cores: each rank gets an equal part of its node's cores; numa: those near its GPU."""
+
+    @property
+    def binds_cores(self) -> bool:
+        return self.bind == "cores"
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
@@ -154,6 +193,10 @@ class DeepspeedLauncher(MeetingRanks):
     """Port of the nodes' ssh servers; null is ssh's own."""
     bind_cores_to_rank: bool = False
     """Give each rank an equal part of this machine's cores (needs numactl)."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        return self.hostfile is not None
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -371,6 +414,21 @@ class SlurmLauncher(SeveralRanks):
     """Wait until the job has ended and return its exit code, instead of returning at once."""
     site: str | None = None
     """Shell file with the cluster's own settings; null is slurm/site.sh where there is one."""
+
+    @property
+    def is_job(self) -> bool:
+        return True
+
+    @property
+    def is_elsewhere(self) -> bool:
+        return True
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return ("site",)
+
+    def gpus_of_node(self, here: int) -> int:
+        return self.gpus_per_node
 
     @model_validator(mode="after")
     def _gpus_are_asked_for(self) -> SlurmLauncher:

@@ -375,8 +375,7 @@ def _machine_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
     hardware = facts.provenance.get("hardware", {})
     if hardware:
         gpus = Counter(hardware.get("gpus", []))
-        launcher = facts.run.launcher if facts.run is not None else None
-        nodes = launcher.nodes if launcher is not None and launcher.kind == "torchrun" else 1
+        nodes = facts.run.launcher.nodes if facts.run is not None else 1
         yield "Nodes", f"{nodes:,}, of which one is" if nodes > 1 else None
         yield "GPUs", ", ".join(f"{count} x {name}" for name, count in gpus.items()) or "none"
         yield "CPU cores", str(hardware.get("cores", "")) or None

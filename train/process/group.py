@@ -56,7 +56,7 @@ def member(config: RunConfig, rank: Rank) -> Iterator[None]:
         )
     # DeepSpeed's command does not say so.
     ranks_here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", str(config.launcher.ranks_per_node)))
-    if config.launcher.kind == "torchrun" and config.launcher.bind == "cores":
+    if config.launcher.binds_cores:
         os.sched_setaffinity(0, cores_of(os.sched_getaffinity(0), rank.local_index, ranks_here))
     on_gpu = config.launcher.device == "cuda"
     os.environ["DS_ACCELERATOR"] = config.launcher.device  # read when deepspeed is imported

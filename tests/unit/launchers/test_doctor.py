@@ -106,6 +106,12 @@ def test_a_hostfile_says_how_many_ranks_measure(tmp_path: Path) -> None:
     assert config.launcher.world_size == 6
 
 
+def test_a_jobs_ranks_are_counted_by_its_gpus_not_by_those_of_a_login_node(tmp_path: Path) -> None:
+    overrides = ["launcher=slurm", "launcher.nodes=2", "launcher.gpus_per_node=4"]
+    config = doctor.asked_for(overrides, Machine(), tmp_path)
+    assert (config.launcher.device, config.launcher.world_size) == ("cuda", 8)
+
+
 def test_nodes_that_nobody_would_start_are_refused(tmp_path: Path) -> None:
     overrides = ["launcher=torchrun", "launcher.nodes=2", "launcher.head_address=node1"]
     with pytest.raises(UserError, match=r"launcher\.nodes=2 starts only the ranks of this node"):

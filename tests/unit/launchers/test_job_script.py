@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from launchers.ranks.environment import job_environment
+from launchers.kinds import deepspeed, torchrun
+from launchers.slurm.environment import job_environment
 from launchers.slurm.script import Array, directives, job_script, submit_command
 from launchers.slurm.submit import array_of
 from tests.unit.environments import OF_A_RANK, THE_USERS
@@ -47,7 +48,9 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ["smallest", "everything", "array", "hostile"])
+@pytest.mark.parametrize(
+    "name", ["smallest", "everything", "array", "hostile", "torchrun", "deepspeed"]
+)
 def test_golden_job_script(name: str) -> None:
     made = {
         "smallest": lambda: script(slurm_run(), has_site=False),
@@ -58,6 +61,8 @@ def test_golden_job_script(name: str) -> None:
         "hostile": lambda: script(
             slurm_run(HOSTILE), directory=Path(HOSTILE), python=f"{HOSTILE}/python"
         ),
+        "torchrun": lambda: script(slurm_run(nodes=2, starts="torchrun")),
+        "deepspeed": lambda: script(slurm_run(nodes=2, starts="deepspeed")),
     }[name]()
     golden = GOLDEN / f"{name}.sbatch"
     # To accept a change: delete the file, run the test once, and read what it has written.
@@ -85,6 +90,95 @@ def test_hostile_values_reach_the_shell_as_they_are_and_never_run(tmp_path: Path
     assert run_dir.endswith(f"site of {home}\n{home}")
     assert (python, directory, picked, end) == (f"{home}/python", str(home), "by site", "")
     assert list(tmp_path.rglob("pwned")) == []
+
+
+FAKE_SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for SLURM_NODEID in 0 1; do
+  export SLURM_NODEID SLURM_PROCID=$SLURM_NODEID SLURM_LOCALID=0
+  export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=1
+  "$@"
+done
+"""
+FAKE_PYTHON = """#!/bin/bash
+case $2 in
+  launchers.relay|train) printf '%s\\0' "$RANK" "$INSIDE" "$0" "$@" >"$TOLD.$SLURM_NODEID" ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake_cluster(tmp_path: Path) -> Path:
+    """A directory whose programs stand for SLURM's, on two nodes, and for Python."""
+    programs = {
+        "srun": FAKE_SRUN,
+        "scontrol": "#!/bin/bash\nprintf 'node1\\nnode2\\n'\n",
+        "python $HOME": FAKE_PYTHON,
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def told(run: RunConfig, cluster: Path, *, inside: str = "()") -> list[list[str]]:
+    """Run a job's script; return RANK, the site's word and the argv of each node's task."""
+    python = cluster / "python $HOME"
+    (Path(str(run.run_dir)) / "site.sh").write_text(f"inside={inside}\n")
+    path = cluster / "job"
+    path.write_text(script(run, directory=cluster, python=str(python)))
+    ended = subprocess.run(
+        ["bash", str(path)],
+        env={"PATH": f"{cluster}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "TOLD": f"{cluster}/told"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    texts = [(cluster / f"told.{node}").read_text() for node in (0, 1)]
+    return [text.removesuffix("\0").split("\0") for text in texts]
+
+
+@pytest.mark.parametrize(("inside", "word"), [("()", ""), ("(env INSIDE='a b')", "a b")])
+@pytest.mark.parametrize("starts", ["ranks", "torchrun", "deepspeed"])
+def test_what_a_job_starts_is_told_what_a_shell_would_tell_it(
+    starts: str, inside: str, word: str, fake_cluster: Path
+) -> None:
+    home = fake_cluster / "a '$b' `touch pwned` \"c\" *"
+    home.mkdir()
+    run = slurm_run(str(home), nodes=2, starts=starts)
+    python, port = str(fake_cluster / "python $HOME"), "20049"
+    relay = [python, "-m", "launchers.relay", "--grace-seconds", "120"]
+    for node, (rank, said, *argv) in enumerate(told(run, fake_cluster, inside=inside)):
+        expected = {
+            "ranks": [python, "-m", "train", str(home)],
+            "torchrun": [
+                *relay,
+                *torchrun.argv(
+                    python,
+                    nodes="2",
+                    ranks_per_node="1",
+                    rendezvous=torchrun.c10d("7-0", f"node1:{port}", is_host=str(1 - node)),
+                    module="train",
+                    arguments=torchrun.plain([str(home)]),
+                ),
+            ],
+            "deepspeed": [
+                *relay,
+                *deepspeed.argv(
+                    python,
+                    switches=["--no_ssh"],
+                    port=port,
+                    hostfile=f"{home}/hostfile",
+                    further=["--master_addr=node1", f"--node_rank={node}"],
+                    program=["--module", "train", str(home)],
+                ),
+            ],
+        }
+        assert argv == expected[starts]
+        assert (rank, said) == (str(node) if starts == "ranks" else "", word)
+    if starts == "deepspeed":
+        assert (home / "hostfile").read_text() == "node1 slots=1\nnode2 slots=1\n"
+    assert list(fake_cluster.rglob("pwned")) == []
 
 
 def test_directives_hold_no_path_and_nothing_that_sbatch_would_split() -> None:

@@ -87,9 +87,9 @@ def test_a_key_pressed_before_anything_is_prepared_leaves_nothing(checkout: Chec
 
 
 def test_a_key_pressed_between_the_data_and_the_ranks_is_told(checkout: Checkout) -> None:
-    (checkout.root / "launchers" / "ranks" / "files.py").write_text(
-        (ROOT / "launchers" / "ranks" / "files.py").read_text()
-        + "\n\ndef launcher_files(*arguments):\n    raise KeyboardInterrupt\n"
+    (checkout.root / "launchers" / "kinds" / "local.py").write_text(
+        (ROOT / "launchers" / "kinds" / "local.py").read_text()
+        + "\n    def files(self, *arguments):\n        raise KeyboardInterrupt\n"
     )
     outcome = checkout.train(*LOCAL, "run_dir=run")
     where = stop_note.read(checkout.cwd / "run")

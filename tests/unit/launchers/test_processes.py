@@ -14,7 +14,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from launchers.machine.facts import Machine, resolve
 from launchers.ranks.command import prepare_command, rank_command
 from launchers.ranks.environment import rank_environment
-from launchers.ranks.files import launcher_files
+from launchers.registry import launcher_of
 from tests.unit.launchers.configs import resolved
 from train.errors import UserError
 from train.process.arguments import decoded
@@ -121,7 +121,7 @@ def test_deepspeed_over_a_hostfile(hosts: str) -> None:
 def test_deepspeeds_other_back_ends_tell_ranks_whose_they_are(hosts: str) -> None:
     run = resolved("deepspeed", hostfile=hosts, backend="openmpi", head_port=29501)
     assert "--launcher=openmpi" in rank_command(run, Path("/runs/a"))
-    assert launcher_files(run, {"OMP_NUM_THREADS": "4"}) == {
+    assert launcher_of(run).files({"OMP_NUM_THREADS": "4"}) == {
         "deepspeed.env": "OMP_NUM_THREADS=4\nSHARDWRIGHT_RANKS_OF=openmpi\n"
         "MASTER_ADDR=node1\nMASTER_PORT=29501\n"
     }
@@ -136,9 +136,9 @@ def test_open_mpi_hears_the_port_of_ssh_and_binds_no_rank_to_one_core(hosts: str
         "OMPI_MCA_plm_rsh_args": "-p 2222",
     }
     assert its_own.items() <= added.items()
-    assert "OMPI_MCA" not in launcher_files(run, added)["deepspeed.env"]
+    assert "OMPI_MCA" not in launcher_of(run).files(added)["deepspeed.env"]
     # DeepSpeed has mpirun put literal quotes around what is not plain.
-    assert "DS_ENV_FILE" not in launcher_files(run, added)["deepspeed.env"]
+    assert "DS_ENV_FILE" not in launcher_of(run).files(added)["deepspeed.env"]
 
 
 def test_srun_is_told_how_many_ranks_each_node_has_and_a_script(hosts: str) -> None:
@@ -153,7 +153,7 @@ def test_srun_is_told_how_many_ranks_each_node_has_and_a_script(hosts: str) -> N
         *(f"{PACKAGES}/train/diagnosis/doctor.py", "base64:L3J1bnMvYQ=="),
     ]
     assert f"{PACKAGES}/train/__main__.py" in rank_command(run, Path("/runs/a"))
-    assert "MASTER_ADDR=node1\nMASTER_PORT=29501\n" in launcher_files(run, {})["deepspeed.env"]
+    assert "MASTER_ADDR=node1\nMASTER_PORT=29501\n" in launcher_of(run).files({})["deepspeed.env"]
 
 
 def test_what_a_hostfile_decides_contradicts_nothing(hosts: str) -> None:
@@ -176,7 +176,7 @@ def test_an_environment_passes_the_shell_of_the_other_node_unchanged(
     hosts: str, value: str
 ) -> None:
     run = resolved("deepspeed", hostfile=hosts)
-    line = launcher_files(run, {"NAME": value})["deepspeed.env"].splitlines()[0]
+    line = launcher_of(run).files({"NAME": value})["deepspeed.env"].splitlines()[0]
     exported = PDSHRunner.__new__(PDSHRunner)
     exported.exports = {}
     exported.add_export(*line.split("=", maxsplit=1))
@@ -190,7 +190,7 @@ def test_accelerate_reads_how_many_there_are_and_nothing_of_the_engine() -> None
         *("python", "-m", "accelerate.commands.launch"),
         *("--config_file=/runs/a/accelerate.yaml", "--machine_rank=1", "-m", "train", "/runs/a"),
     ]
-    (text,) = launcher_files(run, {}).values()
+    (text,) = launcher_of(run).files({}).values()
     settings = yaml.safe_load(text)
     assert settings["num_machines"] == 2
     assert settings["num_processes"] == 4

@@ -19,7 +19,8 @@ from docs.generate import BEGIN, DOCS, END
 from launchers import report
 from launchers.__main__ import COMMANDS, USAGE
 from launchers.machine.facts import Machine
-from launchers.ranks.environment import job_environment, rank_environment
+from launchers.ranks.environment import rank_environment
+from launchers.registry import launcher_of
 from launchers.slurm import submit
 from tests.unit.launchers.configs import resolved
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
@@ -79,7 +80,7 @@ def printed() -> list[str]:
     config = resolved("torchrun", nodes=2, nproc_per_node=1, head_address="node1")
     config = config.model_copy(update={"run_dir": str(RUN_DIR)})
     texts = [
-        report.other_nodes(config),
+        launcher_of(config).other_nodes(),
         report.finish(RUN_DIR),
         report.stopped(STOPPED, RUN_DIR, None),
         report.stopped_early(RUN_DIR, 15),
@@ -172,7 +173,7 @@ def test_every_command_is_in_the_usage() -> None:
 def test_no_setting_of_the_user_has_ranks_import_the_users_modules(user: dict[str, str]) -> None:
     made: list[dict[str, Any]] = [
         rank_environment(resolved("local"), Machine(), user),
-        job_environment(resolved("local"), user),
+        rank_environment(resolved("slurm"), Machine(), user),
     ]
     for environment in made:
         assert environment["PYTHONSAFEPATH"] == "1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from train.config.launcher import LocalLauncher
 from train.config.model import ScratchModel
 from train.config.precision import FP8_RECIPES
 from train.config.rank_layout import RankLayout, rank_layout
@@ -90,8 +89,7 @@ def contradictions(config: Sections) -> Iterator[str]:
 
     engines = {"single": replicated, "ddp": replicated, "zero": zero, "fsdp": fsdp}
     launcher = config.launcher
-    known = isinstance(launcher, LocalLauncher) or launcher.nproc_per_node != "auto"
-    for world_size in launcher.world_sizes if known else (None,):
+    for world_size in launcher.world_sizes if launcher.knows_ranks else (None,):
         layout = None
         if world_size is not None:
             try:

@@ -1,0 +1,12 @@
+"""launcher=local: one rank, which is this command's own child."""
+
+from __future__ import annotations
+
+from launchers.kinds.launcher import Launcher
+from train.config import LocalLauncher
+
+
+class Local(Launcher[LocalLauncher]):
+    """One process; what it writes about its failure is the rank's own."""
+
+    has_pages = False
