@@ -246,7 +246,7 @@ def test_names_come_from_the_config_or_else_from_the_environment() -> None:
 def test_what_contradicts_the_config_is_an_error() -> None:
     online = WandbTracking(kind="wandb", mode="online")
     assert wandb_problems(online, {"WANDB_MODE": "offline"}) == [
-        "tracking.mode=online, but WANDB_MODE=offline asks for offline; unset WANDB_MODE, or set "
+        "tracking.mode=online, but WANDB_MODE=offline requests offline; unset WANDB_MODE, or set "
         "tracking.mode=offline"
     ]
     assert wandb_problems(online, {"WANDB_MODE": "run"}) == []
