@@ -16,8 +16,24 @@ from train.errors import UserError
 
 def contradictions(config: Sections) -> Iterator[str]:
     """Yield a message for each pair of values that cannot both be meant."""
-    model, objective, data = config.model, config.objective, config.data
+    yield from _samples_contradictions(config)
+    yield from config.model.contradictions()
+    yield from _vocabulary_contradictions(config)
+    yield from _evaluation_contradictions(config)
+    yield from _keep_every_contradictions(config)
+    yield from _keep_best_contradictions(config)
+    yield from _export_contradictions(config)
+    yield from _best_metric_contradictions(config)
+    yield from optimizers.contradictions(config)
+    yield from _activations_contradictions(config)
+    yield from _attention_contradictions(config)
+    yield from _fp8_contradictions(config)
+    yield from _engine_contradictions(config)
 
+
+def _samples_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why the model cannot learn from the samples: their kind, or their length."""
+    model, objective, length = config.model, config.objective, config.data.sequence_length
     if model.causal is not None and model.causal != (objective.kind == "clm"):
         fit = "clm" if model.causal else "mlm"
         yield (
@@ -25,99 +41,43 @@ def contradictions(config: Sections) -> Iterator[str]:
             f"with objective={fit}; choose objective={fit} or another model"
         )
     limit = model.max_sequence_length
-    length = data.sequence_length
     if limit is not None and length != "auto" and length > limit:
         yield (
-            f"data.sequence_length={data.sequence_length} is longer than the {limit} positions of "
+            f"data.sequence_length={length} is longer than the {limit} positions of "
             f"the model (model.max_position_embeddings={model.max_position_embeddings}); "  # type: ignore[union-attr]
             "shorten the samples or lengthen the model"
         )
-    yield from model.contradictions()
+
+
+def _vocabulary_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why model and tokenizer cannot share a vocabulary."""
+    model, tokenizer = config.model, config.tokenizer
     if isinstance(model, ScratchModel):
-        wanted = getattr(config.tokenizer, "vocab_size", None)
+        wanted = getattr(tokenizer, "vocab_size", None)
         if wanted is not None and wanted > model.padded_vocab_size:
             yield (
                 f"tokenizer.vocab_size={wanted} is more than model.vocab_size={model.vocab_size}; "
                 "raise the model's or lower the tokenizer's"
             )
-    if (
-        model.kind == "pretrained"
-        and config.tokenizer.kind == "byte_bpe"
-        and config.tokenizer.vocab_size is None
-    ):
+    if model.kind == "pretrained" and tokenizer.kind == "byte_bpe" and tokenizer.vocab_size is None:
         yield (
             "tokenizer.vocab_size=null takes the model's vocabulary, but model=pretrained brings "
             "its own with its weights; choose tokenizer=pretrained or set tokenizer.vocab_size"
         )
 
-    if config.trainer.eval_every_steps is not None and data.eval_fraction == 0:
+
+def _evaluation_contradictions(config: Sections) -> Iterator[str]:
+    if config.trainer.eval_every_steps is not None and config.data.eval_fraction == 0:
         yield (
             f"trainer.eval_every_steps={config.trainer.eval_every_steps} needs held-out documents, "
-            f"but data.eval_fraction={data.eval_fraction} holds out none; raise it or set "
+            f"but data.eval_fraction={config.data.eval_fraction} holds out none; raise it or set "
             "trainer.eval_every_steps=null"
         )
-    yield from _checkpoint_contradictions(config)
-
-    yield from optimizers.contradictions(config)
-
-    every = config.trainer.checkpoint_activations_every_blocks
-    layers = getattr(model, "num_hidden_layers", None)
-    if every is not None and layers is not None and every > layers:
-        yield (
-            f"trainer.checkpoint_activations_every_blocks={every} is more than "
-            f"model.num_hidden_layers={layers}; set it to at most {layers}"
-        )
-    if config.trainer.offload_activations and every is None:
-        yield (
-            "trainer.offload_activations=true keeps the inputs of recomputed blocks in host "
-            "memory, but trainer.checkpoint_activations_every_blocks=null recomputes none; set "
-            "that to 1 or leave offload_activations=false"
-        )
-    if config.trainer.offload_activations and config.trainer.compile:
-        yield (
-            "trainer.offload_activations=true copies between GPU and host within each block, which "
-            "trainer.compile=true cannot trace; set one of them to false"
-        )
-
-    if model.attention == "flash_attention_2" and config.precision.computes_in.size_bytes != 2:
-        yield (
-            "model.attention=flash_attention_2 computes in 16 bits only, but "
-            f"precision.compute_dtype={config.precision.compute_dtype}; choose precision=bf16 or "
-            "model.attention=sdpa"
-        )
-    yield from _fp8_contradictions(config)
-
-    engines = {"single": replicated, "ddp": replicated, "zero": zero, "fsdp": fsdp}
-    launcher = config.launcher
-    for world_size in launcher.world_sizes if launcher.knows_ranks else (None,):
-        layout = None
-        if world_size is not None:
-            try:
-                layout = rank_layout(config.strategy, world_size)
-            except UserError as error:
-                yield str(error)
-        yield from engines[config.strategy.kind].contradictions(config, layout)
-        if world_size is not None:
-            # However they shard, that many ranks share the batch: whoever has to choose another
-            # number is told of it too.
-            yield from _batch_contradictions(config, layout or RankLayout(replicas=world_size))
 
 
-def _batch_contradictions(config: Sections, layout: RankLayout) -> Iterator[str]:
-    try:
-        if config.trainer.micro_batch_size == "auto":
-            largest_micro_batch(config.trainer.global_batch_size, [layout])
-        else:
-            accumulation_steps(config.trainer, layout)
-    except UserError as error:
-        yield str(error)
-
-
-def _checkpoint_contradictions(config: Sections) -> Iterator[str]:
-    trainer, checkpoint = config.trainer, config.checkpoint
-    save_every, eval_every = trainer.save_every_steps, trainer.eval_every_steps
-    keep_every, patience = checkpoint.keep_every_steps, trainer.early_stopping_patience
-
+def _keep_every_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why the checkpoints that are to be kept for good are not those that are written."""
+    save_every, keep_every = config.trainer.save_every_steps, config.checkpoint.keep_every_steps
     if keep_every is not None and save_every is None:
         yield (
             f"checkpoint.keep_every_steps={keep_every} keeps some checkpoints permanently, but "
@@ -132,11 +92,22 @@ def _checkpoint_contradictions(config: Sections) -> Iterator[str]:
             f"set checkpoint.keep_every_steps={fitting}"
         )
 
+
+def _readers_of_the_metric(config: Sections) -> list[str]:
+    """Return the settings that have checkpoint.best_metric compared during training."""
+    best, patience = config.checkpoint.keep_best, config.trainer.early_stopping_patience
     wants_metric = {
-        f"checkpoint.keep_best={checkpoint.keep_best}": checkpoint.keep_best > 0,
+        f"checkpoint.keep_best={best}": best > 0,
         f"trainer.early_stopping_patience={patience}": patience is not None,
     }
-    readers = [setting for setting, wanted in wants_metric.items() if wanted]
+    return [setting for setting, wanted in wants_metric.items() if wanted]
+
+
+def _keep_best_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why no step is both evaluated and saved, where the best one is to be found."""
+    trainer, best = config.trainer, config.checkpoint.keep_best
+    save_every, eval_every = trainer.save_every_steps, trainer.eval_every_steps
+    readers = _readers_of_the_metric(config)
     if readers and eval_every is None:
         lacking = "trainer.eval_every_steps=null"
         if config.data.eval_fraction == 0:
@@ -145,43 +116,86 @@ def _checkpoint_contradictions(config: Sections) -> Iterator[str]:
             f"{' and '.join(readers)} needs evaluations during training, but {lacking}; set "
             f"trainer.eval_every_steps{'' if config.data.eval_fraction else ' and the fraction'}"
         )
-    if checkpoint.keep_best and save_every is None:
+    if best and save_every is None:
         yield (
-            f"checkpoint.keep_best={checkpoint.keep_best} chooses among checkpoints, but "
+            f"checkpoint.keep_best={best} chooses among checkpoints, but "
             "trainer.save_every_steps=null writes one, at the end; set trainer.save_every_steps "
             "or checkpoint.keep_best=0"
         )
-    elif checkpoint.keep_best and save_every is not None and eval_every is not None:
+    elif best and save_every is not None and eval_every is not None:
         meets_every = math.lcm(save_every, eval_every)
         if trainer.max_steps is not None and meets_every >= trainer.max_steps > save_every:
             yield (
-                f"checkpoint.keep_best={checkpoint.keep_best} needs checkpoints of steps that are "
+                f"checkpoint.keep_best={best} needs checkpoints of steps that are "
                 f"evaluated, but trainer.save_every_steps={save_every} and "
                 f"trainer.eval_every_steps={eval_every} first meet at step {meets_every}, and "
                 f"trainer.max_steps={trainer.max_steps}; set trainer.save_every_steps to a "
                 f"multiple of {eval_every}"
             )
-    if checkpoint.export == "best" and not checkpoint.keep_best:
+
+
+def _export_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why there is no best checkpoint to make final/ of, where it is to be."""
+    if config.checkpoint.export == "best" and not config.checkpoint.keep_best:
         yield (
             "checkpoint.export=best takes the best checkpoint that is kept, but "
             "checkpoint.keep_best=0 keeps none; set checkpoint.keep_best=1"
         )
-    if checkpoint.export == "best" and getattr(config.strategy, "node_local_checkpoints", False):
+    node_local = getattr(config.strategy, "node_local_checkpoints", False)
+    if config.checkpoint.export == "best" and node_local:
         yield (
             "checkpoint.export=best reads a whole checkpoint, but "
             "strategy.node_local_checkpoints=true leaves it on several nodes' disks; set one of "
             "them to the other value"
         )
-    if checkpoint.best_metric == "eval_masked_accuracy" and config.objective.kind != "mlm":
+
+
+def _best_metric_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why the metric is not measured, or read by nothing."""
+    metric = config.checkpoint.best_metric
+    if metric == "eval_masked_accuracy" and config.objective.kind != "mlm":
         yield (
             "checkpoint.best_metric=eval_masked_accuracy is measured with objective=mlm, but it is "
             f"{config.objective.kind}; set checkpoint.best_metric=eval_loss"
         )
-    if checkpoint.best_metric != "eval_loss" and not readers:
+    if metric != "eval_loss" and not _readers_of_the_metric(config):
         yield (
-            f"checkpoint.best_metric={checkpoint.best_metric} is read by checkpoint.keep_best and "
+            f"checkpoint.best_metric={metric} is read by checkpoint.keep_best and "
             "trainer.early_stopping_patience, but neither is set; set one or leave "
             "checkpoint.best_metric out"
+        )
+
+
+def _activations_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why the activations of blocks cannot be recomputed or offloaded as asked for."""
+    trainer = config.trainer
+    every = trainer.checkpoint_activations_every_blocks
+    layers = getattr(config.model, "num_hidden_layers", None)
+    if every is not None and layers is not None and every > layers:
+        yield (
+            f"trainer.checkpoint_activations_every_blocks={every} is more than "
+            f"model.num_hidden_layers={layers}; set it to at most {layers}"
+        )
+    if trainer.offload_activations and every is None:
+        yield (
+            "trainer.offload_activations=true keeps the inputs of recomputed blocks in host "
+            "memory, but trainer.checkpoint_activations_every_blocks=null recomputes none; set "
+            "that to 1 or leave offload_activations=false"
+        )
+    if trainer.offload_activations and trainer.compile:
+        yield (
+            "trainer.offload_activations=true copies between GPU and host within each block, which "
+            "trainer.compile=true cannot trace; set one of them to false"
+        )
+
+
+def _attention_contradictions(config: Sections) -> Iterator[str]:
+    precision = config.precision
+    if config.model.attention == "flash_attention_2" and precision.computes_in.size_bytes != 2:
+        yield (
+            "model.attention=flash_attention_2 computes in 16 bits only, but "
+            f"precision.compute_dtype={precision.compute_dtype}; choose precision=bf16 or "
+            "model.attention=sdpa"
         )
 
 
@@ -208,3 +222,31 @@ def _fp8_contradictions(config: Sections) -> Iterator[str]:
             f"data.sequence_length={config.data.sequence_length} = {tokens}; change one of them, "
             f"or set precision.fp8_recipe={' or '.join(any_number)}"
         )
+
+
+def _engine_contradictions(config: Sections) -> Iterator[str]:
+    """Yield what the engine cannot honour, and the batch, on each number of ranks there may be."""
+    engines = {"single": replicated, "ddp": replicated, "zero": zero, "fsdp": fsdp}
+    launcher = config.launcher
+    for world_size in launcher.world_sizes if launcher.knows_ranks else (None,):
+        layout = None
+        if world_size is not None:
+            try:
+                layout = rank_layout(config.strategy, world_size)
+            except UserError as error:
+                yield str(error)
+        yield from engines[config.strategy.kind].contradictions(config, layout)
+        if world_size is not None:
+            # However they shard, that many ranks share the batch: whoever has to choose another
+            # number is told of it too.
+            yield from _batch_contradictions(config, layout or RankLayout(replicas=world_size))
+
+
+def _batch_contradictions(config: Sections, layout: RankLayout) -> Iterator[str]:
+    try:
+        if config.trainer.micro_batch_size == "auto":
+            largest_micro_batch(config.trainer.global_batch_size, [layout])
+        else:
+            accumulation_steps(config.trainer, layout)
+    except UserError as error:
+        yield str(error)

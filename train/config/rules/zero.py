@@ -15,14 +15,25 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
 
     ``layout`` is None where it is not known yet.
     """
-    strategy, precision = config.strategy, config.precision
+    strategy = config.strategy
     assert isinstance(strategy, ZeroStrategy)
+    yield from _offload(strategy)
+    yield from _fields_of_other_stages(strategy)
+    yield from _ranks_and_kernels(config, strategy, layout)
+    yield from _masters_in_bf16(config, strategy)
+    yield from _cpu_adam(config, strategy)
+    yield from _fp8(config, strategy)
+    yield from _saves_in_the_background(config, strategy)
+    yield from deepspeed_keys.problems(strategy.extra)
+
+
+def _offload(strategy: ZeroStrategy) -> Iterator[str]:
+    """Yield why what is to leave the GPU cannot lie where it is to."""
     stage, adam, parameters = (
         strategy.stage,
         strategy.offload_optimizer,
         strategy.offload_parameters,
     )
-
     if stage == 0 and adam != "none":
         yield (
             f"strategy.offload_optimizer={adam} needs a stage that shards the optimizer, but "
@@ -51,6 +62,11 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
             f"strategy.nvme_path={strategy.nvme_path} is given, but nothing is offloaded to nvme; "
             "choose strategy=zero3_nvme, or set it to null"
         )
+
+
+def _fields_of_other_stages(strategy: ZeroStrategy) -> Iterator[str]:
+    """Yield which fields are set that the stage does not read."""
+    stage = strategy.stage
     for name, wanted in (
         ("hierarchical_partition_ranks", strategy.hierarchical_partition_ranks > 1),
         ("quantized_weights", strategy.quantized_weights),
@@ -67,6 +83,12 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
             f"strategy.round_robin_gradients=true needs strategy.stage=1 or 2, but it is {stage}; "
             "set it to false"
         )
+
+
+def _ranks_and_kernels(
+    config: Sections, strategy: ZeroStrategy, layout: RankLayout | None
+) -> Iterator[str]:
+    """Yield which ways to communicate this number of ranks, or their device, does not have."""
     ranks = strategy.hierarchical_partition_ranks
     if layout is not None and layout.data_parallel_size % ranks:
         yield (
@@ -79,37 +101,55 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
                 f"strategy.{name}=true needs DeepSpeed's GPU kernels, but launcher.device=cpu; "
                 "set it to false"
             )
-    if precision.master_dtype == "bf16" and stage == 0:
+
+
+def _masters_in_bf16(config: Sections, strategy: ZeroStrategy) -> Iterator[str]:
+    """Yield why the masters cannot be in bf16, where they are to be."""
+    stage, adam = strategy.stage, strategy.offload_optimizer
+    if config.precision.master_dtype != "bf16":
+        return
+    if stage == 0:
         yield (
             "precision.master_dtype=bf16 under ZeRO needs strategy.stage=1, 2 or 3, but it is 0; "
             "choose another stage or precision=bf16"
         )
-    if precision.master_dtype == "bf16" and adam != "none" and strategy.cpu_adam == "torch":
+    if adam != "none" and strategy.cpu_adam == "torch":
         yield (
             f"precision.master_dtype=bf16 with strategy.offload_optimizer={adam} needs DeepSpeed's "
             "own Adam; set strategy.cpu_adam=deepspeed, or precision=bf16"
         )
-    if strategy.cpu_adam == "deepspeed" and adam == "none":
+
+
+def _cpu_adam(config: Sections, strategy: ZeroStrategy) -> Iterator[str]:
+    """Yield why DeepSpeed's Adam on the CPU is not what is to step."""
+    optimizer = config.trainer.optimizer
+    if strategy.cpu_adam == "deepspeed" and strategy.offload_optimizer == "none":
         yield (
             "strategy.cpu_adam=deepspeed needs an optimizer in host memory, but "
             "strategy.offload_optimizer=none; choose strategy=zero2_offload or zero3_offload, or "
             "strategy.cpu_adam=torch"
         )
-    if strategy.cpu_adam == "deepspeed" and config.trainer.optimizer != "adamw":
+    if strategy.cpu_adam == "deepspeed" and optimizer != "adamw":
         yield (
             "strategy.cpu_adam=deepspeed is an AdamW, but trainer.optimizer="
-            f"{config.trainer.optimizer}; set strategy.cpu_adam=torch or trainer.optimizer=adamw"
+            f"{optimizer}; set strategy.cpu_adam=torch or trainer.optimizer=adamw"
         )
-    if precision.fp8_recipe is not None and stage == 3:
+
+
+def _fp8(config: Sections, strategy: ZeroStrategy) -> Iterator[str]:
+    recipe = config.precision.fp8_recipe
+    if recipe is not None and strategy.stage == 3:
         yield (
-            f"precision.fp8_recipe={precision.fp8_recipe} under strategy.stage=3 would keep every "
+            f"precision.fp8_recipe={recipe} under strategy.stage=3 would keep every "
             "gathered weight until the backward pass; choose strategy=fsdp or zero2, or "
             "precision=bf16"
         )
-    if config.checkpoint.asynchronous and adam == "nvme":
+
+
+def _saves_in_the_background(config: Sections, strategy: ZeroStrategy) -> Iterator[str]:
+    if config.checkpoint.asynchronous and strategy.offload_optimizer == "nvme":
         yield (
             "checkpoint.async=true copies the state to host memory before it is written, but "
             "strategy.offload_optimizer=nvme keeps it on a disk because there is no room for it "
             "in host memory; set checkpoint.async=false"
         )
-    yield from deepspeed_keys.problems(strategy.extra)
