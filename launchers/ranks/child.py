@@ -84,60 +84,91 @@ def run(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
     before = set(descendants(os.getpid()))
     shown = None
-    # Launchers in between print a line or two, and end by it where nobody reads that.
-    stdout = None if terminal.is_read(1) else subprocess.DEVNULL
-    if is_elsewhere:
-        stdout = subprocess.PIPE
     request = _Request(grace_seconds, run_dir, is_elsewhere, at_ctrl_c)
 
     def left_over() -> set[int]:
         return set(descendants(os.getpid())) - before
 
     _become_subreaper()
+    with _noting_signals(request, mask):
+        try:
+            inherited_here = os.environ if inherit_all else handed_on(os.environ)
+            child = _start(argv, {**inherited_here, **environment}, stderr_file, is_elsewhere, mask)
+            request.child = child.pid
+            shown = None if child.stdout is None else _shown(child.stdout)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask - set(ASKS_TO_STOP))
+            code = _wait(child, request)
+        finally:
+            _end_left_over(left_over, request)
+            if shown is not None:
+                shown.join(LEFTOVER_SECONDS)
+    return Ended(code, request.signals[0] if request.signals else None)
+
+
+@contextlib.contextmanager
+def _noting_signals(request: _Request, mask: set[int | signal.Signals]) -> Iterator[None]:
+    """Have what asks to stop noted by a request; after a run that was stopped, leave it blocked."""
     handled = [n for n in ASKS_TO_STOP if signal.getsignal(n) != signal.SIG_IGN or n == STOP]
     handlers = {number: signal.signal(number, request.note) for number in handled}
     try:
-        with stderr_file.open("ab") if stderr_file else contextlib.nullcontext() as stderr:
-            child = subprocess.Popen(
-                argv,
-                env={**(os.environ if inherit_all else handed_on(os.environ)), **environment},
-                stdout=stdout,
-                stderr=stderr,
-                # A Ctrl-C at the terminal reaches the ranks once, through this process.
-                start_new_session=True,
-                preexec_fn=_child_setup(os.getpid(), mask),
-            )
-        request.child = child.pid
-        shown = None if child.stdout is None else _shown(child.stdout)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask - set(ASKS_TO_STOP))
-        while child.poll() is None and time.monotonic() < request.deadline:
-            request.hear()
-            # Ranks may be started, and begin to listen, after the signal has come.
-            request.tell()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(0.1 if request.signals else 1.0)
-        if child.poll() is None:
-            if is_elsewhere:
-                request.write_down(kill=True)
-            child.kill()
-        code = child.wait()
+        yield
     finally:
-        left_seconds = max(min(request.deadline - time.monotonic(), grace_seconds), 0.0)
-        if request.signals and not left_seconds:
-            end(left_over, grace_seconds=0.0)
-        elif any(map(_is_rank, left_over())):
-            # Whoever stood above them is gone, and they may have to save.
-            end(left_over, grace_seconds=left_seconds)
-        else:
-            end(left_over)
-        if shown is not None:
-            shown.join(LEFTOVER_SECONDS)
         signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if not request.signals:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return Ended(code, request.signals[0] if request.signals else None)
+
+
+def _start(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    stderr_file: Path | None,
+    is_elsewhere: bool,
+    mask: set[int | signal.Signals],
+) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own, its output where somebody reads it."""
+    # Launchers in between print a line or two, and end by it where nobody reads that.
+    stdout = None if terminal.is_read(1) else subprocess.DEVNULL
+    if is_elsewhere:
+        stdout = subprocess.PIPE
+    with stderr_file.open("ab") if stderr_file else contextlib.nullcontext() as stderr:
+        return subprocess.Popen(
+            argv,
+            env=environment,
+            stdout=stdout,
+            stderr=stderr,
+            # A Ctrl-C at the terminal reaches the ranks once, through this process.
+            start_new_session=True,
+            preexec_fn=_child_setup(os.getpid(), mask),
+        )
+
+
+def _wait(child: subprocess.Popen[bytes], request: _Request) -> int:
+    """Return how a child ends, which is killed where that takes longer than a stop may."""
+    while child.poll() is None and time.monotonic() < request.deadline:
+        request.hear()
+        # Ranks may be started, and begin to listen, after the signal has come.
+        request.tell()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.1 if request.signals else 1.0)
+    if child.poll() is None:
+        if request.is_elsewhere:
+            request.write_down(kill=True)
+        child.kill()
+    return child.wait()
+
+
+def _end_left_over(left_over: Callable[[], set[int]], request: _Request) -> None:
+    """End what a child left behind; what may have to save gets the rest of the time for that."""
+    left_seconds = max(min(request.deadline - time.monotonic(), request.grace_seconds), 0.0)
+    if request.signals and not left_seconds:
+        end(left_over, grace_seconds=0.0)
+    elif any(map(_is_rank, left_over())):
+        # Whoever stood above them is gone, and they may have to save.
+        end(left_over, grace_seconds=left_seconds)
+    else:
+        end(left_over)
 
 
 def _shown(pipe: IO[bytes]) -> threading.Thread:
