@@ -51,49 +51,13 @@ def contents(
     missing, of another shape or not of the model, and where fp32 is asked for of what the
     checkpoint holds in 16 bits only.
     """
-    if ema and not state.ema:
-        raise UserError(
-            "--ema: the checkpoint keeps no moving average of the weights; leave it out to take "
-            "the weights themselves"
-        )
     notes: list[str] = []
-    weights = state.ema if ema else state.weights
-    found = {**state.weights, **state.buffers, **weights}
-    if any(not any(name in weights for name in names) for names in _tied(model)):
-        # Of a parameter that the average lacks, the weight itself must not stand in for it.
-        averaged = {
-            n: t for n, t in found.items() if not (ema and n in state.weights.keys() - weights)
-        }
-        if (converted := _converted(model, averaged, notes)) is not None:
-            found = weights = converted
-    expected = model.state_dict(keep_vars=True)
-    tensors: dict[str, LazyTensor] = {}
-    problems: list[str] = []
-    for names in _tied(model):
-        different = list(_different([name for name in names if name in weights], weights))
-        if not different:
-            problems.append(f"{names[0]} is missing")
-        for i, name in enumerate(different):
-            # The first under the name that the others are tied to when they are loaded.
-            tensors[name if i else names[0]] = weights[name]
-        for name in different[1:]:
-            notes.append(f"{names[0]} and {name} are tied in the config and differ here: both stay")
+    found, weights = _by_the_models_names(model, state, ema, notes)
+    tied = _tied(model)
+    tensors = _parameters(tied, weights, notes)
     parameters = list(tensors)
-    aliases = {name for names in _tied(model) for name in names}
-    for name in (name for name in expected if name not in aliases):
-        if name in found:
-            tensors[name] = found[name]
-        else:
-            problems.append(f"the buffer {name} is missing")
-    for name, tensor in tensors.items():
-        if tensor.shape != tuple(expected[name].shape):
-            problems.append(f"{name} has shape {tensor.shape}, not {tuple(expected[name].shape)}")
-        elif tensor.dtype.is_floating_point != expected[name].is_floating_point():
-            problems.append(
-                f"{name} is in {_word(tensor.dtype)}, not {_word(expected[name].dtype)}"
-            )
-    problems += [f"{name} is not in the model" for name in _unexpected(model, found)]
-    if problems:
+    tensors |= _buffers(model, tied, found)
+    if problems := list(_problems(model, tied, tensors, found)):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             "the checkpoint holds another model than its config describes: "
@@ -105,18 +69,91 @@ def contents(
         Output(name, tensor.shape, dtype if name in parameters else tensor.dtype)
         for name, tensor in tensors.items()
     ]
+    outputs, places = _as_saved(model, outputs, notes)
+    return Contents(
+        tensors, tuple(outputs), places, sum(tensors[name].numel for name in parameters), notes
+    )
+
+
+def _by_the_models_names(
+    model: PreTrainedModel, state: PortableState, ema: bool, notes: list[str]
+) -> tuple[Mapping[str, LazyTensor], Mapping[str, LazyTensor]]:
+    """Return all tensors of a checkpoint, and those that may be parameters, by the model's names.
+
+    What the model does not have is among them, under its own name.
+    """
+    if ema and not state.ema:
+        raise UserError(
+            "--ema: the checkpoint keeps no moving average of the weights; leave it out to take "
+            "the weights themselves"
+        )
+    weights = state.ema if ema else state.weights
+    found = {**state.weights, **state.buffers, **weights}
+    if all(any(name in weights for name in names) for names in _tied(model)):
+        return found, weights
+    # Of a parameter that the average lacks, the weight itself must not stand in for it.
+    averaged = {n: t for n, t in found.items() if not (ema and n in state.weights.keys() - weights)}
+    converted = _converted(model, averaged, notes)
+    return (found, weights) if converted is None else (converted, converted)
+
+
+def _parameters(
+    tied: list[list[str]], weights: Mapping[str, LazyTensor], notes: list[str]
+) -> dict[str, LazyTensor]:
+    """Return the parameters that are there, tied ones once where they are the same."""
+    tensors = {}
+    for names in tied:
+        different = list(_different([name for name in names if name in weights], weights))
+        for i, name in enumerate(different):
+            # The first under the name that the others are tied to when they are loaded.
+            tensors[name if i else names[0]] = weights[name]
+        for name in different[1:]:
+            notes.append(f"{names[0]} and {name} are tied in the config and differ here: both stay")
+    return tensors
+
+
+def _buffers(
+    model: PreTrainedModel, tied: list[list[str]], found: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    aliases = {name for names in tied for name in names}
+    expected = (name for name in model.state_dict() if name not in aliases)
+    return {name: found[name] for name in expected if name in found}
+
+
+def _problems(
+    model: PreTrainedModel,
+    tied: list[list[str]],
+    tensors: Mapping[str, LazyTensor],
+    found: Mapping[str, LazyTensor],
+) -> Iterator[str]:
+    """Yield how the tensors that were found are not those of the model."""
+    expected = model.state_dict(keep_vars=True)
+    yield from (f"{names[0]} is missing" for names in tied if names[0] not in tensors)
+    aliases = {name for names in tied for name in names}
+    for name in expected:
+        if name not in aliases and name not in tensors:
+            yield f"the buffer {name} is missing"
+    for name, tensor in tensors.items():
+        if tensor.shape != tuple(expected[name].shape):
+            yield f"{name} has shape {tensor.shape}, not {tuple(expected[name].shape)}"
+        elif tensor.dtype.is_floating_point != expected[name].is_floating_point():
+            yield f"{name} is in {_word(tensor.dtype)}, not {_word(expected[name].dtype)}"
+    yield from (f"{name} is not in the model" for name in _unexpected(model, found))
+
+
+def _as_saved(
+    model: PreTrainedModel, outputs: list[Output], notes: list[str]
+) -> tuple[list[Output], dict[str, tuple[Place, ...]]]:
+    """Return the tensors as `save_pretrained` names and divides them, where that can be told."""
     try:
-        outputs, places = placed(model, outputs)
+        return placed(model, outputs)
     except CannotTrace as error:
-        places = {}
         notes.append(
             f"transformers saves {type(model).__name__} in another form, which cannot be streamed "
             f"({error}): names are those of the model in memory, and versions of transformers "
             f"other than {transformers.__version__} may not know them"
         )
-    return Contents(
-        tensors, tuple(outputs), places, sum(tensors[name].numel for name in parameters), notes
-    )
+        return outputs, {}
 
 
 def _converted(
