@@ -121,40 +121,8 @@ def write(draft: Draft, peers: Peers) -> Path:
     """
     temporary = draft.directory / f".{draft.path.name}.tmp"
     folder = HashedFolder(temporary)
-
-    def prepare() -> None:
-        if peers.is_first:
-            draft.directory.mkdir(exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a save that was killed
-            temporary.mkdir()
-
-    def write_part() -> tuple[int, Any, dict[str, Any], str]:
-        written = draft.engine.write(folder)
-        for name, data in draft.texts.items():
-            folder.write(name, data)
-        return peers.disk, written, folder.files, secrets.token_hex(8)
-
     try:
-        peers.attempt(prepare)
-        parts = peers.attempt(write_part)
-
-        def finish() -> None:
-            if peers.is_first:
-                draft.engine.finish(folder, [written for _, written, *_ in parts])
-                files = dict(folder.files)
-                for disk, _, part, _ in parts:
-                    files |= part if disk == peers.disk else {}
-                manifest = {
-                    **draft.manifest,
-                    "save_id": parts[0][-1],
-                    "part": peers.disk,
-                    "parts": len({disk for disk, *_ in parts}),
-                    "files": dict(sorted(files.items())),
-                }
-                layout.write_manifest(temporary, manifest)
-                layout.publish_checkpoint(temporary, draft.path)
-
-        peers.attempt(finish)
+        _publish(draft, peers, folder)
     except SaveFailed:
         if peers.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -162,13 +130,73 @@ def write(draft: Draft, peers: Peers) -> Path:
             with contextlib.suppress(OSError):
                 retention.sweep(draft.directory)
         raise
+    _retain(draft, peers, written=folder.files)
+    return draft.path
 
+
+@dataclass(frozen=True)
+class _Written:
+    """What one rank has written of a checkpoint."""
+
+    disk: int
+    of_engine: Any
+    files: dict[str, Any]
+    save_id: str
+    """The first rank's is that of the checkpoint."""
+
+
+def _publish(draft: Draft, peers: Peers, folder: HashedFolder) -> None:
+    """Write a draft into a folder and give that its name, once it is whole. Collective."""
+
+    def prepare() -> None:
+        if peers.is_first:
+            draft.directory.mkdir(exist_ok=True)
+            shutil.rmtree(folder.path, ignore_errors=True)  # left by a save that was killed
+            folder.path.mkdir()
+
+    def write_part() -> _Written:
+        of_engine = draft.engine.write(folder)
+        for name, data in draft.texts.items():
+            folder.write(name, data)
+        return _Written(peers.disk, of_engine, folder.files, secrets.token_hex(8))
+
+    peers.attempt(prepare)
+    parts = peers.attempt(write_part)
+
+    def finish() -> None:
+        if peers.is_first:
+            draft.engine.finish(folder, [part.of_engine for part in parts])
+            manifest = _manifest(draft.manifest, parts, peers.disk, folder.files)
+            layout.write_manifest(folder.path, manifest)
+            layout.publish_checkpoint(folder.path, draft.path)
+
+    peers.attempt(finish)
+
+
+def _manifest(
+    described: dict[str, Any], parts: list[_Written], disk: int, files: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the manifest of what lies on one disk, with ``files`` of its first rank. Pure."""
+    on_disk = dict(files)
+    for part in parts:
+        on_disk |= part.files if part.disk == disk else {}
+    return {
+        **described,
+        "save_id": parts[0].save_id,
+        "part": disk,
+        "parts": len({part.disk for part in parts}),
+        "files": dict(sorted(on_disk.items())),
+    }
+
+
+def _retain(draft: Draft, peers: Peers, *, written: dict[str, Any]) -> None:
+    """Read back what was written, and delete what is not to be kept beside it. Collective."""
     listing: Listing | None = None
 
     def look() -> tuple[list[str], dict[int, Part]]:
         nonlocal listing
         # Each rank reads back what it has written itself.
-        wrong = layout.verify(draft.path, only=folder.files)
+        wrong = layout.verify(draft.path, only=written)
         if not peers.is_first:
             return wrong, {}
         listing = Listing(draft.directory)
@@ -192,7 +220,6 @@ def write(draft: Draft, peers: Peers) -> Path:
             )
 
     peers.attempt(retain)
-    return draft.path
 
 
 def _parameters(trainer: Training) -> list[dict[str, Any]]:
