@@ -16,6 +16,7 @@ from train.checkpoint.format.layout import read_manifest
 from train.config import (
     BEGINNING,
     RunConfig,
+    Schedule,
     samples_wanted,
     schedule_of,
     total_steps,
@@ -105,17 +106,7 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
 
 def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Trainer:
     """Build data, model, engine settings and callbacks into a trainer that is ready to train."""
-    # The launcher has looked at its own node only.
-    if problems := list(engine_of(config, rank.world_size).machine_problems()):
-        raise UserError("\n".join(problems))
-    progress.now("opening the data")
-    with together():
-        prepared = data.prepare(config, run_dir)
-    # Not only when the model is trained and is to answer them.
-    sample.check_prompts(
-        config.objective.prompts, prepared.tokenizer, masked=config.objective.kind == "mlm"
-    )
-
+    prepared = _open_data(config, run_dir, rank)
     resumed = resuming.newest(run_dir, rank, lambda text: progress.write(text, console))
     # The model comes before the arguments: while those live, transformers builds whatever it builds
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
@@ -125,13 +116,8 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
     engine = engine_of(models.fitted(config, model), rank.world_size)
     config, layout = engine.config, engine.layout
     check()
-    wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
-    at = resumed.progress if resumed is not None else BEGINNING
-    steps = total_steps(config.trainer, wanted, at)
-    schedule = schedule_of(config.trainer, wanted, at)
+    steps, schedule = _length(config, prepared, resumed)
     if resumed is not None:
-        if problem := why_too_short(config.trainer, wanted, at, resumed.checkpoint.name):
-            raise UserError(problem)
         resuming.untie(model, resumed)
         values = resuming.values(model, resumed)
         if early_stopping.is_due(config, resuming.history(resumed)):
@@ -160,9 +146,59 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
         schedule,
         resumed,
     )
+    _add_callbacks(trainer, rank, console)
+    # The most that any node's agent counts: that of a node which has come back begins at 0.
+    restarts = max(from_all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
+    if rank.index == 0:
+        if restarts:
+            _note_restart(run_dir, restarts, resumed, rank.world_size)
+        _note_start(trainer, rank, steps, console)
+        _rehearse_card(trainer)
+    return trainer
 
+
+def _open_data(config: RunConfig, run_dir: Path, rank: Rank) -> data.Prepared:
+    """Return the data of a run. Collective.
+
+    Raises UserError where this machine lacks what the engine needs, before anything is opened, and
+    where the prompts do not suit the tokenizer.
+    """
+    # The launcher has looked at its own node only.
+    if problems := list(engine_of(config, rank.world_size).machine_problems()):
+        raise UserError("\n".join(problems))
+    progress.now("opening the data")
+    with together():
+        prepared = data.prepare(config, run_dir)
+    # Not only when the model is trained and is to answer them.
+    sample.check_prompts(
+        config.objective.prompts, prepared.tokenizer, masked=config.objective.kind == "mlm"
+    )
+    return prepared
+
+
+def _length(
+    config: RunConfig, prepared: data.Prepared, resumed: Resumed | None
+) -> tuple[int, Schedule]:
+    """Return a run's steps in all and its schedule. Pure.
+
+    Raises UserError where it is to end before what it is resumed from.
+    """
+    wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
+    at = resumed.progress if resumed is not None else BEGINNING
+    steps = total_steps(config.trainer, wanted, at)
+    schedule = schedule_of(config.trainer, wanted, at)
+    if resumed is not None and (
+        problem := why_too_short(config.trainer, wanted, at, resumed.checkpoint.name)
+    ):
+        raise UserError(problem)
+    return steps, schedule
+
+
+def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
+    """Have a trainer told, measured, evaluated, stopped and tracked as its config asks for."""
+    config = trainer.config
     trainer.saver.console = console if rank.index == 0 else None
-    trainer.tracking = Tracking(config, run_dir, console) if rank.index == 0 else None
+    trainer.tracking = Tracking(config, trainer.run_dir, console) if rank.index == 0 else None
     metrics = Metrics(trainer)
     for callback in [
         EngineReady(trainer, console),
@@ -173,29 +209,31 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
         *([trainer.tracking] if trainer.tracking is not None else []),
     ]:
         trainer.add_callback(callback)
-    # The most that any node's agent counts: that of a node which has come back begins at 0.
-    restarts = max(from_all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
-    if rank.index == 0:
-        if restarts:
-            _note_restart(run_dir, restarts, resumed, rank.world_size)
-        parameters = parameter_count(model)
-        write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
-        progress.write(f"{parameters:,} parameters, {steps:,} steps", console)
-        if resumed is not None:
-            progress.write(f"resuming from {resumed.checkpoint.name}", console)
-        if resumed is None:
-            run_directory_metrics.trim_metrics(run_dir)
-        else:
-            evaluated = resuming.is_evaluated(resumed)
-            run_directory_metrics.trim_metrics(run_dir, resumed.step, is_evaluated=evaluated)
-        try:
-            model_card(trainer, {})
-        except Exception as error:
-            raise UserError(
-                f"{run_dir}: the model card of final/ cannot be made ({in_one_line(error)}); "
-                "find the file of the run that it cannot be made of"
-            ) from error
-    return trainer
+
+
+def _note_start(trainer: Trainer, rank: Rank, steps: int, console: TextIO) -> None:
+    """Say, and leave in the run's directory, what starts here and from where."""
+    run_dir, resumed = trainer.run_dir, trainer.resumed
+    parameters = parameter_count(trainer.model)
+    write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
+    progress.write(f"{parameters:,} parameters, {steps:,} steps", console)
+    if resumed is None:
+        run_directory_metrics.trim_metrics(run_dir)
+        return
+    progress.write(f"resuming from {resumed.checkpoint.name}", console)
+    evaluated = resuming.is_evaluated(resumed)
+    run_directory_metrics.trim_metrics(run_dir, resumed.step, is_evaluated=evaluated)
+
+
+def _rehearse_card(trainer: Trainer) -> None:
+    """Raise UserError where the run's files would not make a model card at its end either."""
+    try:
+        model_card(trainer, {})
+    except Exception as error:
+        raise UserError(
+            f"{trainer.run_dir}: the model card of final/ cannot be made ({in_one_line(error)}); "
+            "find the file of the run that it cannot be made of"
+        ) from error
 
 
 def _build(
