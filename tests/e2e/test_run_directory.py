@@ -203,19 +203,28 @@ def table_of(card: str, title: str) -> dict[str, str]:
     return dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", section, re.MULTILINE))
 
 
-def test_every_number_in_the_card_follows_from_the_runs_own_files(run: Run) -> None:
-    """Recomputed from weights, tokens, metrics and settings, not from what the card is made of."""
-    card = (run.directory / "final" / "README.md").read_text()
-    config, metrics = load(run.directory), metrics_of(run.directory)
-    shape = json.loads((run.directory / "final" / "config.json").read_text())
+# Every number in the card is recomputed here from weights, tokens, metrics and settings, not from
+# what the card is made of.
+
+
+def card_of(run: Run) -> str:
+    return (run.directory / "final" / "README.md").read_text()
+
+
+def parameters_of(run: Run) -> int:
     tensors = load_file(run.directory / "final" / "model.safetensors")
-    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_the_cards_numbers_of_the_model_are_those_of_its_weights(run: Run) -> None:
+    config = load(run.directory)
+    shape = json.loads((run.directory / "final" / "config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(run.directory / "final")
     ids = set(tokenizer.get_vocab().values())
     rows, rest = shape["vocab_size"], shape["vocab_size"] - len(ids)
     positions = config.model.max_sequence_length
-    model = table_of(card, "Model")
-    assert model["Parameters"] == f"{parameters:,}"
+    model = table_of(card_of(run), "Model")
+    assert model["Parameters"] == f"{parameters_of(run):,}"
     assert model["Size"] == "2 layers, 2 heads, hidden size 32"
     assert model["Context length"] == f"{positions:,} tokens"
     assert model["Vocabulary"] == (
@@ -224,9 +233,12 @@ def test_every_number_in_the_card_follows_from_the_runs_own_files(run: Run) -> N
         else f"{rows} tokens"
     )
 
+
+def test_the_cards_numbers_of_the_data_are_those_of_the_corpus_and_its_tokens(run: Run) -> None:
+    config = load(run.directory)
     prepared = prepare(config, run.directory)
     pieces = list(read_corpus(config.data, cache_root(config.data)))
-    data = table_of(card, "Data")
+    data = table_of(card_of(run), "Data")
     for name, held_out, mixture in (
         ("For training", False, prepared.train),
         ("Held out", True, prepared.heldout),
@@ -244,11 +256,15 @@ def test_every_number_in_the_card_follows_from_the_runs_own_files(run: Run) -> N
         assert data[name] == expected
     assert data["Sequence length"] == f"{SEQUENCE_LENGTH} tokens"
 
+
+def test_the_cards_numbers_of_the_training_are_those_of_its_settings(run: Run) -> None:
+    card, config = card_of(run), load(run.directory)
     seen = STEPS * SAMPLES_A_STEP
     training = table_of(card, "Training")
     tokens = seen * SEQUENCE_LENGTH
+    samples_per_epoch = prepare(config, run.directory).samples_per_epoch
     assert training["Seen"] == f"{seen} samples, {tokens:,} tokens, {STEPS} steps"
-    assert training["Epochs"] == f"{seen / prepared.samples_per_epoch:.2g}"
+    assert training["Epochs"] == f"{seen / samples_per_epoch:.2g}"
     assert training["Batch"] == f"{SAMPLES_A_STEP} samples"
     rate = f"{config.trainer.learning_rate:g} at its peak"
     assert training["Learning rate"].startswith(f"{rate}, {config.trainer.lr_scheduler}")
@@ -256,7 +272,11 @@ def test_every_number_in_the_card_follows_from_the_runs_own_files(run: Run) -> N
     assert training["Gradient norm"] == f"at most {config.trainer.max_grad_norm:g}"
     assert training["Strategy"].endswith(" on 2 rank(s)")
     assert training["Seed"] == str(config.seed)
+    assert f"that is {tokens / parameters_of(run):.2g} tokens per parameter" in card
 
+
+def test_the_cards_losses_are_those_of_the_metrics(run: Run) -> None:
+    card, metrics = card_of(run), metrics_of(run.directory)
     trained = [line for line in metrics if "loss" in line]
     evaluated = [line for line in metrics if "eval_loss" in line]
     measured = table_of(card, "On held-out documents")
@@ -280,8 +300,6 @@ def test_every_number_in_the_card_follows_from_the_runs_own_files(run: Run) -> N
         evaluation = f"{by_step[line['step']]:.4f}" if line["step"] in by_step else ""
         cells = [str(line["step"]), f"{line['tokens']:,}", f"{line['loss']:.4f}", evaluation]
         assert re.search(r" *\| *".join(map(re.escape, ["", *cells, ""])), card), cells
-
-    assert f"that is {tokens / parameters:.2g} tokens per parameter" in card
 
 
 # Runs what a card shows, with its placeholder replaced, and fails where transformers says anything.

@@ -28,6 +28,11 @@ ROOMS = (
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "datasets"}
 """What takes seconds to import, and is not there for a launcher to need."""
 PACKAGES = ("train", "launchers", "benchmarks")
+LONGEST_LINES = 70
+"""What a function may have, signature and docstring included, as it is to be read at once.
+
+A longer one is divided by what its parts decide.
+"""
 
 
 @cache
@@ -125,3 +130,17 @@ def test_no_test_imports_from_another() -> None:
         and any(part.startswith("test_") for part in str(node.module).split("."))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "docs", "tests"])
+def test_no_function_is_longer_than_is_read_at_once(folder: str) -> None:
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    too_long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_LINES
+    ]
+    assert not too_long, f"over {LONGEST_LINES} lines: " + "; ".join(too_long)

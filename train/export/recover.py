@@ -25,7 +25,7 @@ from train.console import progress
 from train.durable import atomic_directory, temporary_of
 from train.errors import UserError
 from train.export import safetensors as whole
-from train.export.card import recovered_card
+from train.export.card import Card, recovered_card
 from train.export.contents import DTYPES, Contents, contents
 from train.model import generation, remote_code
 from train.model.directory import (
@@ -91,28 +91,13 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     began, memory = time.monotonic(), _Memory()
     _check_out(options.out)
     budget = _budget(options.max_memory_bytes)
-    with _bar("checking hashes", err) as advance, _naming_damage(options.source):
-        chosen = choose(
-            options.source,
-            options.step,
-            lambda text: progress.write(text, err),
-            advance,
-            options.section,
-        )
+    chosen = _chosen(options, err)
     _check_apart(options.out, chosen.path)
     config_path = _config_path(options, chosen)
     with memory.of_imports():
         model_class = architecture(config_path, trusts_code=options.trusts_code)
     model = on_meta(model_class, config_path, trusts_code=options.trusts_code)
-    state = chosen.state
-    check_extents([*state.weights.values(), *state.buffers.values(), *state.ema.values()])
-    found = contents(
-        model,
-        state,
-        DTYPES[options.dtype],
-        ema=options.ema,
-        allow_upcast=options.allow_upcast,
-    )
+    found = _contents(options, chosen, model)
     tokenizer = _tokenizer_files(options, chosen)
     for note in [*found.notes, *([] if tokenizer else [_NO_TOKENIZER])]:
         print(f"warning: {note}", file=err)
@@ -123,34 +108,14 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     if options.dry_run:
         return
 
-    config, code = _config_as_written(config_path, DTYPES[options.dtype])
-    generation_text, settings = _generation_config(config_path, lambda t: print(t, file=err))
-    card = recovered_card(
-        config,
-        chosen.origin,
-        chosen.step,
-        chosen.run_dir,
-        chosen.manifest,
-        options.dtype,
-        found.parameters,
-        settings,
-    )
+    beside = _beside_the_weights(options, chosen, found, config_path, tokenizer, err)
     with _writing(options.out) as directory:
         writer = whole.Writer(directory, plan, allow_nan=options.allow_nan)
         with _bar("writing", err, plan.tensor_bytes) as advance:
             whole.stream(found.tensors, writer, budget, advance)
         writer.flush()
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (directory / CONFIG).write_text(text, encoding="utf-8")
-        for name, file in code.items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, directory / name)
-        for file in tokenizer:
-            shutil.copyfile(file, directory / file.name)
-        if generation_text is not None:
-            (directory / GENERATION_CONFIG).write_text(generation_text, encoding="utf-8")
-        card.write(directory)
-        loader = auto_class(model_class, config)
+        beside.write(directory)
+        loader = auto_class(model_class, beside.config)
         check_loads(directory, loader, trusts_code=options.trusts_code)
     seconds = time.monotonic() - began
     print(
@@ -162,6 +127,31 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
 
 
 # --- what can be known before the first byte ----------------------------------------------------
+
+
+def _chosen(options: Options, err: TextIO) -> Chosen:
+    """Return the checkpoint to take, read as far as its hashes tell that it is whole."""
+    with _bar("checking hashes", err) as advance, _naming_damage(options.source):
+        return choose(
+            options.source,
+            options.step,
+            lambda text: progress.write(text, err),
+            advance,
+            options.section,
+        )
+
+
+def _contents(options: Options, chosen: Chosen, model: PreTrainedModel) -> Contents:
+    """Return what of the checkpoint goes into the model directory; its files are long enough."""
+    state = chosen.state
+    check_extents([*state.weights.values(), *state.buffers.values(), *state.ema.values()])
+    return contents(
+        model,
+        state,
+        DTYPES[options.dtype],
+        ema=options.ema,
+        allow_upcast=options.allow_upcast,
+    )
 
 
 def _check_out(path: Path) -> None:
@@ -315,6 +305,54 @@ def _check_disk(out: Path, needed_bytes: int, free_bytes: int) -> None:
 
 
 # --- writing ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """All that a model directory has beside the weights."""
+
+    config: dict[str, Any]
+    code: dict[str, Path]
+    """Files to copy, by their names in the directory."""
+    tokenizer: list[Path]
+    generation_text: str | None
+    card: Card
+
+    def write(self, directory: Path) -> None:
+        text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
+        (directory / CONFIG).write_text(text, encoding="utf-8")
+        for name, file in self.code.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, directory / name)
+        for file in self.tokenizer:
+            shutil.copyfile(file, directory / file.name)
+        if self.generation_text is not None:
+            (directory / GENERATION_CONFIG).write_text(self.generation_text, encoding="utf-8")
+        self.card.write(directory)
+
+
+def _beside_the_weights(
+    options: Options,
+    chosen: Chosen,
+    found: Contents,
+    config_path: Path,
+    tokenizer: list[Path],
+    err: TextIO,
+) -> _Beside:
+    """Return what to write beside the weights; what of it is left out is said."""
+    config, code = _config_as_written(config_path, DTYPES[options.dtype])
+    generation_text, settings = _generation_config(config_path, lambda t: print(t, file=err))
+    card = recovered_card(
+        config,
+        chosen.origin,
+        chosen.step,
+        chosen.run_dir,
+        chosen.manifest,
+        options.dtype,
+        found.parameters,
+        settings,
+    )
+    return _Beside(config, code, tokenizer, generation_text, card)
 
 
 @contextmanager
