@@ -79,6 +79,17 @@ def parser() -> argparse.ArgumentParser:
         "ranks, in bounded memory.",
         epilog="Exit codes: 0, 1 failed, 2 bad input, with nothing written.",
     )
+    _add_what_is_read(found)
+    _add_how_it_is_written(found)
+    _add_what_lies_beside(found)
+    found.add_argument(
+        "--dry-run", action="store_true", help="show what would be written; write nothing"
+    )
+    return found
+
+
+def _add_what_is_read(found: argparse.ArgumentParser) -> None:
+    """Add which checkpoint, and where in it the weights are; and the directory to make of it."""
     found.add_argument(
         "source",
         type=path_of,
@@ -101,6 +112,10 @@ def parser() -> argparse.ArgumentParser:
         help="where in another program's files the weights are, such as trainer.model, if they "
         "hold several mappings of tensors",
     )
+
+
+def _add_how_it_is_written(found: argparse.ArgumentParser) -> None:
+    """Add which values are written, in which dtype, in how large files and with how much memory."""
     found.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32"
     )
@@ -125,6 +140,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="most memory to use besides what the program itself takes (default 512MiB)",
     )
+
+
+def _add_what_lies_beside(found: argparse.ArgumentParser) -> None:
+    """Add what a model directory has beside its weights: config, tokenizer, code."""
     found.add_argument(
         "--config",
         type=path_of,
@@ -142,10 +161,6 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run Python code that comes with the model; read it first",
     )
-    found.add_argument(
-        "--dry-run", action="store_true", help="show what would be written; write nothing"
-    )
-    return found
 
 
 def _bytes(text: str) -> int:
