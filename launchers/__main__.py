@@ -130,7 +130,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def module_of(command: str) -> str:
     """Return where a command is; job scripts of existing runs know some by older names. Pure."""
-    return f"launchers.{command}" if command in IN_JOB_SCRIPTS else f"launchers.commands.{command}"
+    folder = "shardwright.launchers"
+    return f"{folder}.{command}" if command in IN_JOB_SCRIPTS else f"{folder}.commands.{command}"
 
 
 def _unknown(command: str) -> str:

@@ -1,4 +1,4 @@
-"""A rank's entry: `python -m train RUN_DIR`, which `shardwright rank RUN_DIR` becomes."""
+"""A rank's entry, `python -m train RUN_DIR`: what `shardwright rank` becomes."""
 
 from __future__ import annotations
 

@@ -10,9 +10,11 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+import shardwright
+
 NAME = "shardwright"
-PACKAGES = Path(__file__).resolve().parent.parent
-"""The folder from which this package is imported."""
+PACKAGES = Path(shardwright.__file__).resolve().parents[1]
+"""The folder from which `shardwright` is imported."""
 
 
 def command(*words: str) -> str:
@@ -37,13 +39,13 @@ def program(script: Path, found: str | None) -> str:
 
 
 IMPORTS = ("PYTHONPATH", "PYTHONSAFEPATH")
-"""By which `train` is found whatever the user has set: an empty PYTHONSAFEPATH is none."""
+"""By which `shardwright` is found whatever the user has set: an empty PYTHONSAFEPATH is none."""
 
 
 def package_environment(user: Mapping[str, str], *, packages: Path = PACKAGES) -> dict[str, str]:
-    """Return the variables with which a child finds this very `train`.
+    """Return the variables with which a child finds this very `shardwright`.
 
-    `python -m` looks into the working directory first, where a user may well have a train.py.
+    `python -m` looks into the working directory first, where a user may well have another.
     """
     path = [str(packages), *filter(None, user.get("PYTHONPATH", "").split(os.pathsep))]
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}

@@ -41,6 +41,9 @@ DEFAULTS = (
 )
 """A run that is never trained, on which the launcher's overrides are composed."""
 
+RANKS_MODULE = "shardwright.train.diagnosis.doctor"
+"""What the ranks run, on whose measurements `judge_ranks` decides."""
+
 _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
 
 
@@ -100,7 +103,7 @@ def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
     argv = rank_command(
         config,
         directory,
-        module="train.diagnosis.doctor",
+        module=RANKS_MODULE,
         arguments=[str(written)],
         machine=here,
     )
@@ -164,7 +167,7 @@ def text(findings: Sequence[Finding]) -> str:
 
 
 def judge_ranks(measured: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Judge what the ranks measured (`train.doctor.Measured`); name the slowest node. Pure."""
+    """Judge what the ranks measured, each a `Measured`; name the slowest node. Pure."""
     nodes: dict[str, list[Mapping[str, Any]]] = {}
     for rank in measured:
         nodes.setdefault(rank["host"], []).append(rank)

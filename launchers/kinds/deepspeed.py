@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -189,8 +190,10 @@ def in_quotes(value: str) -> str:
 
 
 def _script(module: str) -> str:
-    path = PACKAGES.joinpath(*module.split("."))
-    return str(path / "__main__.py" if path.is_dir() else path.with_suffix(".py"))
+    found = importlib.util.find_spec(module)
+    assert found is not None, module
+    path = Path(str(found.origin))
+    return str(path if found.submodule_search_locations is None else path.with_name("__main__.py"))
 
 
 def _allocation_problems(launcher: DeepspeedLauncher) -> Iterator[str]:

@@ -29,6 +29,7 @@ from packaging.utils import canonicalize_name
 
 from launchers.machine.facts import Machine, addresses, default_interface, is_reached_by
 from train.config import OPTIMIZERS
+from train.program import PACKAGES
 from train.strategy.zero import nvme
 from train.strategy.zero.operators import is_abandoned
 
@@ -109,7 +110,7 @@ def _requirements(versions: Mapping[str, str]) -> dict[str, list[str]]:
     try:
         own = importlib.metadata.requires("shardwright") or []
     except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        project = PACKAGES / "pyproject.toml"
         own = tomllib.loads(project.read_text())["project"]["dependencies"]
     found = {"shardwright": own}
     for line in own:

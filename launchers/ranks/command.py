@@ -34,4 +34,5 @@ def prepare_command(
 
     What it shows is appended to ``log`` as well.
     """
-    return [python, "-m", "train.data", str(run_dir), *([f"--log={log}"] if log else [])]
+    shown = [f"--log={log}"] if log else []
+    return [python, "-m", "shardwright.train.data", str(run_dir), *shown]

@@ -18,7 +18,7 @@ from train.strategy.group import join
 
 
 def whole_run(run_dir: Path) -> str:
-    """Do what `python -m train RUN_DIR` does; return what this rank prints on the terminal."""
+    """Do what `shardwright rank RUN_DIR` does; return what this rank prints on the terminal."""
     rank, console = rank_from_environment(), io.StringIO()
     with join(load(run_dir), rank):
         run(run_dir, load(run_dir), rank, console)

@@ -203,7 +203,7 @@ def capture_the_group_in_a_default_argument() -> None:
 
 
 def leave_while_a_thread_writes() -> None:
-    """Leave as `train.strategy.group.join` does, while a background save talks to its peers."""
+    """Leave as `group.join` does, while a background save talks to its peers."""
     from train.loop.saving.background import finish_writing
 
     dist.init_process_group("gloo")

@@ -8,7 +8,7 @@ import torch.distributed.fsdp
 import transformers.integrations.deepspeed
 import transformers.models.gpt2.modeling_gpt2
 
-import train.__main__
-import train.run
+import shardwright.train.__main__
+import shardwright.train.run
 
-__all__ = ["datasets", "deepspeed", "tokenizers", "torch", "train", "transformers"]
+__all__ = ["datasets", "deepspeed", "shardwright", "tokenizers", "torch", "transformers"]

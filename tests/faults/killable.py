@@ -1,6 +1,6 @@
 """Ranks that can be killed, or told to stop, at any moment: forked from one process.
 
-That one has imported everything. What a rank runs is the entry of `python -m train RUN_DIR`;
+That one has imported everything. What a rank runs is the entry of `shardwright rank`;
 torchrun itself would add the seconds of its imports to each start. As torchrun does, the ranks that
 are left are ended once one has died.
 """

@@ -41,7 +41,8 @@ def test_what_a_launcher_starts_sees_nothing_of_it(what: str, tmp_path: Path) ->
         [
             sys.executable,
             "-c",
-            "import sys; from launchers import relay; from launchers.ranks import child; "
+            "import sys; from launchers import relay; "
+            "from launchers.ranks import child; "
             f"{show=}; {call}",
         ],
         cwd=tmp_path,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Each room imports only from those above it.
+# Each room imports only from those above it. They are named as folders are; imported, all of them
+# are below `shardwright`.
 ROOMS = (
     *("train.errors", "train.units", "train.durable", "train.paths", "train.program"),
     *("train.run_directory.names",),
@@ -23,11 +24,11 @@ ROOMS = (
     *("launchers.kinds", "launchers.slurm", "launchers.registry", "launchers.preflight"),
     *("launchers.ranks", "launchers.requeue", "launchers.relay", "launchers.launch"),
     *("launchers.job_end", "launchers.runs", "launchers.commands", "launchers.__main__"),
-    "benchmarks",
+    *("shardwright.__main__", "benchmarks"),
 )
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "datasets"}
 """What takes seconds to import, and is not there for a launcher to need."""
-PACKAGES = ("train", "launchers", "benchmarks")
+PACKAGES = ("train", "launchers", "shardwright", "benchmarks")
 LONGEST_LINES = 70
 """What a function may have, signature and docstring included, as it is to be read at once.
 
@@ -45,19 +46,25 @@ def modules() -> dict[str, Path]:
     return found
 
 
+def folder(name: str) -> str:
+    """Return the name of an imported module as folders have it."""
+    inner = name.removeprefix("shardwright.")
+    return inner if inner in modules() else name
+
+
 def imported(name: str) -> Iterator[tuple[str, bool]]:
     """Yield what a module imports, and whether that happens as soon as it is imported itself."""
     tree = ast.parse(modules()[name].read_text())
     at_once = {id(node) for statement in tree.body for node in _run_at_once(statement)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in at_once) for alias in node.names)
+            yield from ((folder(alias.name), id(node) in at_once) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports relatively"
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
+                inner = folder(f"{node.module}.{alias.name}")
                 is_module = inner in modules()
-                yield (inner if is_module else str(node.module)), id(node) in at_once
+                yield (inner if is_module else folder(str(node.module))), id(node) in at_once
 
 
 def _run_at_once(statement: ast.stmt) -> Iterator[ast.AST]:
@@ -73,8 +80,12 @@ def _run_at_once(statement: ast.stmt) -> Iterator[ast.AST]:
 
 @cache
 def arrows(name: str) -> frozenset[str]:
-    """Return the project's own modules that a module imports, in whatever way."""
-    return frozenset(found for found, _ in imported(name) if found in modules() and found != name)
+    """Return the project's own modules that a module imports, in whatever way.
+
+    But for the package that holds all of them, and is there before any of them is.
+    """
+    own = modules().keys() - {"shardwright"}
+    return frozenset(found for found, _ in imported(name) if found in own and found != name)
 
 
 def room(name: str) -> str | None:
@@ -104,7 +115,10 @@ def test_rooms_import_only_from_those_above_them() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", [n for n in modules() if n.partition(".")[0] == "launchers"])
+LIGHT = [n for n in modules() if n.partition(".")[0] in ("launchers", "shardwright")]
+
+
+@pytest.mark.parametrize("name", LIGHT)
 def test_a_launcher_imports_nothing_heavy(name: str) -> None:
     seen, left = {name}, [name]
     while left:
@@ -119,6 +133,24 @@ def test_a_launcher_imports_nothing_heavy(name: str) -> None:
                 if part in modules() and part not in seen:
                     seen.add(part)
                     left.append(part)
+
+
+def test_everything_is_imported_by_the_name_that_it_has_where_it_is_installed() -> None:
+    """By a folder's own name a second copy of a module would come, whose classes are others."""
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for package in (*PACKAGES, "docs", "tests")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([str(node.module)] if isinstance(node, ast.ImportFrom) else _names(node))
+        if name.partition(".")[0] in ("train", "launchers", "conf", "slurm")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def _names(node: ast.Import) -> list[str]:
+    return [alias.name for alias in node.names]
 
 
 def test_no_test_imports_from_another() -> None:

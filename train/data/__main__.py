@@ -1,4 +1,4 @@
-"""Prepare a run's tokenizer and tokens before its ranks start: python -m train.data RUN_DIR."""
+"""Prepare a run's tokenizer and tokens: `python -m train.data RUN_DIR`."""
 
 from __future__ import annotations
 

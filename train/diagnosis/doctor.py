@@ -1,4 +1,4 @@
-"""One of the ranks that `shardwright doctor` starts: `python -m train.doctor DIRECTORY REPORT`.
+"""One of the ranks that `shardwright doctor` starts, with the arguments DIRECTORY REPORT.
 
 DIRECTORY holds the config.yaml that says how many ranks there are and on what they run; the first
 rank writes what all of them measured to the file REPORT.

@@ -1,4 +1,4 @@
-"""One of the ranks that sample together: `python -m train.sharded_sample DIRECTORY ARGUMENTS`.
+"""One of the ranks that sample together, with the arguments DIRECTORY ARGUMENTS.
 
 DIRECTORY holds the config.yaml that says how the model is divided, ARGUMENTS are those of
 `shardwright sample`.

@@ -284,7 +284,8 @@ def test_a_hub_name_that_cannot_be_reached_says_what_to_do(tmp_path: Path) -> No
 
 def test_checking_a_corpus_is_light(corpus: Path) -> None:
     code = (
-        "import sys; from pydantic import TypeAdapter; from train.config import DataConfig; "
+        "import sys; from pydantic import TypeAdapter; "
+        "from train.config import DataConfig; "
         "from train.data import check_corpus; "
         f"check_corpus(TypeAdapter(DataConfig).validate_python("
         f"dict(kind='text', paths=[{str(corpus / '*.txt')!r}]))); "

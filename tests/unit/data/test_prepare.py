@@ -29,7 +29,7 @@ MakeConfig = Callable[..., RunConfig]
 
 
 def start(config: RunConfig, run_dir: Path) -> subprocess.Popen[str]:
-    """Start ``python -m train.data RUN_DIR`` as on one of a run's nodes, whose launcher owns it."""
+    """Start the preparation as on one of a run's nodes, whose launcher owns it."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return subprocess.Popen(

@@ -131,6 +131,7 @@ class Checkout:
 
 def make_checkout(tmp_path: Path) -> Checkout:
     root, cwd = tmp_path / "checkout", tmp_path / "work"
+    shutil.copytree(ROOT / "shardwright", root / "shardwright", symlinks=True)
     shutil.copytree(ROOT / "launchers", root / "launchers")
     shutil.copytree(ROOT / "conf", root / "conf")
     shutil.copytree(ROOT / "train", root / "train")

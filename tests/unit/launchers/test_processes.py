@@ -145,14 +145,15 @@ def test_srun_is_told_how_many_ranks_each_node_has_and_a_script(hosts: str) -> N
     run = resolved(
         "deepspeed", hostfile=hosts, backend="slurm", head_port=29501, backend_arguments="-c 8"
     )
-    assert rank_command(run, Path("/runs/a"), python="python", module="train.diagnosis.doctor") == [
+    module = "train.diagnosis.doctor"
+    assert rank_command(run, Path("/runs/a"), python="python", module=module) == [
         *("python", "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"),
         *("--master_port=29501", f"--hostfile={hosts}", "--launcher=slurm"),
         "--launcher_args=--nodes=4 --ntasks-per-node=2 --kill-on-bad-exit=1 -c 8",
         *("--master_addr=node1", "--no_ssh_check", "--force_multi"),
-        *(f"{PACKAGES}/train/diagnosis/doctor.py", "base64:L3J1bnMvYQ=="),
+        *(f"{PACKAGES}/shardwright/train/diagnosis/doctor.py", "base64:L3J1bnMvYQ=="),
     ]
-    assert f"{PACKAGES}/train/__main__.py" in rank_command(run, Path("/runs/a"))
+    assert f"{PACKAGES}/shardwright/train/__main__.py" in rank_command(run, Path("/runs/a"))
     assert "MASTER_ADDR=node1\nMASTER_PORT=29501\n" in launcher_of(run).files({})["deepspeed.env"]
 
 
@@ -188,7 +189,8 @@ def test_accelerate_reads_how_many_there_are_and_nothing_of_the_engine() -> None
     run = resolved("accelerate", nproc_per_node=2, nodes=2, head_address="node1", head_port=29501)
     assert rank_command(run, Path("/runs/a"), python="python", node_rank=1) == [
         *("python", "-m", "accelerate.commands.launch"),
-        *("--config_file=/runs/a/accelerate.yaml", "--machine_rank=1", "-m", "train", "/runs/a"),
+        *("--config_file=/runs/a/accelerate.yaml", "--machine_rank=1"),
+        *("-m", "train", "/runs/a"),
     ]
     (text,) = launcher_of(run).files({}).values()
     settings = yaml.safe_load(text)
@@ -208,10 +210,9 @@ def test_run_directory_is_one_argument_whatever_its_name(run_dir: str) -> None:
 
 
 def test_other_modules_get_their_arguments_behind_the_directory() -> None:
-    found = rank_command(
-        resolved("torchrun"), Path("/runs/a"), module="train.sampling.sharded", arguments=["a $x"]
-    )
-    assert found[-4:] == ["-m", "train.sampling.sharded", "/runs/a", "a $$x"]
+    module = "train.sampling.sharded"
+    found = rank_command(resolved("torchrun"), Path("/runs/a"), module=module, arguments=["a $x"])
+    assert found[-4:] == ["-m", module, "/runs/a", "a $$x"]
 
 
 def test_environment_on_a_cpu() -> None:

@@ -39,7 +39,7 @@ STOPPED = Stopped(step=7, samples=56, reason="a test", time=0.0, checkpoint=None
 @pytest.fixture
 def beside(tmp_path: Path) -> Path:
     """A directory of a user who has modules of our names."""
-    for name in ("train", "launchers", "conf", "slurm"):
+    for name in ("train", "launchers", "conf", "slurm", "shardwright"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the user has run {name}.py')\n")
     return tmp_path
 
@@ -88,7 +88,9 @@ def printed() -> list[str]:
         report.failure(1, [], RUN_DIR, 15, config=config),
         submit._submitted(RUN_DIR, "7", None),
     ]
-    lines = re.findall(r"(?:env \S+ \S+ \S+ -m launchers|[^\s`]*shardwright) .*'", "\n".join(texts))
+    lines = re.findall(
+        r"(?:env \S+ \S+ \S+ -m shardwright|[^\s`]*shardwright) .*'", "\n".join(texts)
+    )
     return [line.removesuffix(" --prompt '...'") for line in lines]
 
 
@@ -101,7 +103,7 @@ def test_every_command_that_is_printed_runs_there(
     if where == "not installed":
         monkeypatch.setattr(sysconfig, "get_path", lambda name: str(beside))
     lines = printed()
-    found = [re.search(r"(?:shardwright|launchers) (\w+) ", line) for line in lines]
+    found = [re.search(r"shardwright (\w+) ", line) for line in lines]
     assert [match and match[1] for match in found] == [
         *("join", "sample", *["resume"] * 4, "logs", "status", "cancel")
     ]

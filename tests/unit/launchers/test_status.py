@@ -99,17 +99,22 @@ def test_state(known: dict[str, Any], expected: tuple[str, bool]) -> None:
 
 def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path: Path) -> None:
     run_dir = tmp_path / "a b"
-    for module in ("train", "launcher"):
+    older = "train"
+    (tmp_path / "shardwright").mkdir()
+    (tmp_path / "shardwright" / "__init__.py").touch()
+    for module in ("shardwright/train", older, "launcher"):
         (tmp_path / f"{module}.py").write_text("import time; print(flush=True); time.sleep(60)")
     script = tmp_path / "packages" / "train" / "__main__.py"
     script.parent.mkdir(parents=True)
     shutil.copy(tmp_path / "train.py", script)
     arguments = {
         "torchrun's": ("-u", "-m", "train", str(run_dir)),
+        "an older run's": ("-u", "-m", older, str(run_dir)),
         "DeepSpeed's over a hostfile": ("-u", "-m", "train", encoded(str(run_dir))),
         "DeepSpeed's by srun": ("-u", str(script), encoded(str(run_dir))),
         "another run's by srun": ("-u", str(script), encoded(str(tmp_path / "b"))),
         "by hand": ("-m", "train", str(run_dir)),
+        "an older run's by hand": ("-m", older, str(run_dir)),
         "another run's": ("-m", "train", encoded(str(tmp_path / "b"))),
         "what is no run's": ("-m", "train", f"{ENCODED}?"),
         "a launcher": ("-m", "launcher", "-m", "train", str(run_dir)),
@@ -124,7 +129,8 @@ def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path
             process.stdout.readline()  # it has its arguments
         found = rank_processes(run_dir)
         assert {name for name, process in started.items() if process.pid in found} == {
-            *("torchrun's", "DeepSpeed's over a hostfile", "DeepSpeed's by srun", "by hand")
+            *("torchrun's", "DeepSpeed's over a hostfile", "DeepSpeed's by srun", "by hand"),
+            *("an older run's", "an older run's by hand"),
         }
     finally:
         for process in started.values():

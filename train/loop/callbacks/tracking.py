@@ -14,7 +14,6 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback
 
-import train
 from train import program
 from train.config import RunConfig
 from train.console import progress
@@ -32,7 +31,7 @@ OFFLINE_SECONDS = 15.0
 class Tracking(TrainerCallback):
     """A tracker that can neither stop a run nor hold it up: it is a process of its own.
 
-    `train.tracker` reads metrics.jsonl; all that passes here is what a person is to be told.
+    It reads metrics.jsonl; all that passes here is what a person is to be told.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, console: TextIO) -> None:
@@ -54,14 +53,12 @@ class Tracking(TrainerCallback):
     def start(self, *flags: str) -> None:
         if self._config.tracking.kind == "none" or self._process is not None:
             return
-        packages = str(Path(train.__file__).resolve().parent.parent)
-        path = os.pathsep.join([packages, *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "train.tracker", str(self._run_dir), *flags],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                env={**os.environ, **program.package_environment(os.environ)},
             )
         except OSError as error:  # no memory, or no room for a process more
             self._say(
