@@ -35,7 +35,7 @@ BEGIN = f"<!-- Made by `{COMMAND}` of the first line of each module: edit those.
 END = "<!-- The end of the tree. -->"
 BEGIN_OPTIMIZERS = f"<!-- Made by `{COMMAND}` of train/config/optimizers.py: edit that. -->"
 END_OPTIMIZERS = "<!-- The end of the optimizers. -->"
-PACKAGES = ("train", "launchers", "benchmarks")
+PACKAGES = ("shardwright", "train", "launchers", "benchmarks")
 MOST_SIZES_OF_AN_OPTION = 3
 """An option that has to give more fields than these is a preset, whose file shows its sizes."""
 
@@ -391,7 +391,7 @@ def _folder(folder: Path, depth: int) -> Iterator[str]:
         if path.name != "__init__.py":
             yield _line(path.name, path, depth + 1)
     for below in sorted(folder.iterdir()):
-        if (below / "__init__.py").is_file():
+        if (below / "__init__.py").is_file() and not below.is_symlink():
             yield from _folder(below, depth + 1)
 
 
