@@ -24,8 +24,8 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.train_gpu import versions
-from train.errors import BAD_INPUT, UserError
-from train.strategy.zero.adam import deepspeed_cpu_adam
+from shardwright.train.errors import BAD_INPUT, UserError
+from shardwright.train.strategy.zero.adam import deepspeed_cpu_adam
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 NOT_DECAYED_SHARE = 0.001

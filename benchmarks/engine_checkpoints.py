@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from train.model.blocks import blocks
-from train.process.leave import leave_process_group
+from shardwright.train.model.blocks import blocks
+from shardwright.train.process.leave import leave_process_group
 
 TAG = "global_step1"
 

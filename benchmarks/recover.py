@@ -31,10 +31,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks import fabricated
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, versions
-from launchers.composition.compose import compose, plain
-from train.config import ScratchModel, from_tree
-from train.errors import FAILED
-from train.program import package_environment
+from shardwright.launchers.composition.compose import compose, plain
+from shardwright.train.config import ScratchModel, from_tree
+from shardwright.train.errors import FAILED
+from shardwright.train.program import package_environment
 
 KINDS = ("zero2", "zero3", "fsdp")
 MODELS = ("gpt2_tiny", "gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl")
@@ -60,12 +60,12 @@ def programs(kind: str, checkpoint: Path, config: Path, out: Path) -> list[Progr
     ours = Program(
         OURS,
         [
-            *(python, "-m", "launchers", "recover", str(checkpoint), str(out / OURS)),
+            *(python, "-m", "shardwright", "recover", str(checkpoint), str(out / OURS)),
             *("--config", str(config)),
         ],
         [
             *(python, "-c"),
-            "import launchers.commands.recover, train.export.recover; "
+            "import shardwright.launchers.commands.recover, shardwright.train.export.recover; "
             "import transformers.models.gpt2.modeling_gpt2",
         ],
     )

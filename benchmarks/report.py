@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.flops import peak_bf16_flops, training_flops_per_token
-from train.config import RunConfig, ScratchModel
+from shardwright.train.config import RunConfig, ScratchModel
 
 STOCK = "stock"
 """The peer: what one would run with transformers alone."""

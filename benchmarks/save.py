@@ -22,16 +22,16 @@ from omegaconf import OmegaConf
 
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, prepare, uses_gpu, versions
-from launchers import preflight
-from launchers.composition.compose import compose
-from launchers.machine import directories
-from launchers.machine import facts as machine
-from launchers.machine.facts import Machine
-from launchers.ranks.command import rank_command
-from launchers.ranks.environment import rank_environment
-from train.config import RunConfig, from_tree
-from train.errors import BAD_INPUT, FAILED, UserError
-from train.run_directory.names import LOGS
+from shardwright.launchers import preflight
+from shardwright.launchers.composition.compose import compose
+from shardwright.launchers.machine import directories
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.ranks.command import rank_command
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.run_directory.names import LOGS
 
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
 OBJECTIVES = {"kantaibert": "mlm", "roberta_tiny": "mlm", "gpt2_small": "clm", "gpt2_tiny": "clm"}

@@ -18,22 +18,22 @@ import transformers
 from torch.utils.data import Dataset
 
 from benchmarks.flops import matmul_parameters
-from train import config as run_config
-from train import data
-from train.config import (
+from shardwright.train import config as run_config
+from shardwright.train import data
+from shardwright.train.config import (
     RankLayout,
     RunConfig,
     accumulation_steps,
     samples_wanted,
     total_steps,
 )
-from train.data.batches.loader import train_loader
-from train.model import build as models
-from train.process.memory import peak_resident_bytes
-from train.process.rank import rank_from_environment
-from train.run import assemble
-from train.strategy.group import join
-from train.strategy.replicated import Replicated
+from shardwright.train.data.batches.loader import train_loader
+from shardwright.train.model import build as models
+from shardwright.train.process.memory import peak_resident_bytes
+from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.run import assemble
+from shardwright.train.strategy.group import join
+from shardwright.train.strategy.replicated import Replicated
 
 
 class Clock(transformers.TrainerCallback):

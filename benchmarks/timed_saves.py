@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import transformers
 
-from train import config as run_config
-from train.checkpoint.format import layout
-from train.loop.trainer import Trainer
-from train.process.rank import Rank, rank_from_environment
-from train.run import assemble
-from train.run_directory.names import CHECKPOINTS
-from train.strategy.group import join
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.process.rank import Rank, rank_from_environment
+from shardwright.train.run import assemble
+from shardwright.train.run_directory.names import CHECKPOINTS
+from shardwright.train.strategy.group import join
 
 WAYS = ("none", "sync", "async")
 

@@ -23,17 +23,17 @@ from omegaconf import OmegaConf
 
 from benchmarks.flops import peak_bf16_flops
 from benchmarks.report import STOCK, Figures, markdown, overall_ratio, summary
-from launchers import preflight
-from launchers.composition.compose import compose
-from launchers.machine import directories
-from launchers.machine import facts as machine
-from launchers.machine.facts import Machine
-from launchers.ranks.command import prepare_command
-from launchers.ranks.environment import rank_environment
-from train.config import RunConfig, from_tree
-from train.errors import BAD_INPUT, FAILED, UserError
-from train.program import package_environment
-from train.run_directory.names import LOGS
+from shardwright.launchers import preflight
+from shardwright.launchers.composition.compose import compose
+from shardwright.launchers.machine import directories
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.ranks.command import prepare_command
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.program import package_environment
+from shardwright.train.run_directory.names import LOGS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -23,9 +23,9 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from train.config.optimizers import OPTIMIZERS, OptimizerFacts
-from train.config.section import Section
-from train.config.sections import Sections
+from shardwright.train.config.optimizers import OPTIMIZERS, OptimizerFacts
+from shardwright.train.config.section import Section
+from shardwright.train.config.sections import Sections
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

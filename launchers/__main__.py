@@ -8,8 +8,8 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from train.console import terminal
-from train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
+from shardwright.train.console import terminal
+from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 
 COMMANDS = (
     *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
@@ -89,15 +89,15 @@ def _run(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        from launchers.report import error_text
+        from shardwright.launchers.report import error_text
 
         print(error_text(str(error)), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
     except (OSError, MemoryError) as error:
-        from launchers.report import error_text
-        from train.process import exhausted
+        from shardwright.launchers.report import error_text
+        from shardwright.train.process import exhausted
 
         if (why := exhausted.explained(error, room="free some space, and try again")) is None:
             raise
@@ -119,7 +119,7 @@ def _dispatch(arguments: list[str]) -> int:
             print(f"shardwright {_version()}")
             return 0
         case ["-sc" | "--shell-completion" | "--shell_completion", *_]:
-            from launchers.commands import completion
+            from shardwright.launchers.commands import completion
 
             return completion.main(arguments, COMMANDS, module_of)
         case [command, *rest] if command in COMMANDS:

@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import report, requeue, resumes
-from launchers.slurm import jobs as slurm
-from train import config as run_config
-from train import program
-from train.config import SlurmLauncher
-from train.console import terminal
-from train.errors import BAD_INPUT, RESUMABLE, UserError
-from train.run_directory import stop_note
-from train.run_directory.failures import rank_failures
+from shardwright.launchers import report, requeue, resumes
+from shardwright.launchers.slurm import jobs as slurm
+from shardwright.train import config as run_config
+from shardwright.train import program
+from shardwright.train.config import SlurmLauncher
+from shardwright.train.console import terminal
+from shardwright.train.errors import BAD_INPUT, RESUMABLE, UserError
+from shardwright.train.run_directory import stop_note
+from shardwright.train.run_directory.failures import rank_failures
 
 GO_ON = 76
 """What the job script takes for "back into the queue"."""

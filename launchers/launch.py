@@ -11,23 +11,23 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launchers import report
-from launchers.machine import directories
-from launchers.machine.facts import Machine
-from launchers.ranks import child
-from launchers.ranks.command import prepare_command, rank_command
-from launchers.ranks.environment import rank_environment
-from launchers.registry import launcher_of
-from train.config import RunConfig
-from train.console import progress, terminal
-from train.durable import write_text
-from train.errors import BAD_INPUT, FAILED, RESUMABLE
-from train.process import signals
-from train.program import package_environment
-from train.run_directory import owner, stop_note, stopped_preparing
-from train.run_directory.failures import rank_failures
-from train.run_directory.names import LOGS, RUN_LOG, TORCHRUN_LOG, torchrun_log
-from train.run_directory.owner import Claim
+from shardwright.launchers import report
+from shardwright.launchers.machine import directories
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.ranks import child
+from shardwright.launchers.ranks.command import prepare_command, rank_command
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.launchers.registry import launcher_of
+from shardwright.train.config import RunConfig
+from shardwright.train.console import progress, terminal
+from shardwright.train.durable import write_text
+from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE
+from shardwright.train.process import signals
+from shardwright.train.program import package_environment
+from shardwright.train.run_directory import owner, stop_note, stopped_preparing
+from shardwright.train.run_directory.failures import rank_failures
+from shardwright.train.run_directory.names import LOGS, RUN_LOG, TORCHRUN_LOG, torchrun_log
+from shardwright.train.run_directory.owner import Claim
 
 
 def new_run(

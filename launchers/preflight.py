@@ -11,15 +11,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from launchers.machine import directories, memory
-from launchers.machine.facts import Machine, lacking
-from launchers.registry import launcher_of
-from train.config import OPTIMIZERS, RunConfig
-from train.config.tracking import WandbTracking, wandb_problems
-from train.data.sources.registry import source_of
-from train.errors import UserError
-from train.paths import not_a_directory
-from train.strategy import engine_of
+from shardwright.launchers.machine import directories, memory
+from shardwright.launchers.machine.facts import Machine, lacking
+from shardwright.launchers.registry import launcher_of
+from shardwright.train.config import OPTIMIZERS, RunConfig
+from shardwright.train.config.tracking import WandbTracking, wandb_problems
+from shardwright.train.data.sources.registry import source_of
+from shardwright.train.errors import UserError
+from shardwright.train.paths import not_a_directory
+from shardwright.train.strategy import engine_of
 
 
 def check(config: RunConfig, machine: Machine) -> None:
@@ -35,7 +35,7 @@ def check(config: RunConfig, machine: Machine) -> None:
     ]:
         raise UserError("\n".join(problems))
 
-    from train.data import check_corpus
+    from shardwright.train.data import check_corpus
 
     check_corpus(config.data)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from launchers.kinds.accelerate import Accelerate
-from launchers.kinds.deepspeed import Deepspeed
-from launchers.kinds.launcher import Launcher
-from launchers.kinds.local import Local
-from launchers.kinds.torchrun import Torchrun
-from launchers.slurm.launcher import Slurm
-from train.config import RunConfig
+from shardwright.launchers.kinds.accelerate import Accelerate
+from shardwright.launchers.kinds.deepspeed import Deepspeed
+from shardwright.launchers.kinds.launcher import Launcher
+from shardwright.launchers.kinds.local import Local
+from shardwright.launchers.kinds.torchrun import Torchrun
+from shardwright.launchers.slurm.launcher import Slurm
+from shardwright.train.config import RunConfig
 
 LAUNCHERS: dict[str, type[Launcher[Any]]] = {
     "local": Local,

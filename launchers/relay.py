@@ -10,8 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from launchers.ranks import child
-from train.console import terminal
+from shardwright.launchers.ranks import child
+from shardwright.train.console import terminal
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,16 +14,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launchers.machine.facts import Machine
-from train import program
-from train.checkpoint.format import layout
-from train.config import RunConfig, accumulation_steps, rank_layout
-from train.config.tracking import WandbTracking, wandb_unused
-from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
-from train.process import exhausted, inherited, signals
-from train.run_directory import stop_note
-from train.run_directory.failures import RankFailure
-from train.run_directory.names import (
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train import program
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.config import RunConfig, accumulation_steps, rank_layout
+from shardwright.train.config.tracking import WandbTracking, wandb_unused
+from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
+from shardwright.train.process import exhausted, inherited, signals
+from shardwright.train.run_directory import stop_note
+from shardwright.train.run_directory.failures import RankFailure
+from shardwright.train.run_directory.names import (
     CHECKPOINTS,
     DATA_JSON,
     FINAL,
@@ -33,7 +33,7 @@ from train.run_directory.names import (
     TORCHRUN_LOG,
     rank_log,
 )
-from train.run_directory.stop_note import Stopped
+from shardwright.train.run_directory.stop_note import Stopped
 
 TRACEBACK_LINES = 8
 

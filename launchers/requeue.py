@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.checkpoint.format import layout
-from train.console import terminal
-from train.process.arguments import path as path_of
-from train.run_directory import history
-from train.run_directory.names import CHECKPOINTS
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.console import terminal
+from shardwright.train.process.arguments import path as path_of
+from shardwright.train.run_directory import history
+from shardwright.train.run_directory.names import CHECKPOINTS
 
 LIMIT = 100
 

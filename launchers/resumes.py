@@ -7,16 +7,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from train import config as run_config
-from train.checkpoint import discovery
-from train.checkpoint.format import layout
-from train.checkpoint.listing import Listing
-from train.config import RunConfig, why_too_short
-from train.data.prepare import noted_samples_wanted, noted_too_small
-from train.durable import write_text
-from train.errors import UserError
-from train.run_directory import history, stop_note
-from train.run_directory.names import (
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint import discovery
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.listing import Listing
+from shardwright.train.config import RunConfig, why_too_short
+from shardwright.train.data.prepare import noted_samples_wanted, noted_too_small
+from shardwright.train.durable import write_text
+from shardwright.train.errors import UserError
+from shardwright.train.run_directory import history, stop_note
+from shardwright.train.run_directory.names import (
     CHECKPOINTS,
     ENGINE_JSON,
     FAILURES,

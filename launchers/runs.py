@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers.ranks.processes import rank_processes
-from launchers.slurm import jobs as slurm
-from train import config as run_config
-from train.checkpoint.format import layout
-from train.config import Progress, RunConfig, total_steps
-from train.data.prepare import noted_samples_wanted
-from train.errors import Diverged
-from train.run_directory import final, owner, stop_note
-from train.run_directory.failures import RankFailure, rank_failures
-from train.run_directory.metrics import tail
-from train.run_directory.names import CHECKPOINTS, METRICS, RUN_CONFIG
-from train.run_directory.owner import Owner
-from train.units import duration
+from shardwright.launchers.ranks.processes import rank_processes
+from shardwright.launchers.slurm import jobs as slurm
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.config import Progress, RunConfig, total_steps
+from shardwright.train.data.prepare import noted_samples_wanted
+from shardwright.train.errors import Diverged
+from shardwright.train.run_directory import final, owner, stop_note
+from shardwright.train.run_directory.failures import RankFailure, rank_failures
+from shardwright.train.run_directory.metrics import tail
+from shardwright.train.run_directory.names import CHECKPOINTS, METRICS, RUN_CONFIG
+from shardwright.train.run_directory.owner import Owner
+from shardwright.train.units import duration
 
 SILENT_SECONDS = 120.0
 """A run that no process of this machine belongs to is taken for alive for so long at least."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.format import layout
+from shardwright.train.checkpoint.format import layout
 
 FILES = ("engine/shard-0.pt", "engine/shard-1.pt", "rng-0.pt", "trainer_state.json")
 

@@ -1,4 +1,4 @@
-"""A rank's entry, `python -m train RUN_DIR`: what `shardwright rank` becomes."""
+"""A rank's entry, `python -m shardwright.train RUN_DIR`: what `shardwright rank` becomes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from train.console import terminal
-from train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, UserError
-from train.process import inherited, signals
-from train.process.arguments import decoded
-from train.process.stop_request import watch_for_stop
-from train.run_directory import stop_note
+from shardwright.train.console import terminal
+from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, UserError
+from shardwright.train.process import inherited, signals
+from shardwright.train.process.arguments import decoded
+from shardwright.train.process.stop_request import watch_for_stop
+from shardwright.train.run_directory import stop_note
 
 if TYPE_CHECKING:
-    from train.config import RunConfig
-    from train.process.rank import Rank
+    from shardwright.train.config import RunConfig
+    from shardwright.train.process.rank import Rank
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
         return BAD_INPUT
     run_dir = Path(decoded(argv[0]))
 
-    from train import config
-    from train.process.rank import rank_from_environment
-    from train.run_directory import owner
+    from shardwright.train import config
+    from shardwright.train.process.rank import rank_from_environment
+    from shardwright.train.run_directory import owner
 
     try:
         rank = rank_from_environment()
@@ -50,9 +50,9 @@ def main(argv: list[str]) -> int:
 
 
 def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
-    from train.console import progress
-    from train.process import exhausted, logs
-    from train.run_directory.failures import note_failure
+    from shardwright.train.console import progress
+    from shardwright.train.process import exhausted, logs
+    from shardwright.train.run_directory.failures import note_failure
 
     try:
         console = logs.open_rank_log(
@@ -84,13 +84,13 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
                 silent_seconds=time.time() - float(os.environ.get(progress.BEGAN, time.time())),
             )
             progress.now("importing libraries")
-            from train.strategy.group import join
+            from shardwright.train.strategy.group import join
 
             progress.now("waiting for all ranks")
             # Inside of the group: to leave it may take until peers are ended for this very report.
             with join(settings, rank), report.of_what_fails():
                 progress.now("importing libraries")
-                from train.run import run
+                from shardwright.train.run import run
 
                 final = run(run_dir, settings, rank, console)
                 progress.begin("ending the ranks", comes_again=True)
@@ -133,8 +133,8 @@ class _FailureReport:
             raise _Reported(BAD_INPUT if isinstance(error, UserError) else FAILED) from error
 
     def _report_divergence(self, error: Diverged) -> None:
-        from train.run_directory import owner
-        from train.run_directory.failures import note_failure
+        from shardwright.train.run_directory import owner
+        from shardwright.train.run_directory.failures import note_failure
 
         logger.error("%s", error)
         with suppress(OSError):  # a full disk
@@ -144,9 +144,9 @@ class _FailureReport:
             print(f"error: {error}", file=self.console)
 
     def _report(self, error: Exception) -> None:
-        from train.process import exhausted
-        from train.run_directory import owner
-        from train.run_directory.failures import note_failure
+        from shardwright.train.process import exhausted
+        from shardwright.train.run_directory import owner
+        from shardwright.train.run_directory.failures import note_failure
 
         logger.exception("rank %d failed", self.rank.index)
         explanation = exhausted.explained(error, self.settings)
@@ -166,7 +166,7 @@ def _starting(ranks: int) -> str:
 
 def _exit(code: int) -> NoReturn:
     """End the process, without waiting for a communicator that waits for a peer itself."""
-    leave = sys.modules.get("train.process.leave")  # with torch, or not at all
+    leave = sys.modules.get("shardwright.train.process.leave")  # with torch, or not at all
     if leave is not None and leave.is_pending():
         logging.shutdown()
         sys.stdout.flush()

@@ -32,7 +32,7 @@ def program(script: Path, found: str | None) -> str:
     if not script.exists():
         settings: Mapping[str, str] = {"PYTHONPATH": str(PACKAGES), "PYTHONSAFEPATH": "1"}
         given = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
-        return f"env {given} {shlex.quote(sys.executable)} -m launchers"
+        return f"env {given} {shlex.quote(sys.executable)} -m shardwright"
     if found is not None and script.samefile(found):
         return NAME
     return shlex.quote(str(script))

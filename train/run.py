@@ -10,10 +10,10 @@ from typing import TextIO
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import align_special_tokens
 
-from train import data
-from train.checkpoint.format.damage import in_one_line
-from train.checkpoint.format.layout import read_manifest
-from train.config import (
+from shardwright.train import data
+from shardwright.train.checkpoint.format.damage import in_one_line
+from shardwright.train.checkpoint.format.layout import read_manifest
+from shardwright.train.config import (
     BEGINNING,
     RunConfig,
     Schedule,
@@ -22,36 +22,36 @@ from train.config import (
     total_steps,
     why_too_short,
 )
-from train.console import progress
-from train.data.batches.loader import eval_loader, train_loader
-from train.data.tokens import tokenizer
-from train.errors import UserError
-from train.export.card import model_card
-from train.export.final import best_checkpoint, export
-from train.loop import resuming, stopping
-from train.loop.arguments import training_arguments
-from train.loop.callbacks import early_stopping
-from train.loop.callbacks.engine import EngineReady
-from train.loop.callbacks.held_out import HeldOut
-from train.loop.callbacks.metrics import Metrics
-from train.loop.callbacks.progress import Progress
-from train.loop.callbacks.tracking import Tracking
-from train.loop.resuming import Resumed
-from train.loop.trainer import Trainer
-from train.model import build as models
-from train.model import generation, origin
-from train.model.blocks import parameter_count
-from train.model.directory import rehearse
-from train.model.weights import Values, drawn
-from train.process import signals
-from train.process.agreement import check, from_all, together
-from train.process.provenance import write_provenance
-from train.process.rank import Rank
-from train.run_directory import final, history
-from train.run_directory import metrics as run_directory_metrics
-from train.run_directory.names import TOKENIZER_FOLDER
-from train.sampling import sample
-from train.strategy import engine_of
+from shardwright.train.console import progress
+from shardwright.train.data.batches.loader import eval_loader, train_loader
+from shardwright.train.data.tokens import tokenizer
+from shardwright.train.errors import UserError
+from shardwright.train.export.card import model_card
+from shardwright.train.export.final import best_checkpoint, export
+from shardwright.train.loop import resuming, stopping
+from shardwright.train.loop.arguments import training_arguments
+from shardwright.train.loop.callbacks import early_stopping
+from shardwright.train.loop.callbacks.engine import EngineReady
+from shardwright.train.loop.callbacks.held_out import HeldOut
+from shardwright.train.loop.callbacks.metrics import Metrics
+from shardwright.train.loop.callbacks.progress import Progress
+from shardwright.train.loop.callbacks.tracking import Tracking
+from shardwright.train.loop.resuming import Resumed
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.model import build as models
+from shardwright.train.model import generation, origin
+from shardwright.train.model.blocks import parameter_count
+from shardwright.train.model.directory import rehearse
+from shardwright.train.model.weights import Values, drawn
+from shardwright.train.process import signals
+from shardwright.train.process.agreement import check, from_all, together
+from shardwright.train.process.provenance import write_provenance
+from shardwright.train.process.rank import Rank
+from shardwright.train.run_directory import final, history
+from shardwright.train.run_directory import metrics as run_directory_metrics
+from shardwright.train.run_directory.names import TOKENIZER_FOLDER
+from shardwright.train.sampling import sample
+from shardwright.train.strategy import engine_of
 
 
 def run(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Path | None:

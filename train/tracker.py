@@ -1,4 +1,4 @@
-"""A run's tracker, in a process of its own: `python -m train.tracker RUN_DIR`.
+"""A run's tracker, in a process of its own: `python -m shardwright.train.tracker RUN_DIR`.
 
 It hands every line of metrics.jsonl on, as it is, so that TensorBoard and W&B show the numbers of
 the run at the run's steps; a line that a resume has dropped is not handed on again. Whatever it
@@ -26,10 +26,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from train import config as run_config
-from train import program
-from train.config import RunConfig
-from train.config.tracking import (
+from shardwright.train import config as run_config
+from shardwright.train import program
+from shardwright.train.config import RunConfig
+from shardwright.train.config.tracking import (
     TensorboardTracking,
     WandbTracking,
     most_cautious_mode,
@@ -37,11 +37,11 @@ from train.config.tracking import (
     wandb_name,
     wandb_project,
 )
-from train.durable import write_text
-from train.errors import FAILED
-from train.process import signals
-from train.process.arguments import decoded
-from train.run_directory.names import METRICS, TENSORBOARD_FOLDER, WANDB_FOLDER
+from shardwright.train.durable import write_text
+from shardwright.train.errors import FAILED
+from shardwright.train.process import signals
+from shardwright.train.process.arguments import decoded
+from shardwright.train.run_directory.names import METRICS, TENSORBOARD_FOLDER, WANDB_FOLDER
 
 POLL_SECONDS = 0.5
 INIT_SECONDS = 60.0
@@ -359,7 +359,9 @@ def main(argv: list[str]) -> int:
     """
     for number in signals.SIGNALS:  # its stdin says when to end
         signal.signal(number, signal.SIG_IGN)
-    parser = argparse.ArgumentParser(prog="python -m train.tracker", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m shardwright.train.tracker", description=__doc__
+    )
     parser.add_argument("run_dir", type=decoded, help="the run's directory")
     parser.add_argument("--once", action="store_true", help="send what is there, and end")
     parser.add_argument("--offline", action="store_true", help="contact no server")

@@ -13,16 +13,16 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from launchers import report, runs
-from launchers.ranks import child
-from launchers.ranks.processes import rank_processes
-from launchers.slurm import jobs as slurm
-from train import config as run_config
-from train import program
-from train.console import terminal
-from train.errors import BAD_INPUT, FAILED, UserError
-from train.paths import absolute
-from train.run_directory import owner, stop_note, stop_request
+from shardwright.launchers import report, runs
+from shardwright.launchers.ranks import child
+from shardwright.launchers.ranks.processes import rank_processes
+from shardwright.launchers.slurm import jobs as slurm
+from shardwright.train import config as run_config
+from shardwright.train import program
+from shardwright.train.console import terminal
+from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.paths import absolute
+from shardwright.train.run_directory import owner, stop_note, stop_request
 
 POLL_SECONDS = 0.5
 SLACK_SECONDS = 60.0

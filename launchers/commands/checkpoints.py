@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train import config as run_config
-from train.checkpoint.format import layout
-from train.checkpoint.retention import Saved, marks
-from train.config import CheckpointConfig
-from train.console import progress
-from train.errors import FAILED, UserError
-from train.process.arguments import path as path_of
-from train.run_directory.names import CHECKPOINTS, RUN_CONFIG
-from train.units import duration, size
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.retention import Saved, marks
+from shardwright.train.config import CheckpointConfig
+from shardwright.train.console import progress
+from shardwright.train.errors import FAILED, UserError
+from shardwright.train.process.arguments import path as path_of
+from shardwright.train.run_directory.names import CHECKPOINTS, RUN_CONFIG
+from shardwright.train.units import duration, size
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 
-from launchers.composition.compose import compose
-from launchers.composition.errors import qualify
+from shardwright.launchers.composition.compose import compose
+from shardwright.launchers.composition.errors import qualify
 
 PROGRAM_FLAGS = ("--help", "--version")
 

@@ -13,24 +13,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers import preflight, report
-from launchers.composition.compose import compose, plain
-from launchers.composition.errors import refuse_dashes
-from launchers.machine import directories, health, names
-from launchers.machine import facts as machine
-from launchers.machine.facts import Machine
-from launchers.machine.health import CLOCK_SKEW_SECONDS, Finding
-from launchers.ranks import child
-from launchers.ranks.command import rank_command
-from launchers.ranks.environment import rank_environment
-from launchers.registry import launcher_of
-from train.config import RunConfig, from_tree
-from train.console import progress
-from train.durable import write_text
-from train.errors import FAILED, UserError
-from train.paths import absolute
-from train.run_directory.failures import rank_failures
-from train.run_directory.names import LOGS, TORCHRUN_LOG
+from shardwright.launchers import preflight, report
+from shardwright.launchers.composition.compose import compose, plain
+from shardwright.launchers.composition.errors import refuse_dashes
+from shardwright.launchers.machine import directories, health, names
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.machine.health import CLOCK_SKEW_SECONDS, Finding
+from shardwright.launchers.ranks import child
+from shardwright.launchers.ranks.command import rank_command
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.launchers.registry import launcher_of
+from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.console import progress
+from shardwright.train.durable import write_text
+from shardwright.train.errors import FAILED, UserError
+from shardwright.train.paths import absolute
+from shardwright.train.run_directory.failures import rank_failures
+from shardwright.train.run_directory.names import LOGS, TORCHRUN_LOG
 
 SLOW_SHARE = 0.85
 """A node below this share of the median holds up all others noticeably."""

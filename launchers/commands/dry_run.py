@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.machine.facts import Machine
-from launchers.ranks.command import rank_command
-from launchers.ranks.environment import rank_environment
-from launchers.registry import launcher_of
-from train.config import RunConfig, to_yaml
-from train.strategy import engine_settings
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.ranks.command import rank_command
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.launchers.registry import launcher_of
+from shardwright.train.config import RunConfig, to_yaml
+from shardwright.train.strategy import engine_settings
 
 
 def show(configs: Sequence[RunConfig], here: Machine) -> None:

@@ -7,14 +7,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import launch, preflight
-from launchers.machine import facts as machine
-from launchers.registry import joining, launcher_of
-from train import config as run_config
-from train.config import RunConfig
-from train.console import terminal
-from train.errors import UserError
-from train.paths import absolute
+from shardwright.launchers import launch, preflight
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.registry import joining, launcher_of
+from shardwright.train import config as run_config
+from shardwright.train.config import RunConfig
+from shardwright.train.console import terminal
+from shardwright.train.errors import UserError
+from shardwright.train.paths import absolute
 
 
 def main(arguments: Sequence[str]) -> int:

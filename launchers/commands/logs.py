@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from launchers import runs
-from train.errors import UserError
-from train.paths import absolute
-from train.run_directory.names import ALL_LOGS, JOB_LOGS, LOGS, RUN_LOG, rank_log
+from shardwright.launchers import runs
+from shardwright.train.errors import UserError
+from shardwright.train.paths import absolute
+from shardwright.train.run_directory.names import ALL_LOGS, JOB_LOGS, LOGS, RUN_LOG, rank_log
 
 POLL_SECONDS = 0.5
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.console import progress, terminal
-from train.errors import FAILED, UserError
-from train.paths import absolute
-from train.process.logs import quiet_libraries
-from train.units import size
+from shardwright.train.console import progress, terminal
+from shardwright.train.errors import FAILED, UserError
+from shardwright.train.paths import absolute
+from shardwright.train.process.logs import quiet_libraries
+from shardwright.train.units import size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -66,7 +66,7 @@ class Chosen:
 
 def main(arguments: Sequence[str]) -> int:
     """Check a model directory and upload it; with --dry-run, show what that would be."""
-    from train.sampling.sample import model_directory
+    from shardwright.train.sampling.sample import model_directory
 
     options = parser().parse_args(arguments)
     check_repo_name(options.repo)
@@ -193,7 +193,7 @@ _MAKE = "`shardwright recover CHECKPOINT OUT` makes a complete directory"
 
 def _code(directory: Path) -> set[str]:
     """Return the Python files that config.json says the model is made of, and what they import."""
-    from train.model import remote_code
+    from shardwright.train.model import remote_code
 
     try:
         tree = json.loads((directory / "config.json").read_bytes())
@@ -252,7 +252,7 @@ def check_card(readme: str) -> None:
 
 def card_warnings(readme: str) -> list[str]:
     """Return what a reader of the card would miss. Pure."""
-    from train.export.card_text import MODEL_PLACEHOLDER
+    from shardwright.train.export.card_text import MODEL_PLACEHOLDER
 
     found = [text for text in _PLACEHOLDERS if text in readme.replace(MODEL_PLACEHOLDER, "")]
     problems = [f"still has the placeholder {text!r}; fill it in" for text in found]
@@ -267,8 +267,8 @@ def _check_loads(directory: Path, *, trusts_code: bool) -> None:
     quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from train.model.directory import check_loads
-    from train.sampling.sample import check_code, is_masked
+    from shardwright.train.model.directory import check_loads
+    from shardwright.train.sampling.sample import check_code, is_masked
 
     check_code(directory, trusts_code=trusts_code)
     try:
@@ -298,7 +298,7 @@ def _upload(directory: Path, files: Sequence[Path], readme: str, options: Any) -
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
     from huggingface_hub.utils import disable_progress_bars
 
-    from train.export.card_text import MODEL_PLACEHOLDER
+    from shardwright.train.export.card_text import MODEL_PLACEHOLDER
 
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -7,17 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launchers.ranks import child
-from train.errors import FAILED
-from train.paths import absolute
-from train.program import package_environment
+from shardwright.launchers.ranks import child
+from shardwright.train.errors import FAILED
+from shardwright.train.paths import absolute
+from shardwright.train.program import package_environment
 
 
 def main(arguments: Sequence[str]) -> int:
     """Become the process that trains, with the variables by which its launcher says who it is."""
     run_dir = absolute(parser().parse_args(arguments).run_dir)
     child.replace(
-        [sys.executable, "-m", "train", run_dir],
+        [sys.executable, "-m", "shardwright.train", run_dir],
         package_environment(os.environ),
         inherit_all=True,
     )

@@ -8,12 +8,12 @@ import re
 import sys
 from collections.abc import Sequence
 
-from launchers.ranks import child
-from train.console import progress, terminal
-from train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
-from train.process.arguments import path as path_of
-from train.process.logs import quiet_libraries
-from train.program import package_environment
+from shardwright.launchers.ranks import child
+from shardwright.train.console import progress, terminal
+from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
+from shardwright.train.process.arguments import path as path_of
+from shardwright.train.process.logs import quiet_libraries
+from shardwright.train.program import package_environment
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     """Check the command line and become the process that recovers, without a launcher's memory."""
     parser().parse_args(arguments)
     child.replace(
-        [sys.executable, "-m", "launchers.commands.recover", *arguments],
+        [sys.executable, "-m", "shardwright.launchers.commands.recover", *arguments],
         # Each of its threads works on a slice of its own.
         {**package_environment(os.environ), "OMP_NUM_THREADS": "1"},
     )
@@ -38,8 +38,8 @@ def recover(arguments: Sequence[str]) -> int:
     try:
         with progress.phase("importing libraries", console=sys.stderr):
             quiet_libraries()
-            from train.export.recover import Options
-            from train.export.recover import recover as run
+            from shardwright.train.export.recover import Options
+            from shardwright.train.export.recover import recover as run
 
         run(
             Options(

@@ -13,18 +13,23 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from launchers import launch, preflight, report, resumes
-from launchers.commands.dry_run import show
-from launchers.composition.compose import CONF, compose, group_options
-from launchers.composition.errors import is_free_form, refuse_dashes, unreadable, with_home_quoted
-from launchers.machine import facts as machine
-from launchers.ranks.environment import rank_environment
-from launchers.registry import launcher_of
-from launchers.slurm import submit
-from train import config as run_config
-from train.checkpoint import retention
-from train.checkpoint.format import layout
-from train.config import (
+from shardwright.launchers import launch, preflight, report, resumes
+from shardwright.launchers.commands.dry_run import show
+from shardwright.launchers.composition.compose import CONF, compose, group_options
+from shardwright.launchers.composition.errors import (
+    is_free_form,
+    refuse_dashes,
+    unreadable,
+    with_home_quoted,
+)
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.launchers.registry import launcher_of
+from shardwright.launchers.slurm import submit
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint import retention
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.config import (
     DEFAULT_MICRO_BATCH_SIZE,
     Progress,
     RunConfig,
@@ -34,12 +39,12 @@ from train.config import (
     total_steps,
     unknown_key_message,
 )
-from train.console import terminal
-from train.data.prepare import noted_samples_wanted
-from train.errors import BAD_INPUT, UserError
-from train.paths import absolute
-from train.process.arguments import path as path_of
-from train.run_directory.names import CHECKPOINTS, DATA_JSON
+from shardwright.train.console import terminal
+from shardwright.train.data.prepare import noted_samples_wanted
+from shardwright.train.errors import BAD_INPUT, UserError
+from shardwright.train.paths import absolute
+from shardwright.train.process.arguments import path as path_of
+from shardwright.train.run_directory.names import CHECKPOINTS, DATA_JSON
 
 FALLING = ("linear", "cosine", "warmup_stable_decay")
 """Schedules that end at 0 with the run, and so reach further in a longer one."""

@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.ranks import child
-from launchers.ranks.command import rank_command
-from launchers.ranks.environment import rank_environment
-from train.durable import write_text
-from train.errors import BAD_INPUT, FAILED, UserError
-from train.program import package_environment
-from train.run_directory.names import LOGS, RUN_CONFIG, TORCHRUN_LOG
-from train.sampling import sample
+from shardwright.launchers.ranks import child
+from shardwright.launchers.ranks.command import rank_command
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.train.durable import write_text
+from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.program import package_environment
+from shardwright.train.run_directory.names import LOGS, RUN_CONFIG, TORCHRUN_LOG
+from shardwright.train.sampling import sample
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,9 +29,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.strategy is not None:
         return _together(options, arguments)
     sample.model_directory(options.run_dir)  # says at once where there is none
-    argv = [sys.executable, "-m", "train.sampling.sample", *arguments]
+    argv = [sys.executable, "-m", "shardwright.train.sampling.sample", *arguments]
     child.replace(argv, package_environment(os.environ))
-    return FAILED  # not reached: this process is train.sample now
+    return FAILED  # not reached: this process is shardwright.train.sampling.sample now
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,11 +42,11 @@ def parser() -> argparse.ArgumentParser:
 def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Start ranks that hold the model together; return the exit code."""
     # Seconds of imports, which one process does without.
-    from launchers import report
-    from launchers.composition.compose import compose, plain
-    from launchers.machine import facts as machine
-    from train.config import from_tree, to_yaml
-    from train.run_directory.failures import rank_failures
+    from shardwright.launchers import report
+    from shardwright.launchers.composition.compose import compose, plain
+    from shardwright.launchers.machine import facts as machine
+    from shardwright.train.config import from_tree, to_yaml
+    from shardwright.train.run_directory.failures import rank_failures
 
     here = machine.detect(os.environ)
     model_dir = sample.model_directory(options.run_dir).absolute()
@@ -63,7 +63,9 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         write_text(directory / RUN_CONFIG, to_yaml(config))
         (directory / LOGS).mkdir()
         ended = child.run(
-            rank_command(config, directory, module="train.sampling.sharded", arguments=arguments),
+            rank_command(
+                config, directory, module="shardwright.train.sampling.sharded", arguments=arguments
+            ),
             rank_environment(config, here, os.environ),
             stderr_file=directory / LOGS / TORCHRUN_LOG,
             grace_seconds=0,  # they have nothing to save
@@ -88,7 +90,7 @@ def sampling_overrides(
 ) -> list[str]:
     """Return the overrides of a run that loads a model under a strategy, in the model's dtype."""
     dtype = json.loads((model_dir / "config.json").read_text()).get("dtype")
-    from launchers.composition.compose import quoted
+    from shardwright.launchers.composition.compose import quoted
 
     half = "bf16_pure" if strategy.startswith("fsdp") else "bf16"
     return [

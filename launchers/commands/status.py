@@ -8,12 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launchers import report
-from launchers.runs import Status, everywhere, of, runs_in
-from launchers.slurm import jobs as slurm
-from train.errors import UserError
-from train.paths import absolute
-from train.units import duration
+from shardwright.launchers import report
+from shardwright.launchers.runs import Status, everywhere, of, runs_in
+from shardwright.launchers.slurm import jobs as slurm
+from shardwright.train.errors import UserError
+from shardwright.train.paths import absolute
+from shardwright.train.units import duration
 
 
 def main(arguments: Sequence[str]) -> int:

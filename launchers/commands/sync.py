@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train import config as run_config
-from train.console import terminal
-from train.errors import FAILED, UserError
-from train.paths import absolute
-from train.program import package_environment
-from train.run_directory import owner
+from shardwright.train import config as run_config
+from shardwright.train.console import terminal
+from shardwright.train.errors import FAILED, UserError
+from shardwright.train.paths import absolute
+from shardwright.train.program import package_environment
+from shardwright.train.run_directory import owner
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     terminal.outlive()
     process = subprocess.Popen(
-        [sys.executable, "-m", "train.tracker", str(run_dir), "--once"],
+        [sys.executable, "-m", "shardwright.train.tracker", str(run_dir), "--once"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,

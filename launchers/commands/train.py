@@ -9,17 +9,17 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launchers import launch, preflight, report
-from launchers.commands.dry_run import show
-from launchers.composition.compose import Job, command_line, compose, quoted, resolved
-from launchers.kinds.launcher import Queue
-from launchers.machine import directories
-from launchers.machine import facts as machine
-from launchers.machine.facts import Machine
-from launchers.registry import launcher_of
-from train import program
-from train.config import RunConfig
-from train.errors import BAD_INPUT, RESUMABLE, UserError
+from shardwright.launchers import launch, preflight, report
+from shardwright.launchers.commands.dry_run import show
+from shardwright.launchers.composition.compose import Job, command_line, compose, quoted, resolved
+from shardwright.launchers.kinds.launcher import Queue
+from shardwright.launchers.machine import directories
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.registry import launcher_of
+from shardwright.train import program
+from shardwright.train.config import RunConfig
+from shardwright.train.errors import BAD_INPUT, RESUMABLE, UserError
 
 
 def main(arguments: Sequence[str]) -> int:

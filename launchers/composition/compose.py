@@ -19,14 +19,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launchers.composition import errors
-from launchers.machine import facts as machine
-from launchers.machine import names
-from launchers.machine.facts import Machine
-from train.config import RunConfig, from_tree
-from train.data.sources.registry import source_of
-from train.errors import BAD_INPUT, UserError
-from train.paths import absolute
+from shardwright.launchers.composition import errors
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine import names
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.data.sources.registry import source_of
+from shardwright.train.errors import BAD_INPUT, UserError
+from shardwright.train.paths import absolute
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

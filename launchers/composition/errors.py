@@ -22,8 +22,8 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from train.config import known_keys, unknown_key_message
-from train.errors import UserError
+from shardwright.train.config import known_keys, unknown_key_message
+from shardwright.train.errors import UserError
 
 USER_CAUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What composing raises over a wrong override, option or file."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import yaml
 
-from launchers.kinds import torchrun
-from launchers.kinds.launcher import UNKNOWN, Launcher, Task
-from launchers.machine.facts import Machine
-from train.config import AccelerateLauncher
-from train.run_directory.names import ACCELERATE_YAML
+from shardwright.launchers.kinds import torchrun
+from shardwright.launchers.kinds.launcher import UNKNOWN, Launcher, Task
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train.config import AccelerateLauncher
+from shardwright.train.run_directory.names import ACCELERATE_YAML
 
 
 class Accelerate(Launcher[AccelerateLauncher]):

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from launchers.kinds.launcher import UNKNOWN, Launcher, Task
-from launchers.machine import hostfile
-from launchers.machine.facts import Machine
-from train.config import DeepspeedLauncher
-from train.process.arguments import encoded
-from train.program import PACKAGES, package_environment
+from shardwright.launchers.kinds.launcher import UNKNOWN, Launcher, Task
+from shardwright.launchers.machine import hostfile
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train.config import DeepspeedLauncher
+from shardwright.train.process.arguments import encoded
+from shardwright.train.program import PACKAGES, package_environment
 
 DEEPSPEED_ENVIRONMENT = "deepspeed.env"
 """In a run's directory: the variables that the command hands on to other nodes."""

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, Protocol, TypeVar
 
-from launchers.machine.facts import Machine
-from train import program
-from train.config import RunConfig
-from train.config.launcher import LauncherSection
-from train.program import IMPORTS, PACKAGES, package_environment
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train import program
+from shardwright.train.config import RunConfig
+from shardwright.train.config.launcher import LauncherSection
+from shardwright.train.program import IMPORTS, PACKAGES, package_environment
 
 NODE_CACHE = Path(tempfile.gettempdir()) / f"shardwright-{os.getuid()}"
 UNKNOWN = Machine()
@@ -26,7 +26,7 @@ class Task:
     """What each rank runs: a module, of the run in a directory."""
 
     run_dir: Path
-    module: str = "train"
+    module: str = "shardwright.train"
     arguments: Sequence[str] = ()
 
     def __post_init__(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launchers.kinds.launcher import Launcher
-from train.config import LocalLauncher
+from shardwright.launchers.kinds.launcher import Launcher
+from shardwright.train.config import LocalLauncher
 
 
 class Local(Launcher[LocalLauncher]):

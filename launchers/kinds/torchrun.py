@@ -6,9 +6,9 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from launchers.kinds.launcher import Launcher, Task
-from launchers.machine.facts import Machine
-from train.config import TorchrunLauncher
+from shardwright.launchers.kinds.launcher import Launcher, Task
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train.config import TorchrunLauncher
 
 
 class Torchrun(Launcher[TorchrunLauncher]):

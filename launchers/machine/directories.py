@@ -8,11 +8,11 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from launchers.machine import names
-from train.config import RunConfig, to_yaml
-from train.durable import write_text
-from train.errors import UserError
-from train.run_directory.names import LOGS, RUN_CONFIG
+from shardwright.launchers.machine import names
+from shardwright.train.config import RunConfig, to_yaml
+from shardwright.train.durable import write_text
+from shardwright.train.errors import UserError
+from shardwright.train.run_directory.names import LOGS, RUN_CONFIG
 
 
 def create(

@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from launchers.machine import hostfile, names
-from train.config import (
+from shardwright.launchers.machine import hostfile, names
+from shardwright.train.config import (
     DEFAULT_MICRO_BATCH_SIZE,
     DEFAULT_SEQUENCE_LENGTH,
     LauncherConfig,
@@ -28,12 +28,12 @@ from train.config import (
     from_tree,
     rank_layout,
 )
-from train.config import largest_micro_batch as micro_batch
-from train.config.positions import longest_sample
-from train.config.precision import DTYPES, FP8_RECIPES, TF32_COMPUTE_CAPABILITY
-from train.config.tracking import wandb_mode
-from train.errors import UserError
-from train.paths import absolute
+from shardwright.train.config import largest_micro_batch as micro_batch
+from shardwright.train.config.positions import longest_sample
+from shardwright.train.config.precision import DTYPES, FP8_RECIPES, TF32_COMPUTE_CAPABILITY
+from shardwright.train.config.tracking import wandb_mode
+from shardwright.train.errors import UserError
+from shardwright.train.paths import absolute
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from typing import Literal
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from launchers.machine.facts import Machine, addresses, default_interface, is_reached_by
-from train.config import OPTIMIZERS
-from train.program import PACKAGES
-from train.strategy.zero import nvme
-from train.strategy.zero.operators import is_abandoned
+from shardwright.launchers.machine.facts import Machine, addresses, default_interface, is_reached_by
+from shardwright.train.config import OPTIMIZERS
+from shardwright.train.program import PACKAGES
+from shardwright.train.strategy.zero import nvme
+from shardwright.train.strategy.zero.operators import is_abandoned
 
 MIB, GIB = 2**20, 2**30
 PROBE_BYTES = 256 * MIB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from train.errors import UserError
+from shardwright.train.errors import UserError
 
 # As deepspeed/launcher/runner.py (0.19.8) reads them.
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")

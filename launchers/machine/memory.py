@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from launchers.machine.facts import Machine
-from train.config import OPTIMIZERS, RunConfig, TrainerConfig, rank_layout
-from train.config.precision import DTYPES
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train.config import OPTIMIZERS, RunConfig, TrainerConfig, rank_layout
+from shardwright.train.config.precision import DTYPES
 
 GIB = 2**30
 

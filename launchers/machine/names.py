@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.format.layout import MANIFEST
-from train.errors import UserError
-from train.paths import absolute, is_path
-from train.run_directory import final
-from train.run_directory.names import RUN_CONFIG, TOKENIZER_FOLDER
+from shardwright.train.checkpoint.format.layout import MANIFEST
+from shardwright.train.errors import UserError
+from shardwright.train.paths import absolute, is_path
+from shardwright.train.run_directory import final
+from shardwright.train.run_directory.names import RUN_CONFIG, TOKENIZER_FOLDER
 
 
 def following(path: Path) -> Path:

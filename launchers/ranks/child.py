@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from train.console import terminal
-from train.process import inherited, signals
-from train.run_directory import stop_request
+from shardwright.train.console import terminal
+from shardwright.train.process import inherited, signals
+from shardwright.train.run_directory import stop_request
 
 ASKS_TO_STOP = (
     signal.SIGTERM,

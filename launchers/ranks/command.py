@@ -6,17 +6,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.kinds.launcher import UNKNOWN, Task
-from launchers.machine.facts import Machine
-from launchers.registry import launcher_of
-from train.config import RunConfig
+from shardwright.launchers.kinds.launcher import UNKNOWN, Task
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.registry import launcher_of
+from shardwright.train.config import RunConfig
 
 
 def rank_command(
     config: RunConfig,
     run_dir: Path,
     *,
-    module: str = "train",
+    module: str = "shardwright.train",
     arguments: Sequence[str] = (),
     python: str = sys.executable,
     node_rank: int = 0,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from launchers.machine.facts import Machine
-from launchers.registry import launcher_of
-from train.config import RunConfig
-from train.program import PACKAGES
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.registry import launcher_of
+from shardwright.train.config import RunConfig
+from shardwright.train.program import PACKAGES
 
 
 def rank_environment(

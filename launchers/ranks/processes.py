@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from train.process.arguments import decoded
+from shardwright.train.process.arguments import decoded
 
 
 def rank_processes(run_dir: Path) -> list[int]:

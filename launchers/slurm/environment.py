@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from launchers.kinds import launcher, torchrun
-from train.config import RunConfig, SlurmLauncher
-from train.program import PACKAGES, package_environment
+from shardwright.launchers.kinds import launcher, torchrun
+from shardwright.train.config import RunConfig, SlurmLauncher
+from shardwright.train.program import PACKAGES, package_environment
 
 
 def job_environment(

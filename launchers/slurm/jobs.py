@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.durable import write_text
-from train.errors import FAILED, RESUMABLE, UserError
-from train.run_directory.names import CANCEL_JSON, SLURM_JSON
+from shardwright.train.durable import write_text
+from shardwright.train.errors import FAILED, RESUMABLE, UserError
+from shardwright.train.run_directory.names import CANCEL_JSON, SLURM_JSON
 
 NOTE = SLURM_JSON
 """In a run's directory: which job it is."""

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from launchers.kinds.launcher import Launcher, Queue, Task
-from launchers.machine.facts import Machine
-from launchers.slurm import script, submit
-from launchers.slurm.environment import job_environment
-from train.config import SlurmLauncher
-from train.program import PACKAGES
+from shardwright.launchers.kinds.launcher import Launcher, Queue, Task
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.slurm import script, submit
+from shardwright.launchers.slurm.environment import job_environment
+from shardwright.train.config import SlurmLauncher
+from shardwright.train.program import PACKAGES
 
 
 class Slurm(Launcher[SlurmLauncher]):

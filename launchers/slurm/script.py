@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.slurm.tasks import RANK_VARIABLES, STARTS
-from train.config import RunConfig, SlurmLauncher
-from train.process import inherited
-from train.run_directory.names import JOB_SCRIPT, LOGS, job_log
+from shardwright.launchers.slurm.tasks import RANK_VARIABLES, STARTS
+from shardwright.train.config import RunConfig, SlurmLauncher
+from shardwright.train.process import inherited
+from shardwright.train.run_directory.names import JOB_SCRIPT, LOGS, job_log
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "job.sbatch"
 NAME = JOB_SCRIPT

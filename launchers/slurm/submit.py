@@ -10,20 +10,20 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launchers import report
-from launchers.machine import directories
-from launchers.machine.facts import Machine
-from launchers.slurm import jobs as slurm
-from launchers.slurm import script
-from launchers.slurm.environment import job_environment
-from launchers.slurm.script import Array
-from train import program
-from train.config import RunConfig, SlurmLauncher
-from train.console import terminal
-from train.durable import write_text
-from train.errors import BAD_INPUT, FAILED, UserError
-from train.run_directory import stop_note
-from train.run_directory.names import LOGS, job_log
+from shardwright.launchers import report
+from shardwright.launchers.machine import directories
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.slurm import jobs as slurm
+from shardwright.launchers.slurm import script
+from shardwright.launchers.slurm.environment import job_environment
+from shardwright.launchers.slurm.script import Array
+from shardwright.train import program
+from shardwright.train.config import RunConfig, SlurmLauncher
+from shardwright.train.console import terminal
+from shardwright.train.durable import write_text
+from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.run_directory import stop_note
+from shardwright.train.run_directory.names import LOGS, job_log
 
 NAME = "SLURM"
 SITE = script.TEMPLATE.with_name(script.SITE)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launchers.kinds import deepspeed, torchrun
+from shardwright.launchers.kinds import deepspeed, torchrun
 
 _WIDTH = 100
 
@@ -117,11 +117,11 @@ def _wrapped(words: Sequence[str]) -> str:
 
 
 def _ranks() -> Tasks:
-    return Tasks([PYTHON, "-m", "train", RUN_DIR], of="rank", variables=RANK_VARIABLES)
+    return Tasks([PYTHON, "-m", "shardwright.train", RUN_DIR], of="rank", variables=RANK_VARIABLES)
 
 
 # SLURM with cgroup tracking signals a task's own process and nothing below it.
-_RELAY = (PYTHON, "-m", "launchers.relay", "--grace-seconds", of_job("$grace_seconds"))
+_RELAY = (PYTHON, "-m", "shardwright.launchers.relay", "--grace-seconds", of_job("$grace_seconds"))
 
 
 def _torchrun() -> Tasks:
@@ -134,7 +134,7 @@ def _torchrun() -> Tasks:
             f"{HEAD}:{PORT}",
             is_host=of_node("$((SLURM_NODEID == 0))"),
         ),
-        module="train",
+        module="shardwright.train",
         arguments=[of_job(r"${run_dir//\$/\$\$}")],  # as torchrun.plain has it
     )
     return Tasks([*_RELAY, *words])
@@ -148,7 +148,7 @@ def _deepspeed() -> Tasks:
         port=PORT,
         hostfile=hostfile,
         further=[f"--master_addr={HEAD}", f"--node_rank={of_node('$SLURM_NODEID')}"],
-        program=["--module", "train", RUN_DIR],
+        program=["--module", "shardwright.train", RUN_DIR],
     )
     lines = 'for node in "${nodes[@]}"; do echo "$node slots=$ranks_per_node"; done'
     return Tasks([*_RELAY, *words], before=f"{lines} >{in_shell(hostfile)}\n")

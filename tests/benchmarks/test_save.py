@@ -15,7 +15,7 @@ import pytest
 from benchmarks.report import Figures
 from benchmarks.save import STRATEGIES, Plan, freeze, shown, summary
 from benchmarks.timed_saves import Stretches
-from launchers.machine.facts import Machine
+from shardwright.launchers.machine.facts import Machine
 
 ROOT = Path(__file__).parents[2]
 

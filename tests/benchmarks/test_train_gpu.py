@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.report import STOCK, Figures, markdown, summary
 from benchmarks.train_gpu import MODELS, VARIANTS, Plan, freeze, overrides
-from launchers.machine.facts import Machine
-from train.config import RunConfig
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = Machine(cores=2)

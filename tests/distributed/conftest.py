@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from train.strategy.zero import nvme
+from shardwright.train.strategy.zero import nvme
 
 _PROGRAM = """
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from train.strategy.zero.operators import ready_to_build
+from shardwright.train.strategy.zero.operators import ready_to_build
 ready_to_build("pin_memory", "async_io")
 AsyncIOBuilder().load(verbose=False)
 """

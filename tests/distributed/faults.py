@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from shardwright.train.config import load
+from shardwright.train.errors import Diverged, UserError
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.process.rank import Rank, rank_from_environment
+from shardwright.train.run import assemble
+from shardwright.train.strategy.group import join
 from tests.distributed.jobs import fp16_allowed_on_a_cpu
-from train.config import load
-from train.errors import Diverged, UserError
-from train.loop.trainer import Trainer
-from train.process.rank import Rank, rank_from_environment
-from train.run import assemble
-from train.strategy.group import join
 
 
 def trained_with_a_fault(
@@ -99,7 +99,7 @@ def _train(
 @contextmanager
 def _spoilt_loss(is_on: Any) -> Iterator[None]:
     """Make the loss infinite, by an addition that leaves its gradients finite."""
-    from train.loop import trainer
+    from shardwright.train.loop import trainer
 
     sound = trainer.cross_entropy
 
@@ -113,7 +113,7 @@ def _spoilt_loss(is_on: Any) -> Iterator[None]:
 
 def _spoil_gradients(trainer: Trainer, is_on: Any) -> None:
     """Make gradients NaN on their way back through the last block; the loss stays as it is."""
-    from train.model.blocks import blocks
+    from shardwright.train.model.blocks import blocks
 
     def watch(module: Any, inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output

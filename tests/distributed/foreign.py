@@ -104,8 +104,8 @@ def group() -> Iterator[int]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch.distributed as dist
 
-    from train.process.leave import leave_process_group
-    from train.strategy.zero.engine import Zero
+    from shardwright.train.process.leave import leave_process_group
+    from shardwright.train.strategy.zero.engine import Zero
 
     dist.init_process_group("gloo")
     try:

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train.config import load
-from train.loop.trainer import Trainer
-from train.process.rank import Rank, rank_from_environment
-from train.run import assemble, run
-from train.strategy.group import join
+from shardwright.train.config import load
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.process.rank import Rank, rank_from_environment
+from shardwright.train.run import assemble, run
+from shardwright.train.strategy.group import join
 
 
 def whole_run(run_dir: Path) -> str:
@@ -107,7 +107,7 @@ def state_through_zero0(run_dir: Path) -> dict[str, Any]:
 def _state_through_zero0(run_dir: Path, rank: Rank) -> dict[str, Any]:
     import torch
 
-    from train.loop.saving.save import save
+    from shardwright.train.loop.saving.save import save
 
     trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     trainer.train()
@@ -155,12 +155,12 @@ def trained_with_broken_engine(run_dir: Path, damage: str) -> None:
 
     import torch
 
-    from train.config import RunConfig
-    from train.model.blocks import blocks
-    from train.optimizer import build as optimizer
-    from train.strategy.fsdp.engine import Fsdp
-    from train.strategy.replicated import Replicated
-    from train.strategy.zero.engine import Zero
+    from shardwright.train.config import RunConfig
+    from shardwright.train.model.blocks import blocks
+    from shardwright.train.optimizer import build as optimizer
+    from shardwright.train.strategy.fsdp.engine import Fsdp
+    from shardwright.train.strategy.replicated import Replicated
+    from shardwright.train.strategy.zero.engine import Zero
 
     sound_build = optimizer.build
 
@@ -213,7 +213,7 @@ def _train_and_watch_memory(run_dir: Path, rank: Rank) -> dict[str, Any]:
     from torch import Tensor, nn
     from torch.autograd.graph import saved_tensors_hooks
 
-    from train.model.blocks import blocks
+    from shardwright.train.model.blocks import blocks
 
     trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     calls = [0 for _ in blocks(trainer.model)]
@@ -253,7 +253,7 @@ def trained_in_emulated_fp8(run_dir: Path) -> dict[str, Any]:
     import dataclasses
     from unittest import mock
 
-    from train.model import fp8
+    from shardwright.train.model import fp8
 
     sound_config = fp8.torchao_config
 
@@ -298,8 +298,8 @@ def fp16_allowed_on_a_cpu() -> Iterator[None]:
 
 def restored_and_saved(run_dir: Path, directory: Path) -> None:
     """Restore a run that has no step left, and write what its engine then holds."""
-    from train.checkpoint.format.hashed import HashedFolder
-    from train.loop.saving.peers import Peers
+    from shardwright.train.checkpoint.format.hashed import HashedFolder
+    from shardwright.train.loop.saving.peers import Peers
 
     def save(trainer: Trainer) -> None:
         directory.mkdir(exist_ok=True)
@@ -318,7 +318,7 @@ def held(trainer: Trainer) -> dict[str, dict[str, Any]]:
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    from train.strategy.zero import masters as zero_masters
+    from shardwright.train.strategy.zero import masters as zero_masters
 
     engine = trainer.model_wrapped
     is_sharded_zero = trainer.config.strategy.kind == "zero" and trainer.config.strategy.stage > 0

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from train.config import load
-from train.loop.trainer import Trainer
-from train.model import build as models
-from train.process.rank import Rank, rank_from_environment
-from train.run import assemble
-from train.strategy.group import join
+from shardwright.train.config import load
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.model import build as models
+from shardwright.train.process.rank import Rank, rank_from_environment
+from shardwright.train.run import assemble
+from shardwright.train.strategy.group import join
 
 
 class MasterWeights(TrainerCallback):

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from train.config import load
-from train.loop.trainer import Trainer
-from train.process.rank import Rank, rank_from_environment
-from train.run import assemble
-from train.strategy.group import join
+from shardwright.train.config import load
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.process.rank import Rank, rank_from_environment
+from shardwright.train.run import assemble
+from shardwright.train.strategy.group import join
 
 Storages = dict[int, int]
 """Bytes of each storage by its address: tensors that share one are counted once."""

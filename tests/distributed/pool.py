@@ -125,7 +125,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _work(pipe: Connection) -> None:
-    from train.process.leave import gloo_worker_count  # which brings torch
+    from shardwright.train.process.leave import gloo_worker_count  # which brings torch
 
     while True:
         try:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shardwright.train.checkpoint.format import layout
 from tests.checkpoints import FILE_DAMAGES
 from tests.distributed.jobs import whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 

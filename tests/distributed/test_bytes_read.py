@@ -17,17 +17,17 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shardwright.train.checkpoint.format import lazy
+from shardwright.train.config import load
+from shardwright.train.loop.callbacks import engine as engine_callback
+from shardwright.train.model import streaming
+from shardwright.train.model.blocks import parameter_count
+from shardwright.train.process.rank import Rank, rank_from_environment
+from shardwright.train.run import assemble
+from shardwright.train.strategy.group import join
 from tests.distributed.jobs import whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from train.checkpoint.format import lazy
-from train.config import load
-from train.loop.callbacks import engine as engine_callback
-from train.model import streaming
-from train.model.blocks import parameter_count
-from train.process.rank import Rank, rank_from_environment
-from train.run import assemble
-from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
 

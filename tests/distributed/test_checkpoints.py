@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from shardwright.train.checkpoint.format import layout
 from tests.distributed.jobs import whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 

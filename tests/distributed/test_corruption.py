@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.checkpoint.discovery import newest_whole
+from shardwright.train.checkpoint.format import layout
 from tests.checkpoints import FILE_DAMAGES
 from tests.distributed.jobs import whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from train.checkpoint.discovery import newest_whole
-from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.strategy.finite import are_sound
 from tests.checkpoints import rewrite_manifest
 from tests.distributed.faults import first_batch_is_refused, trained_with_a_fault
 from tests.distributed.jobs import trained, whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from train.checkpoint.format import layout
-from train.loop.trainer import Trainer
-from train.strategy.finite import are_sound
 
 pytestmark = pytest.mark.distributed
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardwright.train import config as run_config
+from shardwright.train.diagnosis import doctor
+from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.strategy.group import join
 from tests.fixtures import Freeze, RanksOf, TreeOf
-from train import config as run_config
-from train.diagnosis import doctor
-from train.process.rank import rank_from_environment
-from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
 

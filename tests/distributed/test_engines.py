@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.loop.trainer import Trainer
 from tests.distributed.jobs import (
     alone_in_a_shell_of_another_group,
     trained,
@@ -16,7 +17,6 @@ from tests.distributed.jobs import (
 )
 from tests.distributed.pool import RanksFailed
 from tests.fixtures import Freeze, RanksOf, TreeOf
-from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
+from shardwright.train.export.card import Card
+from shardwright.train.export.final import export
+from shardwright.train.loop.trainer import Trainer
 from tests.distributed.jobs import trained, whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from train.export.card import Card
-from train.export.final import export
-from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

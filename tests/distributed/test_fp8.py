@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.loop.trainer import Trainer
 from tests.distributed.curves import curve
 from tests.distributed.jobs import trained, trained_in_emulated_fp8
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from train.loop.trainer import Trainer
 
 pytest.importorskip("torchao", reason="precision=fp8 needs the extra torchao")
 pytestmark = pytest.mark.distributed

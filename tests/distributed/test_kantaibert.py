@@ -18,19 +18,19 @@ import transformers
 from omegaconf import OmegaConf
 from torch.nn.utils.rnn import pad_sequence
 
-from launchers.composition.compose import compose
-from launchers.machine import directories
-from launchers.machine import facts as machine
-from launchers.machine.facts import Machine
+from shardwright.launchers.composition.compose import compose
+from shardwright.launchers.machine import directories
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train.config import RunConfig, from_tree, samples_wanted, total_steps
+from shardwright.train.data import prepare
+from shardwright.train.data.batches.loader import collator
+from shardwright.train.data.batches.sampler import SampleKey, sample_at
+from shardwright.train.data.batches.samples import Window
+from shardwright.train.model.build import build
+from shardwright.train.model.weights import materialize
 from tests.distributed.jobs import whole_run
 from tests.fixtures import RanksOf
-from train.config import RunConfig, from_tree, samples_wanted, total_steps
-from train.data import prepare
-from train.data.batches.loader import collator
-from train.data.batches.sampler import SampleKey, sample_at
-from train.data.batches.samples import Window
-from train.model.build import build
-from train.model.weights import materialize
 
 pytestmark = pytest.mark.distributed
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from shardwright.train.process import leave
+from shardwright.train.process.leave import gloo_worker_count, leave_process_group
 from tests.fixtures import Freeze, TreeOf
-from train.process import leave
-from train.process.leave import gloo_worker_count, leave_process_group
 
 pytestmark = pytest.mark.distributed
 
@@ -145,7 +145,7 @@ def run_fully_sharded(model: torch.nn.Module) -> None:
 def run_trainer(model: torch.nn.Module, strategy: str) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from train.strategy.zero.engine import Zero
+    from shardwright.train.strategy.zero.engine import Zero
 
     if strategy != "ddp":
         Zero.adopt_process_group()
@@ -204,7 +204,7 @@ def capture_the_group_in_a_default_argument() -> None:
 
 def leave_while_a_thread_writes() -> None:
     """Leave as `group.join` does, while a background save talks to its peers."""
-    from train.loop.saving.background import finish_writing
+    from shardwright.train.loop.saving.background import finish_writing
 
     dist.init_process_group("gloo")
     saving = begin_to_write()
@@ -218,8 +218,8 @@ def leave_while_a_thread_writes() -> None:
 
 
 def begin_to_write() -> Any:
-    from train.loop.saving.background import Background
-    from train.loop.saving.peers import Peers
+    from shardwright.train.loop.saving.background import Background
+    from shardwright.train.loop.saving.peers import Peers
 
     peers = Peers(int(os.environ["RANK"]))
 
@@ -255,7 +255,7 @@ def fail_with_a_collective_in_flight() -> None:
 
 
 def fail_in_a_group_that_cannot_be_left(run_dir: str) -> None:
-    from train.loop.trainer import Trainer
+    from shardwright.train.loop.trainer import Trainer
 
     def fail(*arguments: Any, **settings: Any) -> None:
         raise ValueError("rank 1 gives up")

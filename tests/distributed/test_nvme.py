@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shardwright.train.checkpoint.read import portable
 from tests.distributed.curves import curve
 from tests.distributed.interrupted import SAVED, STEPS, STRATEGIES, interrupted
 from tests.distributed.jobs import restored_and_saved, whole_run
 from tests.distributed.master_weights import masters_that_differ
 from tests.fixtures import RanksOf
-from train.checkpoint.read import portable
 
-logger = logging.getLogger("train")
+logger = logging.getLogger("shardwright.train")
 
 pytestmark = [
     pytest.mark.distributed,

@@ -27,18 +27,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from shardwright.train.config import load
+from shardwright.train.data.tokens.tokenizer import train_byte_bpe
+from shardwright.train.errors import UserError
+from shardwright.train.export.card import Card
+from shardwright.train.export.final import export
+from shardwright.train.export.recover import Options, recover
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.sampling.sample import sample
 from tests import own_code
 from tests.distributed.jobs import trained, whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from train.config import load
-from train.data.tokens.tokenizer import train_byte_bpe
-from train.errors import UserError
-from train.export.card import Card
-from train.export.final import export
-from train.export.recover import Options, recover
-from train.loop.trainer import Trainer
-from train.sampling.sample import sample
 
 pytestmark = pytest.mark.distributed
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from shardwright.train.checkpoint.read import portable
 from tests.distributed.jobs import held, trained
 from tests.fixtures import Freeze, RanksOf, TreeOf
-from train.checkpoint.read import portable
 
 pytestmark = pytest.mark.distributed
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shardwright.train.errors import UserError
+from shardwright.train.export.recover import Options, recover
 from tests.distributed.jobs import whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
-from train.errors import UserError
-from train.export.recover import Options, recover
 
 pytestmark = pytest.mark.distributed
 

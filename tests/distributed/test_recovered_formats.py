@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardwright.train.checkpoint.format.lazy import PortableState
+from shardwright.train.checkpoint.read import portable
 from tests.distributed import foreign
 from tests.fixtures import RanksOf
-from train.checkpoint.format.lazy import PortableState
-from train.checkpoint.read import portable
 
 pytestmark = pytest.mark.distributed
 

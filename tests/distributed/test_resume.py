@@ -14,12 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from shardwright.train.checkpoint.read import portable
 from tests.distributed.curves import curve
 from tests.distributed.interrupted import SAVED, STEPS, STRATEGIES, interrupted
 from tests.distributed.jobs import restored_and_saved, whole_run
 from tests.distributed.optimizers import COMPILED_FOR_DTENSORS, PURE_BF16, needs_torchao
 from tests.fixtures import Freeze, RanksOf, TreeOf
-from train.checkpoint.read import portable
 
 pytestmark = pytest.mark.distributed
 

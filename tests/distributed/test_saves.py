@@ -18,18 +18,18 @@ import torch
 import xxhash
 from transformers import TrainerCallback
 
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.config import CheckpointConfig, load
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.process.agreement import from_all
+from shardwright.train.process.leave import gloo_worker_count, leave_process_group
+from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.run import assemble
+from shardwright.train.strategy.group import join
 from tests.distributed.jobs import whole_run
 from tests.distributed.pool import RanksFailed
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from train.checkpoint.format import layout
-from train.config import CheckpointConfig, load
-from train.loop.trainer import Trainer
-from train.process.agreement import from_all
-from train.process.leave import gloo_worker_count, leave_process_group
-from train.process.rank import rank_from_environment
-from train.run import assemble
-from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
 
@@ -128,7 +128,7 @@ def save_slowly(trainer: Trainer, step: int) -> None:
     """Hold the write of checkpoint-2 back until two more steps have changed everything."""
     import threading
 
-    from train.checkpoint.format.hashed import HashedFolder
+    from shardwright.train.checkpoint.format.hashed import HashedFolder
 
     if step == 2:
         sound, go_on = HashedFolder.create, threading.Event()
@@ -209,7 +209,7 @@ def test_a_checkpoint_is_published_as_soon_as_it_is_written(
 def hold_for_a_second(trainer: Trainer, step: int) -> None:
     import time
 
-    from train.loop.saving import saver
+    from shardwright.train.loop.saving import saver
 
     if step == 1:
         sound = saver.write
@@ -477,10 +477,10 @@ def test_the_files_are_those_that_deepspeed_writes_itself(
 
 def write_on_two_nodes(directory: Path) -> list[str]:
     """Write two checkpoints as one of two nodes of a rank each; say what this disk keeps."""
-    from train.checkpoint import discovery
-    from train.checkpoint.format.hashed import HashedFolder
-    from train.loop.saving import save
-    from train.loop.saving.peers import Peers
+    from shardwright.train.checkpoint import discovery
+    from shardwright.train.checkpoint.format.hashed import HashedFolder
+    from shardwright.train.loop.saving import save
+    from shardwright.train.loop.saving.peers import Peers
 
     class State:
         def write(self, folder: HashedFolder) -> None:

@@ -19,18 +19,18 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from launchers.commands.sample import sampling_overrides
-from launchers.composition.compose import compose, plain
+from shardwright.launchers.commands.sample import sampling_overrides
+from shardwright.launchers.composition.compose import compose, plain
+from shardwright.train.config import from_tree, load, to_yaml
+from shardwright.train.model import build as models
+from shardwright.train.model.blocks import parameter_count
+from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.sampling.sample import parser, show
+from shardwright.train.sampling.sharded import generate
+from shardwright.train.strategy import engine_of
+from shardwright.train.strategy.group import join
 from tests.fixtures import RanksOf
 from tests.unit.saved_models import POSITIONS, TOKENS, save
-from train.config import from_tree, load, to_yaml
-from train.model import build as models
-from train.model.blocks import parameter_count
-from train.process.rank import rank_from_environment
-from train.sampling.sample import parser, show
-from train.sampling.sharded import generate
-from train.strategy import engine_of
-from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
 
@@ -103,7 +103,7 @@ def test_two_ranks_say_what_one_process_says(
 
 def shardwright(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "launchers", *arguments],
+        [sys.executable, "-m", "shardwright", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -16,10 +16,10 @@ from typing import Any
 import filelock
 import pytest
 
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.run_directory import stop_note
 from tests.faults.killable import WORLD_SIZE, AtEvent, start
 from tests.fixtures import TreeOf
-from train.checkpoint.format import layout
-from train.run_directory import stop_note
 
 pytestmark = pytest.mark.distributed
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import runs
+from shardwright.launchers import runs
+from shardwright.train.errors import UserError
+from shardwright.train.sampling import sample
 from tests.distributed.jobs import trained, whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
-from train.errors import UserError
-from train.sampling import sample
 
 pytestmark = pytest.mark.distributed
 

@@ -17,14 +17,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shardwright.train import data
+from shardwright.train.config import load
+from shardwright.train.config.model import Gpt2Model
+from shardwright.train.model import build as models
+from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.strategy import engine_of
+from shardwright.train.strategy.group import join
 from tests.fixtures import Freeze, RanksOf, TreeOf
-from train import data
-from train.config import load
-from train.config.model import Gpt2Model
-from train.model import build as models
-from train.process.rank import rank_from_environment
-from train.strategy import engine_of
-from train.strategy.group import join
 
 pytestmark = pytest.mark.distributed
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from shardwright.train import data
+from shardwright.train.config import load
+from shardwright.train.model import build as models
+from shardwright.train.model.blocks import parameter_count
+from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.strategy import engine_of
+from shardwright.train.strategy.group import join
+from shardwright.train.strategy.replicated import Replicated
 from tests.fixtures import Freeze, RanksOf, TreeOf
-from train import data
-from train.config import load
-from train.model import build as models
-from train.model.blocks import parameter_count
-from train.process.rank import rank_from_environment
-from train.strategy import engine_of
-from train.strategy.group import join
-from train.strategy.replicated import Replicated
 
 pytestmark = pytest.mark.distributed
 

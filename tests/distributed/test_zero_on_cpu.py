@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.loop.trainer import Trainer
 from tests.distributed.jobs import trained
 from tests.fixtures import Freeze, RanksOf, TreeOf
-from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from launchers.ranks.child import descendants
+from shardwright.launchers.ranks.child import descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 280
@@ -53,7 +53,7 @@ def on_one_rank(overrides: Iterable[str]) -> list[str]:
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     """Start `shardwright ...` in a directory; `processes` finds all that descends from it."""
-    return start_python("-m", "launchers", *arguments, cwd=cwd)
+    return start_python("-m", "shardwright", *arguments, cwd=cwd)
 
 
 def start_python(*arguments: str, cwd: Path) -> subprocess.Popen[str]:

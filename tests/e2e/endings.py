@@ -6,9 +6,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.run_directory import stop_note
 from tests.e2e.cli import processes
-from train.checkpoint.format import layout
-from train.run_directory import stop_note
 
 
 def assert_stopped(ended: subprocess.CompletedProcess[str], run_dir: Path) -> stop_note.Stopped:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def shardwright(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launchers", *arguments]
+    command = [sys.executable, "-m", "shardwright", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 

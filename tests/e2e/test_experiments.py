@@ -15,16 +15,16 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from launchers import preflight
-from launchers.composition.compose import CONF, compose
-from launchers.machine import directories
-from launchers.machine import facts as machine
-from launchers.machine.facts import Machine
+from shardwright.launchers import preflight
+from shardwright.launchers.composition.compose import CONF, compose
+from shardwright.launchers.machine import directories
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.config import from_tree
 from tests.distributed.jobs import whole_run
 from tests.e2e.cli import TINY
 from tests.fixtures import RanksOf
-from train.checkpoint.format import layout
-from train.config import from_tree
 
 pytestmark = pytest.mark.distributed
 

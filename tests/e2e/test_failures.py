@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.checkpoint.format import layout
 from tests.e2e.cli import finish, on_one_rank, processes, shardwright, start, start_python, wait_for
 from tests.e2e.endings import assert_all_gone
 from tests.fixtures import Freeze, TreeOf
-from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 
@@ -80,7 +80,7 @@ def test_other_number_of_ranks_than_the_config_is_refused(
     tmp_path: Path,
 ) -> None:
     run_dir = frozen_run(tiny_tree("mlm"))
-    ended = finish(start_python("-m", "train", str(run_dir), cwd=tmp_path))
+    ended = finish(start_python("-m", "shardwright.train", str(run_dir), cwd=tmp_path))
     assert ended.returncode == 2
     assert "the config requires 2 rank(s) (launcher=torchrun) but 1 were started" in ended.stdout
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from launchers.ranks.processes import rank_processes
+from shardwright.launchers.ranks.processes import rank_processes
+from shardwright.train.run_directory import history
 from tests.distributed.pool import free_port
 from tests.e2e.cli import SAME, crash, finish, losses, shardwright, start, wait_for, wait_until
 from tests.e2e.endings import assert_stopped
 from tests.e2e.ssh import needs_ssh
-from train.run_directory import history
 
 Tiny = Callable[[str], tuple[str, ...]]
 # What reaches a shell on its way would run here, or fall apart.
@@ -70,7 +70,7 @@ def test_deepspeed_over_a_hostfile_until_it_is_told_to_stop(
     where = assert_stopped(ended, run_dir)
     assert where.reason == f"SIGTERM to the launcher on {socket.gethostname()}"
     log = (run_dir / "logs" / "rank-1.log").read_text()
-    assert f" [rank 1, {socket.gethostname()}/0] INFO train" in log
+    assert f" [rank 1, {socket.gethostname()}/0] INFO shardwright.train" in log
     assert not left
     assert losses(run_dir)[: len(expected)] == expected
     assert {path.name for path in tmp_path.iterdir()} == {"hosts", HOSTILE}, "a name was run"

@@ -20,16 +20,16 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from launchers.composition.compose import compose
-from launchers.machine import facts as machine
+from shardwright.launchers.composition.compose import compose
+from shardwright.launchers.machine import facts as machine
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.config import from_tree, load, to_yaml
+from shardwright.train.data.prepare import prepare
+from shardwright.train.data.sources.corpus import read_corpus
+from shardwright.train.data.tokens.cache import cache_root
 from tests.e2e.cli import ROOT, SECRETS, finish, processes, shardwright, start_python
 from tests.e2e.conftest import PROMPTS, Run
 from tests.unit.trackers import expected, of_tensorboard, of_wandb
-from train.checkpoint.format import layout
-from train.config import from_tree, load, to_yaml
-from train.data.prepare import prepare
-from train.data.sources.corpus import read_corpus
-from train.data.tokens.cache import cache_root
 
 pytestmark = pytest.mark.distributed
 
@@ -88,7 +88,7 @@ def test_provenance_tells_versions_commit_command_and_hardware(run: Run) -> None
     assert packages <= {name for name, version in facts["versions"].items() if version}
     if (ROOT / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", facts["commit"])
-    assert facts["argv"][-3:] == ["-m", "train", str(run.directory)]
+    assert facts["argv"][-3:] == ["-m", "shardwright.train", str(run.directory)]
     assert facts["world_size"] == 2
     weights = load_file(run.directory / "final" / "model.safetensors")
     assert facts["parameters"] == sum(tensor.numel() for tensor in weights.values())
@@ -109,7 +109,7 @@ def test_no_file_holds_a_secret_or_another_variable_of_the_environment(run: Run)
 def test_each_rank_has_a_log(run: Run) -> None:
     for rank in range(2):
         log = (run.directory / f"logs/rank-{rank}.log").read_text()
-        assert f" [rank {rank}] INFO train" in log
+        assert f" [rank {rank}] INFO shardwright.train" in log
 
 
 def test_engine_is_the_one_asked_for(run: Run) -> None:

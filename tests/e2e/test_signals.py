@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.process.group import cores_of
+from shardwright.train.run_directory import stop_note
 from tests.e2e.cli import (
     TINY,
     finish,
@@ -25,8 +27,6 @@ from tests.e2e.cli import (
     wait_until,
 )
 from tests.e2e.endings import assert_all_gone, assert_stopped
-from train.process.group import cores_of
-from train.run_directory import stop_note
 
 pytestmark = pytest.mark.distributed
 

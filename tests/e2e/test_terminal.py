@@ -28,7 +28,7 @@ def test_a_run_goes_on_when_its_terminal_is_closed(tiny: Tiny, tmp_path: Path) -
     steps = 6
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "launchers", "train", *tiny("clm")),
+            *(sys.executable, "-m", "shardwright", "train", *tiny("clm")),
             *(f'run_dir="{NAME}"', f"trainer.max_steps={steps}", "objective.prompts=['def ä(']"),
         ],
         cwd=tmp_path,
@@ -57,7 +57,7 @@ def test_a_run_goes_on_when_its_terminal_is_closed(tiny: Tiny, tmp_path: Path) -
     for step, loss in enumerate(losses(run_dir), 1):
         line = f"step {step}/{steps}  loss {loss:.4f}"
         assert line in seen, "a bar has no lines, its log does"
-        assert f"[rank 0] INFO train.console.terminal: {line}" in marked
+        assert f"[rank 0] INFO shardwright.train.console.terminal: {line}" in marked
     assert shardwright("logs", NAME, cwd=tmp_path).stdout == seen
 
 
@@ -66,7 +66,7 @@ def test_a_run_without_any_output_in_a_rank_of_something_else_ends_well(
 ) -> None:
     """Neither the closed output nor what the shell is part of changes it."""
     ended = subprocess.run(
-        [sys.executable, "-m", "launchers", "train", *on_one_rank(tiny("clm"))],
+        [sys.executable, "-m", "shardwright", "train", *on_one_rank(tiny("clm"))],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | OF_A_RANK | OF_AN_ENGINE,
         preexec_fn=lambda: os.closerange(0, 3),
@@ -93,7 +93,7 @@ def test_what_carries_other_nodes_output_outlives_its_reader(
     reader, writer = os.pipe()
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "launchers", "train", *tiny("clm"), "launcher=deepspeed"),
+            *(sys.executable, "-m", "shardwright", "train", *tiny("clm"), "launcher=deepspeed"),
             *(f"launcher.hostfile={hostfile}", f"launcher.ssh_port={ssh_port}"),
         ],
         cwd=tmp_path,

@@ -158,7 +158,7 @@ def _rank(
     found: list[str] = []
     _watch(run_dir, found, kill if isinstance(kill, AtEvent) and kill.rank == rank else None)
 
-    from train.__main__ import main
+    from shardwright.train.__main__ import main
 
     code = main([str(run_dir)])
     _trace(run_dir, rank).write_text("\n".join(found))
@@ -178,7 +178,7 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
     """Note each event of this process in ``found``, and kill at the one that is asked for."""
     import transformers
 
-    from train.loop.trainer import Trainer
+    from shardwright.train.loop.trainer import Trainer
 
     pattern = re.compile(kill.pattern) if kill else None
     matches = 0

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.errors import UserError
+from shardwright.train.loop import resuming
+from shardwright.train.process.rank import Rank
 from tests.faults.killable import start
-from train.checkpoint.format import layout
-from train.errors import UserError
-from train.loop import resuming
-from train.process.rank import Rank
 
 pytestmark = pytest.mark.distributed
 

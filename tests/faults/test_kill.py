@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.checkpoint.format import layout
 from tests.e2e.cli import finish, processes, start_python, wait_for
 from tests.faults.killable import WORLD_SIZE, AtEvent, AtTime, Kill, events, start
 from tests.fixtures import TreeOf
 from tests.strategies import STRATEGIES
-from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.distributed
 
@@ -283,7 +283,13 @@ def test_a_run_of_torchrun_killed_from_outside_ends_with_the_same_bits(
     tmp_path: Path,
 ) -> None:
     run_dir = fresh(strategy)
-    command = ("-m", "torch.distributed.run", f"--nproc-per-node={WORLD_SIZE}", "-m", "train")
+    command = (
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={WORLD_SIZE}",
+        "-m",
+        "shardwright.train",
+    )
     killed = start_python(*command, str(run_dir), cwd=tmp_path)
     wait_for(run_dir / "checkpoints/checkpoint-2", killed)
     (rank,) = processes(tmp_path, RANK="1")

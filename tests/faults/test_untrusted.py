@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.errors import UserError
+from shardwright.train.loop import resuming
+from shardwright.train.process.rank import Rank
 from tests.checkpoints import described
 from tests.faults.killable import start
 from tests.faults.untrusted import FORMATS, Payload, in_legacy_format, in_zip
-from train.checkpoint.format import layout
-from train.errors import UserError
-from train.loop import resuming
-from train.process.rank import Rank
 
 pytestmark = pytest.mark.distributed
 

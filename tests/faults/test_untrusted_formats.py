@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from shardwright.train.checkpoint.format.lazy import Unreadable
+from shardwright.train.checkpoint.read import portable
 from tests.faults.untrusted import FORMATS, Payload
-from train.checkpoint.format.lazy import Unreadable
-from train.checkpoint.read import portable
 
 Write = Callable[[Any], bytes]
 WEIGHT = torch.arange(6.0).view(2, 3)

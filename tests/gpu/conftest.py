@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from launchers.machine import facts as machine
+from shardwright.launchers.machine import facts as machine
+from shardwright.train.config import PrecisionConfig
 from tests.distributed.pool import Ranks
-from train.config import PrecisionConfig
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from shardwright.train.config import load
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.process.memory import peak_resident_bytes
+from shardwright.train.process.rank import Rank, rank_from_environment
+from shardwright.train.run import assemble
+from shardwright.train.strategy.group import join
 from tests.distributed.jobs import trained
-from train.config import load
-from train.loop.trainer import Trainer
-from train.process.memory import peak_resident_bytes
-from train.process.rank import Rank, rank_from_environment
-from train.run import assemble
-from train.strategy.group import join
 
 
 def observed_training(run_dir: Path) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from shardwright.train.config import load
 from tests.distributed.jobs import whole_run
 from tests.distributed.pool import Ranks
 from tests.fixtures import Freeze, TreeOf
 from tests.gpu.jobs import observed_training, state_devices
-from train.config import load
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "single": {"kind": "single"},

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.config import load
+from shardwright.train.loop.trainer import Trainer
 from tests.distributed.curves import curve
 from tests.distributed.jobs import trained, whole_run
 from tests.distributed.optimizers import OPTIMIZERS, needs_compiler, needs_torchao
 from tests.distributed.pool import Ranks
 from tests.fixtures import Freeze, TreeOf
-from train.config import load
-from train.loop.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

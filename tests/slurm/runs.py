@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.ranks.processes import rank_processes
+from shardwright.launchers.ranks.processes import rank_processes
 from tests.e2e.cli import ROOT, TINY, finish
 from tests.slurm.cluster import Cluster, until
 
@@ -40,7 +40,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start `shardwright ...` on the login node, ``within`` a command such as salloc."""
     return subprocess.Popen(
-        cluster.on_login(*within, sys.executable, "-m", "launchers", *arguments),
+        cluster.on_login(*within, sys.executable, "-m", "shardwright", *arguments),
         cwd=cwd,
         env={
             **os.environ,

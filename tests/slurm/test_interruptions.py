@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.checkpoint.format import layout
 from tests.e2e import cli
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import SLURM, STEPS, submitted
-from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.slurm
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from launchers.slurm import jobs as slurm
+from shardwright.launchers.slurm import jobs as slurm
+from shardwright.train.checkpoint.format import layout
 from tests.e2e.cli import finish
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import SLURM, STEPS, shardwright, submitted
-from train.checkpoint.format import layout
 
 pytestmark = pytest.mark.slurm
 

@@ -13,10 +13,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.optimizer.build import build
+from shardwright.train.strategy import engine_of
 from tests.unit.trees import TREE
-from train.config import RunConfig, from_tree
-from train.optimizer.build import build
-from train.strategy import engine_of
 
 
 def gpt2(tied: bool = True) -> PreTrainedModel:

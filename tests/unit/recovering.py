@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from train.export import safetensors as whole
+from shardwright.train.export import safetensors as whole
 
 
 @contextmanager

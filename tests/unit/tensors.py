@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoint.format.lazy import Fragment, LazyTensor
+from shardwright.train.checkpoint.format.lazy import Fragment, LazyTensor
 
 
 def in_fragments(tensor: torch.Tensor, directory: Path, cuts: list[int]) -> LazyTensor:

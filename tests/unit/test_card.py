@@ -11,13 +11,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from shardwright.train.checkpoint.format.layout import Manifest
+from shardwright.train.config import from_tree
+from shardwright.train.export import curve
+from shardwright.train.export.card import card_of, recovered_card
+from shardwright.train.export.card_text import Facts
+from shardwright.train.run_directory import metrics
 from tests.fixtures import TreeOf
-from train.checkpoint.format.layout import Manifest
-from train.config import from_tree
-from train.export import curve
-from train.export.card import card_of, recovered_card
-from train.export.card_text import Facts
-from train.run_directory import metrics
 
 GPT2 = {
     "model_type": "gpt2",

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.durable import atomic_directory
 from tests.checkpoints import described
-from train.checkpoint.format import layout
-from train.durable import atomic_directory
 
 
 def write_checkpoint(directory: Path, step: int) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from train.config import (
+from shardwright.train.config import (
     RankLayout,
     TrainerConfig,
     accumulation_steps,
@@ -24,8 +24,8 @@ from train.config import (
     to_yaml,
     unknown_key_message,
 )
-from train.config.messages import ALIASES
-from train.errors import UserError
+from shardwright.train.config.messages import ALIASES
+from shardwright.train.errors import UserError
 
 TREE: dict[str, Any] = {
     "run_dir": "/runs/a",
@@ -243,7 +243,7 @@ def test_a_number_that_is_still_open_is_named() -> None:
 
 
 def test_importing_the_config_needs_no_torch() -> None:
-    check = "import sys, train.config; sys.exit('torch' in sys.modules)"
+    check = "import sys, shardwright.train.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 

@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from train.errors import UserError
-from train.export.recover import Options, recover
-from train.model.conversion import CannotTrace, Piece, Traced, loaded, on_disk
-from train.model.directory import check_loads
+from shardwright.train.errors import UserError
+from shardwright.train.export.recover import Options, recover
+from shardwright.train.model.conversion import CannotTrace, Piece, Traced, loaded, on_disk
+from shardwright.train.model.directory import check_loads
 
 Tensors = dict[str, torch.Tensor]
 

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.checkpoint import discovery
+from shardwright.train.checkpoint.choose import choose
+from shardwright.train.checkpoint.discovery import newest_whole
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.errors import UserError
 from tests.checkpoints import (
     FILE_DAMAGES,
     FILES,
@@ -15,11 +20,6 @@ from tests.checkpoints import (
     rewrite_manifest,
     write_checkpoint,
 )
-from train.checkpoint import discovery
-from train.checkpoint.choose import choose
-from train.checkpoint.discovery import newest_whole
-from train.checkpoint.format import layout
-from train.errors import UserError
 
 
 @pytest.fixture

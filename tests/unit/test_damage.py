@@ -14,17 +14,17 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from shardwright.train.checkpoint.format import damage
+from shardwright.train.config import PretrainedModel, from_tree
+from shardwright.train.data.tokens.tokenizer import ensure_tokenizer
+from shardwright.train.errors import UserError
+from shardwright.train.export.recover import Options, recover
+from shardwright.train.model.build import build
+from shardwright.train.model.origin import keep
+from shardwright.train.sampling.sample import sample
 from tests.fixtures import TreeOf
 from tests.unit.saved_models import POSITIONS, TOKENS
 from tests.unit.saved_models import save as save_with_tokenizer
-from train.checkpoint.format import damage
-from train.config import PretrainedModel, from_tree
-from train.data.tokens.tokenizer import ensure_tokenizer
-from train.errors import UserError
-from train.export.recover import Options, recover
-from train.model.build import build
-from train.model.origin import keep
-from train.sampling.sample import sample
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f3"

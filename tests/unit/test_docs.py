@@ -14,7 +14,7 @@ import yaml
 
 from docs import generate
 from docs.generate import DOCS, ROOT
-from train.config import known_keys
+from shardwright.train.config import known_keys
 
 CHAPTERS = sorted(DOCS.glob("*.md"))
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + CHAPTERS

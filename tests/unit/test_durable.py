@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from train.durable import write_text
+from shardwright.train.durable import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,9 +51,9 @@ def test_a_kill_before_the_rename_leaves_the_old_text(tmp_path: Path, moment: st
     path = tmp_path / "note.json"
     write_text(path, "old")
     program = (
-        "import os, pathlib, signal, train.durable\n"
+        "import os, pathlib, signal, shardwright.train.durable\n"
         f"os.{moment} = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"train.durable.write_text(pathlib.Path({str(path)!r}), 'new')\n"
+        f"shardwright.train.durable.write_text(pathlib.Path({str(path)!r}), 'new')\n"
     )
     killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from train.loop.callbacks.early_stopping import without_improvement
+from shardwright.train.loop.callbacks.early_stopping import without_improvement
 
 NAN = math.nan
 

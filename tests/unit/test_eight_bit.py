@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.optimizer import eight_bit
+from shardwright.train.optimizer import eight_bit
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 from torchao.optim.subclass_8bit import OptimState8bit

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from shardwright.train.config import from_tree
+from shardwright.train.loop.saving.peers import SaveFailed
+from shardwright.train.process.exhausted import explained
 from tests.unit.trees import TREE
-from train.config import from_tree
-from train.loop.saving.peers import SaveFailed
-from train.process.exhausted import explained
 
 CONFIG = from_tree(TREE)
 

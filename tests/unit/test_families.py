@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from train.config import ModelConfig, ScratchModel
-from train.config.messages import OPTIONS
-from train.model.configs import MODEL_CLASSES
+from shardwright.train.config import ModelConfig, ScratchModel
+from shardwright.train.config.messages import OPTIONS
+from shardwright.train.model.configs import MODEL_CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 UNION, *_ = get_args(ModelConfig)

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from shardwright.train.checkpoint import retention
+from shardwright.train.checkpoint.choose import choose
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.format.lazy import Fragment, LazyTensor, has_only_finite
+from shardwright.train.config import CheckpointConfig
+from shardwright.train.config.precision import DTYPES
+from shardwright.train.errors import UserError
+from shardwright.train.loop.divergence import Found, diagnosis, message
+from shardwright.train.loop.trainer import IGNORED, Trainer
+from shardwright.train.strategy.finite import Gate, are_sound
 from tests.checkpoints import write_checkpoint
 from tests.unit.optimizers import built, give_gradients, gpt2
-from train.checkpoint import retention
-from train.checkpoint.choose import choose
-from train.checkpoint.format import layout
-from train.checkpoint.format.lazy import Fragment, LazyTensor, has_only_finite
-from train.config import CheckpointConfig
-from train.config.precision import DTYPES
-from train.errors import UserError
-from train.loop.divergence import Found, diagnosis, message
-from train.loop.trainer import IGNORED, Trainer
-from train.strategy.finite import Gate, are_sound
 
 CPU = torch.device("cpu")
 NAN, INF = math.nan, math.inf

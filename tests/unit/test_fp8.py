@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.errors import UserError
+from shardwright.train.model import fp8
 from tests.unit.trees import TREE
-from train.config import RunConfig, from_tree
-from train.errors import UserError
-from train.model import fp8
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="precision=fp8 needs the extra torchao"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from train.model.generation import accepted, left_out
+from shardwright.train.model.generation import accepted, left_out
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": False}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xxhash
 
-from train.checkpoint.format.hashed import HashedFolder
+from shardwright.train.checkpoint.format.hashed import HashedFolder
 
 
 def assert_hashes_are_real(folder: HashedFolder) -> None:

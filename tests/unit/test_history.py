@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from train.process.provenance import write_provenance
-from train.run_directory import history
+from shardwright.train.process.provenance import write_provenance
+from shardwright.train.run_directory import history
 
 
 def started(run_dir: Path, world_size: int) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from launchers import report
-from launchers.ranks import child
+from shardwright.launchers import report
+from shardwright.launchers.ranks import child
+from shardwright.train.errors import UserError
+from shardwright.train.process import inherited
+from shardwright.train.process.rank import Rank, rank_from_environment
 from tests.unit.environments import OF_A_RANK, OF_AN_ENGINE, THE_USERS
-from train.errors import UserError
-from train.process import inherited
-from train.process.rank import Rank, rank_from_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,8 +41,8 @@ def test_what_a_launcher_starts_sees_nothing_of_it(what: str, tmp_path: Path) ->
         [
             sys.executable,
             "-c",
-            "import sys; from launchers import relay; "
-            "from launchers.ranks import child; "
+            "import sys; from shardwright.launchers import relay; "
+            "from shardwright.launchers.ranks import child; "
             f"{show=}; {call}",
         ],
         cwd=tmp_path,

@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardwright.train.checkpoint.format.lazy import (
+    Fragment,
+    LazyTensor,
+    Unreadable,
+    describe,
+    lazy,
+)
 from tests.unit.tensors import in_fragments
-from train.checkpoint.format.lazy import Fragment, LazyTensor, Unreadable, describe, lazy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,7 +65,7 @@ def in_boxes(
 def test_a_matrix_cut_along_columns_reads_as_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.checkpoint.format.lazy._SCATTERED_BYTES", 50)
+    monkeypatch.setattr("shardwright.train.checkpoint.format.lazy._SCATTERED_BYTES", 50)
     tensor = torch.arange(9 * 11).view(9, 11).to(torch.float32)
     boxes = [(0, 0, 9, 4), (0, 4, 5, 11), (5, 4, 9, 5), (5, 5, 9, 11)]
     stored = in_boxes(tensor, tmp_path, boxes)

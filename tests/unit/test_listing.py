@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.format.hashed import HashedFolder
+from shardwright.train.checkpoint.listing import Listing
+from shardwright.train.config import CheckpointConfig
+from shardwright.train.loop.saving.peers import Peers, SaveFailed
+from shardwright.train.loop.saving.save import Draft, write
 from tests.checkpoints import write_checkpoint
-from train.checkpoint.format import layout
-from train.checkpoint.format.hashed import HashedFolder
-from train.checkpoint.listing import Listing
-from train.config import CheckpointConfig
-from train.loop.saving.peers import Peers, SaveFailed
-from train.loop.saving.save import Draft, write
 
 
 class Engine:

@@ -8,9 +8,9 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from train.errors import UserError
-from train.loop.trainer import IGNORED, Trainer
-from train.model.build import ROUTER_LOGITS, auxiliary_coefficient
+from shardwright.train.errors import UserError
+from shardwright.train.loop.trainer import IGNORED, Trainer
+from shardwright.train.model.build import ROUTER_LOGITS, auxiliary_coefficient
 
 
 def test_parts_of_a_batch_add_up_to_the_mean_of_the_whole() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from train.checkpoint.format.lazy import Unreadable
-from train.checkpoint.read import portable
+from shardwright.train.checkpoint.format.lazy import Unreadable
+from shardwright.train.checkpoint.read import portable
 
 STEP = 2.0**-12
 """Too little for bf16 to tell from 1."""

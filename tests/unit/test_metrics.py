@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from train.loop.callbacks import metrics
-from train.loop.callbacks.metrics import Metrics
+from shardwright.train.loop.callbacks import metrics
+from shardwright.train.loop.callbacks.metrics import Metrics
 
 
 class Run:
@@ -91,7 +91,7 @@ def test_no_step_has_no_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_peak_memory_is_this_processs_and_not_its_parents() -> None:
     """getrusage's goes through exec: a rank's would be that of whatever has started it."""
-    told = "from train.process.memory import peak_resident_bytes as peak; print(peak())"
+    told = "from shardwright.train.process.memory import peak_resident_bytes as peak; print(peak())"
     program = (
         "import os, sys\n"
         "held = bytearray(3 * 2**29)\n"

@@ -27,14 +27,14 @@ from transformers import (
     pipeline,
 )
 
-from train.config import RunConfig, from_tree
-from train.errors import UserError
-from train.model import activation_checkpointing
-from train.model.blocks import blocks, compile_blocks, parameter_count
-from train.model.build import build, fitted
-from train.model.configs import transformers_config
-from train.model.pretrained import check_attention
-from train.model.weights import materialize
+from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.errors import UserError
+from shardwright.train.model import activation_checkpointing
+from shardwright.train.model.blocks import blocks, compile_blocks, parameter_count
+from shardwright.train.model.build import build, fitted
+from shardwright.train.model.configs import transformers_config
+from shardwright.train.model.pretrained import check_attention
+from shardwright.train.model.weights import materialize
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")
@@ -384,9 +384,9 @@ def test_weights_that_cannot_be_streamed_are_loaded_whole_and_the_log_says_so(
     torch.save(
         saved.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False
     )
-    with caplog.at_level(logging.WARNING, "train"):
+    with caplog.at_level(logging.WARNING, "shardwright.train"):
         model, values = build(from_directory(tmp_path, "clm"), tokenizer)
-    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("train.")]
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("shardwright.train.")]
     assert message.startswith(
         f"model.name={tmp_path} is loaded whole on every rank, not one tensor"
     )

@@ -6,8 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.checkpoint.format import layout
-from train.run_directory import names
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.run_directory import names
 
 ROOT = Path(__file__).resolve().parents[2]
 HOMES = ("train/run_directory/names.py", "train/checkpoint/format/layout.py")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.checkpoint import discovery, retention
+from shardwright.train.checkpoint.discovery import Gather, PassedOver, newest_whole
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.listing import Listing
+from shardwright.train.config import CheckpointConfig
 from tests.checkpoints import FILES, write_checkpoint
-from train.checkpoint import discovery, retention
-from train.checkpoint.discovery import Gather, PassedOver, newest_whole
-from train.checkpoint.format import layout
-from train.checkpoint.listing import Listing
-from train.config import CheckpointConfig
 
 
 def save(disks: list[Path], step: int, save_id: str = "") -> None:

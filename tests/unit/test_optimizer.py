@@ -18,11 +18,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from shardwright.train.config.optimizers import OPTIMIZERS, OptimizerName
+from shardwright.train.errors import UserError
+from shardwright.train.optimizer.build import KINDS, asked, found
+from shardwright.train.optimizer.muon import MuonWithAdamW, hidden_matrices
 from tests.unit.optimizers import built, config, decayed, give_gradients, gpt2
-from train.config.optimizers import OPTIMIZERS, OptimizerName
-from train.errors import UserError
-from train.optimizer.build import KINDS, asked, found
-from train.optimizer.muon import MuonWithAdamW, hidden_matrices
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from shardwright.train.config import PretrainedModel
+from shardwright.train.errors import UserError
+from shardwright.train.model import origin
+from shardwright.train.model.origin import keep
 from tests import own_code
-from train.config import PretrainedModel
-from train.errors import UserError
-from train.model import origin
-from train.model.origin import keep
 
 GPT2 = GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=1, n_positions=16)
 

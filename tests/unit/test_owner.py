@@ -19,18 +19,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers.__main__ import main
+from shardwright.launchers.__main__ import main
+from shardwright.train import __main__ as rank
+from shardwright.train.errors import BAD_INPUT, UserError
+from shardwright.train.process import signals
+from shardwright.train.run_directory.owner import FILE, Owner, inherited, look, owned
 from tests.unit.trees import TREE
-from train import __main__ as rank
-from train.errors import BAD_INPUT, UserError
-from train.process import signals
-from train.run_directory.owner import FILE, Owner, inherited, look, owned
 
 ROOT = Path(__file__).parents[2]
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from train.run_directory.owner import owned
+from shardwright.train.run_directory.owner import owned
 
 with owned(Path(sys.argv[1]), print):
     worker = os.fork()  # as a data loader's is, which outlives a killed rank for a while
@@ -43,8 +43,8 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.run_directory.owner.DYING_SECONDS", 0.3)
-    monkeypatch.setattr("train.run_directory.owner.LEASE_SECONDS", 0.6)
+    monkeypatch.setattr("shardwright.train.run_directory.owner.DYING_SECONDS", 0.3)
+    monkeypatch.setattr("shardwright.train.run_directory.owner.LEASE_SECONDS", 0.6)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_node_that_may_have_died_is_waited_for_longer(owner: Start, tmp_path: 
 LAUNCHER = """
 import sys
 from pathlib import Path
-from train.run_directory import owner
+from shardwright.train.run_directory import owner
 
 with owner.owned(Path(sys.argv[1]), print, owner.PREPARING) as claim:
     print("prepares", flush=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from train.config import PrecisionConfig
-from train.config.precision import DTYPES, FP8_RECIPES
+from shardwright.train.config import PrecisionConfig
+from shardwright.train.config.precision import DTYPES, FP8_RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 

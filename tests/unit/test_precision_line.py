@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from train.loop.callbacks.engine import precision_line
+from shardwright.train.loop.callbacks.engine import precision_line
 
 FP32 = {"compute": "fp32", "reduction": "fp32", "master": "fp32", "moments": "fp32"}
 FACTS: dict[str, Any] = {

@@ -30,11 +30,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from train.config import PretrainedModel
-from train.errors import UserError
-from train.model import conversion
-from train.model.streaming import CannotStream, loaded_whole, streamed, weight_files
-from train.model.weights import drawn, initialized, materialize
+from shardwright.train.config import PretrainedModel
+from shardwright.train.errors import UserError
+from shardwright.train.model import conversion
+from shardwright.train.model.streaming import CannotStream, loaded_whole, streamed, weight_files
+from shardwright.train.model.weights import drawn, initialized, materialize
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
@@ -146,10 +146,10 @@ def test_a_checkpoint_of_the_base_model_gets_a_new_head_which_is_named(
 ) -> None:
     saved = roberta()
     saved.roberta.save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING, "train"):
+    with caplog.at_level(logging.WARNING, "shardwright.train"):
         model = stream(tmp_path, MASKED)
     expected = MASKED.from_pretrained(tmp_path, dtype=torch.float32)
-    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("train.")]
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("shardwright.train.")]
     assert message.startswith("not in the checkpoint, initialised from scratch: lm_head.")
     missing = message.partition("scratch: ")[2].split(", ")
     assert set(missing) == {

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 import pyte
 import pytest
 
-from train.console import progress
-from train.console.progress import is_terminal
+from shardwright.train.console import progress
+from shardwright.train.console.progress import is_terminal
 
 LIFE_SECONDS = 0.2
 """Instead of nine seconds."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from train.process.group import cores_of
-from train.process.rank import Rank, rank_from_environment
+from shardwright.train.process.group import cores_of
+from shardwright.train.process.rank import Rank, rank_from_environment
 
 
 def test_ranks_of_mpirun_and_srun_are_read_by_their_own_names(

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from train.config import RankLayout, StrategyConfig, rank_layout
-from train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
-from train.errors import UserError
+from shardwright.train.config import RankLayout, StrategyConfig, rank_layout
+from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
+from shardwright.train.errors import UserError
 
 SIXTEEN = RankLayout(replicas=2, shards=2, sequence=2, tensor=2)
 DIMENSIONS = ("replicas", "shards", "sequence", "tensor")

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from train.checkpoint.format.lazy import PortableState, Unreadable
-from train.checkpoint.read import portable
+from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable
+from shardwright.train.checkpoint.read import portable
 
 TENSORS = {
     "a.weight": torch.randn(3, 5),

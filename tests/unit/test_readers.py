@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.checkpoint.choose import choose
-from train.checkpoint.format.lazy import PortableState, Unreadable, describe, lazy
-from train.checkpoint.read import plain, portable
-from train.checkpoint.read.reader import Reader
-from train.checkpoint.read.registry import READERS
-from train.errors import UserError
+from shardwright.train.checkpoint.choose import choose
+from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable, describe, lazy
+from shardwright.train.checkpoint.read import plain, portable
+from shardwright.train.checkpoint.read.reader import Reader
+from shardwright.train.checkpoint.read.registry import READERS
+from shardwright.train.errors import UserError
 
 CRATE = "weights.crate"
 

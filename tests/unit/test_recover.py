@@ -31,15 +31,15 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.read import portable
+from shardwright.train.errors import UserError
+from shardwright.train.export.contents import contents
+from shardwright.train.export.recover import Options, check_extents, recover
 from tests.checkpoints import described
 from tests.fixtures import TreeOf
 from tests.unit.recovering import MAX_MEMORY, once_written
 from tests.unit.tensors import in_fragments
-from train.checkpoint.format import layout
-from train.checkpoint.read import portable
-from train.errors import UserError
-from train.export.contents import contents
-from train.export.recover import Options, check_extents, recover
 
 Tensors = dict[str, torch.Tensor]
 
@@ -560,9 +560,9 @@ import io, os, signal, sys
 from pathlib import Path
 from tests.unit.recovering import MAX_MEMORY
 from tests.unit.recovering import once_written
-from train.export.recover import Options
-from train.process.memory import peak_resident_bytes, resident_bytes
-from train.export.recover import recover
+from shardwright.train.export.recover import Options
+from shardwright.train.process.memory import peak_resident_bytes, resident_bytes
+from shardwright.train.export.recover import recover
 
 small, large, out = map(Path, sys.argv[1:])
 recover(Options(small, out / "small"), sys.stdout, sys.stderr)  # imports all there is to import

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable, describe, lazy
-from train.config import BEGINNING, Progress, RankLayout
-from train.errors import UserError
-from train.loop import resuming
-from train.run_directory import metrics
+from shardwright.train.checkpoint.format.lazy import (
+    LazyTensor,
+    PortableState,
+    Unreadable,
+    describe,
+    lazy,
+)
+from shardwright.train.config import BEGINNING, Progress, RankLayout
+from shardwright.train.errors import UserError
+from shardwright.train.loop import resuming
+from shardwright.train.run_directory import metrics
 
 
 def at_step(step: int) -> resuming.Resumed:

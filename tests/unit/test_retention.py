@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.checkpoint import retention
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.retention import Saved, best, expendable, marks
+from shardwright.train.config import CheckpointConfig
 from tests.checkpoints import FILES, write_checkpoint
-from train.checkpoint import retention
-from train.checkpoint.format import layout
-from train.checkpoint.retention import Saved, best, expendable, marks
-from train.config import CheckpointConfig
 
 
 def steps_of(directory: Path) -> list[int]:

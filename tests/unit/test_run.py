@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.config import from_tree, load, samples_wanted, total_steps
+from shardwright.train.errors import UserError
+from shardwright.train.process.rank import Rank
+from shardwright.train.run import assemble
 from tests.fixtures import Freeze, TreeOf
-from train.config import from_tree, load, samples_wanted, total_steps
-from train.errors import UserError
-from train.process.rank import Rank
-from train.run import assemble
 
 Tree = TreeOf
 
@@ -69,8 +69,8 @@ def test_a_rank_reads_and_validates_its_config_once(
     program = f"""
 import sys
 from pathlib import Path
-from train import __main__
-from train.config import run
+from shardwright.train import __main__
+from shardwright.train.config import run
 
 sound = run.contradictions
 

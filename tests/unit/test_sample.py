@@ -19,9 +19,9 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from shardwright.train.errors import UserError
+from shardwright.train.sampling.sample import check_strategy, main, model_directory, sample, show
 from tests.unit.saved_models import POSITIONS, TOKENS, save
-from train.errors import UserError
-from train.sampling.sample import check_strategy, main, model_directory, sample, show
 
 
 @pytest.fixture(scope="module")

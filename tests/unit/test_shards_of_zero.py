@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from train.checkpoint.format.lazy import Unreadable
-from train.checkpoint.read import portable
+from shardwright.train.checkpoint.format.lazy import Unreadable
+from shardwright.train.checkpoint.read import portable
 
 SHAPES = {"a": torch.Size([3, 2]), "b": torch.Size([4])}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from train.strategy.state.snapshot import Snapshot
+from shardwright.train.strategy.state.snapshot import Snapshot
 
 
 def file_of(value: Any) -> bytes:

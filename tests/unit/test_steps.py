@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from train.config import (
+from shardwright.train.config import (
     BEGINNING,
     Progress,
     TrainerConfig,
@@ -18,7 +18,7 @@ from train.config import (
     total_steps,
     why_too_short,
 )
-from train.optimizer.schedule import SCHEDULES
+from shardwright.train.optimizer.schedule import SCHEDULES
 
 FIRST_BATCH, WANTED = 8, 1000
 """128 samples of 64 tokens are 8,192; more of them tell schedules apart."""

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from train.errors import FAILED
-from train.process import signals
-from train.process.agreement import reason
-from train.run_directory import stop_note
-from train.run_directory.failures import note_failure
+from shardwright.train.errors import FAILED
+from shardwright.train.process import signals
+from shardwright.train.process.agreement import reason
+from shardwright.train.run_directory import stop_note
+from shardwright.train.run_directory.failures import note_failure
 
 # What each begins with: two ways to be signalled.
 PRELUDE = """
 import os, signal, sys, time
-from train.process import signals
+from shardwright.train.process import signals
 def get(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
@@ -112,10 +112,10 @@ RANK_0_OF_2 = """
 import sys
 from datetime import timedelta
 from pathlib import Path
-from train.process import signals
+from shardwright.train.process import signals
 signals.install()
 from torch.distributed import TCPStore
-from train.run_directory.failures import has_failure
+from shardwright.train.run_directory.failures import has_failure
 with signals.unless(lambda: has_failure(Path(sys.argv[1]), signals.started_at)):
     print("waits", flush=True)
     TCPStore("localhost", 0, 2, is_master=True, timeout=timedelta(seconds=50))

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from train.console.terminal import READER_GONE, Terminal, is_read
+from shardwright.train.console.terminal import READER_GONE, Terminal, is_read
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = """
 import sys
 from pathlib import Path
-from train.console import terminal
+from shardwright.train.console import terminal
 
 def work():
     terminal.outlive()
@@ -92,7 +92,7 @@ def test_no_file_and_no_child_gets_the_place_of_a_closed_output(tmp_path: Path) 
     look = """
 import os, subprocess, sys
 from pathlib import Path
-from train.console import terminal
+from shardwright.train.console import terminal
 
 def look():
     file = os.open("opened", os.O_WRONLY | os.O_CREAT)
@@ -110,7 +110,7 @@ sys.exit(terminal.run(look))
 def test_a_short_command_ends_quietly_when_nobody_reads_it(
     arguments: list[str], tmp_path: Path, unread: int
 ) -> None:
-    ended = run(tmp_path, "-m", "launchers", *arguments, stdout=unread)
+    ended = run(tmp_path, "-m", "shardwright", *arguments, stdout=unread)
     assert (ended.returncode, ended.stderr) == (READER_GONE, "")
 
 
@@ -128,7 +128,7 @@ def test_it_is_known_whether_somebody_reads(unread: int, hung_up: int, full: int
 def test_a_message_that_nobody_reads_keeps_its_exit_code(tmp_path: Path, unread: int) -> None:
     """`shardwright ... 2>&1 | head -0`."""
     ended = subprocess.run(
-        [sys.executable, "-m", "launchers", "trian"],
+        [sys.executable, "-m", "shardwright", "trian"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=unread,
@@ -138,7 +138,7 @@ def test_a_message_that_nobody_reads_keeps_its_exit_code(tmp_path: Path, unread:
 
 
 def test_a_full_disk_is_an_error_to_who_only_writes_there(tmp_path: Path, full: int) -> None:
-    ended = run(tmp_path, "-m", "launchers", "--help", stdout=full)
+    ended = run(tmp_path, "-m", "shardwright", "--help", stdout=full)
     assert ended.returncode == 1
     assert "No space left on device" in ended.stderr
 
@@ -146,7 +146,7 @@ def test_a_full_disk_is_an_error_to_who_only_writes_there(tmp_path: Path, full: 
 def test_an_output_that_does_not_wait_loses_nothing(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    many = 'import train.console.terminal as t; t.outlive(); print("x" * 300_000)'
+    many = 'import shardwright.train.console.terminal as t; t.outlive(); print("x" * 300_000)'
     child = subprocess.Popen(
         [sys.executable, "-c", many], stdout=writer, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )

@@ -17,10 +17,9 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.unit.trackers import expected, of_tensorboard, of_wandb
-from train import program, tracker
-from train.config import RunConfig, load
-from train.config.tracking import (
+from shardwright.train import program, tracker
+from shardwright.train.config import RunConfig, load
+from shardwright.train.config.tracking import (
     WandbTracking,
     most_cautious_mode,
     wandb_mode,
@@ -29,7 +28,8 @@ from train.config.tracking import (
     wandb_project,
     wandb_unused,
 )
-from train.loop.callbacks import tracking
+from shardwright.train.loop.callbacks import tracking
+from tests.unit.trackers import expected, of_tensorboard, of_wandb
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -72,7 +72,7 @@ def write(run_dir: Path, lines: Sequence[dict[str, Any]]) -> None:
 def track(run_dir: Path, *flags: str, **options: Any) -> list[str]:
     """Run the process over what is there; return what it says."""
     ended = subprocess.run(
-        [sys.executable, "-m", "train.tracker", str(run_dir), "--once", *flags],
+        [sys.executable, "-m", "shardwright.train.tracker", str(run_dir), "--once", *flags],
         capture_output=True,
         text=True,
         check=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from train.units import duration, size
+from shardwright.train.units import duration, size
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,14 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from train.model.weights import InMemory, Values, Wanted, in_turn, initialized, materialize
+from shardwright.train.model.weights import (
+    InMemory,
+    Values,
+    Wanted,
+    in_turn,
+    initialized,
+    materialize,
+)
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 1000,

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from shardwright.train.checkpoint.format.outputs import Output
+from shardwright.train.export import safetensors as whole
+from shardwright.train.export.safetensors import Budget, Writer
 from tests.unit.tensors import in_fragments
-from train.checkpoint.format.outputs import Output
-from train.export import safetensors as whole
-from train.export.safetensors import Budget, Writer
 
 TENSORS = {
     "mask": torch.tensor([True, False, True]),  # 3 bytes, after which nothing would be aligned

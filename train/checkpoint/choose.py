@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from train import config as run_config
-from train.checkpoint import discovery
-from train.checkpoint.format import layout
-from train.checkpoint.format.layout import MANIFEST, Manifest
-from train.checkpoint.format.lazy import PortableState, Unreadable
-from train.checkpoint.read import portable
-from train.errors import UserError
-from train.run_directory.names import CHECKPOINTS, ENGINE_FOLDER, RUN_CONFIG
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint import discovery
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.format.layout import MANIFEST, Manifest
+from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable
+from shardwright.train.checkpoint.read import portable
+from shardwright.train.errors import UserError
+from shardwright.train.run_directory.names import CHECKPOINTS, ENGINE_FOLDER, RUN_CONFIG
 
 Step = int | Literal["latest", "best"] | None
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint.format import layout
-from train.checkpoint.listing import Listing
-from train.checkpoint.retention import best, saved_in
-from train.config import CheckpointConfig
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.listing import Listing
+from shardwright.train.checkpoint.retention import best, saved_in
+from shardwright.train.config import CheckpointConfig
 
 Gather = Callable[[Any], Sequence[Any]]
 """From a rank's value to the values of all ranks, in one order on all of them. Collective."""
@@ -161,8 +161,8 @@ def _not_finite(checkpoint: Path, share: tuple[int, int]) -> list[str]:
     """Return what is wrong with this rank's share of the weights of a whole checkpoint."""
     if layout.read_manifest(checkpoint).finite is not None:
         return []
-    from train.checkpoint.format.lazy import Unreadable, has_only_finite
-    from train.checkpoint.read import portable
+    from shardwright.train.checkpoint.format.lazy import Unreadable, has_only_finite
+    from shardwright.train.checkpoint.read import portable
 
     try:
         weights = portable.read(checkpoint).weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from train.checkpoint.format import layout
+from shardwright.train.checkpoint.format import layout
 
 
 class Listing:

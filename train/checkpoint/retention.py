@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from train.checkpoint.format import layout
-from train.checkpoint.format.layout import MANIFEST
-from train.checkpoint.listing import Listing
-from train.config import CheckpointConfig
-from train.durable import flush
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.format.layout import MANIFEST
+from shardwright.train.checkpoint.listing import Listing
+from shardwright.train.config import CheckpointConfig
+from shardwright.train.durable import flush
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ Imports no torch, so the launcher validates in a tenth of a second, and reads no
 own ``config.yaml``.
 """
 
-from train.config.checkpoint import CheckpointConfig
-from train.config.data import (
+from shardwright.train.config.checkpoint import CheckpointConfig
+from shardwright.train.config.data import (
     DEFAULT_SEQUENCE_LENGTH,
     DataConfig,
 )
-from train.config.launcher import (
+from shardwright.train.config.launcher import (
     AccelerateLauncher,
     DeepspeedLauncher,
     LauncherConfig,
@@ -17,18 +17,18 @@ from train.config.launcher import (
     SlurmLauncher,
     TorchrunLauncher,
 )
-from train.config.messages import known_keys, nearest_key, unknown_key_message
-from train.config.model import (
+from shardwright.train.config.messages import known_keys, nearest_key, unknown_key_message
+from shardwright.train.config.model import (
     ModelConfig,
     PretrainedModel,
     ScratchModel,
 )
-from train.config.objective import MlmObjective, ObjectiveConfig
-from train.config.optimizers import OPTIMIZERS
-from train.config.precision import PrecisionConfig
-from train.config.rank_layout import RankLayout, rank_layout
-from train.config.run import RunConfig
-from train.config.steps import (
+from shardwright.train.config.objective import MlmObjective, ObjectiveConfig
+from shardwright.train.config.optimizers import OPTIMIZERS
+from shardwright.train.config.precision import PrecisionConfig
+from shardwright.train.config.rank_layout import RankLayout, rank_layout
+from shardwright.train.config.run import RunConfig
+from shardwright.train.config.steps import (
     BEGINNING,
     Progress,
     Schedule,
@@ -37,15 +37,20 @@ from train.config.steps import (
     total_steps,
     why_too_short,
 )
-from train.config.strategy import DdpStrategy, FsdpStrategy, StrategyConfig, ZeroStrategy
-from train.config.tokenizer import ByteBpeTokenizer, PretrainedTokenizer
-from train.config.trainer import (
+from shardwright.train.config.strategy import (
+    DdpStrategy,
+    FsdpStrategy,
+    StrategyConfig,
+    ZeroStrategy,
+)
+from shardwright.train.config.tokenizer import ByteBpeTokenizer, PretrainedTokenizer
+from shardwright.train.config.trainer import (
     DEFAULT_MICRO_BATCH_SIZE,
     TrainerConfig,
     accumulation_steps,
     largest_micro_batch,
 )
-from train.config.tree import from_tree, load, to_yaml
+from shardwright.train.config.tree import from_tree, load, to_yaml
 
 __all__ = [
     "BEGINNING",

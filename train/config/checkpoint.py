@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from train.config.section import NonNegativeInt, PositiveInt, Section
+from shardwright.train.config.section import NonNegativeInt, PositiveInt, Section
 
 
 class CheckpointConfig(Section):

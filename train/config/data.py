@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from train.config.section import Floats, Fraction, PositiveInt, Section, Strings, unresolved
+from shardwright.train.config.section import (
+    Floats,
+    Fraction,
+    PositiveInt,
+    Section,
+    Strings,
+    unresolved,
+)
 
 DEFAULT_SEQUENCE_LENGTH = 512
 """Tokens in one sample where nobody says, and the model has at least as many positions."""

@@ -7,7 +7,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from train.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, shown
+from shardwright.train.config.section import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    shown,
+)
 
 
 class LauncherSection(Section):

@@ -9,9 +9,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from train.config.model import ModelConfig
-from train.config.section import shown
-from train.config.sections import Sections
+from shardwright.train.config.model import ModelConfig
+from shardwright.train.config.section import shown
+from shardwright.train.config.sections import Sections
 
 # Names from transformers, accelerate, DeepSpeed and Lightning, and what to write here.
 ALIASES = {

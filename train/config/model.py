@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from train.config.section import Fraction, PositiveFloat, PositiveInt, Section
+from shardwright.train.config.section import Fraction, PositiveFloat, PositiveInt, Section
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 

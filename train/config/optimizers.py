@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from train.config.section import (
+from shardwright.train.config.section import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from train.config.section import PositiveFloat, PositiveInt, Section
+from shardwright.train.config.section import PositiveFloat, PositiveInt, Section
 
 
 @dataclass(frozen=True)

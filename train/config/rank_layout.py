@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from typing import Literal
 
-from train.config.strategy import StrategyConfig
-from train.errors import UserError
+from shardwright.train.config.strategy import StrategyConfig
+from shardwright.train.errors import UserError
 
 Dimension = Literal["replicas", "shards", "sequence", "tensor"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from train.config.rules.sections import contradictions
-from train.config.sections import Sections
+from shardwright.train.config.rules.sections import contradictions
+from shardwright.train.config.sections import Sections
 
 
 class RunConfig(Sections):

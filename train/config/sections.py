@@ -6,17 +6,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from train.config.checkpoint import CheckpointConfig
-from train.config.data import DataConfig
-from train.config.launcher import LauncherConfig
-from train.config.model import ModelConfig
-from train.config.objective import ObjectiveConfig
-from train.config.precision import PrecisionConfig
-from train.config.section import Section
-from train.config.strategy import StrategyConfig
-from train.config.tokenizer import TokenizerConfig
-from train.config.tracking import TrackingConfig
-from train.config.trainer import TrainerConfig
+from shardwright.train.config.checkpoint import CheckpointConfig
+from shardwright.train.config.data import DataConfig
+from shardwright.train.config.launcher import LauncherConfig
+from shardwright.train.config.model import ModelConfig
+from shardwright.train.config.objective import ObjectiveConfig
+from shardwright.train.config.precision import PrecisionConfig
+from shardwright.train.config.section import Section
+from shardwright.train.config.strategy import StrategyConfig
+from shardwright.train.config.tokenizer import TokenizerConfig
+from shardwright.train.config.tracking import TrackingConfig
+from shardwright.train.config.trainer import TrainerConfig
 
 
 class Sections(Section):

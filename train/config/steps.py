@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from train.config.sections import Sections
-from train.config.trainer import TrainerConfig
+from shardwright.train.config.sections import Sections
+from shardwright.train.config.trainer import TrainerConfig
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from train.config.section import NonNegativeInt, PositiveInt, Section
-from train.errors import UserError
+from shardwright.train.config.section import NonNegativeInt, PositiveInt, Section
+from shardwright.train.errors import UserError
 
 
 class Placed(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from train.config.section import PositiveInt, Section, Strings
+from shardwright.train.config.section import PositiveInt, Section, Strings
 
 
 class ByteBpeTokenizer(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from train.config.section import Section, Strings
+from shardwright.train.config.section import Section, Strings
 
 
 class NoTracking(Section):

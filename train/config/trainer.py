@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from train.config.optimizers import OptimizerFields
-from train.config.rank_layout import RankLayout
-from train.config.section import (
+from shardwright.train.config.optimizers import OptimizerFields
+from shardwright.train.config.rank_layout import RankLayout
+from shardwright.train.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -18,7 +18,7 @@ from train.config.section import (
     Section,
     unresolved,
 )
-from train.errors import UserError
+from shardwright.train.errors import UserError
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 """Samples that one rank passes through the model at once, at most, where nobody says."""

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from train.config.messages import problems
-from train.config.run import RunConfig
-from train.errors import UserError
-from train.run_directory.names import RESUMES, RUN_CONFIG
+from shardwright.train.config.messages import problems
+from shardwright.train.config.run import RunConfig
+from shardwright.train.errors import UserError
+from shardwright.train.run_directory.names import RESUMES, RUN_CONFIG
 
 
 def from_tree(tree: Any) -> RunConfig:

@@ -16,7 +16,7 @@ from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
-from train.units import duration, size
+from shardwright.train.units import duration, size
 
 LIFE_SECONDS = 9.0
 """Between two lines behind a pipe, whatever does not come to an end: a sign of life."""

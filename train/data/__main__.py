@@ -1,4 +1,4 @@
-"""Prepare a run's tokenizer and tokens: `python -m train.data RUN_DIR`."""
+"""Prepare a run's tokenizer and tokens: `python -m shardwright.train.data RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
-from train import config
-from train.config import RunConfig
-from train.console import progress, terminal
-from train.data.prepare import prepare
-from train.data.tokens import cache
-from train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
-from train.process import exhausted, signals
-from train.process.stop_request import watch_for_stop
-from train.run_directory import owner, stop_request, stopped_preparing
+from shardwright.train import config
+from shardwright.train.config import RunConfig
+from shardwright.train.console import progress, terminal
+from shardwright.train.data.prepare import prepare
+from shardwright.train.data.tokens import cache
+from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
+from shardwright.train.process import exhausted, signals
+from shardwright.train.process.stop_request import watch_for_stop
+from shardwright.train.run_directory import owner, stop_request, stopped_preparing
 
 
 def main() -> int:
     """Prepare the data; return 0, 1 where that failed, 2 on bad input, 75 where it was stopped."""
     signals.install()
     terminal.outlive()
-    parser = argparse.ArgumentParser(prog="python -m train.data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m shardwright.train.data", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="directory that holds the run's config.yaml")
     parser.add_argument("--log", type=Path, help="a file to append to what is shown")
     options = parser.parse_args()
@@ -92,7 +92,7 @@ def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[progress.LogLines(sys.stderr)]
     )
-    logging.getLogger("train").setLevel(logging.INFO)
+    logging.getLogger("shardwright.train").setLevel(logging.INFO)
     code = _prepared(run_dir, settings)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -103,7 +103,7 @@ def _prepared(run_dir: Path, settings: RunConfig) -> int:
     """Prepare the data; return the exit code, and have said what went wrong."""
     try:
         if settings.model.kind == "pretrained" and settings.model.attention != "auto":
-            from train.model.pretrained import check_attention  # which brings torch
+            from shardwright.train.model.pretrained import check_attention  # which brings torch
 
             check_attention(settings.model, settings.objective)
         with progress.shown_on(sys.stderr), progress.phase("preparing the data"):

@@ -11,19 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from train.config import RunConfig, samples_wanted
-from train.data.sources.corpus import corpus_identity, read_corpus, source_weights
-from train.data.sources.registry import source_of
-from train.data.sources.source import Reading
-from train.durable import write_text
-from train.errors import UserError
-from train.run_directory.names import DATA_JSON, TOKENIZER_FOLDER
+from shardwright.train.config import RunConfig, samples_wanted
+from shardwright.train.data.sources.corpus import corpus_identity, read_corpus, source_weights
+from shardwright.train.data.sources.registry import source_of
+from shardwright.train.data.sources.source import Reading
+from shardwright.train.durable import write_text
+from shardwright.train.errors import UserError
+from shardwright.train.run_directory.names import DATA_JSON, TOKENIZER_FOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from train.data.batches.samples import Mixture, Samples
-    from train.data.tokens.cache import Entry
+    from shardwright.train.data.batches.samples import Mixture, Samples
+    from shardwright.train.data.tokens.cache import Entry
 
 CACHE_FORMAT = 2
 log = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     slip in. Raises UserError for what is wrong with corpus, tokenizer or cache directory.
     """
     # Costs half a second, which check_corpus does not need.
-    from train.data.tokens import cache
-    from train.data.tokens.tokenizer import ensure_tokenizer, load_tokenizer
+    from shardwright.train.data.tokens import cache
+    from shardwright.train.data.tokens.tokenizer import ensure_tokenizer, load_tokenizer
 
     started = time.monotonic()
     parent = cache.cache_root(config.data) / "tokens"
@@ -135,10 +135,10 @@ def _packed(
     noted: str | None,
 ) -> Entry:
     """Return the cached tokens of this corpus, tokenizer and settings, packing them if need be."""
-    from train.data.tokens.cache import build_once, cache_root, fingerprint
-    from train.data.tokens.packing import Packing, pack
-    from train.data.tokens.tokenizer import content_hash, control_ids, document_frame
-    from train.model.vocabulary import vocabulary_size
+    from shardwright.train.data.tokens.cache import build_once, cache_root, fingerprint
+    from shardwright.train.data.tokens.packing import Packing, pack
+    from shardwright.train.data.tokens.tokenizer import content_hash, control_ids, document_frame
+    from shardwright.train.model.vocabulary import vocabulary_size
 
     frame = document_frame(tokenizer, config)
     packing = Packing(
@@ -183,9 +183,9 @@ def _open(
     noted: Mapping[str, Any] | None,
 ) -> Prepared:
     """Return what an entry of the cache holds; raise UserError where that is too little."""
-    from train.data.batches.samples import Mixture, Samples
-    from train.data.tokens.packing import store_name
-    from train.data.tokens.store import TokenStore
+    from shardwright.train.data.batches.samples import Mixture, Samples
+    from shardwright.train.data.tokens.packing import store_name
+    from shardwright.train.data.tokens.store import TokenStore
 
     data, causal = config.data, config.objective.kind == "clm"
     weights = source_weights(data)
@@ -345,7 +345,7 @@ def _samples_of_max_tokens(
     config: RunConfig, run_dir: Path, prepared: Prepared
 ) -> tuple[int | None, bool]:
     """Return `Prepared.samples_of_max_tokens`, and whether it was counted only now."""
-    from train.data.tokens.counting import samples_of_tokens
+    from shardwright.train.data.tokens.counting import samples_of_tokens
 
     tokens = config.trainer.max_tokens
     if tokens is None or not config.data.line_by_line:

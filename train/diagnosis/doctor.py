@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from train.config import RunConfig, load
-from train.durable import write_text
-from train.errors import BAD_INPUT, FAILED, UserError
-from train.process import inherited
-from train.process.arguments import decoded
+from shardwright.train.config import RunConfig, load
+from shardwright.train.durable import write_text
+from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.process import inherited
+from shardwright.train.process.arguments import decoded
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,10 @@ class Measured:
 
 def main(argv: list[str]) -> int:
     """Run one rank; return 0, 1 where it failed, or 2 on bad input."""
-    from train.process import logs
-    from train.process.rank import rank_from_environment
-    from train.run_directory.failures import note_failure
-    from train.strategy.group import join
+    from shardwright.train.process import logs
+    from shardwright.train.process.rank import rank_from_environment
+    from shardwright.train.run_directory.failures import note_failure
+    from shardwright.train.strategy.group import join
 
     directory, report = (Path(decoded(argument)) for argument in argv)
     rank = rank_from_environment()
@@ -84,7 +84,7 @@ def measure(config: RunConfig) -> list[Measured]:
 
     Raises RuntimeError where a collective gives a wrong result.
     """
-    from train.process.agreement import from_all
+    from shardwright.train.process.agreement import from_all
 
     on_gpu = config.launcher.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train import config as run_config
-from train.checkpoint.format.layout import Manifest
-from train.config import RunConfig
-from train.errors import UserError
-from train.export import curve
-from train.export.card_text import PICTURE, Facts, readme_of
-from train.paths import is_hub_name
-from train.run_directory import history, metrics
-from train.run_directory.names import (
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint.format.layout import Manifest
+from shardwright.train.config import RunConfig
+from shardwright.train.errors import UserError
+from shardwright.train.export import curve
+from shardwright.train.export.card_text import PICTURE, Facts, readme_of
+from shardwright.train.paths import is_hub_name
+from shardwright.train.run_directory import history, metrics
+from shardwright.train.run_directory.names import (
     DATA_JSON,
     METRICS,
     MODEL_FOLDER,
@@ -30,7 +30,7 @@ from train.run_directory.names import (
 )
 
 if TYPE_CHECKING:
-    from train.loop.trainer import Trainer
+    from shardwright.train.loop.trainer import Trainer
 
 README = "README.md"
 
@@ -58,7 +58,7 @@ def model_card(
     ``checkpoint`` holds the weights, or the live engine where there is none; ``evaluation`` is
     theirs.
     """
-    from train.model.blocks import parameter_count
+    from shardwright.train.model.blocks import parameter_count
 
     step = None if checkpoint is None else checkpoint.step
     return card_of(

@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.config import OPTIMIZERS, RunConfig
-from train.config.positions import longest_sample
-from train.data.sources.registry import source_of
-from train.data.sources.source import code
-from train.export import curve
-from train.paths import is_hub_name
-from train.run_directory.metrics import NO_CURVE, Curve
-from train.units import duration
+from shardwright.train.config import OPTIMIZERS, RunConfig
+from shardwright.train.config.positions import longest_sample
+from shardwright.train.data.sources.registry import source_of
+from shardwright.train.data.sources.source import code
+from shardwright.train.export import curve
+from shardwright.train.paths import is_hub_name
+from shardwright.train.run_directory.metrics import NO_CURVE, Curve
+from shardwright.train.units import duration
 
 PICTURE = "loss.svg"
 MODEL_PLACEHOLDER = "PATH_OR_NAME"

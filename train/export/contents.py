@@ -11,10 +11,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from train.checkpoint.format.lazy import LazyTensor, PortableState
-from train.checkpoint.format.outputs import Output, Place
-from train.errors import UserError
-from train.model.conversion import CannotTrace, assembled, loaded, placed
+from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState
+from shardwright.train.checkpoint.format.outputs import Output, Place
+from shardwright.train.errors import UserError
+from shardwright.train.model.conversion import CannotTrace, assembled, loaded, placed
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from train.run_directory.metrics import Point
+from shardwright.train.run_directory.metrics import Point
 
 TABLE_ROWS = 10
 DRAWN_POINTS = 400

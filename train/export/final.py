@@ -11,23 +11,29 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from train.checkpoint.discovery import best_whole
-from train.checkpoint.format import damage
-from train.checkpoint.format import outputs as format_outputs
-from train.checkpoint.format.layout import read_manifest, step_of
-from train.checkpoint.read import portable
-from train.console import progress
-from train.durable import atomic_directory
-from train.export import safetensors as whole
-from train.export.card import README, Card
-from train.model import origin
-from train.model.conversion import CannotTrace, placed
-from train.model.directory import CONFIG, WrongWeights, check_loads, write_beside_weights, writers
-from train.process.agreement import check, from_all, together
-from train.run_directory.names import CHECKPOINTS, FINAL, MODEL_FOLDER
+from shardwright.train.checkpoint.discovery import best_whole
+from shardwright.train.checkpoint.format import damage
+from shardwright.train.checkpoint.format import outputs as format_outputs
+from shardwright.train.checkpoint.format.layout import read_manifest, step_of
+from shardwright.train.checkpoint.read import portable
+from shardwright.train.console import progress
+from shardwright.train.durable import atomic_directory
+from shardwright.train.export import safetensors as whole
+from shardwright.train.export.card import README, Card
+from shardwright.train.model import origin
+from shardwright.train.model.conversion import CannotTrace, placed
+from shardwright.train.model.directory import (
+    CONFIG,
+    WrongWeights,
+    check_loads,
+    write_beside_weights,
+    writers,
+)
+from shardwright.train.process.agreement import check, from_all, together
+from shardwright.train.run_directory.names import CHECKPOINTS, FINAL, MODEL_FOLDER
 
 if TYPE_CHECKING:
-    from train.loop.trainer import Trainer
+    from shardwright.train.loop.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -17,18 +17,18 @@ from typing import Any, TextIO
 import torch
 from transformers import PreTrainedModel
 
-from train.checkpoint.choose import Chosen, Step, choose
-from train.checkpoint.format import damage
-from train.checkpoint.format.layout import MANIFEST
-from train.checkpoint.format.lazy import LazyTensor, Unreadable, describe
-from train.console import progress
-from train.durable import atomic_directory, temporary_of
-from train.errors import UserError
-from train.export import safetensors as whole
-from train.export.card import Card, recovered_card
-from train.export.contents import DTYPES, Contents, contents
-from train.model import generation, remote_code
-from train.model.directory import (
+from shardwright.train.checkpoint.choose import Chosen, Step, choose
+from shardwright.train.checkpoint.format import damage
+from shardwright.train.checkpoint.format.layout import MANIFEST
+from shardwright.train.checkpoint.format.lazy import LazyTensor, Unreadable, describe
+from shardwright.train.console import progress
+from shardwright.train.durable import atomic_directory, temporary_of
+from shardwright.train.errors import UserError
+from shardwright.train.export import safetensors as whole
+from shardwright.train.export.card import Card, recovered_card
+from shardwright.train.export.contents import DTYPES, Contents, contents
+from shardwright.train.model import generation, remote_code
+from shardwright.train.model.directory import (
     CONFIG,
     GENERATION_CONFIG,
     architecture,
@@ -37,9 +37,9 @@ from train.model.directory import (
     on_meta,
     parsed_config,
 )
-from train.process.memory import peak_resident_bytes, resident_bytes
-from train.run_directory.names import TOKENIZER_FOLDER
-from train.units import size
+from shardwright.train.process.memory import peak_resident_bytes, resident_bytes
+from shardwright.train.run_directory.names import TOKENIZER_FOLDER
+from shardwright.train.units import size
 
 MAX_MEMORY_BYTES = 2**29
 

@@ -22,8 +22,8 @@ from typing import TypeVar
 
 import torch
 
-from train.checkpoint.format.lazy import LazyTensor
-from train.checkpoint.format.outputs import Output, Place
+from shardwright.train.checkpoint.format.lazy import LazyTensor
+from shardwright.train.checkpoint.format.outputs import Output, Place
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"

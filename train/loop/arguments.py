@@ -7,9 +7,9 @@ from pathlib import Path
 import torch.distributed as dist
 import transformers
 
-from train.config import Schedule, accumulation_steps
-from train.optimizer.schedule import SCHEDULES
-from train.strategy.engine import Engine
+from shardwright.train.config import Schedule, accumulation_steps
+from shardwright.train.optimizer.schedule import SCHEDULES
+from shardwright.train.strategy.engine import Engine
 
 
 def training_arguments(

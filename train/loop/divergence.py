@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.checkpoint.format import layout
-from train.run_directory.names import CHECKPOINTS
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.run_directory.names import CHECKPOINTS
 
 
 @dataclass(frozen=True)

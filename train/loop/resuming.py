@@ -13,25 +13,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from train.checkpoint import discovery, retention
-from train.checkpoint.format import layout
-from train.checkpoint.format.layout import LOSS_SCALE, TRAINER_STATE
-from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable, why_refused
-from train.checkpoint.read import portable
-from train.config import Progress, RankLayout, RunConfig
-from train.console import progress
-from train.errors import UserError
-from train.model import streaming
-from train.model.weights import Value, Values
-from train.process.agreement import from_all
-from train.process.rank import Rank
-from train.run_directory.names import CHECKPOINTS
-from train.strategy.loss_scale import restore_loss_scale
+from shardwright.train.checkpoint import discovery, retention
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.format.layout import LOSS_SCALE, TRAINER_STATE
+from shardwright.train.checkpoint.format.lazy import (
+    LazyTensor,
+    PortableState,
+    Unreadable,
+    why_refused,
+)
+from shardwright.train.checkpoint.read import portable
+from shardwright.train.config import Progress, RankLayout, RunConfig
+from shardwright.train.console import progress
+from shardwright.train.errors import UserError
+from shardwright.train.model import streaming
+from shardwright.train.model.weights import Value, Values
+from shardwright.train.process.agreement import from_all
+from shardwright.train.process.rank import Rank
+from shardwright.train.run_directory.names import CHECKPOINTS
+from shardwright.train.strategy.loss_scale import restore_loss_scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from train.strategy.training import Training
+    from shardwright.train.strategy.training import Training
 
 
 @dataclass(frozen=True)

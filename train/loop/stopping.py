@@ -6,17 +6,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from train.checkpoint.format import layout
-from train.console import progress
-from train.loop.callbacks.tracking import STOP_SECONDS
-from train.process import agreement, signals
-from train.process.agreement import from_all
-from train.process.rank import Rank
-from train.run_directory import stop_note, stop_request
-from train.run_directory.names import CHECKPOINTS
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.console import progress
+from shardwright.train.loop.callbacks.tracking import STOP_SECONDS
+from shardwright.train.process import agreement, signals
+from shardwright.train.process.agreement import from_all
+from shardwright.train.process.rank import Rank
+from shardwright.train.run_directory import stop_note, stop_request
+from shardwright.train.run_directory.names import CHECKPOINTS
 
 if TYPE_CHECKING:
-    from train.loop.trainer import Trainer
+    from shardwright.train.loop.trainer import Trainer
 
 
 def end(run_dir: Path, rank: Rank, trainer: Trainer | None, console: TextIO) -> None:

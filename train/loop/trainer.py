@@ -13,29 +13,29 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from train.checkpoint.format.layout import TRAINER_STATE
-from train.config import Schedule
-from train.console import progress
-from train.data.batches import first_batch
-from train.errors import Diverged, UserError
-from train.loop import divergence
-from train.loop.saving.saver import Saver
-from train.model import build as models
-from train.optimizer import build as optimizer
-from train.process import signals
-from train.process.agreement import check, from_all
-from train.strategy import finite
-from train.strategy.loss_scale import loss_scale_is_exhausted
+from shardwright.train.checkpoint.format.layout import TRAINER_STATE
+from shardwright.train.config import Schedule
+from shardwright.train.console import progress
+from shardwright.train.data.batches import first_batch
+from shardwright.train.errors import Diverged, UserError
+from shardwright.train.loop import divergence
+from shardwright.train.loop.saving.saver import Saver
+from shardwright.train.model import build as models
+from shardwright.train.optimizer import build as optimizer
+from shardwright.train.process import signals
+from shardwright.train.process.agreement import check, from_all
+from shardwright.train.strategy import finite
+from shardwright.train.strategy.loss_scale import loss_scale_is_exhausted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from accelerate.utils import KwargsHandler
 
-    from train.loop.callbacks.tracking import Tracking
-    from train.loop.resuming import Resumed
-    from train.model.weights import Values
-    from train.strategy.engine import Engine
+    from shardwright.train.loop.callbacks.tracking import Tracking
+    from shardwright.train.loop.resuming import Resumed
+    from shardwright.train.model.weights import Values
+    from shardwright.train.strategy.engine import Engine
 
 METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
 """What an evaluation measures, the last with masked models only."""

@@ -15,7 +15,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from train.errors import UserError
+from shardwright.train.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def enable(model: PreTrainedModel, every_blocks: int, *, offload: bool) -> None:
 
     Raises UserError where the architecture does not support it, or has fewer blocks than n.
     """
-    from train.model.blocks import blocks
+    from shardwright.train.model.blocks import blocks
 
     field = f"trainer.checkpoint_activations_every_blocks={every_blocks}"
     found = blocks(model)
@@ -62,7 +62,7 @@ def enable(model: PreTrainedModel, every_blocks: int, *, offload: bool) -> None:
 
 def read_back(model: PreTrainedModel) -> dict[str, Any]:
     """Return facts read off the live blocks."""
-    from train.model.blocks import blocks
+    from shardwright.train.model.blocks import blocks
 
     switched = [b for b in blocks(model) if getattr(b, "gradient_checkpointing", False)]
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from train.errors import UserError
+from shardwright.train.errors import UserError
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -12,19 +12,19 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from train.config import (
+from shardwright.train.config import (
     PretrainedModel,
     RunConfig,
 )
-from train.config.positions import usable_positions
-from train.errors import UserError
-from train.model import activation_checkpointing, fp8
-from train.model.blocks import compile_blocks
-from train.model.configs import MODEL_CLASSES, transformers_config
-from train.model.generation import generation_config
-from train.model.pretrained import check_head, load_pretrained
-from train.model.vocabulary import vocabulary_size
-from train.model.weights import Values, initialized
+from shardwright.train.config.positions import usable_positions
+from shardwright.train.errors import UserError
+from shardwright.train.model import activation_checkpointing, fp8
+from shardwright.train.model.blocks import compile_blocks
+from shardwright.train.model.configs import MODEL_CLASSES, transformers_config
+from shardwright.train.model.generation import generation_config
+from shardwright.train.model.pretrained import check_head, load_pretrained
+from shardwright.train.model.vocabulary import vocabulary_size
+from shardwright.train.model.weights import Values, initialized
 
 ROUTER_LOGITS = "output_router_logits"
 """The argument of a forward pass by which mixture-of-experts models give their auxiliary loss."""

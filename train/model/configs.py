@@ -22,7 +22,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from train.config.model import (
+from shardwright.train.config.model import (
     BertModel,
     Gpt2Model,
     LlamaModel,
@@ -32,8 +32,8 @@ from train.config.model import (
     RobertaModel,
     ScratchModel,
 )
-from train.errors import UserError
-from train.model.pretrained import attention_of, pretrained_config
+from shardwright.train.errors import UserError
+from shardwright.train.model.pretrained import attention_of, pretrained_config
 
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "bert": BertForMaskedLM,

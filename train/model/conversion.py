@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from train.checkpoint.format.lazy import Fragment, LazyTensor, Unreadable
-from train.checkpoint.format.outputs import Output, Place
-from train.model.directory import own_class
+from shardwright.train.checkpoint.format.lazy import Fragment, LazyTensor, Unreadable
+from shardwright.train.checkpoint.format.outputs import Output, Place
+from shardwright.train.model.directory import own_class
 
 aten = torch.ops.aten
 

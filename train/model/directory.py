@@ -28,10 +28,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from train.checkpoint.format import damage
-from train.errors import UserError
-from train.model import generation, remote_code
-from train.process import exhausted
+from shardwright.train.checkpoint.format import damage
+from shardwright.train.errors import UserError
+from shardwright.train.model import generation, remote_code
+from shardwright.train.process import exhausted
 
 CONFIG = "config.json"
 GENERATION_CONFIG = generation.FILE

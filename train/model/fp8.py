@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from train.config.precision import FP8_RECIPES
-from train.errors import UserError
+from shardwright.train.config.precision import FP8_RECIPES
+from shardwright.train.errors import UserError
 
 if TYPE_CHECKING:
     from torchao.float8 import Float8LinearConfig
     from transformers import PreTrainedModel
 
-    from train.config import RunConfig
+    from shardwright.train.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def torchao_config(recipe: str) -> Float8LinearConfig:
 
 def linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
     """Return the linear layers of the blocks, in order, converted or not."""
-    from train.model.blocks import blocks
+    from shardwright.train.model.blocks import blocks
 
     return [m for block in blocks(model) for m in block.modules() if isinstance(m, nn.Linear)]
 

@@ -18,12 +18,12 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from train.config import PretrainedModel
-from train.durable import flush, write_text
-from train.errors import UserError
-from train.model import generation, remote_code
-from train.model.streaming import loading
-from train.run_directory.names import MODEL_FOLDER, ORIGIN_JSON
+from shardwright.train.config import PretrainedModel
+from shardwright.train.durable import flush, write_text
+from shardwright.train.errors import UserError
+from shardwright.train.model import generation, remote_code
+from shardwright.train.model.streaming import loading
+from shardwright.train.run_directory.names import MODEL_FOLDER, ORIGIN_JSON
 
 CONFIG = "config.json"
 NOTE = ORIGIN_JSON

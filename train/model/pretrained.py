@@ -20,15 +20,21 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from train.config import (
+from shardwright.train.config import (
     ModelConfig,
     ObjectiveConfig,
     PretrainedModel,
     ScratchModel,
 )
-from train.errors import UserError
-from train.model.streaming import CannotStream, loaded_whole, loading, streamed, weight_files
-from train.model.weights import Values, initialized
+from shardwright.train.errors import UserError
+from shardwright.train.model.streaming import (
+    CannotStream,
+    loaded_whole,
+    loading,
+    streamed,
+    weight_files,
+)
+from shardwright.train.model.weights import Values, initialized
 
 logger = logging.getLogger(__name__)
 

@@ -19,15 +19,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-from train.checkpoint.format import damage
-from train.checkpoint.read import plain as read_plain
-from train.checkpoint.read.names import WRAPPERS, unwrapped
-from train.config import PretrainedModel
-from train.errors import UserError
-from train.model import remote_code
-from train.model.conversion import CannotTrace, Traced, loaded
-from train.model.weights import InMemory, Value, Values, emptied, initialized
-from train.process import exhausted
+from shardwright.train.checkpoint.format import damage
+from shardwright.train.checkpoint.read import plain as read_plain
+from shardwright.train.checkpoint.read.names import WRAPPERS, unwrapped
+from shardwright.train.config import PretrainedModel
+from shardwright.train.errors import UserError
+from shardwright.train.model import remote_code
+from shardwright.train.model.conversion import CannotTrace, Traced, loaded
+from shardwright.train.model.weights import InMemory, Value, Values, emptied, initialized
+from shardwright.train.process import exhausted
 
 logger = logging.getLogger(__name__)
 

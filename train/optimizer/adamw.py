@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from train.config import RunConfig, TrainerConfig
-from train.optimizer.groups import groups_of
-from train.optimizer.kind import AdamwOf, Algorithm, Kind
+from shardwright.train.config import RunConfig, TrainerConfig
+from shardwright.train.optimizer.groups import groups_of
+from shardwright.train.optimizer.kind import AdamwOf, Algorithm, Kind
 
 
 def settings(trainer: TrainerConfig) -> dict[str, Any]:

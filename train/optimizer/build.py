@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from train.config import RunConfig
-from train.config.optimizers import OptimizerName
-from train.optimizer import adafactor, adamw, eight_bit, muon
-from train.optimizer.kind import AdamwOf, Kind
+from shardwright.train.config import RunConfig
+from shardwright.train.config.optimizers import OptimizerName
+from shardwright.train.optimizer import adafactor, adamw, eight_bit, muon
+from shardwright.train.optimizer.kind import AdamwOf, Kind
 
 KINDS: dict[OptimizerName, Kind] = {
     "adamw": adamw.KIND,

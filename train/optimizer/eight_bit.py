@@ -9,11 +9,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from train.config import RunConfig
-from train.errors import UserError
-from train.optimizer.adamw import ADAMW, settings
-from train.optimizer.groups import groups_of
-from train.optimizer.kind import AdamwOf, Kind
+from shardwright.train.config import RunConfig
+from shardwright.train.errors import UserError
+from shardwright.train.optimizer.adamw import ADAMW, settings
+from shardwright.train.optimizer.groups import groups_of
+from shardwright.train.optimizer.kind import AdamwOf, Kind
 
 FIRST_MOMENT = "exp_avg"
 """The one that has a sign."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from train.config import TrainerConfig
+from shardwright.train.config import TrainerConfig
 
 Groups = list[dict[str, Any]]
 

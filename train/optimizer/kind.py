@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from train.config import RunConfig, TrainerConfig
-from train.optimizer.groups import Groups
+from shardwright.train.config import RunConfig, TrainerConfig
+from shardwright.train.optimizer.groups import Groups
 
 AdamwOf = Callable[[Groups, dict[str, Any]], torch.optim.Optimizer]
 """Makes the engine's own AdamW of groups and settings."""
@@ -55,4 +55,4 @@ class Kind:
     algorithms: Mapping[str, Algorithm]
     """By name; where there are several, the ``algorithm`` of a parameter group says which."""
     build: Callable[[RunConfig, PreTrainedModel, Collection[str], AdamwOf], torch.optim.Optimizer]
-    """Takes what `train.optimizer.build.build` takes."""
+    """Takes what `shardwright.train.optimizer.build.build` takes."""

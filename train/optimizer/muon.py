@@ -12,11 +12,11 @@ from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from train.config import RunConfig, TrainerConfig
-from train.errors import UserError
-from train.optimizer import adamw as adamw_part
-from train.optimizer.groups import groups_of
-from train.optimizer.kind import AdamwOf, Algorithm, Kind
+from shardwright.train.config import RunConfig, TrainerConfig
+from shardwright.train.errors import UserError
+from shardwright.train.optimizer import adamw as adamw_part
+from shardwright.train.optimizer.groups import groups_of
+from shardwright.train.optimizer.kind import AdamwOf, Algorithm, Kind
 
 
 def hidden_matrices(model: PreTrainedModel) -> set[str]:

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.process.signals import CTRL_C, SECONDS_BETWEEN_LOOKS, Stop, asked, at_once, hear
+from shardwright.train.process.signals import (
+    CTRL_C,
+    SECONDS_BETWEEN_LOOKS,
+    Stop,
+    asked,
+    at_once,
+    hear,
+)
 
 _KEY = "shardwright/stop"
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from train.config import RunConfig
-from train.errors import UserError
-from train.process import inherited, signals
-from train.process.leave import leave_process_group
-from train.process.rank import Rank
-from train.run_directory.failures import has_failure
+from shardwright.train.config import RunConfig
+from shardwright.train.errors import UserError
+from shardwright.train.process import inherited, signals
+from shardwright.train.process.leave import leave_process_group
+from shardwright.train.process.rank import Rank
+from shardwright.train.run_directory.failures import has_failure
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 LAST_WRITE_SECONDS = 600

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.console import terminal
-from train.run_directory.failures import failure_file
-from train.run_directory.names import FAILURES, LOGS, RUN_LOG, rank_log
+from shardwright.train.console import terminal
+from shardwright.train.run_directory.failures import failure_file
+from shardwright.train.run_directory.names import FAILURES, LOGS, RUN_LOG, rank_log
 
 if TYPE_CHECKING:
-    from train.process.rank import Rank
+    from shardwright.train.process.rank import Rank
 
 
 def open_rank_log(

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from train.durable import write_text
-from train.run_directory import history
+from shardwright.train.durable import write_text
+from shardwright.train.run_directory import history
 
 _PACKAGES = (
     "shardwright",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from train.errors import UserError
-from train.process import inherited
+from shardwright.train.errors import UserError
+from shardwright.train.process import inherited
 
 
 @dataclass(frozen=True)

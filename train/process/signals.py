@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from train.errors import FAILED
+from shardwright.train.errors import FAILED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 """What asks a rank to stop. SIGUSR1 is the one that no launcher between acts on by itself."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from train.process import signals
-from train.run_directory.stop_request import FILE, KILL, lines_of
+from shardwright.train.process import signals
+from shardwright.train.run_directory.stop_request import FILE, KILL, lines_of
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.durable import write_text
-from train.run_directory.names import FAILURES, LOGS, failure
+from shardwright.train.durable import write_text
+from shardwright.train.run_directory.names import FAILURES, LOGS, failure
 
 
 def note_failure(

@@ -10,8 +10,8 @@ import shlex
 import shutil
 from pathlib import Path
 
-from train.durable import flush
-from train.run_directory.names import FINAL, FINAL_EARLIER
+from shardwright.train.durable import flush
+from shardwright.train.run_directory.names import FINAL, FINAL_EARLIER
 
 
 def of(run_dir: Path) -> Path | None:

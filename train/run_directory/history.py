@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.durable import write_text
-from train.run_directory.names import HISTORY, PROVENANCE, RESUMES
+from shardwright.train.durable import write_text
+from shardwright.train.run_directory.names import HISTORY, PROVENANCE, RESUMES
 
 FILE = HISTORY
 BY_TORCHRUN = "torchrun"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.durable import write_text
-from train.run_directory.names import METRICS
+from shardwright.train.durable import write_text
+from shardwright.train.run_directory.names import METRICS
 
 TAIL_BYTES = 2**16
 """Of metrics.jsonl; a line has some 250."""

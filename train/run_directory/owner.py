@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train.errors import UserError
-from train.run_directory.names import OWNER
+from shardwright.train.errors import UserError
+from shardwright.train.run_directory.names import OWNER
 
 FILE = OWNER
 PREPARING = "preparing data"

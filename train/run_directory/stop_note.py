@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train.durable import write_text
-from train.run_directory.names import STOPPED
+from shardwright.train.durable import write_text
+from shardwright.train.run_directory.names import STOPPED
 
 NOTE = STOPPED
 

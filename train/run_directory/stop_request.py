@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from train.run_directory.names import STOP_REQUEST
+from shardwright.train.run_directory.names import STOP_REQUEST
 
 FILE = STOP_REQUEST
 KILL = "kill"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from train.checkpoint.format import layout
-from train.run_directory import stop_note
-from train.run_directory.names import CHECKPOINTS
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.run_directory import stop_note
+from shardwright.train.run_directory.names import CHECKPOINTS
 
 
 def note(run_dir: Path, reason: str) -> None:

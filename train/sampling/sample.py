@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from safetensors import SafetensorError
 
-from train.checkpoint.format.layout import MANIFEST
-from train.console import progress, terminal
-from train.errors import BAD_INPUT, FAILED, UserError
-from train.process import exhausted
-from train.process.arguments import path as path_of
-from train.process.logs import quiet_libraries
-from train.run_directory import final
-from train.run_directory.names import FINAL
+from shardwright.train.checkpoint.format.layout import MANIFEST
+from shardwright.train.console import progress, terminal
+from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.process import exhausted
+from shardwright.train.process.arguments import path as path_of
+from shardwright.train.process.logs import quiet_libraries
+from shardwright.train.run_directory import final
+from shardwright.train.run_directory.names import FINAL
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def _loaded(task: str, model_dir: Path, source: dict[str, Any]) -> Any:
     """
     from transformers import pipeline
 
-    from train.checkpoint.format import damage
+    from shardwright.train.checkpoint.format import damage
 
     if problem := next(damage.problems(model_dir), None):
         raise UserError(problem)
@@ -135,7 +135,7 @@ def check_code(model_dir: Path, *, trusts_code: bool) -> None:
     """Raise UserError where a model needs Python code of its own, which may not be run."""
     import transformers
 
-    from train.model import remote_code
+    from shardwright.train.model import remote_code
 
     tree = _config_of(model_dir)
     name = str(tree["architectures"][0])
@@ -162,7 +162,7 @@ def _config_of(model_dir: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        from train.checkpoint.format import damage
+        from shardwright.train.checkpoint.format import damage
 
         raise UserError(damage.problem(path) or f"{path} cannot be read ({error})") from None
     names = tree.get("architectures") if isinstance(tree, dict) else None

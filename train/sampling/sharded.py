@@ -14,24 +14,24 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from train.config import PretrainedModel, load
-from train.errors import BAD_INPUT, FAILED, UserError
-from train.process import inherited
+from shardwright.train.config import PretrainedModel, load
+from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.process import inherited
 
 if TYPE_CHECKING:
-    from train.strategy.engine import Engine
+    from shardwright.train.strategy.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
     """Run one rank; return 0, 1 where it failed, or 2 on bad input."""
-    from train.process import exhausted, logs
-    from train.process.rank import rank_from_environment
-    from train.run_directory.failures import note_failure
-    from train.sampling import sample
-    from train.strategy import engine_of
-    from train.strategy.group import join
+    from shardwright.train.process import exhausted, logs
+    from shardwright.train.process.rank import rank_from_environment
+    from shardwright.train.run_directory.failures import note_failure
+    from shardwright.train.sampling import sample
+    from shardwright.train.strategy import engine_of
+    from shardwright.train.strategy.group import join
 
     directory = Path(argv[0])
     options = sample.parser().parse_args(argv[1:])
@@ -56,8 +56,8 @@ def generate(engine: Engine, options: argparse.Namespace, out: TextIO) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from train.model import build as models
-    from train.sampling import sample
+    from shardwright.train.model import build as models
+    from shardwright.train.sampling import sample
 
     config = engine.config
     assert isinstance(config.model, PretrainedModel)

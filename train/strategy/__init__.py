@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.config import RunConfig, rank_layout
-from train.strategy.engine import Engine
-from train.strategy.fsdp.engine import Fsdp
-from train.strategy.replicated import Replicated
-from train.strategy.zero.engine import Zero
+from shardwright.train.config import RunConfig, rank_layout
+from shardwright.train.strategy.engine import Engine
+from shardwright.train.strategy.fsdp.engine import Fsdp
+from shardwright.train.strategy.replicated import Replicated
+from shardwright.train.strategy.zero.engine import Zero
 
 _ENGINES: dict[str, type[Engine]] = {
     "single": Replicated,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config.precision import DTYPES
+from shardwright.train.config.precision import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,7 +28,7 @@ def moments_dtypes(optimizer: torch.optim.Optimizer, masters: Iterable[Any]) -> 
     Before the first step there may be none yet; they will take those of the master weights.
     torchao's 8-bit ones are tensors of a class of their own.
     """
-    from train.optimizer import eight_bit
+    from shardwright.train.optimizer import eight_bit
 
     if eight_bit.in_use(optimizer):
         return {"8-bit"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from train.config import RankLayout, RunConfig
-from train.strategy.training import Stateful
+from shardwright.train.config import RankLayout, RunConfig
+from shardwright.train.strategy.training import Stateful
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from train.model.weights import Values
-    from train.strategy.training import Training
+    from shardwright.train.model.weights import Values
+    from shardwright.train.strategy.training import Training
 
 
 class Engine(Stateful, ABC):

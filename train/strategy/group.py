@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from train.config import RunConfig
-from train.process.group import member
-from train.process.rank import Rank
-from train.strategy import engine_of
+from shardwright.train.config import RunConfig
+from shardwright.train.process.group import member
+from shardwright.train.process.rank import Rank
+from shardwright.train.strategy import engine_of
 
 
 @contextmanager
 def join(config: RunConfig, rank: Rank) -> Iterator[None]:
     """Be a member of the process group inside the block, and have the engine take it as its own.
 
-    As `train.process.group.member` otherwise.
+    As `shardwright.train.process.group.member` otherwise.
     """
     with member(config, rank):
         engine_of(config, rank.world_size).adopt_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from train.config import (
+from shardwright.train.config import (
     OPTIMIZERS,
     RankLayout,
     RunConfig,
@@ -13,11 +13,11 @@ from train.config import (
     accumulation_steps,
     rank_layout,
 )
-from train.optimizer import build as optimizer
-from train.optimizer.schedule import SCHEDULES
+from shardwright.train.optimizer import build as optimizer
+from shardwright.train.optimizer.schedule import SCHEDULES
 
 if TYPE_CHECKING:
-    from train.strategy.training import Training
+    from shardwright.train.strategy.training import Training
 
 
 def expected(config: RunConfig, layout: RankLayout, schedule: Schedule) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
     """Return facts read off the live loop."""
     import torch
 
-    from train.model import activation_checkpointing, fp8
+    from shardwright.train.model import activation_checkpointing, fp8
 
     args = trainer.args
     layout = rank_layout(trainer.config.strategy, args.world_size)
@@ -128,8 +128,8 @@ def _how_blocks_run(trainer: Training) -> dict[str, Any]:
 
 
 def _blocks(model: Any) -> list[Any]:
-    from train.errors import UserError
-    from train.model.blocks import blocks
+    from shardwright.train.errors import UserError
+    from shardwright.train.model.blocks import blocks
 
     try:
         return blocks(model)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from train.strategy.training import Training
+    from shardwright.train.strategy.training import Training
 
 
 SMALLEST_LOSS_SCALE = 1.0

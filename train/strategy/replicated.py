@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import DdpStrategy
-from train.strategy.dtypes import TORCH_DTYPES
-from train.strategy.engine import Engine
+from shardwright.train.config import DdpStrategy
+from shardwright.train.strategy.dtypes import TORCH_DTYPES
+from shardwright.train.strategy.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from train.checkpoint.format.lazy import PortableState
-    from train.model.weights import Values
-    from train.strategy.training import EngineState, Training
+    from shardwright.train.checkpoint.format.lazy import PortableState
+    from shardwright.train.model.weights import Values
+    from shardwright.train.strategy.training import EngineState, Training
 
 
 class Replicated(Engine):
@@ -39,7 +39,7 @@ class Replicated(Engine):
     def shard(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
         import torch
 
-        from train.model.weights import materialize
+        from shardwright.train.model.weights import materialize
 
         dtype = getattr(torch, TORCH_DTYPES[self.config.precision.master_dtype])
         materialize(model, values, dtype)
@@ -75,8 +75,8 @@ class Replicated(Engine):
     def read_back(self, trainer: Training) -> dict[str, Any]:
         from torch.nn.parallel import DistributedDataParallel
 
-        from train.strategy.dtypes import dtype_names, moments_dtypes
-        from train.strategy.loss_scale import loss_scaling
+        from shardwright.train.strategy.dtypes import dtype_names, moments_dtypes
+        from shardwright.train.strategy.loss_scale import loss_scaling
 
         model = trainer.model_wrapped
         is_ddp = isinstance(model, DistributedDataParallel)
@@ -102,7 +102,7 @@ class Replicated(Engine):
         return {**facts, **loss_scaling(trainer.accelerator.scaler)}
 
     def restore_optimizer(self, trainer: Training, state: PortableState) -> None:
-        from train.strategy.state.moments import check_names, restore_whole
+        from shardwright.train.strategy.state.moments import check_names, restore_whole
 
         parameters = dict(trainer.model.named_parameters())
         check_names(state, parameters)
@@ -119,6 +119,6 @@ class Replicated(Engine):
         return trainer.model.parameters()
 
     def save_state(self, trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
-        from train.strategy.state.dcp import DistributedState
+        from shardwright.train.strategy.state.dcp import DistributedState
 
         return DistributedState(trainer, copy=copy)

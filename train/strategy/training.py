@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-    from train.checkpoint.format.hashed import HashedFolder
-    from train.checkpoint.format.lazy import PortableState
-    from train.config import RankLayout, RunConfig, Schedule
-    from train.model.weights import Values
-    from train.strategy.finite import Gate
+    from shardwright.train.checkpoint.format.hashed import HashedFolder
+    from shardwright.train.checkpoint.format.lazy import PortableState
+    from shardwright.train.config import RankLayout, RunConfig, Schedule
+    from shardwright.train.model.weights import Values
+    from shardwright.train.strategy.finite import Gate
 
 
 class EngineState(Protocol):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.strategy import loop_facts
+from shardwright.train.strategy import loop_facts
 
 if TYPE_CHECKING:
-    from train.strategy.engine import Engine
-    from train.strategy.training import Training
+    from shardwright.train.strategy.engine import Engine
+    from shardwright.train.strategy.training import Training
 
 
 def verify(engine: Engine, trainer: Training) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Small corpora, configs and tokenizers for the tests of train.data."""
+"""Small corpora, configs and tokenizers for the tests of shardwright.train.data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from train.config import RunConfig, from_tree
+from shardwright.train.config import RunConfig, from_tree
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.config import MlmObjective
-from train.data.batches.collator import IGNORED, Collator, Masking
-from train.data.batches.sampler import SampleKey
-from train.data.batches.samples import Window
-from train.data.tokens.tokenizer import SpecialIds
+from shardwright.train.config import MlmObjective
+from shardwright.train.data.batches.collator import IGNORED, Collator, Masking
+from shardwright.train.data.batches.sampler import SampleKey
+from shardwright.train.data.batches.samples import Window
+from shardwright.train.data.tokens.tokenizer import SpecialIds
 
 BOS, PAD, EOS, UNK, MASK = range(5)
 SPECIAL = np.arange(5)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from train.config import DataConfig
-from train.data.sources.corpus import (
+from shardwright.train.config import DataConfig
+from shardwright.train.data.sources.corpus import (
     Piece,
     Reading,
     check_corpus,
@@ -25,7 +25,7 @@ from train.data.sources.corpus import (
     read_corpus,
     source_weights,
 )
-from train.errors import UserError
+from shardwright.train.errors import UserError
 
 BOOK = """\ufeffThe Project Gutenberg eBook of The Book
 
@@ -285,8 +285,8 @@ def test_a_hub_name_that_cannot_be_reached_says_what_to_do(tmp_path: Path) -> No
 def test_checking_a_corpus_is_light(corpus: Path) -> None:
     code = (
         "import sys; from pydantic import TypeAdapter; "
-        "from train.config import DataConfig; "
-        "from train.data import check_corpus; "
+        "from shardwright.train.config import DataConfig; "
+        "from shardwright.train.data import check_corpus; "
         f"check_corpus(TypeAdapter(DataConfig).validate_python("
         f"dict(kind='text', paths=[{str(corpus / '*.txt')!r}]))); "
         "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'pyarrow'}; "

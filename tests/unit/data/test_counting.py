@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.config import MlmObjective
-from train.data.batches.collator import Collator, Masking
-from train.data.batches.sampler import SampleKey, all_permuted, permuted, sample_at
-from train.data.batches.samples import Mixture, Samples
-from train.data.tokens import counting
-from train.data.tokens.counting import samples_of_tokens
-from train.data.tokens.store import StoreWriter, TokenStore
-from train.data.tokens.tokenizer import SpecialIds
+from shardwright.train.config import MlmObjective
+from shardwright.train.data.batches.collator import Collator, Masking
+from shardwright.train.data.batches.sampler import SampleKey, all_permuted, permuted, sample_at
+from shardwright.train.data.batches.samples import Mixture, Samples
+from shardwright.train.data.tokens import counting
+from shardwright.train.data.tokens.counting import samples_of_tokens
+from shardwright.train.data.tokens.store import StoreWriter, TokenStore
+from shardwright.train.data.tokens.tokenizer import SpecialIds
 
 LENGTH = 16
 

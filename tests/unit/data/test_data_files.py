@@ -19,9 +19,9 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from train.config.data import HubData
-from train.data.sources import hub
-from train.data.sources.files import (
+from shardwright.train.config.data import HubData
+from shardwright.train.data.sources import hub
+from shardwright.train.data.sources.files import (
     HASHED_BYTES,
     PIECE_BYTES,
     check_file,
@@ -31,7 +31,7 @@ from train.data.sources.files import (
     identity,
     read_file,
 )
-from train.errors import UserError
+from shardwright.train.errors import UserError
 
 
 def texts(path: Path, field: str = "text", by_line: bool = False) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.data.batches.first_batch import check
-from train.errors import UserError
+from shardwright.train.data.batches.first_batch import check
+from shardwright.train.errors import UserError
 
 
 def batch(**changes: torch.Tensor) -> dict[str, torch.Tensor]:

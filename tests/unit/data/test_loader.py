@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from train.config import RankLayout, RunConfig
-from train.data import Prepared, prepare
-from train.data.batches.loader import eval_loader, train_loader
+from shardwright.train.config import RankLayout, RunConfig
+from shardwright.train.data import Prepared, prepare
+from shardwright.train.data.batches.loader import eval_loader, train_loader
 
 MakeConfig = Callable[..., RunConfig]
 Batch = dict[str, torch.Tensor]

@@ -22,10 +22,10 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
-from train.data.sources.corpus import Piece
-from train.data.tokens.packing import BATCH_TEXTS, Packing, pack, word_starts
-from train.data.tokens.store import StoreWriter, TokenStore
-from train.data.tokens.tokenizer import train_byte_bpe
+from shardwright.train.data.sources.corpus import Piece
+from shardwright.train.data.tokens.packing import BATCH_TEXTS, Packing, pack, word_starts
+from shardwright.train.data.tokens.store import StoreWriter, TokenStore
+from shardwright.train.data.tokens.tokenizer import train_byte_bpe
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 END = 2
@@ -256,10 +256,10 @@ def test_memory_does_not_grow_with_the_corpus(bpe: Tokenizer, tmp_path: Path) ->
 import sys
 from pathlib import Path
 from tokenizers import Tokenizer
-from train.data.sources.corpus import Piece
-from train.data.tokens.packing import Packing
-from train.data.tokens.packing import pack
-from train.process.memory import peak_resident_bytes
+from shardwright.train.data.sources.corpus import Piece
+from shardwright.train.data.tokens.packing import Packing
+from shardwright.train.data.tokens.packing import pack
+from shardwright.train.process.memory import peak_resident_bytes
 folder = Path(sys.argv[1])
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 text = "pure reason of understanding, and the moral law. " * 400

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from train.config import RunConfig, to_yaml
-from train.data import __main__ as data_command
-from train.data import prepare
-from train.data.prepare import noted_samples_per_epoch, noted_samples_wanted
-from train.data.sources.corpus import is_held_out
-from train.data.tokens.cache import build_once, find
-from train.errors import UserError
-from train.model.vocabulary import vocabulary_size
-from train.run_directory.owner import inherited
+from shardwright.train.config import RunConfig, to_yaml
+from shardwright.train.data import __main__ as data_command
+from shardwright.train.data import prepare
+from shardwright.train.data.prepare import noted_samples_per_epoch, noted_samples_wanted
+from shardwright.train.data.sources.corpus import is_held_out
+from shardwright.train.data.tokens.cache import build_once, find
+from shardwright.train.errors import UserError
+from shardwright.train.model.vocabulary import vocabulary_size
+from shardwright.train.run_directory.owner import inherited
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -33,7 +33,7 @@ def start(config: RunConfig, run_dir: Path) -> subprocess.Popen[str]:
     run_dir.mkdir(exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return subprocess.Popen(
-        [sys.executable, "-m", "train.data", str(run_dir)],
+        [sys.executable, "-m", "shardwright.train.data", str(run_dir)],
         env={**os.environ, **inherited(claim=None)},
         stderr=subprocess.PIPE,
         text=True,
@@ -82,7 +82,7 @@ def test_the_samples_of_a_number_of_tokens_are_counted_once(
     assert more is not None
     assert more > counted
     monkeypatch.setattr(
-        "train.data.tokens.counting.samples_of_tokens", lambda *_: pytest.fail("again")
+        "shardwright.train.data.tokens.counting.samples_of_tokens", lambda *_: pytest.fail("again")
     )
     assert prepare(by_tokens(6000), run_dir).samples_of_max_tokens == more
     assert prepare(make_config(data=lines), run_dir).samples_of_max_tokens is None
@@ -91,7 +91,7 @@ def test_the_samples_of_a_number_of_tokens_are_counted_once(
 def test_the_same_corpus_is_prepared_once(
     corpus: Path, make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="train")
+    caplog.set_level("INFO", logger="shardwright.train")
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         prepare(make_config(data={"sequence_length": 64}), tmp_path / name)
@@ -105,7 +105,7 @@ def test_the_same_corpus_is_prepared_once(
 def test_the_log_tells_how_much_there_is(
     corpus: Path, make_config: MakeConfig, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="train")
+    caplog.set_level("INFO", logger="shardwright.train")
     prepared = prepare(make_config(), run_dir)
     lines = [
         rf"{name}: {part.documents} documents, {part.tokens:,} tokens in {part.samples:,} samples; "
@@ -144,7 +144,7 @@ def test_lines_longer_than_a_sample_are_counted_with_what_they_lose(
     caplog: pytest.LogCaptureFixture,
     mlm: bool,
 ) -> None:
-    caplog.set_level("INFO", logger="train")
+    caplog.set_level("INFO", logger="shardwright.train")
     write_lines(tmp_path / "corpus", long=10)
     config = lines_config(make_config, tmp_path, mlm, max_cut_fraction=0.9)
     prepared = prepare(config, run_dir)
@@ -201,7 +201,7 @@ def test_empty_files_that_a_glob_matched_are_told_once(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", logger="train")
+    caplog.set_level("INFO", logger="shardwright.train")
     for name in ("000.txt", "99.txt"):
         (corpus / name).write_text("")
     prepare(make_config(), run_dir)
@@ -507,8 +507,8 @@ def test_what_cannot_be_read_ends_with_code_2_and_leaves_nothing(
 def test_preparing_imports_no_torch(corpus: Path, make_config: MakeConfig, run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text(to_yaml(make_config()))
     code = (
-        "import os, sys; from pathlib import Path; from train import config; "
-        "from train.data import __main__; run_dir = Path(sys.argv[1]); "
+        "import os, sys; from pathlib import Path; from shardwright.train import config; "
+        "from shardwright.train.data import __main__; run_dir = Path(sys.argv[1]); "
         "assert __main__._work(run_dir, config.load(run_dir), os.getppid()) == 0; "
         "print('torch' in sys.modules)"
     )

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches, permuted, sample_at
+from shardwright.train.data.batches.sampler import (
+    EvalBatches,
+    SampleKey,
+    TrainBatches,
+    permuted,
+    sample_at,
+)
 
 
 @given(seed=st.integers(0, 2**32), epoch=st.integers(0, 10**6), size=st.integers(1, 300))

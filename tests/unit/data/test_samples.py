@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data.batches.samples import Mixture, Samples
-from train.data.tokens.store import StoreWriter, TokenStore
+from shardwright.train.data.batches.samples import Mixture, Samples
+from shardwright.train.data.tokens.store import StoreWriter, TokenStore
 
 
 def store_of(directory: Path, tokens: list[int], lines: list[int] | None = None) -> TokenStore:

@@ -9,18 +9,23 @@ from typing import Any, Literal, get_args
 
 import pytest
 
-from launchers.composition.compose import CONF
+from shardwright.launchers.composition.compose import CONF
+from shardwright.train.config import DataConfig, from_tree
+from shardwright.train.config.data import DataSection
+from shardwright.train.data import prepare
+from shardwright.train.data.sources import registry
+from shardwright.train.data.sources.corpus import (
+    check_corpus,
+    corpus_identity,
+    read_corpus,
+    source_weights,
+)
+from shardwright.train.data.sources.files import Text
+from shardwright.train.data.sources.registry import SOURCES, source_of
+from shardwright.train.data.sources.source import DataSet, Reading, Source
+from shardwright.train.errors import UserError
+from shardwright.train.export.card_text import Facts, readme_of
 from tests.fixtures import TreeOf
-from train.config import DataConfig, from_tree
-from train.config.data import DataSection
-from train.data import prepare
-from train.data.sources import registry
-from train.data.sources.corpus import check_corpus, corpus_identity, read_corpus, source_weights
-from train.data.sources.files import Text
-from train.data.sources.registry import SOURCES, source_of
-from train.data.sources.source import DataSet, Reading, Source
-from train.errors import UserError
-from train.export.card_text import Facts, readme_of
 
 ROOT = Path(__file__).resolve().parents[3]
 UNION, *_ = get_args(DataConfig)

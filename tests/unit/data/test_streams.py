@@ -20,9 +20,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from train.config import RunConfig
-from train.data import prepare
-from train.data.tokens.tokenizer import control_ids
+from shardwright.train.config import RunConfig
+from shardwright.train.data import prepare
+from shardwright.train.data.tokens.tokenizer import control_ids
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -170,7 +170,7 @@ def test_a_stream_is_the_documents_in_their_frame_and_nothing_else(
     run_dir: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO", logger="train")
+    caplog.set_level("INFO", logger="shardwright.train")
     kind = make()
     controls = [
         token.content
@@ -241,7 +241,7 @@ def split(
 def test_a_masked_models_samples_keep_their_frame_and_say_what_use_makes_of_a_text(
     tmp_path: Path, make_config: MakeConfig, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="train")
+    caplog.set_level("INFO", logger="shardwright.train")
     for name, frame in (("as-used", True), ("otherwise", False)):
         kind = albert()
         if not frame:

@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from train.config import RunConfig
-from train.data.sources.corpus import is_held_out
-from train.data.tokens import tokenizer as tokens_tokenizer
-from train.data.tokens.tokenizer import (
+from shardwright.train.config import RunConfig
+from shardwright.train.data.sources.corpus import is_held_out
+from shardwright.train.data.tokens import tokenizer as tokens_tokenizer
+from shardwright.train.data.tokens.tokenizer import (
     LONGEST_WORD,
     document_frame,
     ensure_tokenizer,
@@ -25,8 +25,8 @@ from train.data.tokens.tokenizer import (
     train_byte_bpe,
     with_short_words,
 )
-from train.errors import UserError
-from train.model.vocabulary import vocabulary_size
+from shardwright.train.errors import UserError
+from shardwright.train.model.vocabulary import vocabulary_size
 
 MakeConfig = Callable[..., RunConfig]
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -363,7 +363,7 @@ def test_a_directory_without_a_tokenizer_is_refused(
 def test_training_a_tokenizer_imports_no_torch() -> None:
     code = (
         "import sys; from transformers import PreTrainedTokenizerFast; "
-        "from train.data.tokens.tokenizer import train_byte_bpe; "
+        "from shardwright.train.data.tokens.tokenizer import train_byte_bpe; "
         f"train_byte_bpe(['text'], 261, 2, {SPECIAL}); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

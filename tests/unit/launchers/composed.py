@@ -6,8 +6,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from launchers.composition.compose import CONF, compose
-from train.config import RunConfig, from_tree
+from shardwright.launchers.composition.compose import CONF, compose
+from shardwright.train.config import RunConfig, from_tree
 
 
 def composed(*overrides: str) -> tuple[dict[str, Any], RunConfig]:

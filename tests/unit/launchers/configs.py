@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from launchers.machine.facts import Machine, resolve
+from shardwright.launchers.machine.facts import Machine, resolve
+from shardwright.train.config import RunConfig, from_tree
 from tests.unit import trees
-from train.config import RunConfig, from_tree
 
 
 def slurm_run(run_dir: str = "/runs/a", **settings: Any) -> RunConfig:

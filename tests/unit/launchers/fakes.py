@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.__main__ import main
+from shardwright.launchers.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -115,7 +115,7 @@ class Checkout:
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "launchers", "train", *arguments],
+            [sys.executable, "-m", "shardwright", "train", *arguments],
             cwd=self.cwd,
             env={**os.environ, "PYTHONPATH": str(self.root), **environment},
             stdout=subprocess.PIPE,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shardwright.train.config import to_yaml
 from tests.unit.launchers.configs import slurm_run
-from train.config import to_yaml
 
 
 def a_run(directory: Path) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launchers import preflight
-from launchers.machine import facts as machine
-from launchers.machine.facts import Machine
+from shardwright.launchers import preflight
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 
 shardwright = pytest.fixture(make_shardwright)

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from launchers.commands.checkpoints import strategy_name
-from launchers.machine.facts import Machine, resolve
+from shardwright.launchers.commands.checkpoints import strategy_name
+from shardwright.launchers.machine.facts import Machine, resolve
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.config import to_yaml
 from tests.checkpoints import FILE_DAMAGES, FILES, write_checkpoint
 from tests.unit.launchers.composed import composed
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
-from train.checkpoint.format import layout
-from train.config import to_yaml
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -196,7 +196,7 @@ def test_a_strategy_has_its_presets_name(name: str) -> None:
 def test_listing_and_verifying_import_no_torch(run_dir: Path) -> None:
     program = f"""
 import sys
-from launchers.__main__ import main
+from shardwright.launchers.__main__ import main
 run_dir = {str(run_dir)!r}
 code = main(["checkpoints", run_dir]) or main(["checkpoints", run_dir, "--verify"])
 heavy = {{"torch", "transformers", "deepspeed", "accelerate", "numpy"}} & set(sys.modules)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers.__main__ import COMMANDS
+from shardwright.launchers.__main__ import COMMANDS
+from shardwright.train.config import from_tree
+from shardwright.train.console.terminal import READER_GONE
+from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, RESUMABLE
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
-from train.config import from_tree
-from train.console.terminal import READER_GONE
-from train.errors import BAD_INPUT, FAILED, INTERRUPTED, RESUMABLE
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -67,7 +67,7 @@ def test_a_reader_that_leaves_early_ends_a_command_quietly(words: str, tmp_path:
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").write_text("nonsense: 1\n")
     started = subprocess.Popen(
-        [sys.executable, "-m", "launchers", *words.split()],
+        [sys.executable, "-m", "shardwright", *words.split()],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -137,7 +137,7 @@ def test_dry_run_prints_config_engine_environment_and_command(
     assert run.launcher.device == "cpu"
     assert json.loads(engine)["zero_optimization"]["stage"] == 2
     assert "DS_ACCELERATOR=cpu\n" in environment
-    assert shlex.split(command)[-3:] == ["-m", "train", str(tmp_path / "my run")]
+    assert shlex.split(command)[-3:] == ["-m", "shardwright.train", str(tmp_path / "my run")]
     assert os.listdir(tmp_path) == []
 
 
@@ -189,7 +189,7 @@ def test_dry_run_shows_what_cannot_run_here_and_says_so(
 def test_launcher_side_imports_no_torch(tmp_path: Path) -> None:
     program = """
 import sys
-from launchers.__main__ import main
+from shardwright.launchers.__main__ import main
 code = main(["train", "--dry-run", "experiment=demo", "launcher.device=cpu"])
 libraries = {"torch", "transformers", "deepspeed", "accelerate", "datasets", "huggingface_hub"}
 heavy = libraries & set(sys.modules)
@@ -201,13 +201,13 @@ sys.exit(f"imported {heavy}" if heavy else code)
 
 def test_info_shows_where_values_come_from(tmp_path: Path) -> None:
     # Hydra sets up logging for it, which lasts as long as the process.
-    done = python(tmp_path, "-m", "launchers", "train", "--info", "defaults-tree")
+    done = python(tmp_path, "-m", "shardwright", "train", "--info", "defaults-tree")
     assert done.returncode == 0
     assert "strategy: ddp" in done.stdout
 
 
 def test_sample_passes_everything_on(tmp_path: Path) -> None:
-    done = python(tmp_path, "-m", "launchers", "sample", "no such run", "--prompt", "a 'b'")
+    done = python(tmp_path, "-m", "shardwright", "sample", "no such run", "--prompt", "a 'b'")
     assert done.returncode == 2
     assert "error: no such run holds no model" in done.stderr
 

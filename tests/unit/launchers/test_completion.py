@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers import __main__ as launchers
-from launchers.commands.completion import complete
+from shardwright.launchers import __main__ as launchers
+from shardwright.launchers.commands.completion import complete
 from tests.unit.launchers.fakes import ROOT
 
 COMMANDS = ("train", "sample")
@@ -81,7 +81,7 @@ def test_flags_of_train_are_hydras_and_ours() -> None:
 )
 def test_tab_in_bash(tmp_path: Path, line: str, expected: str) -> None:
     program = tmp_path / "shardwright"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m launchers "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m shardwright "$@"\n')
     program.chmod(0o755)
     # What bash does on TAB: call the function that is registered for the program's name.
     script = f"""

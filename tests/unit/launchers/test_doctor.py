@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from launchers.commands import doctor
-from launchers.machine.facts import Machine
-from launchers.machine.health import Finding
-from train.errors import UserError
+from shardwright.launchers.commands import doctor
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.machine.health import Finding
+from shardwright.train.errors import UserError
 
 
 def rank(number: int, host: str, **other: Any) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launchers.machine import health
-from launchers.machine.facts import Machine
-from launchers.machine.health import GIB, MIB, Finding, Gpus
+from shardwright.launchers.machine import health
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.machine.health import GIB, MIB, Finding, Gpus
 
 H100 = "NVIDIA H100 80GB HBM3"
 

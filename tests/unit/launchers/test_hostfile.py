@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from deepspeed.launcher.runner import _parse_hostfile, parse_inclusion_exclusion
 
-from launchers.machine.hostfile import hosts, ranks_per_node
-from train.errors import UserError
+from shardwright.launchers.machine.hostfile import hosts, ranks_per_node
+from shardwright.train.errors import UserError
 
 FILE = """
 # the lab

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from launchers.kinds import deepspeed, torchrun
-from launchers.slurm.environment import job_environment
-from launchers.slurm.script import Array, directives, job_script, submit_command
-from launchers.slurm.submit import array_of
+from shardwright.launchers.kinds import deepspeed, torchrun
+from shardwright.launchers.slurm.environment import job_environment
+from shardwright.launchers.slurm.script import Array, directives, job_script, submit_command
+from shardwright.launchers.slurm.submit import array_of
+from shardwright.train.config import RunConfig
+from shardwright.train.errors import UserError
 from tests.unit.environments import OF_A_RANK, THE_USERS
 from tests.unit.launchers.configs import slurm_run
-from train.config import RunConfig
-from train.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = "/runs/a 'b' \"c\" $(touch pwned) `touch pwned` ${HOME} @python@ ;&|#\n#SBATCH --wrap=x"
@@ -102,7 +102,8 @@ done
 """
 FAKE_PYTHON = """#!/bin/bash
 case $2 in
-  launchers.relay|train) printf '%s\\0' "$RANK" "$INSIDE" "$0" "$@" >"$TOLD.$SLURM_NODEID" ;;
+  shardwright.launchers.relay|shardwright.train)
+    printf '%s\\0' "$RANK" "$INSIDE" "$0" "$@" >"$TOLD.$SLURM_NODEID" ;;
 esac
 """
 
@@ -147,10 +148,10 @@ def test_what_a_job_starts_is_told_what_a_shell_would_tell_it(
     home.mkdir()
     run = slurm_run(str(home), nodes=2, starts=starts)
     python, port = str(fake_cluster / "python $HOME"), "20049"
-    relay = [python, "-m", "launchers.relay", "--grace-seconds", "120"]
+    relay = [python, "-m", "shardwright.launchers.relay", "--grace-seconds", "120"]
     for node, (rank, said, *argv) in enumerate(told(run, fake_cluster, inside=inside)):
         expected = {
-            "ranks": [python, "-m", "train", str(home)],
+            "ranks": [python, "-m", "shardwright.train", str(home)],
             "torchrun": [
                 *relay,
                 *torchrun.argv(
@@ -158,7 +159,7 @@ def test_what_a_job_starts_is_told_what_a_shell_would_tell_it(
                     nodes="2",
                     ranks_per_node="1",
                     rendezvous=torchrun.c10d("7-0", f"node1:{port}", is_host=str(1 - node)),
-                    module="train",
+                    module="shardwright.train",
                     arguments=torchrun.plain([str(home)]),
                 ),
             ],
@@ -170,7 +171,7 @@ def test_what_a_job_starts_is_told_what_a_shell_would_tell_it(
                     port=port,
                     hostfile=f"{home}/hostfile",
                     further=["--master_addr=node1", f"--node_rank={node}"],
-                    program=["--module", "train", str(home)],
+                    program=["--module", "shardwright.train", str(home)],
                 ),
             ],
         }

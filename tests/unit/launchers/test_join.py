@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from launchers.commands.join import node_rank_of
-from tests.unit.launchers.configs import config
-from train.config import (
+from shardwright.launchers.commands.join import node_rank_of
+from shardwright.train.config import (
     AccelerateLauncher,
     LauncherConfig,
     LocalLauncher,
     RunConfig,
     TorchrunLauncher,
 )
-from train.errors import UserError
+from shardwright.train.errors import UserError
+from tests.unit.launchers.configs import config
 
 
 def with_launcher(launcher: LauncherConfig) -> RunConfig:

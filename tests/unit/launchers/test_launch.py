@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from launchers.ranks import child
+from shardwright.launchers.ranks import child
+from shardwright.train.process import signals
+from shardwright.train.run_directory import stop_note
 from tests.unit.launchers.fakes import ROOT, Checkout, make_checkout
-from train.process import signals
-from train.run_directory import stop_note
 
 checkout = pytest.fixture(make_checkout)
 
@@ -101,7 +101,7 @@ def test_a_key_pressed_between_the_data_and_the_ranks_is_told(checkout: Checkout
 
 CTRL_C_BEFORE_THE_CHILD = """
 import signal, sys
-from launchers.ranks import child
+from shardwright.launchers.ranks import child
 
 below = child.descendants
 
@@ -127,7 +127,7 @@ def test_a_ctrl_c_just_before_the_child_is_passed_on() -> None:
 
 CTRL_C_BEFORE_EXEC = """
 import os, signal, sys
-from launchers.ranks import child
+from shardwright.launchers.ranks import child
 
 # As a terminal does whose foreground process group the child is still a member of.
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.errors import UserError
 from tests.unit.launchers.configs import config
-from train.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from unittest import mock
 import pytest
 from huggingface_hub import try_to_load_from_cache
 
-from launchers.machine import names
-from launchers.machine.facts import Machine, detect, hidden_size, resolve, visible
+from shardwright.launchers.machine import names
+from shardwright.launchers.machine.facts import Machine, detect, hidden_size, resolve, visible
+from shardwright.train.config import from_tree, run
+from shardwright.train.data.sources.registry import source_of
+from shardwright.train.errors import UserError
+from shardwright.train.strategy import engine_settings
 from tests.unit.launchers.configs import TREE, config
-from train.config import from_tree, run
-from train.data.sources.registry import source_of
-from train.errors import UserError
-from train.strategy import engine_settings
 
 
 @pytest.mark.parametrize("micro_batch_size", [4, "auto"])

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from launchers.composition.compose import CONF, compose
-from launchers.machine import memory
-from launchers.machine.facts import Machine, resolve
+from shardwright.launchers.composition.compose import CONF, compose
+from shardwright.launchers.machine import memory
+from shardwright.launchers.machine.facts import Machine, resolve
+from shardwright.train.config import RunConfig
+from shardwright.train.config.model import Gpt2Model
 from tests.unit.launchers.composed import PRESETS, composed
-from train.config import RunConfig
-from train.config.model import Gpt2Model
 
 GIB = 2**30
 
@@ -40,8 +40,8 @@ def test_embeddings_that_are_not_tied_count_twice() -> None:
 
 def run(*overrides: str, **here: Any) -> tuple[RunConfig, Machine]:
     (job,) = compose(["model=llama_8b", "trainer.global_batch_size=64", *overrides])
-    from launchers.composition.compose import plain
-    from train.config import from_tree
+    from shardwright.launchers.composition.compose import plain
+    from shardwright.train.config import from_tree
 
     machine = Machine(cores=8, **here)
     return resolve(from_tree(plain(job.tree)), machine, "/runs/a"), machine

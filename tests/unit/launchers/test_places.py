@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import launch
-from launchers.commands import train
-from launchers.composition.errors import with_home_quoted
-from launchers.machine import directories, names
-from launchers.machine.facts import Machine, resolve
-from launchers.slurm import jobs as slurm
+from shardwright.launchers import launch
+from shardwright.launchers.commands import train
+from shardwright.launchers.composition.errors import with_home_quoted
+from shardwright.launchers.machine import directories, names
+from shardwright.launchers.machine.facts import Machine, resolve
+from shardwright.launchers.slurm import jobs as slurm
+from shardwright.train import config as run_config
+from shardwright.train.config import RunConfig
 from tests.unit.launchers.configs import config
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from train import config as run_config
-from train.config import RunConfig
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -93,7 +93,7 @@ def test_directories_of_commands_begin_at_home(
         ended = subprocess.run(argv, check=False)  # instead of taking this process's place
         raise SystemExit(ended.returncode)
 
-    monkeypatch.setattr("launchers.ranks.child.replace", run)
+    monkeypatch.setattr("shardwright.launchers.ranks.child.replace", run)
     outcome = shardwright(*words.split(" "))
     assert outcome.code == 2
     assert f"{home}/no" in outcome.err

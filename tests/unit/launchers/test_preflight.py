@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from launchers import preflight
-from launchers.machine import directories
-from launchers.machine.facts import Machine, resolve
-from tests.unit.launchers.configs import config
-from train import config as run_config
-from train.config import (
+from shardwright.launchers import preflight
+from shardwright.launchers.machine import directories
+from shardwright.launchers.machine.facts import Machine, resolve
+from shardwright.train import config as run_config
+from shardwright.train.config import (
     DeepspeedLauncher,
     LauncherConfig,
     RunConfig,
 )
-from train.errors import UserError
+from shardwright.train.errors import UserError
+from tests.unit.launchers.configs import config
 
 
 def resolved(run_dir: Path) -> RunConfig:

@@ -11,21 +11,21 @@ import pytest
 import yaml
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from launchers.machine.facts import Machine, resolve
-from launchers.ranks.command import prepare_command, rank_command
-from launchers.ranks.environment import rank_environment
-from launchers.registry import launcher_of
+from shardwright.launchers.machine.facts import Machine, resolve
+from shardwright.launchers.ranks.command import prepare_command, rank_command
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.launchers.registry import launcher_of
+from shardwright.train.errors import UserError
+from shardwright.train.process.arguments import decoded
+from shardwright.train.program import PACKAGES
 from tests.unit.launchers.configs import resolved
-from train.errors import UserError
-from train.process.arguments import decoded
-from train.program import PACKAGES
 
 HOSTILE = ["/runs/a b", "/runs/'q' \"r\"", "/runs/$(rm -rf ~)", "/runs/line\nbreak", "/runs/;&|*"]
 
 
 def test_local_rank_is_a_python_module() -> None:
     assert rank_command(resolved("local"), Path("/runs/a"), python="/usr/bin/python3") == [
-        *("/usr/bin/python3", "-m", "train", "/runs/a")
+        *("/usr/bin/python3", "-m", "shardwright.train", "/runs/a")
     ]
 
 
@@ -34,7 +34,7 @@ def test_torchrun_on_one_node() -> None:
     assert rank_command(run, Path("/runs/a"), python="/usr/bin/python3") == [
         *("/usr/bin/python3", "-m", "torch.distributed.run"),
         *("--standalone", "--nnodes=1", "--nproc-per-node=4"),
-        *("-m", "train", "/runs/a"),
+        *("-m", "shardwright.train", "/runs/a"),
     ]
 
 
@@ -54,7 +54,7 @@ def test_torchrun_on_nodes_that_come_in_any_order() -> None:
         *("python", "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=4"),
         *("--max-restarts=3", "--numa-binding=node"),
         *("--rdzv-backend=c10d", "--rdzv-id=7e6164a1bfdc942c", "--rdzv-endpoint=node1:29501"),
-        *("--rdzv-conf=is_host=1", "-m", "train", "/runs/a"),
+        *("--rdzv-conf=is_host=1", "-m", "shardwright.train", "/runs/a"),
     ]
     joins = rank_command(run, Path("/runs/a"), node_rank=1)
     assert "--rdzv-conf=is_host=0" in joins, "it would serve a rendezvous of its own, and wait"
@@ -69,7 +69,7 @@ def test_torchrun_on_nodes_of_fixed_ranks() -> None:
     assert rank_command(run, Path("/runs/a"), python="python", node_rank=1) == [
         *("python", "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
         *("--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29500"),
-        *("-m", "train", "/runs/a"),
+        *("-m", "shardwright.train", "/runs/a"),
     ]
 
 
@@ -80,7 +80,7 @@ def test_deepspeed_on_this_machine() -> None:
         *("python", "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"),
         *("--bind_cores_to_rank", "--master_port=23456"),
         *("--hostfile=/dev/null", "--num_accelerators=2"),
-        *("--module", "train", "/runs/a"),
+        *("--module", "shardwright.train", "/runs/a"),
     ]
 
 
@@ -114,7 +114,7 @@ def test_deepspeed_over_a_hostfile(hosts: str) -> None:
         *("python", "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"),
         *("--master_port=29501", f"--hostfile={hosts}", "--include=node2@node3"),
         *("--launcher=pdsh", "--launcher_args=-t 30", "--master_addr=node2", "--ssh_port=2222"),
-        *("--force_multi", "--module", "train", "base64:L3J1bnMvYQ=="),
+        *("--force_multi", "--module", "shardwright.train", "base64:L3J1bnMvYQ=="),
     ]
 
 
@@ -145,7 +145,7 @@ def test_srun_is_told_how_many_ranks_each_node_has_and_a_script(hosts: str) -> N
     run = resolved(
         "deepspeed", hostfile=hosts, backend="slurm", head_port=29501, backend_arguments="-c 8"
     )
-    module = "train.diagnosis.doctor"
+    module = "shardwright.train.diagnosis.doctor"
     assert rank_command(run, Path("/runs/a"), python="python", module=module) == [
         *("python", "-m", "deepspeed.launcher.runner", "--no_local_rank", "--quiet"),
         *("--master_port=29501", f"--hostfile={hosts}", "--launcher=slurm"),
@@ -190,7 +190,7 @@ def test_accelerate_reads_how_many_there_are_and_nothing_of_the_engine() -> None
     assert rank_command(run, Path("/runs/a"), python="python", node_rank=1) == [
         *("python", "-m", "accelerate.commands.launch"),
         *("--config_file=/runs/a/accelerate.yaml", "--machine_rank=1"),
-        *("-m", "train", "/runs/a"),
+        *("-m", "shardwright.train", "/runs/a"),
     ]
     (text,) = launcher_of(run).files({}).values()
     settings = yaml.safe_load(text)
@@ -210,7 +210,7 @@ def test_run_directory_is_one_argument_whatever_its_name(run_dir: str) -> None:
 
 
 def test_other_modules_get_their_arguments_behind_the_directory() -> None:
-    module = "train.sampling.sharded"
+    module = "shardwright.train.sampling.sharded"
     found = rank_command(resolved("torchrun"), Path("/runs/a"), module=module, arguments=["a $x"])
     assert found[-4:] == ["-m", module, "/runs/a", "a $$x"]
 

@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 
 from docs.generate import BEGIN, DOCS, END
-from launchers import report
-from launchers.__main__ import COMMANDS, USAGE
-from launchers.machine.facts import Machine
-from launchers.ranks.environment import rank_environment
-from launchers.registry import launcher_of
-from launchers.slurm import submit
+from shardwright.launchers import report
+from shardwright.launchers.__main__ import COMMANDS, USAGE
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.launchers.registry import launcher_of
+from shardwright.launchers.slurm import submit
+from shardwright.train import program
+from shardwright.train.errors import BAD_INPUT
+from shardwright.train.program import PACKAGES
+from shardwright.train.run_directory.stop_note import Stopped
 from tests.unit.launchers.configs import resolved
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
-from train import program
-from train.errors import BAD_INPUT
-from train.program import PACKAGES
-from train.run_directory.stop_note import Stopped
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -110,7 +110,7 @@ def test_every_command_that_is_printed_runs_there(
     begins = {
         "in the path": "shardwright ",
         "elsewhere": f"{SCRIPT} ",
-        "not installed": f"env PYTHONPATH={ROOT} PYTHONSAFEPATH=1 {sys.executable} -m launchers ",
+        "not installed": f"env PYTHONPATH={ROOT} PYTHONSAFEPATH=1 {sys.executable} -m shardwright ",
     }[where]
     assert all(line.startswith(begins) for line in lines), lines
     help_of(sorted(set(lines)), beside, shell(PATH=os.environ["PATH"]))

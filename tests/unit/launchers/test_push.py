@@ -12,11 +12,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from launchers.commands import push
+from shardwright.launchers.commands import push
+from shardwright.train.export.card import recovered_card
 from tests import own_code
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.launchers.hub import TOKEN, Hub, Repository, running
-from train.export.card import recovered_card
 
 shardwright = pytest.fixture(make_shardwright)
 

@@ -9,19 +9,19 @@ from typing import Any, Literal, get_args
 
 import pytest
 
-from launchers import preflight
-from launchers.commands import dry_run
-from launchers.commands.join import node_rank_of
-from launchers.composition.compose import CONF
-from launchers.kinds.launcher import UNKNOWN, Launcher, Task
-from launchers.machine.facts import Machine
-from launchers.ranks.command import rank_command
-from launchers.ranks.environment import rank_environment
-from launchers.registry import LAUNCHERS, launcher_of
+from shardwright.launchers import preflight
+from shardwright.launchers.commands import dry_run
+from shardwright.launchers.commands.join import node_rank_of
+from shardwright.launchers.composition.compose import CONF
+from shardwright.launchers.kinds.launcher import UNKNOWN, Launcher, Task
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.ranks.command import rank_command
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.launchers.registry import LAUNCHERS, launcher_of
+from shardwright.train.config import LauncherConfig, RunConfig, SlurmLauncher
+from shardwright.train.config.launcher import SeveralRanks
+from shardwright.train.errors import UserError
 from tests.unit.launchers.configs import config, resolved
-from train.config import LauncherConfig, RunConfig, SlurmLauncher
-from train.config.launcher import SeveralRanks
-from train.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 SECTIONS = get_args(get_args(LauncherConfig)[0])
@@ -116,7 +116,7 @@ def test_who_joins_is_listed_where_nobody_has_to(run: RunConfig) -> None:
 def test_what_holds_where_a_kind_says_nothing() -> None:
     plain = Launcher(resolved("local"), resolved("local").launcher)
     assert plain.command(Task(Path("/runs/a")), "python", 0, UNKNOWN) == [
-        *("python", "-m", "train", "/runs/a")
+        *("python", "-m", "shardwright.train", "/runs/a")
     ]
     assert (plain.queue, plain.files({}), list(plain.problems())) == (None, {}, [])
     assert plain.other_nodes() == ""

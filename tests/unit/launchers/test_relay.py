@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.ranks import child
+from shardwright.launchers.ranks import child
 from tests.unit.launchers.fakes import ROOT
 
 # A launcher that dies of SIGUSR1, as torchrun does; a rank with a child of its own that does too.
@@ -55,7 +55,7 @@ def relay(tmp_path: Path) -> Relay:
     ) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path), str(imports), str(save)]
         return subprocess.Popen(
-            [sys.executable, "-m", "launchers.relay", *options, *command],
+            [sys.executable, "-m", "shardwright.launchers.relay", *options, *command],
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         )
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from launchers.machine import facts as machine
-from launchers.machine.facts import Machine
-from launchers.report import exit_code, failure, header, stopped
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.report import exit_code, failure, header, stopped
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.errors import UserError
+from shardwright.train.run_directory.failures import RankFailure, note_failure, rank_failures
+from shardwright.train.run_directory.stop_note import Stopped
 from tests.unit.launchers.configs import config
-from train.checkpoint.format import layout
-from train.errors import UserError
-from train.run_directory.failures import RankFailure, note_failure, rank_failures
-from train.run_directory.stop_note import Stopped
 
 
 def note(logs: Path, rank: int, time: float, kind: str = "RuntimeError") -> None:

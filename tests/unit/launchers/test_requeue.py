@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.requeue import main, should_requeue
+from shardwright.launchers.requeue import main, should_requeue
 from tests.checkpoints import write_checkpoint
 
 RESTART, RESUME = {"requeued_at_step": 20}, {"checkpoint": "checkpoint-20", "overrides": []}

@@ -10,17 +10,24 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import job_end, resumes
-from launchers.commands import resume
-from launchers.machine.facts import Machine, resolve
+from shardwright.launchers import job_end, resumes
+from shardwright.launchers.commands import resume
+from shardwright.launchers.machine.facts import Machine, resolve
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint import retention
+from shardwright.train.config import (
+    Progress,
+    RunConfig,
+    SlurmLauncher,
+    from_tree,
+    schedule_of,
+    to_yaml,
+)
+from shardwright.train.errors import UserError
+from shardwright.train.run_directory import history
 from tests.checkpoints import write_checkpoint
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.trees import TREE
-from train import config as run_config
-from train.checkpoint import retention
-from train.config import Progress, RunConfig, SlurmLauncher, from_tree, schedule_of, to_yaml
-from train.errors import UserError
-from train.run_directory import history
 
 shardwright = pytest.fixture(make_shardwright)
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers.composition.compose import CONF
-from launchers.machine import facts as machine
-from launchers.machine.facts import Machine, resolve
+from shardwright.launchers.composition.compose import CONF
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine, resolve
+from shardwright.train.config import RunConfig, from_tree, messages, to_yaml
+from shardwright.train.errors import UserError
+from shardwright.train.strategy import engine_settings
 from tests.unit.launchers.composed import PRESETS, composed
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from train.config import RunConfig, from_tree, messages, to_yaml
-from train.errors import UserError
-from train.strategy import engine_settings
 
 shardwright = pytest.fixture(make_shardwright)
 

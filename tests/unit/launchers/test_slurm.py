@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from launchers.job_end import why_not_go_on
-from launchers.slurm import jobs as slurm
-from launchers.slurm.jobs import Job, exit_code, parsed
+from shardwright.launchers.job_end import why_not_go_on
+from shardwright.launchers.slurm import jobs as slurm
+from shardwright.launchers.slurm.jobs import Job, exit_code, parsed
+from shardwright.train.config import SlurmLauncher
 from tests.unit.launchers.configs import slurm_run
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from train.config import SlurmLauncher
 
 shardwright = pytest.fixture(make_shardwright)
 

@@ -15,20 +15,20 @@ from typing import Any
 
 import pytest
 
-from launchers.commands import logs
-from launchers.commands.status import described, table
-from launchers.ranks.processes import rank_processes
-from launchers.runs import Status, everywhere, known_steps, left_seconds, state_of
-from launchers.slurm.jobs import Job
+from shardwright.launchers.commands import logs
+from shardwright.launchers.commands.status import described, table
+from shardwright.launchers.ranks.processes import rank_processes
+from shardwright.launchers.runs import Status, everywhere, known_steps, left_seconds, state_of
+from shardwright.launchers.slurm.jobs import Job
+from shardwright.train.errors import UserError
+from shardwright.train.process.arguments import ENCODED, encoded
+from shardwright.train.run_directory.failures import RankFailure
+from shardwright.train.run_directory.metrics import tail
+from shardwright.train.run_directory.owner import PREPARING, Owner
+from shardwright.train.run_directory.stop_note import Stopped
 from tests.unit.launchers.configs import config
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.launchers.run_directories import a_run
-from train.errors import UserError
-from train.process.arguments import ENCODED, encoded
-from train.run_directory.failures import RankFailure
-from train.run_directory.metrics import tail
-from train.run_directory.owner import PREPARING, Owner
-from train.run_directory.stop_note import Stopped
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -108,16 +108,16 @@ def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path
     script.parent.mkdir(parents=True)
     shutil.copy(tmp_path / "train.py", script)
     arguments = {
-        "torchrun's": ("-u", "-m", "train", str(run_dir)),
+        "torchrun's": ("-u", "-m", "shardwright.train", str(run_dir)),
         "an older run's": ("-u", "-m", older, str(run_dir)),
-        "DeepSpeed's over a hostfile": ("-u", "-m", "train", encoded(str(run_dir))),
+        "DeepSpeed's over a hostfile": ("-u", "-m", "shardwright.train", encoded(str(run_dir))),
         "DeepSpeed's by srun": ("-u", str(script), encoded(str(run_dir))),
         "another run's by srun": ("-u", str(script), encoded(str(tmp_path / "b"))),
-        "by hand": ("-m", "train", str(run_dir)),
+        "by hand": ("-m", "shardwright.train", str(run_dir)),
         "an older run's by hand": ("-m", older, str(run_dir)),
-        "another run's": ("-m", "train", encoded(str(tmp_path / "b"))),
-        "what is no run's": ("-m", "train", f"{ENCODED}?"),
-        "a launcher": ("-m", "launcher", "-m", "train", str(run_dir)),
+        "another run's": ("-m", "shardwright.train", encoded(str(tmp_path / "b"))),
+        "what is no run's": ("-m", "shardwright.train", f"{ENCODED}?"),
+        "a launcher": ("-m", "launcher", "-m", "shardwright.train", str(run_dir)),
     }
     started = {
         name: subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=subprocess.PIPE)
@@ -303,7 +303,7 @@ def test_a_queue_that_does_not_answer_hides_no_run_of_this_directory(
     def silent() -> dict[str, Path]:
         raise UserError("squeue has had no answer for 30 s")
 
-    monkeypatch.setattr("launchers.slurm.jobs.working_directories", silent)
+    monkeypatch.setattr("shardwright.launchers.slurm.jobs.working_directories", silent)
     for number in "01":
         a_run(tmp_path / "runs" / number)
     outcome = shardwright("status", "all")
@@ -318,7 +318,7 @@ def test_a_full_disk_is_said_without_a_traceback(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "resumes/1.tmp"))
 
-    monkeypatch.setattr("launchers.resumes.write", full)
+    monkeypatch.setattr("shardwright.launchers.resumes.write", full)
     a_run(tmp_path / "run")
     outcome = shardwright("resume", "run", "launcher=local", "launcher.device=cpu")
     assert outcome.code == 1
@@ -346,16 +346,16 @@ def test_cancelling_a_sweep_stops_what_runs_and_passes_over_the_rest(
             raise UserError("scontrol has had no answer")
         return None
 
-    monkeypatch.setattr("launchers.commands.cancel._asked", asked)
-    monkeypatch.setattr("launchers.commands.cancel.POLL_SECONDS", 0)
-    monkeypatch.setattr("launchers.slurm.jobs.job_of", job_of)
+    monkeypatch.setattr("shardwright.launchers.commands.cancel._asked", asked)
+    monkeypatch.setattr("shardwright.launchers.commands.cancel.POLL_SECONDS", 0)
+    monkeypatch.setattr("shardwright.launchers.slurm.jobs.job_of", job_of)
     outcome = shardwright("cancel", "sweep")
     assert outcome.code == 2, "one may still run"
     assert f"error: {runs[1]}: scontrol has had no answer" in outcome.err
     assert outcome.out == f"{runs[2]}: ended; resume with: shardwright resume {runs[2]}\n"
     assert [run_dir for _, run_dir in events[:3]] == [runs[0], runs[2], runs[3]]
 
-    monkeypatch.setattr("launchers.slurm.jobs.job_of", lambda run_dir: None)
+    monkeypatch.setattr("shardwright.launchers.slurm.jobs.job_of", lambda run_dir: None)
     left[runs[2]] = 2
     assert shardwright("cancel", "sweep").code == 0
     outcome = shardwright("cancel", "sweep")

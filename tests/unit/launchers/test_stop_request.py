@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from launchers.commands import cancel
-from launchers.ranks.child import descendants
+from shardwright.launchers.commands import cancel
+from shardwright.launchers.ranks.child import descendants
+from shardwright.train.process import signals
+from shardwright.train.run_directory import stop_note, stop_request
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
 from tests.unit.launchers.run_directories import a_run
-from train.process import signals
-from train.run_directory import stop_note, stop_request
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -27,11 +27,11 @@ shardwright = pytest.fixture(make_shardwright)
 FIRST_RANK = """
 import contextlib, os, sys, time
 from pathlib import Path
-from train.run_directory import owner
-from train.process import signals
-from train.process.agreement import reason
-from train.run_directory import stop_note
-from train.process.stop_request import watch_for_stop
+from shardwright.train.run_directory import owner
+from shardwright.train.process import signals
+from shardwright.train.process.agreement import reason
+from shardwright.train.run_directory import stop_note
+from shardwright.train.process.stop_request import watch_for_stop
 
 signals.install()
 run_dir, what = Path(os.environ["RUN"]), sys.argv[1:]
@@ -128,7 +128,7 @@ def test_the_launcher_kills_what_has_not_stopped_within_the_grace_period(
 ) -> None:
     rank = first_rank("hang")
     script = (
-        "import sys; from pathlib import Path; from launchers.ranks import child\n"
+        "import sys; from pathlib import Path; from shardwright.launchers.ranks import child\n"
         "child.run(['sleep', '60'], {}, grace_seconds=1, run_dir=Path(sys.argv[1]), "
         "is_elsewhere=True)"
     )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from shardwright.train.run_directory import owner
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
-from train.run_directory import owner
 
 shardwright = pytest.fixture(make_shardwright)
 

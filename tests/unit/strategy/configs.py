@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from shardwright.train.config import RunConfig, from_tree
 from tests.unit.trees import TREE
-from train.config import RunConfig, from_tree
 
 
 def config(**sections: Any) -> RunConfig:

@@ -12,12 +12,17 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from train.strategy.zero.operators import QUIET_SECONDS, is_abandoned, is_open, ready_to_build
+from shardwright.train.strategy.zero.operators import (
+    QUIET_SECONDS,
+    is_abandoned,
+    is_open,
+    ready_to_build,
+)
 
 BUILD = """
 import torch
-from train.errors import UserError
-from train.strategy.zero.adam import deepspeed_cpu_adam
+from shardwright.train.errors import UserError
+from shardwright.train.strategy.zero.adam import deepspeed_cpu_adam
 
 weights = torch.nn.Parameter(torch.zeros(8))
 try:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter
 
-from train.config.rules.deepspeed_keys import FREE, OWNED, REFUSED, problems
+from shardwright.train.config.rules.deepspeed_keys import FREE, OWNED, REFUSED, problems
 
 
 def known(section: str) -> set[str]:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train.strategy.loss_scale import loss_scaling
-from train.strategy.zero import facts
+from shardwright.train.strategy.loss_scale import loss_scaling
+from shardwright.train.strategy.zero import facts
 
 FACTS = {"initial_loss_scale": 4096.0, "loss_scale_growth_steps": 7}
 

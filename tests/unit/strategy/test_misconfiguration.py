@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.config import from_tree
+from shardwright.train.errors import UserError
 from tests.unit.trees import BF16, CPU3, FSDP, PURE, TREE, ZERO2, ZERO3
-from train.config import from_tree
-from train.errors import UserError
 
 ZERO0 = {"kind": "zero", "stage": 0}
 ZERO1 = {"kind": "zero", "stage": 1}

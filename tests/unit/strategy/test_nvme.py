@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy
+from shardwright.train.errors import UserError
+from shardwright.train.strategy.zero import nvme, swapped
 from tests.unit.strategy.configs import config
 from tests.unit.trees import ZERO3
-from train.config import RankLayout, RunConfig, ZeroStrategy
-from train.errors import UserError
-from train.strategy.zero import nvme, swapped
 
 
 def on_disk(path: Path, **fields: object) -> RunConfig:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from shardwright.train.strategy import engine_settings
 from tests.unit.strategy.configs import config
 from tests.unit.trees import CPU3, PURE, TREE, ZERO2, ZERO3
-from train.strategy import engine_settings
 
 
 def test_zero_writes_out_every_derived_field() -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from shardwright.train.errors import UserError
+from shardwright.train.strategy.fsdp import units as fsdp_units
 from tests.unit.strategy.configs import config
 from tests.unit.trees import FSDP
-from train.errors import UserError
-from train.strategy.fsdp import units as fsdp_units
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import tokenizers
 
-from train.checkpoint.format.lazy import Unreadable
-from train.checkpoint.read import plain as read_plain
+from shardwright.train.checkpoint.format.lazy import Unreadable
+from shardwright.train.checkpoint.read import plain as read_plain
 
 TOKENIZER = "tokenizer.json"
 

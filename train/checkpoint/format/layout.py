@@ -16,9 +16,9 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from train.checkpoint.format.junk import is_junk
-from train.config import Progress
-from train.durable import flush, publish
+from shardwright.train.checkpoint.format.junk import is_junk
+from shardwright.train.config import Progress
+from shardwright.train.durable import flush, publish
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from train.checkpoint.format.lazy import (
+from shardwright.train.checkpoint.format.lazy import (
     Fragment,
     LazyTensor,
     PortableState,
@@ -25,8 +25,8 @@ from train.checkpoint.format.lazy import (
     describe,
     flat,
 )
-from train.checkpoint.read.reader import Reader
-from train.run_directory.names import ENGINE_FOLDER
+from shardwright.train.checkpoint.read.reader import Reader
+from shardwright.train.run_directory.names import ENGINE_FOLDER
 
 METADATA = ".metadata"
 

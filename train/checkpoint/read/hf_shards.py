@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable
-from train.checkpoint.read import plain as read_plain
-from train.checkpoint.read.dcp import chunk_of, last_cut
-from train.checkpoint.read.reader import Reader
+from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable
+from shardwright.train.checkpoint.read import plain as read_plain
+from shardwright.train.checkpoint.read.dcp import chunk_of, last_cut
+from shardwright.train.checkpoint.read.reader import Reader
 
 PATTERN = "shard-*-model-*-of-*.safetensors"
 _PLACES = "DCP_SHARDING_INFO"

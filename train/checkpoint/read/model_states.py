@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from train.checkpoint.format.junk import is_junk
-from train.checkpoint.format.lazy import (
+from shardwright.train.checkpoint.format.junk import is_junk
+from shardwright.train.checkpoint.format.lazy import (
     Fragment,
     LazyTensor,
     Unreadable,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from train.checkpoint.format.lazy import Unreadable
+from shardwright.train.checkpoint.format.lazy import Unreadable
 
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _LEADING = "module."

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from train.checkpoint.format.junk import is_junk
-from train.checkpoint.format.lazy import (
+from shardwright.train.checkpoint.format.junk import is_junk
+from shardwright.train.checkpoint.format.lazy import (
     Fragment,
     LazyTensor,
     PortableState,
@@ -20,8 +20,8 @@ from train.checkpoint.format.lazy import (
     describe,
     lazy,
 )
-from train.checkpoint.read.model_states import IGNORED
-from train.checkpoint.read.reader import Reader
+from shardwright.train.checkpoint.read.model_states import IGNORED
+from shardwright.train.checkpoint.read.reader import Reader
 
 SAFETENSORS, TORCH = ".safetensors", (".bin", ".pt", ".pth", ".ckpt")
 

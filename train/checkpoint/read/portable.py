@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from train.checkpoint.format.layout import TRAINER_STATE
-from train.checkpoint.format.lazy import PortableState, Unreadable
-from train.checkpoint.read import dcp
-from train.checkpoint.read.names import unwrapped
-from train.checkpoint.read.registry import READERS
-from train.run_directory.names import ENGINE_FOLDER
+from shardwright.train.checkpoint.format.layout import TRAINER_STATE
+from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable
+from shardwright.train.checkpoint.read import dcp
+from shardwright.train.checkpoint.read.names import unwrapped
+from shardwright.train.checkpoint.read.registry import READERS
+from shardwright.train.run_directory.names import ENGINE_FOLDER
 
 LATEST = ("latest", "latest_universal")
 """DeepSpeed's files that name the folder of the newest checkpoint beside them."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.checkpoint.format.lazy import PortableState, Unreadable
+from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from train.checkpoint.read import dcp, hf_shards, plain, universal, zero
-from train.checkpoint.read.reader import Reader
+from shardwright.train.checkpoint.read import dcp, hf_shards, plain, universal, zero
+from shardwright.train.checkpoint.read.reader import Reader
 
 READERS: tuple[Reader, ...] = (
     dcp.READER,

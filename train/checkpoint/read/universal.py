@@ -9,10 +9,17 @@ from typing import Any
 
 import torch
 
-from train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable, describe, flat, lazy
-from train.checkpoint.read import model_states
-from train.checkpoint.read.model_states import IGNORED, ModelStates
-from train.checkpoint.read.reader import Reader
+from shardwright.train.checkpoint.format.lazy import (
+    LazyTensor,
+    PortableState,
+    Unreadable,
+    describe,
+    flat,
+    lazy,
+)
+from shardwright.train.checkpoint.read import model_states
+from shardwright.train.checkpoint.read.model_states import IGNORED, ModelStates
+from shardwright.train.checkpoint.read.reader import Reader
 
 FOLDER = "zero"
 MASTER = "fp32.pt"

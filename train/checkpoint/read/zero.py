@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from train.checkpoint.format.lazy import (
+from shardwright.train.checkpoint.format.lazy import (
     Fragment,
     LazyTensor,
     PortableState,
@@ -21,11 +21,11 @@ from train.checkpoint.format.lazy import (
     lazy,
     part,
 )
-from train.checkpoint.read import model_states
-from train.checkpoint.read import zero_0 as read_zero_0
-from train.checkpoint.read.model_states import IGNORED, ModelStates
-from train.checkpoint.read.reader import Reader
-from train.run_directory.names import ENGINE_FOLDER
+from shardwright.train.checkpoint.read import model_states
+from shardwright.train.checkpoint.read import zero_0 as read_zero_0
+from shardwright.train.checkpoint.read.model_states import IGNORED, ModelStates
+from shardwright.train.checkpoint.read.reader import Reader
+from shardwright.train.run_directory.names import ENGINE_FOLDER
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from train.checkpoint.format.layout import PARAMETER_ORDER
-from train.checkpoint.format.lazy import (
+from shardwright.train.checkpoint.format.layout import PARAMETER_ORDER
+from shardwright.train.checkpoint.format.lazy import (
     Fragment,
     LazyTensor,
     PortableState,
@@ -20,7 +20,7 @@ from train.checkpoint.format.lazy import (
     lazy,
     part,
 )
-from train.checkpoint.read.model_states import ModelStates
+from shardwright.train.checkpoint.read.model_states import ModelStates
 
 
 def read(states: ModelStates) -> PortableState:

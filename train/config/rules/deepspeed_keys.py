@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from train.config.messages import expectation
-from train.config.section import shown
+from shardwright.train.config.messages import expectation
+from shardwright.train.config.section import shown
 
 # What our own fields decide: the passthrough may not say it a second time.
 OWNED = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from train.config.rank_layout import RankLayout
-from train.config.sections import Sections
-from train.config.strategy import FsdpStrategy
+from shardwright.train.config.rank_layout import RankLayout
+from shardwright.train.config.sections import Sections
+from shardwright.train.config.strategy import FsdpStrategy
 
 
 def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]:

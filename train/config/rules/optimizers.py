@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from train.config.optimizers import OPTIMIZERS
-from train.config.sections import Sections
-from train.config.strategy import FsdpStrategy, ZeroStrategy
+from shardwright.train.config.optimizers import OPTIMIZERS
+from shardwright.train.config.sections import Sections
+from shardwright.train.config.strategy import FsdpStrategy, ZeroStrategy
 
 
 def contradictions(config: Sections) -> Iterator[str]:

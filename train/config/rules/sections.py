@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from train.config.model import ScratchModel
-from train.config.precision import FP8_RECIPES
-from train.config.rank_layout import RankLayout, rank_layout
-from train.config.rules import fsdp, optimizers, replicated, zero
-from train.config.sections import Sections
-from train.config.trainer import accumulation_steps, largest_micro_batch
-from train.errors import UserError
+from shardwright.train.config.model import ScratchModel
+from shardwright.train.config.precision import FP8_RECIPES
+from shardwright.train.config.rank_layout import RankLayout, rank_layout
+from shardwright.train.config.rules import fsdp, optimizers, replicated, zero
+from shardwright.train.config.sections import Sections
+from shardwright.train.config.trainer import accumulation_steps, largest_micro_batch
+from shardwright.train.errors import UserError
 
 
 def contradictions(config: Sections) -> Iterator[str]:

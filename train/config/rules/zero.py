@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from train.config.rank_layout import RankLayout
-from train.config.rules import deepspeed_keys
-from train.config.sections import Sections
-from train.config.strategy import ZeroStrategy
+from shardwright.train.config.rank_layout import RankLayout
+from shardwright.train.config.rules import deepspeed_keys
+from shardwright.train.config.sections import Sections
+from shardwright.train.config.strategy import ZeroStrategy
 
 
 def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.config import MlmObjective
-from train.data.batches.sampler import SampleKey
-from train.data.batches.samples import Window
-from train.data.tokens.tokenizer import SpecialIds
+from shardwright.train.config import MlmObjective
+from shardwright.train.data.batches.sampler import SampleKey
+from shardwright.train.data.batches.samples import Window
+from shardwright.train.data.tokens.tokenizer import SpecialIds
 
 IGNORED = -100
 """Label of a position that is not predicted."""

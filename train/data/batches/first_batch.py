@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from train.data.batches.collator import IGNORED
-from train.errors import UserError
+from shardwright.train.data.batches.collator import IGNORED
+from shardwright.train.errors import UserError
 
 
 def check(

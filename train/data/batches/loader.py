@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from train.config import RankLayout, RunConfig, accumulation_steps
-from train.data.batches.collator import Collator, Masking
-from train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
-from train.data.batches.samples import Mixture, Window
-from train.data.prepare import Prepared
-from train.data.tokens.tokenizer import special_ids
-from train.process import signals
+from shardwright.train.config import RankLayout, RunConfig, accumulation_steps
+from shardwright.train.data.batches.collator import Collator, Masking
+from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
+from shardwright.train.data.batches.samples import Mixture, Window
+from shardwright.train.data.prepare import Prepared
+from shardwright.train.data.tokens.tokenizer import special_ids
+from shardwright.train.process import signals
 
 EVALUATION_SEED = 2**32
 """Masks held-out samples: no run's own, so that runs of any seed are measured by the same masks."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.batches.sampler import all_permuted, permuted
-from train.data.tokens.store import TokenStore
+from shardwright.train.data.batches.sampler import all_permuted, permuted
+from shardwright.train.data.tokens.store import TokenStore
 
 LINES_AT_ONCE = 2**20
 

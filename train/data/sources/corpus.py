@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.config import DataConfig
-from train.data.sources.registry import source_of
-from train.data.sources.source import Reading
+from shardwright.train.config import DataConfig
+from shardwright.train.data.sources.registry import source_of
+from shardwright.train.data.sources.source import Reading
 
 
 class Piece(NamedTuple):

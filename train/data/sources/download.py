@@ -7,8 +7,8 @@ import shutil
 import urllib.request
 from pathlib import Path
 
-from train.data.tokens.cache import build_once, fingerprint
-from train.errors import UserError
+from shardwright.train.data.tokens.cache import build_once, fingerprint
+from shardwright.train.errors import UserError
 
 TIMEOUT_SECONDS = 60.0
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from train.errors import UserError
+from shardwright.train.errors import UserError
 
 TABLES = (".parquet", ".arrow", ".feather")
 FORMATS = (".txt", ".jsonl", ".csv", *TABLES)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config.data import HubData
-from train.data.sources import files
-from train.data.sources.files import Text, column_missing, no_text
-from train.data.sources.source import DataSet, Reading, Source, code
-from train.errors import UserError
-from train.paths import absolute_if_here, is_hub_name, not_a_directory
+from shardwright.train.config.data import HubData
+from shardwright.train.data.sources import files
+from shardwright.train.data.sources.files import Text, column_missing, no_text
+from shardwright.train.data.sources.source import DataSet, Reading, Source, code
+from shardwright.train.errors import UserError
+from shardwright.train.paths import absolute_if_here, is_hub_name, not_a_directory
 
 PROBE_TIMEOUT_SECONDS = 20.0
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config.data import KantData
-from train.data.sources import files
-from train.data.sources.files import Text
-from train.data.sources.source import Reading, Source
-from train.errors import UserError
+from shardwright.train.config.data import KantData
+from shardwright.train.data.sources import files
+from shardwright.train.data.sources.files import Text
+from shardwright.train.data.sources.source import Reading, Source
+from shardwright.train.errors import UserError
 
 
 class Books(Source[KantData]):
@@ -68,7 +68,7 @@ class Books(Source[KantData]):
 
     def _books(self, cache_dir: Path) -> list[Path]:
         # Brings HTTP, which a launcher does not need.
-        from train.data.sources import download
+        from shardwright.train.data.sources import download
 
         return [download.fetch(url, cache_dir) for url in self.data.urls]
 

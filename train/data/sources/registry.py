@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.config.data import DataSection, HubData, KantData, StdlibData, TextData
-from train.data.sources.hub import Hub
-from train.data.sources.kant import Books
-from train.data.sources.source import Source
-from train.data.sources.stdlib import Stdlib
-from train.data.sources.text import LocalFiles
+from shardwright.train.config.data import DataSection, HubData, KantData, StdlibData, TextData
+from shardwright.train.data.sources.hub import Hub
+from shardwright.train.data.sources.kant import Books
+from shardwright.train.data.sources.source import Source
+from shardwright.train.data.sources.stdlib import Stdlib
+from shardwright.train.data.sources.text import LocalFiles
 
 SOURCES: dict[type[DataSection], type[Source[Any]]] = {
     StdlibData: Stdlib,

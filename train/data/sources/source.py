@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from train.config.data import DataSection
-from train.data.sources.files import Text
+from shardwright.train.config.data import DataSection
+from shardwright.train.data.sources.files import Text
 
 Settings = TypeVar("Settings", bound=DataSection)
 

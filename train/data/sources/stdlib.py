@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config.data import StdlibData
-from train.data.sources import files
-from train.data.sources.files import Text
-from train.data.sources.source import Reading, Source
-from train.errors import UserError
+from shardwright.train.config.data import StdlibData
+from shardwright.train.data.sources import files
+from shardwright.train.data.sources.files import Text
+from shardwright.train.data.sources.source import Reading, Source
+from shardwright.train.errors import UserError
 
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 

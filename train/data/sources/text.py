@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config.data import TextData
-from train.data.sources import files
-from train.data.sources.files import Text
-from train.data.sources.source import Reading, Source, code
-from train.paths import absolute
+from shardwright.train.config.data import TextData
+from shardwright.train.data.sources import files
+from shardwright.train.data.sources.files import Text
+from shardwright.train.data.sources.source import Reading, Source, code
+from shardwright.train.paths import absolute
 
 
 class LocalFiles(Source[TextData]):

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import filelock
 
-from train.config import DataConfig
-from train.durable import flush, publish
-from train.errors import UserError
+from shardwright.train.config import DataConfig
+from shardwright.train.durable import flush, publish
+from shardwright.train.errors import UserError
 
 INDEX = "index.json"
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.batches.sampler import all_permuted
-from train.data.batches.samples import Mixture
+from shardwright.train.data.batches.sampler import all_permuted
+from shardwright.train.data.batches.samples import Mixture
 
 AT_ONCE = 2**20
 """Samples that are counted together, which bounds memory."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.console import progress
-from train.data.sources.corpus import Piece
-from train.data.tokens.store import StoreWriter
-from train.data.tokens.tokenizer import whole_texts
+from shardwright.train.console import progress
+from shardwright.train.data.sources.corpus import Piece
+from shardwright.train.data.tokens.store import StoreWriter
+from shardwright.train.data.tokens.tokenizer import whole_texts
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

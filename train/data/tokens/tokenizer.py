@@ -15,12 +15,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from train.config import ByteBpeTokenizer, PretrainedTokenizer, RunConfig, ScratchModel
-from train.console import progress
-from train.data.sources.corpus import read_corpus
-from train.data.tokens.cache import build_once, cache_root, fingerprint, flush
-from train.errors import UserError
-from train.model.vocabulary import vocabulary_size
+from shardwright.train.config import ByteBpeTokenizer, PretrainedTokenizer, RunConfig, ScratchModel
+from shardwright.train.console import progress
+from shardwright.train.data.sources.corpus import read_corpus
+from shardwright.train.data.tokens.cache import build_once, cache_root, fingerprint, flush
+from shardwright.train.errors import UserError
+from shardwright.train.model.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -76,7 +76,7 @@ def load_tokenizer(config: RunConfig, directory: Path) -> PreTrainedTokenizerFas
     # The one place that loads torch: AutoTokenizer knows models.
     from transformers import AutoTokenizer
 
-    from train.model import remote_code
+    from shardwright.train.model import remote_code
 
     trusted = config.tokenizer.trust_remote_code
     with remote_code.one_at_a_time() if trusted else nullcontext():
@@ -402,7 +402,7 @@ def _wrap(path: Path, config: RunConfig, settings: ByteBpeTokenizer) -> PreTrain
 def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    from train.checkpoint.format import damage
+    from shardwright.train.checkpoint.format import damage
 
     local = Path(settings.name).is_dir()
     vocabulary = _unconverted(Path(settings.name)) if local else None

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from train.console import progress
+from shardwright.train.console import progress
 
 if TYPE_CHECKING:
-    from train.config import RunConfig
-    from train.loop.trainer import Trainer
+    from shardwright.train.config import RunConfig
+    from shardwright.train.loop.trainer import Trainer
 
 
 class EarlyStopping(TrainerCallback):

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback
 
-from train.console import progress
-from train.durable import write_text
-from train.loop.resuming import restore
-from train.run_directory import final
-from train.run_directory.names import ENGINE_JSON
-from train.strategy import verify
+from shardwright.train.console import progress
+from shardwright.train.durable import write_text
+from shardwright.train.loop.resuming import restore
+from shardwright.train.run_directory import final
+from shardwright.train.run_directory.names import ENGINE_JSON
+from shardwright.train.strategy import verify
 
 if TYPE_CHECKING:
-    from train.loop.trainer import Trainer
+    from shardwright.train.loop.trainer import Trainer
 
 
 class EngineReady(TrainerCallback):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback
 
-from train.console import progress
-from train.errors import Diverged
-from train.loop import divergence
+from shardwright.train.console import progress
+from shardwright.train.errors import Diverged
+from shardwright.train.loop import divergence
 
 if TYPE_CHECKING:
-    from train.loop.trainer import Trainer
+    from shardwright.train.loop.trainer import Trainer
 
 
 class HeldOut(TrainerCallback):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from train.process.memory import peak_resident_bytes
-from train.run_directory.names import METRICS
-from train.units import duration
+from shardwright.train.process.memory import peak_resident_bytes
+from shardwright.train.run_directory.names import METRICS
+from shardwright.train.units import duration
 
 if TYPE_CHECKING:
-    from train.loop.trainer import Trainer
+    from shardwright.train.loop.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback
 
-from train.console import progress
-from train.console.terminal import Terminal
-from train.units import duration
+from shardwright.train.console import progress
+from shardwright.train.console.terminal import Terminal
+from shardwright.train.units import duration
 
 
 class Progress(TrainerCallback):

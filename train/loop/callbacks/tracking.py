@@ -14,10 +14,10 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback
 
-from train import program
-from train.config import RunConfig
-from train.console import progress
-from train.run_directory.names import TENSORBOARD_FOLDER
+from shardwright.train import program
+from shardwright.train.config import RunConfig
+from shardwright.train.console import progress
+from shardwright.train.run_directory.names import TENSORBOARD_FOLDER
 
 CLOSE_SECONDS = 30.0
 """How long a run that has ended waits for its tracker."""
@@ -55,7 +55,7 @@ class Tracking(TrainerCallback):
             return
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "train.tracker", str(self._run_dir), *flags],
+                [sys.executable, "-m", "shardwright.train.tracker", str(self._run_dir), *flags],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, **program.package_environment(os.environ)},

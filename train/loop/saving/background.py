@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from train.process import group
+from shardwright.train.process import group
 
 logger = logging.getLogger(__name__)
 

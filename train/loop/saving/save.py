@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from train.checkpoint import retention
-from train.checkpoint.discovery import Part, parts_in, together
-from train.checkpoint.format import layout
-from train.checkpoint.format.hashed import HashedFolder
-from train.checkpoint.format.layout import LOSS_SCALE
-from train.checkpoint.listing import Listing
-from train.config import CheckpointConfig
-from train.loop.saving.peers import Peers, SaveFailed
-from train.model import origin
-from train.model.directory import config_texts
-from train.run_directory.names import CHECKPOINTS, MODEL_FOLDER
-from train.strategy.loss_scale import loss_scale_state
+from shardwright.train.checkpoint import retention
+from shardwright.train.checkpoint.discovery import Part, parts_in, together
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.format.hashed import HashedFolder
+from shardwright.train.checkpoint.format.layout import LOSS_SCALE
+from shardwright.train.checkpoint.listing import Listing
+from shardwright.train.config import CheckpointConfig
+from shardwright.train.loop.saving.peers import Peers, SaveFailed
+from shardwright.train.model import origin
+from shardwright.train.model.directory import config_texts
+from shardwright.train.run_directory.names import CHECKPOINTS, MODEL_FOLDER
+from shardwright.train.strategy.loss_scale import loss_scale_state
 
 if TYPE_CHECKING:
-    from train.strategy.training import EngineState, Training
+    from shardwright.train.strategy.training import EngineState, Training
 
 
 @dataclass

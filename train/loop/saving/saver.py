@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from train.console import progress
-from train.loop.saving.background import Background
-from train.loop.saving.peers import Peers, SaveFailed
-from train.loop.saving.save import Draft, draft, peers_of, write
-from train.process import signals
-from train.process.agreement import from_all
+from shardwright.train.console import progress
+from shardwright.train.loop.saving.background import Background
+from shardwright.train.loop.saving.peers import Peers, SaveFailed
+from shardwright.train.loop.saving.save import Draft, draft, peers_of, write
+from shardwright.train.process import signals
+from shardwright.train.process.agreement import from_all
 
 if TYPE_CHECKING:
-    from train.strategy.training import Training
+    from shardwright.train.strategy.training import Training
 
 logger = logging.getLogger(__name__)
 

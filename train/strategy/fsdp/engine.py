@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from train.strategy.engine import Engine
-from train.strategy.fsdp import facts
-from train.strategy.fsdp.settings import settings
-from train.strategy.fsdp.sharding import sharded, sharded_as
+from shardwright.train.strategy.engine import Engine
+from shardwright.train.strategy.fsdp import facts
+from shardwright.train.strategy.fsdp.settings import settings
+from shardwright.train.strategy.fsdp.sharding import sharded, sharded_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from train.checkpoint.format.lazy import PortableState
-    from train.model.weights import Values
-    from train.strategy.training import EngineState, Training
+    from shardwright.train.checkpoint.format.lazy import PortableState
+    from shardwright.train.model.weights import Values
+    from shardwright.train.strategy.training import EngineState, Training
 
 
 class Fsdp(Engine):
@@ -42,7 +42,7 @@ class Fsdp(Engine):
         return facts.read_back(trainer)
 
     def restore_optimizer(self, trainer: Training, state: PortableState) -> None:
-        from train.strategy.state.moments import check_names, entries
+        from shardwright.train.strategy.state.moments import check_names, entries
 
         optimizer = trainer.torch_optimizer()
         parameters: dict[str, Any] = dict(trainer.model.named_parameters())
@@ -76,6 +76,6 @@ class Fsdp(Engine):
             yield parameter.to_local()
 
     def save_state(self, trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
-        from train.strategy.state.dcp import DistributedState
+        from shardwright.train.strategy.state.dcp import DistributedState
 
         return DistributedState(trainer, copy=copy)

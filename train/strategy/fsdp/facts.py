@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import RankLayout, RunConfig
-from train.strategy.dtypes import TORCH_DTYPES
-from train.strategy.fsdp.settings import settings
+from shardwright.train.config import RankLayout, RunConfig
+from shardwright.train.strategy.dtypes import TORCH_DTYPES
+from shardwright.train.strategy.fsdp.settings import settings
 
 if TYPE_CHECKING:
-    from train.strategy.training import Training
+    from shardwright.train.strategy.training import Training
 
 
 def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def read_back(trainer: Training) -> dict[str, Any]:
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
     from torch.distributed.tensor import DTensor
 
-    from train.strategy.dtypes import dtype_names, moments_dtypes
-    from train.strategy.loss_scale import loss_scaling
+    from shardwright.train.strategy.dtypes import dtype_names, moments_dtypes
+    from shardwright.train.strategy.loss_scale import loss_scaling
 
     model = trainer.model_wrapped
     found = [m for m in model.modules() if isinstance(m, FSDPModule)]

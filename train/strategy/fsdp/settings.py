@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.config import FsdpStrategy, RankLayout, RunConfig
-from train.strategy.dtypes import TORCH_DTYPES
+from shardwright.train.config import FsdpStrategy, RankLayout, RunConfig
+from shardwright.train.strategy.dtypes import TORCH_DTYPES
 
 
 def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:

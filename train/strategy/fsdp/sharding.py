@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from train.config import RankLayout, RunConfig
-from train.strategy.dtypes import TORCH_DTYPES
-from train.strategy.fsdp.settings import settings
-from train.strategy.fsdp.units import units
+from shardwright.train.config import RankLayout, RunConfig
+from shardwright.train.strategy.dtypes import TORCH_DTYPES
+from shardwright.train.strategy.fsdp.settings import settings
+from shardwright.train.strategy.fsdp.units import units
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
-    from train.checkpoint.format.lazy import LazyTensor
-    from train.model.weights import Values
+    from shardwright.train.checkpoint.format.lazy import LazyTensor
+    from shardwright.train.model.weights import Values
 
 
 def sharded(
@@ -78,7 +78,7 @@ def _fill(model: PreTrainedModel, values: Values, device: str) -> None:
     """Make the sharded parameters real, on ``device``, one value's part after the other."""
     import torch
 
-    from train.model.weights import Wanted, in_turn
+    from shardwright.train.model.weights import Wanted, in_turn
 
     # What `to_empty` does, but buffers hold their values already.
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from train.config import FsdpStrategy, RunConfig
-from train.errors import UserError
+from shardwright.train.config import FsdpStrategy, RunConfig
+from shardwright.train.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,7 @@ def units(model: PreTrainedModel, config: RunConfig) -> list[nn.Module]:
             )
         return found
     if strategy.block_class is None:
-        from train.model.blocks import blocks
+        from shardwright.train.model.blocks import blocks
 
         return blocks(model)
     found = [m for m in model.modules() if type(m).__name__ == strategy.block_class]

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from train.checkpoint.format.hashed import HashedFolder
-from train.optimizer import eight_bit
-from train.run_directory.names import ENGINE_FOLDER
-from train.strategy.state.snapshot import Snapshot
+from shardwright.train.checkpoint.format.hashed import HashedFolder
+from shardwright.train.optimizer import eight_bit
+from shardwright.train.run_directory.names import ENGINE_FOLDER
+from shardwright.train.strategy.state.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from train.strategy.training import Training
+    from shardwright.train.strategy.training import Training
 
 
 class DistributedState:

@@ -10,11 +10,11 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from train.checkpoint.format.hashed import HashedFolder
-from train.optimizer import eight_bit
-from train.run_directory.names import ENGINE_FOLDER
-from train.strategy.state.snapshot import Snapshot
-from train.strategy.zero import swapped
+from shardwright.train.checkpoint.format.hashed import HashedFolder
+from shardwright.train.optimizer import eight_bit
+from shardwright.train.run_directory.names import ENGINE_FOLDER
+from shardwright.train.strategy.state.snapshot import Snapshot
+from shardwright.train.strategy.zero import swapped
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from train.checkpoint.format.lazy import LazyTensor, PortableState
-from train.errors import UserError
-from train.optimizer import eight_bit
+from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState
+from shardwright.train.errors import UserError
+from shardwright.train.optimizer import eight_bit
 
 
 def check_names(state: PortableState, names: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.errors import UserError
+from shardwright.train.errors import UserError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -19,7 +19,7 @@ def deepspeed_cpu_adam(
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    from train.strategy.zero.operators import ready_to_build
+    from shardwright.train.strategy.zero.operators import ready_to_build
 
     ready_to_build("cpu_adam")
     try:

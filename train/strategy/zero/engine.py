@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from train.config import RankLayout, RunConfig, ZeroStrategy
-from train.strategy.engine import Engine
-from train.strategy.zero import facts, masters, nvme
-from train.strategy.zero.adam import deepspeed_cpu_adam
-from train.strategy.zero.masters import (
+from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy
+from shardwright.train.strategy.engine import Engine
+from shardwright.train.strategy.zero import facts, masters, nvme
+from shardwright.train.strategy.zero.adam import deepspeed_cpu_adam
+from shardwright.train.strategy.zero.masters import (
     flat_partitions,
     has_own_masters,
     joined,
     master_partitions,
     replicated_masters,
 )
-from train.strategy.zero.partition import partitioned
-from train.strategy.zero.settings import settings
+from shardwright.train.strategy.zero.partition import partitioned
+from shardwright.train.strategy.zero.settings import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from train.checkpoint.format.lazy import PortableState
-    from train.model.weights import Values
-    from train.strategy.training import EngineState, Training
+    from shardwright.train.checkpoint.format.lazy import PortableState
+    from shardwright.train.model.weights import Values
+    from shardwright.train.strategy.training import EngineState, Training
 
 
 class Zero(Engine):
@@ -68,7 +68,7 @@ class Zero(Engine):
         What has a master weight of its own gets its value with that, in `complete`: so it is read
         once.
         """
-        from train.model.weights import Zeros
+        from shardwright.train.model.weights import Zeros
 
         if has_own_masters(self.config):
             later = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -98,8 +98,12 @@ class Zero(Engine):
         return facts.read_back(trainer)
 
     def restore_optimizer(self, trainer: Training, state: PortableState) -> None:
-        from train.strategy.state.moments import check_names, restore_flat, restore_whole
-        from train.strategy.zero import swapped
+        from shardwright.train.strategy.state.moments import (
+            check_names,
+            restore_flat,
+            restore_whole,
+        )
+        from shardwright.train.strategy.zero import swapped
 
         engine, optimizer = trainer.model_wrapped, trainer.innermost_optimizer()
         names = {parameter: name for name, parameter in engine.module.named_parameters()}
@@ -126,7 +130,7 @@ class Zero(Engine):
             yield name, whole if trainer.is_world_process_zero() else None
 
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
-        from train.strategy.zero import swapped
+        from shardwright.train.strategy.zero import swapped
 
         engine = trainer.model_wrapped
         if engine.zero_optimization_stage() == 0:
@@ -150,8 +154,8 @@ class Zero(Engine):
         nvme.discard(self.config)
 
     def save_state(self, trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
-        from train.checkpoint.format.layout import PARAMETER_ORDER
-        from train.strategy.state.deepspeed_files import DeepSpeedState
+        from shardwright.train.checkpoint.format.layout import PARAMETER_ORDER
+        from shardwright.train.strategy.state.deepspeed_files import DeepSpeedState
 
         engine = trainer.model_wrapped
         texts: dict[str, str] = {}

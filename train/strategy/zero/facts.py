@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from train.config import RankLayout, RunConfig
-from train.strategy.dtypes import TORCH_DTYPES
-from train.strategy.zero.masters import master_partitions, replicated_masters
-from train.strategy.zero.settings import settings
+from shardwright.train.config import RankLayout, RunConfig
+from shardwright.train.strategy.dtypes import TORCH_DTYPES
+from shardwright.train.strategy.zero.masters import master_partitions, replicated_masters
+from shardwright.train.strategy.zero.settings import settings
 
 if TYPE_CHECKING:
     import torch
 
-    from train.strategy.training import Training
+    from shardwright.train.strategy.training import Training
 
 
 def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
@@ -47,9 +47,9 @@ def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
 def read_back(trainer: Training) -> dict[str, Any]:
     import deepspeed
 
-    from train.strategy import loss_scale
-    from train.strategy.dtypes import dtype_names, moments_dtypes
-    from train.strategy.zero import swapped
+    from shardwright.train.strategy import loss_scale
+    from shardwright.train.strategy.dtypes import dtype_names, moments_dtypes
+    from shardwright.train.strategy.zero import swapped
 
     engine = trainer.model_wrapped
     if not isinstance(engine, deepspeed.DeepSpeedEngine):

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from train.config import RunConfig
-    from train.model.weights import Wanted
-    from train.strategy.training import Training
+    from shardwright.train.config import RunConfig
+    from shardwright.train.model.weights import Wanted
+    from shardwright.train.strategy.training import Training
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def complete(trainer: Training) -> None:
     """
     from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-    from train.strategy.zero import swapped
+    from shardwright.train.strategy.zero import swapped
 
     engine = trainer.model_wrapped
     _link_masters(engine.optimizer)
@@ -93,7 +93,7 @@ def has_own_masters(config: RunConfig) -> bool:
 
 def to_hold(name: str, parameter: Any) -> Wanted:
     """Return what this rank is to hold of a parameter of stage 3: equal parts, the last padded."""
-    from train.model.weights import Wanted
+    from shardwright.train.model.weights import Wanted
 
     share = -(-parameter.ds_numel // parameter.ds_zero_partition_world_size)
     start = min(parameter.ds_zero_partition_rank * share, parameter.ds_numel)
@@ -105,8 +105,8 @@ def _start_from_fp32(trainer: Training) -> None:
 
     One parameter at a time, on every rank; each value is read once.
     """
-    from train.model.weights import Wanted, in_turn
-    from train.strategy.zero import swapped
+    from shardwright.train.model.weights import Wanted, in_turn
+    from shardwright.train.strategy.zero import swapped
 
     engine, values = trainer.model_wrapped, trainer.initial_values
     zero = engine.optimizer

@@ -11,8 +11,8 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from train.config import RankLayout, RunConfig, ZeroStrategy
-from train.errors import UserError
+from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy
+from shardwright.train.errors import UserError
 
 # What DeepSpeed itself tries before it builds its async_io operator.
 _PROGRAM = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from train.config import RankLayout, RunConfig, ZeroStrategy
-from train.strategy.zero import nvme
-from train.strategy.zero.masters import to_hold
-from train.strategy.zero.settings import settings
+from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy
+from shardwright.train.strategy.zero import nvme
+from shardwright.train.strategy.zero.masters import to_hold
+from shardwright.train.strategy.zero.settings import settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from train.model.weights import Values
+    from shardwright.train.model.weights import Values
 
 
 def partitioned(
@@ -26,11 +26,11 @@ def partitioned(
     import deepspeed
     import torch
 
-    from train.model.weights import Owners, in_turn, materialize
+    from shardwright.train.model.weights import Owners, in_turn, materialize
 
     assert isinstance(config.strategy, ZeroStrategy)
     if config.strategy.uses_nvme:
-        from train.strategy.zero.operators import ready_to_build
+        from shardwright.train.strategy.zero.operators import ready_to_build
 
         elements = {name: p.numel() for name, p in model.named_parameters()}
         nvme.check_model(config, elements, layout)

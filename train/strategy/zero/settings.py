@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from train.config import RankLayout, RunConfig, ZeroStrategy, accumulation_steps
-from train.strategy.zero import nvme
+from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy, accumulation_steps
+from shardwright.train.strategy.zero import nvme
 
 MIN_BUCKET_ELEMENTS = 2**20
 """Below this a collective costs more for its start than for its bytes."""
