@@ -17,7 +17,7 @@ from shardwright.train.errors import BAD_INPUT, RESUMABLE, UserError
 from shardwright.train.run_directory import stop_note
 from shardwright.train.run_directory.failures import rank_failures
 
-GO_ON = 76
+CONTINUE = 76
 """What the job script takes for "back into the queue"."""
 
 
@@ -47,19 +47,19 @@ def main(arguments: Sequence[str]) -> int:
 
     print(f"\n{stopped}" if stopped else f"\nstopped by {' '.join(signals) or 'a signal'}")
     ended = "TERM" in signals and not (signals[0] == "USR1" and _is_past_its_limit())
-    reason = why_not_go_on(launcher, is_ended=ended, is_cancelled=slurm.is_cancelled(run_dir))
+    reason = why_not_continued(launcher, is_ended=ended, is_cancelled=slurm.is_cancelled(run_dir))
     if reason is None:
         limits = ["--restarts", os.environ.get("SLURM_RESTART_COUNT", "0")]
         limits += ["--limit", str(launcher.max_requeues)]
         if requeue.main([str(run_dir), *limits]) == 0:
-            return GO_ON
+            return CONTINUE
     else:
         print(reason)
     print(f"resume with: {program.command('resume', str(run_dir))}")
     return RESUMABLE
 
 
-def why_not_go_on(launcher: SlurmLauncher, *, is_ended: bool, is_cancelled: bool) -> str | None:
+def why_not_continued(launcher: SlurmLauncher, *, is_ended: bool, is_cancelled: bool) -> str | None:
     """Return why a job that has stopped does not even ask to go on, or None where it does. Pure.
 
     ``is_ended`` by SLURM, which requeues a job itself where it preempts it without a grace time; a

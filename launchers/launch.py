@@ -28,6 +28,7 @@ from shardwright.train.run_directory import owner, stop_note, stopped_preparing
 from shardwright.train.run_directory.failures import rank_failures
 from shardwright.train.run_directory.names import LOGS, RUN_LOG, TORCHRUN_LOG, torchrun_log
 from shardwright.train.run_directory.owner import Claim
+from shardwright.train.units import counted
 
 
 def new_run(
@@ -169,6 +170,6 @@ def _made_ready(
         stop_note.forget(run_dir)
         claim.hand_on()
     here_ranks = config.launcher.ranks_per_node
-    print(f"starting {here_ranks} rank{'s' * (here_ranks > 1)}", flush=True)
+    print(f"starting {counted(here_ranks, 'rank')}", flush=True)
     argv = rank_command(config, run_dir, machine=here, node_rank=node_rank)
     return argv, environment

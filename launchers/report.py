@@ -174,7 +174,7 @@ def _last_losses(metrics: Path) -> dict[str, str]:
 def stopped(where: Stopped, run_dir: Path, stopped_by: int | None) -> str:
     """Return where a run has stopped cleanly, and how to go on. ``stopped_by``: the launcher."""
     by = where.reason if stopped_by is None else signals.by_whom(stopped_by)
-    text = f"\nstopped at step {where.step} by {by}; {_go_on(run_dir)}"
+    text = f"\nstopped at step {where.step} by {by}; {_resume_hint(run_dir)}"
     if where.unsaved is not None:
         newest = Path(where.checkpoint).name if where.checkpoint else "no checkpoint"
         text += f"\n  {newest} is the newest: {where.unsaved}; raise it to keep the last steps"
@@ -193,7 +193,7 @@ def stopped_early(run_dir: Path, stopped_by: int | None) -> str:
         kept = "they are whole, and a resume starts the ranks"
     elif (run_dir / TOKENIZER_FOLDER).is_dir():
         kept = "the tokenizer is kept, and a resume packs the tokens from the beginning"
-    return f"\nstopped by {by} while the data were being prepared: {kept}; {_go_on(run_dir)}"
+    return f"\nstopped by {by} while the data were being prepared: {kept}; {_resume_hint(run_dir)}"
 
 
 def preparation_failed(run_dir: Path, code: int) -> str:
@@ -205,7 +205,7 @@ def preparation_failed(run_dir: Path, code: int) -> str:
     )
 
 
-def _go_on(run_dir: Path) -> str:
+def _resume_hint(run_dir: Path) -> str:
     return f"resume with: {program.command('resume', str(run_dir))}"
 
 
@@ -247,12 +247,13 @@ def failure(
     code = exit_code(child_code, failures, stopped_by)
     logs = run_dir / LOGS
     if code == RESUMABLE:
-        return f"the ranks have stopped; {_go_on(run_dir)}"
+        return f"the ranks have stopped; {_resume_hint(run_dir)}"
     if stopped_by is not None and code != BAD_INPUT:
         by = f"stopped by {signals.by_whom(stopped_by)}"
         if config is None:
             return by
-        return f"{by} before the ranks could report where; {_go_on(run_dir)}\n  logs are in {logs}"
+        hint = _resume_hint(run_dir)
+        return f"{by} before the ranks could report where; {hint}\n  logs are in {logs}"
     left = "" if config is None else _left_by(run_dir)
     said = _text_of(logs / launcher_log)
     reported = {failure.rank for failure in failures}

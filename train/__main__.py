@@ -18,6 +18,7 @@ from shardwright.train.process import inherited, signals
 from shardwright.train.process.arguments import decoded
 from shardwright.train.process.stop_request import watch_for_stop
 from shardwright.train.run_directory import stop_note
+from shardwright.train.units import counted
 
 if TYPE_CHECKING:
     from shardwright.train.config import RunConfig
@@ -161,7 +162,7 @@ class _FailureReport:
 
 
 def _starting(ranks: int) -> str:
-    return f"starting {ranks} rank{'s' * (ranks > 1)}"
+    return f"starting {counted(ranks, 'rank')}"
 
 
 def _exit(code: int) -> NoReturn:

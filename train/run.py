@@ -42,7 +42,7 @@ from shardwright.train.model import build as models
 from shardwright.train.model import generation, origin
 from shardwright.train.model.blocks import parameter_count
 from shardwright.train.model.directory import rehearse
-from shardwright.train.model.weights import Values, drawn
+from shardwright.train.model.weights import InitialValues, drawn
 from shardwright.train.process import signals
 from shardwright.train.process.agreement import check, from_all, together
 from shardwright.train.process.provenance import write_provenance
@@ -243,7 +243,7 @@ def _build(
     resumed: Resumed | None,
     rank: Rank,
     console: TextIO,
-) -> tuple[PreTrainedModel, Values]:
+) -> tuple[PreTrainedModel, InitialValues]:
     """Return the model and its first values, once final/ is known to hold all that it needs.
 
     What a pretrained one is made of is kept in the run's directory, whose copy is read.

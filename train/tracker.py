@@ -266,7 +266,7 @@ class Handover:
         """Why the target lacks lines at present."""
         self._is_told = False
 
-    def go_on(self, *, at_last: bool = False) -> None:
+    def hand_over(self, *, at_last: bool = False) -> None:
         """Hand on what has come; ``at_last`` tries a target that fails once more in any case."""
         if self._target is None and time.monotonic() < self._retry_at and not at_last:
             return
@@ -285,7 +285,7 @@ class Handover:
 
     def finish(self, outcome: str) -> None:
         """Hand on the rest and close the target."""
-        self.go_on(at_last=True)
+        self.hand_over(at_last=True)
         if self._target is None:
             return
         try:
@@ -396,13 +396,13 @@ def _track(
     handover = Handover(opener, Tail(run_dir / METRICS), say, what)
     said = b"done\n" if options.once else b""
     is_open = not options.once
-    handover.go_on()
+    handover.hand_over()
     while is_open and not said.endswith(b"\n"):
         if select.select([0], [], [], POLL_SECONDS)[0]:
             heard = os.read(0, 64)
             said += heard
             is_open = bool(heard)
-        handover.go_on()
+        handover.hand_over()
     handover.finish(said.decode().strip() or "failed")
     if handover.problem is not None:
         opened = getattr(opener, "opened", None)

@@ -1,6 +1,11 @@
-"""Sizes and times as people read them."""
+"""Counts, sizes and times as people read them."""
 
 from __future__ import annotations
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with a noun whose plural takes an s."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def size(count: float) -> str:

@@ -19,7 +19,7 @@ from shardwright.train.console import progress
 from shardwright.train.errors import FAILED, UserError
 from shardwright.train.process.arguments import path as path_of
 from shardwright.train.run_directory.names import CHECKPOINTS, RUN_CONFIG
-from shardwright.train.units import duration, size
+from shardwright.train.units import counted, duration, size
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def listing(
 ) -> str:
     """Return the table, and below it every problem of what is not whole. Pure."""
     total = size(sum(row.bytes for row in rows))
-    count = f"{len(rows)} checkpoint" + "s" * (len(rows) != 1)
+    count = counted(len(rows), "checkpoint")
     lines = [f"{directory}: {count}, {total}" if rows else f"{directory}: no checkpoints yet"]
     if rows:
         lines += _aligned(_cells(rows, rule, verified=verified, now=now))

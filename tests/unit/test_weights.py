@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from shardwright.train.model.weights import (
+    InitialValues,
     InMemory,
-    Values,
     Wanted,
     in_turn,
     initialized,
@@ -64,7 +64,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def tensors(model: PreTrainedModel, values: Values) -> dict[str, torch.Tensor]:
+def tensors(model: PreTrainedModel, values: InitialValues) -> dict[str, torch.Tensor]:
     """Return every value, written into memory that holds something else."""
     written = {n: torch.full(p.shape, float("nan")) for n, p in model.named_parameters()}
     for name, value in values.items():

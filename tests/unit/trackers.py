@@ -11,10 +11,10 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-Values = dict[str, dict[int, float]]
+InitialValues = dict[str, dict[int, float]]
 
 
-def expected(lines: Sequence[dict[str, Any]], *without: str) -> Values:
+def expected(lines: Sequence[dict[str, Any]], *without: str) -> InitialValues:
     values: defaultdict[str, dict[int, float]] = defaultdict(dict)
     for entry in lines:
         for name, value in entry.items():
@@ -23,7 +23,7 @@ def expected(lines: Sequence[dict[str, Any]], *without: str) -> Values:
     return dict(values)
 
 
-def of_tensorboard(directory: Path) -> Values:
+def of_tensorboard(directory: Path) -> InitialValues:
     """Return what TensorBoard shows; fails where it shows a step twice."""
     events = EventAccumulator(str(directory))
     events.Reload()
@@ -36,7 +36,7 @@ def of_tensorboard(directory: Path) -> Values:
     return values
 
 
-def of_wandb(directory: Path) -> tuple[Values, dict[str, Any], str]:
+def of_wandb(directory: Path) -> tuple[InitialValues, dict[str, Any], str]:
     """Return the history, the config and the id in a run's file."""
     from wandb.proto import wandb_internal_pb2
 

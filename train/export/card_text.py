@@ -20,7 +20,7 @@ from shardwright.train.data.sources.source import code
 from shardwright.train.export import curve
 from shardwright.train.paths import is_hub_name
 from shardwright.train.run_directory.metrics import NO_CURVE, Curve
-from shardwright.train.units import duration
+from shardwright.train.units import counted, duration
 
 PICTURE = "loss.svg"
 MODEL_PLACEHOLDER = "PATH_OR_NAME"
@@ -140,7 +140,7 @@ def _introduction(facts: Facts) -> str:
     else:
         how = f"Trained with Shardwright from {_base(facts)}."
         if facts.drawn_anew:
-            count = f"{len(facts.drawn_anew)} parameter{'s' * (len(facts.drawn_anew) > 1)}"
+            count = f"{counted(len(facts.drawn_anew), 'parameter')}"
             names = ", ".join(code(name) for name in facts.drawn_anew[:3])
             more = ", ..." if len(facts.drawn_anew) > 3 else ""
             how += (

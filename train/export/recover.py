@@ -39,7 +39,7 @@ from shardwright.train.model.directory import (
 )
 from shardwright.train.process.memory import peak_resident_bytes, resident_bytes
 from shardwright.train.run_directory.names import TOKENIZER_FOLDER
-from shardwright.train.units import size
+from shardwright.train.units import counted, size
 
 MAX_MEMORY_BYTES = 2**29
 
@@ -411,7 +411,7 @@ def _summary(
     free_bytes: int,
 ) -> str:
     """Return what is read and what is, or would be, written. Pure."""
-    files = f"{len(plan.files)} file" + "s" * (len(plan.files) != 1)
+    files = counted(len(plan.files), "file")
     step = f", step {chosen.step}" if chosen.step is not None else ""
     average = "moving average, " if options.ema else ""
     rows = {

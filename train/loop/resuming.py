@@ -27,7 +27,7 @@ from shardwright.train.config import Progress, RankLayout, RunConfig
 from shardwright.train.console import progress
 from shardwright.train.errors import UserError
 from shardwright.train.model import streaming
-from shardwright.train.model.weights import Value, Values
+from shardwright.train.model.weights import InitialValue, InitialValues
 from shardwright.train.process.agreement import from_all
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory.names import CHECKPOINTS
@@ -149,7 +149,7 @@ def untie(model: PreTrainedModel, resumed: Resumed) -> None:
             streaming.untie(model, target)
 
 
-def values(model: PreTrainedModel, resumed: Resumed) -> Values:
+def values(model: PreTrainedModel, resumed: Resumed) -> InitialValues:
     """Return each parameter's master weight as its first value; set the persistent buffers.
 
     Raises UserError where the checkpoint holds another model.
@@ -175,7 +175,7 @@ def values(model: PreTrainedModel, resumed: Resumed) -> Values:
 
 
 @dataclass(frozen=True)
-class _Saved(Value):
+class _Saved(InitialValue):
     """A value in a checkpoint, of which no more is read than is asked for."""
 
     tensor: LazyTensor

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from shardwright.train.loop.callbacks.tracking import Tracking
     from shardwright.train.loop.resuming import Resumed
-    from shardwright.train.model.weights import Values
+    from shardwright.train.model.weights import InitialValues
     from shardwright.train.strategy.engine import Engine
 
 METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
@@ -60,7 +60,7 @@ class Trainer(transformers.Trainer):
         tokenizer: transformers.PreTrainedTokenizerBase,
         train_loader: DataLoader,
         eval_loader: DataLoader | None,
-        values: Values,
+        values: InitialValues,
         schedule: Schedule,
         resumed: Resumed | None = None,
     ) -> None:

@@ -24,7 +24,7 @@ from shardwright.train.model.configs import MODEL_CLASSES, transformers_config
 from shardwright.train.model.generation import generation_config
 from shardwright.train.model.pretrained import check_head, load_pretrained
 from shardwright.train.model.vocabulary import vocabulary_size
-from shardwright.train.model.weights import Values, initialized
+from shardwright.train.model.weights import InitialValues, initialized
 
 ROUTER_LOGITS = "output_router_logits"
 """The argument of a forward pass by which mixture-of-experts models give their auxiliary loss."""
@@ -45,7 +45,7 @@ def build(
     kept: Path | None = None,
     *,
     reads_weights: bool = True,
-) -> tuple[PreTrainedModel, Values]:
+) -> tuple[PreTrainedModel, InitialValues]:
     """Return the run's model, in training mode and without values, and its parameters' fp32 values.
 
     A pretrained model's config, generation settings and code are those in ``kept``, or with the

@@ -34,7 +34,7 @@ from shardwright.train.model.streaming import (
     streamed,
     weight_files,
 )
-from shardwright.train.model.weights import Values, initialized
+from shardwright.train.model.weights import InitialValues, initialized
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def load_pretrained(
     kept: Path | None,
     *,
     reads_weights: bool,
-) -> tuple[PreTrainedModel, Values]:
+) -> tuple[PreTrainedModel, InitialValues]:
     auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
     as_asked: dict[str, Any] = {
         "trust_remote_code": model.trust_remote_code,

@@ -26,7 +26,13 @@ from shardwright.train.config import PretrainedModel
 from shardwright.train.errors import UserError
 from shardwright.train.model import remote_code
 from shardwright.train.model.conversion import CannotTrace, Traced, loaded
-from shardwright.train.model.weights import InMemory, Value, Values, emptied, initialized
+from shardwright.train.model.weights import (
+    InitialValue,
+    InitialValues,
+    InMemory,
+    emptied,
+    initialized,
+)
 from shardwright.train.process import exhausted
 
 logger = logging.getLogger(__name__)
@@ -97,7 +103,7 @@ def weight_files(name: str, revision: str | None, config: PreTrainedConfig) -> l
 
 def streamed(
     build: Callable[[], PreTrainedModel], files: Sequence[str], seed: int
-) -> tuple[PreTrainedModel, Values]:
+) -> tuple[PreTrainedModel, InitialValues]:
     """Return a model whose parameters are on the meta device, and their values in ``files``.
 
     ``files`` are safetensors, or what `torch.save` wrote. The values are bit for bit those that
@@ -115,7 +121,7 @@ def streamed(
             buffer.copy_(checkpoint.whole(found[name]))
     _untie_what_differs(model, found, checkpoint)
 
-    values: Values = {}
+    values: InitialValues = {}
     missing, without_value = [], []
     for names in _aliases(model):
         held = next((found[name] for name in names if name in found), None)
@@ -140,7 +146,7 @@ def loaded_whole(
     as_asked: dict[str, Any],
     build: Callable[[], PreTrainedModel],
     seed: int,
-) -> tuple[PreTrainedModel, Values]:
+) -> tuple[PreTrainedModel, InitialValues]:
     """Return the same of weights that cannot be streamed: the whole of them stays in memory."""
     # The names of wrappers, wherever they stand; DDP's, where it begins one.
     wrappers = {rf"(^|\.){name}\.": r"\1" for name in WRAPPERS} | {r"^module\.": ""}
@@ -320,7 +326,7 @@ class _Checkpoint:
 
 
 @dataclass(frozen=True)
-class _InFiles(Value):
+class _InFiles(InitialValue):
     """A value in a checkpoint's files, of which no more is read than is asked for."""
 
     checkpoint: _Checkpoint

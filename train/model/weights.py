@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import TORCH_INIT_FUNCTIONS
 
 
-class Value(ABC):
+class InitialValue(ABC):
     """A parameter's first value: the same on every rank, however often it is written."""
 
     is_drawn: bool = False
@@ -38,12 +38,12 @@ class Value(ABC):
         """
 
 
-Values = dict[str, Value]
+InitialValues = dict[str, InitialValue]
 """By each parameter's name, as `named_parameters` has it."""
 
 
 @dataclass
-class InMemory(Value):
+class InMemory(InitialValue):
     """A value that lies in memory already, whole."""
 
     tensor: torch.Tensor
@@ -54,7 +54,7 @@ class InMemory(Value):
         flat.copy_(self.tensor.reshape(-1)[start : start + flat.numel()])
 
 
-class Zeros(Value):
+class Zeros(InitialValue):
     """Stands in for a value that is written later."""
 
     def write(self, out: torch.Tensor, start: int = 0) -> None:
@@ -74,7 +74,7 @@ class Wanted(NamedTuple):
     length: int
 
 
-def in_turn(wanted: Sequence[Wanted], values: Values) -> Iterator[torch.Tensor]:
+def in_turn(wanted: Sequence[Wanted], values: InitialValues) -> Iterator[torch.Tensor]:
     """Yield each part, flat and in fp32; the next one overwrites it.
 
     All of them lie in one buffer. Were each allocated by itself, what the caller allocates for it
@@ -98,7 +98,9 @@ def in_turn(wanted: Sequence[Wanted], values: Values) -> Iterator[torch.Tensor]:
         yield buffer[first : first + part.length]
 
 
-def materialize(model: nn.Module, values: Values, dtype: torch.dtype = torch.float32) -> None:
+def materialize(
+    model: nn.Module, values: InitialValues, dtype: torch.dtype = torch.float32
+) -> None:
     """Replace the meta parameters by real ones on the CPU, one after the other."""
     owners = Owners(model)
     for name, parameter in list(model.named_parameters()):
@@ -125,9 +127,9 @@ class Owners:
         return replacement
 
 
-def emptied(model: PreTrainedModel) -> tuple[PreTrainedModel, Values]:
+def emptied(model: PreTrainedModel) -> tuple[PreTrainedModel, InitialValues]:
     """Return a whole model with its parameters on the meta device, and their values."""
-    values: Values = {}
+    values: InitialValues = {}
     owners = Owners(model)
     for name, parameter in list(model.named_parameters()):
         values[name] = InMemory(parameter.detach())
@@ -138,7 +140,9 @@ def emptied(model: PreTrainedModel) -> tuple[PreTrainedModel, Values]:
 # --- drawn anew ----------------------------------------------------------------------------------
 
 
-def initialized(build: Callable[[], PreTrainedModel], seed: int) -> tuple[PreTrainedModel, Values]:
+def initialized(
+    build: Callable[[], PreTrainedModel], seed: int
+) -> tuple[PreTrainedModel, InitialValues]:
     """Return a model whose parameters are on the meta device, and their initial values.
 
     The values follow the architecture's own initialisation, but each parameter is drawn by itself,
@@ -195,9 +199,9 @@ class _Recipes:
 
         return note
 
-    def values(self, model: nn.Module, seed: int) -> Values:
+    def values(self, model: nn.Module, seed: int) -> InitialValues:
         """Return the initial value of each parameter that a function of `torch.nn.init` has set."""
-        values: Values = {}
+        values: InitialValues = {}
         for name, parameter in model.named_parameters():
             steps = self._steps.get(id(parameter), [])
             if steps and math.prod(steps[0].size) == parameter.numel():
@@ -205,13 +209,13 @@ class _Recipes:
         return values
 
 
-def drawn(values: Values) -> list[str]:
+def drawn(values: InitialValues) -> list[str]:
     """Return the names of the parameters whose first value was not read from anywhere. Pure."""
     return [name for name, value in values.items() if value.is_drawn]
 
 
 @dataclass(frozen=True)
-class _Drawn(Value):
+class _Drawn(InitialValue):
     """Drawn from one stream of random numbers, whose every element depends on those before it."""
 
     name: str

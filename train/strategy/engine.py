@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from shardwright.train.model.weights import Values
+    from shardwright.train.model.weights import InitialValues
     from shardwright.train.strategy.training import Training
 
 
@@ -50,7 +50,7 @@ class Engine(Stateful, ABC):
         """Make the engine take torch's process group as its own, before anything is built."""
 
     @abstractmethod
-    def shard(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+    def shard(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         """Give a model on the meta device its values, and return it as the Trainer is to get it.
 
         Collective. Beside what this rank is to hold of the model, no more than one whole parameter
@@ -58,7 +58,7 @@ class Engine(Stateful, ABC):
         left to `complete` where the engine takes them with its master weights.
         """
 
-    def serve(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+    def serve(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         """Give a model its values as `shard` does, and return it ready for inference alone.
 
         Its forward passes are collective.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from shardwright.train.checkpoint.format.lazy import PortableState
-    from shardwright.train.model.weights import Values
+    from shardwright.train.model.weights import InitialValues
     from shardwright.train.strategy.training import EngineState, Training
 
 
@@ -36,7 +36,7 @@ class Replicated(Engine):
             **{f"ddp_{key}": value for key, value in self.settings().items()},
         }
 
-    def shard(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+    def shard(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         import torch
 
         from shardwright.train.model.weights import materialize
@@ -45,7 +45,7 @@ class Replicated(Engine):
         materialize(model, values, dtype)
         return model
 
-    def serve(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+    def serve(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         return self.shard(model, values).eval().to(self.config.launcher.device)
 
     def complete(self, trainer: Training) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shardwright.train.checkpoint.format.hashed import HashedFolder
     from shardwright.train.checkpoint.format.lazy import PortableState
     from shardwright.train.config import RankLayout, RunConfig, Schedule
-    from shardwright.train.model.weights import Values
+    from shardwright.train.model.weights import InitialValues
     from shardwright.train.strategy.finite import Gate
 
 
@@ -66,7 +66,7 @@ class Training(Protocol):
     """The live engine: DDP's or DeepSpeed's wrapper, or the model itself."""
     lr_scheduler: Any
     gate: Gate
-    initial_values: Values
+    initial_values: InitialValues
     """The model's first values in fp32, until the engine is complete."""
     saved_step: int | None
     """Step of the newest whole checkpoint of this training."""

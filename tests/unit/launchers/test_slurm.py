@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwright.launchers.job_end import why_not_go_on
+from shardwright.launchers.job_end import why_not_continued
 from shardwright.launchers.slurm import jobs as slurm
 from shardwright.launchers.slurm.jobs import Job, exit_code, parsed
 from shardwright.train.config import SlurmLauncher
@@ -66,10 +66,14 @@ def test_a_stopped_job_asks_to_go_on_unless_it_is_to_end() -> None:
     launcher, once = slurm_run().launcher, slurm_run(requeue=False).launcher
     assert isinstance(launcher, SlurmLauncher)
     assert isinstance(once, SlurmLauncher)
-    assert why_not_go_on(launcher, is_ended=False, is_cancelled=False) is None
-    assert why_not_go_on(launcher, is_ended=False, is_cancelled=True) == "it was cancelled"
-    assert "SLURM ends this job" in str(why_not_go_on(launcher, is_ended=True, is_cancelled=False))
-    assert "launcher.requeue=false" in str(why_not_go_on(once, is_ended=False, is_cancelled=False))
+    assert why_not_continued(launcher, is_ended=False, is_cancelled=False) is None
+    assert why_not_continued(launcher, is_ended=False, is_cancelled=True) == "it was cancelled"
+    assert "SLURM ends this job" in str(
+        why_not_continued(launcher, is_ended=True, is_cancelled=False)
+    )
+    assert "launcher.requeue=false" in str(
+        why_not_continued(once, is_ended=False, is_cancelled=False)
+    )
 
 
 def test_a_note_names_the_last_job_of_a_run(tmp_path: Path) -> None:

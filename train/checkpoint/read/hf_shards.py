@@ -11,6 +11,7 @@ from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState, 
 from shardwright.train.checkpoint.read import plain as read_plain
 from shardwright.train.checkpoint.read.dcp import chunk_of, last_cut
 from shardwright.train.checkpoint.read.reader import Reader
+from shardwright.train.units import counted
 
 PATTERN = "shard-*-model-*-of-*.safetensors"
 _PLACES = "DCP_SHARDING_INFO"
@@ -42,7 +43,7 @@ def read(directory: Path) -> PortableState:
             ) from None
     tensors = {name: _joined(name, parts) for name, parts in chunks.items()}
     count = len(list(directory.glob(PATTERN)))
-    return read_plain.state(tensors, f"safetensors in {count} shard{'s' * (count > 1)}")
+    return read_plain.state(tensors, f"safetensors in {counted(count, 'shard')}")
 
 
 def _joined(name: str, parts: list[tuple[ChunkStorageMetadata, LazyTensor]]) -> LazyTensor:

@@ -26,6 +26,7 @@ from shardwright.train.checkpoint.read import zero_0 as read_zero_0
 from shardwright.train.checkpoint.read.model_states import IGNORED, ModelStates
 from shardwright.train.checkpoint.read.reader import Reader
 from shardwright.train.run_directory.names import ENGINE_FOLDER
+from shardwright.train.units import counted
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
@@ -76,7 +77,7 @@ def _sharded(states: ModelStates, groups: Sequence[Mapping[str, tuple[int, ...]]
 
 
 def _counted(ranks: int) -> str:
-    return f"{ranks} rank{'s' * (ranks > 1)}"
+    return f"{counted(ranks, 'rank')}"
 
 
 def _stage(state: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ _ROUNDS = 6
 
 
 class SampleKey(NamedTuple):
-    """Names one sight of a sample; masking is a function of it."""
+    """Names one occurrence of a sample; masking is a function of it."""
 
     epoch: int
     sample: int

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from shardwright.train.console import progress
+from shardwright.train.units import counted
 
 if TYPE_CHECKING:
     from shardwright.train.config import RunConfig
@@ -42,7 +43,7 @@ class EarlyStopping(TrainerCallback):
             text = (
                 f"step {state.global_step}/{state.max_steps}  stopped early: "
                 f"{config.checkpoint.best_metric} has not improved since step {best_step}, in "
-                f"{waited} evaluation{'s' * (waited > 1)}"
+                f"{counted(waited, 'evaluation')}"
             )
             progress.write(text, self._console)
 

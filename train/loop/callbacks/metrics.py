@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from shardwright.train.process.memory import peak_resident_bytes
 from shardwright.train.run_directory.names import METRICS
-from shardwright.train.units import duration
+from shardwright.train.units import counted, duration
 
 if TYPE_CHECKING:
     from shardwright.train.loop.trainer import Trainer
@@ -116,7 +116,7 @@ class Metrics(TrainerCallback):
         if not steps:
             return None
         seconds = time.monotonic() - self._began_at
-        text = f"trained {steps:,} step{'s' * (steps > 1)} in {duration(seconds)}"
+        text = f"trained {counted(steps, 'step')} in {duration(seconds)}"
         if self._whole_tokens:
             speed = self._whole_tokens / max(self._whole_seconds, 1e-9)
             text += f", {speed:,.0f} tokens/s while training"

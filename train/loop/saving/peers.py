@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from shardwright.train.units import counted
+
 T = TypeVar("T")
 
 SLOWEST_WRITE_SECONDS = 4 * 3600
@@ -75,4 +77,4 @@ class Peers:
 
 def _in_short(reasons: list[str]) -> str:
     more = len(reasons) - 1
-    return reasons[0] + (f" (and {more} more rank{'s' * (more > 1)})" if more else "")
+    return reasons[0] + (f" (and {counted(more, 'more rank')})" if more else "")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from shardwright.train.checkpoint.format.lazy import PortableState
-    from shardwright.train.model.weights import Values
+    from shardwright.train.model.weights import InitialValues
     from shardwright.train.strategy.training import EngineState, Training
 
 
@@ -32,7 +32,7 @@ class Fsdp(Engine):
     def training_arguments(self) -> dict[str, Any]:
         return {"bf16": self.config.precision.compute_dtype == "bf16"}
 
-    def shard(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+    def shard(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         return sharded(model, values, self.config, self.layout)
 
     def expected(self) -> dict[str, Any]:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from shardwright.train.checkpoint.format.lazy import LazyTensor
-    from shardwright.train.model.weights import Values
+    from shardwright.train.model.weights import InitialValues
 
 
 def sharded(
-    model: PreTrainedModel, values: Values, config: RunConfig, layout: RankLayout
+    model: PreTrainedModel, values: InitialValues, config: RunConfig, layout: RankLayout
 ) -> PreTrainedModel:
     """Shard the parameters in place, each unit as one, then write this rank's part of each value.
 
@@ -74,7 +74,7 @@ def sharded(
     return model
 
 
-def _fill(model: PreTrainedModel, values: Values, device: str) -> None:
+def _fill(model: PreTrainedModel, values: InitialValues, device: str) -> None:
     """Make the sharded parameters real, on ``device``, one value's part after the other."""
     import torch
 

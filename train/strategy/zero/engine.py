@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from shardwright.train.checkpoint.format.lazy import PortableState
-    from shardwright.train.model.weights import Values
+    from shardwright.train.model.weights import InitialValues
     from shardwright.train.strategy.training import EngineState, Training
 
 
@@ -62,7 +62,7 @@ class Zero(Engine):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
-    def shard(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+    def shard(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         """Partition the parameters one by one at stage 3; the other stages start from them all.
 
         What has a master weight of its own gets its value with that, in `complete`: so it is read
@@ -75,7 +75,7 @@ class Zero(Engine):
             values = {name: Zeros() if name in later else value for name, value in values.items()}
         return partitioned(model, values, self.config, self.layout)
 
-    def serve(self, model: PreTrainedModel, values: Values) -> PreTrainedModel:
+    def serve(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         import deepspeed
 
         model = partitioned(model, values, self.config, self.layout).eval()

@@ -42,13 +42,13 @@ def complete(trainer: Training) -> None:
             "MiB, or strategy.aio.block_size_bytes, stays in memory, and all parts of this "
             "model are"
         )
-    is_new = bool(trainer.initial_values)
-    if is_new and has_own_masters(trainer.config):
+    has_initial_values = bool(trainer.initial_values)
+    if has_initial_values and has_own_masters(trainer.config):
         _start_from_fp32(trainer)
     if engine.zero_optimization_stage() > 0:
         return
     if replicated_masters(engine):
-        if is_new:
+        if has_initial_values:
             engine.optimizer.optimizer.state.clear()
         return
 

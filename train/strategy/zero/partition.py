@@ -12,11 +12,11 @@ from shardwright.train.strategy.zero.settings import settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from shardwright.train.model.weights import Values
+    from shardwright.train.model.weights import InitialValues
 
 
 def partitioned(
-    model: PreTrainedModel, values: Values, config: RunConfig, layout: RankLayout
+    model: PreTrainedModel, values: InitialValues, config: RunConfig, layout: RankLayout
 ) -> PreTrainedModel:
     """Give a model on the meta device its values: this rank's part of each at stage 3, else all.
 

@@ -10,6 +10,14 @@ from shardwright.train.strategy.zero import nvme
 
 MIN_BUCKET_ELEMENTS = 2**20
 """Below this a collective costs more for its start than for its bytes."""
+# What follows from the hidden size is as in transformers' HfDeepSpeedConfig (5.23). A model may be
+# without one, whose settings are then these.
+USUAL_HIDDEN_SIZE = 4096
+"""That of a model with seven billion parameters."""
+DEFAULT_PREFETCH_ELEMENTS = 50_000_000
+"""DeepSpeed's own (0.19.8, runtime/zero/config.py)."""
+DEFAULT_PERSISTENCE_ELEMENTS = 100_000
+"""DeepSpeed's own, from the same place."""
 
 
 def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
@@ -67,7 +75,7 @@ def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
 def _zero_section(config: RunConfig, strategy: ZeroStrategy) -> dict[str, Any]:
     hidden = _hidden_size(config)
     swap_directory = str(nvme.directory(config))
-    bucket = max(MIN_BUCKET_ELEMENTS, (hidden or 4096) ** 2)
+    bucket = max(MIN_BUCKET_ELEMENTS, (hidden or USUAL_HIDDEN_SIZE) ** 2)
 
     def auto(value: int | str, derived: int) -> int:
         return derived if isinstance(value, str) else value
@@ -90,10 +98,12 @@ def _zero_section(config: RunConfig, strategy: ZeroStrategy) -> dict[str, Any]:
     if strategy.stage == 3:
         section |= {
             "stage3_prefetch_bucket_size": auto(
-                strategy.prefetch_elements, int(0.9 * hidden**2) if hidden else 50_000_000
+                strategy.prefetch_elements,
+                int(0.9 * hidden**2) if hidden else DEFAULT_PREFETCH_ELEMENTS,
             ),
             "stage3_param_persistence_threshold": auto(
-                strategy.persistence_elements, 10 * hidden if hidden else 100_000
+                strategy.persistence_elements,
+                10 * hidden if hidden else DEFAULT_PERSISTENCE_ELEMENTS,
             ),
             "stage3_max_live_parameters": strategy.max_live_elements,
             "stage3_max_reuse_distance": strategy.max_reuse_distance_elements,
