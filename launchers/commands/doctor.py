@@ -62,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         preflight.check_machine(config, here)
     print(f"{platform.node()}\n", flush=True)
     with progress.phase("checking this machine", console=sys.stderr):
-        findings = health.look(directory, here, os.environ)
+        world_size = 1 if config is None else config.launcher.world_size
+        findings = health.look(directory, here, os.environ, world_size=world_size)
     print(text(findings), flush=True)
     if config is not None:
         print("\nranks\n", flush=True)

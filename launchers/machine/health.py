@@ -29,9 +29,11 @@ from packaging.utils import canonicalize_name
 
 from shardwright.launchers.machine.facts import Machine, addresses, default_interface, is_reached_by
 from shardwright.train.config import OPTIMIZERS
+from shardwright.train.process.open_files import needed_open_files, raised
 from shardwright.train.program import PACKAGES
 from shardwright.train.strategy.zero import nvme
 from shardwright.train.strategy.zero.operators import is_abandoned
+from shardwright.train.units import counted
 
 MIB, GIB = 2**20, 2**30
 PROBE_BYTES = 256 * MIB
@@ -56,8 +58,13 @@ class Finding:
     remedy: str = ""
 
 
-def look(directory: Path, machine: Machine, environment: Mapping[str, str]) -> list[Finding]:
-    """Return all findings about this machine; ``directory`` is where runs are to go."""
+def look(
+    directory: Path, machine: Machine, environment: Mapping[str, str], *, world_size: int = 1
+) -> list[Finding]:
+    """Return all findings about this machine.
+
+    ``directory`` is where runs are to go, ``world_size`` how many ranks a run is to have.
+    """
     return [
         *python_and_packages(installed()),
         *gpus(_nvidia_smi()),
@@ -66,7 +73,7 @@ def look(directory: Path, machine: Machine, environment: Mapping[str, str]) -> l
         *cores(machine.cores, _cpu_quota()),
         *host_memory(_meminfo(), _cgroup_memory_limit()),
         *shared_memory(_size_of("/dev/shm")),
-        *limits(*resource.getrlimit(resource.RLIMIT_NOFILE)),
+        *limits(*resource.getrlimit(resource.RLIMIT_NOFILE), world_size),
         *disk(directory),
         *host_name(socket.gethostname(), addresses()),
         *port(RENDEZVOUS_PORT),
@@ -371,17 +378,20 @@ def shared_memory(total_bytes: int | None) -> Iterator[Finding]:
         yield Finding("/dev/shm", "ok", f"{total_bytes / GIB:.1f} GiB")
 
 
-def limits(open_files: int, hard_open_files: int) -> Iterator[Finding]:
-    """Judge the number of files and sockets that a process may open."""
-    if 0 <= open_files < 1024:
+def limits(open_files: int, hard_open_files: int, world_size: int) -> Iterator[Finding]:
+    """Judge the number of files and sockets that a rank may have open once it has raised it."""
+    allowed, needed = raised(open_files, hard_open_files), needed_open_files(world_size)
+    if 0 <= allowed < needed:
         yield Finding(
             "open files",
             "wrong",
-            f"{open_files} allowed a process: too few for ranks and loaders",
-            f"ulimit -n {min(65536, hard_open_files) if hard_open_files > 0 else 65536}",
+            f"{allowed:,} allowed a process at most; {counted(world_size, 'rank')} may need "
+            f"{needed:,} each, as gloo connects every rank with every other one",
+            "have the hard limit raised: nofile in /etc/security/limits.conf, LimitNOFILE= of the "
+            "service, docker run --ulimit nofile=65536",
         )
     else:
-        yield Finding("open files", "ok", f"{open_files} allowed a process")
+        yield Finding("open files", "ok", f"{allowed} allowed a process")
 
 
 def _meminfo() -> dict[str, int]:

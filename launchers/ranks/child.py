@@ -21,6 +21,7 @@ from typing import IO
 
 from shardwright.train.console import terminal
 from shardwright.train.process import inherited, signals
+from shardwright.train.process.open_files import raise_open_file_limit
 from shardwright.train.run_directory import stop_request
 
 ASKS_TO_STOP = (
@@ -80,6 +81,7 @@ def run(
     are asked and killed through it, and what they print comes back here. ``at_ctrl_c`` is what is
     said at the first SIGINT.
     """
+    raise_open_file_limit()
     # Blocked until the child is there to be told, and before anything that takes time.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
     before = set(descendants(os.getpid()))

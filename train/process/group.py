@@ -15,6 +15,7 @@ from shardwright.train.config import RunConfig
 from shardwright.train.errors import UserError
 from shardwright.train.process import inherited, signals
 from shardwright.train.process.leave import leave_process_group
+from shardwright.train.process.open_files import raise_open_file_limit
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory.failures import has_failure
 
@@ -54,6 +55,7 @@ def member(config: RunConfig, rank: Rank) -> Iterator[None]:
             f"(launcher={config.launcher.kind}) but {rank.world_size} were started; start as "
             "many, or make a run with another launcher.nproc_per_node"
         )
+    raise_open_file_limit()
     # DeepSpeed's command does not say so.
     ranks_here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", str(config.launcher.ranks_per_node)))
     if config.launcher.binds_cores:

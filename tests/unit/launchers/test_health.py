@@ -122,8 +122,16 @@ def test_dockers_default_of_shared_memory_is_an_error() -> None:
     assert "--shm-size" in found.remedy
 
 
-def test_few_open_files_are_an_error() -> None:
-    assert wrong(health.limits(256, 4096)).remedy == "ulimit -n 4096"
+@pytest.mark.parametrize(("hard", "ranks", "is_wrong"), [(4096, 64, False), (4096, 2048, True)])
+def test_open_files_are_judged_by_the_hard_limit_and_the_number_of_ranks(
+    hard: int, ranks: int, is_wrong: bool
+) -> None:
+    found = list(health.limits(256, hard, ranks))
+    if is_wrong:
+        assert "4,096 allowed a process at most; 2,048 ranks may need 7,168" in wrong(found).text
+        assert "--ulimit nofile=65536" in wrong(found).remedy
+    else:
+        assert found == [Finding("open files", "ok", "4096 allowed a process")]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permission bits do not bind root")
