@@ -16,7 +16,7 @@ from shardwright.train.errors import UserError
 from shardwright.train.process import inherited, signals
 from shardwright.train.process.leave import leave_process_group
 from shardwright.train.process.open_files import raise_open_file_limit
-from shardwright.train.process.rank import Rank
+from shardwright.train.process.rank import Rank, device_index
 from shardwright.train.run_directory.failures import has_failure
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800
@@ -61,9 +61,12 @@ def member(config: RunConfig, rank: Rank) -> Iterator[None]:
     if config.launcher.binds_cores:
         os.sched_setaffinity(0, cores_of(os.sched_getaffinity(0), rank.local_index, ranks_here))
     on_gpu = config.launcher.device == "cuda"
+    device = None
     os.environ["DS_ACCELERATOR"] = config.launcher.device  # read when deepspeed is imported
     if on_gpu:
-        torch.cuda.set_device(rank.local_index)
+        device = torch.device("cuda", device_index(rank.local_index, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed's engine takes it for the GPU
         inherited.check_tf32(os.environ, allowed=config.precision.allow_tf32)
     if config.strategy.kind == "single":
         # accelerate makes a group wherever it finds a local rank, even a group of one.
@@ -87,7 +90,7 @@ def member(config: RunConfig, rank: Rank) -> Iterator[None]:
             # CPU tensors of GPU runs (checkpoints, objects) travel over gloo.
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
-            device_id=torch.device("cuda", rank.local_index) if on_gpu else None,
+            device_id=device,
         )
     has_failed = True
     try:

@@ -18,6 +18,22 @@ class Rank:
     world_size: int
 
 
+def device_index(local_index: int, devices_in_sight: int) -> int:
+    """Return the GPU of a rank among those that it sees, as accelerate does. Pure.
+
+    Where each task of a node is shown its own GPU alone (--gpus-per-task, --gpu-bind=single, MIG),
+    that is its first, whatever its local index. Two ranks that come by this to one GPU are found by
+    NCCL. Raises UserError where there is none.
+    """
+    if devices_in_sight == 0:
+        raise UserError(
+            "launcher.device=cuda, and this rank sees no GPU "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); ask for "
+            "GPUs where the ranks run, or set launcher.device=cpu"
+        )
+    return local_index % devices_in_sight
+
+
 # What mpirun and srun call a rank's number, its number on the node and their count.
 _NAMES_OF = {
     "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
