@@ -20,12 +20,8 @@ from tests.fixtures import Freeze, RanksOf, TreeOf
 
 pytestmark = pytest.mark.distributed
 
-Tree = TreeOf
-Freeze = Freeze
-Pools = RanksOf
 
-
-def run_dir_of(strategy: dict[str, Any], tiny_tree: Tree, frozen_run: Freeze) -> Path:
+def run_dir_of(strategy: dict[str, Any], tiny_tree: TreeOf, frozen_run: Freeze) -> Path:
     tree = tiny_tree("clm")
     tree["strategy"] = strategy
     tree["trainer"]["max_steps"] = 2
@@ -50,7 +46,7 @@ def look_at_fsdp(trainer: Trainer) -> dict[str, Any]:
 
 
 def test_fsdp_has_dtensor_parameters_and_moments(
-    tiny_tree: Tree, frozen_run: Freeze, ranks: Pools
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
 ) -> None:
     run_dir = run_dir_of({"kind": "fsdp"}, tiny_tree, frozen_run)
     seen = ranks(2)(trained, run_dir, look_at_fsdp)
@@ -60,6 +56,26 @@ def test_fsdp_has_dtensor_parameters_and_moments(
         assert facts["units"] == 3  # two blocks and the root
         assert facts["moments_are_sharded"]
     assert sum(facts["local"] for facts in seen) == seen[0]["whole"]
+
+
+def moves_of_the_model(run_dir: Path) -> list[str]:
+    """Train; return to where somebody else than the engine has moved the model."""
+    from unittest import mock
+
+    from transformers import PreTrainedModel
+
+    with mock.patch.object(PreTrainedModel, "to", autospec=True) as to:
+        trained(run_dir, lambda _: None)
+    return [str(call.args[1:]) for call in to.call_args_list]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_model_that_fsdp_has_sharded_is_not_moved(
+    offload: bool, tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    """On a GPU an offloaded one could not be trained any more; on a CPU nobody would see it."""
+    run_dir = run_dir_of({"kind": "fsdp", "offload": offload}, tiny_tree, frozen_run)
+    assert ranks(2)(moves_of_the_model, run_dir) == [[], []]
 
 
 def look_at_zero(trainer: Trainer) -> dict[str, Any]:
@@ -90,9 +106,9 @@ def test_each_zero_stage_is_the_one_asked_for(
     stage: int,
     optimizer: str,
     partitioned: bool,
-    tiny_tree: Tree,
+    tiny_tree: TreeOf,
     frozen_run: Freeze,
-    ranks: Pools,
+    ranks: RanksOf,
 ) -> None:
     run_dir = run_dir_of({"kind": "zero", "stage": stage}, tiny_tree, frozen_run)
     for facts in ranks(2)(trained, run_dir, look_at_zero):
@@ -152,9 +168,9 @@ def test_an_engine_that_differs_from_the_config_stops_the_run(
     strategy: dict[str, Any],
     damage: str,
     message: str,
-    tiny_tree: Tree,
+    tiny_tree: TreeOf,
     frozen_run: Freeze,
-    ranks: Pools,
+    ranks: RanksOf,
 ) -> None:
     run_dir = run_dir_of(strategy, tiny_tree, frozen_run)
     with pytest.raises(RanksFailed, match=message):
@@ -166,7 +182,7 @@ def test_an_engine_that_differs_from_the_config_stops_the_run(
     "strategy", [{"kind": "ddp"}, {"kind": "fsdp"}, {"kind": "zero", "stage": 3}]
 )
 def test_compiled_blocks_are_read_back_under_every_engine(
-    strategy: dict[str, Any], tiny_tree: Tree, frozen_run: Freeze, ranks: Pools
+    strategy: dict[str, Any], tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
 ) -> None:
     tree = tiny_tree("clm")
     tree["strategy"] = strategy
@@ -177,7 +193,7 @@ def test_compiled_blocks_are_read_back_under_every_engine(
 
 
 def test_a_group_of_one_waits_for_no_address(
-    tiny_tree: Tree, frozen_run: Freeze, ranks: Pools
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
 ) -> None:
     tree = tiny_tree("clm")
     tree["launcher"] = {"kind": "local", "device": "cpu"}

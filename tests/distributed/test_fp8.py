@@ -16,9 +16,6 @@ from tests.strategies import STRATEGIES
 pytest.importorskip("torchao", reason="precision=fp8 needs the extra torchao")
 pytestmark = pytest.mark.distributed
 
-Tree = TreeOf
-Freeze = Freeze
-Pools = RanksOf
 
 LLAMA = {
     "kind": "llama",
@@ -34,7 +31,7 @@ LLAMA = {
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 
 
-def llama_tree(tiny_tree: Tree, strategy: str, recipe: str | None) -> dict[str, Any]:
+def llama_tree(tiny_tree: TreeOf, strategy: str, recipe: str | None) -> dict[str, Any]:
     tree = tiny_tree("clm")
     tree["model"] = LLAMA
     tree["strategy"] = STRATEGIES[strategy]
@@ -62,7 +59,7 @@ def parameter_names(trainer: Trainer) -> list[str]:
     ],
 )
 def test_the_blocks_layers_multiply_in_fp8_and_the_loss_stays_near_bf16(
-    strategy: str, recipe: str, tiny_tree: Tree, frozen_run: Freeze, ranks: Pools
+    strategy: str, recipe: str, tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
 ) -> None:
     bf16 = frozen_run(llama_tree(tiny_tree, strategy, None))
     names = ranks(2)(trained, bf16, parameter_names)[0]
@@ -84,7 +81,7 @@ def test_the_blocks_layers_multiply_in_fp8_and_the_loss_stays_near_bf16(
 
 
 def test_recomputing_blocks_changes_nothing(
-    tiny_tree: Tree, frozen_run: Freeze, ranks: Pools
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
 ) -> None:
     curves = []
     for every_blocks in (None, 1):

@@ -111,6 +111,15 @@ class Trainer(transformers.Trainer):
         step, samples = (self.resumed.step, self.resumed.samples) if self.resumed else (0, 0)
         return samples + (self.state.global_step - step) * self.config.trainer.global_batch_size
 
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Leave a model alone that its engine has placed.
+
+        Offloaded DTensors would take the device of their mesh, and FSDP2 brings only their local
+        part back: its first forward pass raises (torch 2.13, FSDPParam.reset_sharded_param).
+        """
+        if not self.engine.places_model:
+            super()._move_model_to_device(model, device)
+
     # --- data: our loaders already give each rank its own part --------------------------------
 
     def get_train_dataloader(self) -> DataLoader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from shardwright.train.config import RankLayout, RunConfig
 from shardwright.train.strategy.training import Stateful
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 class Engine(Stateful, ABC):
     """One way to lay out and train a model over ranks; it holds no part of that model itself."""
+
+    places_model: ClassVar[bool] = False
+    """Whether `shard` leaves every part of the model where it stays, for nobody to move."""
 
     def __init__(self, config: RunConfig, layout: RankLayout) -> None:
         self.config = config

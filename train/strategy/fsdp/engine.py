@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 
 class Fsdp(Engine):
+    places_model = True
+
     def settings(self) -> dict[str, Any]:
         return settings(self.config, self.layout)
 

@@ -63,7 +63,7 @@ def sharded(
             if offload["cpu"]
             else OffloadPolicy(),
         )
-    _fill(model, values, "cpu" if offload["cpu"] else config.launcher.device)
+    _fill(model, values, config.launcher.device, "cpu" if offload["cpu"] else None)
     _prefetch(inner, wanted["prefetch_units"])
     if not wanted["reduce_each_micro_batch"]:
         # accelerate enters this on every micro-batch of a step but the last.
@@ -74,14 +74,20 @@ def sharded(
     return model
 
 
-def _fill(model: PreTrainedModel, values: InitialValues, device: str) -> None:
-    """Make the sharded parameters real, on ``device``, one value's part after the other."""
+def _fill(
+    model: PreTrainedModel, values: InitialValues, device: str, offload_to: str | None
+) -> None:
+    """Make the sharded parameters real, one value's part after the other.
+
+    They come to lie on ``device``, where buffers go in any case, unless they are offloaded.
+    """
     import torch
 
     from shardwright.train.model.weights import Wanted, in_turn
 
-    # What `to_empty` does, but buffers hold their values already.
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    # What `to_empty` does to parameters; buffers hold their values already.
+    parameters_on = offload_to or device
+    model._apply(lambda t: torch.empty_like(t, device=parameters_on) if t.is_meta else t.to(device))
     parameters: dict[str, Any] = dict(model.named_parameters())
     wanted = [Wanted(name, p.numel(), *held(p)) for name, p in parameters.items()]
     with torch.no_grad():
