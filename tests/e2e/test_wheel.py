@@ -136,9 +136,14 @@ def test_what_a_job_runs_is_there(
     binaries: Path, beside: Path, tiny: Callable[[str], tuple[str, ...]]
 ) -> None:
     """Each module of a job's script, under whatever starts its ranks."""
-    given = [*on_one_rank(tiny("clm")), "launcher=slurm", "launcher.nproc_per_node=1"]
-    script = run(beside, binaries / "shardwright", "train", "--dry-run", *given)
-    modules = set(re.findall(r"(?:-m|--module) ((?:shardwright|train|launchers)[\w.]*)", script))
+    modules: set[str] = set()
+    for starts in ("ranks", "torchrun"):
+        given = ["launcher=slurm", "launcher.nproc_per_node=1", f"launcher.starts={starts}"]
+        dry_run = ("train", "--dry-run", *on_one_rank(tiny("clm")), *given)
+        script = run(beside, binaries / "shardwright", *dry_run)
+        modules |= set(
+            re.findall(r"(?:-m|--module) ((?:shardwright|train|launchers)[\w.]*)", script)
+        )
     assert modules == {
         *("shardwright.train", "shardwright.train.data"),
         *("shardwright.launchers.relay", "shardwright.launchers.job_end"),

@@ -104,7 +104,7 @@ ELSEWHERE = {
     "train/data/tokens/cache.py:_build": STAGED,
     "train/data/tokens/store.py:create": STAGED,
     "train/export/card.py:write": STAGED,
-    "train/export/recover.py:recover": STAGED,
+    "train/export/recover.py:write": STAGED,
     "train/export/safetensors.py:__init__": STAGED,
     "train/model/origin.py:_publish": STAGED,
     "train/checkpoint/format/hashed.py:create": "it hashes what it writes, and syncs it",

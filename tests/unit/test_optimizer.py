@@ -209,7 +209,9 @@ def test_an_optimizer_is_known_by_name_in_its_registries_and_its_module_alone(
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and node.value == name
     }
-    module = Path(str(sys.modules[KINDS[name].build.__module__].__file__)).relative_to(ROOT)
+    module = (
+        Path(str(sys.modules[KINDS[name].build.__module__].__file__)).resolve().relative_to(ROOT)
+    )
     registries = {"train/config/optimizers.py", "train/optimizer/build.py"}
     of_other_programs = {"train/config/messages.py"}  # what they call their settings
     assert registries <= found <= {*registries, str(module)} | of_other_programs

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -166,13 +168,29 @@ class OurModelForCausalLM(GPT2LMHeadModel):
 """
 
 
-def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(
-    causal: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def own_cache_of_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have code of models imported from a cache of the test's own, which leaves nothing behind.
+
+    A package that stays would hide the usual cache from every later test of this process.
+    """
+
+    def taken() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
+        return {name: sys.modules.pop(name) for name in names}
+
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = taken()
+    yield
+    taken()
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("own_cache_of_modules")
+def test_code_that_comes_with_a_model_is_not_run_unless_asked_for(
+    causal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = shutil.copytree(causal, tmp_path / "model")
     (directory / "ours.py").write_text(CODE)
     config = json.loads((directory / "config.json").read_text())

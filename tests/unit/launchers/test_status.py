@@ -346,7 +346,7 @@ def test_cancelling_a_sweep_stops_what_runs_and_passes_over_the_rest(
             raise UserError("scontrol has had no answer")
         return None
 
-    monkeypatch.setattr("shardwright.launchers.commands.cancel._asked", asked)
+    monkeypatch.setattr("shardwright.launchers.commands.cancel._request_stop", asked)
     monkeypatch.setattr("shardwright.launchers.commands.cancel.POLL_SECONDS", 0)
     monkeypatch.setattr("shardwright.launchers.slurm.jobs.job_of", job_of)
     outcome = shardwright("cancel", "sweep")
