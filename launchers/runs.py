@@ -98,7 +98,11 @@ def of(run_dir: Path) -> Status:
         state,
         is_over,
         job=known,
-        step=last.get("step"),
+        step=reached(
+            last.get("step"),
+            [step for step, _ in whole] if is_over else [],
+            total if done else None,
+        ),
         total_steps=total,
         loss=last.get("loss"),
         tokens_per_second=None if is_over else last.get("tokens_per_second"),
@@ -190,6 +194,17 @@ def logged(run_dir: Path) -> dict[str, Any]:
     for line in tail(run_dir / METRICS):
         last |= line
     return last
+
+
+def reached(
+    logged_step: int | None, saved_steps: Sequence[int], done_steps: int | None
+) -> int | None:
+    """Return the newest step of a run that is known of, None before its first. Pure.
+
+    Not every step is logged: the last save of a run that is over may be newer, and one that is done
+    has made all of its steps.
+    """
+    return max((s for s in (logged_step, *saved_steps, done_steps) if s is not None), default=None)
 
 
 def known_steps(

@@ -18,7 +18,14 @@ import pytest
 from shardwright.launchers.commands import logs
 from shardwright.launchers.commands.status import described, table
 from shardwright.launchers.ranks.processes import rank_processes
-from shardwright.launchers.runs import Status, everywhere, known_steps, left_seconds, state_of
+from shardwright.launchers.runs import (
+    Status,
+    everywhere,
+    known_steps,
+    left_seconds,
+    reached,
+    state_of,
+)
 from shardwright.launchers.slurm.jobs import Job
 from shardwright.train.errors import UserError
 from shardwright.train.process.arguments import ENCODED, encoded
@@ -144,6 +151,16 @@ def test_time_left_follows_from_the_speed_of_the_last_steps() -> None:
     assert left_seconds(last, 100, 16) == 300.0, "the batch was doubled since"
     assert left_seconds(last, None, 8) is None
     assert left_seconds({}, 100, 8) is None
+
+
+@pytest.mark.parametrize(
+    ("logged_step", "saved_steps", "done_steps", "step"),
+    [(1, [6, 8], 8, 8), (1, [6], None, 6), (7, [6], None, 7), (None, [], None, None)],
+)
+def test_a_run_has_come_to_what_it_has_logged_or_saved(
+    logged_step: int | None, saved_steps: list[int], done_steps: int | None, step: int | None
+) -> None:
+    assert reached(logged_step, saved_steps, done_steps) == step
 
 
 def test_the_steps_that_are_left_follow_from_what_was_consumed(tmp_path: Path) -> None:
