@@ -78,6 +78,67 @@ def test_a_model_that_fsdp_has_sharded_is_not_moved(
     assert ranks(2)(moves_of_the_model, run_dir) == [[], []]
 
 
+def collectives_of_a_step(run_dir: Path) -> dict[str, int]:
+    """Train one step; return how often FSDP gathered parameters and reduced over replicas."""
+    from unittest import mock
+
+    import torch.distributed as dist
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
+
+    gathers = mock.patch.object(
+        param_group, "foreach_all_gather", side_effect=collectives.foreach_all_gather
+    )
+    inside = False
+    reductions = 0
+    all_reduce = dist.all_reduce
+
+    def reduce(*arguments: Any, **settings: Any) -> Any:
+        nonlocal inside
+        inside = True
+        try:
+            return collectives.foreach_reduce(*arguments, **settings)
+        finally:
+            inside = False
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        nonlocal reductions
+        reductions += inside
+        return all_reduce(*arguments, **settings)
+
+    with (
+        gathers as gather,
+        mock.patch.object(param_group, "foreach_reduce", reduce),
+        mock.patch.object(dist, "all_reduce", counted),
+    ):
+        trained(run_dir, lambda _: None)
+    return {"gathers": gather.call_count, "reductions": reductions}
+
+
+def test_the_root_is_gathered_once_a_step(
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = {"kind": "fsdp"}
+    tree["trainer"] |= {"max_steps": 1, "micro_batch_size": 8}
+    tree["data"]["eval_fraction"] = 0
+    # Two blocks before they compute, in each direction, and the root once for both.
+    assert ranks(2)(collectives_of_a_step, frozen_run(tree))[0]["gathers"] == 5
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_replicas_are_reduced_over_once_a_step(
+    each: bool, tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = {"kind": "fsdp", "replicas": 2, "reduce_each_micro_batch": each}
+    tree["trainer"] |= {"max_steps": 1, "global_batch_size": 16, "micro_batch_size": 2}
+    tree["launcher"]["nproc_per_node"] = 4
+    tree["data"]["eval_fraction"] = 0
+    seen = ranks(4)(collectives_of_a_step, frozen_run(tree))[0]
+    assert seen["reductions"] == 3, "each unit once, in two micro-batches"
+
+
 def look_at_zero(trainer: Trainer) -> dict[str, Any]:
     engine = trainer.model_wrapped
     parameters = list(engine.module.parameters())

@@ -24,6 +24,7 @@ def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
         "reduce_dtypes": [values["mixed_precision"]["reduce_dtype"]],
         "offloaded": values["offload"]["cpu"],
         "pinned": values["offload"]["pin_memory"],
+        "root_stays_gathered": True,
         "reshard_after_forward": values["reshard_after_forward"],
     }
     layers = getattr(config.model, "num_hidden_layers", None)
@@ -68,12 +69,8 @@ def read_back(trainer: Training) -> dict[str, Any]:
         "reduce_dtypes": dtypes("reduce_dtype"),
         "offloaded": bool(policies) and all(isinstance(p, CPUOffloadPolicy) for p in policies),
         "pinned": any(getattr(p, "pin_memory", False) for p in policies),
-        # The root keeps its parameters between forward and backward whatever was asked.
-        "reshard_after_forward": all(
-            group.post_forward_mesh_info is not None
-            for unit in found[1:]
-            for group in _parameter_groups(unit)
-        )
+        "root_stays_gathered": bool(found) and not _reshards(found[0]),
+        "reshard_after_forward": all(map(_reshards, found[1:]))
         if len(found) > 1
         else trainer.config.strategy.reshard_after_forward,  # type: ignore[union-attr]
         "precision": {
@@ -84,6 +81,10 @@ def read_back(trainer: Training) -> dict[str, Any]:
         },
         **loss_scaling(trainer.accelerator.scaler),
     }
+
+
+def _reshards(unit: Any) -> bool:
+    return all(group.post_forward_mesh_info is not None for group in _parameter_groups(unit))
 
 
 def _parameter_groups(unit: Any) -> list[Any]:

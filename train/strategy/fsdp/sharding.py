@@ -50,10 +50,13 @@ def sharded(
         mesh_dim_names=tuple(wanted["mesh"]["names"]),
     )
     for unit in [*inner, model]:
+        # The root's parameters are used first in a backward pass: freed after forward, which an
+        # explicit True does to them too (torch 2.13), they would be gathered again at once.
+        reshards = unit is not model and wanted["reshard_after_forward"]
         fully_shard(
             unit,
             mesh=mesh,
-            reshard_after_forward=wanted["reshard_after_forward"],
+            reshard_after_forward=reshards,
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=getattr(torch, mixed["param_dtype"]),
                 reduce_dtype=getattr(torch, mixed["reduce_dtype"]),
@@ -65,9 +68,11 @@ def sharded(
         )
     _fill(model, values, config.launcher.device, "cpu" if offload["cpu"] else None)
     _prefetch(inner, wanted["prefetch_units"])
+    # accelerate enters no_sync on every micro-batch of a step but the last.
     if not wanted["reduce_each_micro_batch"]:
-        # accelerate enters this on every micro-batch of a step but the last.
         model.no_sync = functools.partial(_without_reduction, model)  # type: ignore[assignment]
+    elif len(wanted["mesh"]["shape"]) > 1:
+        model.no_sync = functools.partial(_within_replicas, model)  # type: ignore[assignment]
     # Accelerator.prepare_model returns a model with this mark as it is; without it accelerate 1.15
     # refuses DTensor parameters in a multi-process run because it means to wrap them in DDP.
     model._is_accelerate_prepared = True  # type: ignore[assignment]
@@ -127,6 +132,16 @@ def _without_reduction(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def _within_replicas(model: Any) -> Iterator[None]:
+    """Reduce gradients over the ranks of each replica, and leave replicas to the last time."""
+    model.set_requires_all_reduce(False)
+    try:
+        yield
+    finally:
+        model.set_requires_all_reduce(True)
 
 
 def sharded_as(parameter: DTensor, tensor: LazyTensor, dtype: torch.dtype) -> DTensor:
