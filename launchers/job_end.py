@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def why_not_continued(launcher: SlurmLauncher, *, is_ended: bool, is_cancelled: bool) -> str | None:
-    """Return why a job that has stopped does not even ask to go on, or None where it does. Pure.
+    """Return why a job that has stopped does not ask to be continued, or None where it does. Pure.
 
     ``is_ended`` by SLURM, which requeues a job itself where it preempts it without a grace time; a
     job that its user cancels would come back to life.

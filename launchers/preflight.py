@@ -47,7 +47,7 @@ def check_place(config: RunConfig) -> None:
 
 
 def check_machine(config: RunConfig, machine: Machine) -> None:
-    """Raise UserError where a run that has its directory and data already cannot go on here."""
+    """Raise UserError where this machine cannot train a run that has its directory and data."""
     if problems := _machine_problems(config, machine):
         raise UserError("\n".join(problems))
 

@@ -172,7 +172,10 @@ def _last_losses(metrics: Path) -> dict[str, str]:
 
 
 def stopped(where: Stopped, run_dir: Path, stopped_by: int | None) -> str:
-    """Return where a run has stopped cleanly, and how to go on. ``stopped_by``: the launcher."""
+    """Return where a run has stopped cleanly, and how to resume it.
+
+    ``stopped_by`` is the signal that the launcher got, None where the ranks were asked themselves.
+    """
     by = where.reason if stopped_by is None else signals.by_whom(stopped_by)
     text = f"\nstopped at step {where.step} by {by}; {_resume_hint(run_dir)}"
     if where.unsaved is not None:

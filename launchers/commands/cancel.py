@@ -34,7 +34,7 @@ class NotRunning(UserError):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Stop a run, or every run of a sweep; return 1 where one goes on in spite of it."""
+    """Stop a run, or every run of a sweep; return 1 where one continues all the same."""
     options = parser().parse_args(arguments)
     terminal.outlive()
     asked_for = Path(absolute(options.run_dir))

@@ -56,7 +56,7 @@ def choose(
     """Return the checkpoint that is meant: ``asked`` itself, or ``step`` of those that lie in it.
 
     That is the newest by default. ``section`` says where in another program's files the weights
-    are. ``say`` hears of what was passed over, ``advance`` of the bytes
+    are. ``say`` hears of what was skipped, ``advance`` of the bytes
     that were read to check hashes. Raises UserError naming what is there and what was looked for.
     """
     asked = Path(os.path.abspath(asked))

@@ -63,7 +63,8 @@ def expendable(saved: Sequence[Saved], rule: CheckpointConfig) -> list[int]:
     """Return the steps that may go, oldest first. Pure.
 
     Only what is older than the newest verified one, and only as if that were the newest of all: a
-    run that went on from an older checkpoint does not lose what it writes to what it left behind.
+    run that was resumed from an older checkpoint does not lose what it writes to what it left
+    behind.
     """
     verified = [s.step for s in saved if s.verified]
     if not verified:
@@ -84,7 +85,7 @@ def retain(
     """Delete what may go, now that checkpoint-<newest> is there; return the deleted steps.
 
     ``wrong`` is what `layout.verify` has found in it. With any of that nothing is deleted. Before a
-    run goes on from it, all of it is verified. After a save its ranks do that, each its share: what
+    run resumes from it, all of it is verified. After a save its ranks do that, each its share: what
     a rank wrote is still in its page cache, so that it costs no disk or network; it proves that
     what has the name is what was meant, and not that the disk keeps it. The others are known by
     their sizes.

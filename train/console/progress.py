@@ -23,7 +23,7 @@ LIFE_SECONDS = 9.0
 BRIEF_SECONDS = 1.0
 """What comes again and again is shown where it takes longer than this."""
 REFRESH_SECONDS = 0.5
-"""Between two drawings of a bar, so that its clock goes on."""
+"""Between two drawings of a bar, so that its clock keeps running."""
 BEGAN = "SHARDWRIGHT_BEGAN"
 """Variable: when a launcher said that it starts ranks, in seconds of the epoch."""
 

@@ -61,7 +61,7 @@ class Terminal(io.TextIOWrapper):
             copy(line.rpartition("\r")[2])
 
     def outlive(self) -> None:
-        """Have the process go on where nobody reads what it shows any more."""
+        """Keep the process running where nobody reads what it shows any more."""
         self._descriptor.outlives = True
 
 
@@ -144,7 +144,7 @@ def _guarded(stream, descriptor: int, *, outlives: bool):  # type: ignore[no-unt
 
 
 def outlive() -> None:
-    """Guard this process, and have its work go on where nobody reads its output any more."""
+    """Guard this process, and keep its work running where nobody reads its output any more."""
     guard()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Terminal):

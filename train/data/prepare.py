@@ -57,7 +57,7 @@ class Prepared:
     training: Part
     held_out: Part
     empty_files: int
-    """Matched by a glob, and passed over."""
+    """Matched by a glob, and skipped."""
     samples_of_max_tokens: int | None = None
     """Samples, in their order, that hold trainer.max_tokens; None where they are of one length."""
 

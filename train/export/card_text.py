@@ -68,7 +68,7 @@ class Facts:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """That of the run's last start."""
     resumes: int = 0
-    """How often the run has gone on from a checkpoint."""
+    """How often the run has been resumed from a checkpoint."""
     curve: Curve = NO_CURVE
 
 

@@ -243,7 +243,7 @@ def _equal(one: LazyTensor, other: LazyTensor) -> bool:
 
 
 def _unexpected(model: PreTrainedModel, found: Mapping[str, LazyTensor]) -> Iterator[str]:
-    """Yield what the model does not have, but for what `from_pretrained` passes over too.
+    """Yield what the model does not have, but for what `from_pretrained` skips too.
 
     Older versions of transformers saved buffers that today's compute.
     """

@@ -67,7 +67,7 @@ class Trainer(transformers.Trainer):
         self.engine, self.config, self.layout = engine, engine.config, engine.layout
         self.schedule = schedule
         self.resumed = resumed
-        """The checkpoint from which the run goes on; None where it begins."""
+        """The checkpoint from which the run is resumed; None where it begins."""
         self.initial_values = values
         """The model's first values in fp32, until the engine is complete."""
         assert args.output_dir is not None
@@ -134,7 +134,7 @@ class Trainer(transformers.Trainer):
     ) -> tuple[list, torch.Tensor | None]:
         """Return one step's micro-batches and the number of labels in them, over all ranks.
 
-        There are none where a run goes on from its last step, as one does that was killed later.
+        There are none where a run is resumed from its last step, as one does that was killed later.
         Raises, before anything of the step is done, Diverged where the one before was not finite
         and Stop where a rank was told to.
         """
@@ -339,7 +339,7 @@ class Trainer(transformers.Trainer):
             self.saver.save()  # a manifest carries what was evaluated at its step
         return metrics
 
-    # --- going on from a checkpoint -----------------------------------------------------------
+    # --- resuming from a checkpoint -----------------------------------------------------------
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begin at the checkpoint's step: our data begins there too, so nothing is skipped."""

@@ -50,7 +50,7 @@ def leave_process_group(timeout_seconds: float | None = None, *, has_failed: boo
     wait for what is in flight with peers that never learn of the failure.
 
     Why destroying alone is not enough: a gloo worker drops its reference to a finished collective
-    some time after the waiting main thread has gone on. If a tensor of it has a Python wrapper, the
+    some time after the main thread has waited. If a tensor of it has a Python wrapper, the
     drop takes the GIL (`ConcretePyInterpreterVTable::decref`), which ends the thread by
     `pthread_exit` once the interpreter finalises; unwinding through C++ then aborts the process.
     Only `~ProcessGroupGloo` joins the workers, and it runs when the last reference is gone.
@@ -195,7 +195,7 @@ def _forget_default_groups(function: types.FunctionType) -> None:
 
     `group=GroupMember.WORLD` is evaluated at import: None before a group exists, but that very
     group after (deepspeed.comm.torch, torch.distributed.nn.functional). The Trainer imports
-    deepspeed when it is built, so that even a DDP run's group was held for ever.
+    deepspeed when it is built, so that even a DDP run's group was held forever.
     """
     if function.__defaults__ and any(map(_is_group, function.__defaults__)):
         function.__defaults__ = tuple(

@@ -27,7 +27,7 @@ def by_whom(number: int) -> str:
 
 
 class Stop(BaseException):
-    """The work ends here, to be gone on with later; raised on all ranks at one place."""
+    """The work ends here, to be resumed later; raised on all ranks at one place."""
 
 
 @dataclass(frozen=True)

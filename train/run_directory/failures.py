@@ -75,7 +75,7 @@ class RankFailure:
 
 
 def rank_failures(run_dir: Path) -> list[RankFailure]:
-    """Read what the ranks left, the first to fail first; unreadable files are passed over."""
+    """Read what the ranks left, the first to fail first; unreadable files are skipped."""
     failures = []
     for path in (run_dir / LOGS).glob(FAILURES):
         try:

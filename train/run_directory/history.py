@@ -1,4 +1,4 @@
-"""history.jsonl: a line for each time that a run has gone on, and what it then was."""
+"""history.jsonl: a line for each resume of a run, and what it then was."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ NO_CURVE = Curve((), None, None)
 def read(metrics: Path, until_step: int | None = None) -> Curve:
     """Return the curve that a metrics.jsonl holds, up to a step; an empty one where there is none.
 
-    A line that cannot be read, such as one that a full disk has cut off, is passed over.
+    A line that cannot be read, such as one that a full disk has cut off, is skipped.
     """
     points: dict[int, Point] = {}
     seconds, tokens_before, logged_at = 0.0, 0, None

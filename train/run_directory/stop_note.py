@@ -42,7 +42,7 @@ class Stopped:
 
 
 def read(run_dir: Path) -> Stopped | None:
-    """Return where a run has stopped; None where it has not, or goes on."""
+    """Return where a run has stopped; None where it has not, or has been resumed."""
     try:
         return Stopped(**json.loads((run_dir / NOTE).read_text()))
     except (OSError, ValueError, TypeError):

@@ -61,7 +61,7 @@ def sample(
     together: dict[str, Any] = {}
     if sharded is not None:
         source |= {"model": sharded[0], "tokenizer": str(model_dir)}
-        # All go on until all have ended, whatever rounding made of their tokens.
+        # All continue until all have ended, whatever rounding made of their tokens.
         together = {"synced_gpus": True}
     if is_masked(model_dir):
         fill = _loaded("fill-mask", model_dir, source)

@@ -50,7 +50,7 @@ def loss_scale_is_exhausted(trainer: Training) -> Any:
 
 
 def restore_loss_scale(trainer: Training, state: dict[str, float]) -> None:
-    """Let the loss scale go on from what `loss_scale_state` returned."""
+    """Restore the loss scale from what `loss_scale_state` returned."""
     if not (state and trainer.config.precision.computes_in.scales_losses):
         return
     stable = int(state["stable_steps"])

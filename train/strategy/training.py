@@ -40,7 +40,7 @@ class Stateful(Protocol):
         """Return what this rank writes of model and optimizer: the engine's own sharded files.
 
         Collective, and touches no disk. With ``is_first`` also what its disk needs once. With
-        ``copy`` it lies in host memory, so that training can go on before it is written.
+        ``copy`` it lies in host memory, so that training can continue before it is written.
         """
 
     @abstractmethod

@@ -21,7 +21,7 @@ def verify(engine: Engine, trainer: Training) -> dict[str, Any]:
         **loop_facts.expected(engine.config, engine.layout, trainer.schedule),
     }
     if trainer.state.global_step > 0:
-        # A resumed run goes on with the loss scale that it had come to.
+        # A resumed run keeps the loss scale that it had reached.
         del expected["initial_loss_scale"]
     live = {**engine.read_back(trainer), **loop_facts.read_back(trainer)}
     differences = [

@@ -86,7 +86,7 @@ def set_aside(final: Path) -> Path:
 
 
 class _Part(BaseModel):
-    """A part of a manifest; what is not needed here is passed over."""
+    """A part of a manifest; what is not needed here is skipped."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 

@@ -1,7 +1,7 @@
 """The order of samples: a function of seed, epoch and position, whatever the world size.
 
 Global step k consumes positions [k G, (k + 1) G) of an endless sequence of epochs, for a global
-batch of G samples. Nothing is listed or shuffled, so going on from any position costs the same.
+batch of G samples. Nothing is listed or shuffled, so resuming at any position costs the same.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class Mixture:
     """What one epoch is made of: of each source its weight times its number of samples.
 
     Where a weight is no whole number the source's samples go round in a fixed random order, so
-    that the next epoch goes on where the last one stopped.
+    that the next epoch continues where the last one stopped.
     """
 
     sources: Sequence[Any]

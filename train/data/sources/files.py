@@ -147,7 +147,7 @@ def check_overlap(patterns: Sequence[str]) -> None:
 def check_files(pattern: str, text_field: str) -> None:
     """Raise UserError where a file is missing or unreadable, going by its beginning, or empty.
 
-    An empty file that a glob has matched is none of the user's choosing: reading passes over it,
+    An empty file that a glob has matched is none of the user's choosing: reading skips it,
     as long as another is not empty.
     """
     paths = expand(pattern)

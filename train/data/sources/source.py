@@ -19,7 +19,7 @@ class Reading:
     """What was met while a corpus was read, and is no document."""
 
     empty_files: int = 0
-    """Matched by a glob and passed over."""
+    """Matched by a glob and skipped."""
 
 
 class DataSet(NamedTuple):

@@ -48,7 +48,7 @@ class EarlyStopping(TrainerCallback):
             progress.write(text, self._console)
 
     def _agreed(self, stop: bool) -> bool:
-        """Return what rank 0 has decided: ranks that differ by a rounding would wait for ever."""
+        """Return what rank 0 has decided: ranks that differ by a rounding would wait forever."""
         if not dist.is_initialized():
             return stop
         decision = torch.tensor([int(stop)], device=self.trainer.args.device)

@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 class Saver(TrainerCallback):
     """Writes the checkpoints of one training; at most one is in flight.
 
-    Every method is collective. A failure is known to all ranks alike: they go on or stop together.
+    Every method is collective. A failure is known to all ranks alike: all continue or all stop.
     """
 
     def __init__(self, trainer: Training) -> None:
         self._trainer = trainer
         self.in_background = trainer.config.checkpoint.asynchronous
-        """Whether the next save goes on while training does."""
+        """Whether the next save is written while training continues."""
         self._on_error = trainer.config.checkpoint.on_save_error
         self._peers: Peers | None = None
         self._in_flight: Background | None = None
@@ -43,7 +43,7 @@ class Saver(TrainerCallback):
         """Where rank 0 tells a person; the rank's log has it in any case."""
 
     def save(self) -> None:
-        """Write a checkpoint of this step, or have it written while training goes on.
+        """Write a checkpoint of this step, or have it written while training continues.
 
         Raises SaveFailed where an earlier one or this one fails and the config says to stop, and
         Diverged as `save_last` and `save_before_stop` do, where there is nothing finite to save.

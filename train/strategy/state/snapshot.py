@@ -11,7 +11,7 @@ import torch
 class Snapshot:
     """Copies tensors to host memory, pinned where they come from a GPU.
 
-    Each storage is copied once and whole, so that tensors which share one go on sharing its copy,
+    Each storage is copied once and whole, so that tensors which share one share its copy too,
     and a file of the copy has the bytes that a file of the original would have had.
     """
 

@@ -60,8 +60,8 @@ def check_model(config: RunConfig, elements: Mapping[str, int], layout: RankLayo
     """Raise UserError where a model's parameters, by name and elements, do not fit.
 
     DeepSpeed ends with an assertion where a buffer is too small, and notices nothing where the disk
-    is full (csrc/aio/common/deepspeed_aio_common.cpp, _do_io_complete, 0.19.8): it would go on with
-    what the buffers held before.
+    is full (csrc/aio/common/deepspeed_aio_common.cpp, _do_io_complete, 0.19.8): it would continue
+    with what the buffers held before.
     """
     strategy, path = config.strategy, directory(config)
     if path is None:

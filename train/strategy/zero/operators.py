@@ -37,7 +37,7 @@ def ready_to_build(*operators: str) -> None:
 
 
 def is_abandoned(lock: Path) -> bool:
-    """Whether a build's lock was left by one that was killed: torch would wait on it for ever.
+    """Whether a build's lock was left by one that was killed: torch would wait on it forever.
 
     torch keeps its lock open until it removes it (FileBaton, torch 2.13): on one machine that
     tells. A process elsewhere, on a shared file system or in another container, shows itself by
