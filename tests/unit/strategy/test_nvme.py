@@ -22,10 +22,10 @@ def on_disk(path: Path, **fields: object) -> RunConfig:
     )
 
 
-def problems(path: Path) -> str:
+def problems(path: Path, device: str = "cpu") -> str:
     strategy = on_disk(path).strategy
     assert isinstance(strategy, ZeroStrategy)
-    return "\n".join(nvme.problems(strategy))
+    return "\n".join(nvme.problems(strategy, device))
 
 
 def test_a_disk_that_is_not_mounted(tmp_path: Path) -> None:
@@ -51,6 +51,19 @@ def test_a_directory_of_someone_else(tmp_path: Path) -> None:
 def test_no_libaio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "apt install g++ libaio-dev" in problems(tmp_path)
+
+
+def test_no_cuda_toolkit_is_an_error_on_a_gpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(nvme, "CUDA_DEFAULT_HOME", str(tmp_path / "cuda"))
+    assert "CUDA_HOME" not in problems(tmp_path)
+    assert "install the toolkit and set CUDA_HOME, or offload to cpu" in problems(tmp_path, "cuda")
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
+    assert "CUDA_HOME" not in problems(tmp_path, "cuda")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")

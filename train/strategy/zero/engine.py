@@ -49,7 +49,7 @@ class Zero(Engine):
         return facts.expected(self.config, self.layout)
 
     def machine_problems(self) -> Iterator[str]:
-        return nvme.problems(self.strategy)
+        return nvme.problems(self.strategy, self.config.launcher.device)
 
     @staticmethod
     def adopt_process_group() -> None:

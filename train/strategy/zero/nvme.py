@@ -16,6 +16,7 @@ from shardwright.train.errors import UserError
 
 # What DeepSpeed itself tries before it builds its async_io operator.
 _PROGRAM = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
+CUDA_DEFAULT_HOME = "/usr/local/cuda"
 
 
 def directory(config: RunConfig) -> Path | None:
@@ -31,8 +32,11 @@ def directory(config: RunConfig) -> Path | None:
     return Path(strategy.nvme_path) / f"{config.name}-{digest}"
 
 
-def problems(strategy: ZeroStrategy) -> Iterator[str]:
-    """Yield a message for each thing that this machine lacks; creates nothing."""
+def problems(strategy: ZeroStrategy, device: str) -> Iterator[str]:
+    """Yield a message for each thing that this machine lacks; creates nothing.
+
+    ``device`` is launcher.device, for which the operator is compiled.
+    """
     if not strategy.uses_nvme or strategy.nvme_path is None:
         return
     path = Path(strategy.nvme_path)
@@ -53,6 +57,14 @@ def problems(strategy: ZeroStrategy) -> Iterator[str]:
             f"strategy.nvme_path={path}: DeepSpeed compiles its async_io operator on first use, "
             "which needs a C++ compiler and libaio with its headers; "
             "install them (Debian and Ubuntu: apt install g++ libaio-dev) or offload to cpu"
+        )
+    if not _is_built() and device == "cuda" and cuda_home() is None:
+        yield (
+            f"strategy.nvme_path={path}: with launcher.device=cuda DeepSpeed compiles its "
+            "async_io operator against the CUDA toolkit, and CUDA_HOME is not set, nvcc is not in "
+            "PATH and "
+            "/usr/local/cuda does not exist; install the toolkit and set CUDA_HOME, or offload to "
+            "cpu"
         )
 
 
@@ -118,6 +130,18 @@ def _is_built() -> bool:
     spec = importlib.util.find_spec("deepspeed")
     places = spec.submodule_search_locations if spec else None
     return any(any(Path(place, "ops/aio").glob("async_io_op*.so")) for place in places or ())
+
+
+def cuda_home() -> str | None:
+    """Return where torch finds the CUDA toolkit (2.13, cpp_extension.py), without importing it.
+
+    Without one DeepSpeed's build joins None to a path (0.19.8, op_builder/async_io.py).
+    """
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return home
+    if nvcc := shutil.which("nvcc"):
+        return os.path.dirname(os.path.dirname(nvcc))
+    return CUDA_DEFAULT_HOME if os.path.exists(CUDA_DEFAULT_HOME) else None
 
 
 def can_be_built() -> bool:
