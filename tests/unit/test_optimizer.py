@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import sys
 import typing
@@ -22,9 +21,8 @@ from shardwright.train.config.optimizers import OPTIMIZERS, OptimizerName
 from shardwright.train.errors import UserError
 from shardwright.train.optimizer.build import KINDS, asked, found
 from shardwright.train.optimizer.muon import MuonWithAdamW, hidden_matrices
+from tests.unit.constants import ROOT, files_with
 from tests.unit.optimizers import built, config, decayed, give_gradients, gpt2
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def roberta() -> PreTrainedModel:
@@ -202,13 +200,7 @@ def test_adamw_8bit_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_an_optimizer_is_known_by_name_in_its_registries_and_its_module_alone(
     name: OptimizerName,
 ) -> None:
-    found = {
-        str(path.relative_to(ROOT))
-        for package in ("train", "launchers")
-        for path in (ROOT / package).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and node.value == name
-    }
+    found = files_with(name)
     module = (
         Path(str(sys.modules[KINDS[name].build.__module__].__file__)).resolve().relative_to(ROOT)
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import typing
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +10,7 @@ import yaml
 
 from shardwright.train.config import PrecisionConfig
 from shardwright.train.config.precision import DTYPES, FP8_RECIPES
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.unit.constants import ROOT, files_with
 
 
 def choices(field: str) -> set[str]:
@@ -42,13 +39,7 @@ def test_a_dtype_is_torchs(name: str) -> None:
 
 @pytest.mark.parametrize("name", FP8_RECIPES)
 def test_a_recipe_is_known_by_name_where_it_is_configured_alone(name: str) -> None:
-    found = {
-        str(path.relative_to(ROOT))
-        for package in ("train", "launchers")
-        for path in (ROOT / package).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and node.value == name
-    }
+    found = files_with(name)
     assert found == {"train/config/precision.py"}
     options = (ROOT / "conf" / "precision").glob("*.yaml")
     named = [path.stem for path in options if name in path.read_text(encoding="utf-8")]

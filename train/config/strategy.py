@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -27,9 +28,9 @@ class _Strategy(Section):
     """What a section says of its engine, for whoever asks no engine: rules, estimates and texts."""
 
     @property
+    @abstractmethod
     def description(self) -> str:
         """What it is, for the model card."""
-        raise NotImplementedError
 
     @property
     def package(self) -> str | None:

@@ -62,7 +62,8 @@ def leave_process_group(timeout_seconds: float | None = None, *, has_failed: boo
     # Held here, so that the last reference is dropped below. Dropped by a C++ owner (DDP's reducer)
     # it would join the workers with the GIL held, while a worker waits for the GIL.
     groups: list[dist.ProcessGroup] = []
-    ends_at = time.monotonic() + (TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds)
+    wait_seconds = TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
+    ends_at = time.monotonic() + wait_seconds
     is_destroyed = True
     if dist.is_available() and dist.is_initialized():
         groups.extend(distributed_c10d._world.pg_map)
@@ -83,7 +84,7 @@ def leave_process_group(timeout_seconds: float | None = None, *, has_failed: boo
     if not (is_destroyed and _done_by(ends_at, groups.clear)):
         logger.warning(
             "a collective is still in flight %g s after training ended: a peer never joined it",
-            TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds,
+            wait_seconds,
         )
     elif left := gloo_worker_count():
         logger.warning(
