@@ -23,7 +23,9 @@ Storages = dict[int, int]
 def bytes_held(run_dir: Path) -> dict[str, int]:
     """Train with accumulation; return the bytes of each kind between two micro-batches of a step.
 
-    It is the second step, when the optimizer has its state.
+    They are weighed from the second step on, when the optimizer has its state. What is held is held
+    in every one: a thread of gloo's may keep the tensor of a finished collective for a while longer
+    (torch 2.13, ProcessGroupGloo::runLoop sets its work free after it has woken who waits).
     """
     rank = rank_from_environment()
     with join(load(run_dir), rank):
@@ -39,14 +41,15 @@ def _train_and_weigh(run_dir: Path, rank: Rank) -> dict[str, int]:
 
     def weighed(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss = step(*args, **kwargs)
-        if trainer.state.global_step == 1 and not held:
+        if trainer.state.global_step == len(held) + 1:
             held.append(_weigh(trainer, before))
         return loss
 
     trainer.training_step = weighed  # type: ignore[method-assign]
     trainer.train()
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
-    return {**held[0], "whole_model": whole}
+    assert len(held) == trainer.state.max_steps - 1
+    return {kind: min(h[kind] for h in held) for kind in held[0]} | {"whole_model": whole}
 
 
 def _weigh(trainer: Trainer, before: Storages) -> dict[str, int]:

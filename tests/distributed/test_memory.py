@@ -59,7 +59,7 @@ def weigh(
         tree["strategy"], tree["precision"] = strategy, {"compute_dtype": "bf16"}
         tree["launcher"]["nproc_per_node"] = world_size
         # Two micro-batches a step: between them the gradients are held.
-        tree["trainer"] |= {"max_steps": 2, "micro_batch_size": 8 // world_size}
+        tree["trainer"] |= {"max_steps": 4, "micro_batch_size": 8 // world_size}
         held = ranks(world_size)(bytes_held, frozen_run(tree))
         kinds = ("parameters", "gradients", "optimizer")
         return [[rank[kind] / rank["whole_model"] for kind in kinds] for rank in held]

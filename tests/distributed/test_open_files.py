@@ -60,20 +60,21 @@ def sockets_of_a_group() -> int:
 
     from shardwright.train.process.leave import leave_process_group
 
-    def sockets() -> int:
-        found = 0
+    def sockets() -> set[str]:
+        """Return them by inode: those of an earlier group may close while this one opens."""
+        found = set()
         for name in os.listdir("/proc/self/fd"):
             try:
-                found += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
-            except OSError:  # that of the directory itself
+                found.add(os.readlink(f"/proc/self/fd/{name}"))
+            except OSError:  # that of the directory itself, or closed in between
                 continue
-        return found
+        return {name for name in found if name.startswith("socket:")}
 
     dist.init_process_group("gloo")
     try:
         before = sockets()
         group = dist.new_group(backend="gloo")
         dist.barrier(group)
-        return sockets() - before
+        return len(sockets() - before)
     finally:
         leave_process_group()
