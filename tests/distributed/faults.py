@@ -15,7 +15,7 @@ from shardwright.train.loop.trainer import Trainer
 from shardwright.train.process.rank import Rank, rank_from_environment
 from shardwright.train.run import assemble
 from shardwright.train.strategy.group import join
-from tests.distributed.jobs import fp16_allowed_on_a_cpu
+from tests.distributed.jobs import fp16_allowed_on_a_cpu, loss_scale, scheduled_steps
 
 
 def trained_with_a_fault(
@@ -29,8 +29,8 @@ def trained_with_a_fault(
     """Train; in one step, or from it on, spoil the loss, the gradients or the update of one rank.
 
     Return what the training ended with, whether its weights in memory are those from before that
-    step, bit for bit, and its loss scale. ``unchecked`` saves are made without a look at the
-    weights, as by earlier versions.
+    step, bit for bit, its loss scale, and how many steps its schedule has counted. ``unchecked``
+    saves are made without a look at the weights, as by earlier versions.
     """
     rank = rank_from_environment()
     blind = mock.patch.object(Trainer, "check_finite") if unchecked else nullcontext()
@@ -85,14 +85,14 @@ def _train(
         except Diverged as diverged:
             error = str(diverged)
     after = local_weights()
-    own = getattr(trainer.model_wrapped, "optimizer", None)
     return {
         "error": error,
         "text": console.getvalue(),
         "step": trainer.state.global_step,
         "weights_are_as_before": len(after) == len(before)
         and all(torch.equal(a, b) for a, b in zip(after, before, strict=True)),
-        "loss_scale": float(getattr(own, "loss_scale", 0) or 0),
+        "loss_scale": loss_scale(trainer),
+        "scheduled": scheduled_steps(trainer),
     }
 
 

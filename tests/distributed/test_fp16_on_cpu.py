@@ -1,4 +1,4 @@
-"""DeepSpeed's fp16, its loss scaling included, on real ranks without a GPU."""
+"""fp16 under torch and DeepSpeed, their loss scaling included, on real ranks without a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.strategies import STRATEGIES
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"])
 def test_the_loss_scale_starts_where_the_config_says_and_grows(
     strategy: str,
     tiny_tree: TreeOf,
@@ -52,8 +52,8 @@ def test_the_loss_scale_starts_where_the_config_says_and_grows(
     assert curve(fp16) != curve(fp32), "nothing ran in fp16"
 
 
-@pytest.mark.parametrize("strategy", ["zero0", "zero2", "zero3"])
-def test_a_resumed_run_goes_on_with_the_loss_scale_that_it_had_come_to(
+@pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero2", "zero3", "fsdp"])
+def test_a_resumed_run_goes_on_with_the_loss_scale_and_the_rate_that_it_had_come_to(
     strategy: str,
     tiny_tree: TreeOf,
     frozen_run: Freeze,
@@ -65,7 +65,7 @@ def test_a_resumed_run_goes_on_with_the_loss_scale_that_it_had_come_to(
     # High enough for the first steps to overflow.
     tree["precision"] = {
         "compute_dtype": "fp16",
-        "initial_loss_scale": 2.0**19,
+        "initial_loss_scale": 2.0**21,
         "loss_scale_growth_steps": 2,
     }
     tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED}
@@ -73,5 +73,7 @@ def test_a_resumed_run_goes_on_with_the_loss_scale_that_it_had_come_to(
     whole = ranks(2)(trained_in_fp16_on_a_cpu, source)[0]
     resumed = interrupted(source, tmp_path / "resumed")
     assert ranks(2)(trained_in_fp16_on_a_cpu, resumed)[0] == whole
-    assert whole["loss_scale"] != 2.0**19
-    assert curve(resumed) == curve(source)
+    assert whole["loss_scale"] != 2.0**21
+    assert whole["scheduled"] == STEPS
+    for key in ("loss", "learning_rate"):
+        assert curve(resumed, key) == curve(source, key)

@@ -124,7 +124,7 @@ def test_a_warm_up_in_steps_counts_those_of_the_first_batch() -> None:
     assert rates == [pytest.approx(share / 11) for share in (5, 7, 9, 11, 11)]
 
 
-def test_steps_that_overflow_hold_the_schedule_up_and_not_the_data() -> None:
+def test_a_schedule_that_an_earlier_version_held_up_is_continued_where_it_was() -> None:
     at = Progress(
         step=50,
         samples=400,

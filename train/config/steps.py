@@ -19,7 +19,8 @@ class Progress:
     batch_size: float | None = None
     """Samples of its last step; None at the beginning."""
     scheduled_steps: int = 0
-    """Steps that the schedule has counted; in fp16 one that overflows does not count."""
+    """Steps that the schedule has counted: all, but for those of earlier versions that overflowed
+    in fp16."""
     scheduled_samples: int = 0
     """Samples of these steps."""
     samples_per_scheduled_step: float | None = None

@@ -118,8 +118,8 @@ def _opened(path: Path) -> Resumed:
 def _scheduled_steps(path: Path) -> int:
     """Return how many steps the schedule has counted.
 
-    In fp16 that may be fewer steps than there were: one that overflows does not advance it. Raises
-    Unreadable.
+    Those of the run, but for one of an earlier version in fp16, under ZeRO: there a step that
+    overflowed did not count. Raises Unreadable.
     """
     try:
         return int(torch.load(path, weights_only=True)["last_epoch"])

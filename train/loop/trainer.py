@@ -19,13 +19,14 @@ from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
 from shardwright.train.errors import Diverged, UserError
 from shardwright.train.loop import divergence
+from shardwright.train.loop.callbacks.schedule import EveryStepCounts
 from shardwright.train.loop.saving.saver import Saver
 from shardwright.train.model import build as models
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.process import signals
 from shardwright.train.process.agreement import check, from_all
 from shardwright.train.strategy import finite
-from shardwright.train.strategy.loss_scale import loss_scale_is_exhausted
+from shardwright.train.strategy.loss_scale import keep_beside_gradients, loss_scale_is_exhausted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,6 +87,9 @@ class Trainer(transformers.Trainer):
             eval_dataset=eval_loader.dataset if eval_loader else None,
             compute_loss_func=self._step_loss,
         )
+        if engine.places_model:
+            where = next(model.parameters()).device
+            keep_beside_gradients(self.accelerator.scaler, where)
         self.gate = finite.Gate(args.device)
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
@@ -102,6 +106,7 @@ class Trainer(transformers.Trainer):
         """How many batches of the last evaluation, over all ranks, were not finite; of how many."""
         self._label_loss: torch.Tensor | None = None
         """Of a micro-batch, without the auxiliary one."""
+        self.add_callback(EveryStepCounts(self))  # before what saves and logs
         self.saver = Saver(self)
         self.add_callback(self.saver)
 

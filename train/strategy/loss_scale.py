@@ -14,6 +14,17 @@ SMALLEST_LOSS_SCALE = 1.0
 """Below it losses would be made smaller, when it is there to keep gradients from vanishing."""
 
 
+def keep_beside_gradients(scaler: torch.amp.GradScaler | None, device: torch.device) -> None:
+    """Have torch's loss scale lie on ``device``, where the gradients of the optimizer are.
+
+    Else it lies where the loss is, and of gradients in host memory torch would ask by copies for
+    which nothing waits (2.13, amp/grad_scaler.py, _MultiDeviceReplicator): an overflow could be
+    seen too late, and gradients be divided by what is not there yet.
+    """
+    if scaler is not None and scaler.is_enabled():
+        scaler._lazy_init_scale_growth_tracker(device)
+
+
 def loss_scaling(scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
     """Return the facts of torch's loss scaling, None where losses are not scaled."""
     if scaler is None or not scaler.is_enabled():

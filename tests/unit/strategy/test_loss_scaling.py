@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shardwright.train.strategy.loss_scale import loss_scaling
+from shardwright.train.strategy.loss_scale import keep_beside_gradients, loss_scaling
 from shardwright.train.strategy.zero import facts
 
 FACTS = {"initial_loss_scale": 4096.0, "loss_scale_growth_steps": 7}
@@ -38,3 +38,18 @@ def test_deepspeed(stage_0: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         scaler = CreateLossScaler(torch.float16, dynamic_scaling=True, **scaling)
         optimizer = SimpleNamespace(loss_scaler=scaler)
     assert facts.loss_scaling(optimizer) == FACTS
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_the_scale_lies_where_offloaded_gradients_are(is_kept: bool) -> None:
+    scaler, host = torch.amp.GradScaler("cpu", init_scale=8.0), torch.device("cpu")
+    if is_kept:
+        keep_beside_gradients(scaler, host)
+    # On a device of its own, as a GPU is.
+    assert scaler.scale(torch.ones((), device="meta")).device.type == "meta"
+    scale = scaler._get_scale_async()
+    assert scale is not None
+    assert scale.device.type == ("cpu" if is_kept else "meta"), "torch keeps it elsewhere now"
+    if is_kept:
+        assert scaler.get_scale() == 8.0
+    keep_beside_gradients(None, host)
