@@ -10,7 +10,7 @@ import torch
 
 from shardwright.train.config import from_tree
 from shardwright.train.errors import UserError
-from shardwright.train.process import group, inherited
+from shardwright.train.process import group, inherited, numerics
 from shardwright.train.process.group import cores_of, member
 from shardwright.train.process.rank import Rank, device_index, rank_from_environment
 from tests.fixtures import TreeOf
@@ -71,12 +71,14 @@ def test_torch_nccl_and_deepspeed_are_told_the_same_gpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.update(torch=device))
     monkeypatch.setattr(inherited, "check_tf32", lambda *arguments, **settings: None)
+    monkeypatch.setattr(numerics, "set_tf32", lambda allowed: told.update(tf32=allowed))
     monkeypatch.setattr(
         group.dist, "init_process_group", lambda *backend, **settings: told.update(settings)
     )
     tree = tiny_tree("clm")
-    tree["launcher"]["device"] = "cuda"
+    tree["launcher"]["device"], tree["precision"] = "cuda", {"allow_tf32": True}
     with member(from_tree(tree), Rank(index=1, local_index=1, world_size=2)):
         told["deepspeed"] = os.environ["LOCAL_RANK"]
     first = torch.device("cuda", 0)
     assert (told["torch"], told["device_id"], told["deepspeed"]) == (first, first, "0")
+    assert told["tf32"] is True

@@ -40,7 +40,7 @@ def training_arguments(
         warmup_steps=schedule.warmup_steps,
         max_grad_norm=trainer.max_grad_norm,
         fp16=precision.compute_dtype == "fp16",
-        tf32=precision.allow_tf32 if config.launcher.device == "cuda" else None,
+        tf32=None,  # `process.numerics` has set it
         logging_strategy="steps",
         logging_steps=trainer.log_every_steps,
         logging_first_step=True,

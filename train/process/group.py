@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import UserError
-from shardwright.train.process import inherited, signals
+from shardwright.train.process import inherited, numerics, signals
 from shardwright.train.process.leave import leave_process_group
 from shardwright.train.process.open_files import raise_open_file_limit
 from shardwright.train.process.rank import Rank, device_index
@@ -68,6 +68,7 @@ def member(config: RunConfig, rank: Rank) -> Iterator[None]:
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed's engine takes it for the GPU
         inherited.check_tf32(os.environ, allowed=config.precision.allow_tf32)
+        numerics.set_tf32(config.precision.allow_tf32)
     if config.strategy.kind == "single":
         # accelerate makes a group wherever it finds a local rank, even a group of one.
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):

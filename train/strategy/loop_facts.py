@@ -56,7 +56,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
         **activation_checkpointing.read_back(trainer.model),
         **_how_blocks_run(trainer),
         **fp8.read_back(trainer.model),
-        # Not allow_tf32, which raises where transformers has set this newer name.
+        # Of the names that it has, the one that torch prefers (2.13).
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
     }
 
