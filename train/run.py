@@ -40,7 +40,7 @@ from shardwright.train.loop.resuming import Resumed
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
 from shardwright.train.model import generation, origin
-from shardwright.train.model.blocks import parameter_count
+from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
 from shardwright.train.model.weights import InitialValues, drawn
 from shardwright.train.process import signals
@@ -254,6 +254,7 @@ def _build(
         kept = origin.keep(config.model, config.objective.kind, run_dir, checkpoint)
     directory = kept.directory if kept else None
     model, values = models.build(config, words, directory, reads_weights=resumed is None)
+    check_blocks_are_not_skipped(model, rank.world_size)
     # As the Trainer does before its first step (transformers 5.23), when it is too late to look
     # whether the settings can still be saved.
     align_special_tokens(model, words)

@@ -18,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -30,7 +32,12 @@ from transformers import (
 from shardwright.train.config import RunConfig, from_tree
 from shardwright.train.errors import UserError
 from shardwright.train.model import activation_checkpointing
-from shardwright.train.model.blocks import blocks, compile_blocks, parameter_count
+from shardwright.train.model.blocks import (
+    blocks,
+    check_blocks_are_not_skipped,
+    compile_blocks,
+    parameter_count,
+)
 from shardwright.train.model.build import build, fitted
 from shardwright.train.model.configs import transformers_config
 from shardwright.train.model.pretrained import check_attention
@@ -620,3 +627,22 @@ def test_the_interval_is_read_off_the_blocks(
     recomputed: list[bool], every_blocks: int | str | None
 ) -> None:
     assert activation_checkpointing.every_blocks(recomputed) == every_blocks
+
+
+def test_several_ranks_refuse_a_model_that_skips_blocks_at_random() -> None:
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+            word_embed_proj_dim=16, max_position_embeddings=16, layerdrop=0.1,
+        )
+    )  # fmt: skip
+    check_blocks_are_not_skipped(model, ranks=1)
+    with pytest.raises(UserError) as refused:
+        check_blocks_are_not_skipped(model, ranks=2)
+    assert str(refused.value) == (
+        "this opt skips whole blocks at random (layerdrop=0.1 in its config.json), and 2 ranks "
+        "would wait for each other's; set what names layerdrop in its config.json to 0, or train "
+        "it on one rank"
+    )
+    model.model.decoder.layerdrop = 0.0
+    check_blocks_are_not_skipped(model, ranks=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from shardwright.train.checkpoint.read import portable
 from shardwright.train.config import Progress, RankLayout, RunConfig
 from shardwright.train.console import progress
 from shardwright.train.errors import UserError
+from shardwright.train.loop import random_numbers
 from shardwright.train.model import streaming
 from shardwright.train.model.weights import InitialValue, InitialValues
 from shardwright.train.process.agreement import from_all
@@ -215,8 +215,7 @@ def restore(trainer: Training, resumed: Resumed) -> None:
                 trainer.auxiliary_loss += saved.get("unlogged_auxiliary_loss", 0.0)
     else:
         part = trainer.layout.data_parallel_rank(rank)
-        text = f"{trainer.config.seed}/{resumed.step}/{part}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
+        random_numbers.begin(trainer.config.seed, resumed.step, part)
     # Where a rank has been refused something, an older checkpoint may be all that is left.
     from_all(None)
     if rank == 0:

@@ -38,6 +38,22 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     return max(named or lists, key=lambda members: sum(1 for m in members for _ in m.modules()))
 
 
+def check_blocks_are_not_skipped(model: PreTrainedModel, ranks: int) -> None:
+    """Raise UserError where a model skips whole blocks at random and several ranks train it.
+
+    Each rank draws for itself, and one that skips a block is missing in the collectives of those
+    that do not.
+    """
+    shares = [getattr(module, "layerdrop", None) for module in model.modules()]
+    share = max((s for s in shares if isinstance(s, float | int)), default=0)
+    if ranks > 1 and share > 0:
+        raise UserError(
+            f"this {model.config.model_type} skips whole blocks at random (layerdrop={share:g} in "
+            f"its config.json), and {ranks} ranks would wait for each other's; set what names "
+            "layerdrop in its config.json to 0, or train it on one rank"
+        )
+
+
 def compile_blocks(model: PreTrainedModel) -> None:
     """torch.compile each block in place: equal blocks compile once, and no name changes."""
     for block in blocks(model):

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from shardwright.train.console import progress
 from shardwright.train.durable import write_text
+from shardwright.train.loop import random_numbers
 from shardwright.train.loop.resuming import restore
 from shardwright.train.run_directory import final
 from shardwright.train.run_directory.names import ENGINE_JSON
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class EngineReady(TrainerCallback):
-    """Completes the engine once it is built, restores it, reads it back, says its dtypes."""
+    """Completes the engine once it is built, restores it or begins, reads it back, says its dtypes.
+
+    Only here does a rank's stream of random numbers begin: the Trainer gives all the same seed.
+    """
 
     def __init__(self, trainer: Trainer, console: TextIO) -> None:
         self.trainer = trainer
@@ -31,6 +35,9 @@ class EngineReady(TrainerCallback):
         trainer.initial_values = {}  # they may hold the whole model
         if trainer.resumed is not None:
             restore(trainer, trainer.resumed)
+        else:
+            part = trainer.layout.data_parallel_rank(args.process_index)
+            random_numbers.begin(trainer.config.seed, 0, part)
         facts = verify.verify(trainer.engine, trainer)
         if state.is_world_process_zero:
             path = trainer.run_dir / ENGINE_JSON
