@@ -126,6 +126,54 @@ def test_the_root_is_gathered_once_a_step(
     assert ranks(2)(collectives_of_a_step, frozen_run(tree))[0]["gathers"] == 5
 
 
+def test_an_embedding_is_not_gathered_for_its_backward_nor_a_head_twice(
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = {"kind": "fsdp"}
+    tree["model"]["tie_word_embeddings"] = False
+    tree["trainer"] |= {"max_steps": 1, "micro_batch_size": 8}
+    tree["data"]["eval_fraction"] = 0
+    # Two blocks in each direction; embedding, head and root once.
+    assert ranks(2)(collectives_of_a_step, frozen_run(tree))[0]["gathers"] == 7
+
+
+def groups_of_units(run_dir: Path) -> dict[str, int]:
+    """Train; return how many groups there are, and over how many ranks blocks are gathered."""
+    from torch.distributed import distributed_c10d
+    from torch.distributed.fsdp import FSDPModule
+
+    def look(trainer: Trainer) -> dict[str, int]:
+        found = [m for m in trainer.model.modules() if isinstance(m, FSDPModule)][1:]
+        groups = [g for unit in found for g in unit._get_fsdp_state()._fsdp_param_groups]
+        return {
+            "groups": len(distributed_c10d._world.pg_map),
+            "units": len(found),
+            "meshes": len({id(group.post_forward_mesh_info) for group in groups}),
+        }
+
+    return trained(run_dir, look)
+
+
+def test_units_share_the_groups_in_which_they_are_divided_after_forward(
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    """By itself torch 2.13 makes two new groups for each unit."""
+    seen = {}
+    for ranks_after_forward in (None, 2):
+        tree = tiny_tree("clm")
+        tree["strategy"] = {"kind": "fsdp", "reshard_ranks": ranks_after_forward}
+        tree["launcher"]["nproc_per_node"] = 4
+        tree["trainer"]["micro_batch_size"] = 4
+        run_dir = frozen_run(tree)
+        seen[ranks_after_forward] = ranks(4)(groups_of_units, run_dir)[0]
+        written = json.loads((run_dir / "engine.json").read_text())
+        assert written["reshard_ranks"] == ranks_after_forward
+    assert seen[2]["units"] == 2
+    assert seen[2]["meshes"] == 1
+    assert seen[2]["groups"] == seen[None]["groups"] + 2
+
+
 @pytest.mark.parametrize("each", [True, False])
 def test_replicas_are_reduced_over_once_a_step(
     each: bool, tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf

@@ -18,7 +18,8 @@ NAMES = (
     *("zero3", "zero3_nothing_kept", "zero3_hierarchical", "zero3_offload"),
     *("fsdp_grad_op", "fsdp_offload", "fsdp_by_size", "fsdp_one_unit", "fsdp_reduce_once"),
 )
-HYBRID = {
+FOUR_RANKS = {
+    "fsdp_resharded_in_twos": {"kind": "fsdp", "reshard_ranks": 2},
     "fsdp_hybrid": {"kind": "fsdp", "replicas": 2},
     "fsdp_hybrid_grad_op": {"kind": "fsdp", "replicas": 2, "reshard_after_forward": False},
 }
@@ -131,8 +132,8 @@ def test_accumulation_does_not_change_what_is_learned(
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
-@pytest.mark.parametrize("strategy", HYBRID)
-def test_four_ranks_in_two_replicas_learn_what_one_rank_learns(
+@pytest.mark.parametrize("strategy", FOUR_RANKS)
+def test_four_ranks_in_twos_learn_what_one_rank_learns(
     strategy: str,
     tiny_tree: TreeOf,
     frozen_run: Freeze,
@@ -141,12 +142,30 @@ def test_four_ranks_in_two_replicas_learn_what_one_rank_learns(
 ) -> None:
     expected = curves_of_one_rank("clm", tiny_tree, frozen_run, ranks, reference)
     tree = tiny_tree("clm")
-    tree["strategy"] = HYBRID[strategy]
+    tree["strategy"] = FOUR_RANKS[strategy]
     tree["launcher"]["nproc_per_node"] = 4
     run_dir = frozen_run(tree)
     ranks(4)(whole_run, run_dir)
     assert curve(run_dir) == pytest.approx(expected["loss"], abs=1e-4)
     assert curve(run_dir, "eval_loss") == pytest.approx(expected["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_an_embedding_of_its_own_and_a_head_learn_what_they_learn_on_one_rank(
+    objective: str, tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    """FSDP makes both units, and does not gather an embedding for its backward."""
+    curves = []
+    for strategy in ("single", "fsdp"):
+        tree = tiny_tree(objective)
+        tree["model"]["tie_word_embeddings"] = False
+        tree["strategy"] = {"kind": strategy}
+        tree["launcher"]["nproc_per_node"] = world_size = 1 if strategy == "single" else 2
+        tree["trainer"]["max_steps"] = 5
+        run_dir = frozen_run(tree)
+        ranks(world_size)(whole_run, run_dir)
+        curves.append(curve(run_dir) + curve(run_dir, "grad_norm"))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"])

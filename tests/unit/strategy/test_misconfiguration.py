@@ -106,6 +106,26 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"strategy": {**FSDP, "wrap": "size", "block_class": "GPT2Block"}}, "wrap=transformer only"),
     (
+        {"strategy": {**FSDP, "reshard_ranks": 2, "reshard_after_forward": False}},
+        "strategy.reshard_ranks=2 says among how many ranks parameters are divided between forward "
+        "and backward, where strategy.reshard_after_forward=false keeps them whole on each; set "
+        "strategy.reshard_ranks=null or change the other",
+    ),
+    (
+        {"strategy": {**FSDP, "reshard_ranks": 2, "wrap": "none"}},
+        "where strategy.wrap=none keeps them whole on each",
+    ),
+    (
+        {"strategy": {**FSDP, "reshard_ranks": 1}},
+        "strategy.reshard_ranks=1 would keep all parameters on each rank between forward and "
+        "backward; say so with strategy.reshard_after_forward=false",
+    ),
+    (
+        {"strategy": {**FSDP, "reshard_ranks": 3}},
+        "strategy.reshard_ranks=3 does not divide the 4 shard.s. of the model into several equal "
+        "groups; choose a smaller divisor, such as the ranks of a node, or null",
+    ),
+    (
         {"strategy": {**FSDP, "wrap": "none", "reshard_after_forward": False}},
         "strategy.wrap=none makes the model one unit",
     ),

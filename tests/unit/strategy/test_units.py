@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, RobertaConfig
+from transformers import RobertaForMaskedLM as Roberta
 
 from shardwright.train.errors import UserError
 from shardwright.train.strategy.fsdp import units as fsdp_units
@@ -16,19 +17,41 @@ from tests.unit.trees import FSDP
 
 @pytest.fixture(scope="module")
 def model() -> GPT2LMHeadModel:
+    return gpt2()
+
+
+def gpt2(**settings: Any) -> GPT2LMHeadModel:
     with torch.device("meta"):
-        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2))
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2, **settings)
+        )
 
 
-def units(model: GPT2LMHeadModel, **strategy: Any) -> list[str]:
+def units(model: PreTrainedModel, **strategy: Any) -> list[str]:
     found = fsdp_units.units(model, config(strategy={**FSDP, **strategy}))
-    return [type(unit).__name__ for unit in found]
+    return [type(unit.module).__name__ for unit in found]
 
 
 def test_blocks_are_inferred_or_named(model: GPT2LMHeadModel) -> None:
     assert units(model) == ["GPT2Block"] * 3
     assert units(model, block_class="GPT2MLP") == ["GPT2MLP"] * 3
     assert units(model, wrap="none") == []
+
+
+def test_an_embedding_and_a_head_that_share_nothing_are_units() -> None:
+    model = gpt2(tie_word_embeddings=False)
+    assert units(model) == ["Embedding", *["GPT2Block"] * 3, "Linear"]
+    found = fsdp_units.units(model, config(strategy=FSDP))
+    assert [unit.is_last for unit in found] == [False] * 4 + [True]
+    assert [unit.backward_needs_parameters for unit in found] == [False] + [True] * 4
+
+
+def test_a_head_is_one_unit_with_what_shares_its_bias() -> None:
+    with torch.device("meta"):
+        model = Roberta(RobertaConfig(num_hidden_layers=2, tie_word_embeddings=False))
+    assert units(model) == ["Embedding", *["RobertaLayer"] * 2, "Linear"]
+    model.lm_head.decoder.bias = model.lm_head.bias
+    assert units(model) == ["Embedding", *["RobertaLayer"] * 2, "RobertaLMHead"]
 
 
 def test_an_unknown_block_class_is_an_error_that_lists_those_of_the_model(

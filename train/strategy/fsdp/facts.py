@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from shardwright.train.config import RankLayout, RunConfig
 from shardwright.train.strategy.dtypes import TORCH_DTYPES
 from shardwright.train.strategy.fsdp.settings import settings
+from shardwright.train.strategy.fsdp.units import units
 
 if TYPE_CHECKING:
     from shardwright.train.strategy.training import Training
@@ -24,14 +25,16 @@ def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
         "reduce_dtypes": [values["mixed_precision"]["reduce_dtype"]],
         "offloaded": values["offload"]["cpu"],
         "pinned": values["offload"]["pin_memory"],
-        "root_stays_gathered": True,
+        "last_stays_gathered": True,
         "reshard_after_forward": values["reshard_after_forward"],
+        "reshard_ranks": values["reshard_ranks"],
     }
     layers = getattr(config.model, "num_hidden_layers", None)
+    of_words = 0 if getattr(config.model, "tie_word_embeddings", True) else 2
     if values["wrap"] == "none":
         facts["units"] = 1
     elif values["wrap"] == "transformer" and values["block_class"] is None and layers:
-        facts["units"] = layers + 1
+        facts["units"] = layers + of_words + 1
     return facts
 
 
@@ -45,10 +48,15 @@ def read_back(trainer: Training) -> dict[str, Any]:
 
     model = trainer.model_wrapped
     found = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    kept = [unit.module for unit in units(trainer.model, trainer.config) if unit.is_last]
+    last = [unit for unit in found if unit is found[0] or unit in kept]
+    others = [unit for unit in found if unit not in last]
+    resharded = {ranks for unit in others for ranks in _resharded_over(unit)}
     groups = [group for unit in found for group in _parameter_groups(unit)]
     parameters = dict(model.named_parameters())
     sharded = {n: p for n, p in parameters.items() if isinstance(p, DTensor)}
     meshes = [p.device_mesh for p in sharded.values()]
+    whole = meshes[0].size(-1) if meshes else 1
     masters = {p.dtype for p in sharded.values()}
     policies = [group.offload_policy for group in groups]
 
@@ -69,10 +77,11 @@ def read_back(trainer: Training) -> dict[str, Any]:
         "reduce_dtypes": dtypes("reduce_dtype"),
         "offloaded": bool(policies) and all(isinstance(p, CPUOffloadPolicy) for p in policies),
         "pinned": any(getattr(p, "pin_memory", False) for p in policies),
-        "root_stays_gathered": bool(found) and not _reshards(found[0]),
-        "reshard_after_forward": all(map(_reshards, found[1:]))
-        if len(found) > 1
+        "last_stays_gathered": bool(found) and not any(map(_resharded_over, last)),
+        "reshard_after_forward": all(map(_resharded_over, others))
+        if others
         else trainer.config.strategy.reshard_after_forward,  # type: ignore[union-attr]
+        "reshard_ranks": None if resharded <= {whole} else min(resharded - {whole}),
         "precision": {
             "compute": dtype_names(dtypes("param_dtype")),
             "reduction": dtype_names(dtypes("reduce_dtype")),
@@ -83,8 +92,10 @@ def read_back(trainer: Training) -> dict[str, Any]:
     }
 
 
-def _reshards(unit: Any) -> bool:
-    return all(group.post_forward_mesh_info is not None for group in _parameter_groups(unit))
+def _resharded_over(unit: Any) -> set[int]:
+    """Return over how many ranks a unit is divided after forward; nothing where it is not."""
+    meshes = (group.post_forward_mesh_info for group in _parameter_groups(unit))
+    return {mesh.shard_mesh_size for mesh in meshes if mesh is not None}
 
 
 def _parameter_groups(unit: Any) -> list[Any]:

@@ -22,6 +22,7 @@ def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
         "block_class": strategy.block_class,
         "min_unit_parameters": strategy.min_unit_parameters if strategy.wrap == "size" else None,
         "reshard_after_forward": strategy.reshard_after_forward,
+        "reshard_ranks": strategy.reshard_ranks,
         "mixed_precision": {
             "param_dtype": TORCH_DTYPES[precision.compute_dtype],
             "reduce_dtype": TORCH_DTYPES[precision.reduce_dtype],

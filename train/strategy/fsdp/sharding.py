@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shardwright.train.config import RankLayout, RunConfig
 from shardwright.train.strategy.dtypes import TORCH_DTYPES
 from shardwright.train.strategy.fsdp.settings import settings
-from shardwright.train.strategy.fsdp.units import units
+from shardwright.train.strategy.fsdp.units import Unit, units
 
 if TYPE_CHECKING:
     import torch
@@ -49,25 +49,27 @@ def sharded(
         tuple(wanted["mesh"]["shape"]),
         mesh_dim_names=tuple(wanted["mesh"]["names"]),
     )
-    for unit in [*inner, model]:
-        # The root's parameters are used first in a backward pass: freed after forward, which an
-        # explicit True does to them too (torch 2.13), they would be gathered again at once.
-        reshards = unit is not model and wanted["reshard_after_forward"]
-        fully_shard(
-            unit,
-            mesh=mesh,
-            reshard_after_forward=reshards,
-            mp_policy=MixedPrecisionPolicy(
-                param_dtype=getattr(torch, mixed["param_dtype"]),
-                reduce_dtype=getattr(torch, mixed["reduce_dtype"]),
-                cast_forward_inputs=mixed["cast_forward_inputs"],
-            ),
-            offload_policy=CPUOffloadPolicy(pin_memory=offload["pin_memory"])
-            if offload["cpu"]
-            else OffloadPolicy(),
-        )
+    shard = functools.partial(
+        fully_shard,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=getattr(torch, mixed["param_dtype"]),
+            reduce_dtype=getattr(torch, mixed["reduce_dtype"]),
+            cast_forward_inputs=mixed["cast_forward_inputs"],
+        ),
+        offload_policy=CPUOffloadPolicy(pin_memory=offload["pin_memory"])
+        if offload["cpu"]
+        else OffloadPolicy(),
+    )
+    reshards = wanted["reshard_after_forward"] and (wanted["reshard_ranks"] or True)
+    with _one_mesh_after_forward():
+        # The root's parameters are used first in a backward pass, too: freed after forward, which
+        # an explicit True does to them as well (torch 2.13), they would be gathered again at once.
+        for unit in [*inner, Unit(model, is_last=True)]:
+            made = shard(unit.module, reshard_after_forward=not unit.is_last and reshards)
+            made.set_unshard_in_backward(unit.backward_needs_parameters)
     _fill(model, values, config.launcher.device, "cpu" if offload["cpu"] else None)
-    _prefetch(inner, wanted["prefetch_units"])
+    _prefetch([unit.module for unit in inner], wanted["prefetch_units"])
     # accelerate enters no_sync on every micro-batch of a step but the last.
     if not wanted["reduce_each_micro_batch"]:
         model.no_sync = functools.partial(_without_reduction, model)  # type: ignore[assignment]
@@ -123,6 +125,32 @@ def _prefetch(units: Sequence[Any], count: int) -> None:
     for i, unit in enumerate(units):
         unit.set_modules_to_forward_prefetch(list(units[i + 1 : i + 1 + count]))
         unit.set_modules_to_backward_prefetch(list(units[max(0, i - count) : i][::-1]))
+
+
+@contextmanager
+def _one_mesh_after_forward() -> Iterator[None]:
+    """Have all units share the groups within which they are divided after forward.
+
+    `fully_shard` (torch 2.13, `_get_post_forward_mesh_info`) makes a mesh, and so new groups of all
+    ranks, for each unit that is given a number of ranks: a communicator a block, under NCCL.
+    """
+    from torch.distributed.fsdp._fully_shard import _fully_shard as library
+
+    made: dict[int, Any] = {}
+    make = library._get_post_forward_mesh_info
+
+    def shared(ranks: bool | int, mesh: Any) -> Any:
+        if isinstance(ranks, bool):
+            return make(ranks, mesh)
+        if ranks not in made:
+            made[ranks] = make(ranks, mesh)
+        return made[ranks]
+
+    library._get_post_forward_mesh_info = shared  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        library._get_post_forward_mesh_info = make
 
 
 @contextmanager

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardwright.train.config import FsdpStrategy, RunConfig
 from shardwright.train.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
     from transformers import PreTrainedModel
 
 
-def units(model: PreTrainedModel, config: RunConfig) -> list[nn.Module]:
-    """Return the modules to shard as units of their own, inner ones first, without the model.
+@dataclass(frozen=True)
+class Unit:
+    """A module whose parameters are gathered together, ahead of its forward and its backward."""
 
-    Raises UserError where a policy that should divide the model does not.
+    module: nn.Module
+    is_last: bool = False
+    """Whether its backward follows on its forward: freed in between, it would be gathered twice."""
+    backward_needs_parameters: bool = True
+
+
+def units(model: PreTrainedModel, config: RunConfig) -> list[Unit]:
+    """Return what to shard as units of their own, inner ones first, without the model.
+
+    Of those that are not within one another the order is that of their use. Raises UserError where
+    a policy that should divide the model does not.
     """
     strategy = config.strategy
     assert isinstance(strategy, FsdpStrategy)
@@ -31,20 +45,62 @@ def units(model: PreTrainedModel, config: RunConfig) -> list[nn.Module]:
                 "the whole model, which would be gathered as one; lower it, or set "
                 "strategy.wrap=none"
             )
-        return found
-    if strategy.block_class is None:
+        return [Unit(module) for module in found]
+    blocks = _blocks(model, strategy.block_class)
+    wanted = [Unit(block) for block in blocks]
+    # Tied, both are needed from the first to the last: they stay with the model, as do its norms,
+    # biases and positions, which are too small to be worth a collective of their own.
+    if embedding := _holder(model, model.get_input_embeddings(), blocks):
+        wanted.insert(0, Unit(embedding, backward_needs_parameters=not _only_looks_up(embedding)))
+    if head := _holder(model, model.get_output_embeddings(), blocks):
+        wanted.append(Unit(head, is_last=True))
+    return wanted
+
+
+def _blocks(model: PreTrainedModel, block_class: str | None) -> list[nn.Module]:
+    if block_class is None:
         from shardwright.train.model.blocks import blocks
 
         return blocks(model)
-    found = [m for m in model.modules() if type(m).__name__ == strategy.block_class]
+    found = [m for m in model.modules() if type(m).__name__ == block_class]
     if not found or found == [model]:
         classes = Counter(type(m).__name__ for m in model.modules())
         repeated = sorted(name for name, count in classes.items() if count > 1)
         raise UserError(
-            f"strategy.block_class={strategy.block_class} is not a class of modules in this "
+            f"strategy.block_class={block_class} is not a class of modules in this "
             f"model; it repeats {', '.join(repeated)}; choose one, or null to infer it"
         )
     return found
+
+
+def _holder(
+    model: nn.Module, module: nn.Module | None, blocks: Sequence[nn.Module]
+) -> nn.Module | None:
+    """Return the smallest module around one in which all owners of its parameters are.
+
+    None where there is none that holds no block. A head shares its bias with what is around it.
+    """
+    from torch.nn import ModuleDict, ModuleList
+
+    if module is None or not (owned := set(module.parameters())):
+        return None
+    found = None
+    for candidate in model.modules():  # outer ones first
+        within = set(candidate.modules())
+        if module not in within or within & set(blocks):
+            continue
+        outside = (m for m in model.modules() if m not in within)
+        is_shared = any(p in owned for m in outside for p in m.parameters(recurse=False))
+        if not is_shared and not isinstance(candidate, ModuleList | ModuleDict):
+            found = candidate
+    return found
+
+
+def _only_looks_up(module: nn.Module) -> bool:
+    """Whether a module's backward is that of an embedding, which needs indices alone."""
+    from torch.nn import Embedding
+
+    return isinstance(module, Embedding) and type(module).forward is Embedding.forward
 
 
 def _big_enough(model: nn.Module, min_parameters: int) -> list[nn.Module]:
