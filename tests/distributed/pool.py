@@ -102,11 +102,13 @@ def free_port() -> int:
     """Return a port that nothing else takes until a rank listens on it.
 
     Below those that the kernel gives to connections, and another each time: the tests that run
-    beside this one open hundreds. Each of their processes has a thousand of its own.
+    beside this one open hundreds. Each of their processes has a thousand of its own, and one that
+    is started beside them, of another suite, begins elsewhere in its thousand.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    begin = os.getpid() * 89  # from one process to the next: further than a file's tests go
     for number in _PORTS:
-        port = 10_000 + 1_000 * worker + number % 1_000
+        port = 10_000 + 1_000 * worker + (begin + number) % 1_000
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))
             return port
@@ -125,8 +127,10 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _work(pipe: Connection) -> None:
-    from shardwright.train.process.leave import gloo_worker_count  # which brings torch
+    from shardwright.train.model import dealing  # which brings torch
+    from shardwright.train.process.leave import gloo_worker_count
 
+    dealing.DEALT_FROM_ELEMENTS = 1  # tiny models start as large ones do
     while True:
         try:
             function, arguments, environment, threads_may_stay = pipe.recv()

@@ -16,9 +16,12 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("strategy", NAMES)
+@pytest.mark.parametrize(
+    ("strategy", "world_size"), [*((name, 2) for name in NAMES), ("fsdp_hybrid", 4)]
+)
 def test_masters_are_the_initial_values_unrounded(
     strategy: str,
+    world_size: int,
     tiny_tree: TreeOf,
     frozen_run: Freeze,
     ranks: RanksOf,
@@ -28,4 +31,7 @@ def test_masters_are_the_initial_values_unrounded(
     tree["strategy"] = STRATEGIES[strategy]
     tree["precision"] = {"compute_dtype": "bf16"}
     tree["trainer"]["max_steps"] = 1
-    assert ranks(2)(masters_that_differ, frozen_run(tree)) == [[], None]
+    tree["launcher"]["nproc_per_node"] = world_size
+    tree["trainer"]["micro_batch_size"] = 4
+    found = ranks(world_size)(masters_that_differ, frozen_run(tree))
+    assert found == [[], *[None] * (world_size - 1)]

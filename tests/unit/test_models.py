@@ -40,8 +40,8 @@ from shardwright.train.model.blocks import (
 )
 from shardwright.train.model.build import build, fitted
 from shardwright.train.model.configs import transformers_config
+from shardwright.train.model.dealing import materialize
 from shardwright.train.model.pretrained import check_attention
-from shardwright.train.model.weights import materialize
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")

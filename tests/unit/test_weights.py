@@ -22,13 +22,13 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from shardwright.train.model.dealing import materialize
 from shardwright.train.model.weights import (
     InitialValues,
     InMemory,
     Wanted,
     in_turn,
     initialized,
-    materialize,
 )
 
 SHAPE: dict[str, Any] = {

@@ -216,7 +216,7 @@ class FsdpStrategy(_Strategy):
     reshard_after_forward: bool = True
     """Free gathered parameters after each forward (full shard); false keeps them (grad-op)."""
     reshard_ranks: PositiveInt | None = None
-    """Between forward and backward so many ranks (of a node) keep a copy; null: all shards' own."""
+    """Between forward and backward this many ranks (of a node) keep a copy; null: none do."""
     replicas: PositiveInt = 1
     """Hybrid: this many copies of the sharded model; each is sharded over world size / replicas."""
     offload: bool = False

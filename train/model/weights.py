@@ -98,17 +98,6 @@ def in_turn(wanted: Sequence[Wanted], values: InitialValues) -> Iterator[torch.T
         yield buffer[first : first + part.length]
 
 
-def materialize(
-    model: nn.Module, values: InitialValues, dtype: torch.dtype = torch.float32
-) -> None:
-    """Replace the meta parameters by real ones on the CPU, one after the other."""
-    owners = Owners(model)
-    for name, parameter in list(model.named_parameters()):
-        tensor = torch.empty(parameter.shape, dtype=torch.float32)
-        values[name].write(tensor)
-        owners.replace(parameter, tensor.to(dtype))
-
-
 class Owners:
     """Which modules hold each parameter, so that tied ones stay one when they are replaced."""
 

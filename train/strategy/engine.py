@@ -56,8 +56,9 @@ class Engine(Stateful, ABC):
     def shard(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         """Give a model on the meta device its values, and return it as the Trainer is to get it.
 
-        Collective. Beside what this rank is to hold of the model, no more than one whole parameter
-        is in memory at a time; and of what can be read in parts, no more is read. Values may be
+        Collective. Beside what this rank is to hold of the model, no more than two whole parameters
+        are in memory at a time; what can be read in parts is read so, and what cannot, by one rank
+        for all. Values may be
         left to `complete` where the engine takes them with its master weights.
         """
 

@@ -39,10 +39,10 @@ class Replicated(Engine):
     def shard(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         import torch
 
-        from shardwright.train.model.weights import materialize
+        from shardwright.train.model.dealing import materialize
 
         dtype = getattr(torch, TORCH_DTYPES[self.config.precision.master_dtype])
-        materialize(model, values, dtype)
+        materialize(model, values, dtype, self.config.launcher.device)
         return model
 
     def serve(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:

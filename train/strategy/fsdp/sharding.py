@@ -90,15 +90,18 @@ def _fill(
     """
     import torch
 
-    from shardwright.train.model.weights import Wanted, in_turn
+    from shardwright.train.model.dealing import dealt_in_turn
+    from shardwright.train.model.weights import Wanted
 
     # What `to_empty` does to parameters; buffers hold their values already.
     parameters_on = offload_to or device
     model._apply(lambda t: torch.empty_like(t, device=parameters_on) if t.is_meta else t.to(device))
     parameters: dict[str, Any] = dict(model.named_parameters())
     wanted = [Wanted(name, p.numel(), *held(p)) for name, p in parameters.items()]
+    shards = next(iter(parameters.values())).device_mesh.size(-1)
+    parts = dealt_in_turn(wanted, values, shards)
     with torch.no_grad():
-        for parameter, part in zip(parameters.values(), in_turn(wanted, values), strict=True):
+        for parameter, part in zip(parameters.values(), parts, strict=True):
             local = parameter.to_local()
             local.copy_(part.view(local.shape))
 

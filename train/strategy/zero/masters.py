@@ -103,9 +103,9 @@ def to_hold(name: str, parameter: Any) -> Wanted:
 def _start_from_fp32(trainer: Training) -> None:
     """Give the master weights their values, and the parameters the same rounded.
 
-    One parameter at a time, on every rank; each value is read once.
+    One parameter at a time, on every rank; each value is read or drawn once.
     """
-    from shardwright.train.model.weights import Wanted, in_turn
+    from shardwright.train.model.dealing import dealt_in_turn, whole_in_turn
     from shardwright.train.strategy.zero import swapped
 
     engine, values = trainer.model_wrapped, trainer.initial_values
@@ -113,11 +113,12 @@ def _start_from_fp32(trainer: Training) -> None:
     parameters: dict[str, Any] = dict(engine.module.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
     if engine.zero_optimization_stage() == 3:
-        for index, (flat, pieces) in enumerate(flat_partitions(engine, names)):
-            wanted = [to_hold(name, parameters[name]) for name, *_ in pieces]
+        flats = list(flat_partitions(engine, names))
+        wanted = [to_hold(name, parameters[name]) for _, pieces in flats for name, *_ in pieces]
+        parts = dealt_in_turn(wanted, values, trainer.layout.shards)
+        for index, (flat, pieces) in enumerate(flats):
             with swapped.in_memory(zero, index):
-                for piece, part in zip(pieces, in_turn(wanted, values), strict=True):
-                    place = piece[-1]
+                for (*_, place), part in zip(pieces, parts, strict=False):
                     flat.data[place : place + part.numel()].copy_(part)
                 # What DeepSpeed does after each step.
                 zero._reassign_or_swap_out_partitioned_parameters(index)
@@ -133,8 +134,9 @@ def _start_from_fp32(trainer: Training) -> None:
             for name, start, length, place in pieces:
                 found[name].append((flat.data[place : place + length], start))
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    wanted = [Wanted(name, p.numel(), 0, p.numel()) for name, p in trained.items()]
-    for (name, parameter), whole in zip(trained.items(), in_turn(wanted, values), strict=True):
+    elements = {name: parameter.numel() for name, parameter in trained.items()}
+    wholes = whole_in_turn(elements, values, trainer.config.launcher.device)
+    for (name, parameter), whole in zip(trained.items(), wholes, strict=True):
         parameter.data.copy_(whole.view(parameter.shape))
         for master, start in found[name]:
             master.copy_(whole[start : start + master.numel()])

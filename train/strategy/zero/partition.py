@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy
+from shardwright.train.strategy.dtypes import TORCH_DTYPES
 from shardwright.train.strategy.zero import nvme
 from shardwright.train.strategy.zero.masters import to_hold
 from shardwright.train.strategy.zero.settings import settings
@@ -21,12 +22,13 @@ def partitioned(
     """Give a model on the meta device its values: this rank's part of each at stage 3, else all.
 
     What this costs beside the shards is the largest parameter in the dtype of compute and, in fp32,
-    this rank's part of it, or all where it is drawn. There is no communication.
+    this rank's part of it, or all where it is drawn.
     """
     import deepspeed
     import torch
 
-    from shardwright.train.model.weights import Owners, in_turn, materialize
+    from shardwright.train.model.dealing import dealt_in_turn, materialize
+    from shardwright.train.model.weights import Owners
 
     assert isinstance(config.strategy, ZeroStrategy)
     if config.strategy.uses_nvme:
@@ -36,7 +38,9 @@ def partitioned(
         nvme.check_model(config, elements, layout)
         ready_to_build("pin_memory", "async_io")
     if config.strategy.stage < 3:
-        materialize(model, values)
+        # The engine would make them of this dtype, and put them there, one time later.
+        dtype = getattr(torch, TORCH_DTYPES[config.precision.compute_dtype])
+        materialize(model, values, dtype, config.launcher.device)
         return model
 
     # Given a module, be it an empty one, DeepSpeed puts its own linear layer in place, without
@@ -57,7 +61,7 @@ def partitioned(
         parameters[name] = parameter
     wanted = [to_hold(name, parameter) for name, parameter in parameters.items()]
     for parameter, (*_, start, length), part in zip(
-        parameters.values(), wanted, in_turn(wanted, values), strict=True
+        parameters.values(), wanted, dealt_in_turn(wanted, values, layout.shards), strict=True
     ):
         parameter.data.view(-1)[start : start + length].copy_(part)
         parameter.partition()
