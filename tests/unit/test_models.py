@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -627,6 +630,19 @@ def test_the_interval_is_read_off_the_blocks(
     recomputed: list[bool], every_blocks: int | str | None
 ) -> None:
     assert activation_checkpointing.every_blocks(recomputed) == every_blocks
+
+
+def test_a_flash_attention_that_cannot_be_told_to_repeat_is_an_error(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package is a stand-in, as old ones are: its function has no such argument."""
+    installed: Any = ModuleType("flash_attn")
+    installed.flash_attn_func = lambda q, k, v: q
+    monkeypatch.setitem(sys.modules, "flash_attn", installed)
+    monkeypatch.setattr("shardwright.train.model.build.is_flash_attn_2_available", lambda: True)
+    wanted = ("model.attention=flash_attention_2", "precision=bf16", "trainer.deterministic=true")
+    with pytest.raises(UserError, match=r"needs flash-attn 2\.4\.1 or later; update it, or choose"):
+        build(composed("gpt2_tiny", *wanted), tokenizer)
 
 
 def test_several_ranks_refuse_a_model_that_skips_blocks_at_random() -> None:

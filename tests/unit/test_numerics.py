@@ -1,13 +1,18 @@
-"""How a process computes, by all of torch's names for it. Each test has a process of its own."""
+"""How a process computes: what it is told is so by every name that libraries have for it."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 
 import pytest
+import torch
 
+from shardwright.train.errors import UserError
+from shardwright.train.process import inherited, numerics
 from tests.distributed.optimizers import needs_compiler
 
 
@@ -92,3 +97,63 @@ def test_a_model_is_compiled_with_tf32() -> None:
         "True True",
         str(["tf32", True, "high", True, "high", True]),
     ], said
+
+
+# --- kernels that repeat ----------------------------------------------------------------------
+
+
+def test_kernels_repeat_inside_of_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(inherited.CUBLAS, raising=False)
+    monkeypatch.setenv(inherited.FLASH_ATTENTION, "")
+    benchmark = torch.backends.cudnn.benchmark
+    with numerics.kernels(deterministic=False):
+        assert numerics.deterministic_parts() == []
+    with numerics.kernels(deterministic=True):
+        assert numerics.deterministic_parts() == list(numerics.DETERMINISTIC)
+        with pytest.raises(RuntimeError) as raised:
+            torch.zeros(4).put_(torch.tensor([0, 1]), torch.ones(2))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (
+        False,
+        benchmark,
+    )
+    assert inherited.CUBLAS not in os.environ
+    assert os.environ[inherited.FLASH_ATTENTION] == ""
+    torch.zeros(4).put_(torch.tensor([0, 1]), torch.ones(2))
+    assert numerics.refused(raised.value) == (
+        f"trainer.deterministic=true: torch {torch.__version__} has no deterministic kernel for "
+        "put_, which this run calls; set trainer.deterministic=false, or choose another model, "
+        "model.attention or trainer.optimizer"
+    )
+    assert numerics.refused(RuntimeError("CUDA error: an illegal memory access")) is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "left"),
+    [
+        (lambda: torch.use_deterministic_algorithms(True, warn_only=True), "algorithms"),
+        (lambda: os.environ.update(CUBLAS_WORKSPACE_CONFIG=":0:0"), "cublas"),
+        (lambda: setattr(torch.backends.cudnn, "benchmark", True), "cudnn"),
+        (lambda: os.environ.pop(inherited.FLASH_ATTENTION), "flash_attention_2"),
+    ],
+)
+def test_what_is_switched_back_is_read_back(spoil: Callable[[], object], left: str) -> None:
+    with numerics.kernels(deterministic=True):
+        spoil()
+        found = numerics.deterministic_parts()
+        os.environ.update(inherited.of_determinism({}))  # for the block's end
+    assert set(numerics.DETERMINISTIC) - set(found) == {left}
+
+
+def test_an_environment_that_contradicts_kernels_that_repeat_is_refused() -> None:
+    for name, value in ((inherited.CUBLAS, ":0:0"), (inherited.FLASH_ATTENTION, "0")):
+        with pytest.raises(
+            UserError, match=f"{name}={value} in the environment contradicts .*; unset it"
+        ):
+            inherited.of_determinism({name: value})
+    asked = {inherited.CUBLAS: ":16:8"}
+    assert inherited.of_determinism(asked) == {**asked, inherited.FLASH_ATTENTION: "1"}
+    assert inherited.of_determinism({}) == {
+        inherited.CUBLAS: ":4096:8",
+        inherited.FLASH_ATTENTION: "1",
+    }

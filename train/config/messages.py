@@ -65,7 +65,7 @@ ALIASES = {
     "fp8": "precision=fp8",
     "fsdp": "strategy=fsdp",
     "fsdp_config": "strategy=fsdp and its keys, strategy.wrap=... among them",
-    "full_determinism": "seed: runs on a CPU repeat bit for bit",
+    "full_determinism": "trainer.deterministic",
     "gbs": "trainer.global_batch_size",
     "global_batch": "trainer.global_batch_size",
     "gpus": "launcher.nproc_per_node",

@@ -67,6 +67,9 @@ class TrainerConfig(OptimizerFields, Amount):
     """Keep the inputs of recomputed blocks in host memory: still less on the GPU, slower."""
     compile: bool = False
     """torch.compile each transformer block."""
+    deterministic: bool = False
+    """Compute by kernels alone that give the same bits each time, on a GPU too, where some of the
+    fastest do not: slower. What has no such kernel ends the run."""
     dataloader_workers: NonNegativeInt = 0
     """Processes of each rank that assemble batches; 0 does it in the rank."""
 

@@ -23,7 +23,7 @@ from shardwright.train.loop.callbacks.schedule import EveryStepCounts
 from shardwright.train.loop.saving.saver import Saver
 from shardwright.train.model import build as models
 from shardwright.train.optimizer import build as optimizer
-from shardwright.train.process import signals
+from shardwright.train.process import numerics, signals
 from shardwright.train.process.agreement import check, from_all
 from shardwright.train.strategy import finite
 from shardwright.train.strategy.loss_scale import keep_beside_gradients, loss_scale_is_exhausted
@@ -214,6 +214,15 @@ class Trainer(transformers.Trainer):
             began_at=self.resumed.step if self.resumed else None,
         )
         return Diverged(text)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; raise UserError where an operation is met that cannot be what was asked for."""
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if (problem := numerics.refused(error)) is None:
+                raise
+            raise UserError(problem) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

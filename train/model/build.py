@@ -66,6 +66,8 @@ def build(
             "model.attention=flash_attention_2 needs a CUDA GPU and the flash-attn package; "
             "install it or choose model.attention=sdpa"
         )
+    if section.attention == "flash_attention_2" and config.trainer.deterministic:
+        _check_flash_attention_repeats()
     model_config = transformers_config(section, tokenizer, kept)
     if isinstance(section, PretrainedModel):
         check_head(section, model_config, config.objective)
@@ -95,6 +97,20 @@ def build(
     if config.trainer.compile:
         compile_blocks(model)
     return model.train(), values
+
+
+def _check_flash_attention_repeats() -> None:
+    """Raise UserError where the installed one is too old to be told, which transformers passes over
+    without a word (5.23, modeling_flash_attention_utils.py)."""
+    import inspect
+    from importlib import import_module
+
+    installed = import_module("flash_attn")
+    if "deterministic" not in inspect.signature(installed.flash_attn_func).parameters:
+        raise UserError(
+            "trainer.deterministic=true with model.attention=flash_attention_2 needs flash-attn "
+            "2.4.1 or later; update it, or choose model.attention=sdpa"
+        )
 
 
 def fitted(config: RunConfig, model: PreTrainedModel) -> RunConfig:

@@ -69,6 +69,28 @@ def check_tf32(environment: MutableMapping[str, str], *, allowed: bool) -> None:
         )
 
 
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_THAT_REPEATS = (":4096:8", ":16:8")
+"""Of NVIDIA's documentation of cuBLAS; torch raises with any other."""
+FLASH_ATTENTION = "FLASH_ATTENTION_DETERMINISTIC"
+"""transformers (5.23) hands it to flash_attention_2 at each call."""
+
+
+def of_determinism(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """Return the variables by which libraries choose kernels that repeat. Pure.
+
+    Raises UserError where the environment has another value of one.
+    """
+    accepted = {CUBLAS: CUBLAS_THAT_REPEATS, FLASH_ATTENTION: ("1",)}
+    for name, values in accepted.items():
+        if (asked := environment.get(name)) not in (None, "", *values):
+            raise UserError(
+                f"{name}={asked} in the environment contradicts trainer.deterministic=true, which "
+                f"needs {' or '.join(values)}; unset it"
+            )
+    return {name: environment.get(name) or values[0] for name, values in accepted.items()}
+
+
 def said(names: Iterable[str]) -> str:
     """Return what a user is told of variables that decide nothing; empty where none do. Pure."""
     if not (listed := ", ".join(sorted(names))):

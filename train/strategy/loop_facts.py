@@ -15,6 +15,7 @@ from shardwright.train.config import (
 )
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.optimizer.schedule import SCHEDULES
+from shardwright.train.process import numerics
 
 if TYPE_CHECKING:
     from shardwright.train.strategy.training import Training
@@ -58,6 +59,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
         **fp8.read_back(trainer.model),
         # Of the names that it has, the one that torch prefers (2.13).
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
+        "deterministic": numerics.deterministic_parts(),
     }
 
 
@@ -149,6 +151,7 @@ def _numerics(config: RunConfig) -> dict[str, Any]:
             "moments": precision.moments_dtype if own_bytes is None else f"{8 * own_bytes}-bit",
         },
         "tf32": precision.allow_tf32 and config.launcher.device == "cuda",
+        "deterministic": list(numerics.DETERMINISTIC) if config.trainer.deterministic else [],
         "fp8_recipe": recipe,
         "loss_scale_growth_steps": None,
         "initial_loss_scale": None,

@@ -252,6 +252,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
         },
         "micro_batch_size=8 x data.sequence_length=63 = 504; change one of them",
     ),
+    (
+        {"precision": FP8, "model": LLAMA, **trainer(deterministic=True)},
+        "fp8_recipe=tensorwise with trainer.deterministic=true: nothing says that products in fp8",
+    ),
+    (trainer(full_determinism=True), "use trainer.deterministic"),
     # activation checkpointing
     (trainer(gradient_checkpointing=True), "use trainer.checkpoint_activations_every_blocks"),
     (trainer(activation_checkpointing=True), "use trainer.checkpoint_activations_every_blocks"),

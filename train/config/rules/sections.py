@@ -203,6 +203,12 @@ def _fp8_contradictions(config: Sections) -> Iterator[str]:
     recipe = config.precision.fp8_recipe
     if recipe is None:
         return
+    if config.trainer.deterministic:
+        yield (
+            f"precision.fp8_recipe={recipe} with trainer.deterministic=true: nothing says that "
+            "products in fp8 give the same bits each time; choose precision=bf16, or set "
+            "trainer.deterministic=false"
+        )
     if config.model.kind == "gpt2":
         yield (
             f"precision.fp8_recipe={recipe} converts linear layers, but the blocks of "
