@@ -53,22 +53,18 @@ def temporary_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.tmp")
 
 
-@contextmanager
-def atomic_directory(final: Path) -> Iterator[Path]:
-    """Give a temporary sibling to write into; it becomes ``final`` when the block ends well.
-
-    An older ``final`` stays until then, and is set aside just before. The sibling is removed when
-    the block raises; what a kill leaves of it, the next one replaces.
-    """
+def begin_directory(final: Path) -> Path:
+    """Make the empty sibling in which ``final`` is written until `publish_directory`."""
     temporary = temporary_of(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for path in temporary.rglob("*"):
+    return temporary
+
+
+def publish_directory(final: Path) -> None:
+    """Flush what `begin_directory` has begun and give it its name; an older one is set aside."""
+    temporary = temporary_of(final)
+    for path in (temporary, *temporary.rglob("*")):
         flush(path)
     older = final.with_name(f".{final.name}.old")
     shutil.rmtree(older, ignore_errors=True)
@@ -76,3 +72,19 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         os.rename(final, older)
     publish(temporary, final)
     shutil.rmtree(older, ignore_errors=True)
+
+
+@contextmanager
+def atomic_directory(final: Path) -> Iterator[Path]:
+    """Give a temporary sibling to write into; it becomes ``final`` when the block ends well.
+
+    An older ``final`` stays until then, and is set aside just before. The sibling is removed when
+    the block raises; what a kill leaves of it, the next one replaces.
+    """
+    temporary = begin_directory(final)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    publish_directory(final)

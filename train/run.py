@@ -44,7 +44,7 @@ from shardwright.train.model.blocks import check_blocks_are_not_skipped, paramet
 from shardwright.train.model.directory import rehearse
 from shardwright.train.model.weights import InitialValues, drawn
 from shardwright.train.process import signals
-from shardwright.train.process.agreement import check, from_all, together
+from shardwright.train.process.agreement import check, from_all_patiently, together
 from shardwright.train.process.provenance import write_provenance
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory import final, history
@@ -147,8 +147,9 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
         resumed,
     )
     _add_callbacks(trainer, rank, console)
-    # The most that any node's agent counts: that of a node which has come back begins at 0.
-    restarts = max(from_all(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
+    # The most that any node's agent counts: that of a node which has come back begins at 0. Ranks
+    # come here from reading weights, each as fast as its disk is.
+    restarts = max(from_all_patiently(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
     if rank.index == 0:
         if restarts:
             _note_restart(run_dir, restarts, resumed, rank.world_size)

@@ -12,13 +12,18 @@ from transformers import TrainerCallback
 from shardwright.train.config import load
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
+from shardwright.train.process.agreement import from_all
 from shardwright.train.process.rank import Rank, rank_from_environment
 from shardwright.train.run import assemble
 from shardwright.train.strategy.group import join
 
 
+def parameters_of(trainer: Trainer) -> list[tuple[str, Any]]:
+    return list(trainer.model.named_parameters())
+
+
 class MasterWeights(TrainerCallback):
-    """Keeps what masters and parameters are before the first step, on rank 0."""
+    """Keeps what masters and parameters are before the first step."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -26,9 +31,17 @@ class MasterWeights(TrainerCallback):
         self.copies: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, whole in self.trainer.engine.full_parameters(self.trainer):
-            if whole is not None:
-                self.found[name] = whole.clone()
+        mine = [
+            (name, start, values.detach().float().numpy(force=True).copy())
+            for name, start, values in self.trainer.engine.own_weights(self.trainer)
+        ]
+        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in parameters_of(self.trainer)}
+        whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+        for name, start, values in (part for rank in from_all(mine) for part in rank):
+            target = whole[name].view(-1)[start : start + len(values)]
+            assert target.isnan().all(), f"{name} has elements twice"
+            target.copy_(torch.from_numpy(values))
+        self.found = whole
         if self.trainer.config.strategy.kind == "zero":
             import deepspeed
 

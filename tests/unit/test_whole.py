@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from shardwright.train.checkpoint.format.outputs import Output
+from shardwright.train.checkpoint.format.outputs import Output, share
 from shardwright.train.export import safetensors as whole
 from shardwright.train.export.safetensors import Budget, Writer
 from tests.unit.tensors import in_fragments
@@ -93,6 +93,56 @@ def test_tensors_are_streamed_in_slices_and_cast(dtype: torch.dtype, tmp_path: P
     }
     assert sum(counted) == plan.tensor_bytes
     assert len(counted) > 30
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
+def test_writers_share_all_elements_evenly_and_in_their_order(count: int) -> None:
+    lengths = [5, 0, 17, 1, 20]
+    found = [list(share(lengths, index, count)) for index in range(count)]
+    elements = [(n, i) for part in found for n, first, last in part for i in range(first, last)]
+    assert elements == [(n, i) for n, length in enumerate(lengths) for i in range(length)]
+    sizes = [sum(last - first for _, first, last in part) for part in found]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_processes_write_their_parts_into_the_same_files(tmp_path: Path) -> None:
+    lazy = {}
+    for name, tensor in TENSORS.items():
+        (tmp_path / name).mkdir()
+        lazy[name] = in_fragments(tensor, tmp_path / name, [1][: tensor.ndim])
+    files = []
+    for count in (1, 3):
+        directory = tmp_path / f"by {count}"
+        directory.mkdir()
+        plan = plan_of(TENSORS, 120)
+        Writer(directory, plan)
+        for index in range(count):
+            writer = Writer(directory, plan, makes_files=False)
+            whole.stream(lazy, writer, Budget(threads=2, slice_bytes=32), part=(index, count))
+            writer.flush()
+        writer.check_sizes()
+        files.append({path.name: path.read_bytes() for path in directory.iterdir()})
+    assert len(files[0]) > 2
+    assert files[0] == files[1]
+
+
+def test_a_process_waits_for_its_own_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(TENSORS, 1)
+    Writer(tmp_path, plan)
+    writer = Writer(tmp_path, plan, makes_files=False)
+    writer.write("small", TENSORS["small"])
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    writer.flush()
+    assert len(synced) == 1
+    shard = Path(synced[0])
+    assert list(load_file(shard)) == ["small"]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for look in (writer.flush, writer.check_sizes):
+        with pytest.raises(OSError, match="instead of"):
+            look()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

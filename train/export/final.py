@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from shardwright.train.checkpoint.discovery import best_whole
 from shardwright.train.checkpoint.format import damage
@@ -17,7 +24,8 @@ from shardwright.train.checkpoint.format import outputs as format_outputs
 from shardwright.train.checkpoint.format.layout import read_manifest, step_of
 from shardwright.train.checkpoint.read import portable
 from shardwright.train.console import progress
-from shardwright.train.durable import atomic_directory
+from shardwright.train.durable import begin_directory, publish_directory, temporary_of
+from shardwright.train.export import parts
 from shardwright.train.export import safetensors as whole
 from shardwright.train.export.card import README, Card
 from shardwright.train.model import origin
@@ -29,7 +37,12 @@ from shardwright.train.model.directory import (
     write_beside_weights,
     writers,
 )
-from shardwright.train.process.agreement import check, from_all, together
+from shardwright.train.process.agreement import (
+    check,
+    from_all_patiently,
+    patiently,
+    together,
+)
 from shardwright.train.run_directory.names import CHECKPOINTS, FINAL, MODEL_FOLDER
 
 if TYPE_CHECKING:
@@ -48,47 +61,55 @@ def export(
     max_shard_bytes: int = whole.MAX_SHARD_BYTES,
     say: Callable[[str], object] = logger.warning,
 ) -> Path:
-    """Write RUN_DIR/final and return its path. Collective; rank 0 writes.
+    """Write RUN_DIR/final and return its path. Collective.
 
-    The weights are those of ``checkpoint``, or of the live engine where there is none.
+    The weights are those of ``checkpoint``, or of the live engine where there is none. Each rank
+    writes its own part of them, a slice at a time, and waits until that is on the disk; the first
+    one then adds the rest and gives the whole its name. No rank waits for another's disk in a
+    collective.
 
-    Rank 0 holds one whole tensor in memory at a time, or slices of a checkpoint's. What cannot be
-    written beside the weights is left out, and ``say`` hears of it. Raises Stop where a rank was
-    told to before the last tensor is there, FloatingPointError where a weight is not finite, and
-    WrongWeights where `from_pretrained` would not find exactly the weights it looks for; final/ is
-    not made then. Raises RuntimeError where it holds the weights but does not load for another
-    reason.
+    What cannot be written beside the weights is left out, and ``say`` hears of it on the first
+    rank. Raises, on all ranks alike, Stop where a rank was told to before the last tensor is there,
+    FloatingPointError where a weight is not finite, and WrongWeights where `from_pretrained` would
+    not find exactly the weights it looks for; final/ is not made then. Raises RuntimeError where it
+    holds the weights but does not load for another reason.
     """
     final = trainer.run_dir / FINAL
-    if trainer.is_world_process_zero():
-        with atomic_directory(final) as directory:
-            try:
-                _write_tensors(trainer, checkpoint, directory, max_shard_bytes)
-            except FloatingPointError as error:
-                raise FloatingPointError(
-                    f"{error}; final/ is not written, the checkpoints remain"
-                ) from None
-            failed = _write_beside_weights(trainer, card, directory)
-            trainer.engine.release()
-            if CONFIG not in failed:
-                with progress.phase(f"checking that {FINAL}/ loads", comes_again=True):
-                    _check_loads(trainer, directory, failed)
-        for what, reason in failed.items():
-            say(f"warning: {final} is without {what}: {damage.in_one_line(reason)}")
-        if lost := [what for what in (CONFIG, _LOADING) if what in failed]:
-            raise RuntimeError(
-                f"{final} holds the whole weights, but does not load: {lost[0]} failed "
-                f"({damage.in_one_line(failed[lost[0]])})"
-            )
-    elif checkpoint is None:
-        for _ in _live_tensors(trainer):
-            pass
-    else:
-        with together():
-            pass
-    if dist.is_initialized():
-        dist.barrier()
+    try:
+        with patiently():
+            plan = _begin(trainer, final, max_shard_bytes)
+        check()
+        plan = _of_first(plan)
+        writer = _write_tensors(trainer, plan, checkpoint, temporary_of(final))
+        with patiently(), progress.phase(f"completing {FINAL}/", comes_again=True):
+            if trainer.is_world_process_zero():
+                writer.check_sizes()
+                _complete(trainer, card, final, say)
+    except BaseException:
+        if trainer.is_world_process_zero():
+            shutil.rmtree(temporary_of(final), ignore_errors=True)
+        raise
     return final
+
+
+def _complete(
+    trainer: Trainer, card: Callable[[], Card], final: Path, say: Callable[[str], object]
+) -> None:
+    """Add to the weights what belongs beside them, and give the directory its name if it loads."""
+    directory = temporary_of(final)
+    failed = _write_beside_weights(trainer, card, directory)
+    trainer.engine.release()
+    if CONFIG not in failed:
+        with progress.phase(f"checking that {FINAL}/ loads", comes_again=True):
+            _check_loads(trainer, directory, failed)
+    publish_directory(final)
+    for what, reason in failed.items():
+        say(f"warning: {final} is without {what}: {damage.in_one_line(reason)}")
+    if lost := [what for what in (CONFIG, _LOADING) if what in failed]:
+        raise RuntimeError(
+            f"{final} holds the whole weights, but does not load: {lost[0]} failed "
+            f"({damage.in_one_line(failed[lost[0]])})"
+        )
 
 
 _LOADING = "a check that `from_pretrained` loads it"
@@ -129,7 +150,7 @@ def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
     if rule.export == "last":
         return None
     best, passed_over = best_whole(
-        trainer.run_dir / CHECKPOINTS, rule, gather=from_all, share=place
+        trainer.run_dir / CHECKPOINTS, rule, gather=from_all_patiently, share=place
     )
     if best is None:
         text = "warning: no checkpoint that was evaluated is whole; final/ gets the last weights"
@@ -144,26 +165,24 @@ def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
     return None if is_last else best
 
 
-def _live_tensors(trainer: Trainer) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield each parameter's name and, on rank 0, its whole fp32 value. Collective; raises Stop."""
-    for found in trainer.engine.full_parameters(trainer):
-        check()
-        yield found
+def _begin(trainer: Trainer, final: Path, max_shard_bytes: int) -> whole.Plan | None:
+    """On the first rank, make the files of the weights in their full size; return what they are."""
+    if not trainer.is_world_process_zero():
+        return None
+    plan = _planned(trainer, max_shard_bytes)
+    directory = begin_directory(final)
+    whole.Writer(directory, plan).flush()
+    return plan
 
 
-def _write_tensors(
-    trainer: Trainer, checkpoint: Path | None, directory: Path, max_shard_bytes: int
-) -> None:
-    """Write fp32 parameters, tied ones once, then persistent buffers as they are."""
+def _planned(trainer: Trainer, max_shard_bytes: int) -> whole.Plan:
+    """Return the files of fp32 parameters, tied ones once, and persistent buffers as they are."""
     model = trainer.model
-    parameters = dict(model.named_parameters())
-    saved = model.state_dict().keys() - parameters.keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     # ZeRO-3 leaves an empty tensor in place of a parameter and the whole shape beside it.
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}
     outputs = [
         *(format_outputs.Output(name, shape, torch.float32) for name, shape in shapes.items()),
-        *(format_outputs.Output(name, tuple(b.shape), b.dtype) for name, b in buffers.items()),
+        *(format_outputs.Output(n, tuple(b.shape), b.dtype) for n, b in _buffers(model).items()),
     ]
     places: dict[str, tuple[format_outputs.Place, ...]] = {}
     try:
@@ -174,31 +193,59 @@ def _write_tensors(
             "final/ has the names of the model in memory, which other versions may not know",
             error,
         )
-    plan = whole.plan(outputs, max_shard_bytes, places)
-    writer = whole.Writer(directory, plan)
-    with progress.phase(
-        f"writing {FINAL}/", total=plan.tensor_bytes, unit="B", comes_again=True
-    ) as shown:
-        _write_to(writer, trainer, checkpoint, parameters, buffers, shown.advance)
+    return whole.plan(outputs, max_shard_bytes, places)
 
 
-def _write_to(
-    writer: whole.Writer,
-    trainer: Trainer,
-    checkpoint: Path | None,
-    parameters: Collection[str],
-    buffers: Mapping[str, torch.Tensor],
-    advance: Callable[[int], object],
-) -> None:
-    if checkpoint is not None:
-        weights = portable.read(checkpoint).weights
-        with together():
-            whole.stream({name: weights[name] for name in parameters}, writer, _BUDGET, advance)
-    else:
-        for name, tensor in _live_tensors(trainer):
-            assert tensor is not None
-            writer.write(name, tensor)
-            advance(tensor.nbytes)
-    for name, buffer in buffers.items():
-        writer.write(name, buffer.cpu())
-    writer.flush()
+def _buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    saved = model.state_dict().keys() - dict(model.named_parameters()).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+def _of_first(plan: whole.Plan | None) -> whole.Plan:
+    """Return on every rank what the first one has planned. Collective."""
+    found = [plan]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def _write_tensors(
+    trainer: Trainer, plan: whole.Plan, checkpoint: Path | None, directory: Path
+) -> whole.Writer:
+    """Write this rank's part of the weights, and return once every rank's is on the disk."""
+    writer = whole.Writer(directory, plan, makes_files=False)
+    place = trainer.args.process_index, trainer.args.world_size
+    total_bytes = plan.tensor_bytes // place[1]
+    with (
+        progress.phase(f"writing {FINAL}/", total=total_bytes, unit="B", comes_again=True) as shown,
+        _not_writing_what_is_not_finite(),
+        patiently() if parts.travel(trainer) else together() as others,
+    ):
+
+        def advance(written_bytes: int) -> None:
+            others.look()
+            shown.advance(written_bytes)
+
+        if checkpoint is not None:
+            weights = portable.read(checkpoint).weights
+            found = {name: weights[name] for name, _ in trainer.model.named_parameters()}
+            whole.stream(found, writer, _BUDGET, advance, place)
+        else:
+            parts.write(trainer, writer, others, advance)
+        if place[0] == 0:
+            for name, buffer in _buffers(trainer.model).items():
+                writer.write(name, buffer.cpu())
+        writer.flush()
+    check()
+    return writer
+
+
+@contextmanager
+def _not_writing_what_is_not_finite() -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"{error}; final/ is not written, the checkpoints remain"
+        ) from None

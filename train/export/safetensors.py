@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 
 from shardwright.train.checkpoint.format.lazy import LazyTensor
-from shardwright.train.checkpoint.format.outputs import Output, Place
+from shardwright.train.checkpoint.format.outputs import Output, Place, share
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -148,18 +148,26 @@ def _file(name: str, outputs: list[Output]) -> File:
 class Writer:
     """Writes slices of a plan's tensors into a directory, from any thread, in any order.
 
-    Its files exist in their full size from the beginning. Raises OSError where they do not fit.
+    Several processes may, each other slices: the first makes the files, in their full size from the
+    beginning. Raises OSError where they do not fit.
     """
 
-    def __init__(self, directory: Path, plan: Plan, *, allow_nan: bool = False) -> None:
+    def __init__(
+        self, directory: Path, plan: Plan, *, allow_nan: bool = False, makes_files: bool = True
+    ) -> None:
         self.plan = plan
         self._directory, self._allow_nan = directory, allow_nan
         self._files = {name: file for file in plan.files for name in file.offsets}
+        self._touched: dict[str, File] = {}
+        """The files that `flush` waits for, by name."""
+        if not makes_files:
+            return
         for file in plan.files:
             path = directory / file.name
             with path.open("xb") as stream:
                 _reserve(stream.fileno(), file.bytes, path)
                 stream.write(file.header)
+            self._touched[file.name] = file
         if plan.index is not None:
             (directory / INDEX).write_bytes(plan.index)
 
@@ -195,16 +203,32 @@ class Writer:
     def _write(self, output: str, values: torch.Tensor, start: int) -> None:
         file = self._files[output]
         offset = file.offsets[output] + start * values.element_size()
+        self._touched[file.name] = file
         _write_at(values.view(torch.uint8).numpy().data, self._directory / file.name, offset)
 
     def flush(self) -> None:
-        """Wait until all of it is on the disk. Raises OSError where a file has not its size."""
-        for file in self.plan.files:
+        """Wait until what this process has written is on the disk: no other one can do it.
+
+        Raises OSError, as where a file has not its size.
+        """
+        for file in self._touched.values():
             path = self._directory / file.name
-            with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            if (size := path.stat().st_size) != file.bytes:
-                raise OSError(errno.EIO, f"it has {size} bytes instead of {file.bytes}", str(path))
+            descriptor = os.open(path, os.O_WRONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            _check_size(path, file)
+
+    def check_sizes(self) -> None:
+        """Raise OSError where a file has not its size, whoever has written to it."""
+        for file in self.plan.files:
+            _check_size(self._directory / file.name, file)
+
+
+def _check_size(path: Path, file: File) -> None:
+    if (size := path.stat().st_size) != file.bytes:
+        raise OSError(errno.EIO, f"it has {size} bytes instead of {file.bytes}", str(path))
 
 
 def _check_finite(name: str, values: torch.Tensor, cast: torch.Tensor, *, allow_nan: bool) -> None:
@@ -292,19 +316,23 @@ def stream(
     writer: Writer,
     budget: Budget,
     advance: Callable[[int], object] = lambda written_bytes: None,
+    part: tuple[int, int] = (0, 1),
 ) -> None:
     """Write whole tensors from the files in which they lie, slice by slice on several threads.
 
-    ``advance`` is called with the number of bytes just written, from one thread at a time. Raises
-    what `Writer.write` and `LazyTensor.read` do.
+    Or this process's ``part`` of all their elements: its number among how many. ``advance`` is
+    called with the number of bytes just written, from one thread at a time. Raises what
+    `Writer.write` and `LazyTensor.read` do.
     """
+    found = list(tensors.items())
 
     def slices() -> Iterator[tuple[str, int, int]]:
-        for name, tensor in tensors.items():
+        for number, begin, end in share((tensor.numel for _, tensor in found), *part):
+            name, tensor = found[number]
             # 16 bits may be cast to 32.
             step = max(1, budget.slice_bytes // max(4, tensor.dtype.itemsize))
-            for start in range(0, tensor.numel, step):
-                yield name, start, min(start + step, tensor.numel)
+            for start in range(begin, end, step):
+                yield name, start, min(start + step, end)
 
     counting, of_thread = Lock(), local()
 

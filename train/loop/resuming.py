@@ -28,7 +28,7 @@ from shardwright.train.errors import UserError
 from shardwright.train.loop import random_numbers
 from shardwright.train.model import streaming
 from shardwright.train.model.weights import InitialValue, InitialValues
-from shardwright.train.process.agreement import from_all
+from shardwright.train.process.agreement import from_all_patiently
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory.names import CHECKPOINTS
 from shardwright.train.strategy.loss_scale import restore_loss_scale
@@ -79,7 +79,7 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
     with progress.phase("checking the checkpoint's hashes", unit="B", comes_again=True) as shown:
         path, passed_over = discovery.newest_whole(
             directory,
-            gather=from_all,
+            gather=from_all_patiently,
             share=(rank.index, rank.world_size),
             advance=shown.advance,
         )
@@ -217,7 +217,7 @@ def restore(trainer: Training, resumed: Resumed) -> None:
         part = trainer.layout.data_parallel_rank(rank)
         random_numbers.begin(trainer.config.seed, resumed.step, part)
     # Where a rank has been refused something, an older checkpoint may be all that is left.
-    from_all(None)
+    from_all_patiently(None)
     if rank == 0:
         retention.retain(resumed.checkpoint.parent, trainer.config.checkpoint, newest=resumed.step)
 

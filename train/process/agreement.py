@@ -11,16 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shardwright.train.process.signals import (
-    CTRL_C,
-    SECONDS_BETWEEN_LOOKS,
-    Stop,
-    asked,
-    at_once,
-    hear,
-)
-
-_KEY = "shardwright/stop"
+from shardwright.train.process.meeting import Meeting
+from shardwright.train.process.signals import CTRL_C, Stop, asked, at_once, hear
 
 
 def from_all(value: Any) -> list[Any]:
@@ -44,44 +36,55 @@ def check() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Let a signal to any rank end the block on all at once, and raise Stop. Collective.
+def patiently() -> Iterator[Meeting]:
+    """Wait at the end of the block, without a limit, until all ranks have come there. Collective.
 
-    Nothing inside may be: a rank that waits for another's work waits in no collective.
+    Nothing inside may be: it is for work whose time depends on a disk. An error in one rank is
+    raised in all of them, at the end or where they `look`.
     """
-    with _hearing_others() as tell_others:
-        try:
-            with at_once():
-                yield
-        except Stop:
-            tell_others()
-    check()
+    with _meeting() as met:
+        yield met
+        met.wait_for_all()
+    if dist.is_initialized():
+        # The store may be one rank's, which is not to leave before all have heard.
+        dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager
-def _hearing_others() -> Iterator[Callable[[], object]]:
-    """Have a thread interrupt this process once another rank calls what the block is given."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    if not dist.is_initialized():
-        yield lambda: None
-        return
-    store, over = _get_default_store(), threading.Event()
-
-    def listen() -> None:
-        while not over.wait(SECONDS_BETWEEN_LOOKS):
-            if store.check([_KEY]):
-                hear(main)
-                return
-
+def together() -> Iterator[Meeting]:
+    """As `patiently`, where a signal to any rank ends the block on all at once; raises Stop."""
     main = threading.get_ident()
-    listener = threading.Thread(target=listen, name="stop", daemon=True)
-    listener.start()
-    try:
-        yield lambda: store.set(_KEY, "")
-    finally:
-        over.set()
-        listener.join()
+    with _meeting(on_stop=lambda: hear(main)) as met:
+        try:
+            with at_once():
+                yield met
+                met.wait_for_all()
+        except Stop:
+            met.stop()
+    check()
+
+
+def from_all_patiently(value: Any) -> list[Any]:
+    """As `from_all`, where ranks may come far apart from each other."""
+    with patiently():
+        pass
+    return from_all(value)
+
+
+@contextmanager
+def _meeting(on_stop: Callable[[], object] | None = None) -> Iterator[Meeting]:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        met = Meeting(_get_default_store(), dist.get_rank(), dist.get_world_size())
+    else:
+        met = Meeting(None, 0, 1)
+    with met.listening(on_stop):
+        try:
+            yield met
+        except BaseException as error:
+            met.fail(error)
+            raise
 
 
 def reason(requesters: Sequence[str | None]) -> str:

@@ -9,7 +9,7 @@ from shardwright.train.config import RankLayout, RunConfig
 from shardwright.train.strategy.training import Stateful
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -101,11 +101,12 @@ class Engine(Stateful, ABC):
         """Bring back the state between two steps, after forward passes without a backward."""
 
     @abstractmethod
-    def full_parameters(self, trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Yield each parameter's name and whole fp32 master weight, one at a time.
+    def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """Yield what this rank is to write of the master weights, to be read only.
 
-        Collective: every rank iterates in step. Rank 0 gets the tensor on the CPU, others None.
-        Tied parameters come once.
+        That is a parameter's name, the place of the first element in the flattened parameter, and
+        consecutive elements as they lie, on any device. Over all ranks each element of each
+        parameter comes once; tied ones come under their first name. There is no communication.
         """
 
     @abstractmethod
@@ -118,3 +119,14 @@ class Engine(Stateful, ABC):
 
     def clean_up(self) -> None:
         """Remove what the engine left outside of the run directory, once the run has ended."""
+
+
+def divided(
+    held: Sequence[tuple[str, int, torch.Tensor]], index: int, count: int
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Yield one rank's part of what ``count`` ranks hold alike, as `Engine.own_weights` does."""
+    from shardwright.train.checkpoint.format.outputs import share
+
+    for number, first, last in share((values.numel() for _, _, values in held), index, count):
+        name, start, values = held[number]
+        yield name, start + first, values.detach().view(-1)[first:last]

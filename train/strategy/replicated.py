@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import DdpStrategy
 from shardwright.train.strategy.dtypes import TORCH_DTYPES
-from shardwright.train.strategy.engine import Engine
+from shardwright.train.strategy.engine import Engine, divided
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,12 +108,9 @@ class Replicated(Engine):
         check_names(state, parameters)
         restore_whole(trainer.torch_optimizer(), state, parameters)
 
-    def full_parameters(self, trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
-        import torch
-
-        for name, parameter in trainer.model.named_parameters():
-            whole = parameter.detach().to("cpu", torch.float32)
-            yield name, whole if trainer.is_world_process_zero() else None
+    def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
+        held = [(name, 0, parameter) for name, parameter in trainer.model.named_parameters()]
+        return divided(held, trainer.args.process_index, trainer.args.world_size)
 
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
         return trainer.model.parameters()

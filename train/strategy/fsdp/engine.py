@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from shardwright.train.strategy.engine import Engine
+from shardwright.train.strategy.engine import Engine, divided
 from shardwright.train.strategy.fsdp import facts
 from shardwright.train.strategy.fsdp.settings import settings
-from shardwright.train.strategy.fsdp.sharding import sharded, sharded_as
+from shardwright.train.strategy.fsdp.sharding import held, sharded, sharded_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,14 +61,14 @@ class Fsdp(Engine):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def full_parameters(self, trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
-        import torch
-        from torch.distributed.tensor import DTensor
-
-        for name, parameter in trainer.model.named_parameters():
-            assert isinstance(parameter, DTensor)
-            whole = parameter.full_tensor().detach().to("cpu", torch.float32)
-            yield name, whole if trainer.is_world_process_zero() else None
+    def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
+        rank = trainer.args.process_index
+        held_here = []
+        parameters: dict[str, Any] = dict(trainer.model.named_parameters())
+        for name, parameter in parameters.items():
+            start, _ = held(parameter)
+            held_here.append((name, start, parameter.to_local()))
+        return divided(held_here, self.layout.replica_rank(rank), self.layout.replicas)
 
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
         from torch.distributed.tensor import DTensor

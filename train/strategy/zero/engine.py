@@ -6,15 +6,17 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy
-from shardwright.train.strategy.engine import Engine
+from shardwright.train.strategy.engine import Engine, divided
 from shardwright.train.strategy.zero import facts, masters, nvme
 from shardwright.train.strategy.zero.adam import deepspeed_cpu_adam
 from shardwright.train.strategy.zero.masters import (
+    Piece,
     flat_partitions,
     has_own_masters,
     joined,
     master_partitions,
     replicated_masters,
+    to_hold,
 )
 from shardwright.train.strategy.zero.partition import partitioned
 from shardwright.train.strategy.zero.settings import settings
@@ -116,32 +118,45 @@ class Zero(Engine):
             with swapped.in_memory(engine.optimizer, index):
                 restore_flat(optimizer, flat, state, pieces)
 
-    def full_parameters(self, trainer: Training) -> Iterator[tuple[str, torch.Tensor | None]]:
-        import torch
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        engine = trainer.model_wrapped
+    def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
+        engine, stage = trainer.model_wrapped, self.strategy.stage
         replicated = replicated_masters(engine)
+        on_all = []
         for name, parameter in engine.module.named_parameters():
-            whole = safe_get_full_fp32_param(parameter)
-            if whole is None:  # stage 0, where DeepSpeed links no master to its parameter
-                whole = replicated.get(parameter, parameter).detach()
-            whole = whole.to("cpu", torch.float32)
-            yield name, whole if trainer.is_world_process_zero() else None
+            if stage == 0:
+                on_all.append((name, 0, replicated.get(parameter, parameter)))
+            elif parameter.requires_grad:
+                continue  # the optimizer has it
+            elif stage == 3:
+                _, _, start, length = to_hold(name, parameter)
+                yield name, start, parameter.ds_tensor[:length]
+            else:
+                on_all.append((name, 0, parameter))
+        yield from divided(on_all, trainer.args.process_index, trainer.args.world_size)
+        if stage > 0:
+            for flat, pieces in self._partitions(engine):
+                for name, start, length, place in pieces:
+                    yield name, start, flat[place : place + length]
 
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
-        from shardwright.train.strategy.zero import swapped
-
         engine = trainer.model_wrapped
         if engine.zero_optimization_stage() == 0:
             yield from replicated_masters(engine).values() or engine.module.parameters()
             return
-        names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        partitions = swapped.masters(engine.optimizer, master_partitions(engine.optimizer))
-        for flat, (_, pieces) in zip(partitions, flat_partitions(engine, names), strict=True):
+        for flat, pieces in self._partitions(engine):
             # What pads a partition is memory that nothing was ever written to, and may be NaN.
             for start, stop in joined((place, place + length) for _, _, length, place in pieces):
-                yield flat.flatten()[start:stop]
+                yield flat[start:stop]
+
+    @staticmethod
+    def _partitions(engine: Any) -> Iterator[tuple[torch.Tensor, list[Piece]]]:
+        """Yield this rank's flat master weights and what lies where in them."""
+        from shardwright.train.strategy.zero import swapped
+
+        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        flats = swapped.masters(engine.optimizer, master_partitions(engine.optimizer))
+        for flat, (_, pieces) in zip(flats, flat_partitions(engine, names), strict=True):
+            yield flat.detach().flatten(), pieces
 
     @staticmethod
     def release() -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Piece = tuple[str, int, int, int]
+"""A parameter's name, its first element in a flat partition, how many, and their place there."""
+
 
 def complete(trainer: Training) -> None:
     """Mend what deepspeed 0.19 gets wrong.
@@ -152,12 +155,8 @@ def replicated_masters(engine: Any) -> dict[Any, torch.Tensor]:
 
 def flat_partitions(
     engine: Any, names: dict[Any, str]
-) -> Iterator[tuple[torch.Tensor, list[tuple[str, int, int, int]]]]:
-    """Yield this rank's flat fp32 partitions and what lies where in them.
-
-    A piece is a parameter's name, its first element there, how many, and their place in the flat
-    tensor.
-    """
+) -> Iterator[tuple[torch.Tensor, list[Piece]]]:
+    """Yield this rank's flat fp32 partitions and what lies where in them."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
