@@ -9,7 +9,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 # On a machine with GPUs the demo takes them all, in bf16; on a CPU it runs as it is written.
 DEVICES := $(if $(filter-out 0,$(GPUS)),precision=bf16 launcher.nproc_per_node=$(GPUS))
 
-.PHONY: run test test-slow test-matrix test-faults test-slurm lint typecheck format docs setup clean
+.PHONY: run test test-slow test-matrix test-faults test-scale test-slurm lint typecheck format docs setup clean
 
 run: .venv/run
 	$(BIN)/shardwright train experiment=$(EXPERIMENT) $(DEVICES) $(ARGS)
@@ -25,6 +25,9 @@ test-matrix: .venv/dev
 
 test-faults: .venv/dev
 	$(BIN)/python -m pytest -m faults $(ARGS)
+
+test-scale: .venv/dev
+	$(BIN)/python -m pytest -m scale $(ARGS)
 
 # As root, with slurm-wlm, munge and iproute2 installed; a test that cannot run fails.
 test-slurm: .venv/dev

@@ -39,12 +39,26 @@ def seal(checkpoint: Path) -> None:
 
 
 def refusal(run_dir: Path) -> str:
-    """Return what the user is told when the newest checkpoint is opened."""
+    """Return what the user is told when the newest checkpoint is opened, or read."""
     seal(run_dir / "checkpoints/checkpoint-2")
     with pytest.raises(UserError) as error:
-        resuming.newest(run_dir, Rank(index=0, local_index=0, world_size=1), pytest.fail)
+        read_everything(run_dir)
     assert "remove it to use an older one" in str(error.value)
     return str(error.value)
+
+
+def read_everything(run_dir: Path) -> None:
+    """Read the tensors of the newest checkpoint in the two ways of a resume."""
+    found = resuming.newest(run_dir, Rank(index=0, local_index=0, world_size=1), pytest.fail)
+    assert found is not None
+    for tensor in [*found.state.weights.values(), *found.state.buffers.values()]:
+        resuming._Saved(tensor, found.checkpoint).write(torch.empty(tensor.shape))
+    with resuming._refusing(found.checkpoint):
+        for moments in found.state.moments.values():
+            for tensor in moments.values():
+                tensor.whole()
+        for numbers in found.state.scalars.values():
+            assert dict(numbers) == {"step": 2}
 
 
 @pytest.mark.parametrize("write", FORMATS)
@@ -269,4 +283,31 @@ def test_a_whole_run_refuses_code_beside_the_engines_files(run_of: RunOf, tmp_pa
     ended = start(run_dir)
     assert 2 in ended.exit_codes, ended
     assert "scheduler.pt is refused" in ended.console
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg", "step"])
+def test_a_whole_run_refuses_code_in_a_tensor_that_a_rank_reads(
+    kind: str, run_of: RunOf, tmp_path: Path
+) -> None:
+    """Where no rank has looked at a tensor before it reads it."""
+    run_dir, mark = run_of("fsdp"), tmp_path / "mark"
+    checkpoint = run_dir / "checkpoints/checkpoint-2"
+    path = checkpoint / "engine/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    found = [i for i in metadata.storage_data if i.fqn.endswith(f"h.1.ln_1.weight.{kind}")]
+    if kind == "weight":
+        found = [i for i in metadata.storage_data if i.fqn == "model.transformer.h.1.ln_1.weight"]
+    info = metadata.storage_data[found[-1]]
+    data = in_zip(Payload(mark))
+    with (checkpoint / "engine" / info.relative_path).open("ab") as file:
+        info.offset, info.length = file.tell(), len(data)
+        file.write(data)
+    path.write_bytes(pickle.dumps(metadata))
+    seal(checkpoint)
+    ended = start(run_dir)
+    assert 2 in ended.exit_codes, ended
+    assert f"{checkpoint} cannot be resumed: " in ended.console
+    assert f"{info.relative_path} at {info.offset} is refused: " in ended.console
+    assert "remove it to use an older one" in ended.console
     assert not mark.exists()

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardwright.train.checkpoint.format.lazy import (
     Fragment,
     LazyTensor,
+    Span,
+    Unlocated,
     Unreadable,
+    _are_apart,
     describe,
     lazy,
 )
+from tests.counting import counted
 from tests.unit.tensors import in_fragments
 
 
@@ -93,6 +102,88 @@ def test_rectangles_that_do_not_cover_a_matrix_are_refused(
     )
     with pytest.raises(Unreadable, match=reason):
         LazyTensor((3, 4), torch.float32, fragments)
+
+
+Box = tuple[int, int, int, int]
+
+
+def overlaps(one: Box, other: Box) -> bool:
+    above = one[2] <= other[0] or other[2] <= one[0]
+    return not (above or one[3] <= other[1] or other[3] <= one[1])
+
+
+@given(
+    st.lists(
+        st.tuples(*(st.integers(0, 9) for _ in range(4)))
+        .map(lambda n: (*sorted(n[::2]), *sorted(n[1::2])))
+        .map(lambda n: (n[0], n[2], n[1], n[3]))
+        .filter(lambda box: box[0] < box[2] and box[1] < box[3]),
+        max_size=6,
+    )
+)
+def test_rectangles_are_apart_where_no_two_overlap(boxes: list[Box]) -> None:
+    found = any(overlaps(a, b) for a, b in itertools.combinations(boxes, 2))
+    assert _are_apart(boxes) == (not found)
+
+
+def test_a_tensor_in_many_rectangles_is_checked_in_one_pass() -> None:
+    def calls(ranks: int) -> int:
+        fragments = tuple(
+            Fragment(Path("box"), 0, top * 4 * ranks + left, 4, 2, 2 * ranks)
+            for top in range(0, 2, 2)
+            for left in range(0, 2 * ranks, 2)
+        )
+        with counted() as seen:
+            LazyTensor((2, 2 * ranks), torch.float32, fragments)
+        return seen.calls
+
+    assert calls(2048) < 3 * calls(1024), "with each of all others it would be four times as much"
+
+
+class Noting(Unlocated):
+    """Fragments that note which of them were asked for."""
+
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        self.asked: list[int] = []
+        self._fragments = fragments
+
+    def __len__(self) -> int:
+        return len(self._fragments)
+
+    def spans(self) -> Iterator[tuple[int, int, int, int]]:
+        return (self.span(i) for i in range(len(self)))
+
+    def span(self, index: int) -> Span:
+        f = self._fragments[index]
+        return Span(f.start, f.length, f.run, f.stride)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked.append(index)
+        return self._fragments[index]
+
+
+def test_of_fragments_that_must_be_looked_for_only_those_of_a_slice_are(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "boxes").mkdir()
+    rows = in_fragments(torch.arange(40.0), tmp_path / "rows", [10, 20, 30])
+    matrix = torch.arange(36.0).view(4, 9)
+    boxes = in_boxes(
+        matrix, tmp_path / "boxes", [(0, 0, 4, 4), (0, 4, 2, 9), (2, 4, 4, 5), (2, 5, 4, 9)]
+    )
+    for stored, slices in (
+        (rows, {(0, 0): [], (10, 20): [1], (9, 11): [0, 1], (35, 40): [3], (0, 40): [0, 1, 2, 3]}),
+        (boxes, {(0, 3): [0], (5, 8): [1], (22, 23): [2], (18, 36): [0, 2, 3]}),
+    ):
+        whole = stored.whole().flatten()
+        for (start, stop), expected in slices.items():
+            noting = Noting(stored.fragments)
+            tensor = LazyTensor(stored.shape, stored.dtype, noting)
+            assert torch.equal(tensor.read(start, stop), whole[start:stop])
+            assert noting.asked == expected
+    noting = Noting(rows.fragments)
+    cut = LazyTensor((40,), torch.float32, noting).cut(12, 10, 100)
+    assert [(f.start, f.length) for f in cut] == [(100, 8), (108, 2)]
+    assert noting.asked == [1, 2]
 
 
 def test_a_file_that_ends_too_early_is_refused(tmp_path: Path) -> None:

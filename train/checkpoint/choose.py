@@ -13,7 +13,7 @@ from shardwright.train import config as run_config
 from shardwright.train.checkpoint import discovery
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.checkpoint.format.layout import MANIFEST, Manifest
-from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable
+from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable, locate
 from shardwright.train.checkpoint.read import portable
 from shardwright.train.errors import UserError
 from shardwright.train.run_directory.names import CHECKPOINTS, ENGINE_FOLDER, RUN_CONFIG
@@ -134,6 +134,8 @@ def _read(path: Path, section: str | None = None) -> Chosen:
         )
     try:
         state = portable.read(path, section)
+        if manifest is None:  # no hash tells whether its files are what they were
+            locate([*state.weights.values(), *state.buffers.values(), *state.ema.values()])
     except (Unreadable, OSError) as error:
         raise UserError(str(error)) from None
     above = [parent for parent in path.parents[1:3] if _is_run_dir(parent)]

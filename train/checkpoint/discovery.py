@@ -166,8 +166,9 @@ def _not_finite(checkpoint: Path, share: tuple[int, int]) -> list[str]:
 
     try:
         weights = portable.read(checkpoint).weights
+        index, count = share
+        mine = sorted(weights)[index::count]
+        is_finite = all(has_only_finite(weights[name]) for name in mine)
     except (Unreadable, OSError):
-        return []  # whoever opens it says why
-    index, count = share
-    mine = sorted(weights)[index::count]
-    return [] if all(has_only_finite(weights[name]) for name in mine) else [layout.NOT_FINITE]
+        return []  # whoever reads it says why
+    return [] if is_finite else [layout.NOT_FINITE]

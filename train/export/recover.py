@@ -144,7 +144,10 @@ def _chosen(options: Options, err: TextIO) -> Chosen:
 def _contents(options: Options, chosen: Chosen, model: PreTrainedModel) -> Contents:
     """Return what of the checkpoint goes into the model directory; its files are long enough."""
     state = chosen.state
-    check_extents([*state.weights.values(), *state.buffers.values(), *state.ema.values()])
+    try:
+        check_extents([*state.weights.values(), *state.buffers.values(), *state.ema.values()])
+    except Unreadable as error:
+        raise UserError(str(error)) from None
     return contents(
         model,
         state,

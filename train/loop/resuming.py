@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,15 +97,10 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
 
 def _opened(path: Path) -> Resumed:
     manifest = layout.read_manifest(path)
-    try:
+    with _refusing(path):
         _check_trainer_state(path / TRAINER_STATE, manifest.step)
         scheduled_steps = _scheduled_steps(path / "scheduler.pt")
         state = portable.read(path)
-    except Unreadable as error:
-        raise UserError(
-            f"{path} cannot be resumed: {error}. Start a run from the weights of an earlier "
-            "final/ with model=pretrained, or remove it to use an older one"
-        ) from None
     return Resumed(
         checkpoint=path,
         progress=manifest.progress(scheduled_steps),
@@ -113,6 +109,18 @@ def _opened(path: Path) -> Resumed:
         state=state,
         parameters=frozenset(parameter.name for parameter in manifest.parameters),
     )
+
+
+@contextmanager
+def _refusing(checkpoint: Path) -> Iterator[None]:
+    """Raise UserError where a checkpoint is opened or read in the block and cannot be."""
+    try:
+        yield
+    except Unreadable as error:
+        raise UserError(
+            f"{checkpoint} cannot be resumed: {error}. Start a run from the weights of an earlier "
+            "final/ with model=pretrained, or remove it to use an older one"
+        ) from None
 
 
 def _scheduled_steps(path: Path) -> int:
@@ -159,7 +167,8 @@ def values(model: PreTrainedModel, resumed: Resumed) -> InitialValues:
     for name, buffer in model.named_buffers():
         saved = resumed.state.buffers.get(name, found.get(name))
         if name in persistent and saved is not None and saved.shape == tuple(buffer.shape):
-            buffer.copy_(saved.whole())
+            with _refusing(resumed.checkpoint):
+                buffer.copy_(saved.whole())
     problems = []
     for name, parameter in model.named_parameters():
         if name not in found:
@@ -171,7 +180,8 @@ def values(model: PreTrainedModel, resumed: Resumed) -> InitialValues:
             f"{resumed.checkpoint} holds another model than the config describes: "
             f"{'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}"
         )
-    return {name: _Saved(found[name]) for name, _ in model.named_parameters()}
+    of = resumed.checkpoint
+    return {name: _Saved(found[name], of) for name, _ in model.named_parameters()}
 
 
 @dataclass(frozen=True)
@@ -179,14 +189,16 @@ class _Saved(InitialValue):
     """A value in a checkpoint, of which no more is read than is asked for."""
 
     tensor: LazyTensor
+    checkpoint: Path
 
     def write(self, out: torch.Tensor, start: int = 0) -> None:
         flat = out.view(-1)
         stop = start + flat.numel()
-        if self.tensor.dtype == flat.dtype:
-            self.tensor.read(start, stop, flat.view(torch.uint8))
-        else:
-            flat.copy_(self.tensor.read(start, stop))
+        with _refusing(self.checkpoint):
+            if self.tensor.dtype == flat.dtype:
+                self.tensor.read(start, stop, flat.view(torch.uint8))
+            else:
+                flat.copy_(self.tensor.read(start, stop))
 
 
 # --- everything else, once the engine is built --------------------------------------------------
@@ -201,7 +213,8 @@ def restore(trainer: Training, resumed: Resumed) -> None:
     this step. Collective. Once all have read what is theirs, the older checkpoints that a killed
     run had yet to delete are deleted.
     """
-    trainer.engine.restore_optimizer(trainer, resumed.state)
+    with _refusing(resumed.checkpoint):
+        trainer.engine.restore_optimizer(trainer, resumed.state)
     _restore_schedule(trainer, resumed.progress.scheduled_steps)
     scale = resumed.checkpoint / LOSS_SCALE
     restore_loss_scale(trainer, json.loads(scale.read_text()) if scale.exists() else {})

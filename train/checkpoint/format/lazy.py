@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import math
 import os
+from abc import abstractmethod
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from threading import Lock
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -18,7 +23,16 @@ class Unreadable(ValueError):
     """A file that is not what its name says, or holds what must not be run."""
 
 
-@dataclass(frozen=True, slots=True)  # a large checkpoint has millions of them
+class Span(NamedTuple):
+    """Which elements of a flattened tensor a fragment holds, by the same names."""
+
+    start: int
+    length: int
+    run: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
 class Fragment:
     """Some elements of a flattened tensor that lie without a gap in a file.
 
@@ -36,25 +50,41 @@ class Fragment:
     stride: int = 0
 
 
+class Unlocated(Sequence[Fragment]):
+    """Fragments of which it is known what they hold, and not yet where in their files it lies.
+
+    To take one out finds that, and may raise Unreadable. There may be millions in a checkpoint.
+    """
+
+    @abstractmethod
+    def spans(self) -> Iterable[tuple[int, int, int, int]]:
+        """Return what each holds, in order; touches no file."""
+
+    @abstractmethod
+    def span(self, index: int) -> Span:
+        """Return what one holds; touches no file."""
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor in one or more files. The fragments, in order, cover it without a gap."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    fragments: tuple[Fragment, ...]
+    fragments: tuple[Fragment, ...] | Unlocated
 
     def __post_init__(self) -> None:
-        if any(fragment.run for fragment in self.fragments):
-            _check_columns(self.fragments, self.numel)
+        spans = list(_spans(self.fragments))
+        if any(map(itemgetter(2), spans)):  # some are runs
+            _check_columns(spans, self.numel)
             return
         end = 0
-        for fragment in self.fragments:
-            if fragment.start != end:
+        for start, length, _, _ in spans:
+            if start != end:
                 raise Unreadable(
-                    f"elements {end} to {fragment.start} of a tensor of {self.numel} are in no file"
+                    f"elements {end} to {start} of a tensor of {self.numel} are in no file"
                 )
-            end += fragment.length
+            end += length
         if end != self.numel:
             raise Unreadable(f"{end} of a tensor's {self.numel} elements are in the files")
 
@@ -77,15 +107,15 @@ class LazyTensor:
             result = torch.empty(stop - start, dtype=self.dtype)
         else:
             result = buffer[: (stop - start) * self.dtype.itemsize].view(self.dtype)
-        for fragment in self.fragments:
+        for index in self._between(start, stop):
+            fragment = self.fragments[index]
             if fragment.run:
                 _read_runs(result, start, fragment)
                 continue
             first = max(start, fragment.start)
             last = min(stop, fragment.start + fragment.length)
-            if first < last:
-                target = result[first - start : last - start]
-                _read_elements(target, fragment, first - fragment.start)
+            target = result[first - start : last - start]
+            _read_elements(target, fragment, first - fragment.start)
         return result
 
     def whole(self) -> torch.Tensor:
@@ -94,14 +124,58 @@ class LazyTensor:
 
     def cut(self, start: int, length: int, at: int) -> Iterator[Fragment]:
         """Yield where ``length`` elements from the ``start``-th on lie, placed from ``at`` on."""
-        for fragment in self.fragments:
-            if fragment.run:
-                raise Unreadable("a tensor that is cut along columns can only be taken as a whole")
+        if len(self.fragments) and _span(self.fragments, 0).run:
+            raise Unreadable("a tensor that is cut along columns can only be taken as a whole")
+        for index in self._between(start, start + length):
+            fragment = self.fragments[index]
             first = max(start, fragment.start)
             last = min(start + length, fragment.start + fragment.length)
-            if first < last:
-                begin = first - fragment.start
-                yield part(fragment, self.dtype.itemsize, begin, last - first, at + first - start)
+            begin = first - fragment.start
+            yield part(fragment, self.dtype.itemsize, begin, last - first, at + first - start)
+
+    def _between(self, start: int, stop: int) -> Iterator[int]:
+        """Yield which fragments hold some of the flattened elements [start, stop)."""
+        count = len(self.fragments)
+        # Those of a tensor that is cut along columns lie between one another.
+        is_in_columns = count > 0 and _span(self.fragments, 0).run > 0
+        first = 0
+        if not is_in_columns:
+            first = bisect_right(range(count), start, key=lambda i: _span(self.fragments, i).start)
+        for index in range(max(0, first - 1), count):
+            span = _span(self.fragments, index)
+            if span.start >= stop and not is_in_columns:
+                return
+            if _holds_some(span, start, stop):
+                yield index
+
+
+def locate(tensors: Iterable[LazyTensor]) -> None:
+    """Find where every fragment lies. Raises Unreadable where one is not what it is said to be."""
+    for tensor in tensors:
+        for _ in tensor.fragments:
+            pass
+
+
+def _holds_some(span: Span, start: int, stop: int) -> bool:
+    """Return whether some of the elements [start, stop) are among those of a fragment. Pure."""
+    if start == stop or not span.length:
+        return False
+    run, stride = (span.run, span.stride) if span.run else (span.length, span.length)
+    row = max(0, (start - span.start - run) // stride + 1)  # the first that does not end before
+    return row < span.length // run and span.start + row * stride < stop
+
+
+def _spans(fragments: Sequence[Fragment]) -> Iterable[tuple[int, int, int, int]]:
+    if isinstance(fragments, Unlocated):
+        return fragments.spans()
+    return ((f.start, f.length, f.run, f.stride) for f in fragments)
+
+
+def _span(fragments: Sequence[Fragment], index: int) -> Span:
+    if isinstance(fragments, Unlocated):
+        return fragments.span(index)
+    fragment = fragments[index]
+    return Span(fragment.start, fragment.length, fragment.run, fragment.stride)
 
 
 def has_only_finite(tensor: LazyTensor) -> bool:
@@ -117,26 +191,45 @@ def has_only_finite(tensor: LazyTensor) -> bool:
     return True
 
 
-def _check_columns(fragments: Sequence[Fragment], numel: int) -> None:
+def _check_columns(spans: Sequence[tuple[int, int, int, int]], numel: int) -> None:
     """Raise Unreadable where rectangles of a tensor seen as rows do not cover it just once."""
-    stride = fragments[0].stride
+    stride = spans[0][3]
     boxes = []
-    for f in fragments:
-        top, left = divmod(f.start, max(stride, 1))
-        fits = 0 < f.run <= stride - left and f.stride == stride and f.length % f.run == 0
-        if not fits or f.start < 0 or numel % stride:
+    for start, length, run, own_stride in spans:
+        top, left = divmod(start, max(stride, 1))
+        fits = 0 < run <= stride - left and own_stride == stride and length % run == 0
+        if not fits or start < 0 or length < 0 or numel % stride:
             raise Unreadable(f"a tensor of {numel} elements is cut in an unknown way")
-        boxes.append((top, left, top + f.length // f.run, left + f.run))
-    if (found := sum(f.length for f in fragments)) != numel:
+        boxes.append((top, left, top + length // run, left + run))
+    if (found := sum(length for _, length, _, _ in spans)) != numel:
         raise Unreadable(f"{found} of a tensor's {numel} elements are in the files")
     inside = all(bottom <= numel // stride for _, _, bottom, _ in boxes)
-    apart = all(
-        a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
-        for i, a in enumerate(boxes)
-        for b in boxes[:i]
-    )
-    if not (inside and apart):
+    if not (inside and _are_apart(boxes)):
         raise Unreadable(f"some of a tensor's {numel} elements are in no file, others in two")
+
+
+def _are_apart(boxes: Iterable[tuple[int, int, int, int]]) -> bool:
+    """Return whether no two rectangles (top, left, bottom, right) overlap. Pure.
+
+    A line goes down the rows, and what it crosses is kept in order of columns: of each rectangle
+    that begins it is enough to look at its two neighbours.
+    """
+    events = []
+    for top, left, bottom, right in boxes:
+        if top < bottom:
+            # What ends in a row has left it before the next begins there.
+            events += [(top, True, left, right), (bottom, False, left, right)]
+    crossed: list[tuple[int, int]] = []
+    for _, begins, left, right in sorted(events):
+        if not begins:
+            del crossed[bisect_left(crossed, (left, right))]
+            continue
+        place = bisect_left(crossed, (left, right))
+        around = [*crossed[max(0, place - 1) : place], (left, right), *crossed[place : place + 1]]
+        if any(one[1] > other[0] for one, other in pairwise(around)):
+            return False
+        insort(crossed, (left, right))
+    return True
 
 
 def _read_runs(result: torch.Tensor, start: int, fragment: Fragment) -> None:
@@ -233,7 +326,8 @@ def describe(source: Path | BinaryIO | io.RawIOBase, ignored: Iterable[str] = ()
     """
     stand_ins: list[Any] = [(_Ignored, name) for name in ignored]
     try:
-        with torch.serialization.safe_globals(stand_ins), FakeTensorMode():
+        # Those that are allowed are a list of the whole process, and threads read checkpoints.
+        with _LOADING, torch.serialization.safe_globals(stand_ins), FakeTensorMode():
             return torch.load(cast(Any, source), map_location="cpu", weights_only=True)
     except Exception as error:
         name = getattr(source, "name", source)
@@ -245,6 +339,9 @@ def describe(source: Path | BinaryIO | io.RawIOBase, ignored: Iterable[str] = ()
             else ""
         )
         raise Unreadable(f"{name} is refused: {reason}{remedy}") from None
+
+
+_LOADING = Lock()
 
 
 def why_refused(error: Exception) -> str:
