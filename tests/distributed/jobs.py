@@ -313,7 +313,8 @@ def fp16_allowed_on_a_cpu() -> Iterator[None]:
     def with_scaler(trainer: Trainer) -> None:
         sound(trainer)
         accelerator = trainer.accelerator
-        if trainer.args.fp16 and not trainer.is_deepspeed_enabled:
+        on_cpu = trainer.args.device.type == "cpu"
+        if trainer.args.fp16 and on_cpu and not trainer.is_deepspeed_enabled:
             accelerator.native_amp = True
             assert accelerator.scaler_handler is not None
             settings = accelerator.scaler_handler.to_kwargs()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,129 @@ def loss_scale(trainer: Trainer) -> float | None:
         return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
     scaler = trainer.accelerator.scaler
     return scaler.get_scale() if scaler is not None and scaler.is_enabled() else None
+
+
+class Watch(TrainerCallback):
+    """Calls a function at each event of a training that it names."""
+
+    def __init__(self, **at: Callable[[], Any]) -> None:
+        self.at = at
+
+    def _call(self, name: str) -> None:
+        if name in self.at:
+            self.at[name]()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._call("step_begin")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._call("save")
+
+
+def where_parameters_lie(run_dir: Path) -> dict[str, Any]:
+    """Train; return where sharded parameters are between two steps, and the logits within one."""
+    rank = rank_from_environment()
+    with join(load(run_dir), rank):
+        return _look_where_parameters_lie(run_dir, rank)
+
+
+def _look_where_parameters_lie(run_dir: Path, rank: Rank) -> dict[str, Any]:
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
+    parameters: set[str] = set()
+    logits: set[str] = set()
+
+    def look() -> None:
+        parameters.update(p.to_local().device.type for p in trainer.model.parameters())  # type: ignore[attr-defined]
+
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, found: logits.add(found.device.type))
+    trainer.add_callback(Watch(step_begin=look))
+    trainer.train()
+    look()
+    return {"parameters": parameters, "logits": logits}
+
+
+def as_the_second_task_of_a_node(run_dir: Path) -> dict[str, Any]:
+    """Train as a rank whose local index is 1, where one GPU is in sight; return what it took."""
+    rank = Rank(index=0, local_index=1, world_size=1)
+    with join(load(run_dir), rank):
+        return _look_at_the_device(run_dir, rank)
+
+
+def _look_at_the_device(run_dir: Path, rank: Rank) -> dict[str, Any]:
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
+    trainer.train()
+    on_gpu = trainer.args.device.type == "cuda"
+    # Sharded ones as what the rank holds of them.
+    parameters = [getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]
+    devices = [trainer.args.device, *(p.device for p in parameters)]
+    return {
+        "in_sight": torch.cuda.device_count() if on_gpu else 1,
+        "current": torch.cuda.current_device() if on_gpu else 0,
+        "devices": {f"{found.type}:{found.index or 0}" for found in devices},
+        "steps": trainer.state.global_step,
+    }
+
+
+def pinned_while_saving(run_dir: Path) -> dict[str, Any]:
+    """Train; return the bytes of page-locked memory after each save has begun, beyond the first
+    step's, and how many parameters there are; 0 where there is no GPU, for which nothing is pinned.
+    """
+    rank = rank_from_environment()
+    with join(load(run_dir), rank):
+        return _watch_pinned(run_dir, rank)
+
+
+def _watch_pinned(run_dir: Path, rank: Rank) -> dict[str, Any]:
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
+    begun: list[int] = []
+    saved: list[int] = []
+
+    def pinned() -> int:
+        if trainer.args.device.type != "cuda":
+            return 0
+        return int(torch.cuda.host_memory_stats()["allocated_bytes.current"])
+
+    trainer.add_callback(
+        Watch(step_begin=lambda: begun.append(pinned()), save=lambda: saved.append(pinned()))
+    )
+    trainer.train()
+    return {
+        "pinned": [found - begun[0] for found in saved],
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
+    }
+
+
+def failed_alone(run_dir: Path) -> float:
+    """Fail in the second step; return the seconds from there until the group has been left."""
+    rank = rank_from_environment()
+    failed_at: list[float] = []
+    try:
+        with join(load(run_dir), rank):
+            _fail(run_dir, rank, failed_at)
+    except OnPurpose:
+        return time.monotonic() - failed_at[0]
+    raise AssertionError("it has trained")
+
+
+class OnPurpose(Exception):
+    """What a test makes a rank fail with."""
+
+
+def _fail(run_dir: Path, rank: Rank, failed_at: list[float]) -> None:
+    trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
+
+    def fail() -> None:
+        if trainer.state.global_step == 1:
+            failed_at.append(time.monotonic())
+            raise OnPurpose
+
+    trainer.add_callback(Watch(step_begin=fail))
+    trainer.train()
+
+
+def problems_of_the_machine(run_dir: Path) -> list[str]:
+    """Return what the engine of a run needs and this machine lacks, as the check before it does."""
+    from shardwright.train.strategy import engine_of
+
+    return list(engine_of(load(run_dir), 1).machine_problems())
