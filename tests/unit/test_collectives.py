@@ -1,10 +1,23 @@
-"""What a step sends: the arithmetic around what is counted."""
+"""What 1,024 ranks send in a step: as the documentation says, and close to the ZeRO paper's."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.collectives import PAGE, STRATEGIES, Collectives, Sent, of_the_paper, table
+from benchmarks.collectives import (
+    PAGE,
+    STRATEGIES,
+    Collectives,
+    Sent,
+    counted,
+    of_the_paper,
+    table,
+)
+
+ALL_REDUCED = {"zero1": 3.0, "zero2": 5.0}
+"""DeepSpeed 0.19 all-reduces what the paper reduce-scatters (stage_1_and_2.py, average_tensor)."""
 
 
 def test_an_all_reduce_is_a_reduction_and_a_gathering_of_all_but_the_own_part() -> None:
@@ -37,3 +50,12 @@ def test_a_row_says_what_is_called_and_what_it_comes_to() -> None:
 def test_the_documentation_has_a_row_for_each_strategy_that_is_counted() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.endswith("Ψ |")]
     assert [row.split("`")[1] for row in rows] == list(STRATEGIES)
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_sends_what_the_documentation_says(strategy: str, tmp_path: Path) -> None:
+    found = counted(strategy, tmp_path)
+    assert table({strategy: found}).splitlines()[-1] in PAGE.read_text()
+    sent = sum(collectives.volume for collectives in found)
+    assert sent == pytest.approx(ALL_REDUCED.get(strategy, of_the_paper(strategy)), rel=0.05)
