@@ -335,7 +335,7 @@ def restored_and_saved(run_dir: Path, directory: Path) -> None:
     def save(trainer: Trainer) -> None:
         directory.mkdir(exist_ok=True)
         folder, peers = HashedFolder(directory), Peers(trainer.args.process_index)
-        state = trainer.engine.save_state(trainer, is_first=peers.is_first, copy=False)
+        state = trainer.engine.save_state(trainer, is_first=peers.is_first, into=None)
         written = peers.attempt(lambda: state.write(folder))
         peers.attempt(lambda: state.finish(folder, written) if peers.rank == 0 else None)
 

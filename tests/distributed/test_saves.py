@@ -188,6 +188,63 @@ def test_a_slow_write_beside_training_leaves_the_same_files_as_one_that_stops_it
             assert what_is_in(written) == what_is_in(written_later), written.name
 
 
+def saved_into_memory(run_dir: Path) -> dict[str, Any]:
+    """Train with saves in the background; return what each of them has taken of which memory."""
+    import mmap
+    from unittest import mock
+
+    from shardwright.train.strategy.state import host_memory
+
+    blocks: list[int] = []
+    saves: list[list[tuple[int, int]]] = []
+    begin, take = host_memory.HostMemory.begin, host_memory.HostMemory.take
+
+    class Pages(mmap.mmap):
+        def __new__(cls, descriptor: int, length: int, **options: Any) -> Any:
+            if descriptor == -1:  # memory, and no file
+                blocks.append(length)
+            return super().__new__(cls, descriptor, length, **options)
+
+    def began(memory: Any, needed_bytes: int, **options: Any) -> None:
+        saves.append([])
+        begin(memory, needed_bytes, **options)
+
+    def took(memory: Any, wanted_bytes: int) -> Any:
+        taken = take(memory, wanted_bytes)
+        saves[-1].append((taken.data_ptr(), taken.nbytes()))
+        return taken
+
+    with (
+        mock.patch.object(host_memory.mmap, "mmap", Pages),
+        mock.patch.object(host_memory.HostMemory, "begin", began),
+        mock.patch.object(host_memory.HostMemory, "take", took),
+    ):
+        result = train_amid(run_dir, nothing)
+    return {**result, "blocks": blocks, "saves": saves, "page": mmap.PAGESIZE}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+def test_every_save_beside_training_is_copied_into_the_same_memory(
+    strategy: str, run_of: Callable[..., Path], ranks: RanksOf
+) -> None:
+    run_dir = run_of(strategy, save_every=1, **{"async": True})
+    for rank, seen in enumerate(ranks(2)(saved_into_memory, run_dir)):
+        assert len(seen["saves"]) >= 5
+        first = seen["saves"][0]
+        for later in seen["saves"]:
+            assert later == first
+        # What is allocated in the run: what one save copies, and what fills cache lines and a page.
+        state_bytes = sum(size for _, size in first)
+        (block,) = seen["blocks"]
+        assert state_bytes <= block <= state_bytes + 64 * len(first) + seen["page"]
+        # Which is what the rank's files hold, beside what describes it.
+        if strategy != "ddp":  # where ranks divide the tensors otherwise at each save
+            written = layout.files_of(run_dir / "checkpoints" / "checkpoint-6")
+            own = [p for p in written if p.name.startswith((f"__{rank}_", f"zero_pp_rank_{rank}_"))]
+            file_bytes = sum(path.stat().st_size for path in own)
+            assert file_bytes / 2 < state_bytes <= file_bytes
+
+
 def note_when_published(trainer: Trainer, step: int) -> None:
     """At the end of step 4, wait until checkpoint-2 is there: no later save has come."""
     import time

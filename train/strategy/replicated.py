@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from shardwright.train.checkpoint.format.lazy import PortableState
     from shardwright.train.model.weights import InitialValues
+    from shardwright.train.strategy.state.host_memory import HostMemory
     from shardwright.train.strategy.training import EngineState, Training
 
 
@@ -115,7 +116,9 @@ class Replicated(Engine):
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
         return trainer.model.parameters()
 
-    def save_state(self, trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
+    def save_state(
+        self, trainer: Training, *, is_first: bool, into: HostMemory | None
+    ) -> EngineState:
         from shardwright.train.strategy.state.dcp import DistributedState
 
-        return DistributedState(trainer, copy=copy)
+        return DistributedState(trainer, into=into)

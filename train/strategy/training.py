@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shardwright.train.config import RankLayout, RunConfig, Schedule
     from shardwright.train.model.weights import InitialValues
     from shardwright.train.strategy.finite import Gate
+    from shardwright.train.strategy.state.host_memory import HostMemory
 
 
 class EngineState(Protocol):
@@ -36,11 +37,13 @@ class Stateful(Protocol):
     """An engine, as saves and resumes see it."""
 
     @abstractmethod
-    def save_state(self, trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
+    def save_state(
+        self, trainer: Training, *, is_first: bool, into: HostMemory | None
+    ) -> EngineState:
         """Return what this rank writes of model and optimizer: the engine's own sharded files.
 
-        Collective, and touches no disk. With ``is_first`` also what its disk needs once. With
-        ``copy`` it lies in host memory, so that training can continue before it is written.
+        Collective, and touches no disk. With ``is_first`` also what its disk needs once. Copied
+        ``into`` host memory it lets training continue before it is written.
         """
 
     @abstractmethod

@@ -31,6 +31,7 @@ from shardwright.train.run_directory.names import CHECKPOINTS, MODEL_FOLDER
 from shardwright.train.strategy.loss_scale import loss_scale_state
 
 if TYPE_CHECKING:
+    from shardwright.train.strategy.state.host_memory import HostMemory
     from shardwright.train.strategy.training import EngineState, Training
 
 
@@ -59,7 +60,7 @@ def save(trainer: Training) -> Path:
     Raises SaveFailed, on all ranks alike, where one of them could not write.
     """
     peers = peers_of(trainer)
-    return write(draft(trainer, peers, copy=False), peers)
+    return write(draft(trainer, peers), peers)
 
 
 def peers_of(trainer: Training) -> Peers:
@@ -68,8 +69,8 @@ def peers_of(trainer: Training) -> Peers:
     return Peers(trainer.args.process_index, node_local=node_local)
 
 
-def draft(trainer: Training, peers: Peers, *, copy: bool) -> Draft:
-    """Collect the state of a run, copied to host memory where later steps may come before its end.
+def draft(trainer: Training, peers: Peers, into: HostMemory | None = None) -> Draft:
+    """Collect the state of a run, copied ``into`` memory where later steps come before its end.
 
     Collective; touches no disk. Raises Diverged where the step or the weights are not finite: none
     of that is saved.
@@ -87,7 +88,7 @@ def draft(trainer: Training, peers: Peers, *, copy: bool) -> Draft:
     return Draft(
         directory=trainer.run_dir / CHECKPOINTS,
         step=trainer.state.global_step,
-        engine=trainer.engine.save_state(trainer, is_first=peers.is_first, copy=copy),
+        engine=trainer.engine.save_state(trainer, is_first=peers.is_first, into=into),
         texts=texts,
         manifest={
             "strategy": trainer.config.strategy.model_dump(mode="json"),

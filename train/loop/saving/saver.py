@@ -16,6 +16,7 @@ from shardwright.train.loop.saving.peers import Peers, SaveFailed
 from shardwright.train.loop.saving.save import Draft, draft, peers_of, write
 from shardwright.train.process import signals
 from shardwright.train.process.agreement import from_all
+from shardwright.train.strategy.state.host_memory import HostMemory
 
 if TYPE_CHECKING:
     from shardwright.train.strategy.training import Training
@@ -36,6 +37,8 @@ class Saver(TrainerCallback):
         self._on_error = trainer.config.checkpoint.on_save_error
         self._peers: Peers | None = None
         self._in_flight: Background | None = None
+        self._memory = HostMemory()
+        """Of the copies that are in flight, and after them of the next."""
         self._step = 0
         self._longest_seconds = 0.0
         """What the slowest whole save of this start took on this rank; 0 before the first."""
@@ -54,7 +57,7 @@ class Saver(TrainerCallback):
             return
         peers = self._all_peers()
         started = time.monotonic()
-        checkpoint = draft(self._trainer, peers, copy=True)
+        checkpoint = draft(self._trainer, peers, into=self._memory)
         self._step = checkpoint.step
         self._in_flight = Background(lambda: self._write(checkpoint, peers, started))
 
@@ -104,6 +107,7 @@ class Saver(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.wait()
+        self._memory.release()
 
     def _wait_for_the_previous(self) -> None:
         if self._in_flight is None:
@@ -125,7 +129,7 @@ class Saver(TrainerCallback):
             self._draft_and_write(peers, started, is_last=is_last)
 
     def _draft_and_write(self, peers: Peers, started: float, *, is_last: bool) -> None:
-        checkpoint = draft(self._trainer, peers, copy=False)
+        checkpoint = draft(self._trainer, peers)
         try:
             self._write(checkpoint, peers, started)
         except SaveFailed as failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from shardwright.train.checkpoint.format.hashed import HashedFolder
 from shardwright.train.optimizer import eight_bit
 from shardwright.train.run_directory.names import ENGINE_FOLDER
+from shardwright.train.strategy.state.host_memory import HostMemory, aligned
 from shardwright.train.strategy.state.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -28,11 +30,12 @@ if TYPE_CHECKING:
 class DistributedState:
     """What this rank writes of the model and the optimizer; replicated tensors are written once.
 
-    Building it is collective and touches no disk; a ``copy`` is untouched by later steps. It does
-    what `torch.distributed.checkpoint.save` does, but that one mixes collectives with writing.
+    Building it is collective and touches no disk; a copy ``into`` memory is untouched by later
+    steps. It does what `torch.distributed.checkpoint.save` does, which mixes collectives with
+    writing.
     """
 
-    def __init__(self, trainer: Training, *, copy: bool) -> None:
+    def __init__(self, trainer: Training, *, into: HostMemory | None) -> None:
         optimizer = trainer.torch_optimizer()
         model_state, optimizer_state = get_state_dict(trainer.model, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
@@ -47,9 +50,9 @@ class DistributedState:
         plan = self._planner.create_local_plan()
         self._plan = self._planner.finish_plan(self._globally(plan))
         # Copies are in host memory already: nothing to fetch ahead from a GPU.
-        self._copy_ahead_bytes = 0 if copy else 10_000_000
-        if copy:
-            self._planner.keep_copies(self._plan)
+        self._copy_ahead_bytes = 10_000_000 if into is None else 0
+        if into is not None:
+            self._planner.keep_copies(self._plan, into)
 
     def _globally(self, plan: SavePlan) -> SavePlan:
         """Have rank 0 decide who writes what; return this rank's part."""
@@ -91,9 +94,9 @@ class _Planner(DefaultSavePlanner):
         super().__init__()
         self._copies: dict[Any, Any] | None = None
 
-    def keep_copies(self, plan: SavePlan) -> None:
+    def keep_copies(self, plan: SavePlan, memory: HostMemory) -> None:
         """Copy this rank's part to host memory and let go of the live state."""
-        snapshot = Snapshot()
+        snapshot = Snapshot(memory, aligned(_bytes(item) for item in plan.items))
         copies: dict[Any, Any] = {}
         for item in plan.items:
             data = self.resolve_data(item)
@@ -105,6 +108,13 @@ class _Planner(DefaultSavePlanner):
         if self._copies is not None:
             return self._copies[write_item.index]
         return eight_bit.dequantised(super().resolve_data(write_item))
+
+
+def _bytes(item: WriteItem) -> int:
+    """Return how much of a tensor is written; 0 of what is none."""
+    if item.tensor_data is None:
+        return 0
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
 class _HashedFileSystem(FileSystem):

@@ -13,7 +13,8 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from shardwright.train.checkpoint.format.hashed import HashedFolder
 from shardwright.train.optimizer import eight_bit
 from shardwright.train.run_directory.names import ENGINE_FOLDER
-from shardwright.train.strategy.state.snapshot import Snapshot
+from shardwright.train.strategy.state.host_memory import HostMemory
+from shardwright.train.strategy.state.snapshot import Snapshot, needed_bytes
 from shardwright.train.strategy.zero import swapped
 
 if TYPE_CHECKING:
@@ -25,13 +26,18 @@ TAG = ENGINE_FOLDER
 class DeepSpeedState:
     """What this rank writes of the model and the optimizer.
 
-    Building it is collective and touches no disk; a ``copy`` is untouched by later steps. The
-    engine's own `save_checkpoint` is what collects the state; it would wait in its last barrier for
-    a rank that failed to write.
+    Building it is collective and touches no disk; a copy ``into`` memory is untouched by later
+    steps. The engine's own `save_checkpoint` is what collects the state; it would wait in its last
+    barrier for a rank that failed to write.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, texts: dict[str, str], *, is_first: bool, copy: bool
+        self,
+        engine: DeepSpeedEngine,
+        texts: dict[str, str],
+        *,
+        is_first: bool,
+        into: HostMemory | None,
     ) -> None:
         """``texts`` are small files beside the state that the first rank writes, by their name."""
         collected = _Collected()
@@ -43,14 +49,14 @@ class DeepSpeedState:
         self._states = collected.states
         for state in self._states.values():
             if _OPTIMIZER in state and getattr(engine.optimizer, "swap_optimizer", False):
-                assert not copy, "refused as a contradiction"
+                assert into is None, "refused as a contradiction"
                 state[_OPTIMIZER] = swapped.mapped(engine.optimizer, state[_OPTIMIZER])
         # Stage 0 steps whole parameters, and so with any optimizer.
         if eight_bit.in_use(getattr(engine.optimizer, "optimizer", engine.optimizer)):
             self._states = eight_bit.dequantised(self._states)
         self._texts = {"latest": TAG, **texts} if is_first else {}
-        if copy:
-            snapshot = Snapshot()
+        if into is not None:
+            snapshot = Snapshot(into, needed_bytes(self._states))
             self._states = {name: snapshot.of(state) for name, state in self._states.items()}
             snapshot.wait()
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from shardwright.train.checkpoint.format.lazy import PortableState
     from shardwright.train.model.weights import InitialValues
+    from shardwright.train.strategy.state.host_memory import HostMemory
     from shardwright.train.strategy.training import EngineState, Training
 
 
@@ -168,7 +169,9 @@ class Zero(Engine):
     def clean_up(self) -> None:
         nvme.discard(self.config)
 
-    def save_state(self, trainer: Training, *, is_first: bool, copy: bool) -> EngineState:
+    def save_state(
+        self, trainer: Training, *, is_first: bool, into: HostMemory | None
+    ) -> EngineState:
         from shardwright.train.checkpoint.format.layout import PARAMETER_ORDER
         from shardwright.train.strategy.state.deepspeed_files import DeepSpeedState
 
@@ -181,4 +184,4 @@ class Zero(Engine):
             groups = trainer.innermost_optimizer().param_groups
             order = [names[parameter] for group in groups for parameter in group["params"]]
             texts[f"engine/{PARAMETER_ORDER}"] = json.dumps(order)
-        return DeepSpeedState(engine, texts, is_first=is_first, copy=copy)
+        return DeepSpeedState(engine, texts, is_first=is_first, into=into)
