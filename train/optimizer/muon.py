@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from shardwright.train.config import RunConfig, TrainerConfig
 from shardwright.train.errors import UserError
 from shardwright.train.optimizer import adamw as adamw_part
+from shardwright.train.optimizer import dealing
 from shardwright.train.optimizer.groups import groups_of
 from shardwright.train.optimizer.kind import AdamwOf, Algorithm, Kind
 
@@ -39,8 +40,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon for some groups and its fused AdamW for the others, as one optimizer.
 
     A group's ``algorithm``, "muon" or "adamw", says which. What differs from `torch.optim.Muon` is
-    that parameters may be sharded DTensors: the momentum is sharded as they are, and each update
-    is gathered for the Newton-Schulz iteration, which needs the whole matrix, one at a time.
+    that parameters may be sharded DTensors: the momentum is sharded as they are. And that each
+    matrix is orthogonalised by one rank, for the Newton-Schulz iteration needs all of it, while
+    others have theirs at work; where all ranks hold all of them, too.
     """
 
     def __init__(self, adamw: torch.optim.AdamW, muon: torch.optim.Muon) -> None:
@@ -59,11 +61,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if group["algorithm"] == "muon":
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._muon_step(parameter, group)
+        self._muon_step()
         # Loading a state replaces both, so the part that steps them takes them anew.
         self._adamw.param_groups = [g for g in self.param_groups if g["algorithm"] == "adamw"]
         self._adamw.state = self.state
@@ -71,31 +69,54 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adamw.step()
         return loss
 
-    def _muon_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        momentum = state["momentum_buffer"]
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        whole = update.full_tensor() if isinstance(update, DTensor) else update
-        direction = _zeropower_via_newtonschulz(
-            whole, group["ns_coefficients"], group["ns_steps"], group["eps"]
-        )
-        if isinstance(update, DTensor):
-            mesh = update.device_mesh
-            replicated = DTensor.from_local(
-                direction, mesh, [Replicate()] * mesh.ndim, run_check=False
+    def _muon_step(self) -> None:
+        matrices = [
+            (parameter, group)
+            for group in self.param_groups
+            if group["algorithm"] == "muon"
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not matrices:
+            return
+        for parameter, group in matrices:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+
+        def update(number: int) -> Tensor:
+            parameter, group = matrices[number]
+            momentum = _local(self.state[parameter]["momentum_buffer"])
+            found = momentum
+            if group["nesterov"]:
+                found = _local(parameter.grad).lerp(momentum, group["momentum"])
+            return found.bfloat16()  # as the iteration begins: half the bytes, the same bits
+
+        def orthogonalised(number: int, whole: Tensor) -> Tensor:
+            _, group = matrices[number]
+            return _zeropower_via_newtonschulz(
+                whole, group["ns_coefficients"], group["ns_steps"], group["eps"]
             )
-            direction = replicated.redistribute(placements=update.placements)  # keeps its part
+
+        for number, direction in dealing.worked_on(
+            [(p.shape[0], p.shape[1]) for p, _ in matrices],
+            update,
+            orthogonalised,
+            dealing.Holders.of(matrices[0][0]),
+            like=_local(matrices[0][0]).new_empty(0, dtype=torch.bfloat16),
+        ):
+            self._apply(*matrices[number], direction)
+
+    def _apply(self, parameter: Tensor, group: dict[str, Any], direction: Tensor) -> None:
+        """Move this rank's part of a matrix by its part of the direction."""
         rate = float(group["lr"])
         scaled_rate = _adjust_lr(rate, group["adjust_lr_fn"], parameter.shape)
+        old = _local(parameter)
         if self.found_inf is None:
-            parameter.mul_(1 - rate * group["weight_decay"])
-            parameter.add_(direction, alpha=-scaled_rate)
+            old.mul_(1 - rate * group["weight_decay"])
+            old.add_(direction, alpha=-scaled_rate)
             return
-        old, direction = _local(parameter), _local(direction)
         new = old.mul(1 - rate * group["weight_decay"]).add_(direction, alpha=-scaled_rate)
         old.copy_(torch.where(self.found_inf.bool(), old, new))
 
