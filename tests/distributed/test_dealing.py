@@ -101,11 +101,13 @@ def stepped_in_a_group(mesh_shape: tuple[int, ...] | None, with_found_inf: bool)
         leave_process_group()
 
 
-CASES = [(2, None), (2, (2,)), (4, None), (4, (4,)), (4, (2, 2)), (4, (4, 1))]
+CASES = [
+    *((2, None, False), (2, (2,), True)),
+    *((4, None, True), (4, (4,), False), (4, (2, 2), True), (4, (4, 1), False)),
+]
 
 
-@pytest.mark.parametrize("with_found_inf", [False, True])
-@pytest.mark.parametrize(("world_size", "mesh_shape"), CASES)
+@pytest.mark.parametrize(("world_size", "mesh_shape", "with_found_inf"), CASES)
 def test_each_matrix_is_orthogonalised_by_one_rank_to_the_same_bits(
     world_size: int, mesh_shape: tuple[int, ...] | None, with_found_inf: bool, ranks: RanksOf
 ) -> None:
