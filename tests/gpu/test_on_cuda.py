@@ -116,6 +116,7 @@ def test_fsdp_trains_parameters_that_stay_in_host_memory(
     assert curve(run_dir)[-1] < curve(run_dir)[0]
 
 
+@pytest.mark.timeout(1500)  # that of a cold compiler
 @pytest.mark.parametrize(("device", "precision"), on_both("fp32", "bf16"))
 def test_zero_3_trains_from_a_disk(
     device: str, precision: str, new_run: Run, rank_on: RankOn, tmp_path: Path
