@@ -137,6 +137,8 @@ def fake_world(ranks: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from shardwright.train.model import dealing
+    from shardwright.train.process import agreement
+    from shardwright.train.process.meeting import Meeting
 
     def gathered(values: list[Any], value: Any, group: Any = None) -> None:
         values[:] = [value] * len(values)
@@ -144,10 +146,12 @@ def fake_world(ranks: int) -> Iterator[None]:
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     # accelerate 1.15 takes no other backend for a CPU's.
     backend = mock.patch.object(dist, "get_backend", return_value="gloo")
-    # Nobody hands out first values.
+    # Nobody hands out first values, nor comes to a meeting.
     not_dealt = mock.patch.object(dealing, "DEALT_FROM_ELEMENTS", sys.maxsize)
+    alone = mock.patch.object(agreement, "Meeting", side_effect=lambda *_: Meeting(None, 0, 1))
+    objects = mock.patch.object(dist, "all_gather_object", gathered)
     try:
-        with backend, not_dealt, mock.patch.object(dist, "all_gather_object", gathered):
+        with backend, not_dealt, alone, objects:
             yield
     finally:
         dist.destroy_process_group()

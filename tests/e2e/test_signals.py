@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwright.train.process.group import cores_of
+from shardwright.train.process.cores import cores_of
 from shardwright.train.run_directory import stop_note
 from tests.e2e.cli import (
     TINY,

@@ -11,7 +11,8 @@ import torch
 from shardwright.train.config import from_tree
 from shardwright.train.errors import UserError
 from shardwright.train.process import group, inherited, numerics
-from shardwright.train.process.group import cores_of, member
+from shardwright.train.process.cores import cores_of
+from shardwright.train.process.group import member
 from shardwright.train.process.rank import Rank, device_index, rank_from_environment
 from tests.fixtures import TreeOf
 

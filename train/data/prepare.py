@@ -17,6 +17,7 @@ from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.sources.source import Reading
 from shardwright.train.durable import write_text
 from shardwright.train.errors import UserError
+from shardwright.train.process.cores import all_cores
 from shardwright.train.run_directory.names import DATA_JSON, TOKENIZER_FOLDER
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def _packed(
 ) -> Entry:
     """Return the cached tokens of this corpus, tokenizer and settings, packing them if need be."""
     from shardwright.train.data.tokens.cache import build_once, cache_root, fingerprint
-    from shardwright.train.data.tokens.packing import Packing, pack
+    from shardwright.train.data.tokens.encoding import Packing
+    from shardwright.train.data.tokens.packing import pack
     from shardwright.train.data.tokens.tokenizer import content_hash, control_ids, document_frame
     from shardwright.train.model.vocabulary import vocabulary_size
 
@@ -170,7 +172,8 @@ def _packed(
         reading = Reading()
         pieces = read_corpus(config.data, cache_root(config.data), reading)
         sources = len(source_weights(config.data))
-        counts = pack(pieces, sources, tokenizer.backend_tokenizer, packing, target)
+        backend = tokenizer.backend_tokenizer
+        counts = pack(pieces, sources, backend, packing, target, all_cores())
         return {**counts, **vars(reading)}
 
     return build_once(parent, name, build)

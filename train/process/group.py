@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import UserError
-from shardwright.train.process import inherited, numerics, signals
+from shardwright.train.process import cores, inherited, numerics, signals
 from shardwright.train.process.leave import leave_process_group
 from shardwright.train.process.open_files import raise_open_file_limit
 from shardwright.train.process.rank import Rank, device_index
@@ -36,13 +36,6 @@ def _finish() -> None:
         finish(LAST_WRITE_SECONDS)
 
 
-def cores_of(cores: Iterable[int], local_index: int, ranks: int) -> set[int]:
-    """Return one rank's share of a node's cores, neighbours by number. Pure."""
-    ordered = sorted(cores)
-    begin, end = (len(ordered) * n // ranks for n in (local_index, local_index + 1))
-    return set(ordered[begin:end]) or {ordered[local_index % len(ordered)]}
-
-
 @contextmanager
 def member(config: RunConfig, rank: Rank) -> Iterator[None]:
     """Be a member of the process group inside the block; leave it and its threads behind after.
@@ -59,7 +52,7 @@ def member(config: RunConfig, rank: Rank) -> Iterator[None]:
     # DeepSpeed's command does not say so.
     ranks_here = int(os.environ.setdefault("LOCAL_WORLD_SIZE", str(config.launcher.ranks_per_node)))
     if config.launcher.binds_cores:
-        os.sched_setaffinity(0, cores_of(os.sched_getaffinity(0), rank.local_index, ranks_here))
+        cores.bind(rank.local_index, ranks_here)
     on_gpu = config.launcher.device == "cuda"
     device = None
     os.environ["DS_ACCELERATOR"] = config.launcher.device  # read when deepspeed is imported

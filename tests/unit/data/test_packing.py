@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +26,9 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 from shardwright.train.data.sources.corpus import Piece
-from shardwright.train.data.tokens.packing import BATCH_TEXTS, Packing, pack, word_starts
+from shardwright.train.data.tokens import packing, workers
+from shardwright.train.data.tokens.encoding import Encoder, Packing, word_starts
+from shardwright.train.data.tokens.packing import BATCH_TEXTS, pack
 from shardwright.train.data.tokens.store import StoreWriter, TokenStore
 from shardwright.train.data.tokens.tokenizer import train_byte_bpe
 
@@ -73,14 +78,20 @@ def test_documents_are_joined_by_their_end(bpe: Tokenizer, tmp_path: Path) -> No
 
 
 def test_documents_begin_with_the_prefix(bpe: Tokenizer, tmp_path: Path) -> None:
-    pack([document("pure"), document("time")], 1, bpe, replace(PLAIN, prefix=(0,)), tmp_path)
+    pack(
+        [document("pure"), document("time")],
+        1,
+        bpe,
+        dataclasses.replace(PLAIN, prefix=(0,)),
+        tmp_path,
+    )
     tokens = TokenStore(tmp_path, "train-0").tokens.tolist()
     assert bpe.decode(tokens, skip_special_tokens=False) == "<s>pure</s><s>time</s>"
 
 
 def test_pieces_of_a_document_are_joined_by_nothing(bpe: Tokenizer, tmp_path: Path) -> None:
     pieces = [Piece("pure\n", True, False, 0, False), Piece("time", False, True, 0, False)]
-    counts = pack(pieces, 1, bpe, replace(PLAIN, prefix=(0,)), tmp_path)
+    counts = pack(pieces, 1, bpe, dataclasses.replace(PLAIN, prefix=(0,)), tmp_path)
     tokens = TokenStore(tmp_path, "train-0").tokens.tolist()
     assert bpe.decode(tokens, skip_special_tokens=False) == "<s>pure\ntime</s>"
     assert counts["documents"] == 1
@@ -106,7 +117,7 @@ def test_a_special_token_in_a_text_stays_text(bpe: Tokenizer, tmp_path: Path) ->
 
 
 def test_lines_are_kept_apart_and_empty_ones_left_out(bpe: Tokenizer, tmp_path: Path) -> None:
-    packing = replace(PLAIN, by_line=True)
+    packing = dataclasses.replace(PLAIN, by_line=True)
     pack([document("pure reason\n\n  \ntime"), document("law")], 1, bpe, packing, tmp_path)
     store = TokenStore(tmp_path, "train-0")
     assert store.line_ends is not None
@@ -123,7 +134,7 @@ def test_lines_of_a_document_in_pieces_are_whole(bpe: Tokenizer, tmp_path: Path)
         Piece("\n", False, True, 0, False),
         document("space"),
     ]
-    counts = pack(pieces, 1, bpe, replace(PLAIN, by_line=True, prefix=(0,)), tmp_path)
+    counts = pack(pieces, 1, bpe, dataclasses.replace(PLAIN, by_line=True, prefix=(0,)), tmp_path)
     store = TokenStore(tmp_path, "train-0")
     assert store.line_ends is not None
     lines = np.split(store.tokens, store.line_ends[:-1])
@@ -135,7 +146,7 @@ def test_lines_of_a_document_in_pieces_are_whole(bpe: Tokenizer, tmp_path: Path)
 
 def test_line_ends_count_on_over_batches(bpe: Tokenizer, tmp_path: Path) -> None:
     lines = 2 * BATCH_TEXTS + 10
-    pack([document("pure\n" * lines)], 1, bpe, replace(PLAIN, by_line=True), tmp_path)
+    pack([document("pure\n" * lines)], 1, bpe, dataclasses.replace(PLAIN, by_line=True), tmp_path)
     store = TokenStore(tmp_path, "train-0")
     assert store.line_ends is not None
     assert len(store.line_ends) == lines
@@ -146,7 +157,8 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:
     for size, dtype in ((2**16, np.uint16), (2**16 + 1, np.uint32)):
         (tmp_path / str(size)).mkdir()
         with StoreWriter(tmp_path / str(size), "train-0", size, words=False, lines=False) as writer:
-            writer.append([0, size - 1], [], [])
+            ids, nothing = np.array([0, size - 1]), np.array([], dtype=np.int64)
+            writer.append(ids, nothing.astype(np.uint8), nothing)
         store = TokenStore(tmp_path / str(size), "train-0")
         assert store.tokens.dtype == dtype
         assert store.tokens.tolist() == [0, size - 1]
@@ -162,7 +174,7 @@ def test_a_store_pickles_as_its_name(bpe: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_words_are_kept_with_the_tokens(bpe: Tokenizer, tmp_path: Path) -> None:
-    packing = replace(PLAIN, words=True, prefix=(0,))
+    packing = dataclasses.replace(PLAIN, words=True, prefix=(0,))
     pack([document("unreasonable time")], 1, bpe, packing, tmp_path)
     store = TokenStore(tmp_path, "train-0")
     assert store.word_starts is not None
@@ -257,7 +269,7 @@ import sys
 from pathlib import Path
 from tokenizers import Tokenizer
 from shardwright.train.data.sources.corpus import Piece
-from shardwright.train.data.tokens.packing import Packing
+from shardwright.train.data.tokens.encoding import Packing
 from shardwright.train.data.tokens.packing import pack
 from shardwright.train.process.memory import peak_resident_bytes
 folder = Path(sys.argv[1])
@@ -276,6 +288,57 @@ print(peak_after(60), peak_after(900))
     small, large = map(int, done.stdout.split())
     # Even 60 documents fill a batch; the ids alone of 840 more are about 210 MB as Python has them.
     assert large - small < 64 * 2**20
+
+
+@pytest.mark.parametrize("by_line", [False, True])
+def test_a_large_corpus_is_packed_by_processes_into_the_same_stores(
+    by_line: bool, bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where ranks are forbidden threads, and keep to one core of the node's."""
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(packing, "SIDE_BY_SIDE_FROM_CHARACTERS", 4000)
+    settings = dataclasses.replace(PLAIN, words=True, by_line=by_line)
+    started = mock.Mock(side_effect=subprocess.Popen)
+    monkeypatch.setattr(workers.subprocess, "Popen", started)
+
+    def pieces() -> Iterator[Piece]:
+        for i in range(60):
+            yield document(f"</s> pure\n\nreason {i} " * 30, source=i % 2, held_out=i % 7 == 0)
+
+    counts = {}
+    core = min(os.sched_getaffinity(0))
+    for cores in ({core}, {core, core + 1, core + 2}):
+        (tmp_path / str(len(cores))).mkdir()
+        # Cores that this machine lacks are ignored by the kernel.
+        counts[len(cores)] = pack(pieces(), 2, bpe, settings, tmp_path / str(len(cores)), cores)
+    assert started.call_count == 3
+    assert counts[1] == counts[3]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "1").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "3").iterdir()}
+    assert sum(map(len, files.values())) > 10_000
+
+
+def test_a_worker_that_is_killed_is_an_error_and_leaves_no_other(
+    bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any, **settings: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(*arguments, **settings))
+        return started[-1]
+
+    monkeypatch.setattr(workers, "subprocess", mock.Mock(Popen=start, PIPE=subprocess.PIPE))
+
+    def batches() -> Iterator[list[Piece]]:
+        yield [document("pure")]
+        started[0].kill()
+        while True:
+            yield [document("reason")]
+
+    cores = sorted(os.sched_getaffinity(0))[:1] * 2
+    with pytest.raises(RuntimeError, match=r"tokenises the corpus has ended \(killed by SIGKILL\)"):
+        list(workers.encoded(batches(), Encoder.of_corpus(bpe, PLAIN), cores))
+    assert all(process.returncode is not None for process in started)
 
 
 def test_every_piece_is_counted_once(bpe: Tokenizer, tmp_path: Path) -> None:

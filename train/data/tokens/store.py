@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 class TokenStore:
@@ -61,15 +61,17 @@ class StoreWriter:
         self._words = create(directory / f"{name}.words") if words else None
         self._lines = create(directory / f"{name}.lines") if lines else None
 
-    def append(self, ids: list[int], word_starts: list[int], line_ends: list[int]) -> None:
+    def append(self, ids: ArrayLike, word_starts: ArrayLike, line_ends: ArrayLike) -> None:
         """Append tokens; ``line_ends`` are counted from the first of these tokens."""
-        self._tokens.write(np.array(ids, dtype=self.dtype).data)
+        tokens = np.asarray(ids, dtype=self.dtype)
+        self._tokens.write(tokens.data)
         if self._words is not None:
-            assert len(word_starts) == len(ids)
-            self._words.write(np.array(word_starts, dtype=np.uint8).data)
+            words = np.asarray(word_starts, dtype=np.uint8)
+            assert len(words) == len(tokens)
+            self._words.write(words.data)
         if self._lines is not None:
-            self._lines.write((np.array(line_ends, dtype=np.int64) + self.token_count).data)
-        self.token_count += len(ids)
+            self._lines.write((np.asarray(line_ends, dtype=np.int64) + self.token_count).data)
+        self.token_count += len(tokens)
 
     def __enter__(self) -> StoreWriter:
         return self
