@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -14,9 +14,9 @@ from typing import Any
 class Counted:
     """What was done in a block, by the thread that ran it."""
 
-    by_name: Counter[str] = field(default_factory=Counter)
+    by_name: Counter[str]
     """Calls of functions, those in C too, by their names."""
-    opened: list[str] = field(default_factory=list)
+    opened: list[str]
     """The files that were opened, by all threads."""
 
     @property
@@ -28,27 +28,37 @@ class Counted:
         return sum(self.by_name[name] for name in ("stat", "lstat", "readlink", "scandir"))
 
 
-_open: list[Counted] = []
+_lists: list[list[str]] = []
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and _open:
-        for counted in _open:
-            counted.opened.append(str(arguments[0]))
+    if event == "open":
+        for found in _lists:
+            found.append(str(arguments[0]))
 
 
 _is_audited = False
 
 
 @contextmanager
-def counted() -> Iterator[Counted]:
-    """Count what the block does."""
+def opened() -> Iterator[list[str]]:
+    """Note the files that the block opens, those of all threads."""
     global _is_audited
     if not _is_audited:
         sys.addaudithook(_audit)  # which cannot be taken back
         _is_audited = True
-    found = Counted()
-    names = found.by_name
+    found: list[str] = []
+    _lists.append(found)
+    try:
+        yield found
+    finally:
+        _lists[:] = [other for other in _lists if other is not found]
+
+
+@contextmanager
+def counted() -> Iterator[Counted]:
+    """Count what the block does."""
+    names: Counter[str] = Counter()
 
     def count(frame: Any, event: str, argument: Any) -> None:
         if event == "call":
@@ -56,11 +66,10 @@ def counted() -> Iterator[Counted]:
         elif event == "c_call":
             names[argument.__name__] += 1
 
-    _open.append(found)
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        yield found
-    finally:
-        sys.setprofile(before)
-        _open.remove(found)
+    with opened() as files:
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            yield Counted(names, files)
+        finally:
+            sys.setprofile(before)

@@ -336,7 +336,7 @@ def restored_and_saved(run_dir: Path, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
         folder, peers = HashedFolder(directory), Peers(trainer.args.process_index)
         state = trainer.engine.save_state(trainer, is_first=peers.is_first, into=None)
-        written = peers.attempt(lambda: state.write(folder))
+        written = peers.collect(lambda: state.write(folder))
         peers.attempt(lambda: state.finish(folder, written) if peers.rank == 0 else None)
 
     trained(run_dir, save)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import DdpStrategy
 from shardwright.train.strategy.dtypes import TORCH_DTYPES
-from shardwright.train.strategy.engine import Engine, divided
+from shardwright.train.strategy.engine import divided
+from shardwright.train.strategy.state.engine import DistributedEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,11 +17,10 @@ if TYPE_CHECKING:
 
     from shardwright.train.checkpoint.format.lazy import PortableState
     from shardwright.train.model.weights import InitialValues
-    from shardwright.train.strategy.state.host_memory import HostMemory
-    from shardwright.train.strategy.training import EngineState, Training
+    from shardwright.train.strategy.training import Training
 
 
-class Replicated(Engine):
+class Replicated(DistributedEngine):
     def settings(self) -> dict[str, Any]:
         if not isinstance(self.config.strategy, DdpStrategy):
             return {}
@@ -115,10 +115,3 @@ class Replicated(Engine):
 
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
         return trainer.model.parameters()
-
-    def save_state(
-        self, trainer: Training, *, is_first: bool, into: HostMemory | None
-    ) -> EngineState:
-        from shardwright.train.strategy.state.dcp import DistributedState
-
-        return DistributedState(trainer, into=into)

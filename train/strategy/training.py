@@ -30,7 +30,10 @@ class EngineState(Protocol):
         """Write this rank's files and return what `finish` wants to know. Raises OSError."""
 
     def finish(self, folder: HashedFolder, written: list[Any]) -> None:
-        """On the first rank, add what is known only now. Raises OSError."""
+        """On the first rank of a disk, add what is known only now. Raises OSError.
+
+        ``written`` is what `write` has returned on each rank of that disk, in their order.
+        """
 
 
 class Stateful(Protocol):

@@ -139,11 +139,8 @@ def write(draft: Draft, peers: Peers) -> Path:
 class _Written:
     """What one rank has written of a checkpoint."""
 
-    disk: int
     of_engine: Any
     files: dict[str, Any]
-    save_id: str
-    """The first rank's is that of the checkpoint."""
 
 
 def _publish(draft: Draft, peers: Peers, folder: HashedFolder) -> None:
@@ -159,15 +156,18 @@ def _publish(draft: Draft, peers: Peers, folder: HashedFolder) -> None:
         of_engine = draft.engine.write(folder)
         for name, data in draft.texts.items():
             folder.write(name, data)
-        return _Written(peers.disk, of_engine, folder.files, secrets.token_hex(8))
+        return _Written(of_engine, folder.files)
 
     peers.attempt(prepare)
-    parts = peers.attempt(write_part)
+    # Of a part only who writes the manifest needs to know: at hundreds of ranks it is large.
+    on_disk = peers.collect(write_part)
+    save_id = peers.of_each_disk(secrets.token_hex(8))[0]
 
     def finish() -> None:
         if peers.is_first:
-            draft.engine.finish(folder, [part.of_engine for part in parts])
-            manifest = _manifest(draft.manifest, parts, peers.disk, folder.files)
+            draft.engine.finish(folder, [part.of_engine for part in on_disk])
+            described = {"save_id": save_id, "part": peers.disk, "parts": peers.disks}
+            manifest = _manifest({**draft.manifest, **described}, on_disk, folder.files)
             layout.write_manifest(folder.path, manifest)
             layout.publish_checkpoint(folder.path, draft.path)
 
@@ -175,19 +175,13 @@ def _publish(draft: Draft, peers: Peers, folder: HashedFolder) -> None:
 
 
 def _manifest(
-    described: dict[str, Any], parts: list[_Written], disk: int, files: dict[str, Any]
+    described: dict[str, Any], parts: list[_Written], files: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the manifest of what lies on one disk, with ``files`` of its first rank. Pure."""
+    """Return the manifest of what ranks wrote to a disk, with ``files`` of its first one. Pure."""
     on_disk = dict(files)
     for part in parts:
-        on_disk |= part.files if part.disk == disk else {}
-    return {
-        **described,
-        "save_id": parts[0].save_id,
-        "part": disk,
-        "parts": len({part.disk for part in parts}),
-        "files": dict(sorted(on_disk.items())),
-    }
+        on_disk |= part.files
+    return {**described, "files": dict(sorted(on_disk.items()))}
 
 
 def _retain(draft: Draft, peers: Peers, *, written: dict[str, Any]) -> None:
@@ -203,7 +197,9 @@ def _retain(draft: Draft, peers: Peers, *, written: dict[str, Any]) -> None:
         listing = Listing(draft.directory)
         return wrong, parts_in(listing)
 
-    seen = peers.attempt(look)
+    on_disk = peers.collect(look)
+    wrong_here = [problem for problems, _ in on_disk for problem in problems]
+    seen = peers.of_each_disk((wrong_here, on_disk[0][1] if on_disk else {}))
 
     def retain() -> None:
         if peers.is_first:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from shardwright.train.strategy.engine import Engine, divided
+from shardwright.train.strategy.engine import divided
 from shardwright.train.strategy.fsdp import facts
 from shardwright.train.strategy.fsdp.settings import settings
 from shardwright.train.strategy.fsdp.sharding import held, sharded, sharded_as
+from shardwright.train.strategy.state.engine import DistributedEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,11 +23,10 @@ if TYPE_CHECKING:
 
     from shardwright.train.checkpoint.format.lazy import PortableState
     from shardwright.train.model.weights import InitialValues
-    from shardwright.train.strategy.state.host_memory import HostMemory
-    from shardwright.train.strategy.training import EngineState, Training
+    from shardwright.train.strategy.training import Training
 
 
-class Fsdp(Engine):
+class Fsdp(DistributedEngine):
     places_model = True
 
     def settings(self) -> dict[str, Any]:
@@ -77,10 +77,3 @@ class Fsdp(Engine):
         for parameter in trainer.model.parameters():
             assert isinstance(parameter, DTensor)
             yield parameter.to_local()
-
-    def save_state(
-        self, trainer: Training, *, is_first: bool, into: HostMemory | None
-    ) -> EngineState:
-        from shardwright.train.strategy.state.dcp import DistributedState
-
-        return DistributedState(trainer, into=into)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -21,6 +20,7 @@ from shardwright.train.checkpoint.format.hashed import HashedFolder
 from shardwright.train.optimizer import eight_bit
 from shardwright.train.run_directory.names import ENGINE_FOLDER
 from shardwright.train.strategy.state.host_memory import HostMemory, aligned
+from shardwright.train.strategy.state.plans import Plans
 from shardwright.train.strategy.state.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class DistributedState:
     writing.
     """
 
-    def __init__(self, trainer: Training, *, into: HostMemory | None) -> None:
+    def __init__(self, trainer: Training, plans: Plans, *, into: HostMemory | None) -> None:
         optimizer = trainer.torch_optimizer()
         model_state, optimizer_state = get_state_dict(trainer.model, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
@@ -46,36 +46,20 @@ class DistributedState:
             state,
             is_coordinator=trainer.args.process_index == 0,
         )
-        self._metadata: Metadata | None = None
-        plan = self._planner.create_local_plan()
-        self._plan = self._planner.finish_plan(self._globally(plan))
+        self._plan = plans.of(self._planner)
         # Copies are in host memory already: nothing to fetch ahead from a GPU.
         self._copy_ahead_bytes = 10_000_000 if into is None else 0
         if into is not None:
-            self._planner.keep_copies(self._plan, into)
-
-    def _globally(self, plan: SavePlan) -> SavePlan:
-        """Have rank 0 decide who writes what; return this rank's part."""
-        is_alone, is_first = not dist.is_initialized(), self._planner.is_coordinator
-        plans: list[Any] = [plan] if is_alone else [None] * dist.get_world_size()
-        if not is_alone:
-            dist.gather_object(plan, plans if is_first else None)
-        if is_first:
-            plans, self._metadata = self._planner.create_global_plan(plans)
-            plans = FileSystemWriter(ENGINE_FOLDER).prepare_global_plan(plans)
-        if is_alone:
-            return plans[0]
-        mine: list[Any] = [None]
-        dist.scatter_object_list(mine, plans if is_first else None)
-        return mine[0]
+            self._planner.keep_copies(self._plan.mine, into)
 
     def write(self, folder: HashedFolder) -> Any:
         writer = self._writer(folder)
-        return writer.write_data(self._plan, self._planner).value()
+        return writer.write_data(self._plan.mine, self._planner).value()
 
     def finish(self, folder: HashedFolder, written: list[Any]) -> None:
-        if self._metadata is not None:
-            self._writer(folder).finish(self._metadata, written)
+        if self._plan.metadata is not None:
+            # The writer adds to what it is given, and the plan is kept.
+            self._writer(folder).finish(dataclasses.replace(self._plan.metadata), written)
 
     def _writer(self, folder: HashedFolder) -> FileSystemWriter:
         writer = FileSystemWriter(
