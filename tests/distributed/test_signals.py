@@ -54,6 +54,10 @@ MOMENTS: dict[str, tuple[AtEvent, int]] = {
         5,
     ),
     "in the export, of rank 0": (AtEvent("os.mkdir .final.tmp$", signal=TERM), 5),
+    "in the export, of rank 1 as it writes": (
+        AtEvent("open .final.tmp/", rank=1, signal=TERM),
+        5,
+    ),
     "in the export, all twice": (
         AtEvent("os.mkdir .final.tmp$", everyone=True, signal=USR1, times=2),
         5,
