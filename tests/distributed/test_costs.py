@@ -20,8 +20,11 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from shardwright.train.checkpoint.format import lazy
 from shardwright.train.checkpoint.read import dcp
 from shardwright.train.config import load
+from shardwright.train.export.card import model_card
+from shardwright.train.export.final import export
 from shardwright.train.loop.saving.save import draft, peers_of, write
 from shardwright.train.loop.trainer import Trainer
+from shardwright.train.model.blocks import parameter_count
 from shardwright.train.process.rank import rank_from_environment
 from shardwright.train.run import assemble
 from shardwright.train.strategy.group import join
@@ -142,8 +145,10 @@ def costs_of_resuming(run_dir: Path) -> dict[str, int]:
         return _costs_of_resuming(run_dir, rank)
 
 
-def _costs_of_resuming(run_dir: Path, rank: Any) -> dict[str, int]:
-    found: Counter[str] = Counter()
+@contextmanager
+def reads_counted() -> Iterator[Counter[str]]:
+    """Count the chunks that this rank looks at, the shards that it opens and the bytes it reads."""
+    found: Counter[str] = Counter(looks=0, bytes=0)
     read_into, describe = lazy._read_into, dcp.describe
 
     def counted_read(buffer: memoryview, *rest: Any) -> None:
@@ -159,13 +164,16 @@ def _costs_of_resuming(run_dir: Path, rank: Any) -> dict[str, int]:
         mock.patch.object(dcp, "describe", counted_look),
         counting.opened() as opened,
     ):
+        yield found
+    found["opened"] = sum(path.endswith(".distcp") for path in opened)
+
+
+def _costs_of_resuming(run_dir: Path, rank: Any) -> dict[str, int]:
+    with reads_counted() as found:
         trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
         trainer.train()
-    shards = [path for path in opened if path.endswith(".distcp")]
     found["parameters"] = len(list(trainer.model.parameters()))
     found["held"] = sum(part.numel() for part in trainer.engine.local_weights(trainer))
-    # Those for hashes are shared among the ranks.
-    found["opened"] = len(shards)
     return dict(found)
 
 
@@ -182,3 +190,41 @@ def test_a_resume_looks_at_what_a_rank_holds_whatever_the_number_of_ranks(
         assert cost["bytes"] == 4 * (3 * cost["held"] + cost["parameters"])
         # Looked at and read; and hashed, of which no rank has more than its share.
         assert cost["opened"] <= 2 * cost["looks"] + 1
+
+
+# --- the export ---------------------------------------------------------------------------------
+
+
+def costs_of_the_export(run_dir: Path) -> list[dict[str, int]]:
+    """Make final/ out of the newest checkpoint, then of the live engine; return what each read."""
+    return trained(run_dir, _costs_of_the_export)
+
+
+def _costs_of_the_export(trainer: Trainer) -> list[dict[str, int]]:
+    assert trainer.resumed is not None
+    costs = []
+    for checkpoint in (trainer.resumed.checkpoint, None):
+        with reads_counted() as found:
+            export(trainer, lambda: model_card(trainer, {}), checkpoint)
+        found["parameters"] = len(list(trainer.model.parameters()))
+        found["elements"] = parameter_count(trainer.model)
+        costs.append(dict(found))
+    return costs
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_the_export_looks_at_each_chunk_of_the_weights_once(
+    world_size: int, run_of: Any, ranks: RanksOf
+) -> None:
+    run_dir = run_of(world_size)
+    ranks(world_size)(whole_run, run_dir)
+    of_ranks = ranks(world_size)(costs_of_the_export, run_dir)
+    for rank, costs in enumerate(of_ranks):
+        print(f"rank {rank} of {world_size}: {costs}")
+    of_checkpoint = [of_checkpoint for of_checkpoint, _ in of_ranks]
+    chunks = world_size * of_checkpoint[0]["parameters"]
+    # A tensor that two ranks divide between them has a chunk which both read a part of.
+    assert chunks <= sum(cost["looks"] for cost in of_checkpoint) < chunks + world_size
+    assert sum(cost["bytes"] for cost in of_checkpoint) == 4 * of_checkpoint[0]["elements"]
+    assert all(cost["opened"] <= 2 * cost["looks"] + 1 for cost in of_checkpoint)
+    assert all((cost["looks"], cost["opened"]) == (0, 0) for _, cost in of_ranks)
