@@ -21,6 +21,8 @@ class MlmObjective(Section):
     """Of these, replaced by a random token; the rest stay as they are."""
     whole_word: bool = False
     """Mask all tokens of a word together."""
+    head_on_labels_only: bool = True
+    """Compute the head where a token is to be predicted alone: the same loss for less work."""
     prompts: Strings = ()
     """Sentences with <mask>, filled by the trained model when the run ends."""
 

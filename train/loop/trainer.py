@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from shardwright.train.checkpoint.format.layout import TRAINER_STATE
-from shardwright.train.config import Schedule
+from shardwright.train.config import MlmObjective, Schedule
 from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
 from shardwright.train.errors import Diverged, UserError
@@ -22,6 +22,7 @@ from shardwright.train.loop import divergence
 from shardwright.train.loop.callbacks.schedule import EveryStepCounts
 from shardwright.train.loop.saving.saver import Saver
 from shardwright.train.model import build as models
+from shardwright.train.model.labelled_head import LabelledHead, positions_of
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.process import numerics, signals
 from shardwright.train.process.agreement import check, from_all
@@ -44,6 +45,8 @@ BATCHES_BETWEEN_CHECKS = 4
 """Of an evaluation, for a signal to stop."""
 IGNORED = -100
 """Label of a position that is not predicted."""
+POSITIONS = "label_positions"
+"""In a batch, the positions that are."""
 
 
 class Trainer(transformers.Trainer):
@@ -90,6 +93,10 @@ class Trainer(transformers.Trainer):
         if engine.places_model:
             where = next(model.parameters()).device
             keep_beside_gradients(self.accelerator.scaler, where)
+        self.labelled_head: LabelledHead | None = None
+        objective = self.config.objective
+        if isinstance(objective, MlmObjective) and objective.head_on_labels_only:
+            self.labelled_head = LabelledHead(model)
         self.gate = finite.Gate(args.device)
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
@@ -167,7 +174,14 @@ class Trainer(transformers.Trainer):
             raise signals.Stop
         self.gate.begin()
         self.tokens_seen += tokens
+        batches = [self._with_positions(batch) for batch in batches]
         return batches, counts[0].clamp(min=1)
+
+    def _with_positions(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a batch with where its labels are, found while it is in host memory."""
+        if self.labelled_head is None:
+            return batch
+        return {**batch, POSITIONS: positions_of(batch["labels"], IGNORED)}
 
     def _check_data(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """Raise UserError where the model cannot be trained on the first batches."""
@@ -244,10 +258,10 @@ class Trainer(transformers.Trainer):
 
         Every rank divides by the same global number, so that neither accumulation nor the world
         size changes what a label weighs. ``logits`` (batch, sequence, vocabulary), ``labels``
-        (batch, sequence).
+        (batch, sequence); or both without what has no label, (labels, vocabulary) and (labels,).
         """
         total = cross_entropy(
-            outputs.logits.flatten(0, 1).float(),
+            outputs.logits.flatten(0, -2).float(),
             labels.flatten().to(outputs.logits.device),
             ignore_index=IGNORED,
             reduction="sum",
@@ -263,6 +277,8 @@ class Trainer(transformers.Trainer):
         That one is a mean over the tokens of the micro-batch, and so counts by its share of the
         step's labels: over all micro-batches and ranks the shares add up to 1.
         """
+        if self.labelled_head is not None:
+            self.labelled_head.check(outputs.logits, labels)
         loss = self.loss(outputs, labels, num_items_in_batch)
         if self.auxiliary_loss is not None:
             self._label_loss = loss.detach()
@@ -281,7 +297,26 @@ class Trainer(transformers.Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.auxiliary_loss is not None:
             inputs = {**inputs, models.ROUTER_LOGITS: True}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.labelled_head is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        inputs = dict(inputs)
+        positions = inputs.pop(POSITIONS)
+        inputs["labels"] = inputs["labels"].flatten()[positions]
+        with self.labelled_head.at(positions):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _predictions(
+        self, model: Any, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits (n, vocabulary) and labels (n,), and how many samples have any label."""
+        batch = self._prepare_inputs(self._with_positions(batch))
+        labels = batch.pop("labels")
+        samples = labels.ne(IGNORED).any(-1).sum()
+        if self.labelled_head is None:
+            return model(**batch).logits.flatten(0, 1), labels.flatten(), samples
+        positions = batch.pop(POSITIONS)
+        with self.labelled_head.at(positions):
+            return model(**batch).logits, labels.flatten()[positions], samples
 
     def evaluation_loop(
         self,
@@ -311,20 +346,15 @@ class Trainer(transformers.Trainer):
                 for number, batch in enumerate(progress.over(dataloader, **shown)):
                     if number % BATCHES_BETWEEN_CHECKS == 0:
                         check()
-                    batch = self._prepare_inputs(batch)
-                    labels = batch.pop("labels")
-                    logits = model(**batch).logits
+                    logits, labels, samples = self._predictions(model, batch)
                     kept = labels.ne(IGNORED)
                     loss = cross_entropy(
-                        logits.flatten(0, 1).float(),
-                        labels.flatten(),
-                        ignore_index=IGNORED,
-                        reduction="sum",
+                        logits.float(), labels, ignore_index=IGNORED, reduction="sum"
                     )
                     sums[0] += loss
                     sums[1] += (logits.argmax(-1).eq(labels) & kept).sum()
                     sums[2] += kept.sum()
-                    sums[3] += kept.any(-1).sum()
+                    sums[3] += samples
                     sums[4] += ~loss.isfinite()
                     sums[5] += 1
         finally:
