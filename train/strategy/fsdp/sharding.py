@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import RankLayout, RunConfig
@@ -62,12 +62,13 @@ def sharded(
         else OffloadPolicy(),
     )
     reshards = wanted["reshard_after_forward"] and (wanted["reshard_ranks"] or True)
-    with _one_mesh_after_forward():
+    with _one_mesh_after_forward() if wanted["reshard_ranks"] else nullcontext():
         # The root's parameters are used first in a backward pass, too: freed after forward, which
         # an explicit True does to them as well (torch 2.13), they would be gathered again at once.
         for unit in [*inner, Unit(model, is_last=True)]:
             made = shard(unit.module, reshard_after_forward=not unit.is_last and reshards)
-            made.set_unshard_in_backward(unit.backward_needs_parameters)
+            if not unit.backward_needs_parameters:
+                made.set_unshard_in_backward(False)
     _fill(model, values, config.launcher.device, "cpu" if offload["cpu"] else None)
     _prefetch([unit.module for unit in inner], wanted["prefetch_units"])
     # accelerate enters no_sync on every micro-batch of a step but the last.
