@@ -171,7 +171,8 @@ def test_each_rank_writes_its_own_part_and_nobody_gathers(
         assert max(rank.own_elements.values()) > SLICE_ELEMENTS
 
 
-TIMEOUT_SECONDS, SLOW_SECONDS = 1.5, 3.0
+# Ranks leave a meeting half a second apart, on a busy machine more.
+TIMEOUT_SECONDS, SLOW_SECONDS = 3.0, 4.5
 
 
 def export_to_slow_disks(trainer: Trainer) -> None:
@@ -315,7 +316,7 @@ def test_what_one_rank_raises_all_raise() -> None:
 
 
 def test_a_rank_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(meeting, "SILENT_SECONDS", 2.0)  # of one that lives, forty signs
     monkeypatch.setattr(meeting, "_BEAT_SECONDS", 0.05)
     monkeypatch.setattr(meeting, "SECONDS_BETWEEN_LOOKS", 0.02)
     monkeypatch.setattr(meeting, "_TELLING_SECONDS", 0.1)
@@ -335,4 +336,4 @@ def test_a_rank_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     for thread in threads:
         thread.join(60)
     assert len(raised) == 2
-    assert {text[:39] for text in raised} == {"rank 2 has given no sign of life for 1 "}
+    assert all(text.startswith("rank 2 has given no sign of life for ") for text in raised)
