@@ -77,9 +77,9 @@ def test_loss_and_gradients_are_those_of_the_whole_head(kind: str) -> None:
     loss.backward()
 
     assert rows == [len(positions)] == [int(labels.ne(IGNORED).sum())]
-    assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
+    assert loss.item() == pytest.approx(whole.item(), abs=1e-5)
     assert all(
-        torch.allclose(model.get_parameter(name).grad, gradient, atol=1e-6)
+        torch.allclose(model.get_parameter(name).grad, gradient, atol=1e-5)
         for name, gradient in expected.items()
     )
     assert model(input_ids=ids).logits.shape == (3, 16, 96), "outside of the block all are there"
