@@ -90,6 +90,11 @@ class Collectives:
         once = self.per_parameter * (self.sent.ranks - 1) / self.sent.ranks
         return 2 * once if self.sent.name == ALL_REDUCE else once
 
+    @property
+    def volume_bytes(self) -> float:
+        """The same in bytes."""
+        return self.volume * _ITEM_BYTES[self.sent.dtype]
+
 
 def of_the_paper(strategy: str) -> float:
     """Return the volume of a step, in the model's parameters, by section 7 of the paper. Pure.
@@ -111,6 +116,7 @@ def of_the_paper(strategy: str) -> float:
 
 
 ALL_REDUCE = "all-reduce"
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _NAMES = {
     "allreduce_": ALL_REDUCE,
     "allreduce_coalesced_": ALL_REDUCE,
@@ -275,8 +281,9 @@ def counted(strategy: str, directory: Path) -> list[Collectives]:
 def table(found: Mapping[str, Sequence[Collectives]]) -> str:
     """Return the rows for people, in Markdown. Pure."""
     lines = [
-        "| Strategy | Collectives of a rank in a step of two micro-batches | Sent | The paper's |",
-        "| --- | --- | --- | --- |",
+        "| Strategy | Collectives of a rank in a step of two micro-batches | Sent | The paper's "
+        "| Bytes sent |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for strategy, collectives in found.items():
         parts = [
@@ -285,8 +292,10 @@ def table(found: Mapping[str, Sequence[Collectives]]) -> str:
             for c in collectives
         ]
         sent = sum(c.volume for c in collectives)
+        sent_bytes = sum(c.volume_bytes for c in collectives)
         lines.append(
-            f"| `{strategy}` | {'; '.join(parts)} | {sent:.1f} Ψ | {of_the_paper(strategy):.1f} Ψ |"
+            f"| `{strategy}` | {'; '.join(parts)} | {sent:.1f} Ψ | {of_the_paper(strategy):.1f} Ψ "
+            f"| {sent_bytes:.1f} Ψ |"
         )
     return "\n".join(lines)
 

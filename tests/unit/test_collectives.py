@@ -43,7 +43,7 @@ def test_replicas_meet_with_their_shard_alone() -> None:
 def test_a_row_says_what_is_called_and_what_it_comes_to() -> None:
     found = [Collectives(Sent("all-reduce", "float32", 1024), calls=4, per_parameter=1.0)]
     assert table({"ddp": found}).splitlines()[2:] == [
-        "| `ddp` | 4 all-reduces over 1,024 ranks of 1.00 Ψ in float32 | 2.0 Ψ | 2.0 Ψ |"
+        "| `ddp` | 4 all-reduces over 1,024 ranks of 1.00 Ψ in float32 | 2.0 Ψ | 2.0 Ψ | 8.0 Ψ |"
     ]
 
 
