@@ -43,7 +43,10 @@ def test_an_auxiliary_loss_counts_by_the_share_of_labels_and_is_no_label_loss(
     # Of two micro-batches, with 1 and 18 of the 19 labels.
     parts = (slice(0, 1), torch.tensor(3.0)), (slice(1, 4), torch.tensor(2.0))
     trainer: Any = SimpleNamespace(
-        loss=Trainer.loss, auxiliary_loss=torch.zeros(()), _auxiliary_coefficient=coefficient
+        loss=Trainer.loss,
+        auxiliary_loss=torch.zeros(()),
+        _auxiliary_coefficient=coefficient,
+        labelled_head=None,
     )
     total = label_loss = torch.zeros(())
     for rows, auxiliary in parts:
