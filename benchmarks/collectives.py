@@ -142,7 +142,7 @@ def fake_world(ranks: int) -> Iterator[None]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from shardwright.train.model import dealing
+    from shardwright.train.model import first_values
     from shardwright.train.process import agreement
     from shardwright.train.process.meeting import Meeting
 
@@ -153,7 +153,7 @@ def fake_world(ranks: int) -> Iterator[None]:
     # accelerate 1.15 takes no other backend for a CPU's.
     backend = mock.patch.object(dist, "get_backend", return_value="gloo")
     # Nobody hands out first values, nor comes to a meeting.
-    not_dealt = mock.patch.object(dealing, "DEALT_FROM_ELEMENTS", sys.maxsize)
+    not_dealt = mock.patch.object(first_values, "DEALT_FROM_ELEMENTS", sys.maxsize)
     alone = mock.patch.object(agreement, "Meeting", side_effect=lambda *_: Meeting(None, 0, 1))
     objects = mock.patch.object(dist, "all_gather_object", gathered)
     try:

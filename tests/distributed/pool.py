@@ -127,10 +127,10 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _work(pipe: Connection) -> None:
-    from shardwright.train.model import dealing  # which brings torch
+    from shardwright.train.model import first_values  # which brings torch
     from shardwright.train.process.leave import gloo_worker_count
 
-    dealing.DEALT_FROM_ELEMENTS = 1  # tiny models start as large ones do
+    first_values.DEALT_FROM_ELEMENTS = 1  # tiny models start as large ones do
     while True:
         try:
             function, arguments, environment, threads_may_stay = pipe.recv()

@@ -28,7 +28,7 @@ from shardwright.train.data.batches.loader import collator
 from shardwright.train.data.batches.sampler import SampleKey, sample_at
 from shardwright.train.data.batches.samples import Window
 from shardwright.train.model.build import build
-from shardwright.train.model.dealing import materialize
+from shardwright.train.model.first_values import materialize
 from tests.distributed.jobs import whole_run
 from tests.fixtures import RanksOf
 

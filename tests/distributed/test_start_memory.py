@@ -26,7 +26,7 @@ from shardwright.train import data
 from shardwright.train.config import load
 from shardwright.train.config.model import Gpt2Model
 from shardwright.train.model import build as models
-from shardwright.train.model import dealing
+from shardwright.train.model import first_values
 from shardwright.train.model.weights import _Drawn
 from shardwright.train.process.rank import rank_from_environment
 from shardwright.train.strategy import engine_of
@@ -84,7 +84,7 @@ def _measured(run_dir: Path) -> dict[str, int]:
 
     with (
         mock.patch.object(_Drawn, "write", counted),
-        mock.patch.object(dealing, "DEALT_FROM_ELEMENTS", 65_536),
+        mock.patch.object(first_values, "DEALT_FROM_ELEMENTS", 65_536),
     ):
         model = engine.shard(model, values)
     return {

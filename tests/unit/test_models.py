@@ -43,7 +43,7 @@ from shardwright.train.model.blocks import (
 )
 from shardwright.train.model.build import build, fitted
 from shardwright.train.model.configs import transformers_config
-from shardwright.train.model.dealing import materialize
+from shardwright.train.model.first_values import materialize
 from shardwright.train.model.pretrained import check_attention
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from shardwright.train.model.dealing import materialize
+from shardwright.train.model.first_values import materialize
 from shardwright.train.model.weights import Zeros, initialized
 
 

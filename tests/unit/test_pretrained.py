@@ -33,7 +33,7 @@ from transformers import (
 from shardwright.train.config import PretrainedModel
 from shardwright.train.errors import UserError
 from shardwright.train.model import conversion
-from shardwright.train.model.dealing import materialize
+from shardwright.train.model.first_values import materialize
 from shardwright.train.model.streaming import CannotStream, loaded_whole, streamed, weight_files
 from shardwright.train.model.weights import drawn, initialized
 

@@ -22,7 +22,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from shardwright.train.model.dealing import materialize
+from shardwright.train.model.first_values import materialize
 from shardwright.train.model.weights import (
     InitialValues,
     InMemory,

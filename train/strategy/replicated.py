@@ -40,7 +40,7 @@ class Replicated(DistributedEngine):
     def shard(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         import torch
 
-        from shardwright.train.model.dealing import materialize
+        from shardwright.train.model.first_values import materialize
 
         dtype = getattr(torch, TORCH_DTYPES[self.config.precision.master_dtype])
         materialize(model, values, dtype, self.config.launcher.device)

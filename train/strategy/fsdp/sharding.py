@@ -91,7 +91,7 @@ def _fill(
     """
     import torch
 
-    from shardwright.train.model.dealing import dealt_in_turn
+    from shardwright.train.model.first_values import dealt_in_turn
     from shardwright.train.model.weights import Wanted
 
     # What `to_empty` does to parameters; buffers hold their values already.

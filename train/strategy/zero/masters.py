@@ -108,7 +108,7 @@ def _start_from_fp32(trainer: Training) -> None:
 
     One parameter at a time, on every rank; each value is read or drawn once.
     """
-    from shardwright.train.model.dealing import dealt_in_turn, whole_in_turn
+    from shardwright.train.model.first_values import dealt_in_turn, whole_in_turn
     from shardwright.train.strategy.zero import swapped
 
     engine, values = trainer.model_wrapped, trainer.initial_values

@@ -27,7 +27,7 @@ def partitioned(
     import deepspeed
     import torch
 
-    from shardwright.train.model.dealing import dealt_in_turn, materialize
+    from shardwright.train.model.first_values import dealt_in_turn, materialize
     from shardwright.train.model.weights import Owners
 
     assert isinstance(config.strategy, ZeroStrategy)
