@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shardwright.train.config import load
 from shardwright.train.loop.trainer import Trainer
+from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.run import assemble
+from shardwright.train.strategy.group import join
 from tests.distributed.jobs import (
     alone_in_a_shell_of_another_group,
     trained,
@@ -136,6 +141,41 @@ def test_an_embedding_is_not_gathered_for_its_backward_nor_a_head_twice(
     tree["data"]["eval_fraction"] = 0
     # Two blocks in each direction; embedding, head and root once.
     assert ranks(2)(collectives_of_a_step, frozen_run(tree))[0]["gathers"] == 7
+
+
+def logits_of_the_head(run_dir: Path) -> dict[str, Any]:
+    """Train and evaluate; return the logits that the head gave in each, and all positions."""
+    rank = rank_from_environment()
+    seen: dict[str, list[int]] = {"training": [], "evaluating": []}
+    with join(load(run_dir), rank):
+        trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
+        head: Any = trainer.model.get_output_embeddings()
+
+        def note(module: Any, inputs: Any, output: Any) -> None:
+            seen["training" if trainer.model.training else "evaluating"].append(
+                output.shape[:-1].numel()
+            )
+
+        head.register_forward_hook(note)
+        trainer.train()
+    tokens = trainer.config.data.tokens_per_sample
+    return {**seen, "positions": trainer.config.trainer.samples_per_pass * tokens}
+
+
+@pytest.mark.parametrize("on_labels_only", [True, False])
+def test_the_head_of_a_masked_model_is_computed_where_it_is_asked_for(
+    on_labels_only: bool, tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    tree = tiny_tree("mlm")
+    tree["strategy"] = {"kind": "fsdp"}
+    tree["trainer"] |= {"max_steps": 2, "eval_every_steps": 2}
+    tree["objective"]["head_on_labels_only"] = on_labels_only
+    for seen in ranks(2)(logits_of_the_head, frozen_run(tree)):
+        assert seen["training"]
+        assert seen["evaluating"]
+        for logits in (seen["training"], seen["evaluating"]):
+            is_small = max(logits) < seen["positions"] / 2
+            assert is_small is on_labels_only
 
 
 def groups_of_units(run_dir: Path) -> dict[str, int]:

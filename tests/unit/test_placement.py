@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from shardwright.train.model import first_values
 from shardwright.train.model.first_values import materialize
 from shardwright.train.model.weights import Zeros, initialized
+from shardwright.train.strategy import engine_of
+from tests.unit.strategy.configs import config
 
 
 class HostBytes(TorchDispatchMode):
@@ -44,14 +48,30 @@ class HostBytes(TorchDispatchMode):
         self.now -= count
 
 
+@pytest.mark.parametrize(
+    "strategy", [{"kind": "ddp"}, *({"kind": "zero", "stage": stage} for stage in (0, 1, 2))]
+)
+def test_engines_that_hold_all_weights_put_them_on_their_device_in_its_dtype(
+    strategy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = mock.Mock()
+    monkeypatch.setattr(first_values, "materialize", given)
+    wanted = config(strategy=strategy, precision={"compute_dtype": "bf16"})
+    wanted.launcher.__dict__["device"] = "cuda"
+    engine_of(wanted, 4).shard(torch.nn.Linear(1, 1), {})  # type: ignore[arg-type]
+    # The parameters of DDP are its master weights.
+    dtype = torch.float32 if strategy["kind"] == "ddp" else torch.bfloat16
+    assert given.call_args.args[2:] == (dtype, "cuda")
+
+
 @pytest.mark.parametrize("kind", ["drawn", "later"])
 def test_the_host_holds_one_weight_at_a_time(kind: str) -> None:
-    config = GPT2Config(vocab_size=512, n_embd=256, n_layer=8, n_head=2, n_positions=64)
-    model, values = initialized(lambda: GPT2LMHeadModel(config), seed=1)
+    sizes = GPT2Config(vocab_size=512, n_embd=256, n_layer=8, n_head=2, n_positions=64)
+    model, values = initialized(lambda: GPT2LMHeadModel(sizes), seed=1)
     if kind == "later":  # what the engine takes with its master weights
         values = {name: Zeros() for name in values}
-    sizes = [p.numel() * 4 for p in model.parameters()]
+    weights = [p.numel() * 4 for p in model.parameters()]
     with HostBytes() as host:
         materialize(model, values, torch.bfloat16, "meta")
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
-    assert max(sizes) <= host.most <= 2 * max(sizes) < sum(sizes) / 4
+    assert max(weights) <= host.most <= 2 * max(weights) < sum(weights) / 4

@@ -316,7 +316,9 @@ class Trainer(transformers.Trainer):
             return model(**batch).logits.flatten(0, 1), labels.flatten(), samples
         positions = batch.pop(POSITIONS)
         with self.labelled_head.at(positions):
-            return model(**batch).logits, labels.flatten()[positions], samples
+            logits = model(**batch).logits
+        self.labelled_head.check(logits, positions)
+        return logits, labels.flatten()[positions], samples
 
     def evaluation_loop(
         self,

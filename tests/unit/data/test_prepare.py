@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -20,9 +22,11 @@ from shardwright.train.data import __main__ as data_command
 from shardwright.train.data import prepare
 from shardwright.train.data.prepare import noted_samples_per_epoch, noted_samples_wanted
 from shardwright.train.data.sources.corpus import is_held_out
+from shardwright.train.data.tokens import packing
 from shardwright.train.data.tokens.cache import build_once, find
 from shardwright.train.errors import UserError
 from shardwright.train.model.vocabulary import vocabulary_size
+from shardwright.train.process import cores
 from shardwright.train.run_directory.owner import inherited
 
 MakeConfig = Callable[..., RunConfig]
@@ -42,6 +46,27 @@ def start(config: RunConfig, run_dir: Path) -> subprocess.Popen[str]:
 
 def entries(cache: Path, kind: str) -> list[str]:
     return sorted(p.name for p in (cache / kind).iterdir() if p.suffix != ".lock")
+
+
+def test_a_large_corpus_is_given_every_core_of_the_node(
+    corpus: Path, make_config: MakeConfig, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a rank that is bound to its share of them."""
+    mine = min(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {mine, mine + 1, mine + 2})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound_to.append(cores))
+    monkeypatch.setattr(cores, "_before_binding", None)
+    bound_to: list[set[int]] = []
+    cores.bind(2, 3)
+    assert bound_to == [{mine + 2}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {mine + 2})
+
+    given = mock.Mock(side_effect=lambda batches, encoder, _: iter(()))
+    monkeypatch.setattr(packing, "SIDE_BY_SIDE_FROM_CHARACTERS", 1)
+    monkeypatch.setattr(packing, "encoded", given)
+    with suppress(UserError):  # of whatever follows, too little is left
+        prepare(make_config(), run_dir)
+    assert given.call_args.args[2] == [mine, mine + 1, mine + 2]
 
 
 def test_a_run_gets_its_tokenizer_and_samples(
