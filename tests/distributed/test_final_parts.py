@@ -171,6 +171,14 @@ def test_each_rank_writes_its_own_part_and_nobody_gathers(
         assert max(rank.own_elements.values()) > SLICE_ELEMENTS
 
 
+@pytest.fixture
+def run_dir_of_a_step(tiny_tree: TreeOf, frozen_run: Freeze) -> Path:
+    tree = tiny_tree("clm")
+    tree["strategy"] = STRATEGIES["ddp"]
+    tree["trainer"]["max_steps"] = 1
+    return frozen_run(tree)
+
+
 # Ranks leave a meeting half a second apart, on a busy machine more.
 TIMEOUT_SECONDS, SLOW_SECONDS = 3.0, 4.5
 
@@ -195,12 +203,9 @@ def export_to_slow_disks(trainer: Trainer) -> None:
 
 
 def test_a_disk_slower_than_a_collective_may_be_fails_nothing(
-    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+    run_dir_of_a_step: Path, ranks: RanksOf
 ) -> None:
-    tree = tiny_tree("clm")
-    tree["strategy"] = STRATEGIES["ddp"]
-    tree["trainer"]["max_steps"] = 1
-    run_dir = frozen_run(tree)
+    run_dir = run_dir_of_a_step
     ranks(2)(trained, run_dir, export_to_slow_disks)
     assert (run_dir / "final" / "model.safetensors").exists()
 
@@ -221,12 +226,9 @@ def export_refused(trainer: Trainer) -> str:
 
 
 def test_a_rank_that_cannot_write_fails_all_alike_and_leaves_nothing(
-    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+    run_dir_of_a_step: Path, ranks: RanksOf
 ) -> None:
-    tree = tiny_tree("clm")
-    tree["strategy"] = STRATEGIES["ddp"]
-    tree["trainer"]["max_steps"] = 1
-    run_dir = frozen_run(tree)
+    run_dir = run_dir_of_a_step
     said = ranks(2)(trained, run_dir, export_refused)
     assert said == ["OSError(28, 'No space left on device')"] * 2
     assert not [path for path in run_dir.iterdir() if "final" in path.name]
