@@ -77,6 +77,11 @@ if behaviour == "resumable":
 if behaviour == "crash-early":
     import no_such_module
 if behaviour == "killed":
+    # Not before whoever hangs does so: its launcher would end it at its start.
+    until = time.monotonic() + 60
+    while len(list(run_dir.glob("pids-*"))) < behaviours.count("hang"):
+        assert time.monotonic() < until, "nobody hangs"
+        time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "hang":
     # Ranks of the real thing do so once they listen.
