@@ -49,6 +49,19 @@ def test_short_causal_samples_are_padded() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1] + [0] * 6, [1] * 8]
 
 
+@pytest.mark.parametrize(
+    ("multiple", "length", "width"), [(1, 3, 3), (1, 9, 9), (4, 3, 4), (4, 9, 10), (10, 3, 10)]
+)
+def test_rows_are_padded_to_the_longest_of_the_batch(
+    multiple: int, length: int, width: int
+) -> None:
+    collator = Collator(10, padded=True, ids=IDS, masking=None, width_multiple=multiple)
+    lines = [Window(np.arange(10, 10 + n + 1), None) for n in (2, length)]
+    batch = collator([(line, SampleKey(0, i)) for i, line in enumerate(lines)])
+    assert {tensor.shape for tensor in batch.values()} == {(2, width)}
+    assert batch["attention_mask"].sum(1).tolist() == [2, length]
+
+
 def test_masked_samples_are_framed() -> None:
     collator = Collator(sequence_length=10, padded=False, ids=IDS, masking=masking())
     batch = collator([(window(8, seed=i), SampleKey(0, i)) for i in range(50)])
@@ -61,9 +74,12 @@ def test_masked_samples_are_framed() -> None:
 def test_short_masked_samples_are_padded_and_padding_is_never_predicted() -> None:
     collator = Collator(10, padded=True, ids=IDS, masking=masking(masking_rate=0.9))
     batch = collator([(window(3), SampleKey(0, i)) for i in range(50)])
-    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 5] * 50
-    assert (batch["input_ids"][:, 5:] == PAD).all()
-    assert (batch["labels"][:, 5:] == IGNORED).all()
+    assert batch["attention_mask"].tolist() == [[1] * 5] * 50
+    assert (batch["labels"][:, [0, -1]] == IGNORED).all()
+    longer = collator([(window(n), SampleKey(0, i)) for i, n in enumerate((3, 8))])
+    assert longer["attention_mask"].tolist() == [[1] * 5 + [0] * 5, [1] * 10]
+    assert (longer["input_ids"][0, 5:] == PAD).all()
+    assert (longer["labels"][0, 5:] == IGNORED).all()
 
 
 def test_a_sample_that_only_fills_up_has_no_labels() -> None:

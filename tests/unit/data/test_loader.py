@@ -20,12 +20,16 @@ Batch = dict[str, torch.Tensor]
 
 
 def rows(batches: Iterable[object]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return (input_ids, labels) of each sample."""
+    """Return (input_ids, labels) of each sample, without padding."""
     found = []
     for batch in batches:
         assert isinstance(batch, dict)
-        pairs = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
-        found += [(tuple(ids), tuple(labels)) for ids, labels in pairs]
+        ids, labels = batch["input_ids"], batch["labels"]
+        lengths = batch.get("attention_mask", torch.ones_like(ids)).sum(1).tolist()
+        found += [
+            (tuple(ids[row, :length].tolist()), tuple(labels[row, :length].tolist()))
+            for row, length in enumerate(lengths)
+        ]
     return found
 
 
@@ -116,7 +120,9 @@ def test_evaluation_sees_each_held_out_sample_once(
         ]
         assert len({len(loader) for loader in loaders}) == 1
         shapes = {t.shape for loader in loaders for batch in loader for t in batch.values()}
-        assert shapes == {(3, config.data.sequence_length)}
+        if not config.data.line_by_line:
+            assert shapes == {(3, config.data.sequence_length)}
+        assert {rows for rows, _ in shapes} == {3}
         counted = Counter(
             row for loader in loaders for row in rows(loader) if set(row[1]) != {-100}
         )

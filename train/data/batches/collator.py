@@ -61,7 +61,8 @@ class Collator:
     """Makes ``input_ids`` and ``labels`` (int64, shape (batch, sequence_length)) of samples.
 
     Labels are aligned with the logits: ``labels[:, t]`` is what position t predicts. Where samples
-    vary in length they are padded and an ``attention_mask`` of the same shape comes along.
+    vary in length they are padded to the longest of them, and an ``attention_mask`` of the same
+    shape comes along.
     """
 
     sequence_length: int
@@ -69,27 +70,42 @@ class Collator:
     ids: SpecialIds
     masking: Masking | None
     """None for clm."""
+    width_multiple: int = 1
+    """Of which the length of padded rows is one, but for that of the longest sample there can be.
+
+    ``sequence_length`` itself gives each batch that length.
+    """
 
     def __call__(self, samples: list[tuple[Window, SampleKey]]) -> dict[str, torch.Tensor]:
-        shape = (len(samples), self.sequence_length)
+        rows = [self._row(window, key) for window, key in samples]
+        shape = (len(rows), self._width([len(ids) for ids, _ in rows]))
         input_ids = np.full(shape, self.ids.pad)
         labels = np.full(shape, IGNORED)
         attention_mask = np.zeros(shape, dtype=np.int64)
-        for row, (window, key) in enumerate(samples):
-            if self.masking is None:
-                ids, targets = window.tokens[:-1], window.tokens[1:]
-            else:
-                ids, targets = self.masking(window, key)
-                ids = np.concatenate(([self.ids.begin], ids, [self.ids.end]))
-                targets = np.concatenate(([IGNORED], targets, [IGNORED]))
+        for row, (ids, targets) in enumerate(rows):
             input_ids[row, : len(ids)] = ids
+            labels[row, : len(ids)] = targets
             attention_mask[row, : len(ids)] = 1
-            if key.counted:
-                labels[row, : len(ids)] = targets
         batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         if self.padded:
             batch["attention_mask"] = torch.from_numpy(attention_mask)
         return batch
+
+    def _row(self, window: Window, key: SampleKey) -> tuple[Ids, Ids]:
+        """Return what of a sample the model sees, and what it is to predict there."""
+        if self.masking is None:
+            ids, targets = window.tokens[:-1], window.tokens[1:]
+        else:
+            ids, targets = self.masking(window, key)
+            ids = np.concatenate(([self.ids.begin], ids, [self.ids.end]))
+            targets = np.concatenate(([IGNORED], targets, [IGNORED]))
+        return ids, targets if key.counted else np.full(len(ids), IGNORED)
+
+    def _width(self, lengths: list[int]) -> int:
+        if not self.padded:
+            return self.sequence_length
+        wanted = -(-max(1, *lengths) // self.width_multiple) * self.width_multiple
+        return min(wanted, self.sequence_length)
 
 
 def _words(word_starts: NDArray[np.uint8]) -> NDArray[np.int64]:

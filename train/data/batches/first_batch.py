@@ -23,8 +23,10 @@ def check(
     An id beyond the embedding would be an IndexError on a CPU and a crash of the whole device on a
     GPU, at whatever step first meets it.
     """
-    shape = (micro_batch_size, sequence_length)
     for batch in batches:
+        # Padded rows are as long as the longest sample among them.
+        width = batch["input_ids"].shape[-1] if "attention_mask" in batch else sequence_length
+        shape = (micro_batch_size, min(width, sequence_length))
         for name, tensor in batch.items():
             if tensor.dtype != torch.int64 or tuple(tensor.shape) != shape:
                 raise UserError(

@@ -55,7 +55,7 @@ def train_loader(
 def eval_loader(prepared: Prepared, config: RunConfig, *, rank: int, layout: RankLayout) -> Batches:
     """Return one rank's part of the held-out samples (of the first ``eval_max_samples``).
 
-    All ranks get as many batches of one shape; what fills up the last ones has labels of -100.
+    All ranks get as many batches of as many samples; what fills up the last has labels of -100.
     """
     trainer = config.trainer
     batches = EvalBatches(
@@ -128,4 +128,12 @@ def collator(prepared: Prepared, config: RunConfig, mask_seed: int) -> Collator:
             ordinary=np.setdiff1d(every, special),
             seed=mask_seed,
         )
-    return Collator(config.data.tokens_per_sample, config.data.line_by_line, ids, masking)
+    length = config.data.tokens_per_sample
+    return Collator(length, config.data.line_by_line, ids, masking, _width_multiple(config))
+
+
+def _width_multiple(config: RunConfig) -> int:
+    """Return of what the length of padded rows is to be a multiple. Pure."""
+    if config.precision.fp8_recipe is not None:
+        return config.data.tokens_per_sample  # its products take multiples of tokens, as checked
+    return 8 if config.launcher.device == "cuda" else 1
