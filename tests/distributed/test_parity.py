@@ -44,6 +44,8 @@ def curves_of_one_rank(
         tree["launcher"]["nproc_per_node"] = 1
         if objective == "mlm":  # and the head of each strategy sees labels alone
             tree["objective"]["head_on_labels_only"] = False
+        else:  # and GELU is one kernel of theirs
+            tree["model"]["fused_gelu"] = False
         alone = frozen_run(tree)
         ranks(1)(whole_run, alone)
         reference[objective] = {k: curve(alone, k) for k in ("loss", "eval_loss", "grad_norm")}

@@ -31,10 +31,11 @@ from transformers import (
     ViTConfig,
     pipeline,
 )
+from transformers.activations import ACT2FN
 
 from shardwright.train.config import RunConfig, from_tree
 from shardwright.train.errors import UserError
-from shardwright.train.model import activation_checkpointing
+from shardwright.train.model import activation_checkpointing, activations
 from shardwright.train.model.blocks import (
     blocks,
     check_blocks_are_not_skipped,
@@ -262,6 +263,58 @@ def test_generation_ends_at_the_last_position(
     assert isinstance(tokens, torch.Tensor)
     assert tokens.shape == (1, 34)
     assert loaded.generation_config.use_cache
+
+
+# --- activations --------------------------------------------------------------------------------
+
+
+def gradients_of(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    tokens = torch.randint(5, 261, (2, 16), generator=torch.Generator().manual_seed(0))
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_gpt2s_gelu_is_one_kernel_and_the_same_function(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """An earlier version's checkpoint has no such word in its config, and gelu_new in its files."""
+    fused = whole(composed("gpt2_tiny", *SHRUNK), tokenizer)
+    earlier = whole(composed("gpt2_tiny", *SHRUNK, "model.fused_gelu=false"), tokenizer)
+    assert (activations.unfused(fused), activations.unfused(earlier)) == (0, 3)
+    assert earlier.config.activation_function == "gelu_new"
+    assert fused.config.activation_function == "gelu_pytorch_tanh"
+    torch.testing.assert_close(gradients_of(fused), gradients_of(earlier), rtol=1e-5, atol=1e-7)
+    fused.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    tokens = torch.arange(5, 21).view(1, -1)
+    torch.testing.assert_close(loaded(tokens).logits, fused.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_accurate"])
+def test_a_pretrained_models_gelu_is_one_kernel_and_its_config_stays(
+    name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    GPT2LMHeadModel(GPT2Config(**TINY_GPT2.to_diff_dict() | {"activation_function": name})).to(
+        torch.float32
+    ).save_pretrained(tmp_path)
+    fused = whole(from_directory(tmp_path, "clm"), tokenizer)
+    plain = whole(from_directory(tmp_path, "clm", "model.fused_gelu=false"), tokenizer)
+    assert (activations.unfused(fused), activations.unfused(plain)) == (0, 2)
+    assert fused.config.activation_function == name
+    for model in (fused, plain):
+        model.eval()
+    torch.testing.assert_close(gradients_of(fused), gradients_of(plain), rtol=1e-5, atol=1e-7)
+
+
+def test_another_gelu_is_left_alone(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """quick_gelu is another function, and gelu is one kernel already."""
+    for name in ("quick_gelu", "gelu"):
+        config = GPT2Config(**TINY_GPT2.to_diff_dict() | {"activation_function": name})
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        model = whole(from_directory(tmp_path / name, "clm"), tokenizer)
+        found: Any = model.transformer.h[0].mlp.act
+        assert type(found) is type(ACT2FN[name])
 
 
 # --- blocks -------------------------------------------------------------------------------------

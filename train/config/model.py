@@ -176,6 +176,9 @@ class Gpt2Model(ScratchModel):
     """On attention weights."""
     layer_norm_epsilon: PositiveFloat = 1e-5
     """Added to the variance in layer norms."""
+    fused_gelu: bool = True
+    """Compute GELU by one kernel (gelu_pytorch_tanh in config.json) instead of eight (gelu_new):
+    the same function, to rounding."""
 
     @property
     def causal(self) -> bool:
@@ -246,6 +249,9 @@ class PretrainedModel(Section):
     """Read from the weights' own config; sizes that are derived from it are known from then on."""
     attention: Attention = "auto"
     """auto is sdpa where the architecture has it, else eager; engine.json says which."""
+    fused_gelu: bool = True
+    """Compute GELU by tanh, as GPT-2's gelu_new, by one kernel instead of eight: the same function,
+    to rounding. What config.json calls it stays."""
 
     @property
     def parameters(self) -> int | None:

@@ -18,7 +18,7 @@ from shardwright.train.config import (
 )
 from shardwright.train.config.positions import usable_positions
 from shardwright.train.errors import UserError
-from shardwright.train.model import activation_checkpointing, fp8
+from shardwright.train.model import activation_checkpointing, activations, fp8
 from shardwright.train.model.blocks import compile_blocks
 from shardwright.train.model.configs import MODEL_CLASSES, transformers_config
 from shardwright.train.model.generation import generation_config
@@ -90,6 +90,8 @@ def build(
     auxiliary_coefficient(model)  # refuses what cannot be given
     # A cache of keys and values is of no use to a forward pass over whole samples.
     model.config.use_cache = False
+    if getattr(section, "fused_gelu", False):
+        activations.fuse(model)
     fp8.convert(model, config)
     if (every_blocks := config.trainer.checkpoint_activations_every_blocks) is not None:
         offload = config.trainer.offload_activations

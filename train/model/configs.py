@@ -94,6 +94,7 @@ def transformers_config(
                 embd_pdrop=model.dropout,
                 attn_pdrop=model.attention_dropout,
                 layer_norm_epsilon=model.layer_norm_epsilon,
+                activation_function="gelu_pytorch_tanh" if model.fused_gelu else "gelu_new",
                 **shared,
             )
         case LlamaModel():

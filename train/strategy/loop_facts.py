@@ -41,7 +41,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
     """Return facts read off the live loop."""
     import torch
 
-    from shardwright.train.model import activation_checkpointing, fp8
+    from shardwright.train.model import activation_checkpointing, activations, fp8
 
     args = trainer.args
     layout = rank_layout(trainer.config.strategy, args.world_size)
@@ -56,6 +56,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
         "schedule": _facts_of(_live_schedule(trainer)),
         **activation_checkpointing.read_back(trainer.model),
         **_how_blocks_run(trainer),
+        "unfused_gelus": activations.unfused(trainer.model),
         **fp8.read_back(trainer.model),
         # Of the names that it has, the one that torch prefers (2.13).
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
@@ -105,6 +106,8 @@ def _recomputed(config: RunConfig) -> dict[str, Any]:
 def _blocks_run_as(config: RunConfig) -> dict[str, Any]:
     compiles = config.trainer.compile
     facts: dict[str, Any] = {"compile": compiles, "compiled_otherwise": []}
+    if getattr(config.model, "fused_gelu", False):
+        facts["unfused_gelus"] = 0
     if config.model.attention != "auto":
         facts["attention"] = config.model.attention
     if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
