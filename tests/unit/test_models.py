@@ -295,9 +295,8 @@ def test_gpt2s_gelu_is_one_kernel_and_the_same_function(
 def test_a_pretrained_models_gelu_is_one_kernel_and_its_config_stays(
     name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    GPT2LMHeadModel(GPT2Config(**TINY_GPT2.to_diff_dict() | {"activation_function": name})).to(
-        torch.float32
-    ).save_pretrained(tmp_path)
+    config = GPT2Config(**TINY_GPT2.to_diff_dict() | {"activation_function": name})
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
     fused = whole(from_directory(tmp_path, "clm"), tokenizer)
     plain = whole(from_directory(tmp_path, "clm", "model.fused_gelu=false"), tokenizer)
     assert (activations.unfused(fused), activations.unfused(plain)) == (0, 2)
@@ -312,9 +311,8 @@ def test_another_gelu_is_left_alone(tokenizer: PreTrainedTokenizerFast, tmp_path
     for name in ("quick_gelu", "gelu"):
         config = GPT2Config(**TINY_GPT2.to_diff_dict() | {"activation_function": name})
         GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
-        model = whole(from_directory(tmp_path / name, "clm"), tokenizer)
-        found: Any = model.transformer.h[0].mlp.act
-        assert type(found) is type(ACT2FN[name])
+        model: Any = whole(from_directory(tmp_path / name, "clm"), tokenizer)
+        assert type(model.transformer.h[0].mlp.act) is type(ACT2FN[name])
 
 
 # --- blocks -------------------------------------------------------------------------------------
