@@ -1,7 +1,8 @@
-"""One timed training in a process of its own: python -m benchmarks.timed_run ours|stock RUN_DIR N.
+"""One timed training in a process of its own: python -m benchmarks.timed_run SIDE RUN_DIR N.
 
 It trains what RUN_DIR/config.yaml says, the first N steps uncounted, and writes
-RUN_DIR/figures.json. ``stock`` is what one would write with transformers alone.
+RUN_DIR/figures.json. SIDE is ours, or stock: what one would write with transformers alone, or
+stock_tuned: the same, compiled.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import transformers
 from torch.utils.data import Dataset
 
 from benchmarks.flops import matmul_parameters
+from benchmarks.report import TUNED
 from shardwright.train import config as run_config
 from shardwright.train import data
 from shardwright.train.config import (
@@ -82,7 +84,9 @@ class StockSamples(Dataset[Any]):
         return self.samples[self.keys[index]]
 
 
-def stock_trainer(config: RunConfig, run_dir: Path) -> transformers.Trainer:
+def stock_trainer(
+    config: RunConfig, run_dir: Path, *, is_tuned: bool = False
+) -> transformers.Trainer:
     """Return a plain Trainer of the same model on the same batches, with the model's own loss."""
     prepared = data.prepare(config, run_dir)
     wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
@@ -109,6 +113,8 @@ def stock_trainer(config: RunConfig, run_dir: Path) -> transformers.Trainer:
         train_sampling_strategy="sequential",
         remove_unused_columns=False,  # the samples are no dictionaries yet
         optim="adamw_torch_fused",
+        torch_compile=is_tuned,
+        gradient_checkpointing=trainer.checkpoint_activations_every_blocks is not None or None,
         learning_rate=trainer.learning_rate,
         lr_scheduler_type=trainer.lr_scheduler,
         weight_decay=trainer.weight_decay,
@@ -140,7 +146,8 @@ def main(argv: list[str]) -> None:
         with join(config, rank):
             figures = timed(assemble(run_dir, config, rank, sys.stdout), warmup_steps)
     else:
-        figures = timed(stock_trainer(config, run_dir), warmup_steps)
+        trainer = stock_trainer(config, run_dir, is_tuned=side == TUNED)
+        figures = timed(trainer, warmup_steps)
     (run_dir / "figures.json").write_text(json.dumps(figures))
 
 

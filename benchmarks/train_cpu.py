@@ -268,9 +268,11 @@ def figures_of(
         return {"error": watched.problem}
     first, last = plan.warmup_steps - 1, plan.all_steps - 1
     totals = tokens or [step.tokens or 0 for step in steps]
-    seconds = steps[last].time - steps[first].time
+    speed = None  # where nothing follows the warm-up
+    if plan.steps:
+        speed = (totals[last] - totals[first]) / (steps[last].time - steps[first].time)
     return {
-        "tokens_per_second": (totals[last] - totals[first]) / seconds,
+        "tokens_per_second": speed,
         "seconds_to_first_step": watched.seconds_to(steps[0].time),
         "peak_memory_bytes": watched.peak_memory_bytes,
         "tokens": totals[last],

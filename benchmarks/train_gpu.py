@@ -22,7 +22,17 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from benchmarks.flops import peak_bf16_flops
-from benchmarks.report import STOCK, Figures, markdown, overall_ratio, summary
+from benchmarks.report import (
+    LIKE_FOR_LIKE,
+    PEERS,
+    STOCK,
+    TUNED,
+    Figures,
+    markdown,
+    overall_ratio,
+    summary,
+)
+from benchmarks.watched import end
 from shardwright.launchers import preflight
 from shardwright.launchers.composition.compose import compose
 from shardwright.launchers.machine import directories
@@ -40,26 +50,90 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Setup:
-    """What a model is trained on: 16,384 tokens a step, enough to keep a GPU busy."""
+    """What a model is trained on, and how: 16,384 tokens a step keep a GPU busy."""
 
     objective: str
     sequence_length: int
     micro_batch_size: int
-    tiny: str
-    """The model that stands in for it on a CPU."""
+    tiny: tuple[str, ...]
+    """What stands in for it on a CPU."""
+    model: tuple[str, ...]
+    """What composes it."""
+    variants: tuple[str, ...] = ("stock", "stock_tuned", "single", "single_eager", "zero2", "fsdp")
+    """What it is trained by; the first is its peer."""
+    recompute: bool = False
+    """All activations are, on either side."""
+    expected: int | None = None
+    """Tokens per second that ours are to reach on an H200."""
 
 
+_LLAMA_TINY = ("model=llama_tiny",)
 MODELS = {
-    "kantaibert": Setup("mlm", sequence_length=512, micro_batch_size=32, tiny="roberta_tiny"),
-    "gpt2_small": Setup("clm", sequence_length=1024, micro_batch_size=16, tiny="gpt2_tiny"),
+    "kantaibert": Setup("mlm", 512, 32, ("model=roberta_tiny",), ("model=kantaibert",)),
+    "gpt2_small": Setup(
+        "clm", 1024, 16, ("model=gpt2_tiny",), ("model=gpt2_small",), expected=480_000
+    ),
+    "modernbert_base": Setup(
+        "mlm",
+        1024,
+        32,
+        (
+            *("model=modernbert_base", "model.hidden_size=64", "model.intermediate_size=96"),
+            *("model.num_hidden_layers=3", "model.num_attention_heads=2", "model.vocab_size=2048"),
+        ),
+        ("model=modernbert_base",),
+        variants=("stock", "stock_tuned", "single", "single_eager"),
+        expected=350_000,
+    ),
+    "llama_1.3b": Setup(
+        "clm",
+        2048,
+        8,
+        _LLAMA_TINY,
+        (
+            *("model=llama_1b", "model.num_hidden_layers=24", "model.num_attention_heads=16"),
+            *("model.num_key_value_heads=16", "model.intermediate_size=5504"),
+            "model.vocab_size=32000",
+        ),
+        variants=("stock", "stock_tuned", "single", "fsdp"),
+        expected=52_000,
+    ),
+    "llama_8b": Setup(
+        "clm",
+        4096,
+        4,
+        _LLAMA_TINY,
+        ("model=llama_8b",),
+        variants=("stock_tuned", "fsdp", "single"),
+        recompute=True,
+        expected=9_500,
+    ),
+    "llama_7b_offloaded": Setup(
+        "clm",
+        4096,
+        4,
+        _LLAMA_TINY,
+        (
+            *("model=llama_8b", "model.vocab_size=32000", "model.num_key_value_heads=32"),
+            "model.intermediate_size=11008",
+        ),
+        variants=("fsdp", "zero2_offload", "fsdp_offload"),
+        recompute=True,
+    ),
 }
+"""Of the sizes that one GPU of 140 GB trains; the last one's peer is itself, not offloaded."""
 VARIANTS = {
     STOCK: ["strategy=single"],
+    TUNED: ["strategy=single"],
     "single": ["strategy=single"],
-    "single_compile": ["strategy=single", "trainer.compile=true"],
+    "single_eager": ["strategy=single", "trainer.compile=false"],
     "zero2": ["strategy=zero2"],
     "fsdp": ["strategy=fsdp"],
+    "zero2_offload": ["strategy=zero2_offload"],
+    "fsdp_offload": ["strategy=fsdp_offload"],
 }
+DEFAULT_MODELS = ("kantaibert", "gpt2_small", "modernbert_base")
+"""Those whose rounds take minutes; the others are named."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +142,9 @@ class Plan:
 
     models: list[str]
     variants: list[str]
-    """Stock first."""
+    """Those beside each model's peer; a model has some of them."""
+    without: list[str]
+    """Settings that switch one thing off: each is a row of its own."""
     steps: int
     warmup_steps: int
     repeats: int
@@ -79,16 +155,25 @@ def uses_gpu(here: Machine) -> bool:
     return bool(here.gpus) and here.torch_has_cuda
 
 
+def variants_of(plan: Plan, model: str) -> list[str]:
+    """Return how a model is trained here, its peer first. Pure."""
+    peer, *others = MODELS[model].variants
+    return [peer, *(v for v in others if v in plan.variants), *plan.without]
+
+
 def overrides(plan: Plan, model: str, variant: str) -> list[str]:
-    """Return what composes the run of one variant of one model. Pure."""
+    """Return what composes the run of one variant of one model. Pure.
+
+    A variant that has no name is a setting of the run that is like for like.
+    """
     setup, steps = MODELS[model], plan.warmup_steps + plan.steps
     if uses_gpu(plan.here):
         batch = setup.micro_batch_size
-        sizes = [f"model={model}", f"data.sequence_length={setup.sequence_length}"]
+        sizes = [*setup.model, f"data.sequence_length={setup.sequence_length}"]
         sizes += ["precision=bf16", f"trainer.log_every_steps={min(10, steps)}"]
     else:
         batch = 4
-        sizes = [f"model={setup.tiny}", "data.sequence_length=128", "data.max_documents=30"]
+        sizes = [*setup.tiny, "data.sequence_length=128", "data.max_documents=30"]
         sizes += ["precision=fp32", "trainer.log_every_steps=1"]
     return [
         f"objective={setup.objective}",
@@ -97,8 +182,9 @@ def overrides(plan: Plan, model: str, variant: str) -> list[str]:
         f"trainer.global_batch_size={batch}",
         f"trainer.micro_batch_size={batch}",
         "data.eval_fraction=0",
+        *(["trainer.checkpoint_activations_every_blocks=1"] if setup.recompute else []),
         *sizes,
-        *VARIANTS[variant],
+        *VARIANTS.get(variant, [*VARIANTS[LIKE_FOR_LIKE], variant]),
     ]
 
 
@@ -125,31 +211,57 @@ def prepare(run_dir: Path) -> None:
         raise UserError("the data could not be prepared, see above")
 
 
-def measure(plan: Plan, config: RunConfig, run_dir: Path, variant: str) -> Figures:
-    """Train in a process of its own; return its figures, or its ``error``."""
+def measure(
+    plan: Plan, config: RunConfig, run_dir: Path, variant: str, limit_seconds: float | None = None
+) -> Figures:
+    """Train in a process of its own; return its figures, or its ``error``.
+
+    What has not ended after ``limit_seconds`` is killed, with all that descends from it.
+    """
     environment = {
         **os.environ,
         **rank_environment(config, plan.here, os.environ, packages=ROOT),
         # With several GPUs in sight the stock Trainer would take DataParallel.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
     }
-    side = STOCK if variant == STOCK else "ours"
+    side = variant if variant in PEERS else "ours"
     argv = [sys.executable, "-m", "benchmarks.timed_run", side, str(run_dir)]
     argv.append(str(plan.warmup_steps))
     log = run_dir / LOGS / "benchmark.log"
-    with log.open("w") as output:
-        ended = subprocess.run(argv, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    if ended.returncode != 0:
+    problem = run_within(argv, environment, log, limit_seconds)
+    if problem is not None:
         tail = log.read_text(errors="replace").splitlines()[-15:]
-        return {"error": "\n".join([f"exit code {ended.returncode}", *tail])}
+        return {"error": "\n".join([problem, *tail])}
     figures: Figures = json.loads((run_dir / "figures.json").read_text())
-    tokens = plan.steps * config.trainer.global_batch_size * config.data.sequence_length
+    tokens = plan.steps * config.trainer.global_batch_size * config.data.tokens_per_sample
     return {**figures, "tokens_per_second": tokens / figures["seconds"]}
 
 
-def run(plan: Plan, json_file: Path | None) -> Figures:
-    """Measure everything; the JSON file is rewritten each round, so that a stop loses little."""
-    results: Figures = {
+def run_within(
+    argv: list[str], environment: dict[str, str], log: Path, limit_seconds: float | None
+) -> str | None:
+    """Run a command to its end or to a limit; return how it failed."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            argv,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )
+        try:
+            code = process.wait(limit_seconds)
+        except subprocess.TimeoutExpired:
+            return f"killed after {limit_seconds:.0f} s"
+        finally:
+            end(process)
+    return None if code == 0 else f"exit code {code}"
+
+
+def empty_results(plan: Plan) -> Figures:
+    """Return what is known before anything is measured."""
+    return {
         "benchmark": "train_gpu",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "hardware": {"device": "unknown", "cuda": None, "cores": plan.here.cores},
@@ -161,14 +273,20 @@ def run(plan: Plan, json_file: Path | None) -> Figures:
         "models": {},
         "ratio": None,
     }
+
+
+def run(plan: Plan, json_file: Path | None) -> Figures:
+    """Measure everything; the JSON file is rewritten each round, so that a stop loses little."""
+    results = empty_results(plan)
     for model in plan.models:
-        runs: dict[str, list[Figures]] = {variant: [] for variant in plan.variants}
+        variants = variants_of(plan, model)
+        runs: dict[str, list[Figures]] = {variant: [] for variant in variants}
         for repeat in range(plan.repeats):
-            for variant in plan.variants:
+            for variant in variants[:: -1 if repeat % 2 else 1]:
                 with tempfile.TemporaryDirectory(prefix="shardwright-benchmark-") as scratch:
                     run_dir = Path(scratch) / "run"
                     config = freeze(plan, model, variant, run_dir)
-                    if not runs[STOCK]:
+                    if repeat == 0 and variant == variants[0]:
                         prepare(run_dir)
                     figures = measure(plan, config, run_dir, variant)
                 runs[variant].append(figures)
@@ -178,7 +296,9 @@ def run(plan: Plan, json_file: Path | None) -> Figures:
                 if "device" in figures:
                     results["hardware"] |= {k: figures[k] for k in ("device", "cuda")}
                     results["peak_bf16_flops"] = peak_bf16_flops(figures["device"])
-            results["models"][model] = summary(config, runs)
+            results["models"][model] = summary(
+                config, runs, peer=variants[0], expected=MODELS[model].expected
+            )
             results["ratio"] = overall_ratio(results["models"])
             if json_file:
                 json_file.write_text(json.dumps(results, indent=2) + "\n")
@@ -197,14 +317,22 @@ def versions() -> dict[str, str]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     on_gpu = uses_gpu(machine.detect(os.environ))
-    ours = [variant for variant in VARIANTS if variant != STOCK]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--variant", nargs="+", choices=ours, default=ours, help="beside stock")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(DEFAULT_MODELS))
+    parser.add_argument(
+        "--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="beside the peer"
+    )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a row of its own with one thing switched off, such as trainer.fused_loss=false",
+    )
     parser.add_argument("--steps", type=int, default=50 if on_gpu else 5, help="measured steps")
     parser.add_argument("--warmup-steps", type=int, default=20 if on_gpu else 2)
     parser.add_argument("--repeats", type=int, default=3 if on_gpu else 1)
@@ -220,7 +348,8 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     plan = Plan(
         models=options.model,
-        variants=[STOCK, *options.variant],
+        variants=options.variant,
+        without=options.without,
         steps=options.steps,
         warmup_steps=options.warmup_steps,
         repeats=options.repeats,
