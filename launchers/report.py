@@ -17,7 +17,7 @@ from typing import Any
 from shardwright.launchers.machine.facts import Machine
 from shardwright.train import program
 from shardwright.train.checkpoint.format import layout
-from shardwright.train.config import RunConfig, accumulation_steps, rank_layout
+from shardwright.train.config import RunConfig, TrainerConfig, accumulation_steps, rank_layout
 from shardwright.train.config.tracking import WandbTracking, wandb_unused
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
 from shardwright.train.process import exhausted, inherited, signals
@@ -71,7 +71,8 @@ def header(
         "data": f"{choices.get('data', config.data.kind)}, "
         f"{config.data.tokens_per_sample:,} tokens a sample",
         "batch": f"{trainer.global_batch_size:,} samples = {trainer.samples_per_pass} x "
-        f"{accumulation_steps(trainer, layout)} x {layout.data_parallel_size} rank(s); {length}",
+        f"{accumulation_steps(trainer, layout)} x {layout.data_parallel_size} rank(s)"
+        f"{_batch_warmup(trainer)}; {length}",
         "strategy": f"{choices.get('strategy', config.strategy.kind)}, {precision}",
         "ranks": f"{ranks} x {config.launcher.device} ({config.launcher.kind})",
         "tracking": _tracking(config, machine),
@@ -101,6 +102,11 @@ def aligned(rows: Mapping[str, str], name_width: int, width: int | None) -> Iter
                 break_on_hyphens=False,
             )
         )
+
+
+def _batch_warmup(trainer: TrainerConfig) -> str:
+    first, samples = trainer.batch_warmup_from, trainer.batch_warmup_samples
+    return "" if first is None else f", from {first:,} on over the first {samples:,} samples"
 
 
 def terminal_width() -> int | None:

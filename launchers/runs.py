@@ -13,7 +13,7 @@ from shardwright.launchers.ranks.processes import rank_processes
 from shardwright.launchers.slurm import jobs as slurm
 from shardwright.train import config as run_config
 from shardwright.train.checkpoint.format import layout
-from shardwright.train.config import Progress, RunConfig, total_steps
+from shardwright.train.config import BatchSizes, Progress, RunConfig, batch_sizes, total_steps
 from shardwright.train.data.prepare import noted_samples_wanted
 from shardwright.train.errors import Diverged
 from shardwright.train.run_directory import final, owner, stop_note
@@ -80,7 +80,7 @@ def of(run_dir: Path) -> Status:
     config = run_config.load(run_dir)
     known = slurm.job_of(run_dir)
     job = slurm.look(known) if known is not None else None
-    batch_size = config.trainer.global_batch_size
+    batches = batch_sizes(config.trainer)
     last = logged(run_dir)
     total, done = known_steps(run_dir, config, last), is_done(run_dir, config)
     state, is_over = state_of(
@@ -106,7 +106,7 @@ def of(run_dir: Path) -> Status:
         total_steps=total,
         loss=last.get("loss"),
         tokens_per_second=None if is_over else last.get("tokens_per_second"),
-        left_seconds=None if is_over else left_seconds(last, total, batch_size),
+        left_seconds=None if is_over else left_seconds(last, total, batches),
         checkpoint=whole[-1][1].name if whole else None,
         model=_model(run_dir),
         can_resume=is_over and not done,
@@ -222,16 +222,17 @@ def known_steps(
     return total_steps(config.trainer, wanted, at)
 
 
-def left_seconds(last: Mapping[str, Any], total: int | None, batch_size: int) -> float | None:
+def left_seconds(last: Mapping[str, Any], total: int | None, batches: BatchSizes) -> float | None:
     """Return the time that the rest of the steps takes at the speed of the last ones. Pure.
 
-    ``batch_size`` is that of these steps, in samples; earlier ones may have had another.
+    ``batches`` are those of these steps; earlier ones may have been others.
     """
     step, speed = last.get("step"), last.get("tokens_per_second")
     if total is None or not step or not speed:
         return None
     tokens_per_sample = last["tokens"] / last["samples"]
-    return float((total - step) * batch_size * tokens_per_sample / speed)
+    left = batches.after(last["samples"], total - step) - last["samples"]
+    return float(left * tokens_per_sample / speed)
 
 
 def is_heard_of(run_dir: Path) -> bool:

@@ -204,7 +204,12 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
     for callback in [
         EngineReady(trainer, console),
         metrics,
-        Progress(console, compiles=config.trainer.compile, summary=metrics.summary),
+        Progress(
+            console,
+            compiles=config.trainer.compile,
+            summary=metrics.summary,
+            samples_at=trainer.samples_at,
+        ),
         HeldOut(trainer, console),
         early_stopping.EarlyStopping(trainer, console),
         *([trainer.tracking] if trainer.tracking is not None else []),

@@ -149,7 +149,8 @@ def asked_for(overrides: Sequence[str], here: Machine, directory: Path) -> RunCo
     machine.resolve_launcher(launcher, asked, here)
     ranks = launcher.get("nproc_per_node", 1)
     # No step is made, but a config has a batch that divides.
-    tree["trainer"]["global_batch_size"] = ranks * launcher.get("nodes", 1)
+    constant = {"batch_warmup_from": None, "batch_warmup_samples": 0}
+    tree["trainer"] |= {"global_batch_size": ranks * launcher.get("nodes", 1), **constant}
     return machine.resolve(from_tree(tree), here, str(directory))
 
 

@@ -216,6 +216,8 @@ def rise(
         settings.append("trainer.warmup_steps=0")
     if after.warmup_fraction:
         settings.append("trainer.warmup_fraction=0")
+    if after.decay_shape != "cosine":
+        settings.append("trainer.decay_shape=cosine")
     end = total_steps(after, wanted_after, at)
     return (
         f"rises again, from {had:.3g} at step {at.step:,} to {has:.3g} at step {at.step + 1:,}: "

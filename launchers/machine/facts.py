@@ -184,7 +184,7 @@ def _positions(model: ModelConfig, name: str | None) -> int | None:
 
     ``name`` is what that of a pretrained one means here.
     """
-    if not isinstance(model, PretrainedModel):
+    if not isinstance(model, PretrainedModel) or model.max_sequence_length is not None:
         return model.max_sequence_length
     found = names.config_json(name or model.name, model.revision, os.environ)
     return longest_sample(found) if found else None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from shardwright.train.config import BatchSizes
 from tests.distributed.curves import curve, lines
 from tests.distributed.jobs import whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
@@ -23,6 +24,10 @@ FOUR_RANKS = {
     "fsdp_hybrid": {"kind": "fsdp", "replicas": 2},
     "fsdp_hybrid_grad_op": {"kind": "fsdp", "replicas": 2, "reshard_after_forward": False},
 }
+
+
+GROWS = {"batch_warmup_from": 6, "batch_warmup_samples": 150}
+"""From 6 samples to 16 in a good half of the steps: one or two in a micro-batch at first."""
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +49,7 @@ def curves_of_one_rank(
         tree["launcher"]["nproc_per_node"] = 1
         if objective == "mlm":  # and the head of each strategy sees labels alone
             tree["objective"]["head_on_labels_only"] = False
+            tree["trainer"] |= GROWS
         else:  # and GELU is one kernel of theirs
             tree["model"]["fused_gelu"] = False
         alone = frozen_run(tree)
@@ -65,6 +71,8 @@ def test_two_ranks_learn_what_one_rank_learns(
     expected = curves_of_one_rank(objective, tiny_tree, frozen_run, ranks, reference)
     tree = tiny_tree(objective)
     tree["strategy"] = STRATEGIES[strategy]
+    if objective == "mlm":
+        tree["trainer"] |= GROWS
     run_dir = frozen_run(tree)
     ranks(2)(whole_run, run_dir)
     assert len(expected["loss"]) == 20
@@ -72,7 +80,9 @@ def test_two_ranks_learn_what_one_rank_learns(
     assert curve(run_dir) == pytest.approx(expected["loss"], abs=1e-4)
     assert curve(run_dir, "eval_loss") == pytest.approx(expected["eval_loss"], abs=1e-4)
     assert curve(run_dir, "grad_norm") == pytest.approx(expected["grad_norm"], abs=1e-3)
-    assert lines(run_dir)[-1]["samples"] == 20 * 16
+    constant, grows = BatchSizes(16, 16), BatchSizes(16, 6, 150)
+    samples = (grows if objective == "mlm" else constant).after(0, 20)
+    assert (lines(run_dir)[-1]["samples"], lines(run_dir)[-1]["tokens"]) == (samples, 32 * samples)
 
 
 def tuned() -> list[Any]:

@@ -54,12 +54,22 @@ def uninterrupted(
                 tree["model"]["fused_gelu"] = False
             tree["strategy"], tree["precision"] = STRATEGIES[name], {"compute_dtype": dtype}
             tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED}
+            # And a batch that grows, also after the checkpoint.
+            tree["trainer"] |= {"batch_warmup_from": 5, "batch_warmup_samples": 50}
             run_dir = frozen_run(tree)
             ranks(2)(whole_run, run_dir)
+            sizes = [5, 6, 8, 10, 12, 14]
+            assert consumed(run_dir) == list(itertools.accumulate(sizes))
             runs[name, dtype, dropout] = run_dir
         return runs[name, dtype, dropout]
 
     return run
+
+
+def consumed(run_dir: Path) -> list[int]:
+    """Return the samples that had been consumed after each step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    return [line["samples"] for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +94,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     (said,) = {text for text in ranks(2)(whole_run, resumed) if text}
     assert f"resuming from checkpoint-{SAVED}" in said
     assert curve(resumed) == curve(source)
+    assert consumed(resumed) == consumed(source)
     expected = load_file(source / "final/model.safetensors")
     found = load_file(resumed / "final/model.safetensors")
     for tensor_name, tensor in expected.items():
@@ -169,6 +180,7 @@ def test_a_run_goes_on_under_another_strategy_and_world_size(
     saved = [json.loads((run / "final/config.json").read_text()) for run in (source, resumed)]
     gelus = [config["activation_function"] for config in saved]
     assert gelus == ["gelu_new", "gelu_pytorch_tanh"]
+    assert consumed(resumed) == consumed(source)
 
     # What the new engine holds before its first step are the bits that the old one wrote.
     untrained = interrupted(

@@ -7,7 +7,7 @@ import http.server
 import json
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,21 @@ from shardwright.launchers.machine import directories
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
 from shardwright.train.checkpoint.format import layout
-from shardwright.train.config import from_tree
+from shardwright.train.config import (
+    PretrainedModel,
+    PretrainedTokenizer,
+    RunConfig,
+    from_tree,
+)
 from tests.distributed.jobs import whole_run
 from tests.e2e.cli import TINY
 from tests.fixtures import RanksOf
 
 pytestmark = pytest.mark.distributed
 
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+STAGES = ("modernbert_base", "modernbert_base_long")
+"""Of which the second begins with what the first has trained."""
+EXPERIMENTS = sorted({path.stem for path in (CONF / "experiment").glob("*.yaml")} - {*STAGES})
 
 
 @pytest.fixture(scope="module")
@@ -46,49 +53,57 @@ def book_url() -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.fixture
+def trained(
+    tmp_path: Path, corpus: Path, cache_dir: Path, book_url: str, ranks: RanksOf
+) -> Callable[..., tuple[Path, RunConfig]]:
+    """Return a function that trains an experiment made small, with overrides, in its directory."""
+
+    def train(name: str, *overrides: str) -> tuple[Path, RunConfig]:
+        experiment = (CONF / "experiment" / f"{name}.yaml").read_text()
+        ranks_wanted = 1 if "nproc_per_node: 1" in experiment else 2
+        small = [
+            *(o for o in TINY if name != STAGES[1] or not o.startswith("model.")),
+            f"launcher.nproc_per_node={ranks_wanted}",
+            "data.sequence_length=32",
+            "data.eval_fraction=0.1",
+            f"data.cache_dir='{cache_dir}'",
+            "trainer.max_steps=2",
+            "trainer.max_epochs=null",
+            "trainer.max_tokens=null",
+            "trainer.global_batch_size=8",
+            "trainer.micro_batch_size=2",
+            "trainer.log_every_steps=1",
+            "trainer.eval_max_samples=8",
+            # These have tests of their own; a worker of the pool may start no processes.
+            "trainer.compile=false",
+            "trainer.dataloader_workers=0",
+        ]
+        # The same source, of which as much as two steps need, and where it takes no network.
+        source = {
+            "stdlib": ["data.max_documents=40"],
+            "kant": [f"data.urls=['{book_url}']", "data.max_cut_fraction=1"],
+            "hub": [f"data.name='{corpus.parent}'"],
+        }
+        (kind,) = (kind for kind in source if f"override /data: {kind}" in experiment)
+
+        (job,) = compose([f"experiment={name}", *small, *source[kind], *overrides])
+        here, run_dir = Machine(cores=2), tmp_path / name
+        tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
+        config = machine.resolve(from_tree(tree), here, str(run_dir))
+        preflight.check(config, here)
+        directories.create(config, run_dir)
+        ranks(ranks_wanted)(whole_run, run_dir)
+        return run_dir, config
+
+    return train
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_ends_with_a_model(
-    name: str,
-    tmp_path: Path,
-    corpus: Path,
-    cache_dir: Path,
-    book_url: str,
-    ranks: RanksOf,
+    name: str, trained: Callable[..., tuple[Path, RunConfig]]
 ) -> None:
-    experiment = (CONF / "experiment" / f"{name}.yaml").read_text()
-    ranks_wanted = 1 if "nproc_per_node: 1" in experiment else 2
-    small = [
-        *TINY,
-        f"launcher.nproc_per_node={ranks_wanted}",
-        "data.sequence_length=32",
-        "data.eval_fraction=0.1",
-        f"data.cache_dir='{cache_dir}'",
-        "trainer.max_steps=2",
-        "trainer.max_epochs=null",
-        "trainer.global_batch_size=8",
-        "trainer.micro_batch_size=2",
-        "trainer.log_every_steps=1",
-        "trainer.eval_max_samples=8",
-        # These have tests of their own; a worker of the pool may start no processes.
-        "trainer.compile=false",
-        "trainer.dataloader_workers=0",
-    ]
-    # The same source, of which as much as two steps need, and where it takes no network.
-    source = {
-        "stdlib": ["data.max_documents=40"],
-        "kant": [f"data.urls=['{book_url}']", "data.max_cut_fraction=1"],
-        "hub": [f"data.name='{corpus.parent}'"],
-    }
-    (kind,) = (kind for kind in source if f"override /data: {kind}" in experiment)
-
-    (job,) = compose([f"experiment={name}", *small, *source[kind]])
-    here, run_dir = Machine(cores=2), tmp_path / "run"
-    tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
-    config = machine.resolve(from_tree(tree), here, str(run_dir))
-    preflight.check(config, here)
-    directories.create(config, run_dir)
-    ranks(ranks_wanted)(whole_run, run_dir)
-
+    run_dir, config = trained(name)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert [line["step"] for line in lines if "eval_loss" in line] == [2]
@@ -98,3 +113,36 @@ def test_experiment_ends_with_a_model(
     head = "ForMaskedLM" if config.objective.kind == "mlm" else "LMHeadModel"
     assert model.architectures[0].endswith(head)
     assert (run_dir / "final" / "model.safetensors").is_file()
+
+
+def test_modernbert_is_trained_on_short_samples_and_then_on_long_ones(
+    trained: Callable[..., tuple[Path, RunConfig]],
+) -> None:
+    grows = ("trainer.batch_warmup_from=4", "trainer.batch_warmup_samples=20")
+    short, _ = trained(STAGES[0], "model.max_position_embeddings=32", "trainer.max_steps=3", *grows)
+    lines = [json.loads(line) for line in (short / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines if "loss" in line] == [4, 9, 15]
+    facts = json.loads((short / "engine.json").read_text())
+    assert facts["batch_warmup"] == {"from": 4, "to": 8, "samples": 20}
+    assert (facts["rope_theta"], facts["local_rope_theta"]) == (10_000, 10_000)
+    assert facts["schedule"]["name"] == "warmup_stable_decay"
+
+    length = ("data.sequence_length=64", "model.max_position_embeddings=64")
+    long, config = trained(STAGES[1], f"model.name='{short}'", *length, "trainer.max_steps=3")
+    assert isinstance(config.model, PretrainedModel)
+    assert isinstance(config.tokenizer, PretrainedTokenizer)
+    assert config.model.name == str(short / "final")
+    assert config.tokenizer.name == str(short / "tokenizer")
+    facts = json.loads((long / "engine.json").read_text())
+    assert facts["rope_theta"] == 160_000
+    assert facts["schedule"]["decay_type"] == "1-sqrt"
+    lines = [json.loads(line) for line in (long / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["tokens"] == 3 * 8 * 64
+    model = AutoConfig.from_pretrained(long / "final")
+    assert model.max_position_embeddings == 64
+    bases = {kind: values["rope_theta"] for kind, values in model.rope_parameters.items()}
+    assert bases == {"full_attention": 160_000, "sliding_attention": 10_000}
+    card = (long / "final/README.md").read_text()
+    assert (
+        "160,000 in layers that attend to all of a sample, changed from 10,000; 10,000 in" in card
+    )

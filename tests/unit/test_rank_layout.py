@@ -10,13 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from shardwright.train.config import RankLayout, StrategyConfig, rank_layout
+from shardwright.train.config import BatchSizes, RankLayout, StrategyConfig, rank_layout
 from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
 from shardwright.train.errors import UserError
 
 SIXTEEN = RankLayout(replicas=2, shards=2, sequence=2, tensor=2)
 DIMENSIONS = ("replicas", "shards", "sequence", "tensor")
 LAYOUTS = st.builds(RankLayout, *[st.integers(1, 3)] * 4)
+
+
+def constant(size: int) -> BatchSizes:
+    return BatchSizes(size, size)
 
 
 def strategy(**values: Any) -> StrategyConfig:
@@ -108,7 +112,7 @@ def test_a_step_has_each_sample_once_however_many_ranks_divide_it(
             samples_per_epoch=1000,
             data_parallel_rank=layout.data_parallel_rank(rank),
             data_parallel_size=layout.data_parallel_size,
-            micro_batch_size=micro_batch_size,
+            batches=constant(micro_batch_size * accumulation * layout.data_parallel_size),
             accumulation_steps=accumulation,
             steps=1,
         )

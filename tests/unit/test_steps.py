@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,13 +15,18 @@ from transformers import get_scheduler
 
 from shardwright.train.config import (
     BEGINNING,
+    BatchSizes,
     Progress,
+    RankLayout,
     TrainerConfig,
+    accumulation_steps,
+    batch_sizes,
     schedule_of,
     total_steps,
     why_too_short,
 )
-from shardwright.train.optimizer.schedule import SCHEDULES
+from shardwright.train.errors import UserError
+from shardwright.train.optimizer.schedule import DECAYS, SCHEDULES
 
 FIRST_BATCH, WANTED = 8, 1000
 """128 samples of 64 tokens are 8,192; more of them tell schedules apart."""
@@ -55,6 +63,10 @@ def after(steps: int, batch_size: int, before: Progress = BEGINNING) -> Progress
         {"lr_scheduler": "inverse_sqrt", "warmup_steps": 10},
         {"lr_scheduler": "warmup_stable_decay", "warmup_steps": 10, "decay_fraction": 0.3},
         {"lr_scheduler": "warmup_stable_decay", "warmup_fraction": 0.6, "decay_fraction": 0.6},
+        {"lr_scheduler": "warmup_stable_decay", "decay_shape": "linear", "decay_fraction": 0.3},
+        {"lr_scheduler": "warmup_stable_decay", "decay_shape": "sqrt", "decay_fraction": 0.3},
+        {"lr_scheduler": "warmup_stable_decay", "decay_shape": "sqrt", "decay_fraction": 1.0},
+        {"lr_scheduler": "warmup_stable_decay", "warmup_steps": 9, "decay_fraction": 0.0},
     ],
 )
 def test_a_rate_has_the_bits_of_transformers(values: dict[str, Any]) -> None:
@@ -67,7 +79,10 @@ def test_a_rate_has_the_bits_of_transformers(values: dict[str, Any]) -> None:
         optimizer,
         num_warmup_steps=schedule.warmup_steps,
         num_training_steps=125,
-        scheduler_specific_kwargs={"num_decay_steps": schedule.decay_steps}
+        scheduler_specific_kwargs={
+            "num_decay_steps": schedule.decay_steps,
+            "decay_type": DECAYS[schedule.decay_shape],
+        }
         if asked.lr_scheduler == "warmup_stable_decay"
         else {},
     ).lr_lambdas[0]
@@ -158,3 +173,135 @@ def test_what_was_consumed_cannot_be_taken_back(
     found = why_too_short(asked, wanted, after(10, 8), "checkpoint-10")
     assert (found is None) == (why is None)
     assert (why or "") in (found or "")
+
+
+# --- a batch that grows -------------------------------------------------------------------------
+
+GROWING = st.builds(
+    lambda smallest, growth, samples: BatchSizes(smallest + growth, smallest, samples),
+    st.integers(1, 40),
+    st.integers(0, 60),
+    st.integers(1, 3000),
+)
+
+
+@given(batches=GROWING, start=st.integers(0, 3500), steps=st.integers(0, 120))
+def test_positions_are_those_of_step_after_step(
+    batches: BatchSizes, start: int, steps: int
+) -> None:
+    position, positions = start, [start]
+    for _ in range(steps):
+        size = batches.at(position)
+        assert batches.smallest <= size <= batches.largest
+        position += size
+        positions.append(position)
+    assert [batches.after(start, step) for step in range(steps + 1)] == positions
+    for step, (before, after) in enumerate(itertools.pairwise(positions)):
+        assert batches.steps(start, before) == step
+        for until in {before + 1, (before + after) // 2, after} - {before}:
+            assert batches.steps(start, until) == step + 1
+    # It only grows, and wherever the run is resumed it goes on as it would have.
+    sizes = [after - before for before, after in itertools.pairwise(positions)]
+    assert sizes == sorted(sizes)
+    for step in range(0, steps, 7):
+        assert batches.after(positions[step], steps - step) == position
+    assert batches.at(max(start, batches.warmup_samples)) == batches.largest
+
+
+def test_each_size_lasts_for_as_many_steps() -> None:
+    # As published for ModernBERT-base: 768 to 4,608 over 50 billion tokens of samples of 1,024.
+    batches = BatchSizes(4608, 768, 48_828_125)
+    steps = batches.steps(0, batches.warmup_samples)
+    assert steps == pytest.approx(48_828_125 / ((768 + 4608) / 2), rel=1e-3)
+    sizes = Counter(batches.at(batches.after(0, step)) for step in range(steps))
+    assert set(sizes) == set(range(768, 4608))
+    assert set(sizes.values()) <= {4, 5}
+    assert batches.at(batches.after(0, steps)) == 4608
+
+
+def test_a_step_back_is_the_one_that_led_there() -> None:
+    batches = BatchSizes(32, 8, 500)
+    for step in range(1, 40):
+        assert batches.after(batches.after(0, step), -1) == batches.after(0, step - 1)
+
+
+@given(
+    values=st.sampled_from(
+        [
+            {"lr_scheduler": "linear", "warmup_fraction": 0.2},
+            {"lr_scheduler": "cosine", "warmup_steps": 12},
+            {"lr_scheduler": "warmup_stable_decay", "decay_shape": "sqrt", "decay_fraction": 0.4},
+        ]
+    ),
+    first=st.integers(1, 8),
+    over=st.integers(1, WANTED),
+    steps=st.integers(1, 60),
+)
+def test_a_rate_follows_from_what_a_growing_batch_has_consumed(
+    values: dict[str, Any], first: int, over: int, steps: int
+) -> None:
+    asked = trainer(batch_warmup_from=first, batch_warmup_samples=over, **values)
+    batches, schedule = batch_sizes(asked), schedule_of(asked, WANTED)
+    constant = schedule_of(trainer(**values), WANTED)
+    total = total_steps(asked, WANTED)
+    assert batches.after(0, total - 1) < WANTED <= batches.after(0, total)
+    steps = min(steps, total - 1)
+    for step in range(steps):
+        assert schedule.samples(step) == batches.after(0, step)
+        assert schedule(step) == constant.share(batches.after(0, step) / FIRST_BATCH)
+    # Resumed there: as many steps in all, at the same rates.
+    consumed = batches.after(0, steps)
+    at = Progress(
+        step=steps,
+        samples=consumed,
+        batch_size=consumed - batches.after(0, steps - 1),
+        scheduled_steps=steps,
+        scheduled_samples=consumed,
+        samples_per_scheduled_step=schedule.samples_per_step,
+    )
+    assert total_steps(asked, WANTED, at) == total
+    resumed = schedule_of(asked, WANTED, at)
+    assert [resumed(step) for step in range(steps - 1, total + 1)] == [
+        schedule(step) for step in range(steps - 1, total + 1)
+    ]
+    assert why_too_short(asked, WANTED, at, "checkpoint") is None
+    assert why_too_short(asked, batches.after(0, steps - 1), at, "checkpoint") is not None
+
+
+def test_a_run_of_steps_has_as_many_however_the_batch_grows() -> None:
+    asked = trainer(max_steps=50, batch_warmup_from=2, batch_warmup_samples=200)
+    assert total_steps(asked, None) == 50
+    schedule, constant = schedule_of(asked, None), schedule_of(trainer(max_steps=50), None)
+    assert [schedule(step) for step in range(51)] == [constant(step) for step in range(51)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_warmup_from": 4}, "batch_warmup_from=4 and batch_warmup_samples=0 say how"),
+        ({"batch_warmup_samples": 9}, "batch_warmup_from=null and batch_warmup_samples=9 say how"),
+        (
+            {"batch_warmup_from": 9, "batch_warmup_samples": 9},
+            "batch_warmup_from=9 is more than global_batch_size=8, to which the batch grows",
+        ),
+        (
+            {"decay_shape": "sqrt"},
+            "decay_shape=sqrt is read by lr_scheduler=warmup_stable_decay only, but it is cosine",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer(**values)
+
+
+def test_the_smallest_batch_has_a_sample_for_each_micro_batch() -> None:
+    asked = trainer(32, micro_batch_size=4, batch_warmup_from=7, batch_warmup_samples=9)
+    with pytest.raises(
+        UserError,
+        match=r"batch_warmup_from=7 has not a sample for each of the 8 micro-batches of a step "
+        r"\(4 accumulation steps x 2 rank\(s\)\); set trainer.batch_warmup_from=8 or more",
+    ):
+        accumulation_steps(asked, RankLayout(replicas=2))
+    eight = asked.model_copy(update={"batch_warmup_from": 8})
+    assert accumulation_steps(eight, RankLayout(replicas=2)) == 4

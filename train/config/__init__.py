@@ -4,6 +4,7 @@ Imports no torch, so the launcher validates in a tenth of a second, and reads no
 own ``config.yaml``.
 """
 
+from shardwright.train.config.batches import BatchSizes, batch_sizes
 from shardwright.train.config.checkpoint import CheckpointConfig
 from shardwright.train.config.data import (
     DEFAULT_SEQUENCE_LENGTH,
@@ -58,6 +59,7 @@ __all__ = [
     "DEFAULT_SEQUENCE_LENGTH",
     "OPTIMIZERS",
     "AccelerateLauncher",
+    "BatchSizes",
     "ByteBpeTokenizer",
     "CheckpointConfig",
     "DataConfig",
@@ -83,6 +85,7 @@ __all__ = [
     "TrainerConfig",
     "ZeroStrategy",
     "accumulation_steps",
+    "batch_sizes",
     "from_tree",
     "known_keys",
     "largest_micro_batch",

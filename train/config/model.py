@@ -144,6 +144,10 @@ class ModernBertModel(ScratchModel):
     """Every n-th layer attends to the whole sequence, the others to a window."""
     local_attention_window: PositiveInt = 128
     """Window of the local layers in tokens."""
+    rope_theta: PositiveFloat = 160000.0
+    """Base of the rotary frequencies of layers that attend to the whole sequence."""
+    local_rope_theta: PositiveFloat = 10000.0
+    """The same of the local layers."""
     dropout: Fraction = 0.0
     """On embeddings and residual branches."""
     attention_dropout: Fraction = 0.0
@@ -247,6 +251,13 @@ class PretrainedModel(Section):
     """Run Python code that comes with the weights."""
     hidden_size: PositiveInt | None = None
     """Read from the weights' own config; sizes that are derived from it are known from then on."""
+    rope_theta: PositiveFloat | None = None
+    """Base of the rotary frequencies, of the layers that attend to the whole sequence where others
+    have one of their own; null keeps that of the weights. For longer samples: a larger one."""
+    local_rope_theta: PositiveFloat | None = None
+    """The same of the layers that attend to a window."""
+    max_position_embeddings: PositiveInt | None = None
+    """Longest sequence in tokens, of a model with rotary embeddings; null keeps its own."""
     attention: Attention = "auto"
     """auto is sdpa where the architecture has it, else eager; engine.json says which."""
     fused_gelu: bool = True
@@ -262,7 +273,7 @@ class PretrainedModel(Section):
 
     @property
     def max_sequence_length(self) -> int | None:
-        return None
+        return self.max_position_embeddings
 
     @property
     def causal(self) -> bool | None:

@@ -106,6 +106,9 @@ class OptimizerFields(Section):
     """Warm-up as a share of all steps, rounded up to whole steps."""
     decay_fraction: Fraction = 0.1
     """warmup_stable_decay: share of all steps, at the end, in which the rate falls to 0."""
+    decay_shape: Literal["cosine", "linear", "sqrt"] = "cosine"
+    """warmup_stable_decay: how it falls. sqrt is 1 - sqrt(x) after a share x of the decay: steep at
+    first (arXiv 2405.18392)."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled decay, times the learning rate; biases and norms are spared."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -136,6 +139,12 @@ class OptimizerFields(Section):
 
     @model_validator(mode="after")
     def _is_read(self) -> OptimizerFields:
+        if self.decay_shape != "cosine" and self.lr_scheduler != "warmup_stable_decay":
+            raise ValueError(
+                f"decay_shape={self.decay_shape} is read by lr_scheduler=warmup_stable_decay only, "
+                f"but it is {self.lr_scheduler}; choose lr_scheduler=warmup_stable_decay or leave "
+                "decay_shape=cosine"
+            )
         for name, field in type(self).model_fields.items():
             owner = next((o for o in OPTIMIZERS if name.startswith(f"{o}_")), None)
             value = getattr(self, name)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from shardwright.train.config.batches import BatchSizes, batch_sizes
 from shardwright.train.config.sections import Sections
 from shardwright.train.config.trainer import TrainerConfig
 
@@ -24,7 +25,7 @@ class Progress:
     scheduled_samples: int = 0
     """Samples of these steps."""
     samples_per_scheduled_step: float | None = None
-    """The batch that the run began with; None at the beginning."""
+    """global_batch_size of the run when it began; None at the beginning."""
 
 
 BEGINNING = Progress()
@@ -60,7 +61,7 @@ def total_steps(trainer: TrainerConfig, wanted: int | None, at: Progress = BEGIN
     if trainer.max_steps is not None:
         return trainer.max_steps
     assert wanted is not None, "the data are prepared"
-    return at.step + max(0, -(-(wanted - at.samples) // trainer.global_batch_size))
+    return at.step + batch_sizes(trainer).steps(at.samples, wanted)
 
 
 def why_too_short(
@@ -105,9 +106,9 @@ class Schedule:
     """The learning rate's course over a run, as a share of its peak.
 
     A run of ``max_steps`` goes by its steps. One of ``max_epochs`` or ``max_tokens`` goes by the
-    samples that it has consumed, counted in steps of the batch that it began with: whatever batches
-    follow, its rate is that of an uninterrupted run that has consumed as much. In these steps
-    ``warmup_steps`` is given too, so that a larger batch warms up in fewer of its own.
+    samples that it has consumed, counted in steps of the global batch that it began with: whatever
+    batches follow, its rate is that of an uninterrupted run that has consumed as much. In these
+    steps ``warmup_steps`` is given too, so that a larger batch warms up in fewer of its own.
 
     torch's LambdaLR calls it with the number of steps that it has counted, and saves the fields.
     """
@@ -116,19 +117,26 @@ class Schedule:
     warmup_steps: int
     total_steps: int
     decay_steps: int
+    decay_shape: str
     by_samples: bool
     samples_per_step: float
-    """Of the batch that the run began with."""
+    """Of the global batch that the run began with."""
     batch_size: int
-    """Samples of a step now."""
+    """Samples of a step now, and in the end where the batch grows."""
+    batch_warmup_from: int
+    batch_warmup_samples: int
     first_step: int
     """Steps that the schedule had counted when the run was started or resumed."""
     first_samples: int
     """Samples of these."""
+    first_position: int
+    """Samples that the run had consumed then."""
 
     def samples(self, step: int) -> int:
         """Return the samples of the steps that the schedule has counted."""
-        return self.first_samples + (step - self.first_step) * self.batch_size
+        batches = BatchSizes(self.batch_size, self.batch_warmup_from, self.batch_warmup_samples)
+        now = batches.after(self.first_position, step - self.first_step)
+        return self.first_samples + now - self.first_position
 
     def position(self, step: int) -> float:
         """Return where the schedule is, in its own steps."""
@@ -152,7 +160,7 @@ class Schedule:
             if position < begin:
                 return 1.0
             if position < total:
-                return _half_cosine((position - begin) / max(1, self.decay_steps))
+                return _decayed(self.decay_shape, (position - begin) / max(1, self.decay_steps))
             return 0.0
         if self.name == "inverse_sqrt":
             scale = warmup or 10_000
@@ -165,9 +173,18 @@ def _half_cosine(progress: float) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))))
 
 
+def _decayed(shape: str, progress: float) -> float:
+    if shape == "linear":
+        return 1.0 - progress
+    if shape == "sqrt":
+        return 1.0 - math.sqrt(progress)
+    return _half_cosine(progress)
+
+
 def schedule_of(trainer: TrainerConfig, wanted: int | None, at: Progress = BEGINNING) -> Schedule:
     """Return the schedule of a run that starts, or is resumed, at a point. Pure."""
-    per_step = at.samples_per_scheduled_step or trainer.global_batch_size
+    batches = batch_sizes(trainer)
+    per_step = at.samples_per_scheduled_step or batches.largest
     if trainer.max_steps is not None:
         total = trainer.max_steps
     else:
@@ -178,9 +195,13 @@ def schedule_of(trainer: TrainerConfig, wanted: int | None, at: Progress = BEGIN
         warmup_steps=warmup_steps(trainer, total),
         total_steps=total,
         decay_steps=decay_steps(trainer, total),
+        decay_shape=trainer.decay_shape,
         by_samples=trainer.max_steps is None,
         samples_per_step=per_step,
-        batch_size=trainer.global_batch_size,
+        batch_size=batches.largest,
+        batch_warmup_from=batches.smallest,
+        batch_warmup_samples=batches.warmup_samples,
         first_step=at.scheduled_steps,
         first_samples=at.scheduled_samples,
+        first_position=at.samples,
     )

@@ -36,6 +36,12 @@ class Amount(Section):
     """Tokens to train on, padding left out, rounded up to a whole step."""
     global_batch_size: PositiveInt = 256
     """Samples in one optimizer step, over all ranks."""
+    batch_warmup_from: PositiveInt | None = None
+    """Samples in the first optimizer steps, from where the batch grows to global_batch_size over
+    batch_warmup_samples, sample by sample, each size for as many steps; at least the micro-batches
+    of a step over all ranks, which are smaller meanwhile. null is a constant batch."""
+    batch_warmup_samples: NonNegativeInt = 0
+    """Samples trained on while the batch grows, counted from the beginning of the run."""
     micro_batch_size: PositiveInt | Literal["auto"] = "auto"
     """Samples in one forward pass of one rank; accumulation steps follow from it. auto is the
     largest divisor, up to 8, of a rank's part of global_batch_size."""
@@ -95,6 +101,18 @@ class TrainerConfig(OptimizerFields, Amount):
                 f"give exactly one of max_steps, max_epochs and max_tokens (got {found}); "
                 "set the others to null"
             )
+        if (self.batch_warmup_from is None) != (self.batch_warmup_samples == 0):
+            first = "null" if self.batch_warmup_from is None else self.batch_warmup_from
+            raise ValueError(
+                f"batch_warmup_from={first} and batch_warmup_samples={self.batch_warmup_samples} "
+                "say how the batch grows only together; set both, or leave both out"
+            )
+        if (self.batch_warmup_from or 1) > self.global_batch_size:
+            raise ValueError(
+                f"batch_warmup_from={self.batch_warmup_from} is more than "
+                f"global_batch_size={self.global_batch_size}, to which the batch grows; lower one "
+                "or raise the other"
+            )
         if self.warmup_steps and self.warmup_fraction:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} and warmup_fraction={self.warmup_fraction} "
@@ -117,7 +135,7 @@ class TrainerConfig(OptimizerFields, Amount):
 def accumulation_steps(trainer: TrainerConfig, layout: RankLayout) -> int:
     """Return micro-batches per rank and step: global batch / (micro-batch x data-parallel size).
 
-    Raises UserError where that is not a whole number.
+    Raises UserError where that is not a whole number, or more than the smallest batch has samples.
     """
     per_pass = trainer.samples_per_pass * layout.data_parallel_size
     steps, rest = divmod(trainer.global_batch_size, per_pass)
@@ -127,6 +145,14 @@ def accumulation_steps(trainer: TrainerConfig, layout: RankLayout) -> int:
             f"trainer.global_batch_size={trainer.global_batch_size} is not a multiple of "
             f"trainer.micro_batch_size={trainer.micro_batch_size} x {layout.data_parallel_size} "
             f"rank(s) = {per_pass}; set trainer.global_batch_size={fitting} or another micro-batch"
+        )
+    slots = steps * layout.data_parallel_size
+    if trainer.batch_warmup_from is not None and trainer.batch_warmup_from < slots:
+        raise UserError(
+            f"trainer.batch_warmup_from={trainer.batch_warmup_from} has not a sample for each of "
+            f"the {slots} micro-batches of a step ({steps} accumulation steps x "
+            f"{layout.data_parallel_size} rank(s)); set trainer.batch_warmup_from={slots} or more, "
+            "or a larger trainer.micro_batch_size, which makes fewer of them"
         )
     return steps
 

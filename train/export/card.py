@@ -135,6 +135,7 @@ def _of_run(config: RunConfig, run_dir: Path, *, until_step: int | None) -> dict
         "run": config,
         "base_model": base if base and is_hub_name(base) and not Path(base).exists() else None,
         "base_title": origin.get("title"),
+        "base_config": _json(run_dir / MODEL_FOLDER / "config.json"),
         "drawn_anew": origin.get("drawn_anew") or (),
         "tokenizer_tokens": _tokens(tokenizer / "tokenizer.json") if tokens is None else tokens,
         "tokenizer_class": _json(tokenizer / "tokenizer_config.json").get("tokenizer_class"),

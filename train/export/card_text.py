@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwright.train.config import OPTIMIZERS, RunConfig
-from shardwright.train.config.positions import longest_sample
+from shardwright.train.config.positions import GLOBAL, LOCAL, longest_sample, rotary_bases
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.sources.source import code
 from shardwright.train.export import curve
@@ -56,6 +56,8 @@ class Facts:
     """Name on a hub of the weights that the training began with; None for local ones or none."""
     base_title: str | None = None
     """What their own card calls them."""
+    base_config: Mapping[str, Any] = field(default_factory=dict)
+    """Their own config.json."""
     drawn_anew: Sequence[str] = ()
     """The parameters of the head that they did not have."""
     tokenizer_tokens: int | None = None
@@ -182,6 +184,7 @@ def _model_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
         yield "Size", f"{layers} layers, {heads} heads, hidden size {width:,}"
     positions = _positions(facts)
     yield "Context length", f"{positions:,} tokens" if positions else None
+    yield "Rotary base", _rotary(facts)
     yield "Vocabulary", _vocabulary(facts)
     if run is not None:
         yield "Tokenizer", _tokenizer(facts, run)
@@ -193,6 +196,21 @@ def _positions(facts: Facts) -> int | None:
     if facts.run is not None and facts.run.model.kind != "pretrained":
         return facts.run.model.max_sequence_length
     return longest_sample(facts.config_json)
+
+
+def _rotary(facts: Facts) -> str | None:
+    """Return the bases of the rotary frequencies, and what they were where training began."""
+    bases, before = rotary_bases(facts.config_json), rotary_bases(facts.base_config)
+    texts = [
+        f"{base:,.10g}"
+        + (f" in layers that attend to {_ATTENDS.get(kind, kind)}" if len(bases) > 1 else "")
+        + (f", changed from {before[kind]:,.10g}" if before.get(kind, base) != base else "")
+        for kind, base in bases.items()
+    ]
+    return "; ".join(texts) or None
+
+
+_ATTENDS = {GLOBAL: "all of a sample", LOCAL: "a window"}
 
 
 def _vocabulary(facts: Facts) -> str | None:
@@ -300,12 +318,18 @@ def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
     if run is None:
         return
     trainer, precision = run.trainer, run.precision
-    yield "Batch", f"{trainer.global_batch_size:,} samples"
+    first, over = trainer.batch_warmup_from, trainer.batch_warmup_samples
+    grown = "" if first is None else f", grown from {first:,} over the first {over:,} samples"
+    yield "Batch", f"{trainer.global_batch_size:,} samples{grown}"
     yield "Optimizer", _optimizer(run)
     warmup = f", warm-up of {trainer.warmup_steps:,} steps" if trainer.warmup_steps else ""
     if trainer.warmup_fraction:
         warmup = f", warm-up over {trainer.warmup_fraction:.0%} of the steps"
-    yield "Learning rate", f"{trainer.learning_rate:g} at its peak, {trainer.lr_scheduler}{warmup}"
+    shape = f" ({trainer.decay_shape} decay)" if trainer.decay_shape != "cosine" else ""
+    yield (
+        "Learning rate",
+        f"{trainer.learning_rate:g} at its peak, {trainer.lr_scheduler}{shape}{warmup}",
+    )
     yield "Weight decay", f"{trainer.weight_decay:g}"
     yield "Gradient norm", f"at most {trainer.max_grad_norm:g}" if trainer.max_grad_norm else None
     fp8 = f" with matrix products in fp8 ({precision.fp8_recipe})" if precision.fp8_recipe else ""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import transformers
 
 from shardwright.train.config import Schedule, accumulation_steps
-from shardwright.train.optimizer.schedule import SCHEDULES
+from shardwright.train.optimizer.schedule import DECAYS, SCHEDULES
 from shardwright.train.strategy.engine import Engine
 
 
@@ -34,7 +34,10 @@ def training_arguments(
         average_tokens_across_devices=True,
         learning_rate=trainer.learning_rate,
         lr_scheduler_type=SCHEDULES[trainer.lr_scheduler],
-        lr_scheduler_kwargs={"num_decay_steps": schedule.decay_steps}
+        lr_scheduler_kwargs={
+            "num_decay_steps": schedule.decay_steps,
+            "decay_type": DECAYS[schedule.decay_shape],
+        }
         if trainer.lr_scheduler == "warmup_stable_decay"
         else {},
         warmup_steps=schedule.warmup_steps,

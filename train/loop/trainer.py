@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from shardwright.train.checkpoint.format.layout import TRAINER_STATE
-from shardwright.train.config import MlmObjective, Schedule
+from shardwright.train.config import MlmObjective, Schedule, batch_sizes
 from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
 from shardwright.train.errors import Diverged, UserError
@@ -120,8 +120,20 @@ class Trainer(transformers.Trainer):
     @property
     def samples_seen(self) -> int:
         """Samples trained on by all ranks: the position in the data."""
-        step, samples = (self.resumed.step, self.resumed.samples) if self.resumed else (0, 0)
-        return samples + (self.state.global_step - step) * self.config.trainer.global_batch_size
+        return self.samples_at(self.state.global_step)
+
+    def samples_at(self, step: int) -> int:
+        """Return the position in the data after so many steps of the run."""
+        first, samples = (self.resumed.step, self.resumed.samples) if self.resumed else (0, 0)
+        return batch_sizes(self.config.trainer).after(samples, step - first)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the last step, over all ranks."""
+        step, resumed = self.state.global_step, self.resumed
+        if resumed is not None and step <= resumed.step and resumed.progress.batch_size:
+            return round(resumed.progress.batch_size)
+        return self.samples_at(step) - self.samples_at(step - 1)
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
         """Leave a model alone that its engine has placed.
@@ -189,9 +201,10 @@ class Trainer(transformers.Trainer):
         embedding: Any = self.model.get_input_embeddings()
         head: Any = self.model.get_output_embeddings()
         rows = embedding.num_embeddings
+        sampler: Any = self._train_loader.batch_sampler
         first_batch.check(
             batches,
-            micro_batch_size=self.config.trainer.samples_per_pass,
+            sizes=[len(part) for part in sampler.parts(self.samples_seen)],
             sequence_length=self.config.data.tokens_per_sample,
             embedding_rows=rows,
             logits=getattr(head, "out_features", rows),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -32,6 +32,7 @@ from shardwright.train.config.model import (
     RobertaModel,
     ScratchModel,
 )
+from shardwright.train.config.positions import GLOBAL, LOCAL
 from shardwright.train.errors import UserError
 from shardwright.train.model.pretrained import attention_of, pretrained_config
 
@@ -78,6 +79,7 @@ def transformers_config(
                     for layer in range(model.num_hidden_layers)
                 ],
                 local_attention=model.local_attention_window,
+                rope_parameters=_of_modernbert(model),
                 embedding_dropout=model.dropout,
                 mlp_dropout=model.dropout,
                 attention_dropout=model.attention_dropout,
@@ -106,12 +108,22 @@ def transformers_config(
             config = LlamaConfig(
                 num_key_value_heads=model.num_key_value_heads,
                 head_dim=model.head_dim,
-                rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+                rope_parameters=_unscaled(model.rope_theta),
                 rms_norm_eps=model.rms_norm_epsilon,
                 attention_dropout=model.attention_dropout,
                 **shared,
             )
     return config
+
+
+def _of_modernbert(
+    model: ModernBertModel,
+) -> dict[Literal["full_attention", "sliding_attention"], dict[str, Any]]:
+    return {GLOBAL: _unscaled(model.rope_theta), LOCAL: _unscaled(model.local_rope_theta)}
+
+
+def _unscaled(rope_theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": rope_theta}
 
 
 def _shared(model: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

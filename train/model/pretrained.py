@@ -27,6 +27,7 @@ from shardwright.train.config import (
     ScratchModel,
 )
 from shardwright.train.errors import UserError
+from shardwright.train.model import rotary
 from shardwright.train.model.streaming import (
     CannotStream,
     loaded_whole,
@@ -70,11 +71,13 @@ def attention_of(model: ScratchModel | PretrainedModel) -> str | None:
 
 def pretrained_config(model: PretrainedModel, kept: Path | None) -> PreTrainedConfig:
     with loading(model):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             kept or model.name,
             revision=None if kept else model.revision,
             trust_remote_code=model.trust_remote_code,
         )
+    rotary.extend(config, model)
+    return config
 
 
 def load_pretrained(
@@ -111,6 +114,7 @@ def load_pretrained(
                     reason,
                 )
                 built, values = loaded_whole(auto_class, model, config, as_asked, build, seed)
+        rotary.check(built, model)
         if built.can_generate():
             built.generation_config = pretrained_generation_config(model, kept)
     return built, values

@@ -1,4 +1,4 @@
-"""Our names of the schedules, and those of transformers."""
+"""Our names of the schedules and of the shapes of a decay, and those of transformers."""
 
 from __future__ import annotations
 
@@ -9,3 +9,5 @@ SCHEDULES = {
     "warmup_stable_decay": "warmup_stable_decay",
     "inverse_sqrt": "inverse_sqrt",
 }
+
+DECAYS = {"cosine": "cosine", "linear": "linear", "sqrt": "1-sqrt"}

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import (
     OPTIMIZERS,
+    BatchSizes,
     RankLayout,
     RunConfig,
     Schedule,
     accumulation_steps,
+    batch_sizes,
     rank_layout,
 )
+from shardwright.train.model import rotary
 from shardwright.train.optimizer import build as optimizer
-from shardwright.train.optimizer.schedule import SCHEDULES
+from shardwright.train.optimizer.schedule import DECAYS, SCHEDULES
 from shardwright.train.process import numerics
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ def expected(config: RunConfig, layout: RankLayout, schedule: Schedule) -> dict[
     trainer = config.trainer
     return {
         "global_batch_size": trainer.global_batch_size,
+        "batch_warmup": _warmup_of(batch_sizes(trainer)),
         "micro_batch_size": trainer.samples_per_pass,
         "accumulation_steps": accumulation_steps(trainer, layout),
         "clip": trainer.max_grad_norm,
@@ -33,6 +37,7 @@ def expected(config: RunConfig, layout: RankLayout, schedule: Schedule) -> dict[
         "schedule": _facts_of(schedule),
         **_recomputed(config),
         **_blocks_run_as(config),
+        **rotary.expected(config.model),
         **_numerics(config),
     }
 
@@ -49,6 +54,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
         "global_batch_size": args.per_device_train_batch_size
         * args.gradient_accumulation_steps
         * layout.data_parallel_size,
+        "batch_warmup": _warmup_of(_live_batches(trainer)),
         "micro_batch_size": args.per_device_train_batch_size,
         "accumulation_steps": args.gradient_accumulation_steps,
         "clip": args.max_grad_norm,
@@ -57,11 +63,25 @@ def read_back(trainer: Training) -> dict[str, Any]:
         **activation_checkpointing.read_back(trainer.model),
         **_how_blocks_run(trainer),
         "unfused_gelus": activations.unfused(trainer.model),
+        **rotary.read_back(trainer.model, trainer.config.model),
         **fp8.read_back(trainer.model),
         # Of the names that it has, the one that torch prefers (2.13).
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
         "deterministic": numerics.deterministic_parts(),
     }
+
+
+def _warmup_of(batches: BatchSizes) -> dict[str, int] | None:
+    if not batches.warmup_samples:
+        return None
+    return {"from": batches.smallest, "to": batches.largest, "samples": batches.warmup_samples}
+
+
+def _live_batches(trainer: Training) -> BatchSizes:
+    """Return the sizes by which the live loader deals out samples."""
+    sampler: Any = trainer.get_train_dataloader().batch_sampler
+    found: BatchSizes = sampler.batches
+    return found
 
 
 def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
@@ -182,6 +202,7 @@ def _facts_of(schedule: Schedule) -> dict[str, Any]:
         facts["num_training_steps"] = schedule.total_steps
     if schedule.name == "warmup_stable_decay":
         facts["num_decay_steps"] = schedule.decay_steps
+        facts["decay_type"] = DECAYS[schedule.decay_shape]
     if schedule.by_samples:
         facts["samples_per_step"] = schedule.samples_per_step
     return facts

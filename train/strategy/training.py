@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     import torch
     from accelerate import Accelerator
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
     from shardwright.train.checkpoint.format.hashed import HashedFolder
@@ -90,6 +91,13 @@ class Training(Protocol):
     @property
     def samples_seen(self) -> int:
         """Samples trained on by all ranks: the position in the data."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the last step, over all ranks."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of this rank's batches."""
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer without accelerate's wrapper."""

@@ -17,7 +17,8 @@ def batch(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def look(*batches: dict[str, torch.Tensor], rows: int = 8, logits: int = 8) -> None:
-    check(batches, micro_batch_size=2, sequence_length=4, embedding_rows=rows, logits=logits)
+    sizes = [2] * len(batches)
+    check(batches, sizes=sizes, sequence_length=4, embedding_rows=rows, logits=logits)
 
 
 def test_what_fits_passes() -> None:

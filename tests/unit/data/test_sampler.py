@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardwright.train.config import BatchSizes
 from shardwright.train.data.batches.sampler import (
     EvalBatches,
     SampleKey,
@@ -64,9 +65,15 @@ def test_seeking_far_needs_nothing_before() -> None:
 
 
 def batches(
-    world_size: int, micro_batch_size: int, accumulation: int, steps: int = 5, start: int = 0
+    world_size: int,
+    micro_batch_size: int,
+    accumulation: int,
+    steps: int = 5,
+    start: int = 0,
+    grows: BatchSizes | None = None,
 ) -> list[list[list[SampleKey]]]:
     """Return for each rank its micro-batches."""
+    size = world_size * micro_batch_size * accumulation
     return [
         list(
             TrainBatches(
@@ -74,7 +81,7 @@ def batches(
                 samples_per_epoch=37,
                 data_parallel_rank=rank,
                 data_parallel_size=world_size,
-                micro_batch_size=micro_batch_size,
+                batches=grows or BatchSizes(size, size),
                 accumulation_steps=accumulation,
                 steps=steps,
                 start_sample=start,
@@ -117,6 +124,31 @@ def test_going_on_gives_what_would_have_followed(start: int, world_size: int) ->
     (through,) = batches(1, 1, 1, steps=start + 24)
     ranks = batches(world_size, 3, 4 // world_size, steps=2, start=start)
     assert sorted(k for r in ranks for b in r for k in b) == sorted(b[0] for b in through[start:])
+
+
+@given(
+    world_size=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    begun=st.integers(0, 12),
+    smallest=st.integers(12, 30),
+    warmup=st.integers(1, 400),
+)
+def test_a_growing_batch_is_the_same_on_any_ranks_and_resumed_at_any_step(
+    world_size: int, begun: int, smallest: int, warmup: int
+) -> None:
+    grows = BatchSizes(36, smallest, warmup)
+    (whole,) = batches(1, 3, 12, steps=20, grows=grows)
+    accumulation = 12 // world_size
+    start = grows.after(0, begun)
+    ranks = batches(world_size, 3, accumulation, steps=20 - begun, start=start, grows=grows)
+    # Micro-batch for micro-batch, in the order in which they count in the loss.
+    order = range(accumulation * (20 - begun))
+    assert [ranks[r][i] for i in order for r in range(world_size)] == whole[12 * begun :]
+    positions = range(grows.after(0, 20))
+    assert [key for batch in whole for key in batch] == [sample_at(3, 37, p) for p in positions]
+    for step in range(20):
+        sizes = [len(batch) for batch in whole[12 * step : 12 * step + 12]]
+        assert min(sizes) >= 1
+        assert max(sizes) - min(sizes) <= 1
 
 
 @given(

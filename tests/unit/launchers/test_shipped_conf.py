@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import MissingMandatoryValue
 
 from shardwright.launchers.composition.compose import CONF
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine, resolve
-from shardwright.train.config import RunConfig, from_tree, messages, to_yaml
+from shardwright.train.config import (
+    PretrainedModel,
+    PretrainedTokenizer,
+    RunConfig,
+    batch_sizes,
+    from_tree,
+    messages,
+    samples_wanted,
+    schedule_of,
+    to_yaml,
+)
 from shardwright.train.errors import UserError
 from shardwright.train.strategy import engine_settings
 from tests.unit.launchers.composed import PRESETS, composed
@@ -37,6 +49,11 @@ COMPANIONS = {
     "precision/fp8": ["model=llama_tiny"],
     "strategy/zero3_nvme": ["strategy.nvme_path=/disk"],
     "tokenizer/pretrained": ["tokenizer.name=some/tokenizer"],
+}
+# What the user adds to an experiment, in this order, as its first line shows.
+OPEN = {
+    "modernbert_base": ["data.name"],
+    "modernbert_base_long": ["model.name", "data.name"],
 }
 MASKED = ("bert", "roberta", "modernbert", "kantaibert")
 
@@ -120,9 +137,40 @@ def test_a_masked_model_brings_its_objective_unless_another_is_asked_for() -> No
         composed("model=roberta_large", "objective=clm")
 
 
+def experiment(name: str) -> list[str]:
+    return [f"experiment={name}", *(f"{key}=some/thing" for key in OPEN.get(name, []))]
+
+
+def test_modernbert_is_trained_as_published() -> None:
+    _, base = composed(*experiment("modernbert_base"))
+    batches, tokens = batch_sizes(base.trainer), 1024
+    assert (batches.at(0), batches.at(50_000_000_000 // tokens)) == (768, 4608)
+    wanted = samples_wanted(base, None)
+    assert wanted is not None
+    schedule = schedule_of(base.trainer, wanted)
+    assert schedule.warmup_steps * 4608 * tokens == pytest.approx(3e9, rel=0.002)
+    assert schedule.share(schedule.total_steps - 1) == 1.0
+    # Theirs is not multiplied by the rate, but by its share of the peak.
+    assert base.trainer.weight_decay * base.trainer.learning_rate == pytest.approx(1e-5)
+
+    _, long = composed(*experiment("modernbert_base_long"))
+    assert isinstance(long.model, PretrainedModel)
+    assert isinstance(long.tokenizer, PretrainedTokenizer)
+    assert long.tokenizer.name == long.model.name
+    assert long.trainer.weight_decay * long.trainer.learning_rate == pytest.approx(1e-5, rel=1e-4)
+    wanted = samples_wanted(long, None)
+    assert wanted is not None
+    schedule = schedule_of(long.trainer, wanted)
+    assert schedule(0) == 1.0, "no warm-up"
+    a_step = 576 * 8192
+    assert schedule.decay_steps * a_step == pytest.approx(50e9, rel=1e-4)
+    quarter = schedule.total_steps - schedule.decay_steps * 3 / 4
+    assert schedule.share(quarter) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_composes_resolves_and_derives(name: str) -> None:
-    _, run = composed(f"experiment={name}")
+    _, run = composed(*experiment(name))
     resolved = resolve(run, EIGHT_GPUS, "/runs/a")
     assert resolved.name == name
     assert engine_settings(resolved)
@@ -131,7 +179,10 @@ def test_experiment_composes_resolves_and_derives(name: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_first_line_of_an_experiment_runs_it(name: str) -> None:
     first = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[0]
-    assert first == f"# shardwright train experiment={name}"
+    keys = "".join(f" {key}=..." for key in OPEN.get(name, []))
+    assert first == f"# shardwright train experiment={name}{keys}"
+    with pytest.raises(MissingMandatoryValue) if keys else nullcontext():
+        composed(f"experiment={name}")
 
 
 def test_overrides_win_over_experiments() -> None:
@@ -150,7 +201,7 @@ def test_root_keys_match_the_config() -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_config_survives_config_yaml(name: str) -> None:
-    _, run = composed(f"experiment={name}")
+    _, run = composed(*experiment(name))
     assert from_tree(yaml.safe_load(to_yaml(run))) == run
 
 

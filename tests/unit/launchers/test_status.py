@@ -27,6 +27,7 @@ from shardwright.launchers.runs import (
     state_of,
 )
 from shardwright.launchers.slurm.jobs import Job
+from shardwright.train.config import BatchSizes
 from shardwright.train.errors import UserError
 from shardwright.train.process.arguments import ENCODED, encoded
 from shardwright.train.run_directory.failures import RankFailure
@@ -147,10 +148,15 @@ def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path
 
 def test_time_left_follows_from_the_speed_of_the_last_steps() -> None:
     last = {"step": 25, "samples": 200, "tokens": 25 * 1024, "tokens_per_second": 512.0}
-    assert left_seconds(last, 100, 8) == 150.0
-    assert left_seconds(last, 100, 16) == 300.0, "the batch was doubled since"
-    assert left_seconds(last, None, 8) is None
-    assert left_seconds({}, 100, 8) is None
+    eight, sixteen = BatchSizes(8, 8), BatchSizes(16, 16)
+    assert left_seconds(last, 100, eight) == 150.0
+    assert left_seconds(last, 100, sixteen) == 300.0, "the batch was doubled since"
+    # A step of 10, 12 and 14 samples each, and 72 of 16.
+    grows = BatchSizes(16, 2, 236)
+    assert [grows.after(200, steps) - 200 for steps in (1, 2, 3, 4)] == [14, 29, 44, 60]
+    assert left_seconds(last, 100, grows) == 300.0 * (60 + 71 * 16) / (75 * 16)
+    assert left_seconds(last, None, eight) is None
+    assert left_seconds({}, 100, eight) is None
 
 
 @pytest.mark.parametrize(

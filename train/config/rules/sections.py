@@ -44,7 +44,7 @@ def _samples_contradictions(config: Sections) -> Iterator[str]:
     if limit is not None and length != "auto" and length > limit:
         yield (
             f"data.sequence_length={length} is longer than the {limit} positions of "
-            f"the model (model.max_position_embeddings={model.max_position_embeddings}); "  # type: ignore[union-attr]
+            f"the model (model.max_position_embeddings={model.max_position_embeddings}); "
             "shorten the samples or lengthen the model"
         )
 
@@ -220,6 +220,14 @@ def _fp8_contradictions(config: Sections) -> Iterator[str]:
         return
     tokens = batch * length
     multiple = FP8_RECIPES[recipe].token_multiple
+    if config.trainer.batch_warmup_from is not None and length % multiple:
+        yield (
+            f"precision.fp8_recipe={recipe} needs a multiple of {multiple} tokens in a "
+            f"micro-batch, but with trainer.batch_warmup_from={config.trainer.batch_warmup_from} "
+            f"it may have any number of samples of data.sequence_length={length} tokens; set "
+            f"data.sequence_length to a multiple of {multiple}, or "
+            "trainer.batch_warmup_from=null"
+        )
     if tokens % multiple:
         any_number = [name for name, facts in FP8_RECIPES.items() if facts.token_multiple == 1]
         yield (

@@ -13,20 +13,21 @@ from shardwright.train.errors import UserError
 def check(
     batches: Sequence[Mapping[str, torch.Tensor]],
     *,
-    micro_batch_size: int,
+    sizes: Sequence[int],
     sequence_length: int,
     embedding_rows: int,
     logits: int,
 ) -> None:
     """Raise UserError where a model of this many rows and logits cannot be trained on them. Pure.
 
-    An id beyond the embedding would be an IndexError on a CPU and a crash of the whole device on a
-    GPU, at whatever step first meets it.
+    ``sizes`` is how many samples each of them is to have. An id beyond the embedding would
+    be an IndexError on a CPU and a crash of the whole device on a GPU, at whatever step first meets
+    it.
     """
-    for batch in batches:
+    for batch, size in zip(batches, sizes, strict=True):
         # Padded rows are as long as the longest sample among them.
         width = batch["input_ids"].shape[-1] if "attention_mask" in batch else sequence_length
-        shape = (micro_batch_size, min(width, sequence_length))
+        shape = (size, min(width, sequence_length))
         for name, tensor in batch.items():
             if tensor.dtype != torch.int64 or tuple(tensor.shape) != shape:
                 raise UserError(

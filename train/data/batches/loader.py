@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shardwright.train.config import RankLayout, RunConfig, accumulation_steps
+from shardwright.train.config import RankLayout, RunConfig, accumulation_steps, batch_sizes
 from shardwright.train.data.batches.collator import Collator, Masking
 from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
 from shardwright.train.data.batches.samples import Mixture, Window
@@ -44,7 +44,7 @@ def train_loader(
         samples_per_epoch=prepared.samples_per_epoch,
         data_parallel_rank=layout.data_parallel_rank(rank),
         data_parallel_size=layout.data_parallel_size,
-        micro_batch_size=trainer.samples_per_pass,
+        batches=batch_sizes(trainer),
         accumulation_steps=accumulation_steps(trainer, layout),
         steps=total_steps,
         start_sample=start_sample,

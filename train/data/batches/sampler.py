@@ -1,7 +1,8 @@
 """The order of samples: a function of seed, epoch and position, whatever the world size.
 
-Global step k consumes positions [k G, (k + 1) G) of an endless sequence of epochs, for a global
-batch of G samples. Nothing is listed or shuffled, so resuming at any position costs the same.
+Each step consumes the positions that follow those of the one before, of an endless sequence of
+epochs: as many as `BatchSizes` says. Nothing is listed or shuffled, so resuming at any position
+costs the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shardwright.train.config import BatchSizes
+from shardwright.train.config.batches import part
 
 _MASK64 = 2**64 - 1
 _ROUNDS = 6
@@ -77,17 +81,17 @@ def sample_at(seed: int, samples_per_epoch: int, position: int) -> SampleKey:
 class TrainBatches:
     """The micro-batches of one rank, in order: ``steps`` x ``accumulation_steps`` of them.
 
-    Micro-batch i of data-parallel rank r in a step takes the samples [(i D + r) m, (i D + r + 1) m)
-    of the step's G = m x accumulation x D. So a step has the same samples for every split of G, and
-    the same micro-batches for every data-parallel size D. Ranks of one data-parallel rank get the
-    same samples.
+    Micro-batch i of data-parallel rank r in a step takes the (i D + r)-th of accumulation x D parts
+    of the step's samples, equal ones to within a sample. So a step has the same samples for every
+    split of it, and the same micro-batches for every data-parallel size D. Ranks of one
+    data-parallel rank get the same samples.
     """
 
     seed: int
     samples_per_epoch: int
     data_parallel_rank: int
     data_parallel_size: int
-    micro_batch_size: int
+    batches: BatchSizes
     accumulation_steps: int
     steps: int
     start_sample: int = 0
@@ -97,13 +101,17 @@ class TrainBatches:
         return self.steps * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for micro_batch in range(len(self)):
-            part = micro_batch * self.data_parallel_size + self.data_parallel_rank
-            start = part * self.micro_batch_size
-            yield [
-                sample_at(self.seed, self.samples_per_epoch, self.start_sample + start + i)
-                for i in range(self.micro_batch_size)
-            ]
+        position = self.start_sample
+        for _ in range(self.steps):
+            for within in self.parts(position):
+                yield [sample_at(self.seed, self.samples_per_epoch, position + i) for i in within]
+            position += self.batches.at(position)
+
+    def parts(self, position: int) -> list[range]:
+        """Return which samples of the step that begins at a position each micro-batch takes."""
+        slots = self.accumulation_steps * self.data_parallel_size
+        mine = range(self.data_parallel_rank, slots, self.data_parallel_size)
+        return [part(self.batches.at(position), slot, slots) for slot in mine]
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,13 @@ class Progress(TrainerCallback):
         *,
         compiles: bool = False,
         summary: Callable[[], str | None] = lambda: None,
+        samples_at: Callable[[int], int] = lambda step: step,
     ) -> None:
-        """``summary`` returns what is said when training has ended."""
-        self._console, self._summary = console, summary
+        """``summary`` returns what is said when training has ended.
+
+        ``samples_at`` returns the samples of so many steps, which take longer where they are more.
+        """
+        self._console, self._summary, self._samples_at = console, summary, samples_at
         self._first = "the first step, which compiles the model" if compiles else "the first step"
         self._is_over = False
         self._phase: progress.Phase | None = None
@@ -92,11 +96,12 @@ class Progress(TrainerCallback):
             progress.write(summary, self._console)
 
     def _left_seconds(self, step: int, steps: int) -> float | None:
-        """Return how long the rest takes if it takes as long a step as what is behind."""
+        """Return how long the rest takes if it takes as long a sample as what is behind."""
         if self._first_ended is None or step <= self._first_ended[0]:
             return None
         first, ended = self._first_ended
-        return (time.monotonic() - ended) / (step - first) * (steps - step)
+        before, here, end = map(self._samples_at, (first, step, steps))
+        return (time.monotonic() - ended) / (here - before) * (end - here)
 
     def _write(self, text: str) -> None:
         assert self._phase is not None

@@ -96,7 +96,7 @@ def draft(trainer: Training, peers: Peers, into: HostMemory | None = None) -> Dr
             "step": trainer.state.global_step,
             "samples": trainer.samples_seen,
             "tokens": trainer.tokens_seen,
-            "batch_size": trainer.config.trainer.global_batch_size,
+            "batch_size": trainer.batch_size,
             "schedule": {
                 "samples": trainer.schedule.samples(scheduler.last_epoch),
                 "samples_per_step": trainer.schedule.samples_per_step,
