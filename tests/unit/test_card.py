@@ -249,6 +249,15 @@ def test_a_prompt_and_a_path_cannot_break_out_of_their_places(tiny_tree: Tree) -
     assert "not ours" not in readme
 
 
+def test_a_batch_that_grew_and_how_the_rate_fell_are_told(tiny_tree: Tree) -> None:
+    tree = tiny_tree("clm")
+    tree["trainer"] |= {"batch_warmup_from": 8, "batch_warmup_samples": 1000}
+    tree["trainer"] |= {"lr_scheduler": "warmup_stable_decay", "decay_shape": "sqrt"}
+    readme = card_of(facts(tree)).readme
+    assert "| Batch | 16 samples, grown from 8 over the first 1,000 samples |" in readme
+    assert "| Learning rate | 0.001 at its peak, warmup_stable_decay (sqrt decay) |" in readme
+
+
 def test_the_picture_shows_both_losses_inside_its_frame(run_dir: Path) -> None:
     points = metrics.read(run_dir / "metrics.jsonl").points
     drawn = curve.picture(points)

@@ -28,6 +28,7 @@ ALIASES = {
     "attn_implementation": "model.attention",
     "auto_find_batch_size": "trainer.micro_batch_size=auto",
     "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
+    "batch_size_warmup": "trainer.batch_warmup_from and trainer.batch_warmup_samples",
     "beta1": "trainer.adam_beta1",
     "beta2": "trainer.adam_beta2",
     "bf16": "precision=bf16",
@@ -93,7 +94,9 @@ ALIASES = {
     "logging_dir": "run_dir: TensorBoard's files lie in it",
     "logging_steps": "trainer.log_every_steps",
     "lr": "trainer.learning_rate",
-    "lr_scheduler_kwargs": "trainer.lr_scheduler, trainer.warmup_steps and trainer.decay_fraction",
+    "lr_scheduler_kwargs": (
+        "trainer.lr_scheduler, trainer.warmup_steps, trainer.decay_fraction and trainer.decay_shape"
+    ),
     "lr_scheduler_type": "trainer.lr_scheduler",
     "lr_warmup_steps": "trainer.warmup_steps",
     "max_eval_samples": "trainer.eval_max_samples",
@@ -142,6 +145,7 @@ ALIASES = {
     "per_device_train_batch_size": "trainer.micro_batch_size",
     "per_gpu_train_batch_size": "trainer.micro_batch_size",
     "push_to_hub": "run_dir here, and `shardwright push RUN_DIR NAME` when it is done",
+    "rampup_batch_size": "trainer.batch_warmup_from and trainer.batch_warmup_samples",
     "report_to": "tracking=none, tensorboard or wandb",
     "resume": "run_dir of a new run here; `shardwright resume RUN_DIR` continues one that is there",
     "resume_from_checkpoint": (

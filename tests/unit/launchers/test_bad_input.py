@@ -50,6 +50,7 @@ def refused(shardwright: Shardwright, *arguments: str) -> str:
         ("per_device_train_batch_size=4", "use trainer.micro_batch_size"),
         ("num_train_epochs=3", "use trainer.max_epochs"),
         ("learning_rate=1", "did you mean trainer.learning_rate?"),
+        ("rampup_batch_size=8", "use trainer.batch_warmup_from and trainer.batch_warmup_samples"),
         ("batch_size=8", "use trainer.global_batch_size (all ranks) or trainer.micro_batch_size"),
         ("resume_from_checkpoint=x", "`shardwright resume RUN_DIR` continues one that is there"),
     ],

@@ -177,6 +177,14 @@ def test_the_header_fits_the_terminal(tmp_path: Path) -> None:
     assert lines[first + 1].startswith(" " * 12 + "A_LONG_VARIABLE_")
 
 
+def test_the_header_says_how_the_batch_grows() -> None:
+    trainer = {"global_batch_size": 64, "micro_batch_size": 8, "max_steps": 9}
+    growing = {"batch_warmup_from": 16, "batch_warmup_samples": 5000}
+    run = config(trainer={**trainer, **growing}, launcher={"kind": "torchrun", "device": "cpu"})
+    line = "64 samples = 8 x 8 x 1 rank(s), from 16 on over the first 5,000 samples; 9 steps"
+    assert line in header(machine.resolve(run, Machine(), "/runs/a"), {}, Machine(), {})
+
+
 TORCHRUN_LOG = """
 Failures:
 [1]:

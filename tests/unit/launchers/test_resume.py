@@ -19,6 +19,7 @@ from shardwright.train.config import (
     Progress,
     RunConfig,
     SlurmLauncher,
+    TrainerConfig,
     from_tree,
     schedule_of,
     to_yaml,
@@ -350,6 +351,21 @@ def test_a_rate_that_rises_again_is_told_with_the_way_to_avoid_it(
     assert resume.rise(before, before, None, None, at(60)) is None
     assert resume.rise(longer, before, None, None, at(40)) is None
     assert resume.rise(before, longer, None, None, Progress()) is None
+
+
+def test_the_way_to_stay_leaves_out_the_shape_of_a_decay(tmp_path: Path) -> None:
+    decays = {"lr_scheduler": "warmup_stable_decay", "decay_shape": "sqrt"}
+    before = finished(tmp_path, max_steps=60, **decays).trainer
+    longer = before.model_copy(update={"max_steps": 120})
+    told = resume.rise(before, longer, None, None, at(60))
+    assert told is not None
+    pairs = (pair.split("=") for pair in re.findall(r"trainer\.(\S+=\S+)", told))
+    settings = {key: yaml.safe_load(value) for key, value in pairs}
+    stays = TrainerConfig.model_validate({**longer.model_dump(), **settings})
+    assert resume.rise(before, stays, None, None, at(60)) is None
+    assert schedule_of(stays, None, at(60))(60) * stays.learning_rate == pytest.approx(
+        schedule_of(before, None)(59) * before.learning_rate
+    )
 
 
 def test_the_way_to_stay_names_the_rate_of_muons_matrices_too(tmp_path: Path) -> None:
