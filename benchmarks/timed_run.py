@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch.utils.data import Dataset
 
@@ -85,14 +86,19 @@ class StockSamples(Dataset[Any]):
 
 
 def stock_trainer(
-    config: RunConfig, run_dir: Path, *, is_tuned: bool = False
+    config: RunConfig, run_dir: Path, ranks: int = 1, *, is_tuned: bool = False
 ) -> transformers.Trainer:
     """Return a plain Trainer of the same model on the same batches, with the model's own loss."""
     prepared = data.prepare(config, run_dir)
     wanted = samples_wanted(config, prepared.samples_per_epoch, prepared.samples_of_max_tokens)
     steps = total_steps(config.trainer, wanted)
-    loader = train_loader(prepared, config, rank=0, layout=RankLayout(), total_steps=steps)
-    assert loader.batch_sampler is not None
+    layout = RankLayout(replicas=ranks)
+    loaders = [
+        train_loader(prepared, config, rank=rank, layout=layout, total_steps=steps)
+        for rank in range(ranks)
+    ]
+    loader = loaders[0]
+    orders: list[Any] = [each.batch_sampler for each in loaders]
 
     def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
         batch = loader.collate_fn(samples)
@@ -105,11 +111,12 @@ def stock_trainer(
         output_dir=str(run_dir),
         seed=config.seed,
         use_cpu=config.launcher.device == "cpu",
+        ddp_backend=dist.get_backend() if dist.is_initialized() else None,
         bf16=config.precision.compute_dtype == "bf16",
         max_steps=steps,
         per_device_train_batch_size=trainer.samples_per_pass,
-        gradient_accumulation_steps=accumulation_steps(trainer, RankLayout()),
-        dataloader_num_workers=trainer.dataloader_workers,
+        gradient_accumulation_steps=accumulation_steps(trainer, layout),
+        dataloader_num_workers=loader.num_workers,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,  # the samples are no dictionaries yet
         optim="adamw_torch_fused",
@@ -129,10 +136,12 @@ def stock_trainer(
     )
     model, values = models.build(config, prepared.tokenizer)
     return transformers.Trainer(
-        model=Replicated(config, RankLayout()).shard(model, values),
+        model=Replicated(config, layout).shard(model, values),
         args=args,
+        # accelerate hands batches to the ranks in turns.
         train_dataset=StockSamples(
-            loader.dataset, [key for batch in loader.batch_sampler for key in batch]
+            loader.dataset,
+            [key for batches in zip(*orders, strict=True) for batch in batches for key in batch],
         ),
         data_collator=collate,
     )
