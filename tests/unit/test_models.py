@@ -635,7 +635,10 @@ def test_what_only_the_weights_know_is_in_the_config_of_their_rank(
     GPT2LMHeadModel(TINY_GPT2).save_pretrained(tmp_path)
     config = from_directory(tmp_path, "clm")
     model = whole(config, tokenizer)
-    assert getattr(fitted(config, model).model, "hidden_size", None) == 32
+    assert config.model.parameters is None
+    known = fitted(config, model).model
+    assert getattr(known, "hidden_size", None) == 32
+    assert known.parameters == sum(p.numel() for p in model.parameters())
     said = from_directory(tmp_path, "clm", "model.hidden_size=64")
     with pytest.raises(UserError, match=r"hidden_size=64, but model.name=.* has 32; leave it out"):
         fitted(said, model)

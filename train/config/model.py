@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from shardwright.train.config.section import Fraction, PositiveFloat, PositiveInt, Section
 
@@ -263,10 +263,17 @@ class PretrainedModel(Section):
     fused_gelu: bool = True
     """Compute GELU by tanh, as GPT-2's gelu_new, by one kernel instead of eight: the same function,
     to rounding. What config.json calls it stays."""
+    _parameters: int | None = PrivateAttr(None)
 
     @property
     def parameters(self) -> int | None:
-        return None
+        return self._parameters
+
+    def found_to_have(self, *, hidden_size: int | None, parameters: int) -> PretrainedModel:
+        """Return it with what only its weights know."""
+        found = self.model_copy(update={"hidden_size": hidden_size})
+        found._parameters = parameters
+        return found
 
     def contradictions(self) -> Iterator[str]:
         yield from ()

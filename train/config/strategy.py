@@ -137,11 +137,14 @@ class ZeroStrategy(_Strategy):
     """How its files are read and written."""
 
     reduce_bucket_elements: PositiveInt | Literal["auto"] = "auto"
-    """Gradients reduced at once; auto is hidden_size squared, at least 1,048,576."""
+    """Gradients reduced at once; auto is 100,000,000, or hidden_size squared where that is more,
+    and no more than the model has. A buffer of this many is held, in the dtype of the weights."""
     allgather_bucket_elements: PositiveInt | Literal["auto"] = "auto"
     """Updated parameters gathered at once (stages 1 and 2); auto as above."""
-    overlap_communication: bool = False
-    """Reduce gradients during the backward pass; takes a second bucket of memory."""
+    overlap_communication: bool | Literal["auto"] = "auto"
+    """Communicate while the device computes: at stage 3 gather and reduce, at stages 1 and 2 reduce
+    during the backward pass, which takes a second bucket of memory and has the host wait for the
+    device at the end of each pass. auto is true at stage 3, as DeepSpeed's own default."""
     reduce_scatter: bool = True
     """Reduce-scatter gradients instead of reducing each to its owner (stages 1 and 2)."""
     contiguous_gradients: bool = True
@@ -149,7 +152,8 @@ class ZeroStrategy(_Strategy):
     round_robin_gradients: bool = False
     """Spread gradients over ranks more finely, to copy them to the CPU in parallel (1 and 2)."""
     prefetch_elements: NonNegativeInt | Literal["auto"] = "auto"
-    """Parameters gathered ahead of their use (stage 3); auto is 0.9 x hidden_size squared."""
+    """Parameters gathered ahead of their use (stage 3); auto is 50,000,000, or 0.9 x hidden_size
+    squared where that is more, and no more than the model has."""
     persistence_elements: NonNegativeInt | Literal["auto"] = "auto"
     """Parameters smaller than this are never sharded (stage 3); auto is 10 x hidden_size."""
     max_live_elements: NonNegativeInt = 1_000_000_000
@@ -181,6 +185,13 @@ class ZeroStrategy(_Strategy):
     @property
     def package(self) -> str | None:
         return "deepspeed"
+
+    @property
+    def overlaps_communication(self) -> bool:
+        """``overlap_communication``, auto resolved."""
+        return (
+            self.stage == 3 if self.overlap_communication == "auto" else self.overlap_communication
+        )
 
     def shards(self, ranks: int) -> int:
         # A second copy of the parameters within some of the ranks that shard is no replica: what is

@@ -19,7 +19,7 @@ from shardwright.train.config import (
 from shardwright.train.config.positions import usable_positions
 from shardwright.train.errors import UserError
 from shardwright.train.model import activation_checkpointing, activations, fp8
-from shardwright.train.model.blocks import compile_blocks
+from shardwright.train.model.blocks import compile_blocks, parameter_count
 from shardwright.train.model.configs import MODEL_CLASSES, transformers_config
 from shardwright.train.model.generation import generation_config
 from shardwright.train.model.pretrained import check_head, load_pretrained
@@ -122,14 +122,15 @@ def fitted(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     """
     section = config.model
     found = getattr(model.config.get_text_config(), "hidden_size", None)
-    if not isinstance(section, PretrainedModel) or section.hidden_size == found:
+    if not isinstance(section, PretrainedModel):
         return config
-    if section.hidden_size is not None:
+    if section.hidden_size not in (None, found):
         raise UserError(
             f"model.hidden_size={section.hidden_size}, but model.name={section.name} has {found}; "
             "leave it out"
         )
-    return config.model_copy(update={"model": section.model_copy(update={"hidden_size": found})})
+    known = section.found_to_have(hidden_size=found, parameters=parameter_count(model))
+    return config.model_copy(update={"model": known})
 
 
 def auxiliary_coefficient(model: PreTrainedModel) -> float:

@@ -206,7 +206,7 @@ def test_the_width_of_a_model_is_read_off_its_config(
 
 def test_buckets_of_pretrained_weights_follow_their_width(tmp_path: Path) -> None:
     """As in a dry run; what is not here yet is found out by the ranks."""
-    (tmp_path / "config.json").write_text('{"n_embd": 2048}')
+    (tmp_path / "config.json").write_text('{"n_embd": 12288}')
 
     def buckets(name: str) -> dict[str, object]:
         tree = {
@@ -219,10 +219,10 @@ def test_buckets_of_pretrained_weights_follow_their_width(tmp_path: Path) -> Non
         section: dict[str, object] = engine_settings(config)["zero_optimization"]
         return section
 
-    assert buckets(str(tmp_path))["reduce_bucket_size"] == 2048**2
-    assert buckets(str(tmp_path))["stage3_prefetch_bucket_size"] == int(0.9 * 2048**2)
-    assert buckets(str(tmp_path))["stage3_param_persistence_threshold"] == 10 * 2048
-    assert buckets("nobody/nothing")["reduce_bucket_size"] == 4096**2
+    assert buckets(str(tmp_path))["reduce_bucket_size"] == 12_288**2
+    assert buckets(str(tmp_path))["stage3_prefetch_bucket_size"] == int(0.9 * 12_288**2)
+    assert buckets(str(tmp_path))["stage3_param_persistence_threshold"] == 10 * 12_288
+    assert buckets("nobody/nothing")["reduce_bucket_size"] == 10**8
 
 
 def test_a_model_and_a_tokenizer_that_lie_here_are_frozen_as_absolute_paths(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from shardwright.train.strategy import engine_settings
 from tests.unit.strategy.configs import config
 from tests.unit.trees import CPU3, PURE, TREE, ZERO2, ZERO3
@@ -20,14 +24,39 @@ def test_zero_writes_out_every_derived_field() -> None:
     assert values["zero_optimization"]["overlap_comm"] is False
 
 
-def test_auto_sizes_follow_the_hidden_size() -> None:
-    model = {**TREE["model"], "hidden_size": 4096, "num_attention_heads": 32}
-    section = engine_settings(config(strategy=ZERO3, model=model))["zero_optimization"]
-    assert section["reduce_bucket_size"] == 4096**2
-    assert section["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
-    assert section["stage3_param_persistence_threshold"] == 10 * 4096
-    small = engine_settings(config(strategy=ZERO3))["zero_optimization"]
-    assert small["reduce_bucket_size"] == 2**20
+def test_auto_sizes_are_deepspeeds_or_the_models_if_that_is_smaller() -> None:
+    def section(hidden_size: int) -> dict[str, Any]:
+        model = {**TREE["model"], "hidden_size": hidden_size, "num_attention_heads": 2}
+        found: dict[str, Any] = engine_settings(config(strategy=ZERO3, model=model))
+        return dict(found["zero_optimization"])
+
+    wide, usual, small = section(12_288), section(4096), section(64)
+    assert wide["reduce_bucket_size"] == wide["allgather_bucket_size"] == 12_288**2
+    assert wide["stage3_prefetch_bucket_size"] == int(0.9 * 12_288**2)
+    assert usual["reduce_bucket_size"] == 10**8
+    assert usual["stage3_prefetch_bucket_size"] == 5 * 10**7
+    assert usual["stage3_param_persistence_threshold"] == 10 * 4096
+    parameters = config(model={**TREE["model"], "hidden_size": 512}).model.parameters
+    assert parameters is not None
+    assert 2**20 < parameters < 10**8, "else it says nothing"
+    assert section(512)["reduce_bucket_size"] == parameters
+    assert section(512)["stage3_prefetch_bucket_size"] == parameters
+    assert small["reduce_bucket_size"] == small["stage3_prefetch_bucket_size"] == 2**20
+
+
+@pytest.mark.parametrize(("stage", "overlaps"), [(1, False), (2, False), (3, True)])
+def test_communication_overlaps_at_stage_3_unless_told_otherwise(
+    stage: int, overlaps: bool
+) -> None:
+    """As DeepSpeed's own default; there false would gather on the stream that computes."""
+
+    def asked(**strategy: Any) -> Any:
+        values = engine_settings(config(strategy={"kind": "zero", "stage": stage, **strategy}))
+        return values["zero_optimization"]["overlap_comm"]
+
+    assert asked() is overlaps
+    assert asked(overlap_communication=True) is True
+    assert asked(overlap_communication=False) is False
 
 
 def test_nvme_gets_its_path_and_aio_settings() -> None:

@@ -37,9 +37,11 @@ def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     }
     if stage > 0:
         facts["master_dtypes"] = [TORCH_DTYPES[config.precision.master_dtype]]
+        facts["overlaps_communication"] = section["overlap_comm"]
     if stage > 1:
         facts["reduce_bucket_elements"] = section["reduce_bucket_size"]
     if stage == 3:
+        facts["prefetch_elements"] = section["stage3_prefetch_bucket_size"]
         facts["persistence_elements"] = section["stage3_param_persistence_threshold"]
     return facts
 
@@ -82,7 +84,10 @@ def read_back(trainer: Training) -> dict[str, Any]:
         facts["master_dtypes"] = sorted(
             {str(p.dtype).removeprefix("torch.") for p in master_partitions(zero)}
         )
+        # Stages 1 and 2 have a flag of their own.
+        facts["overlaps_communication"] = getattr(zero, "overlap_comm", engine.zero_overlap_comm())
     if stage == 3:
+        facts["prefetch_elements"] = engine.zero_prefetch_bucket_size()
         facts["persistence_elements"] = engine.zero_param_persistence_threshold()
         if facts["offload_optimizer"] == "nvme":
             facts["optimizer_elements_on_nvme"] = swapped.elements(zero)

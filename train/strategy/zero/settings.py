@@ -8,16 +8,17 @@ from typing import Any
 from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy, accumulation_steps
 from shardwright.train.strategy.zero import nvme
 
+BUCKET_ELEMENTS = 100_000_000
+"""Of what is reduced or gathered at once: 200 MB in bf16, far beyond where the time of a collective
+is that of its start. Wider models than 10,000 take their width squared: a matrix in one piece."""
 MIN_BUCKET_ELEMENTS = 2**20
 """Below this a collective costs more for its start than for its bytes."""
-# What follows from the hidden size is as in transformers' HfDeepSpeedConfig (5.23). A model may be
-# without one, whose settings are then these.
-USUAL_HIDDEN_SIZE = 4096
-"""That of a model with seven billion parameters."""
-DEFAULT_PREFETCH_ELEMENTS = 50_000_000
-"""DeepSpeed's own (0.19.8, runtime/zero/config.py)."""
-DEFAULT_PERSISTENCE_ELEMENTS = 100_000
-"""DeepSpeed's own, from the same place."""
+# DeepSpeed's own (0.19.8, runtime/zero/config.py). The first is enough for several matrices of a
+# block at a time, where 0.9 times the width squared, as transformers' HfDeepSpeedConfig (5.23) has
+# it, is less than one.
+PREFETCH_ELEMENTS = 50_000_000
+PERSISTENCE_ELEMENTS = 100_000
+"""Of a model of unknown width; else it follows the width as in HfDeepSpeedConfig."""
 
 
 def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def settings(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
 def _zero_section(config: RunConfig, strategy: ZeroStrategy) -> dict[str, Any]:
     hidden = _hidden_size(config)
     swap_directory = str(nvme.directory(config))
-    bucket = max(MIN_BUCKET_ELEMENTS, (hidden or USUAL_HIDDEN_SIZE) ** 2)
+    bucket = _of_the_model(config, max(BUCKET_ELEMENTS, (hidden or 0) ** 2))
 
     def auto(value: int | str, derived: int) -> int:
         return derived if isinstance(value, str) else value
@@ -84,7 +85,7 @@ def _zero_section(config: RunConfig, strategy: ZeroStrategy) -> dict[str, Any]:
         "stage": strategy.stage,
         "reduce_bucket_size": auto(strategy.reduce_bucket_elements, bucket),
         "allgather_bucket_size": auto(strategy.allgather_bucket_elements, bucket),
-        "overlap_comm": strategy.overlap_communication,
+        "overlap_comm": strategy.overlaps_communication,
         "reduce_scatter": strategy.reduce_scatter,
         "contiguous_gradients": strategy.contiguous_gradients,
         "round_robin_gradients": strategy.round_robin_gradients,
@@ -99,11 +100,11 @@ def _zero_section(config: RunConfig, strategy: ZeroStrategy) -> dict[str, Any]:
         section |= {
             "stage3_prefetch_bucket_size": auto(
                 strategy.prefetch_elements,
-                int(0.9 * hidden**2) if hidden else DEFAULT_PREFETCH_ELEMENTS,
+                _of_the_model(config, max(PREFETCH_ELEMENTS, int(0.9 * (hidden or 0) ** 2))),
             ),
             "stage3_param_persistence_threshold": auto(
                 strategy.persistence_elements,
-                10 * hidden if hidden else DEFAULT_PERSISTENCE_ELEMENTS,
+                10 * hidden if hidden else PERSISTENCE_ELEMENTS,
             ),
             "stage3_max_live_parameters": strategy.max_live_elements,
             "stage3_max_reuse_distance": strategy.max_reuse_distance_elements,
@@ -125,6 +126,12 @@ def _zero_section(config: RunConfig, strategy: ZeroStrategy) -> dict[str, Any]:
                 "buffer_size": strategy.nvme_buffer_elements,
             }
     return section
+
+
+def _of_the_model(config: RunConfig, elements: int) -> int:
+    """Return how many elements there are of so many: memory for more would hold nothing. Pure."""
+    whole = config.model.parameters
+    return elements if whole is None else max(MIN_BUCKET_ELEMENTS, min(elements, whole))
 
 
 def _hidden_size(config: RunConfig) -> int | None:
