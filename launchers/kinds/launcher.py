@@ -97,6 +97,7 @@ class Launcher(Generic[SectionT]):
             **package_environment(user, packages=packages),
             "OMP_NUM_THREADS": str(max(1, machine.cores // launcher.ranks_per_node)),
             **OF_PYTHON,
+            **of_the_allocator(launcher, user),
             **self.variables(),
         }
         if launcher.nodes > 1:
@@ -149,6 +150,16 @@ OF_PYTHON = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """What every rank's Python gets, whatever starts it."""
+
+
+def of_the_allocator(launcher: LauncherSection, user: Mapping[str, str]) -> dict[str, str]:
+    """Let a GPU's memory grow where it is: sizes that vary else leave holes that nothing fits into.
+
+    torch (2.11 and 2.13, c10/core/AllocatorConfig) reads it by either name. Pure.
+    """
+    if launcher.device != "cuda" or "PYTORCH_CUDA_ALLOC_CONF" in user:
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def caches(folder: Path) -> dict[str, str]:

@@ -20,7 +20,11 @@ def job_environment(
     """Return the variables that a job's script sets; sbatch carries the user's own to the nodes."""
     section = config.launcher
     assert isinstance(section, SlurmLauncher)
-    wanted = {**package_environment(user, packages=packages), **launcher.OF_PYTHON}
+    wanted = {
+        **package_environment(user, packages=packages),
+        **launcher.OF_PYTHON,
+        **launcher.of_the_allocator(section, user),
+    }
     if section.device == "cpu":
         wanted["DS_ACCELERATOR"] = "cpu"
     if section.nodes > 1:

@@ -231,14 +231,20 @@ def test_environment_on_a_cpu() -> None:
 
 def test_environment_on_gpus() -> None:
     here = Machine(compute_capabilities=(9.0, 9.0), cores=32)
-    assert rank_environment(resolved("torchrun", here), here, {}, packages=Path("/opt/site")) == {
+    run = resolved("torchrun", here)
+    assert rank_environment(run, here, {}, packages=Path("/opt/site")) == {
         "PYTHONSAFEPATH": "1",
         "PYTHONPATH": "/opt/site",
         "OMP_NUM_THREADS": "16",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "30",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
+    # By either of its names the allocator is the user's to set.
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        added = rank_environment(run, here, {name: "max_split_size_mb:128"})
+        assert "PYTORCH_ALLOC_CONF" not in added
 
 
 def test_environment_on_several_nodes() -> None:
