@@ -27,6 +27,8 @@ class Replicated(DistributedEngine):
         return {
             "bucket_cap_mb": self.config.strategy.bucket_size_bytes / 2**20,
             "find_unused_parameters": False,
+            # They are the same on all ranks, which compute them from the config.
+            "broadcast_buffers": False,
         }
 
     def training_arguments(self) -> dict[str, Any]:
@@ -71,6 +73,8 @@ class Replicated(DistributedEngine):
         if isinstance(strategy, DdpStrategy):
             facts["bucket_size_bytes"] = strategy.bucket_size_bytes
             facts["reduce_dtype"] = TORCH_DTYPES[precision.reduce_dtype]
+            facts["gradients_are_views_of_buckets"] = True
+            facts["broadcasts_buffers"] = False
         return facts
 
     def read_back(self, trainer: Training) -> dict[str, Any]:
@@ -90,6 +94,8 @@ class Replicated(DistributedEngine):
         }
         if is_ddp:
             facts["bucket_size_bytes"] = model.bucket_bytes_cap
+            facts["gradients_are_views_of_buckets"] = model.gradient_as_bucket_view
+            facts["broadcasts_buffers"] = model.broadcast_buffers
             hook = model._get_ddp_logging_data().get("comm_hook", "")
             compressed = "bf16" in hook or dtypes == {"bfloat16"}
             facts["reduce_dtype"] = "bfloat16" if compressed else "float32"
