@@ -176,7 +176,6 @@ def _join_process_group(leader: int) -> None:
 
 def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
     """Note each event of this process in ``found``, and kill at the one that is asked for."""
-    import transformers
 
     from shardwright.train.loop.trainer import Trainer
 
@@ -219,13 +218,13 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
                 note(f"{event} {relative}")
 
     sys.addaudithook(hook)
-    sound_step = transformers.Trainer.training_step
+    sound_step = Trainer.training_step
 
     def step(*arguments: Any, **options: Any) -> Any:
         note("train.micro_batch")
         return sound_step(*arguments, **options)
 
-    transformers.Trainer.training_step = step  # type: ignore[method-assign]
+    Trainer.training_step = step  # type: ignore[method-assign]
     sound_evaluation = Trainer.evaluation_loop
 
     def evaluation(self: Trainer, batches: Any, *arguments: Any, **options: Any) -> Any:

@@ -19,7 +19,7 @@ from shardwright.train.config.precision import DTYPES
 from shardwright.train.errors import UserError
 from shardwright.train.loop.divergence import Found, diagnosis, message
 from shardwright.train.loop.trainer import IGNORED, Trainer
-from shardwright.train.strategy.finite import Gate, are_sound
+from shardwright.train.strategy.finite import Gate, Numbers, are_sound
 from tests.checkpoints import write_checkpoint
 from tests.unit.optimizers import built, give_gradients, gpt2
 
@@ -87,23 +87,44 @@ def test_an_infinite_loss_with_finite_gradients_spoils_them_and_keeps_its_value(
     assert gradient[0, 0].isnan().all()
 
 
+def not_finite(gate: Gate) -> list[int]:
+    gate.conclude(1)
+    newest = gate.newest_known()
+    assert newest is not None
+    return newest.not_finite
+
+
 def test_a_norm_that_is_not_finite_is_normal_while_losses_are_scaled() -> None:
     gate = Gate(CPU)
     for is_bad in (False, torch.tensor(False)):
         gate.judge(INF, is_bad=is_bad)
-        assert gate.verdict().tolist() == [0, 0]
+        assert not_finite(gate) == [0, 0]
     gate.judge(INF, is_bad=torch.tensor(True))
-    assert gate.verdict().tolist() == [0, 1]
+    assert not_finite(gate) == [0, 1]
 
 
 def test_a_loss_of_any_micro_batch_counts_until_the_next_step() -> None:
     gate = Gate(CPU)
     for loss in (1.0, NAN, 2.0):
         gate.add_loss(torch.tensor(loss))
-    assert gate.verdict().tolist() == [1, 0]
+    assert not_finite(gate) == [1, 0]
     gate.begin()
     gate.add_loss(torch.tensor(1.0))
-    assert gate.verdict().tolist() == [0, 0]
+    assert not_finite(gate) == [0, 0]
+
+
+def test_the_numbers_of_a_step_outlast_the_next_ones_begin() -> None:
+    gate = Gate(CPU)
+    assert gate.newest_known() is None
+    for step, loss in ((1, 2.0), (2, INF), (3, 1.0)):
+        gate.begin()
+        gate.add_loss(torch.tensor(loss))
+        gate.judge(float(step))
+        gate.conclude(step)
+        assert gate.newest_known() == Numbers(step, loss, float(step))
+    assert gate.last() == [Numbers(2, INF, 2.0), Numbers(3, 1.0, 3.0)]
+    gate.begin()
+    assert gate.last()[1].loss == 1.0
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

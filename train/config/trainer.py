@@ -76,8 +76,12 @@ class TrainerConfig(OptimizerFields, Amount):
     deterministic: bool = False
     """Compute by kernels alone that give the same bits each time, on a GPU too, where some of the
     fastest do not: slower. What has no such kernel ends the run."""
-    dataloader_workers: NonNegativeInt = 0
-    """Processes of each rank that assemble batches; 0 does it in the rank."""
+    dataloader_workers: NonNegativeInt | Literal["auto"] = "auto"
+    """Processes of each rank that assemble batches; 0 does it in the rank. auto is 2 beside a GPU,
+    which then never waits for a batch, and 0 on a CPU, whose cores are busy already."""
+    collect_garbage_every_steps: PositiveInt | None = 50
+    """Have Python look for garbage every N steps, on all ranks at the same one, as all wait for one
+    that stops; null lets each look when it happens to."""
 
     @property
     def samples_per_pass(self) -> int:

@@ -19,9 +19,13 @@ from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
 from shardwright.train.errors import Diverged, UserError
 from shardwright.train.loop import divergence
+from shardwright.train.loop.ahead import Ahead, counted, is_interrupted
+from shardwright.train.loop.callbacks.garbage import GarbageCollection
+from shardwright.train.loop.callbacks.handler import Callbacks
 from shardwright.train.loop.callbacks.schedule import EveryStepCounts
 from shardwright.train.loop.saving.saver import Saver
 from shardwright.train.model import build as models
+from shardwright.train.model import host_checks
 from shardwright.train.model.labelled_head import LabelledHead, positions_of
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.process import numerics, signals
@@ -97,10 +101,17 @@ class Trainer(transformers.Trainer):
         objective = self.config.objective
         if isinstance(objective, MlmObjective) and objective.head_on_labels_only:
             self.labelled_head = LabelledHead(model)
+        host_checks.take_padding_as_known(model)
         self.gate = finite.Gate(args.device)
+        self._ahead: Ahead | None = None
+        """The next step, where all ranks are being told of it."""
+        self._next_micro_batches: tuple[Iterator, int] = iter(()), 0
+        """Where the next step's come from, and how many it has."""
+        self._parameters: list[torch.nn.Parameter] = []
+        """Those of the live engine; to find them takes as long as a small step."""
+        self._is_on_several_meshes = False
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
-        self.remove_callback(transformers.PrinterCallback)
         self.tracking: Tracking | None = None
         """On rank 0, what hands metrics on."""
         self._auxiliary_coefficient = models.auxiliary_coefficient(model)
@@ -113,9 +124,19 @@ class Trainer(transformers.Trainer):
         """How many batches of the last evaluation, over all ranks, were not finite; of how many."""
         self._label_loss: torch.Tensor | None = None
         """Of a micro-batch, without the auxiliary one."""
-        self.add_callback(EveryStepCounts(self))  # before what saves and logs
+        self.garbage = GarbageCollection(self.config.trainer.collect_garbage_every_steps)
         self.saver = Saver(self)
-        self.add_callback(self.saver)
+        self._replace_callbacks()
+
+    def _replace_callbacks(self) -> None:
+        before = self.callback_handler
+        self.callback_handler = Callbacks(
+            before.callbacks, self.model, self.processing_class, self.optimizer, self.lr_scheduler
+        )
+        self.remove_callback(transformers.PrinterCallback)
+        # The schedule advances before what saves and logs.
+        for callback in (self.garbage, EveryStepCounts(self), self.saver):
+            self.add_callback(callback)
 
     @property
     def samples_seen(self) -> int:
@@ -159,41 +180,55 @@ class Trainer(transformers.Trainer):
         """Return one step's micro-batches and the number of labels in them, over all ranks.
 
         There are none where a run is resumed from its last step, as one does that was killed later.
-        Raises, before anything of the step is done, Diverged where the one before was not finite
-        and Stop where a rank was told to.
+        Raises, before anything of the step is done, Diverged where one before was not finite and
+        Stop where a rank was told to.
         """
         if self.control.should_training_stop:  # by the evaluation that a stop had cut short
             return [], None
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        if not batches:
+        self._next_micro_batches = epoch_iterator, num_batches
+        ahead, self._ahead = self._ahead or self._look_ahead(), None
+        if not ahead.batches:
             return [], None
-        if not self._is_data_checked:
-            self._check_data(batches)
-        labels = sum(int(b["labels"].ne(IGNORED).sum()) for b in batches)
-        tokens = sum(
-            int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel()
-            for b in batches
-        )
-        # One reduction for all: neither whether to stop nor whether the step before was finite
-        # costs a collective of its own.
-        counts = torch.tensor([labels, tokens, signals.asked() is not None], device=device)
-        counts = torch.cat([counts, self.gate.verdict().to(device)])
-        counts = self.accelerator.reduce(counts, "sum")
-        _, tokens, stops, *not_finite = counts.tolist()
-        if any(not_finite):
-            raise self._diverged()
-        if stops:
+        agreed = ahead.agreed()
+        if agreed.losses_not_finite or agreed.norms_not_finite:
+            assert ahead.judged is not None
+            raise self._diverged(ahead.judged.step)
+        if agreed.stops:
             raise signals.Stop
         self.gate.begin()
-        self.tokens_seen += tokens
-        batches = [self._with_positions(batch) for batch in batches]
-        return batches, counts[0].clamp(min=1)
+        self.tokens_seen += agreed.tokens
+        batches = [self._with_positions(batch) for batch in ahead.batches]
+        # Filled on the device, as a copy would make the host wait for what is computed there.
+        return batches, torch.full((), max(agreed.labels, 1), dtype=torch.int64, device=device)
+
+    def _look_ahead(self) -> Ahead:
+        """Fetch the next step's micro-batches and begin to tell the other ranks of them."""
+        iterator, count = self._next_micro_batches
+        batches = list(itertools.islice(iterator, count))
+        if batches and not self._is_data_checked:
+            self._check_data(batches)
+        labels, tokens = counted(batches, IGNORED)
+        return Ahead(
+            batches,
+            labels=labels,
+            tokens=tokens,
+            stops=signals.asked() is not None,
+            judged=self.gate.newest_known(),
+        )
 
     def _with_positions(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a batch with where its labels are, found while it is in host memory."""
         if self.labelled_head is None:
             return batch
-        return {**batch, POSITIONS: positions_of(batch["labels"], IGNORED)}
+        positions = positions_of(batch["labels"], IGNORED)
+        if self.args.device.type == "cuda":
+            positions = positions.pin_memory()  # as the loader has done with the rest
+        return {**batch, POSITIONS: positions}
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device, for which the host does not wait."""
+        device = self.args.device
+        return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
 
     def _check_data(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """Raise UserError where the model cannot be trained on the first batches."""
@@ -217,25 +252,34 @@ class Trainer(transformers.Trainer):
 
         With ``weights`` also where they are not, or too large: an update can overflow on its own.
         """
-        verdict = self.gate.verdict()
+        seen = self.gate.last()
+        counts = [number for numbers in seen for number in numbers.not_finite]
+        verdict = torch.tensor([*counts, 0], device=self.args.device)
         if weights:
-            verdict = torch.cat([verdict, (~self._weights_are_sound()).long().view(1)])
-        if self.accelerator.reduce(verdict, "sum").any():
-            raise self._diverged()
+            verdict[-1] += ~self._weights_are_sound()
+        *counts, damaged = self.accelerator.reduce(verdict, "sum").tolist()
+        for index, numbers in enumerate(seen):
+            if any(counts[2 * index : 2 * index + 2]):
+                raise self._diverged(numbers.step)
+        if damaged:
+            raise self._diverged(self.state.global_step)
 
     def _weights_are_sound(self) -> torch.Tensor:
         mine = self.engine.local_weights(self)
         largest = self.config.precision.computes_in.largest_weight
         return finite.are_sound(mine, self.args.device, largest)
 
-    def _diverged(self) -> Diverged:
+    def _diverged(self, step: int) -> Diverged:
+        """Return what is to be raised on all ranks of a step that was not finite. Collective."""
         # Closes the progress bar and the trackers, and waits for the checkpoint in flight.
         self.callback_handler.on_train_end(self.args, self.state, self.control)
-        loss, norm = self.gate.values()
-        found = from_all(divergence.Found(loss, norm, bool(self._weights_are_sound())))
+        seen = {numbers.step: numbers for numbers in self.gate.last()}
+        numbers = seen.get(step, finite.Numbers(step, 0.0, 0.0))
+        sound = bool(self._weights_are_sound())
+        found = from_all(divergence.Found(numbers.loss, numbers.norm, sound))
         text = divergence.message(
             self.run_dir,
-            self.state.global_step,
+            step,
             found,
             learning_rate=self.config.trainer.learning_rate,
             began_at=self.resumed.step if self.resumed else None,
@@ -245,14 +289,38 @@ class Trainer(transformers.Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; raise UserError where an operation is met that cannot be what was asked for."""
         try:
-            return super().train(*args, **kwargs)
+            with self.garbage.in_force():
+                return super().train(*args, **kwargs)
         except RuntimeError as error:
             if (problem := numerics.refused(error)) is None:
                 raise
             raise UserError(problem) from error
+        except (Diverged, signals.Stop):
+            # All ranks come here alike; no collective is to be left when they leave the group.
+            if self._ahead is not None:
+                self._ahead.agreed()
+            raise
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Compute one micro-batch forward and backward, and return its part of the step's loss.
+
+        As the Trainer's (transformers 5.23), without what of it no run of ours needs: it sets the
+        mode of every module and divides the loss by 1 each time.
+        """
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        with host_checks.batches_have_documents("position_ids" in inputs):
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if self.is_deepspeed_enabled:
+            self.accelerator.backward(loss, scale_wrt_gas=False)
+        elif self.accelerator.scaler is not None:
+            self.accelerator.backward(loss)
+        else:
+            loss.backward()
+        loss = loss.detach()
         self.gate.add_loss(loss)
         # What is logged can be compared with that of held-out samples, and from model to model.
         if self._label_loss is None:
@@ -391,7 +459,8 @@ class Trainer(transformers.Trainer):
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        with self.garbage.left_to_python():
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         at_start = skip_scheduler
         every, step = self.config.trainer.save_every_steps, self.state.global_step
         if at_start and (step == self.state.max_steps or (every and step % every == 0)):
@@ -427,7 +496,26 @@ class Trainer(transformers.Trainer):
             assert found is not None
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(found, self.schedule)
             self._created_lr_scheduler = True
+            if not self.is_deepspeed_enabled and self.accelerator.scaler is None:
+                _step_directly(found)
         return self.lr_scheduler
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if not self.is_deepspeed_enabled:
+            parameters = list(model.parameters())
+
+            def zero_grad(set_to_none: bool = True) -> None:
+                del set_to_none
+                for parameter in parameters:
+                    parameter.grad = None
+
+            # A module looks for its parameters each time.
+            model.zero_grad = zero_grad
+            self._parameters = parameters
+            meshes = {getattr(parameter, "device_mesh", None) for parameter in parameters}
+            self._is_on_several_meshes = len(meshes) > 1
+        return model, loader
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer behind accelerate's wrapper."""
@@ -442,7 +530,13 @@ class Trainer(transformers.Trainer):
         return optimizer
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        from accelerate.utils import DistributedDataParallelKwargs
+
         built = super()._build_accelerator_args(**kwargs)
+        for handler in built.get("kwargs_handlers") or []:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                # Of which TrainingArguments has no field.
+                handler.gradient_as_bucket_view = True
         if self.args.fp16:
             from accelerate.utils import GradScalerKwargs
 
@@ -454,12 +548,41 @@ class Trainer(transformers.Trainer):
             built["kwargs_handlers"] = [*handlers, scaler]
         return built
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self._norm(self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        """Return the norm of the reduced gradients, where it was computed; this ends the step.
+
+        The numbers of the next one are on their way from here on, so that they are there when the
+        optimizer is done.
+        """
+        norm = self._norm(math.inf) if grad_norm is None else grad_norm
         if hasattr(norm, "full_tensor"):  # a DTensor holds only this rank's part
             norm = norm.full_tensor()
         self.gate.judge(norm, is_bad=loss_scale_is_exhausted(self))
+        step = self.state.global_step + 1
+        self.gate.conclude(step)
+        if not is_interrupted(self.config.trainer, step, self.state.max_steps):
+            self._ahead = self._look_ahead()
         return norm
+
+    def _norm(self, largest: float) -> Any:
+        """Return the gradients' norm, and have none larger than allowed; DeepSpeed has done so."""
+        if self.is_deepspeed_enabled:
+            return self.model_wrapped.get_global_grad_norm()
+        if self.accelerator.scaler is None and not self._is_on_several_meshes:
+            return torch.nn.utils.clip_grad_norm_(self._parameters, largest)
+        return self.accelerator.clip_grad_norm_(self._parameters, largest)
+
+    # What the Trainer counts of its own accord: nobody reads it, and each time it looks at every
+    # module, and all ranks meet for it where they log.
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+    def store_flos(self) -> None:
+        pass
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -489,3 +612,21 @@ class Trainer(transformers.Trainer):
             if "eval_loss" in entry and entry["step"] == self.state.global_step:
                 return {name: entry[name] for name in METRICS if name in entry}
         return {}
+
+
+def _step_directly(prepared: Any) -> None:
+    """Have an optimizer that accelerate has wrapped step by itself, where no loss is scaled.
+
+    accelerate (1.15, AcceleratedOptimizer.step) looks twice a step on the disk whether a package is
+    installed that it would make way for.
+    """
+    inner = getattr(prepared, "optimizer", None)
+    if inner is None:
+        return
+
+    def step(closure: Any = None) -> None:
+        prepared._opt_called = True  # as the scheduler's own wrapper notes
+        inner.step(closure)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    prepared.step = step

@@ -83,7 +83,7 @@ def smaller(config: RunConfig, *, on_gpu: bool) -> list[str]:
     """Return what needs less memory, the cheapest first, of what is not yet chosen. Pure."""
     found: list[str] = []
     trainer, strategy, ranks = config.trainer, config.strategy, config.launcher.world_size
-    if not on_gpu and trainer.dataloader_workers:
+    if not on_gpu and trainer.dataloader_workers not in (0, "auto"):
         found.append(f"fewer trainer.dataloader_workers (now {trainer.dataloader_workers})")
     micro = trainer.micro_batch_size
     if isinstance(micro, int) and micro > 1:

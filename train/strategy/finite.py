@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Numbers(NamedTuple):
+    """What was seen of one step, by one rank."""
+
+    step: int
+    loss: float
+    norm: float
+
+    @property
+    def not_finite(self) -> list[int]:
+        """How many of loss and norm are not."""
+        return [int(not math.isfinite(self.loss)), int(not math.isfinite(self.norm))]
+
+
+class _Travelling:
+    """The numbers of a step on their way from the device to the host."""
+
+    def __init__(self, step: int, numbers: Tensor, into: Tensor | None) -> None:
+        self._step, self._numbers, self._arrived = step, numbers, None
+        if into is not None:
+            self._numbers = into.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def arrived(self) -> Numbers:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return Numbers(self._step, *self._numbers.tolist())
+
+
 class Gate:
-    """Judges each step on the device; nothing waits for its verdict.
+    """Judges each step on the device; nothing waits there for its verdict.
 
     It lets the optimizer step or not, and travels to the host with the next numbers that the ranks
-    add up anyway: those of the next step's labels. A loss of one rank that is not finite reaches
+    add up anyway: those of a later step's labels. A loss of one rank that is not finite reaches
     the others through its gradients (`poisoned`).
     """
 
@@ -23,6 +53,11 @@ class Gate:
         """1 where this step must not reach the weights, else 0, as torch's optimizers take it."""
         self._loss = torch.zeros((), device=device)
         self._norm = torch.zeros((), device=device)
+        self._concluded: deque[_Travelling] = deque(maxlen=2)
+        self._on_host: Tensor | None = None
+        """Where the numbers of two steps arrive, in memory into which a GPU copies by itself."""
+        if device.type == "cuda":
+            self._on_host = torch.zeros(2, 2, pin_memory=True)
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer leave the weights alone in a step that `judge` has found bad."""
@@ -63,13 +98,26 @@ class Gate:
         self._norm.copy_(norm)
         self.is_closed.copy_(~norm.isfinite())
 
-    def verdict(self) -> Tensor:
-        """Return how many of this step's numbers are not finite on this rank: loss, norm."""
-        return torch.stack([~self._loss.isfinite(), ~self._norm.isfinite()]).long()
+    def conclude(self, step: int) -> None:
+        """Take this step as done; have its numbers travel to the host."""
+        numbers = torch.stack([self._loss, self._norm])
+        # By turns, as a copy may still be on its way into one of them.
+        into = self._on_host[step % 2] if self._on_host is not None else None
+        self._concluded.append(_Travelling(step, numbers, into))
 
-    def values(self) -> tuple[float, float]:
-        """Return the loss of this rank and the gradient norm; waits for the device."""
-        return float(self._loss), float(self._norm)
+    def newest_known(self) -> Numbers | None:
+        """Return the numbers of the newest step that can be had while the device has work left.
+
+        On a GPU that is the step before the one just launched.
+        """
+        is_ahead = self._on_host is not None
+        if len(self._concluded) <= is_ahead:
+            return None
+        return self._concluded[-1 - is_ahead].arrived()
+
+    def last(self) -> list[Numbers]:
+        """Return the numbers of the last two steps, oldest first; waits for the device."""
+        return [numbers.arrived() for numbers in self._concluded]
 
 
 def poisoned(loss: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from shardwright.train.config import RankLayout, RunConfig
 from shardwright.train.data import Prepared, prepare
-from shardwright.train.data.batches.loader import eval_loader, train_loader
+from shardwright.train.data.batches.loader import eval_loader, train_loader, workers
 
 MakeConfig = Callable[..., RunConfig]
 Batch = dict[str, torch.Tensor]
@@ -96,6 +96,17 @@ def test_workers_change_nothing(
         for c in (config, with_workers)
     )
     assert one == two
+
+
+def test_two_processes_load_beside_a_gpu_unless_told_otherwise(config: RunConfig) -> None:
+    def asked(device: str, **trainer: object) -> int:
+        launcher = config.launcher.model_copy(update={"device": device})
+        fields = config.trainer.model_copy(update=trainer)
+        return workers(config.model_copy(update={"launcher": launcher, "trainer": fields}))
+
+    assert (asked("cuda"), asked("cpu")) == (2, 0)
+    assert asked("cuda", dataloader_workers=0) == 0
+    assert asked("cpu", dataloader_workers=3) == 3
 
 
 def test_loading_leaves_torchs_random_state_alone(config: RunConfig, prepared: Prepared) -> None:

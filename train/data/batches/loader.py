@@ -88,12 +88,20 @@ def _loader(
         _MixtureDataset(mixture),
         batch_sampler=batches,
         collate_fn=collator(prepared, config, mask_seed),
-        num_workers=config.trainer.dataloader_workers,
+        num_workers=workers(config),
         worker_init_fn=_obey_the_rank_alone,
         pin_memory=torch.cuda.is_available(),
         # Its own, as a loader draws a seed for its workers: dropout must not depend on that.
         generator=torch.Generator(),
     )
+
+
+def workers(config: RunConfig) -> int:
+    """Return how many processes assemble a rank's batches. Pure."""
+    asked = config.trainer.dataloader_workers
+    if asked == "auto":
+        return 2 if config.launcher.device == "cuda" else 0
+    return asked
 
 
 def _obey_the_rank_alone(worker: int) -> None:

@@ -1,0 +1,83 @@
+"""The step to come: its micro-batches, and what all ranks add up of it while they still train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from shardwright.train.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from shardwright.train.strategy.finite import Numbers
+
+Batch = dict[str, torch.Tensor]
+
+
+class Agreed(NamedTuple):
+    """What all ranks know alike of a step before it begins, added up over them."""
+
+    labels: int
+    tokens: int
+    stops: int
+    """How many were asked to stop."""
+    losses_not_finite: int
+    norms_not_finite: int
+    """Of the step `Ahead.judged`."""
+
+
+class Ahead:
+    """One step's micro-batches in host memory, of which the ranks are told over gloo.
+
+    That takes no part of the device: nothing waits for what it computes, and no collective of its
+    own comes between those of the engine.
+    """
+
+    def __init__(
+        self,
+        batches: list[Batch],
+        *,
+        labels: int,
+        tokens: int,
+        stops: bool,
+        judged: Numbers | None,
+    ) -> None:
+        """Begin to tell the others. Collective, and does not wait.
+
+        ``judged`` is what this rank has seen of the newest step of which anything is known.
+        """
+        self.batches, self.judged = batches, judged
+        not_finite = judged.not_finite if judged is not None else [0, 0]
+        self._sums = torch.tensor([labels, tokens, int(stops), *not_finite])
+        self._work: Any = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._work = dist.all_reduce(self._sums, async_op=True)
+
+    def agreed(self) -> Agreed:
+        """Return the sums over all ranks, once all have come here."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return Agreed(*self._sums.tolist())
+
+
+def is_interrupted(trainer: TrainerConfig, step: int, last_step: int) -> bool:
+    """Return whether something long comes between a step and the next: the run may end there. Pure.
+
+    What is agreed before it is old after it: a signal may have come meanwhile.
+    """
+    cadences = (trainer.eval_every_steps, trainer.save_every_steps)
+    return step >= last_step or any(every and step % every == 0 for every in cadences)
+
+
+def counted(batches: list[Batch], ignored: int) -> tuple[int, int]:
+    """Return how many labels and how many tokens, padding left out, are in micro-batches."""
+    labels = tokens = 0
+    for batch in batches:
+        labels += int((batch["labels"].numpy() != ignored).sum())
+        if "attention_mask" in batch:
+            tokens += int(batch["attention_mask"].numpy().sum())
+        else:
+            tokens += batch["input_ids"].numel()
+    return labels, tokens
