@@ -32,6 +32,7 @@ from shardwright.train.loop import resuming, stopping
 from shardwright.train.loop.arguments import training_arguments
 from shardwright.train.loop.callbacks import early_stopping
 from shardwright.train.loop.callbacks.engine import EngineReady
+from shardwright.train.loop.callbacks.full_batch import FullBatch
 from shardwright.train.loop.callbacks.held_out import HeldOut
 from shardwright.train.loop.callbacks.metrics import Metrics
 from shardwright.train.loop.callbacks.progress import Progress
@@ -210,6 +211,7 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
             summary=metrics.summary,
             samples_at=trainer.samples_at,
         ),
+        *([FullBatch(trainer)] if config.trainer.batch_warmup_samples else []),
         HeldOut(trainer, console),
         early_stopping.EarlyStopping(trainer, console),
         *([trainer.tracking] if trainer.tracking is not None else []),

@@ -138,3 +138,9 @@ def test_what_cannot_be_is_said_before_a_minute_of_looking(
         doctor.main(given)
     assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_is_to_grow_measures_too(tmp_path: Path) -> None:
+    grows = ["trainer.batch_warmup_from=16", "trainer.batch_warmup_samples=99"]
+    run = doctor.asked_for([*grows, "launcher.nproc_per_node=2"], Machine(cores=2), tmp_path)
+    assert (run.trainer.global_batch_size, run.trainer.batch_warmup_from) == (2, None)
