@@ -9,7 +9,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 # On a machine with GPUs the demo takes them all, in bf16; on a CPU it runs as it is written.
 DEVICES := $(if $(filter-out 0,$(GPUS)),precision=bf16 launcher.nproc_per_node=$(GPUS))
 
-.PHONY: run test test-slow test-matrix test-faults test-scale test-slurm lint typecheck format docs setup clean
+.PHONY: run test test-slow test-matrix test-faults test-scale test-slurm lint typecheck format docs setup clean bench
 
 run: .venv/run
 	$(BIN)/shardwright train experiment=$(EXPERIMENT) $(DEVICES) $(ARGS)
@@ -28,6 +28,12 @@ test-faults: .venv/dev
 
 test-scale: .venv/dev
 	$(BIN)/python -m pytest -m scale $(ARGS)
+
+# Measures what this machine can, in half an hour at most, and writes benchmarks/results/TABLE.md and
+# the README's rows. ARGS="--examples DIR" where the example scripts cannot be downloaded.
+bench: .venv/bench
+	$(BIN)/python -m pytest -m bench
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # As root, with slurm-wlm, munge and iproute2 installed; a test that cannot run fails.
 test-slurm: .venv/dev
@@ -61,6 +67,10 @@ setup: .venv/dev
 
 .venv/dev: .venv/run
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/bench: .venv/dev
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	touch $@
 
 .venv/docs: .venv/run

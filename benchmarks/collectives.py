@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -300,18 +301,41 @@ def table(found: Mapping[str, Sequence[Collectives]]) -> str:
     return "\n".join(lines)
 
 
+def figures(found: Mapping[str, Sequence[Collectives]]) -> dict[str, Any]:
+    """Return what is sent in the model's parameters, and the paper's volume over it. Pure."""
+    sent = {name: sum(c.volume for c in collectives) for name, collectives in found.items()}
+    strategies = {
+        name: {"sent": volume, "paper": of_the_paper(name), "ratio": of_the_paper(name) / volume}
+        for name, volume in sent.items()
+    }
+    return {
+        "benchmark": "collectives",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hardware": {"device": "none", "ranks": RANKS},
+        "strategies": strategies,
+        "ratio": min(each["ratio"] for each in strategies.values()),
+    }
+
+
 def main(arguments: Sequence[str]) -> int:
     """Count every strategy and put the table into the documentation, or count one run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.collectives", description=__doc__)
     parser.add_argument("--count", type=Path, metavar="RUN_DIR", help="this one, as JSON")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write figures here, and leave the page alone"
+    )
     asked = parser.parse_args(arguments)
     if asked.count is not None:
         found = count(asked.count)
         print(json.dumps([{**asdict(c), "sent": list(c.sent)} for c in found]), flush=True)
         os._exit(0)  # a world of fakes has nobody to leave
     with tempfile.TemporaryDirectory() as directory:
-        rows = table({strategy: counted(strategy, Path(directory)) for strategy in STRATEGIES})
+        found_by_strategy = {name: counted(name, Path(directory)) for name in STRATEGIES}
+    rows = table(found_by_strategy)
     print(rows)
+    if asked.json is not None:
+        asked.json.write_text(json.dumps(figures(found_by_strategy), indent=2) + "\n")
+        return 0
     text = PAGE.read_text()
     before, rest = text.split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{rows}\n\n{END}{rest.split(END)[1]}")

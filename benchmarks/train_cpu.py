@@ -86,7 +86,7 @@ class Plan:
     without: list[str]
     """Settings that switch one thing off: each is a row of its own, on one rank."""
     batch: int
-    """Samples of a step on each rank, in one pass."""
+    """Samples of a step; each rank takes its part of them in one pass."""
     steps: int
     warmup_steps: int
     repeats: int
@@ -131,8 +131,8 @@ def overrides(plan: Plan, model: str, ranks: int, run_dir: Path, changed: list[s
         *([] if ranks == 1 else [f"launcher.nproc_per_node={ranks}"]),
         "launcher.device=cpu",
         f"trainer.max_steps={plan.all_steps}",
-        f"trainer.global_batch_size={plan.batch * ranks}",
-        f"trainer.micro_batch_size={plan.batch}",
+        f"trainer.global_batch_size={plan.batch}",
+        f"trainer.micro_batch_size={plan.batch // ranks}",
         "trainer.learning_rate=5e-5",
         "trainer.lr_scheduler=constant",
         "trainer.weight_decay=0",
@@ -150,7 +150,7 @@ def ours_command(
     return [sys.executable, "-m", "shardwright", "train", *words]
 
 
-def peer_arguments(plan: Plan, model: str, out: Path) -> dict[str, Any]:
+def peer_arguments(plan: Plan, model: str, ranks: int, out: Path) -> dict[str, Any]:
     """Return what the example script is given. Pure."""
     setup, text = MODELS[model], plan.directory / "text"
     suffix = {".jsonl": ".json"}.get(Path(setup.text).suffix, ".txt")
@@ -163,7 +163,7 @@ def peer_arguments(plan: Plan, model: str, out: Path) -> dict[str, Any]:
         **setup.peer,
         "do_train": True,
         "max_steps": plan.all_steps,
-        "per_device_train_batch_size": plan.batch,
+        "per_device_train_batch_size": plan.batch // ranks,
         "learning_rate": 5e-5,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
@@ -181,7 +181,7 @@ def peer_command(
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     launcher.append(str(plan.examples / MODELS[model].script))
-    arguments = peer_arguments(plan, model, out)
+    arguments = peer_arguments(plan, model, ranks, out)
     if counted:
         # A file, as transformers 5.23 takes a truth value alone for this on the command line.
         file = out.with_suffix(".json")
@@ -417,7 +417,7 @@ def parser() -> argparse.ArgumentParser:
         help="a row of its own with one thing switched off, such as "
         "objective.head_on_labels_only=false",
     )
-    found.add_argument("--batch", type=int, default=16, help="samples of a rank in a step")
+    found.add_argument("--batch", type=int, default=16, help="samples of a step")
     found.add_argument("--steps", type=int, default=3, help="measured steps of each run")
     found.add_argument("--warmup-steps", type=int, default=1)
     found.add_argument("--repeats", type=int, default=5)
@@ -438,6 +438,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     counts = (options.batch, options.steps, options.warmup_steps, options.repeats, *options.ranks)
     if min(counts) < 1:
         parser().error("--ranks, --batch, --steps, --warmup-steps and --repeats are at least 1")
+    if any(options.batch % ranks for ranks in options.ranks):
+        parser().error("--batch is to be divided by each number of --ranks")
     return options
 
 

@@ -64,10 +64,10 @@ def test_both_sides_train_the_same_batches(plan: Plan, model: str, ranks: int) -
         (job,) = compose(overrides(plan, model, ranks, plan.directory / "run", changed))
         config = resolved(job, plan.here, "now")
         assert config.launcher.world_size == ranks
-        assert config.trainer.samples_per_pass == 4
-        assert config.trainer.global_batch_size == 4 * ranks
+        assert config.trainer.samples_per_pass == 4 // ranks
+        assert config.trainer.global_batch_size == 4
         words = peer_command(plan, model, ranks, plan.directory / "out")
-        assert words[words.index("--per_device_train_batch_size") + 1] == "4"
+        assert words[words.index("--per_device_train_batch_size") + 1] == str(4 // ranks)
         assert words[words.index("--max_steps") + 1] == str(config.trainer.max_steps) == "4"
         assert words[words.index("--learning_rate") + 1] == str(config.trainer.learning_rate)
         length = "--max_seq_length" if model == "kantaibert" else "--block_size"
