@@ -256,6 +256,42 @@ def test_a_batch_that_grew_and_how_the_rate_fell_are_told(tiny_tree: Tree) -> No
     readme = card_of(facts(tree)).readme
     assert "| Batch | 16 samples, grown from 8 over the first 1,000 samples |" in readme
     assert "| Learning rate | 0.001 at its peak, warmup_stable_decay (sqrt decay) |" in readme
+    tree["trainer"] |= {"decay_fraction": 0.0, "warmup_fraction": 0.00174}
+    line = "0.001 at its peak, warmup_stable_decay, warm-up over 0.17% of the steps |"
+    assert line in card_of(facts(tree)).readme
+
+
+@pytest.mark.parametrize(
+    ("base", "local", "before", "text"),
+    [
+        (10_000, None, {}, "10,000"),
+        (5e5, None, {"rope_theta": 10000.0}, "500,000, changed from 10,000"),
+        (10_000, 10_000, {}, "10,000"),
+        (
+            10_000,
+            10_000,
+            {"global_rope_theta": 7},
+            "10,000 in layers that attend to all of a "
+            "sample, changed from 7; 10,000 in layers that attend to a window",
+        ),
+        (
+            160_000,
+            10_000,
+            {},
+            "160,000 in layers that attend to all of a sample; 10,000 in layers "
+            "that attend to a window",
+        ),
+    ],
+)
+def test_the_bases_of_rotary_embeddings_are_told(
+    base: float, local: float | None, before: dict[str, float], text: str
+) -> None:
+    parameters: dict[str, Any] = {"rope_theta": base}
+    if local is not None:
+        parameters = {"full_attention": parameters, "sliding_attention": {"rope_theta": local}}
+    config = {"model_type": "modernbert", "rope_parameters": parameters}
+    readme = card_of(Facts(config_json=config, dtype="fp32", base_config=before)).readme
+    assert f"| Rotary base | {text} |" in readme
 
 
 def test_the_picture_shows_both_losses_inside_its_frame(run_dir: Path) -> None:

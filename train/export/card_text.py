@@ -201,13 +201,14 @@ def _positions(facts: Facts) -> int | None:
 def _rotary(facts: Facts) -> str | None:
     """Return the bases of the rotary frequencies, and what they were where training began."""
     bases, before = rotary_bases(facts.config_json), rotary_bases(facts.base_config)
+    differ = len({(base, before.get(kind, base)) for kind, base in bases.items()}) > 1
     texts = [
         f"{base:,.10g}"
-        + (f" in layers that attend to {_ATTENDS.get(kind, kind)}" if len(bases) > 1 else "")
+        + (f" in layers that attend to {_ATTENDS.get(kind, kind)}" if differ else "")
         + (f", changed from {before[kind]:,.10g}" if before.get(kind, base) != base else "")
         for kind, base in bases.items()
     ]
-    return "; ".join(texts) or None
+    return "; ".join(texts if differ else texts[:1]) or None
 
 
 _ATTENDS = {GLOBAL: "all of a sample", LOCAL: "a window"}
@@ -324,8 +325,9 @@ def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
     yield "Optimizer", _optimizer(run)
     warmup = f", warm-up of {trainer.warmup_steps:,} steps" if trainer.warmup_steps else ""
     if trainer.warmup_fraction:
-        warmup = f", warm-up over {trainer.warmup_fraction:.0%} of the steps"
-    shape = f" ({trainer.decay_shape} decay)" if trainer.decay_shape != "cosine" else ""
+        warmup = f", warm-up over {100 * trainer.warmup_fraction:.2g}% of the steps"
+    falls = trainer.decay_shape != "cosine" and trainer.decay_fraction > 0
+    shape = f" ({trainer.decay_shape} decay)" if falls else ""
     yield (
         "Learning rate",
         f"{trainer.learning_rate:g} at its peak, {trainer.lr_scheduler}{shape}{warmup}",
