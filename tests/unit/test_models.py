@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.config import PretrainedModel, RunConfig, from_tree
 from shardwright.train.errors import UserError
 from shardwright.train.model import activation_checkpointing, activations
 from shardwright.train.model.blocks import (
@@ -45,7 +45,7 @@ from shardwright.train.model.blocks import (
 from shardwright.train.model.build import build, fitted
 from shardwright.train.model.configs import transformers_config
 from shardwright.train.model.first_values import materialize
-from shardwright.train.model.pretrained import check_attention
+from shardwright.train.model.pretrained import check_before_data
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")
@@ -614,12 +614,13 @@ def test_by_default_a_model_gets_the_attention_that_it_has(
     assert model.config._attn_implementation == "eager"
 
 
-def test_attention_that_a_model_lacks_is_refused_before_its_data_are_prepared(
+def test_attention_and_positions_that_a_model_lacks_are_refused_before_its_data(
     tmp_path: Path,
 ) -> None:
     def check(directory: Path, *overrides: str) -> None:
         config = from_directory(directory, "clm", *overrides)
-        check_attention(config.model, config.objective)
+        assert isinstance(config.model, PretrainedModel)
+        check_before_data(config.model, config.objective)
 
     without_sdpa(tmp_path / "gemma")
     GPT2LMHeadModel(TINY_GPT2).save_pretrained(tmp_path / "gpt2")
@@ -627,6 +628,10 @@ def test_attention_that_a_model_lacks_is_refused_before_its_data_are_prepared(
         check(tmp_path / fits[0], *fits[1:])
     with pytest.raises(UserError, match=r"=sdpa, .*gemma2\) does not have it; set .*=auto"):
         check(tmp_path / "gemma", "model.attention=sdpa")
+    # So are positions that it cannot have.
+    check(tmp_path / "gemma", "model.rope_theta=1e6")
+    with pytest.raises(UserError, match=r"model\.rope_theta=1e\+06: .* has no rotary embeddings"):
+        check(tmp_path / "gpt2", "model.rope_theta=1e6")
 
 
 def test_what_only_the_weights_know_is_in_the_config_of_their_rank(

@@ -269,6 +269,12 @@ class PretrainedModel(Section):
     def parameters(self) -> int | None:
         return self._parameters
 
+    @property
+    def other_positions(self) -> bool:
+        """Whether positions are to be told apart otherwise than the weights' own config says."""
+        changed = (self.rope_theta, self.local_rope_theta, self.max_position_embeddings)
+        return any(value is not None for value in changed)
+
     def found_to_have(self, *, hidden_size: int | None, parameters: int) -> PretrainedModel:
         """Return it with what only its weights know."""
         found = self.model_copy(update={"hidden_size": hidden_size})

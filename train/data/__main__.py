@@ -102,10 +102,11 @@ def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
 def _prepared(run_dir: Path, settings: RunConfig) -> int:
     """Prepare the data; return the exit code, and have said what went wrong."""
     try:
-        if settings.model.kind == "pretrained" and settings.model.attention != "auto":
-            from shardwright.train.model.pretrained import check_attention  # which brings torch
+        model = settings.model
+        if model.kind == "pretrained" and (model.other_positions or model.attention != "auto"):
+            from shardwright.train.model.pretrained import check_before_data  # which brings torch
 
-            check_attention(settings.model, settings.objective)
+            check_before_data(model, settings.objective)
         with progress.shown_on(sys.stderr), progress.phase("preparing the data"):
             prepare(settings, run_dir)
     except UserError as error:

@@ -21,7 +21,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shardwright.train.config import (
-    ModelConfig,
     ObjectiveConfig,
     PretrainedModel,
     ScratchModel,
@@ -40,13 +39,18 @@ from shardwright.train.model.weights import InitialValues, initialized
 logger = logging.getLogger(__name__)
 
 
-def check_attention(model: ModelConfig, objective: ObjectiveConfig) -> None:
-    """Raise UserError where a pretrained model lacks the attention that is asked for.
+def check_before_data(model: PretrainedModel, objective: ObjectiveConfig) -> None:
+    """Raise UserError where a pretrained model lacks the attention or positions asked for.
 
     For before its data are prepared: what else is wrong with it, `build` says.
     """
-    if not isinstance(model, PretrainedModel) or model.attention in ("auto", "eager"):
-        return
+    if model.other_positions:
+        pretrained_config(model, None)
+    if model.attention not in ("auto", "eager"):
+        _check_attention(model, objective)
+
+
+def _check_attention(model: PretrainedModel, objective: ObjectiveConfig) -> None:
     auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
     trusted = {"trust_remote_code": model.trust_remote_code}
     try:
