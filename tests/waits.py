@@ -73,8 +73,21 @@ def noted(waits: Counter[str]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Raise inside of the block where the host waits for a GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def waits_of_a_step(run_dir: Path) -> dict[str, int]:
-    """Train three steps; return where the host would wait in the second, which is not logged."""
+    """Train three steps; return where the host would wait in the second, which is not logged.
+
+    On a GPU torch itself looks, and raises.
+    """
     from shardwright.train.config import load
     from shardwright.train.process.rank import rank_from_environment
     from shardwright.train.strategy.group import join
@@ -94,11 +107,12 @@ def _counted(run_dir: Path) -> dict[str, int]:
 
     waits: Counter[str] = Counter()
     stack = ExitStack()
+    on_gpu = load(run_dir).launcher.device == "cuda"
 
     class SecondStep(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
-                stack.enter_context(noted(waits))
+                stack.enter_context(_refused() if on_gpu else noted(waits))
             if state.global_step == 2:
                 stack.close()
 

@@ -29,6 +29,7 @@ from tests.gpu.jobs import (
     where_parameters_lie,
 )
 from tests.strategies import STRATEGIES
+from tests.waits import waits_of_a_step
 
 Run = Callable[..., Path]
 RankOn = Callable[[str], Ranks]
@@ -140,6 +141,29 @@ def test_zero_3_trains_from_a_disk(
     engine = json.loads((run_dir / "engine.json").read_text())
     assert engine["offload_parameters"] == "nvme"
     assert engine["optimizer_elements_on_nvme"] > 1_000_000
+
+
+# --- what it waits for --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "case"),
+    on_both("single-clm", "single-mlm", "ddp-clm", "fsdp-clm", "fsdp-mlm", often="single-mlm"),
+)
+def test_no_step_waits_for_the_gpu(
+    device: str, case: str, tiny_tree: TreeOf, new_run: Run, rank_on: RankOn
+) -> None:
+    strategy, objective = case.split("-")
+    sections = {name: tiny_tree(objective)[name] for name in ("model", "objective", "data")}
+    sections["data"]["eval_fraction"] = 0
+    run_dir = new_run(
+        device,
+        STRATEGIES[strategy],
+        **sections,
+        precision={"compute_dtype": "bf16"},
+        trainer={"max_steps": 3, "log_every_steps": 100},
+    )
+    assert rank_on(device)(waits_of_a_step, run_dir) == [{}]
 
 
 # --- how it computes ----------------------------------------------------------------------------
