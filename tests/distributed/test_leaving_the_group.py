@@ -65,7 +65,7 @@ def test_a_thread_that_used_a_group_of_its_own_leaves_it_too() -> None:
         assert ended.stdout.count("the thread is done: True, gloo threads left: 0") == 2
 
 
-def test_a_default_argument_that_captured_the_group_lets_it_go() -> None:
+def test_a_default_argument_and_a_mesh_that_captured_the_group_let_it_go() -> None:
     ended = torchrun("capture")
 
     assert ended.returncode == 0, ended.stderr
@@ -191,13 +191,18 @@ def train_one_after_another(runs: list[str]) -> None:
 
 
 def capture_the_group_in_a_default_argument() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
     dist.init_process_group("gloo")
     import torch.distributed.nn.functional as captures  # its defaults are evaluated right here
 
+    # As something in torch 2.11 holds each mesh that an operator has met.
+    mesh = init_device_mesh("cpu", (2,))
     dist.barrier()  # a worker that has not run yet has no name to count it by
     dist.destroy_process_group()
     held = gloo_worker_count() > 0
     leave_process_group()
+    assert mesh.ndim == 1, "it is still there"
     assert captures.broadcast.__defaults__ == (None,)
     sys.stdout.write(f"held after destroy: {held}, after leaving: {gloo_worker_count() > 0}\n")
 

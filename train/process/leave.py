@@ -177,6 +177,8 @@ def _release_objects() -> None:
     """Release the live objects, wherever they are, that hold a group from outside of any cycle."""
     engine_module = sys.modules.get("deepspeed.runtime.engine")
     engine_type = engine_module.DeepSpeedEngine if engine_module else ()
+    mesh_module = sys.modules.get("torch.distributed.device_mesh")
+    mesh_type = mesh_module.DeviceMesh if mesh_module else ()
     for found in gc.get_objects():  # by `type`, as isinstance runs the code of lazy proxies
         if type(found) is types.FunctionType:
             _forget_default_groups(found)
@@ -184,6 +186,10 @@ def _release_objects() -> None:
             # DTensor's are keyed by device meshes, ZeRO-3's `__params_to_release` by modules.
             if str(getattr(found, "__module__", "")).startswith(("torch.distributed", "deepspeed")):
                 found.cache_clear()
+        elif issubclass(type(found), mesh_type):
+            # torch 2.11 never drops what an operator on DTensors was first called with, the mesh
+            # included (held by no Python object, so nothing here can let go of it).
+            vars(found).get("_pg_registry", {}).clear()
         elif issubclass(type(found), engine_type):
             try:  # its hooks on the gradient accumulators are cycles through C++, unseen by gc
                 found.destroy()
