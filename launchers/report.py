@@ -69,7 +69,7 @@ def header(
     rows = {
         "model": f"{choices.get('model', config.model.kind)}, {config.objective.kind}",
         "data": f"{choices.get('data', config.data.kind)}, "
-        f"{config.data.tokens_per_sample:,} tokens a sample",
+        f"{config.data.tokens_per_sample:,} tokens a sample, {_documents(config)}",
         "batch": f"{trainer.global_batch_size:,} samples = {trainer.samples_per_pass} x "
         f"{accumulation_steps(trainer, layout)} x {layout.data_parallel_size} rank(s)"
         f"{_batch_warmup(trainer)}; {length}",
@@ -112,6 +112,15 @@ def _batch_warmup(trainer: TrainerConfig) -> str:
 def terminal_width() -> int | None:
     """Return the columns of the terminal that this process prints to; None where it is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _documents(config: RunConfig) -> str:
+    data = config.data
+    if data.line_by_line:
+        return "lines end to end" if data.is_unpadded else "lines padded"
+    if data.documents_are_kept_apart:
+        return "documents kept apart"
+    return "documents see each other"
 
 
 def _tracking(config: RunConfig, machine: Machine) -> str:

@@ -75,6 +75,8 @@ def tiny_tree(corpus: Path, cache_dir: Path) -> TreeOf:
                 "sequence_length": 32,
                 "eval_fraction": 0.1,
                 "cache_dir": str(cache_dir),
+                "document_attention": False,
+                "unpad": False,
             },
             "tokenizer": {"kind": "byte_bpe"},
             "strategy": {"kind": "ddp"},

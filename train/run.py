@@ -43,6 +43,7 @@ from shardwright.train.model import build as models
 from shardwright.train.model import generation, origin
 from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
+from shardwright.train.model.document_attention import bounds_of
 from shardwright.train.model.weights import InitialValues, drawn
 from shardwright.train.process import signals
 from shardwright.train.process.agreement import check, from_all_patiently, together
@@ -127,6 +128,7 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
     args.eval_on_start = resumed is not None and resuming.lacks_evaluation(resumed, config, steps)
     progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
     model = engine.shard(model, values)
+    bounds = bounds_of(model, config)
     trainer = Trainer(
         engine,
         args,
@@ -139,8 +141,9 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
             total_steps=steps - (resumed.step if resumed else 0),
             rank=rank.index,
             layout=layout,
+            bounds=bounds,
         ),
-        eval_loader(prepared, config, rank=rank.index, layout=layout)
+        eval_loader(prepared, config, rank=rank.index, layout=layout, bounds=bounds)
         if prepared.eval_samples
         else None,
         values,

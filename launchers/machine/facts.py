@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import math
 import netrc
 import os
@@ -25,6 +26,7 @@ from shardwright.train.config import (
     PrecisionConfig,
     PretrainedModel,
     RunConfig,
+    documents,
     from_tree,
     rank_layout,
 )
@@ -59,6 +61,9 @@ class Machine:
     """Of the host, swap included, within its control group's limit; None where it is not known."""
     gpu_memory_bytes: int | None = None
     """Of the largest GPU."""
+    has_varlen: bool = True
+    """Whether the installed torch attends in rows of several lengths by one kernel."""
+    has_flash_attn: bool = False
 
     @property
     def gpus(self) -> int:
@@ -78,6 +83,8 @@ def detect(environment: Mapping[str, str]) -> Machine:
         cuda_visible_devices=environment.get("CUDA_VISIBLE_DEVICES", ""),
         memory_bytes=_memory_bytes(),
         gpu_memory_bytes=_gpu_memory_bytes(),
+        has_varlen=_version("torch") >= documents.VARLEN_TORCH,
+        has_flash_attn=importlib.util.find_spec("flash_attn") is not None,
         interface=None if is_reached_by(addresses()) else default_interface(),
     )
 
@@ -141,6 +148,7 @@ def resolve(
     if data["sequence_length"] == "auto":
         positions = _positions(config.model, tree["model"].get("name"))
         data["sequence_length"] = min(DEFAULT_SEQUENCE_LENGTH, positions or DEFAULT_SEQUENCE_LENGTH)
+    data |= _documents(config, machine, launcher["device"], model.get("name"))
     if tree["trainer"]["micro_batch_size"] == "auto":
         # Only now it is certain how many ranks there may be. Where they cannot share the batch,
         # that is said below, with all else that is wrong.
@@ -177,6 +185,49 @@ def hidden_size(config_json: Mapping[str, Any]) -> int | None:
     # As architectures call it; transformers knows each of them by the first.
     known = (section.get(name) for name in ("hidden_size", "n_embd", "d_model", "dim"))
     return next((size for size in known if isinstance(size, int) and size > 0), None)
+
+
+def _documents(
+    config: RunConfig, machine: Machine, device: str, name: str | None
+) -> dict[str, bool]:
+    """Return whether documents are kept apart, and lines laid end to end.
+
+    ``device`` is that of the ranks, ``name`` what that of a pretrained model means here.
+    """
+    data, model = config.data, config.model
+    found: Mapping[str, Any] = {"model_type": model.kind, "attention_dropout": 0.0}
+    if isinstance(model, PretrainedModel):
+        # Where that is not here yet the ranks would have to say: left as transformers has it.
+        found = names.config_json(name or model.name, model.revision, os.environ) or {}
+    dropout = getattr(model, "attention_dropout", documents.attention_dropout(found))
+    kernel = documents.kernel(
+        model.attention,
+        on_gpu=device == "cuda",
+        in_16_bits=config.precision.computes_in.size_bytes == 2,
+        dropout=dropout,
+        has_varlen=machine.has_varlen
+        and all(
+            known is None or known >= documents.VARLEN_COMPUTE_CAPABILITY
+            for known in machine.compute_capabilities
+        ),
+        has_flash_attn=machine.has_flash_attn,
+    )
+    can_be_told = found.get("model_type") in documents.MODELS
+    apart, unpadded = data.document_attention, data.unpad
+    if apart == "auto":
+        is_free = kernel in ("varlen", "flash_attention_2")
+        wanted = config.objective.kind == "mlm" or is_free
+        apart = data.line_by_line or (can_be_told and wanted)
+    if unpadded == "auto":
+        # Eager attention weighs each token against each other one, lines of others included.
+        fixed = config.precision.token_multiple > 1 or kernel == "eager"
+        unpadded = data.line_by_line and can_be_told and not fixed
+    return {"document_attention": apart, "unpad": unpadded}
+
+
+def _version(package: str) -> tuple[int, ...]:
+    """Return the first two numbers of an installed package's version."""
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
 
 
 def _positions(model: ModelConfig, name: str | None) -> int | None:

@@ -36,6 +36,12 @@ def reference() -> dict[str, dict[str, list[float]]]:
     return {}
 
 
+def told_of_documents(tree: dict[str, Any], *, plainly: bool = False) -> dict[str, Any]:
+    """Return a tree whose documents do not see each other, ``plainly`` by a dense mask."""
+    model = {**tree["model"], **({"attention": "eager"} if plainly else {})}
+    return {**tree, "model": model, "data": {**tree["data"], "document_attention": True}}
+
+
 def curves_of_one_rank(
     objective: str,
     tiny_tree: TreeOf,
@@ -50,6 +56,7 @@ def curves_of_one_rank(
         if objective == "mlm":  # and the head of each strategy sees labels alone
             tree["objective"]["head_on_labels_only"] = False
             tree["trainer"] |= GROWS
+            tree |= told_of_documents(tree, plainly=True)
         else:  # and GELU is one kernel of theirs
             tree["model"]["fused_gelu"] = False
         alone = frozen_run(tree)
@@ -70,6 +77,8 @@ def test_two_ranks_learn_what_one_rank_learns(
 ) -> None:
     expected = curves_of_one_rank(objective, tiny_tree, frozen_run, ranks, reference)
     tree = tiny_tree(objective)
+    if objective == "mlm":
+        tree = told_of_documents(tree)
     tree["strategy"] = STRATEGIES[strategy]
     if objective == "mlm":
         tree["trainer"] |= GROWS
@@ -128,15 +137,17 @@ def test_tuning_does_not_change_what_is_learned(
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
-def test_accumulation_does_not_change_what_is_learned(
+def test_neither_accumulation_nor_padding_changes_what_is_learned(
     micro_batch_size: int,
     tiny_tree: TreeOf,
     frozen_run: Freeze,
     ranks: RanksOf,
 ) -> None:
     curves = []
-    for size in (4, micro_batch_size):
+    for size, unpad in ((4, False), (micro_batch_size, True)):
         tree = tiny_tree("mlm")
+        lines = {"line_by_line": True, "max_cut_fraction": 1}
+        tree["data"] |= {**lines, "document_attention": True, "unpad": unpad}
         tree["strategy"] = STRATEGIES["zero2"]
         tree["trainer"]["micro_batch_size"] = size
         tree["trainer"]["max_steps"] = 5
@@ -171,7 +182,7 @@ def test_an_embedding_of_its_own_and_a_head_learn_what_they_learn_on_one_rank(
     """FSDP makes both units, and does not gather an embedding for its backward."""
     curves = []
     for strategy in ("single", "fsdp"):
-        tree = tiny_tree(objective)
+        tree = told_of_documents(tiny_tree(objective), plainly=strategy == "single")
         tree["model"]["tie_word_embeddings"] = False
         tree["strategy"] = {"kind": strategy}
         tree["launcher"]["nproc_per_node"] = world_size = 1 if strategy == "single" else 2

@@ -287,7 +287,8 @@ def test_lines_of_any_length_train_the_tokens_that_were_asked_for(
     ranks: RanksOf,
 ) -> None:
     tree = by_tokens(tiny_tree(objective), "ddp")
-    tree["data"] |= {"line_by_line": True, "max_cut_fraction": 1, "eval_fraction": 0}
+    lines = {"line_by_line": True, "document_attention": True, "unpad": True}
+    tree["data"] |= {**lines, "max_cut_fraction": 1, "eval_fraction": 0}
     source = frozen_run(tree)
     ranks(2)(whole_run, source)
     resumed = interrupted(source, tmp_path / "resumed", trainer__global_batch_size=16)

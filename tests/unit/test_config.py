@@ -81,6 +81,18 @@ def test_a_run_directory_that_was_moved_is_where_it_lies_now(tmp_path: Path) -> 
     assert load(tmp_path).run_dir == str(tmp_path)
 
 
+@pytest.mark.parametrize("by_line", [False, True])
+def test_a_run_that_began_before_documents_were_told_apart_keeps_its_meaning(
+    by_line: bool, tmp_path: Path
+) -> None:
+    tree = from_tree({**TREE, "data": {**TREE["data"], "line_by_line": by_line}}).model_dump()
+    del tree["data"]["document_attention"], tree["data"]["unpad"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    data = load(tmp_path).data
+    assert (data.documents_are_kept_apart, data.is_unpadded) == (by_line, False)
+    assert not data.has_bounds
+
+
 def test_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         from_tree(TREE).seed = 3  # type: ignore[misc]
@@ -118,6 +130,22 @@ def test_load_names_a_damaged_file(tmp_path: Path) -> None:
         ({"trainer__learning_rate": float("inf")}, "trainer.learning_rate=Infinity: must be a fin"),
         ({"trainer__warmup_steps": 11}, "warmup_steps=11 is more than max_steps=10"),
         ({"objective": {"kind": "mlm"}}, "objective=mlm does not fit model.kind=llama"),
+        (
+            {"data__line_by_line": True, "data__document_attention": False},
+            "data.line_by_line=true makes each line a sample that sees nothing else, but "
+            "data.document_attention=false; leave one of them out",
+        ),
+        ({"data__unpad": True}, "data.unpad=true, but documents that are packed back to back have"),
+        (
+            {
+                "data__unpad": True,
+                "data__line_by_line": True,
+                "precision": {"compute_dtype": "bf16", "fp8_recipe": "rowwise"},
+            },
+            "data.unpad=true makes each micro-batch as long as its lines are, but "
+            "precision.fp8_recipe=rowwise takes multiples of 16 tokens; set data.unpad=false, or "
+            "choose precision=bf16",
+        ),
         ({"model__num_key_value_heads": 3}, "is not a multiple of model.num_key_value_heads=3"),
         ({"model__hidden_size": 66}, "model.hidden_size=66 is not a multiple of"),
         ({"tokenizer__vocab_size": 999}, "tokenizer.vocab_size=999 is more than model.vocab_size"),

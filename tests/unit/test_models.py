@@ -100,6 +100,8 @@ def composed(model: str, *overrides: str, objective: str | None = None) -> RunCo
             f"objective={objective}",
             "tokenizer.vocab_size=261",
             "data.sequence_length=32",
+            "data.document_attention=false",
+            "data.unpad=false",
             *overrides,
         ],
     )

@@ -15,7 +15,12 @@ TREE: dict[str, Any] = {
         "max_position_embeddings": 128,
     },
     "objective": {"kind": "clm"},
-    "data": {"kind": "stdlib", "sequence_length": 64},
+    "data": {
+        "kind": "stdlib",
+        "sequence_length": 64,
+        "document_attention": False,
+        "unpad": False,
+    },
     "tokenizer": {"kind": "byte_bpe"},
     "strategy": {"kind": "ddp"},
     "precision": {},

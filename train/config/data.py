@@ -26,6 +26,12 @@ class DataSection(Section):
     """Tokens in one sample; auto is 512, or the model's positions where it has fewer."""
     line_by_line: bool = False
     """One line is one (padded, cut) sample, instead of documents packed back to back."""
+    document_attention: bool | Literal["auto"] = "auto"
+    """A token sees its own document only, in samples of several; auto: with mlm, and with clm where
+    the kernel of a GPU makes it free."""
+    unpad: bool | Literal["auto"] = "auto"
+    """Lines are laid end to end instead of being padded, with the same loss; auto: where there are
+    lines, and the model can be told where they end."""
     max_cut_fraction: Fraction = 0.05
     """Most of the training tokens that cutting long lines may lose; more is an error."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
@@ -41,6 +47,27 @@ class DataSection(Section):
         if self.sequence_length == "auto":
             raise unresolved("data.sequence_length")
         return self.sequence_length
+
+    @property
+    def documents_are_kept_apart(self) -> bool:
+        """``document_attention``, once the launcher has resolved it."""
+        if self.document_attention == "auto":
+            raise unresolved("data.document_attention", "true or false")
+        return self.document_attention
+
+    @property
+    def is_unpadded(self) -> bool:
+        """``unpad``, once the launcher has resolved it."""
+        if self.unpad == "auto":
+            raise unresolved("data.unpad", "true or false")
+        return self.unpad
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether the model is told where documents, or lines, begin and end within its rows."""
+        if self.line_by_line:
+            return self.is_unpadded
+        return self.documents_are_kept_apart
 
 
 class StdlibData(DataSection):

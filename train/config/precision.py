@@ -77,6 +77,11 @@ class PrecisionConfig(Section):
     """fp16: steps without overflow after which the factor doubles."""
 
     @property
+    def token_multiple(self) -> int:
+        """What has to divide the tokens of a micro-batch."""
+        return 1 if self.fp8_recipe is None else FP8_RECIPES[self.fp8_recipe].token_multiple
+
+    @property
     def computes_in(self) -> Dtype:
         """``compute_dtype``, and what is known of it."""
         return DTYPES[self.compute_dtype]

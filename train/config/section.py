@@ -32,9 +32,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def unresolved(key: str) -> UserError:
-    """Return the error for a config.yaml that was written by hand and leaves a number open."""
+def unresolved(key: str, value: str = "a number") -> UserError:
+    """Return the error for a config.yaml that was written by hand and leaves a value open."""
     return UserError(
         f"{key}=auto is replaced by `shardwright train` before it writes config.yaml, but this "
-        f"config did not go through it; write a number for {key}"
+        f"config did not go through it; write {value} for {key}"
     )

@@ -43,8 +43,21 @@ def load(run_dir: Path) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged, it does not parse as YAML: {error}") from None
     if isinstance(tree, dict):
-        tree = {**tree, "run_dir": os.path.abspath(run_dir)}
+        tree = {**_as_it_was_meant(tree), "run_dir": os.path.abspath(run_dir)}
     return from_tree(tree)
+
+
+def _as_it_was_meant(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a frozen tree with what held before there was a field for it. Pure.
+
+    A run's own numbers depend on it, so that today's default is none of a run that has begun.
+    """
+    data = tree.get("data")
+    if not isinstance(data, dict):
+        return tree
+    # Documents of a sample saw each other; a line never saw another, and was padded.
+    before = {"document_attention": bool(data.get("line_by_line")), "unpad": False}
+    return {**tree, "data": {**before, **data}}
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -150,12 +150,15 @@ def _packed(
         control=control_ids(tokenizer),
         words=config.objective.kind == "mlm" and config.objective.whole_word,
         by_line=config.data.line_by_line,
+        documents=config.data.documents_are_kept_apart and not config.data.line_by_line,
     )
+    # Where no ends of documents are kept the name is that which runs begun before know.
+    settings = {k: v for k, v in vars(packing).items() if k != "documents" or v}
     what = {
         "format": CACHE_FORMAT,
         "corpus": identity,
         "tokenizer": content_hash(directory),
-        "packing": vars(packing),
+        "packing": settings,
     }
     name = fingerprint(what)
     if noted not in (None, name):

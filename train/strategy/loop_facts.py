@@ -130,6 +130,7 @@ def _blocks_run_as(config: RunConfig) -> dict[str, Any]:
         facts["unfused_gelus"] = 0
     if config.model.attention != "auto":
         facts["attention"] = config.model.attention
+    facts["told_of_documents"] = config.data.has_bounds
     if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
         facts["compiled_blocks"] = layers if compiles else 0
     return facts
@@ -137,6 +138,8 @@ def _blocks_run_as(config: RunConfig) -> dict[str, Any]:
 
 def _how_blocks_run(trainer: Training) -> dict[str, Any]:
     """Return by which attention it runs, and which of its modules torch.compile has got hold of."""
+    from shardwright.train.model import document_attention
+
     # `Module.compile` leaves this; `torch.compile` wraps, as accelerate does of its own accord.
     compiled = {
         id(module): module
@@ -144,8 +147,10 @@ def _how_blocks_run(trainer: Training) -> dict[str, Any]:
         if module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
     }
     blocks = [compiled.pop(id(b)) for b in _blocks(trainer.model) if id(b) in compiled]
+    attention, told = document_attention.kernel_in_use(trainer.model)
     return {
-        "attention": trainer.model.config._attn_implementation,
+        "attention": attention,
+        "told_of_documents": told,
         "compile": bool(blocks),
         "compiled_blocks": len(blocks),
         "compiled_otherwise": sorted({type(module).__name__ for module in compiled.values()}),

@@ -68,6 +68,8 @@ def make_config(tmp_path: Path) -> MakeConfig:
                 "sequence_length": 32,
                 "eval_fraction": 0.1,
                 "cache_dir": str(tmp_path / "cache"),
+                "document_attention": bool(changed.get("data", {}).get("line_by_line")),
+                "unpad": False,
             },
             "tokenizer": {"kind": "byte_bpe"},
             "strategy": {"kind": "ddp"},
@@ -78,7 +80,8 @@ def make_config(tmp_path: Path) -> MakeConfig:
         }
         for name, section in changed.items():
             other_kind = section.get("kind", tree[name].get("kind")) != tree[name].get("kind")
-            kept = {"sequence_length", "eval_fraction", "cache_dir"} if other_kind else tree[name]
+            shared = {"sequence_length", "eval_fraction", "cache_dir"}
+            kept = shared | {"document_attention", "unpad"} if other_kind else tree[name]
             tree[name] = {k: v for k, v in tree[name].items() if k in kept} | section
         return from_tree(tree)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
 from shardwright.train.config import MlmObjective
 from shardwright.train.data.batches.collator import IGNORED, Collator, Masking
 from shardwright.train.data.batches.sampler import SampleKey
 from shardwright.train.data.batches.samples import Window
 from shardwright.train.data.tokens.tokenizer import SpecialIds
+from shardwright.train.model.documents import DocumentBounds
 
 BOS, PAD, EOS, UNK, MASK = range(5)
 SPECIAL = np.arange(5)
@@ -60,6 +64,57 @@ def test_rows_are_padded_to_the_longest_of_the_batch(
     batch = collator([(line, SampleKey(0, i)) for i, line in enumerate(lines)])
     assert {tensor.shape for tensor in batch.values()} == {(2, width)}
     assert batch["attention_mask"].sum(1).tolist() == [2, length]
+
+
+def tells(form: Any = "numbers", first_position: int = 0) -> DocumentBounds:
+    return DocumentBounds(form, longest=8, first_position=first_position)
+
+
+def test_documents_of_a_causal_sample_are_told_apart() -> None:
+    collator = Collator(8, padded=False, ids=IDS, masking=None, bounds=tells())
+    first = Window(np.arange(10, 19), None, np.array([3, 5]))
+    # A document that ends with the last token that is seen ends with the row.
+    second = Window(np.arange(20, 29), None, np.array([8]))
+    batch = collator([(first, SampleKey(0, 0)), (second, SampleKey(0, 1))])
+    assert batch["input_ids"].tolist() == [list(range(10, 18)), list(range(20, 28))]
+    assert batch["labels"].tolist() == [list(range(11, 19)), list(range(21, 29))]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], list(range(8))]
+    assert batch["document_numbers"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [3] * 8]
+    assert "attention_mask" not in batch
+
+
+def test_the_frame_of_a_masked_sample_is_of_its_first_document_and_its_last() -> None:
+    collator = Collator(
+        10, padded=False, ids=IDS, masking=masking(), bounds=tells(first_position=2)
+    )
+    sample = window(8)._replace(document_ends=np.array([3, 4]))
+    batch = collator([(sample, SampleKey(0, 0))])
+    assert batch["input_ids"][0, [0, -1]].tolist() == [BOS, EOS]
+    assert batch["position_ids"].tolist() == [[2, 3, 4, 5, 2, 2, 3, 4, 5, 6]]
+    assert batch["document_numbers"].tolist() == [[0] * 4 + [1] + [2] * 5]
+
+
+@pytest.mark.parametrize("mask", [None, masking(masking_rate=0.5)])
+def test_lines_end_to_end_are_the_lines(mask: Masking | None) -> None:
+    lines = [(window(n, seed=n), SampleKey(0, n)) for n in (3, 7, 2)]
+    lines.append((window(4), SampleKey(0, 0, counted=False)))
+    padded = Collator(10, padded=True, ids=IDS, masking=mask)(lines)
+    batch = Collator(10, padded=True, ids=IDS, masking=mask, bounds=tells())(lines)
+    seen = padded["attention_mask"].bool()
+    for name in ("input_ids", "labels"):
+        assert batch[name].tolist() == [padded[name][seen].tolist()]
+    lengths = padded["attention_mask"].sum(1)
+    numbers = torch.arange(4).repeat_interleave(lengths)
+    assert batch["document_numbers"].tolist() == [numbers.tolist()]
+    assert batch["position_ids"][0].tolist() == [i for n in lengths for i in range(n)]
+
+
+def test_lines_that_no_token_is_seen_of_are_one_that_fills_up() -> None:
+    collator = Collator(8, padded=True, ids=IDS, masking=None, bounds=tells())
+    batch = collator([(Window(np.array([EOS]), None), SampleKey(0, 0))] * 2)
+    assert batch["input_ids"].tolist() == [[PAD]]
+    assert batch["labels"].tolist() == [[IGNORED]]
+    assert batch["document_numbers"].tolist() == [[0]]
 
 
 def test_masked_samples_are_framed() -> None:

@@ -144,6 +144,24 @@ def test_lines_of_a_document_in_pieces_are_whole(bpe: Tokenizer, tmp_path: Path)
     assert counts["documents"] == 2
 
 
+def test_ends_of_documents_are_kept_over_pieces_and_batches(bpe: Tokenizer, tmp_path: Path) -> None:
+    pieces = [
+        Piece("pure </s>", True, False, 0, False),
+        Piece(" reason\n", False, True, 0, False),
+        *(document("law") for _ in range(BATCH_TEXTS)),
+    ]
+    # A tokenizer that puts the same around a text on both sides: ids alone would not tell.
+    packing = dataclasses.replace(PLAIN, documents=True, prefix=(END,))
+    pack(pieces, 1, bpe, packing, tmp_path)
+    store = TokenStore(tmp_path, "train-0")
+    assert store.line_ends is None
+    assert store.document_ends is not None
+    texts = np.split(store.tokens, store.document_ends[:-1])
+    assert {(t[0], t[-1]) for t in texts} == {(END, END)}
+    assert [bpe.decode(t.tolist()) for t in texts[:2]] == ["pure </s> reason\n", "law"]
+    assert len(texts) == BATCH_TEXTS + 1
+
+
 def test_line_ends_count_on_over_batches(bpe: Tokenizer, tmp_path: Path) -> None:
     lines = 2 * BATCH_TEXTS + 10
     pack([document("pure\n" * lines)], 1, bpe, dataclasses.replace(PLAIN, by_line=True), tmp_path)

@@ -40,6 +40,20 @@ def test_masked_samples_leave_room_for_their_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("causal", "ends"), [(True, [[4], [1, 3], [2]]), (False, [[4], [3, 5], []])]
+)
+def test_samples_know_where_documents_end_within_them(
+    tmp_path: Path, causal: bool, ends: list[list[int]]
+) -> None:
+    with StoreWriter(tmp_path, "train-0", 99, words=False, lines=False, documents=True) as writer:
+        writer.append(range(10), [], [4])
+        writer.append(range(10, 30), [], [-1, 1, 8, 20])
+    samples = Samples(TokenStore(tmp_path, "train-0"), sequence_length=8, causal=causal)
+    found = [samples[i].document_ends for i in range(3)]
+    assert [e if e is None else e.tolist() for e in found] == ends
+
+
+@pytest.mark.parametrize(
     ("tokens", "causal", "count"), [(8, 1, 0), (9, 1, 1), (5, 0, 0), (6, 0, 1)]
 )
 def test_what_is_left_over_makes_no_sample(

@@ -112,7 +112,12 @@ def test_a_run_is_prepared_of_it_and_its_card_tells_of_it(
     tree = tiny_tree("clm")
     tree["trainer"] |= {"global_batch_size": 2, "micro_batch_size": 1}
     config = from_tree(tree)
-    data = Letters(sequence_length=8, eval_fraction=0, cache_dir=str(tmp_path / "cache"))
+    data = Letters(
+        sequence_length=8,
+        document_attention=False,
+        eval_fraction=0,
+        cache_dir=str(tmp_path / "cache"),
+    )
     config = config.model_copy(update={"data": data})
     (tmp_path / "run").mkdir()
     prepared = prepare(config, tmp_path / "run")
@@ -138,7 +143,11 @@ def test_a_part_without_a_sample_is_called_what_its_source_calls_it(
     tree = tiny_tree("clm")
     tree["trainer"] |= {"global_batch_size": 2, "micro_batch_size": 1}
     data = Letters(
-        sequence_length=8, eval_fraction=0, max_documents=26, cache_dir=str(tmp_path / "cache")
+        sequence_length=8,
+        document_attention=False,
+        eval_fraction=0,
+        max_documents=26,
+        cache_dir=str(tmp_path / "cache"),
     )
     config = from_tree(tree).model_copy(update={"data": data})
     (tmp_path / "run").mkdir()

@@ -13,7 +13,11 @@ def slurm_run(run_dir: str = "/runs/a", **settings: Any) -> RunConfig:
     return resolve(config(launcher={"kind": "slurm", **settings}), Machine(), run_dir)
 
 
-TREE = {**trees.TREE, "launcher": {"kind": "torchrun"}}
+TREE = {
+    **trees.TREE,
+    "data": {"kind": "stdlib", "sequence_length": 64},
+    "launcher": {"kind": "torchrun"},
+}
 
 
 def config(**sections: object) -> RunConfig:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -72,6 +74,70 @@ def test_batch_is_checked_once_the_ranks_are_known() -> None:
     three = Machine(compute_capabilities=(9.0, 9.0, 9.0))
     with pytest.raises(UserError, match=r"not a multiple of trainer.micro_batch_size=8 x 3 rank"):
         resolve(config(), three, "/runs/a")
+
+
+GPU = Machine(compute_capabilities=(9.0,))
+MASKED = {"model": {**TREE["model"], "kind": "bert"}, "objective": {"kind": "mlm"}}
+IN_BF16 = {"precision": {"compute_dtype": "bf16"}}
+WITHOUT_DROPOUT = {"model": {**TREE["model"], "attention_dropout": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "data", "here", "apart", "unpadded"),
+    [
+        (MASKED, {}, Machine(), True, False),
+        (MASKED, {}, GPU, True, False),
+        ({}, {}, Machine(), False, False),
+        (IN_BF16, {}, GPU, False, False),
+        (IN_BF16, {}, replace(GPU, has_flash_attn=True), True, False),
+        (WITHOUT_DROPOUT, {}, GPU, False, False),
+        (WITHOUT_DROPOUT | IN_BF16, {}, GPU, True, False),
+        (WITHOUT_DROPOUT | IN_BF16, {}, replace(GPU, has_varlen=False), False, False),
+        (WITHOUT_DROPOUT | IN_BF16, {}, Machine(compute_capabilities=(7.5,)), False, False),
+        ({}, {"document_attention": True}, Machine(), True, False),
+        (MASKED, {"document_attention": False}, Machine(), False, False),
+        ({}, {"line_by_line": True}, Machine(), True, True),
+        (MASKED, {"line_by_line": True, "unpad": False}, Machine(), True, False),
+        (
+            {"model": {**TREE["model"], "attention": "eager"}},
+            {"line_by_line": True},
+            Machine(),
+            True,
+            False,
+        ),
+    ],
+)
+def test_documents_are_told_apart_where_it_costs_nothing(
+    sections: dict[str, Any], data: dict[str, Any], here: Machine, apart: bool, unpadded: bool
+) -> None:
+    asked = config(
+        **sections,
+        data={**TREE["data"], **data},
+        launcher={"kind": "torchrun", "nproc_per_node": 1},
+    )
+    found = resolve(asked, here, "/runs/a").data
+    assert (found.documents_are_kept_apart, found.is_unpadded) == (apart, unpadded)
+
+
+@pytest.mark.parametrize(
+    ("config_json", "apart"),
+    [
+        ({"model_type": "bert"}, True),
+        ({"model_type": "deberta-v2"}, False),
+        (None, False),
+    ],
+)
+def test_a_pretrained_model_is_told_of_documents_where_it_is_known_how(
+    config_json: dict[str, Any] | None, apart: bool, tmp_path: Path
+) -> None:
+    if config_json is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config_json))
+    asked = config(
+        model={"kind": "pretrained", "name": str(tmp_path)},
+        tokenizer={"kind": "byte_bpe", "vocab_size": 300},
+        objective={"kind": "mlm"},
+    )
+    assert resolve(asked, Machine(), "/runs/a").data.document_attention is apart
 
 
 @pytest.mark.parametrize(

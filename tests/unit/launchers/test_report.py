@@ -15,7 +15,7 @@ from shardwright.train.checkpoint.format import layout
 from shardwright.train.errors import UserError
 from shardwright.train.run_directory.failures import RankFailure, note_failure, rank_failures
 from shardwright.train.run_directory.stop_note import Stopped
-from tests.unit.launchers.configs import config
+from tests.unit.launchers.configs import TREE, config
 
 
 def note(logs: Path, rank: int, time: float, kind: str = "RuntimeError") -> None:
@@ -183,6 +183,20 @@ def test_the_header_says_how_the_batch_grows() -> None:
     run = config(trainer={**trainer, **growing}, launcher={"kind": "torchrun", "device": "cpu"})
     line = "64 samples = 8 x 8 x 1 rank(s), from 16 on over the first 5,000 samples; 9 steps"
     assert line in header(machine.resolve(run, Machine(), "/runs/a"), {}, Machine(), {})
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({}, "64 tokens a sample, documents see each other"),
+        ({"document_attention": True}, "64 tokens a sample, documents kept apart"),
+        ({"line_by_line": True}, "64 tokens a sample, lines end to end"),
+        ({"line_by_line": True, "unpad": False}, "64 tokens a sample, lines padded"),
+    ],
+)
+def test_the_header_says_what_a_token_sees(data: dict[str, bool], said: str) -> None:
+    run = machine.resolve(config(data={**TREE["data"], **data}), Machine(), "/runs/a")
+    assert said in header(run, {}, Machine(), {})
 
 
 TORCHRUN_LOG = """

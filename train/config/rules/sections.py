@@ -27,6 +27,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     yield from optimizers.contradictions(config)
     yield from _activations_contradictions(config)
     yield from _attention_contradictions(config)
+    yield from _document_contradictions(config)
     yield from _fp8_contradictions(config)
     yield from _engine_contradictions(config)
 
@@ -196,6 +197,27 @@ def _attention_contradictions(config: Sections) -> Iterator[str]:
             "model.attention=flash_attention_2 computes in 16 bits only, but "
             f"precision.compute_dtype={precision.compute_dtype}; choose precision=bf16 or "
             "model.attention=sdpa"
+        )
+
+
+def _document_contradictions(config: Sections) -> Iterator[str]:
+    data = config.data
+    if data.line_by_line and data.document_attention is False:
+        yield (
+            "data.line_by_line=true makes each line a sample that sees nothing else, but "
+            "data.document_attention=false; leave one of them out"
+        )
+    if data.unpad is True and not data.line_by_line:
+        yield (
+            "data.unpad=true, but documents that are packed back to back have no padding; leave it "
+            "out, or set data.line_by_line=true"
+        )
+    if data.unpad is True and config.precision.token_multiple > 1:
+        yield (
+            f"data.unpad=true makes each micro-batch as long as its lines are, but "
+            f"precision.fp8_recipe={config.precision.fp8_recipe} takes multiples of "
+            f"{config.precision.token_multiple} tokens; set data.unpad=false, or choose "
+            "precision=bf16"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from shardwright.train.config import MlmObjective
 from shardwright.train.data.batches.sampler import SampleKey
 from shardwright.train.data.batches.samples import Window
 from shardwright.train.data.tokens.tokenizer import SpecialIds
+from shardwright.train.model.documents import DocumentBounds
 
 IGNORED = -100
 """Label of a position that is not predicted."""
@@ -62,7 +64,9 @@ class Collator:
 
     Labels are aligned with the logits: ``labels[:, t]`` is what position t predicts. Where samples
     vary in length they are padded to the longest of them, and an ``attention_mask`` of the same
-    shape comes along.
+    shape comes along. With ``bounds`` they are laid end to end instead, shape (1, tokens), and the
+    batch tells where each ends; of packed samples, where the documents in them do. Positions then
+    begin anew with each document, and in each sample.
     """
 
     sequence_length: int
@@ -75,9 +79,13 @@ class Collator:
 
     ``sequence_length`` itself gives each batch that length.
     """
+    bounds: DocumentBounds | None = None
+    """Tells the model of documents, or of lines; None where it is not told."""
 
-    def __call__(self, samples: list[tuple[Window, SampleKey]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: list[tuple[Window, SampleKey]]) -> dict[str, Any]:
         rows = [self._row(window, key) for window, key in samples]
+        if self.bounds is not None:
+            return self._told(rows, [window for window, _ in samples], self.bounds)
         shape = (len(rows), self._width([len(ids) for ids, _ in rows]))
         input_ids = np.full(shape, self.ids.pad)
         labels = np.full(shape, IGNORED)
@@ -90,6 +98,40 @@ class Collator:
         if self.padded:
             batch["attention_mask"] = torch.from_numpy(attention_mask)
         return batch
+
+    def _told(
+        self, rows: list[tuple[Ids, Ids]], windows: list[Window], bounds: DocumentBounds
+    ) -> dict[str, Any]:
+        """Return rows without padding, and where the documents in them begin and end."""
+        input_ids, labels = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        if not len(input_ids):  # lines of nothing but their end, which is predicted from nothing
+            input_ids, labels = np.array([self.ids.pad]), np.array([IGNORED])
+        shape = (1, len(input_ids)) if self.padded else (len(rows), self.sequence_length)
+        lengths = [
+            self._documents(len(ids), window)
+            for (ids, _), window in zip(rows, windows, strict=True)
+        ]
+        of_documents = np.concatenate(lengths)
+        if not len(of_documents):
+            of_documents = np.array([len(input_ids)])
+        return {
+            "input_ids": torch.from_numpy(input_ids).view(shape),
+            "labels": torch.from_numpy(labels).view(shape),
+            **bounds.of(of_documents, shape),
+        }
+
+    def _documents(self, length: int, window: Window) -> Ids:
+        """Return the lengths of the documents that are in a row of ``length`` tokens.
+
+        The frame of a masked sample is of its first document and its last.
+        """
+        ends = window.document_ends
+        inside = np.empty(0, dtype=np.int64) if ends is None else ends
+        if self.masking is not None:
+            inside = inside + 1
+        inside = inside[inside < length]
+        found = np.diff(inside, prepend=0, append=length)
+        return found[found > 0]
 
     def _row(self, window: Window, key: SampleKey) -> tuple[Ids, Ids]:
         """Return what of a sample the model sees, and what it is to predict there."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from shardwright.train.data.batches.collator import IGNORED
 from shardwright.train.errors import UserError
 
+OF_TOKENS = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
+"""What a batch has of each token; it may have more, of documents."""
+
 
 def check(
-    batches: Sequence[Mapping[str, torch.Tensor]],
+    batches: Sequence[Mapping[str, Any]],
     *,
     sizes: Sequence[int],
     sequence_length: int,
@@ -25,10 +29,9 @@ def check(
     it.
     """
     for batch, size in zip(batches, sizes, strict=True):
-        # Padded rows are as long as the longest sample among them.
-        width = batch["input_ids"].shape[-1] if "attention_mask" in batch else sequence_length
-        shape = (size, min(width, sequence_length))
-        for name, tensor in batch.items():
+        shape = _shape(batch, size, sequence_length)
+        for name in sorted(OF_TOKENS & batch.keys()):
+            tensor = batch[name]
             if tensor.dtype != torch.int64 or tuple(tensor.shape) != shape:
                 raise UserError(
                     f"the first batch has {name} of dtype {_name(tensor.dtype)} and shape "
@@ -45,6 +48,18 @@ def check(
                 "the first batch has an attention_mask of other values than 0 and 1; prepare "
                 "the data again in another data.cache_dir"
             )
+
+
+def _shape(
+    batch: Mapping[str, torch.Tensor], samples: int, sequence_length: int
+) -> tuple[int, int]:
+    """Return the shape that a batch is to have: of samples of different lengths, within bounds."""
+    rows, width = batch["input_ids"].shape
+    if "attention_mask" in batch:  # padded to the longest of them
+        return samples, min(width, sequence_length)
+    if "position_ids" in batch and rows == 1:  # laid end to end
+        return 1, min(width, samples * sequence_length)
+    return samples, sequence_length
 
 
 def _check_ids(name: str, ids: torch.Tensor, count: int, what: str, unit: str) -> None:

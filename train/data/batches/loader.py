@@ -17,6 +17,7 @@ from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, Train
 from shardwright.train.data.batches.samples import Mixture, Window
 from shardwright.train.data.prepare import Prepared
 from shardwright.train.data.tokens.tokenizer import special_ids
+from shardwright.train.model.documents import DocumentBounds
 from shardwright.train.process import signals
 
 EVALUATION_SEED = 2**32
@@ -33,10 +34,12 @@ def train_loader(
     layout: RankLayout,
     start_sample: int = 0,
     total_steps: int,
+    bounds: DocumentBounds | None = None,
 ) -> Batches:
     """Return the micro-batches of one rank, from the ``start_sample``-th sample of the run on.
 
     It has ``total_steps`` x accumulation steps of them and runs through as many epochs as it takes.
+    ``bounds`` tell the model of documents, where it is to be told.
     """
     trainer = config.trainer
     batches = TrainBatches(
@@ -49,10 +52,17 @@ def train_loader(
         steps=total_steps,
         start_sample=start_sample,
     )
-    return _loader(prepared, config, prepared.train, batches, config.seed)
+    return _loader(prepared, config, prepared.train, batches, config.seed, bounds)
 
 
-def eval_loader(prepared: Prepared, config: RunConfig, *, rank: int, layout: RankLayout) -> Batches:
+def eval_loader(
+    prepared: Prepared,
+    config: RunConfig,
+    *,
+    rank: int,
+    layout: RankLayout,
+    bounds: DocumentBounds | None = None,
+) -> Batches:
     """Return one rank's part of the held-out samples (of the first ``eval_max_samples``).
 
     All ranks get as many batches of as many samples; what fills up the last has labels of -100.
@@ -64,7 +74,7 @@ def eval_loader(prepared: Prepared, config: RunConfig, *, rank: int, layout: Ran
         data_parallel_size=layout.data_parallel_size,
         micro_batch_size=trainer.eval_samples_per_pass,
     )
-    return _loader(prepared, config, prepared.heldout, batches, EVALUATION_SEED)
+    return _loader(prepared, config, prepared.heldout, batches, EVALUATION_SEED, bounds)
 
 
 class _MixtureDataset(Dataset[tuple[Window, SampleKey]]):
@@ -83,11 +93,12 @@ def _loader(
     mixture: Mixture,
     batches: TrainBatches | EvalBatches,
     mask_seed: int,
+    bounds: DocumentBounds | None,
 ) -> Batches:
     return DataLoader(
         _MixtureDataset(mixture),
         batch_sampler=batches,
-        collate_fn=collator(prepared, config, mask_seed),
+        collate_fn=collator(prepared, config, mask_seed, bounds),
         num_workers=workers(config),
         worker_init_fn=_obey_the_rank_alone,
         pin_memory=torch.cuda.is_available(),
@@ -120,7 +131,9 @@ def _obey_the_rank_alone(worker: int) -> None:
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
-def collator(prepared: Prepared, config: RunConfig, mask_seed: int) -> Collator:
+def collator(
+    prepared: Prepared, config: RunConfig, mask_seed: int, bounds: DocumentBounds | None = None
+) -> Collator:
     """Return what makes this run's batches; ``mask_seed`` in [0, 2^64) fixes what is masked."""
     ids = special_ids(prepared.tokenizer, config)
     masking = None
@@ -136,12 +149,18 @@ def collator(prepared: Prepared, config: RunConfig, mask_seed: int) -> Collator:
             ordinary=np.setdiff1d(every, special),
             seed=mask_seed,
         )
-    length = config.data.tokens_per_sample
-    return Collator(length, config.data.line_by_line, ids, masking, _width_multiple(config))
+    return Collator(
+        config.data.tokens_per_sample,
+        config.data.line_by_line,
+        ids,
+        masking,
+        _width_multiple(config),
+        bounds,
+    )
 
 
 def _width_multiple(config: RunConfig) -> int:
     """Return of what the length of padded rows is to be a multiple. Pure."""
-    if config.precision.fp8_recipe is not None:
-        return config.data.tokens_per_sample  # its products take multiples of tokens, as checked
+    if config.precision.token_multiple > 1:
+        return config.data.tokens_per_sample  # of which a micro-batch has that many, as checked
     return 8 if config.launcher.device == "cuda" else 1

@@ -23,6 +23,8 @@ class Window(NamedTuple):
     """Ids, shape (n,)."""
     word_starts: NDArray[np.uint8] | None
     """1 where a token begins a word, shape (n,)."""
+    document_ends: NDArray[np.int64] | None = None
+    """Where documents end within it, above 0 and below n; None where that is not kept."""
 
 
 class Extent(NamedTuple):
@@ -94,6 +96,7 @@ class Samples:
         return Window(
             np.asarray(self.store.tokens[start:stop], dtype=np.int64),
             None if starts is None else np.asarray(starts[start:stop]),
+            _between(self.store.document_ends, start, stop),
         )
 
     def lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -159,3 +162,11 @@ class Mixture:
     def get(self, epoch: int, index: int) -> Any:
         source, number = self.locate(epoch, index)
         return self.sources[source][number]
+
+
+def _between(ends: NDArray[np.int64] | None, start: int, stop: int) -> NDArray[np.int64] | None:
+    """Return the ends that are above ``start`` and below ``stop``, counted from ``start``."""
+    if ends is None:
+        return None
+    first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left")
+    return np.asarray(ends[first:last]) - start

@@ -1,4 +1,4 @@
-"""Text into what the token stores get: token ids, where words begin, where lines end."""
+"""Text into what the token stores get: token ids, where words begin, where texts end."""
 
 from __future__ import annotations
 
@@ -35,13 +35,20 @@ class Packing:
     """Keep where words begin."""
     by_line: bool
     """Keep where lines end, and leave out empty ones."""
+    documents: bool = False
+    """Keep where documents end, which ids alone do not tell of every tokenizer."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is kept where texts end."""
+        return self.by_line or self.documents
 
 
 @dataclass
 class _Lists:
     ids: list[int] = field(default_factory=list)
     word_starts: list[int] = field(default_factory=list)
-    line_ends: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
 
 
 class Tokens(NamedTuple):
@@ -50,8 +57,8 @@ class Tokens(NamedTuple):
     ids: NDArray[np.uint32]
     word_starts: NDArray[np.uint8]
     """1 where a token begins a word, else 0; of as many as there are ids, where they are kept."""
-    line_ends: NDArray[np.int64]
-    """Counted from the first of these tokens."""
+    ends: NDArray[np.int64]
+    """Of lines or documents, where they are kept; counted from the first of these tokens."""
 
 
 Added = dict[tuple[bool, int], Tokens]
@@ -84,13 +91,13 @@ class Encoder:
             if packing.words:
                 inside = word_starts(piece.text, encoding)
                 store.word_starts += [*(1 for _ in before), *inside, *(1 for _ in after)]
-            if packing.by_line and piece.ends:
-                store.line_ends.append(len(store.ids))
+            if packing.ends and piece.ends:
+                store.ends.append(len(store.ids))
         return {
             key: Tokens(
                 np.array(lists.ids, dtype=np.uint32),
                 np.array(lists.word_starts, dtype=np.uint8),
-                np.array(lists.line_ends, dtype=np.int64),
+                np.array(lists.ends, dtype=np.int64),
             )
             for key, lists in stores.items()
         }

@@ -54,7 +54,8 @@ def pack(
                     store_name(held_out, source),
                     packing.vocabulary_size,
                     packing.words,
-                    packing.by_line,
+                    lines=packing.by_line,
+                    documents=packing.documents,
                 )
             )
             for held_out in (False, True)
@@ -63,7 +64,7 @@ def pack(
         batches = _batches(_counted(pieces, counts), packing.by_line)
         for batch, added in _encoded(batches, encoder, cores):
             for key, tokens in added.items():
-                writers[key].append(tokens.ids, tokens.word_starts, tokens.line_ends)
+                writers[key].append(*tokens)
             shown.advance(sum(len(piece.text) for piece in batch))
         for (held_out, _), writer in writers.items():
             counts["heldout_tokens" if held_out else "tokens"] += writer.token_count

@@ -16,7 +16,8 @@ class TokenStore:
 
     ``tokens``: ids, uint16 or uint32, shape (n,). ``word_starts``: uint8, shape (n,), 1 where a
     token begins a word, or None where they were not wanted. ``line_ends``: int64, shape (lines,),
-    the index after each line's last token, or None where documents are packed.
+    the index after each line's last token, or None where documents are packed. ``document_ends``:
+    the same of documents, or None where it was not wanted or lines are.
     """
 
     def __init__(self, directory: Path, name: str) -> None:
@@ -38,6 +39,11 @@ class TokenStore:
         path = self.directory / f"{self.name}.lines"
         return _mapped(path, np.dtype(np.int64)) if path.exists() else None
 
+    @cached_property
+    def document_ends(self) -> NDArray[np.int64] | None:
+        path = self.directory / f"{self.name}.documents"
+        return _mapped(path, np.dtype(np.int64)) if path.exists() else None
+
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, str]]:
         # A worker process maps the files anew; pickled arrays would travel whole.
         return TokenStore, (self.directory, self.name)
@@ -47,11 +53,18 @@ class StoreWriter:
     """Appends to a store's files; a context manager."""
 
     def __init__(
-        self, directory: Path, name: str, vocabulary_size: int, words: bool, lines: bool
+        self,
+        directory: Path,
+        name: str,
+        vocabulary_size: int,
+        words: bool,
+        *,
+        lines: bool,
+        documents: bool = False,
     ) -> None:
+        assert not (lines and documents), "a line is a document of its own"
         self.dtype = np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.uint32)
         self.token_count = 0
-        self._line_ends: list[int] = []
         self._closing = ExitStack()
 
         def create(path: Path) -> Any:
@@ -59,18 +72,19 @@ class StoreWriter:
 
         self._tokens = create(_token_paths(directory, name)[self.dtype.name])
         self._words = create(directory / f"{name}.words") if words else None
-        self._lines = create(directory / f"{name}.lines") if lines else None
+        suffix = "lines" if lines else "documents" if documents else None
+        self._ends = create(directory / f"{name}.{suffix}") if suffix else None
 
-    def append(self, ids: ArrayLike, word_starts: ArrayLike, line_ends: ArrayLike) -> None:
-        """Append tokens; ``line_ends`` are counted from the first of these tokens."""
+    def append(self, ids: ArrayLike, word_starts: ArrayLike, ends: ArrayLike) -> None:
+        """Append tokens; ``ends``, of lines or documents, are counted from the first of these."""
         tokens = np.asarray(ids, dtype=self.dtype)
         self._tokens.write(tokens.data)
         if self._words is not None:
             words = np.asarray(word_starts, dtype=np.uint8)
             assert len(words) == len(tokens)
             self._words.write(words.data)
-        if self._lines is not None:
-            self._lines.write((np.asarray(line_ends, dtype=np.int64) + self.token_count).data)
+        if self._ends is not None:
+            self._ends.write((np.asarray(ends, dtype=np.int64) + self.token_count).data)
         self.token_count += len(tokens)
 
     def __enter__(self) -> StoreWriter:
