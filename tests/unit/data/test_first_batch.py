@@ -26,6 +26,14 @@ def test_what_fits_passes() -> None:
     look({name: tensor for name, tensor in batch().items() if name != "attention_mask"})
 
 
+def test_samples_laid_end_to_end_pass_as_far_as_they_can_be_long() -> None:
+    ids = torch.arange(7)[None]
+    told = {"input_ids": ids, "labels": ids, "position_ids": ids, "document_groups": (ids,)}
+    look(told)
+    with pytest.raises(UserError, match=r"shape \(1, 9\), where int64 and \(1, 8\) are wanted"):
+        look({name: torch.zeros(1, 9).long() for name in ("input_ids", "labels", "position_ids")})
+
+
 IDS = torch.arange(8).view(2, 4)
 
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from shardwright.train.console import progress
 from shardwright.train.durable import write_text
-from shardwright.train.loop import random_numbers
+from shardwright.train.loop import isolation, random_numbers
 from shardwright.train.loop.resuming import restore
 from shardwright.train.run_directory import final
 from shardwright.train.run_directory.names import ENGINE_JSON
@@ -39,6 +39,7 @@ class EngineReady(TrainerCallback):
             part = trainer.layout.data_parallel_rank(args.process_index)
             random_numbers.begin(trainer.config.seed, 0, part)
         facts = verify.verify(trainer.engine, trainer)
+        facts |= isolation.check(trainer)
         if state.is_world_process_zero:
             path = trainer.run_dir / ENGINE_JSON
             write_text(path, json.dumps(facts, indent=2) + "\n")
