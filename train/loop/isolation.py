@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shardwright.train.model.document_attention import bounds_of, kernel_in_use
+from shardwright.train.model.document_attention import bounds_of, is_compiled, kernel_in_use
 from shardwright.train.strategy.verify import EngineMismatch
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _logits(
     """Return the logits of each input, shape (tokens, vocabulary), as an evaluation has them."""
     model, found = trainer.model_wrapped, []
     # What is compiled for this shape would serve nothing else.
-    eager = torch.compiler.set_stance("force_eager") if trainer.config.trainer.compile else None
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(trainer.model) else None
     model.eval()
     try:
         with torch.no_grad(), eager or nullcontext():

@@ -228,7 +228,7 @@ class Trainer(transformers.Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device, for which the host does not wait."""
         device = self.args.device
-        return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+        return {name: _moved(value, device) for name, value in inputs.items()}
 
     def _check_data(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """Raise UserError where the model cannot be trained on the first batches."""
@@ -630,3 +630,10 @@ def _step_directly(prepared: Any) -> None:
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     prepared.step = step
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a part of a batch on a device: a tensor, several, or a number, which stays."""
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -70,8 +70,13 @@ def bounds_of(model: PreTrainedModel, config: RunConfig) -> DocumentBounds | Non
         _KERNELS[kernel][1],
         config.data.tokens_per_sample,
         first_position=model_config.pad_token_id + 1 if after_padding else 0,
-        one_group=bool(config.trainer.compile),
+        one_group=is_compiled(model),
     )
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether any of a model's modules is compiled in place."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def kernel_in_use(model: PreTrainedModel) -> tuple[Any, bool]:

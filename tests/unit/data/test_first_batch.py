@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def batch(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**sound, **changes}
 
 
-def look(*batches: dict[str, torch.Tensor], rows: int = 8, logits: int = 8) -> None:
+def look(*batches: dict[str, Any], rows: int = 8, logits: int = 8) -> None:
     sizes = [2] * len(batches)
     check(batches, sizes=sizes, sequence_length=4, embedding_rows=rows, logits=logits)
 
@@ -28,7 +30,12 @@ def test_what_fits_passes() -> None:
 
 def test_samples_laid_end_to_end_pass_as_far_as_they_can_be_long() -> None:
     ids = torch.arange(7)[None]
-    told = {"input_ids": ids, "labels": ids, "position_ids": ids, "document_groups": (ids,)}
+    told: dict[str, Any] = {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": ids,
+        "document_groups": (ids,),
+    }
     look(told)
     with pytest.raises(UserError, match=r"shape \(1, 9\), where int64 and \(1, 8\) are wanted"):
         look({name: torch.zeros(1, 9).long() for name in ("input_ids", "labels", "position_ids")})
