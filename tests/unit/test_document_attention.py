@@ -20,8 +20,10 @@ from shardwright.train.config import documents, from_tree
 from shardwright.train.errors import UserError
 from shardwright.train.loop import isolation
 from shardwright.train.model import activation_checkpointing, document_attention
-from shardwright.train.model.document_attention import PREFIX, enable
+from shardwright.train.model.blocks import compile_blocks
+from shardwright.train.model.document_attention import PREFIX, enable, is_compiled
 from shardwright.train.strategy.verify import EngineMismatch
+from tests.distributed.optimizers import needs_compiler
 from tests.documents import LENGTHS, SHAPE, alone, bounds, model_of, tokens, told
 from tests.unit.trees import TREE
 
@@ -77,6 +79,30 @@ def test_recomputed_blocks_are_told_again(kind: str) -> None:
     expected = alone(model)
     activation_checkpointing.enable(model, 1, offload=False)
     assert_equal(told(model, "sdpa", bounds(kind, "slots")), expected)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["roberta", "modernbert"])
+def test_compiled_blocks_serve_documents_of_all_lengths(kind: str) -> None:
+    model = model_of(kind)
+    model.config._attn_implementation = PREFIX + "sdpa"
+    tells = bounds(kind, "slots", one_group=True)
+    divided = [(7, 1, 33, 7, 8, 40), (20, 28, 48), (48, 2, 3, 4, 39), (3,) * 32, (10, 38, 9, 39)]
+
+    def logits(lengths: tuple[int, ...]) -> torch.Tensor:
+        found: torch.Tensor = model(tokens(), **tells.of(np.array(lengths), SHAPE)).logits
+        found.sum().backward()
+        return found.detach()
+
+    expected = [logits(lengths) for lengths in divided]
+    compile_blocks(model)
+    assert is_compiled(model)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        found = [logits(lengths) for lengths in divided]
+    for mine, its in zip(found, expected, strict=True):
+        assert (mine - its).abs().max() < 1e-4
 
 
 def test_a_row_may_be_longer_than_the_model_has_positions() -> None:
