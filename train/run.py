@@ -40,10 +40,9 @@ from shardwright.train.loop.callbacks.tracking import Tracking
 from shardwright.train.loop.resuming import Resumed
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
-from shardwright.train.model import generation, origin
+from shardwright.train.model import document_attention, generation, origin
 from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
-from shardwright.train.model.document_attention import bounds_of
 from shardwright.train.model.weights import InitialValues, drawn
 from shardwright.train.process import signals
 from shardwright.train.process.agreement import check, from_all_patiently, together
@@ -128,7 +127,7 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
     args.eval_on_start = resumed is not None and resuming.lacks_evaluation(resumed, config, steps)
     progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
     model = engine.shard(model, values)
-    bounds = bounds_of(model, config)
+    bounds = document_attention.bounds_of(model, config)
     trainer = Trainer(
         engine,
         args,
@@ -265,6 +264,8 @@ def _build(
         kept = origin.keep(config.model, config.objective.kind, run_dir, checkpoint)
     directory = kept.directory if kept else None
     model, values = models.build(config, words, directory, reads_weights=resumed is None)
+    if config.data.has_bounds:
+        document_attention.enable(model, config)
     check_blocks_are_not_skipped(model, rank.world_size)
     # As the Trainer does before its first step (transformers 5.23), when it is too late to look
     # whether the settings can still be saved.

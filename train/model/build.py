@@ -21,7 +21,6 @@ from shardwright.train.errors import UserError
 from shardwright.train.model import (
     activation_checkpointing,
     activations,
-    document_attention,
     fp8,
 )
 from shardwright.train.model.blocks import compile_blocks, parameter_count
@@ -63,7 +62,7 @@ def build(
 
     Raises UserError where the tokenizer or the samples do not fit the model, a pretrained model
     cannot be loaded, has no head for the objective or does not give the auxiliary loss that its
-    config asks for, or cannot be told of documents, or flash attention is not installed.
+    config asks for, or flash attention is not installed.
     """
     section = config.model
     if section.attention == "flash_attention_2" and not is_flash_attn_2_available():
@@ -97,8 +96,6 @@ def build(
     model.config.use_cache = False
     if getattr(section, "fused_gelu", False):
         activations.fuse(model)
-    if config.data.has_bounds:
-        document_attention.enable(model, config)
     fp8.convert(model, config)
     if (every_blocks := config.trainer.checkpoint_activations_every_blocks) is not None:
         offload = config.trainer.offload_activations

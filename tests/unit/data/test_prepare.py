@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -22,7 +23,7 @@ from shardwright.train.data import __main__ as data_command
 from shardwright.train.data import prepare
 from shardwright.train.data.prepare import noted_samples_per_epoch, noted_samples_wanted
 from shardwright.train.data.sources.corpus import is_held_out
-from shardwright.train.data.tokens import packing
+from shardwright.train.data.tokens import cache, packing
 from shardwright.train.data.tokens.cache import build_once, find
 from shardwright.train.errors import UserError
 from shardwright.train.model.vocabulary import vocabulary_size
@@ -67,6 +68,29 @@ def test_a_large_corpus_is_given_every_core_of_the_node(
     with suppress(UserError):  # of whatever follows, too little is left
         prepare(make_config(), run_dir)
     assert given.call_args.args[2] == [mine, mine + 1, mine + 2]
+
+
+def test_where_documents_end_is_kept_where_they_are_told_apart_alone(
+    corpus: Path, make_config: MakeConfig, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the tokens of other runs have the name that they had before that was kept."""
+    named: list[dict[str, Any]] = []
+    real = cache.fingerprint
+
+    def fingerprint(what: dict[str, Any]) -> str:
+        named.append(what)
+        return real(what)
+
+    monkeypatch.setattr(cache, "fingerprint", fingerprint)
+    plain = prepare(make_config(), run_dir)
+    told = prepare(make_config(data={"document_attention": True}), run_dir.with_name("told"))
+    lines = make_config(data={"line_by_line": True, "max_cut_fraction": 1})
+    by_line = prepare(lines, run_dir.with_name("lines"))
+    stores = [prepared.train.sources[0].store for prepared in (plain, told, by_line)]
+    assert [store.document_ends is not None for store in stores] == [False, True, False]
+    assert (stores[0].tokens[:] == stores[1].tokens[:]).all()
+    packings = [what["packing"] for what in named if "packing" in what]
+    assert [packing.get("documents") for packing in packings] == [None, True, None]
 
 
 def test_a_run_gets_its_tokenizer_and_samples(
