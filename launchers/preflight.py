@@ -140,6 +140,11 @@ def _missing_build_tools(config: RunConfig) -> Iterator[str]:
             f"trainer.optimizer={optimizer} is compiled on its first use, but there is no C++ "
             "compiler (c++ or g++); install one, or set trainer.optimizer=adamw"
         )
+    if config.trainer.compile is True and config.launcher.device == "cpu" and not has_compiler:
+        yield (
+            "trainer.compile=true compiles on a CPU by a C++ compiler (c++ or g++), and there is "
+            "none; install one, or set trainer.compile=false"
+        )
     if getattr(config.strategy, "cpu_adam", "torch") == "deepspeed":
         # pip puts ninja beside the interpreter, which an inactive venv does not have in its PATH.
         path = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])

@@ -25,12 +25,14 @@ from shardwright.train.config import (
 from shardwright.train.console import progress
 from shardwright.train.data.batches.loader import eval_loader, train_loader
 from shardwright.train.data.tokens import tokenizer
+from shardwright.train.data.tokens.cache import cache_root
 from shardwright.train.errors import UserError
 from shardwright.train.export.card import model_card
 from shardwright.train.export.final import best_checkpoint, export
 from shardwright.train.loop import resuming, stopping
 from shardwright.train.loop.arguments import training_arguments
 from shardwright.train.loop.callbacks import early_stopping
+from shardwright.train.loop.callbacks.compilation import Compilation
 from shardwright.train.loop.callbacks.engine import EngineReady
 from shardwright.train.loop.callbacks.full_batch import FullBatch
 from shardwright.train.loop.callbacks.held_out import HeldOut
@@ -40,7 +42,7 @@ from shardwright.train.loop.callbacks.tracking import Tracking
 from shardwright.train.loop.resuming import Resumed
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
-from shardwright.train.model import document_attention, generation, origin
+from shardwright.train.model import compilation, document_attention, generation, origin
 from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
 from shardwright.train.model.weights import InitialValues, drawn
@@ -113,6 +115,7 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
     # into ZeRO-3 shards of its own. They set up the device, on which the engine shards.
     progress.now("building the model")
     model, values = _build(config, run_dir, prepared.tokenizer, resumed, rank, console)
+    config = _compiling(config, model, rank, console)
     # Its settings are made of what only the weights know, too.
     engine = engine_of(models.fitted(config, model), rank.world_size)
     config, layout = engine.config, engine.layout
@@ -159,6 +162,20 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
         _note_start(trainer, rank, steps, console)
         _rehearse_card(trainer)
     return trainer
+
+
+def _compiling(config: RunConfig, model: PreTrainedModel, rank: Rank, console: TextIO) -> RunConfig:
+    """Have the blocks compiled, or not; return the config with trainer.compile true or false.
+
+    What is compiled is kept for later runs.
+    """
+    config, said = compilation.settled(config, model)
+    if config.trainer.compile:
+        compilation.keep(cache_root(config.data) / "compiled")
+        compilation.compile_blocks(model)
+    if said and rank.index == 0:
+        progress.write(said, console)
+    return config
 
 
 def _open_data(config: RunConfig, run_dir: Path, rank: Rank) -> data.Prepared:
@@ -209,11 +226,12 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
         metrics,
         Progress(
             console,
-            compiles=config.trainer.compile,
+            compiles=bool(config.trainer.compile),
             summary=metrics.summary,
             samples_at=trainer.samples_at,
         ),
         *([FullBatch(trainer)] if config.trainer.batch_warmup_samples else []),
+        *([Compilation(trainer, console)] if config.trainer.compile else []),
         HeldOut(trainer, console),
         early_stopping.EarlyStopping(trainer, console),
         *([trainer.tracking] if trainer.tracking is not None else []),

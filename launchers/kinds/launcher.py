@@ -167,6 +167,7 @@ def caches(folder: Path) -> dict[str, str]:
     return {
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
     }
 
 

@@ -14,12 +14,16 @@ from shardwright.train.loop.trainer import Trainer
 from shardwright.train.process.rank import rank_from_environment
 from shardwright.train.run import assemble
 from shardwright.train.strategy.group import join
+from tests.distributed.curves import curve
 from tests.distributed.jobs import (
     alone_in_a_shell_of_another_group,
+    forget_compiled_code,
     trained,
     trained_as_if_compiled,
     trained_with_broken_engine,
+    whole_run,
 )
+from tests.distributed.optimizers import needs_compiler
 from tests.distributed.pool import RanksFailed
 from tests.fixtures import Freeze, RanksOf, TreeOf
 
@@ -339,6 +343,42 @@ def test_compiled_blocks_are_read_back_under_every_engine(
     facts = ranks(2)(trained_as_if_compiled, frozen_run(tree))[0]
     found = {name: facts[name] for name in ("compile", "compiled_blocks", "compiled_otherwise")}
     assert found == {"compile": True, "compiled_blocks": 2, "compiled_otherwise": []}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # that of a cold compiler
+@pytest.mark.parametrize(
+    ("strategy", "is_whole"),
+    [({"kind": "ddp"}, True), ({"kind": "fsdp"}, True), ({"kind": "zero", "stage": 3}, False)],
+)
+def test_compiled_blocks_learn_the_same_and_are_told_of(
+    strategy: dict[str, Any],
+    is_whole: bool,
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
+) -> None:
+    """Twice: the second run finds what the first has compiled."""
+
+    def train(*, compiles: bool) -> tuple[Path, str]:
+        tree = tiny_tree("clm")
+        tree["strategy"] = strategy
+        tree["trainer"] |= {"max_steps": 3, "compile": compiles}
+        run_dir = frozen_run(tree)
+        if compiles:
+            ranks(2)(forget_compiled_code)
+        return run_dir, "".join(ranks(2)(whole_run, run_dir))
+
+    plain, _ = train(compiles=False)
+    for _ in range(2):
+        compiled, said = train(compiles=True)
+        assert curve(compiled) == pytest.approx(curve(plain), abs=1e-5)
+        facts = json.loads((compiled / "engine.json").read_text())["compilation"]
+        assert facts["functions_given_up"] == 0
+        assert bool(facts["graph_breaks"]) is not is_whole
+        assert ("no graph breaks" in said) is is_whole
+        assert "compiled 2 blocks: " in said
 
 
 def test_a_group_of_one_waits_for_no_address(

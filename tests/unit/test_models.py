@@ -39,10 +39,10 @@ from shardwright.train.model import activation_checkpointing, activations
 from shardwright.train.model.blocks import (
     blocks,
     check_blocks_are_not_skipped,
-    compile_blocks,
     parameter_count,
 )
 from shardwright.train.model.build import build, fitted
+from shardwright.train.model.compilation import compile_blocks
 from shardwright.train.model.configs import transformers_config
 from shardwright.train.model.first_values import materialize
 from shardwright.train.model.pretrained import check_before_data

@@ -308,7 +308,7 @@ def _dotted_key(error: ErrorDetails) -> str:
     if len(parts) > 1 and parts[0] in _TAGGED:
         del parts[1]
     if error["type"] != "extra_forbidden":
-        parts = [p for p in parts if isinstance(p, int) or p.isidentifier()]
+        parts = [p for p in parts if isinstance(p, int) or (p.isidentifier() and p != "bool")]
     return ".".join(str(part) for part in parts)
 
 

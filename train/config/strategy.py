@@ -64,6 +64,11 @@ class _Strategy(Section):
         """Whether an AdamW of DeepSpeed's updates what is offloaded."""
         return False
 
+    @property
+    def hooks_every_layer(self) -> bool:
+        """Whether each layer within a block gathers its own weights, by hooks around it."""
+        return False
+
 
 class SingleStrategy(_Strategy):
     """One rank, no process group."""
@@ -218,6 +223,10 @@ class ZeroStrategy(_Strategy):
     @property
     def has_own_adam(self) -> bool:
         return self.cpu_adam == "deepspeed"
+
+    @property
+    def hooks_every_layer(self) -> bool:
+        return self.stage == 3
 
 
 class FsdpStrategy(_Strategy):

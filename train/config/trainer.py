@@ -69,10 +69,16 @@ class TrainerConfig(OptimizerFields, Amount):
     checkpoint_activations_every_blocks: PositiveInt | None = None
     """Recompute activations in the backward pass, of every n-th transformer block: 1 of all (least
     memory, about a third more time), 2 of every second; null keeps all of them."""
+    recompute: Literal["full", "selective"] = "full"
+    """What of these blocks is recomputed: full is all of it, selective what is cheap, and what
+    products of matrices and attention give is kept (more memory than full, less time)."""
     offload_activations: bool = False
-    """Keep the inputs of recomputed blocks in host memory: still less on the GPU, slower."""
-    compile: bool = False
-    """torch.compile each transformer block."""
+    """Keep the inputs of recomputed blocks in host memory: still less on the GPU. They are copied
+    on a stream of their own, and back before they are needed."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile each transformer block. auto does so on GPUs, but under ZeRO stage 3, whose
+    hooks divide each block into pieces, and where activations are offloaded; not on CPUs. The
+    run's log says into how many graphs."""
     deterministic: bool = False
     """Compute by kernels alone that give the same bits each time, on a GPU too, where some of the
     fastest do not: slower. What has no such kernel ends the run."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch.autograd.graph import save_on_cpu
+import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shardwright.train.errors import UserError
+from shardwright.train.model import selective
+from shardwright.train.model.host_copies import HostCopies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,14 +28,40 @@ def recompute(forward: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=True)
 
 
-def recompute_from_host(forward: Callable[..., Any], *inputs: Any) -> Any:
-    """As `recompute`, with the inputs kept in host memory, page-locked where there is a GPU."""
-    with save_on_cpu(pin_memory=True):
-        return recompute(forward, *inputs)
+def recompute_cheap_parts(forward: Callable[..., Any], *inputs: Any) -> Any:
+    """As `recompute`, and keep what products of matrices and attention give."""
+    is_compiling = torch.compiler.is_compiling()
+    return checkpoint(
+        forward,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=True,
+        context_fn=selective.contexts_to_compile if is_compiling else selective.contexts,
+    )
 
 
-def enable(model: PreTrainedModel, every_blocks: int, *, offload: bool) -> None:
-    """Let blocks 0, n, 2n and so on recompute their activations.
+RECOMPUTE: dict[str, Callable[..., Any]] = {
+    "full": recompute,
+    "selective": recompute_cheap_parts,
+}
+"""By the names of trainer.recompute."""
+
+
+class FromHost:
+    """As one of RECOMPUTE, with the inputs of blocks kept in host memory."""
+
+    def __init__(self, function: Callable[..., Any], copies: HostCopies) -> None:
+        self.function, self._copies = function, copies
+
+    def __call__(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+        with self._copies.hooks():
+            return self.function(forward, *inputs)
+
+
+def enable(
+    model: PreTrainedModel, every_blocks: int, *, offload: bool, parts: str = "full"
+) -> None:
+    """Let blocks 0, n, 2n and so on recompute their activations; ``parts`` is trainer.recompute.
 
     Raises UserError where the architecture does not support it, or has fewer blocks than n.
     """
@@ -54,7 +82,9 @@ def enable(model: PreTrainedModel, every_blocks: int, *, offload: bool) -> None:
             f"{field} is more than the {len(found)} blocks of {type(model).__name__}; "
             f"set it to at most {len(found)}"
         )
-    function: Any = recompute_from_host if offload else recompute
+    function: Any = RECOMPUTE[parts]
+    if offload:
+        function = FromHost(function, HostCopies())
     for block in found[::every_blocks]:
         block.gradient_checkpointing = True  # type: ignore[assignment]
         block._gradient_checkpointing_func = function
@@ -65,16 +95,22 @@ def read_back(model: PreTrainedModel) -> dict[str, Any]:
     from shardwright.train.model.blocks import blocks
 
     switched = [b for b in blocks(model) if getattr(b, "gradient_checkpointing", False)]
+    functions = [getattr(block, "_gradient_checkpointing_func", None) for block in switched]
     return {
         "checkpoint_activations_every_blocks": every_blocks(
             [block in switched for block in blocks(model)]
         ),
         "recomputed_blocks": len(switched),
-        "offload_activations": any(
-            getattr(block, "_gradient_checkpointing_func", None) is recompute_from_host
-            for block in switched
-        ),
+        "recompute": _parts(functions),
+        "offload_activations": any(isinstance(function, FromHost) for function in functions),
     }
+
+
+def _parts(functions: list[Any]) -> str | None:
+    """Return which of RECOMPUTE they all are; None where there is none, or another."""
+    inner = {f.function if isinstance(f, FromHost) else f for f in functions}
+    found = [name for name, function in RECOMPUTE.items() if inner == {function}]
+    return found[0] if found else None
 
 
 def every_blocks(recomputed: list[bool]) -> int | str | None:

@@ -38,6 +38,14 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     return max(named or lists, key=lambda members: sum(1 for m in members for _ in m.modules()))
 
 
+def blocks_or_none(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the blocks as `blocks` does; an empty list where there is none."""
+    try:
+        return blocks(model)
+    except UserError:
+        return []
+
+
 def check_blocks_are_not_skipped(model: PreTrainedModel, ranks: int) -> None:
     """Raise UserError where a model skips whole blocks at random and several ranks train it.
 
@@ -52,9 +60,3 @@ def check_blocks_are_not_skipped(model: PreTrainedModel, ranks: int) -> None:
             f"its config.json), and {ranks} ranks would wait for each other's; set what names "
             "layerdrop in its config.json to 0, or train it on one rank"
         )
-
-
-def compile_blocks(model: PreTrainedModel) -> None:
-    """torch.compile each block in place: equal blocks compile once, and no name changes."""
-    for block in blocks(model):
-        block.compile()

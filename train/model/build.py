@@ -23,7 +23,7 @@ from shardwright.train.model import (
     activations,
     fp8,
 )
-from shardwright.train.model.blocks import compile_blocks, parameter_count
+from shardwright.train.model.blocks import parameter_count
 from shardwright.train.model.configs import MODEL_CLASSES, transformers_config
 from shardwright.train.model.generation import generation_config
 from shardwright.train.model.pretrained import check_head, load_pretrained
@@ -58,7 +58,8 @@ def build(
 
     The parameters are on the meta device: `Engine.shard` gives each rank its part of them. From
     scratch, the values are a function of the config and ``config.seed`` alone; pretrained ones are
-    read tensor by tensor, where that is possible. The model compiles and recomputes if asked for.
+    read tensor by tensor, where that is possible. The model recomputes if asked
+    for; whether it compiles is settled later (`compilation.settled`).
 
     Raises UserError where the tokenizer or the samples do not fit the model, a pretrained model
     cannot be loaded, has no head for the objective or does not give the auxiliary loss that its
@@ -99,9 +100,9 @@ def build(
     fp8.convert(model, config)
     if (every_blocks := config.trainer.checkpoint_activations_every_blocks) is not None:
         offload = config.trainer.offload_activations
-        activation_checkpointing.enable(model, every_blocks, offload=offload)
-    if config.trainer.compile:
-        compile_blocks(model)
+        activation_checkpointing.enable(
+            model, every_blocks, offload=offload, parts=config.trainer.recompute
+        )
     return model.train(), values
 
 

@@ -53,9 +53,9 @@ def convert(model: PreTrainedModel, config: RunConfig) -> None:
     convert_to_float8_training(
         model, config=torchao_config(recipe), module_filter_fn=lambda layer, name: layer in layers
     )
-    if not config.trainer.compile:
+    if config.trainer.compile is False:
         logger.warning(
-            "fp8 without trainer.compile=true is slower than bf16: torchao leaves the casts to "
+            "fp8 with trainer.compile=false is slower than bf16: torchao leaves the casts to "
             "the compiler"
         )
 

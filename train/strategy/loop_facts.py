@@ -115,6 +115,7 @@ def _recomputed(config: RunConfig) -> dict[str, Any]:
     every_blocks = config.trainer.checkpoint_activations_every_blocks
     facts: dict[str, Any] = {
         "checkpoint_activations_every_blocks": every_blocks,
+        "recompute": None if every_blocks is None else config.trainer.recompute,
         "offload_activations": config.trainer.offload_activations,
     }
     # Pretrained weights bring their number of blocks along.
@@ -124,7 +125,7 @@ def _recomputed(config: RunConfig) -> dict[str, Any]:
 
 
 def _blocks_run_as(config: RunConfig) -> dict[str, Any]:
-    compiles = config.trainer.compile
+    compiles = config.trainer.compile is True
     facts: dict[str, Any] = {"compile": compiles, "compiled_otherwise": []}
     if getattr(config.model, "fused_gelu", False):
         facts["unfused_gelus"] = 0
@@ -139,6 +140,7 @@ def _blocks_run_as(config: RunConfig) -> dict[str, Any]:
 def _how_blocks_run(trainer: Training) -> dict[str, Any]:
     """Return by which attention it runs, and which of its modules torch.compile has got hold of."""
     from shardwright.train.model import document_attention
+    from shardwright.train.model.blocks import blocks_or_none
 
     # `Module.compile` leaves this; `torch.compile` wraps, as accelerate does of its own accord.
     compiled = {
@@ -146,7 +148,8 @@ def _how_blocks_run(trainer: Training) -> dict[str, Any]:
         for module in trainer.model_wrapped.modules()
         if module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
     }
-    blocks = [compiled.pop(id(b)) for b in _blocks(trainer.model) if id(b) in compiled]
+    found = blocks_or_none(trainer.model)  # where it has none, whatever is compiled is not one
+    blocks = [compiled.pop(id(block)) for block in found if id(block) in compiled]
     attention, told = document_attention.kernel_in_use(trainer.model)
     return {
         "attention": attention,
@@ -155,16 +158,6 @@ def _how_blocks_run(trainer: Training) -> dict[str, Any]:
         "compiled_blocks": len(blocks),
         "compiled_otherwise": sorted({type(module).__name__ for module in compiled.values()}),
     }
-
-
-def _blocks(model: Any) -> list[Any]:
-    from shardwright.train.errors import UserError
-    from shardwright.train.model.blocks import blocks
-
-    try:
-        return blocks(model)
-    except UserError:  # it has none, and whatever is compiled is not one
-        return []
 
 
 def _numerics(config: RunConfig) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_unknown_key(shardwright: Shardwright, override: str, message: str) -> N
         ("trainer.max_steps=many", "trainer.max_steps=many: must be a whole number"),
         ("trainer.max_steps=1.5", "trainer.max_steps=1.5: must be a whole number"),
         ("trainer.learning_rate=fast", "trainer.learning_rate=fast: must be a number"),
-        ("trainer.compile=1", "trainer.compile=1: must be true or false"),
+        ("trainer.compile=1", "trainer.compile=1: must be true or false or auto"),
         ("name=123", "name=123: must be text"),
         ("launcher.nproc_per_node=two", "launcher.nproc_per_node=two: must be a whole number or"),
         ("model=[1]", "model=[1]: the option of a group is a name"),

@@ -101,6 +101,7 @@ OWN_ADAM = {"kind": "zero", "stage": 2, "offload_optimizer": "cpu", "cpu_adam": 
             {"optimizer": "adamw_8bit"},
             "trainer.optimizer=adamw_8bit is compiled .* there is no C.. compiler",
         ),
+        ("trainer", {"compile": True}, "trainer.compile=true compiles on a CPU by a C.. compiler"),
     ],
 )
 def test_what_is_compiled_needs_a_compiler(

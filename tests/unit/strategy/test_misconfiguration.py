@@ -264,6 +264,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (trainer(checkpoint_activations_every_blocks=0), "every_blocks=0: must be at least 1"),
     (trainer(checkpoint_activations_every_blocks=3), "=3 is more than model.num_hidden_layers=2"),
     (trainer(offload_activations=True), "every_blocks=null recomputes none"),
+    (trainer(recompute="selective"), "recompute=selective says what .*=null recomputes none"),
+    (
+        trainer(checkpoint_activations_every_blocks=1, recompute="selective", compile=True)
+        | {"strategy": {"kind": "zero", "stage": 3}},
+        "needs whole blocks, but the hooks of strategy.stage=3",
+    ),
     (
         trainer(checkpoint_activations_every_blocks=1, offload_activations=True, compile=True),
         "which trainer.compile=true cannot trace",

@@ -171,11 +171,24 @@ def _activations_contradictions(config: Sections) -> Iterator[str]:
     """Yield why the activations of blocks cannot be recomputed or offloaded as asked for."""
     trainer = config.trainer
     every = trainer.checkpoint_activations_every_blocks
+    hooks_every_layer = config.strategy.hooks_every_layer
     layers = getattr(config.model, "num_hidden_layers", None)
     if every is not None and layers is not None and every > layers:
         yield (
             f"trainer.checkpoint_activations_every_blocks={every} is more than "
             f"model.num_hidden_layers={layers}; set it to at most {layers}"
+        )
+    if trainer.recompute != "full" and every is None:
+        yield (
+            f"trainer.recompute={trainer.recompute} says what of a block is recomputed, but "
+            "trainer.checkpoint_activations_every_blocks=null recomputes none; set that to 1 or "
+            "leave recompute=full"
+        )
+    if trainer.recompute == "selective" and trainer.compile is True and hooks_every_layer:
+        yield (
+            "trainer.recompute=selective with trainer.compile=true needs whole blocks, but the "
+            "hooks of strategy.stage=3 leave the compiler pieces of them; set "
+            "trainer.compile=false or trainer.recompute=full"
         )
     if trainer.offload_activations and every is None:
         yield (
@@ -183,7 +196,7 @@ def _activations_contradictions(config: Sections) -> Iterator[str]:
             "memory, but trainer.checkpoint_activations_every_blocks=null recomputes none; set "
             "that to 1 or leave offload_activations=false"
         )
-    if trainer.offload_activations and trainer.compile:
+    if trainer.offload_activations and trainer.compile is True:
         yield (
             "trainer.offload_activations=true copies between GPU and host within each block, which "
             "trainer.compile=true cannot trace; set one of them to false"

@@ -1,0 +1,163 @@
+"""torch.compile of a model's blocks: whether, into what, and what has come of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shardwright.train.errors import UserError
+from shardwright.train.model.blocks import blocks, blocks_or_none
+from shardwright.train.units import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from shardwright.train.config import RunConfig
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Where torch looks for what it has compiled before, by the code, its own version and the machine;
+Triton's kernels are within."""
+VARIANTS = 64
+"""Of a block's code, at most: equal blocks share theirs, but a model has blocks of several kinds
+(ModernBERT of three), each in training and in evaluation, each for one shape and then for any.
+torch's own 8 are too few for that; past them it computes the rest uncompiled."""
+
+
+def settled(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, str | None]:
+    """Return a rank's config with trainer.compile true or false; why not, where a GPU does not.
+
+    Raises UserError where it is to compile and cannot.
+    """
+    wanted = config.trainer.compile
+    if wanted == "auto" and (config.launcher.device == "cpu" or config.trainer.offload_activations):
+        return _with(config, compiles=False), None
+    if wanted is False:
+        return config, None
+    problem = _hindrance(config.launcher.device)
+    if wanted == "auto":
+        if problem is None and not blocks_or_none(model):
+            problem = f"{type(model).__name__} has no list of equal blocks"
+        if problem is None and config.strategy.hooks_every_layer:
+            problem = (
+                "the hooks of ZeRO's stage 3 around each layer leave it pieces of a block; "
+                "trainer.compile=true compiles those"
+            )
+        said = f"trainer.compile=auto: the blocks are not compiled: {problem}" if problem else None
+        return _with(config, compiles=problem is None), said
+    if problem is not None:
+        raise UserError(f"trainer.compile=true: {problem}, or set trainer.compile=false")
+    return config, None
+
+
+def _with(config: RunConfig, *, compiles: bool) -> RunConfig:
+    trainer = config.trainer.model_copy(update={"compile": compiles})
+    return config.model_copy(update={"trainer": trainer})
+
+
+def _hindrance(device: str) -> str | None:
+    """Return why torch.compile does nothing here, or fails, with the remedy."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE=1 in the environment switches torch's compiler off; unset it"
+    if device == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return (
+                "torch's compiler needs Triton and a GPU of compute capability 7.0 or later, which "
+                "are not both here; `pip install triton`"
+            )
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return "torch's compiler needs a C++ compiler (g++, or what CXX names); install one"
+    return None
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """torch.compile each block in place: equal blocks compile once, and no name changes.
+
+    Their first shape is compiled as it is; with the second torch compiles once more, for any size
+    of what has changed, and no further shape of that kind costs anything.
+    """
+    import torch
+
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * VARIANTS)
+    for block in blocks(model):
+        block.compile()
+
+
+def keep(directory: Path) -> None:
+    """Have torch keep what it compiles in a directory, unless the user or a launcher names one."""
+    os.environ.setdefault(CACHE, str(directory))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What torch's compiler has done in this process."""
+
+    graphs: int = 0
+    breaks: dict[str, int] = field(default_factory=dict)
+    """How often each reason has divided what it was to compile."""
+    given_up: int = 0
+    """Functions of which it has made so many variants that it runs new ones uncompiled."""
+
+    def since(self, before: Compiled) -> Compiled:
+        breaks = {r: n - before.breaks.get(r, 0) for r, n in self.breaks.items()}
+        return Compiled(
+            self.graphs - before.graphs,
+            {reason: number for reason, number in breaks.items() if number},
+            self.given_up - before.given_up,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "graphs": self.graphs,
+            "graph_breaks": self.breaks,
+            "functions_given_up": self.given_up,
+        }
+
+    def said(self, number: int) -> str:
+        """Return one line about ``number`` blocks that were to be compiled. Pure."""
+        if not self.graphs:
+            return (
+                f"warning: torch.compile has compiled nothing of {counted(number, 'block')}: they "
+                "run uncompiled"
+            )
+        text = f"compiled {counted(number, 'block')}: {counted(self.graphs, 'graph')}, "
+        if not self.breaks:
+            return text + "no graph breaks"
+        total = sum(self.breaks.values())
+        reason, times = max(self.breaks.items(), key=lambda item: item[1])
+        most = f"{times} of them: {reason}" if times < total else reason
+        return text + f"{counted(total, 'graph break')} ({most})"
+
+    def warning(self) -> str | None:
+        """Return what is said where some of the model runs uncompiled now. Pure."""
+        if not self.given_up:
+            return None
+        return (
+            f"warning: torch.compile has given up on {counted(self.given_up, 'function')} after "
+            f"{VARIANTS} variants of it: what differs from all of them runs uncompiled, and "
+            "slower; the rank's log says what keeps changing (TORCH_LOGS=recompiles says more)"
+        )
+
+
+def found() -> Compiled:
+    """Return what the compiler has done in this process since it began."""
+    from torch._dynamo.utils import counters
+
+    breaks: dict[str, int] = {}
+    for text, number in counters["graph_break"].items():
+        reason = str(text).strip().partition("\n")[0]
+        breaks[reason] = breaks.get(reason, 0) + number
+    # torch counts what it does not compile by its reason; that of its limit begins so (2.13,
+    # _dynamo/convert_frame.py, raise_unimplemented_cache_limit_exceeded).
+    limited = (n for t, n in counters["unimplemented"].items() if "recompile limit" in str(t))
+    return Compiled(counters["stats"]["unique_graphs"], breaks, sum(limited))
