@@ -73,6 +73,7 @@ def new_run(tiny_tree: TreeOf, frozen_run: Freeze, skip_where_lacking: Callable[
     def freeze(device: str, strategy: dict[str, Any], **sections: dict[str, Any]) -> Path:
         tree = tiny_tree("clm")
         tree["strategy"] = strategy
+        tree["trainer"]["compile"] = False  # which takes longer than such a run
         tree["launcher"] |= {"device": device, "nproc_per_node": 1}
         for name, values in sections.items():
             tree[name] = {**tree.get(name, {}), **values}
@@ -207,7 +208,7 @@ def test_compiled_blocks_compute_in_tf32(
         device,
         STRATEGIES[strategy],
         precision={"allow_tf32": on_gpu},
-        trainer={"max_steps": 6, "compile": True},
+        trainer={"max_steps": 6, "compile": "auto" if on_gpu else True},
     )
     plain = new_run(device, STRATEGIES[strategy], trainer={"max_steps": 6})
     rank_on(device)(whole_run, compiled, timeout_seconds=600)
@@ -215,6 +216,8 @@ def test_compiled_blocks_compute_in_tf32(
     facts = {path: json.loads((path / "engine.json").read_text()) for path in (compiled, plain)}
     assert (facts[compiled]["tf32"], facts[plain]["tf32"]) == (on_gpu, False)
     assert facts[compiled]["compiled_blocks"] == 2
+    assert facts[compiled]["compilation"]["graphs"] >= 1
+    assert facts[compiled]["compilation"]["graph_breaks"] == {}
     assert curve(compiled) == pytest.approx(curve(plain), abs=2e-3)
 
 

@@ -122,7 +122,7 @@ def new_run(
         tree = tiny_tree("clm")
         tree["strategy"] = {**STRATEGIES, **OFFLOADED}[strategy]
         tree["precision"] = PRECISIONS[precision]
-        tree["trainer"]["max_steps"] = max_steps
+        tree["trainer"] |= {"max_steps": max_steps, "compile": False}
         tree["launcher"] |= {"device": device, "nproc_per_node": 1}
         for name, values in sections.items():
             tree[name] = values if name == "model" else {**tree[name], **values}
@@ -275,7 +275,8 @@ def test_activations_wait_in_host_memory(strategy: str, new_run: Run, rank_on: R
             "bf16",
             strategy,
             max_steps=3,
-            model={**LLAMA, **sizes, "max_position_embeddings": 256},
+            # Attention that draws, which selective keeps and does not run again.
+            model={**LLAMA, **sizes, "max_position_embeddings": 256, "attention_dropout": 0.1},
             data={"sequence_length": 256},
             trainer={"micro_batch_size": 16, **trainer},
         )
@@ -287,7 +288,10 @@ def test_activations_wait_in_host_memory(strategy: str, new_run: Run, rank_on: R
     offloaded, offloaded_peak = train(
         checkpoint_activations_every_blocks=1, offload_activations=True
     )
+    selective, selective_peak = train(checkpoint_activations_every_blocks=1, recompute="selective")
     assert recomputed == pytest.approx(kept, abs=1e-3)
+    assert selective == pytest.approx(kept, abs=1e-3)
     assert offloaded == pytest.approx(kept, abs=1e-3)
     assert recomputed_peak < 0.7 * kept_peak
     assert offloaded_peak <= recomputed_peak
+    assert recomputed_peak < selective_peak < kept_peak

@@ -44,7 +44,7 @@ def new_run(
     def freeze(device: str, name: str, strategy: dict[str, Any], **trainer: Any) -> Path:
         tree = tiny_tree("clm")
         tree["strategy"] = strategy
-        tree["trainer"] |= {**OPTIMIZERS[name], **trainer}
+        tree["trainer"] |= {"compile": False, **OPTIMIZERS[name], **trainer}
         tree["launcher"] |= {"device": device, "nproc_per_node": 1}
         run_dir = frozen_run(tree)
         skip_where_lacking(device, load(run_dir).precision)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from shardwright.train.config import RunConfig, from_tree
 from shardwright.train.errors import UserError
+from shardwright.train.loop.callbacks.compilation import Compilation
 from shardwright.train.model import compilation
 from shardwright.train.model.compilation import Compiled
 from tests.distributed.optimizers import needs_compiler
@@ -136,6 +140,39 @@ def test_what_the_compiler_has_done_is_said_in_a_line() -> None:
     assert warning.startswith("warning: torch.compile has given up on 1 function after 64 variants")
     before = Compiled(1, {"a hook": 2, "a print": 1}, 1)
     assert Compiled(4, {"a hook": 3, "a print": 1}, 1).since(before) == Compiled(3, {"a hook": 1})
+
+
+def test_a_run_says_it_once_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the compiler gives up in an evaluation, long after the first step."""
+    done = [Compiled(7)]
+    monkeypatch.setattr(compilation, "found", lambda: done[-1])
+    (tmp_path / "engine.json").write_text('{"compile": true}')
+    console = io.StringIO()
+    trainer: Any = SimpleNamespace(
+        model=GPT2LMHeadModel(TINY), run_dir=tmp_path, is_world_process_zero=lambda: True
+    )
+    callback = Compilation(trainer, console)
+
+    def facts() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / "engine.json").read_text())
+        return found
+
+    callback.on_train_begin(None, None, None)
+    done.append(Compiled(8, {"a hook": 1}))
+    for _ in range(2):
+        callback.on_step_end(None, None, None)
+    said = "compiled 2 blocks: 1 graph, 1 graph break (a hook)"
+    assert console.getvalue().splitlines() == [said]
+    counts = {"graphs": 1, "graph_breaks": {"a hook": 1}, "functions_given_up": 0}
+    assert facts() == {"compile": True, "compilation": counts}
+    done.append(Compiled(71, {"a hook": 1}, 1))
+    for _ in range(2):
+        callback.on_evaluate(None, None, None)
+    _, warning = console.getvalue().splitlines()
+    assert warning.startswith("warning: torch.compile has given up on 1 function after 64 variants")
+    done.append(Compiled(72, {"a hook": 1}, 1))
+    callback.on_train_end(None, None, None)
+    assert facts()["compilation"] == {**counts, "graphs": 65, "functions_given_up": 1}
 
 
 def test_graphs_breaks_and_giving_up_are_counted() -> None:

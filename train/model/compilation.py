@@ -93,6 +93,21 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.compile()
 
 
+def leave_hooks_alone(model: PreTrainedModel) -> None:
+    """Have the compiler stop at the hooks around what is within blocks, instead of tracing them.
+
+    Those of ZeRO's stage 3 differ from layer to layer and from step to step (deepspeed 0.19): it
+    made 64 variants of one of them for two small blocks, and compiled for minutes.
+    """
+    import torch
+
+    for module in {inner for block in blocks(model) for inner in block.modules()}:
+        hooks: Any
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in hooks.items():
+                hooks[key] = torch.compiler.disable(hook)
+
+
 def keep(directory: Path) -> None:
     """Have torch keep what it compiles in a directory, unless the user or a launcher names one."""
     os.environ.setdefault(CACHE, str(directory))

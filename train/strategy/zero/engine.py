@@ -96,6 +96,10 @@ class Zero(Engine):
 
     def complete(self, trainer: Training) -> None:
         masters.complete(trainer)
+        if self.strategy.stage == 3 and trainer.config.trainer.compile is True:
+            from shardwright.train.model.compilation import leave_hooks_alone
+
+            leave_hooks_alone(trainer.model)
 
     def read_back(self, trainer: Training) -> dict[str, Any]:
         return facts.read_back(trainer)
