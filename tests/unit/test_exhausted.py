@@ -100,6 +100,9 @@ def test_only_what_is_not_chosen_yet_is_proposed() -> None:
     )
     assert "micro_batch_size" not in text
     assert "checkpoint_activations" not in text
+    assert "recompute" not in text
+    cheap = {"checkpoint_activations_every_blocks": 1, "recompute": "selective"}
+    assert "trainer.recompute=full, or " in remedies("cuda", trainer=cheap)
     assert "workers" not in text
     text = remedies("cpu", trainer={"dataloader_workers": 3})
     assert "fewer trainer.dataloader_workers (now 3), or " in text

@@ -92,6 +92,8 @@ def smaller(config: RunConfig, *, on_gpu: bool) -> list[str]:
         )
     if trainer.checkpoint_activations_every_blocks is None:
         found.append("trainer.checkpoint_activations_every_blocks=1")
+    elif trainer.recompute == "selective":
+        found.append("trainer.recompute=full")
     if on_gpu and not trainer.offload_activations:
         found.append("trainer.offload_activations=true")
     if config.precision.compute_dtype == "fp32" and on_gpu:
