@@ -20,7 +20,7 @@ from shardwright.train.config import documents, from_tree
 from shardwright.train.errors import UserError
 from shardwright.train.loop import isolation
 from shardwright.train.model import activation_checkpointing, document_attention
-from shardwright.train.model.blocks import compile_blocks
+from shardwright.train.model.compilation import compile_blocks
 from shardwright.train.model.document_attention import PREFIX, enable, is_compiled
 from shardwright.train.strategy.verify import EngineMismatch
 from tests.distributed.optimizers import needs_compiler
