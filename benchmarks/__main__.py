@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -139,6 +140,8 @@ def main(argv: list[str]) -> int:
     if options.table:
         table.write()
         return 0
+    # So that whoever ends this ends what it has started too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     has_gpu = uses_gpu(machine.detect(os.environ))
     chosen = [benchmark for benchmark in BENCHMARKS if benchmark.name in options.only]
     options.results.mkdir(parents=True, exist_ok=True)
