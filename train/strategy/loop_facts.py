@@ -87,8 +87,10 @@ def _live_batches(trainer: Training) -> BatchSizes:
 def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
     trainer = config.trainer
     own_adam = "DeepSpeedCPUAdam" if config.strategy.has_own_adam else None
+    class_name = own_adam or optimizer.KINDS[trainer.optimizer].class_name
     return {
-        "class": own_adam or optimizer.KINDS[trainer.optimizer].class_name,
+        "class": class_name,
+        "fused": class_name == "AdamW",
         "weight_decays": sorted({trainer.weight_decay, 0.0}),
         "algorithms": optimizer.asked(config),
     }
@@ -106,6 +108,8 @@ def _optimizer(trainer: Training) -> dict[str, Any]:
                 algorithms[name][setting] = f"{known} and {value}"
     return {
         "class": class_name,
+        # Of torch's AdamW, which has slower kernels too.
+        "fused": class_name == "AdamW" and all(group.get("fused") for group in groups),
         "weight_decays": sorted({g["weight_decay"] for g in groups} | {0.0}),
         "algorithms": algorithms,
     }
