@@ -136,19 +136,20 @@ def test_tuning_does_not_change_what_is_learned(
     assert curve(run_dir, "grad_norm") == pytest.approx(expected["grad_norm"], abs=1e-3)
 
 
-@pytest.mark.parametrize("micro_batch_size", [2, 8])
+@pytest.mark.parametrize(("micro_batch_size", "strategy"), [(2, "zero3"), (8, "fsdp")])
 def test_neither_accumulation_nor_padding_changes_what_is_learned(
     micro_batch_size: int,
+    strategy: str,
     tiny_tree: TreeOf,
     frozen_run: Freeze,
     ranks: RanksOf,
 ) -> None:
     curves = []
-    for size, unpad in ((4, False), (micro_batch_size, True)):
+    for size, unpad, engine in ((4, False, "zero2"), (micro_batch_size, True, strategy)):
         tree = tiny_tree("mlm")
         lines = {"line_by_line": True, "max_cut_fraction": 1}
         tree["data"] |= {**lines, "document_attention": True, "unpad": unpad}
-        tree["strategy"] = STRATEGIES["zero2"]
+        tree["strategy"] = STRATEGIES[engine]
         tree["trainer"]["micro_batch_size"] = size
         tree["trainer"]["max_steps"] = 5
         run_dir = frozen_run(tree)
