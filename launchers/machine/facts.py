@@ -8,6 +8,7 @@ import importlib.util
 import math
 import netrc
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -227,7 +228,7 @@ def _documents(
 
 def _version(package: str) -> tuple[int, ...]:
     """Return the first two numbers of an installed package's version."""
-    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+    return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(package))[:2]))
 
 
 def _positions(model: ModelConfig, name: str | None) -> int | None:

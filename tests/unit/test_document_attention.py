@@ -73,11 +73,12 @@ def test_all_lengths_together_are_what_lengths_apart_are(kind: str) -> None:
     assert_equal(told(model, "sdpa", bounds(kind, "slots", one_group=True)), alone(model))
 
 
+@pytest.mark.parametrize("parts", ["full", "selective"])
 @pytest.mark.parametrize("kind", ["roberta", "modernbert", "gpt2", "llama"])
-def test_recomputed_blocks_are_told_again(kind: str) -> None:
+def test_recomputed_blocks_are_told_again(kind: str, parts: str) -> None:
     model = model_of(kind)
     expected = alone(model)
-    activation_checkpointing.enable(model, 1, offload=False)
+    activation_checkpointing.enable(model, 1, offload=False, parts=parts)
     assert_equal(told(model, "sdpa", bounds(kind, "slots")), expected)
 
 
