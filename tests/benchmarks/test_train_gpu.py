@@ -67,12 +67,11 @@ def test_every_run_composes_on_an_h200(tmp_path: Path) -> None:
             assert (variant == "single_eager") <= (config.trainer.compile is False)
 
 
-def test_every_run_composes_on_a_cpu(tmp_path: Path) -> None:
+def test_every_model_has_one_that_stands_in_for_it_on_a_cpu(tmp_path: Path) -> None:
     plan = plan_on(LAPTOP)
     for model in MODELS:
-        for variant in variants_of(plan, model):
-            config = freeze(plan, model, variant, tmp_path / f"{model}-{variant}")
-            assert config.launcher.device == "cpu"
+        config = freeze(plan, model, "single", tmp_path / model)
+        assert config.launcher.device == "cpu"
 
 
 def test_the_sizes_are_those_that_are_called(tmp_path: Path) -> None:
