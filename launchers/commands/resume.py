@@ -55,6 +55,7 @@ _FIXED: dict[str, str | None] = {
     "tokenizer": "the model has learned its tokens",
     "data": "the position in the data would mean another sample",
     "data.cache_dir": None,
+    "data.document_attention": "the model has learned from what a token sees by it",
     "data.unpad": None,
     "objective": "the model was trained with it",
     "objective.prompts": None,

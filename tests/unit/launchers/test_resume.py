@@ -44,6 +44,14 @@ def test_values_change_and_the_rest_stays() -> None:
     assert after.model == run().model
 
 
+def test_lines_that_were_padded_may_be_laid_end_to_end() -> None:
+    lines = {"line_by_line": True, "document_attention": True, "unpad": False}
+    before = run(data={**TREE["data"], **lines})
+    for value, unpadded in (("true", True), ("auto", True), ("false", False)):
+        after = resume.changed(before, [f"data.unpad={value}"], {})
+        assert resolve(after, Machine(), "/run").data.is_unpadded is unpadded
+
+
 @pytest.mark.parametrize(
     ("ranks", "overrides", "size"),
     [
@@ -125,6 +133,10 @@ def test_only_groups_are_chosen() -> None:
         ("model.hidden_size=128", "model.hidden_size=128 was 64, .* weights of the checkpoint"),
         ("model.dropout=0.3", "model.dropout=0.3 was 0.1"),
         ("data.sequence_length=32", "data.sequence_length=32 was 64, .* position in the data"),
+        (
+            "data.document_attention=true",
+            "=True was False, .* learned from what a token sees by it",
+        ),
         ("tokenizer.min_frequency=3", "min_frequency=3 was 2, .* the model has learned its tokens"),
         ("seed=1", "seed=1 was 0, .* the order of the data depends on it"),
         ("trainer.optimizer=muon", "trainer.optimizer=muon was adamw"),
