@@ -99,15 +99,21 @@ def _train(
 @contextmanager
 def _spoilt_loss(is_on: Any) -> Iterator[None]:
     """Make the loss infinite, by an addition that leaves its gradients finite."""
-    from shardwright.train.loop import trainer
+    from shardwright.train.model import head_loss
 
-    sound = trainer.cross_entropy
+    training, evaluating = head_loss.summed_loss, head_loss.loss_and_right
 
-    def spoilt(*arguments: Any, **options: Any) -> Any:
-        loss = sound(*arguments, **options)
+    def spoilt(loss: Any) -> Any:
         return loss + float("inf") if is_on() else loss
 
-    with mock.patch.object(trainer, "cross_entropy", spoilt):
+    def spoilt_evaluation(*arguments: Any) -> Any:
+        loss, right = evaluating(*arguments)
+        return spoilt(loss), right
+
+    with (
+        mock.patch.object(head_loss, "summed_loss", lambda *a: spoilt(training(*a))),
+        mock.patch.object(head_loss, "loss_and_right", spoilt_evaluation),
+    ):
         yield
 
 

@@ -147,8 +147,8 @@ def test_an_embedding_is_not_gathered_for_its_backward_nor_a_head_twice(
     assert ranks(2)(collectives_of_a_step, frozen_run(tree))[0]["gathers"] == 7
 
 
-def logits_of_the_head(run_dir: Path) -> dict[str, Any]:
-    """Train and evaluate; return the logits that the head gave in each, and all positions."""
+def positions_of_the_head(run_dir: Path) -> dict[str, Any]:
+    """Train and evaluate; return at how many positions the head is computed, and all there are."""
     rank = rank_from_environment()
     seen: dict[str, list[int]] = {"training": [], "evaluating": []}
     with join(load(run_dir), rank):
@@ -157,7 +157,7 @@ def logits_of_the_head(run_dir: Path) -> dict[str, Any]:
 
         def note(module: Any, inputs: Any, output: Any) -> None:
             seen["training" if trainer.model.training else "evaluating"].append(
-                output.shape[:-1].numel()
+                inputs[0].shape[:-1].numel()
             )
 
         head.register_forward_hook(note)
@@ -174,11 +174,11 @@ def test_the_head_of_a_masked_model_is_computed_where_it_is_asked_for(
     tree["strategy"] = {"kind": "fsdp"}
     tree["trainer"] |= {"max_steps": 2, "eval_every_steps": 2}
     tree["objective"]["head_on_labels_only"] = on_labels_only
-    for seen in ranks(2)(logits_of_the_head, frozen_run(tree)):
+    for seen in ranks(2)(positions_of_the_head, frozen_run(tree)):
         assert seen["training"]
         assert seen["evaluating"]
-        for logits in (seen["training"], seen["evaluating"]):
-            is_small = max(logits) < seen["positions"] / 2
+        for positions in (seen["training"], seen["evaluating"]):
+            is_small = max(positions) < seen["positions"] / 2
             assert is_small is on_labels_only
 
 

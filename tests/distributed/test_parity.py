@@ -53,7 +53,9 @@ def curves_of_one_rank(
         tree = tiny_tree(objective)
         tree["strategy"] = {"kind": "single"}
         tree["launcher"]["nproc_per_node"] = 1
-        if objective == "mlm":  # and the head of each strategy sees labels alone
+        # The plain way; each strategy has the loss in pieces, and a masked model's of labels alone.
+        tree["trainer"]["fused_loss"] = False
+        if objective == "mlm":
             tree["objective"]["head_on_labels_only"] = False
             tree["trainer"] |= GROWS
             tree |= told_of_documents(tree, plainly=True)

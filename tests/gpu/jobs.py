@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -34,13 +36,10 @@ def _observe(run_dir: Path, rank: Rank) -> dict[str, Any]:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()  # the worker has trained before
     trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
-    head_dtypes: set[torch.dtype] = set()
-    trainer.model.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, logits: head_dtypes.add(logits.dtype)
-    )
     last_step = LastStepProfiler()
     trainer.add_callback(last_step)
-    trainer.train()
+    with _dtypes_of_logits(trainer.model.config.vocab_size) as head_dtypes:
+        trainer.train()
     return {
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
         "parameter_devices": {p.device.type for p in trainer.model.parameters()},
@@ -49,6 +48,22 @@ def _observe(run_dir: Path, rank: Rank) -> dict[str, Any]:
         "loss_scale": loss_scale(trainer),
         "operators": last_step.operators(),
     }
+
+
+@contextmanager
+def _dtypes_of_logits(vocabulary: int) -> Iterator[set[torch.dtype]]:
+    """Collect the dtypes of what linear layers give in the block, of those that are as wide."""
+    found: set[torch.dtype] = set()
+    linear = torch.nn.functional.linear
+
+    def noted(*arguments: Any, **options: Any) -> torch.Tensor:
+        logits = linear(*arguments, **options)
+        if logits.shape[-1] == vocabulary:
+            found.add(logits.dtype)
+        return logits
+
+    with mock.patch.object(torch.nn.functional, "linear", noted):
+        yield found
 
 
 def state_devices(run_dir: Path) -> set[str]:

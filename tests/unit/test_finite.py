@@ -78,7 +78,9 @@ def test_an_infinite_loss_with_finite_gradients_spoils_them_and_keeps_its_value(
     assert plain.isinf()
     assert gradient.isfinite().all()
 
-    trainer: Any = SimpleNamespace(loss=Trainer.loss, auxiliary_loss=None, labelled_head=None)
+    trainer: Any = SimpleNamespace(
+        loss=Trainer.loss, auxiliary_loss=None, _check_head=lambda logits, labels: None
+    )
     outputs = SimpleNamespace(logits=logits)
     loss = Trainer._step_loss(trainer, outputs, labels, torch.tensor(1))
     loss *= 2  # as the Trainer does by the number of ranks

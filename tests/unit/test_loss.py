@@ -46,7 +46,7 @@ def test_an_auxiliary_loss_counts_by_the_share_of_labels_and_is_no_label_loss(
         loss=Trainer.loss,
         auxiliary_loss=torch.zeros(()),
         _auxiliary_coefficient=coefficient,
-        labelled_head=None,
+        _check_head=lambda logits, labels: None,
     )
     total = label_loss = torch.zeros(())
     for rows, auxiliary in parts:

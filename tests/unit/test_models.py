@@ -650,7 +650,7 @@ def test_what_only_the_weights_know_is_in_the_config_of_their_rank(
     with pytest.raises(UserError, match=r"hidden_size=64, but model.name=.* has 32; leave it out"):
         fitted(said, model)
     scratch = composed("gpt2_tiny", *SHRUNK)
-    assert fitted(scratch, model) is scratch
+    assert fitted(scratch, model).model is scratch.model
 
 
 def test_flash_attention_on_a_cpu_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -17,6 +17,7 @@ FACTS: dict[str, Any] = {
     "fp8_recipe": None,
     "attention": "sdpa",
     "fp8_layers": 0,
+    "fused_loss": True,
     "initial_loss_scale": None,
 }
 
@@ -29,6 +30,11 @@ FACTS: dict[str, Any] = {
             {"attention": "eager"},
             "fsdp on 8 ranks: bf16 compute, fp32 reduction, fp32 master weights, fp32 moments, "
             "eager attention",
+        ),
+        (
+            {"fused_loss": False},
+            "fsdp on 8 ranks: bf16 compute, fp32 reduction, fp32 master weights, fp32 moments, "
+            "loss of all logits at once",
         ),
         (
             {"engine": "DeepSpeedEngine", "stage": 3, "world_size": 2},

@@ -79,6 +79,10 @@ class TrainerConfig(OptimizerFields, Amount):
     """torch.compile each transformer block. auto does so on GPUs, but under ZeRO stage 3, whose
     hooks divide each block into pieces, and where activations are offloaded; not on CPUs. The
     run's log says into how many graphs."""
+    fused_loss: bool | Literal["auto"] = "auto"
+    """Compute the head and the loss together, in pieces, so that there are never all logits at
+    once: the same loss with less memory. auto does so for every model whose logits are what its
+    head gives."""
     deterministic: bool = False
     """Compute by kernels alone that give the same bits each time, on a GPU too, where some of the
     fastest do not: slower. What has no such kernel ends the run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from shardwright.train.loop.callbacks.schedule import EveryStepCounts
 from shardwright.train.loop.saving.saver import Saver
 from shardwright.train.model import build as models
 from shardwright.train.model import host_checks
+from shardwright.train.model.head_loss import IGNORED, HeadLoss
 from shardwright.train.model.labelled_head import LabelledHead, positions_of
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.process import numerics, signals
@@ -47,8 +49,6 @@ METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
 """What an evaluation measures, the last with masked models only."""
 BATCHES_BETWEEN_CHECKS = 4
 """Of an evaluation, for a signal to stop."""
-IGNORED = -100
-"""Label of a position that is not predicted."""
 POSITIONS = "label_positions"
 """In a batch, the positions that are."""
 
@@ -102,6 +102,9 @@ class Trainer(transformers.Trainer):
         if isinstance(objective, MlmObjective) and objective.head_on_labels_only:
             self.labelled_head = LabelledHead(model)
         host_checks.take_padding_as_known(model)
+        fuses = self.config.trainer.fused_loss
+        assert fuses != "auto", "decided by the model, `models.fitted`"
+        self.head_loss = HeadLoss(model) if fuses else None
         self.gate = finite.Gate(args.device)
         self._ahead: Ahead | None = None
         """The next step, where all ranks are being told of it."""
@@ -339,14 +342,17 @@ class Trainer(transformers.Trainer):
 
         Every rank divides by the same global number, so that neither accumulation nor the world
         size changes what a label weighs. ``logits`` (batch, sequence, vocabulary), ``labels``
-        (batch, sequence); or both without what has no label, (labels, vocabulary) and (labels,).
+        (batch, sequence); or both flat, and without what has no label; or in place of logits the
+        sum itself, as `HeadLoss` gives it.
         """
-        total = cross_entropy(
-            outputs.logits.flatten(0, -2).float(),
-            labels.flatten().to(outputs.logits.device),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
+        total: torch.Tensor = outputs.logits
+        if total.dim() > 0:
+            total = cross_entropy(
+                total.flatten(0, -2).float(),
+                labels.flatten().to(total.device),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
         count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / count
 
@@ -358,8 +364,7 @@ class Trainer(transformers.Trainer):
         That one is a mean over the tokens of the micro-batch, and so counts by its share of the
         step's labels: over all micro-batches and ranks the shares add up to 1.
         """
-        if self.labelled_head is not None:
-            self.labelled_head.check(outputs.logits, labels)
+        self._check_head(outputs.logits, labels)
         loss = self.loss(outputs, labels, num_items_in_batch)
         if self.auxiliary_loss is not None:
             self._label_loss = loss.detach()
@@ -378,28 +383,50 @@ class Trainer(transformers.Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.auxiliary_loss is not None:
             inputs = {**inputs, models.ROUTER_LOGITS: True}
-        if self.labelled_head is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        inputs = dict(inputs)
-        positions = inputs.pop(POSITIONS)
-        inputs["labels"] = inputs["labels"].flatten()[positions]
-        with self.labelled_head.at(positions):
+        with self._at_labels(inputs) as inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _predictions(
-        self, model: Any, batch: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return logits (n, vocabulary) and labels (n,), and how many samples have any label."""
+    @contextmanager
+    def _at_labels(
+        self, batch: dict[str, torch.Tensor], *, counts: bool = False
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Have the head do in the block no more than it has to for a batch, and give that batch.
+
+        Its labels are those of what the head then sees, flat.
+        """
+        batch = dict(batch)
+        batch["labels"] = batch["labels"].flatten()
+        with ExitStack() as block:
+            if self.labelled_head is not None:
+                positions = batch.pop(POSITIONS)
+                batch["labels"] = batch["labels"][positions]
+                block.enter_context(self.labelled_head.at(positions))
+            if self.head_loss is not None:
+                block.enter_context(self.head_loss.of(batch["labels"], counts=counts))
+            yield batch
+
+    def _check_head(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Raise UserError where the model did not do in `_at_labels` what it was to do."""
+        if self.head_loss is not None:
+            self.head_loss.check(logits)
+        elif self.labelled_head is not None:
+            self.labelled_head.check(logits, labels)
+
+    def _predicted(self, model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return the summed loss of a batch, and how many labels are predicted right, how many
+        there are, and how many samples have any."""
         batch = self._prepare_inputs(self._with_positions(batch))
-        labels = batch.pop("labels")
-        samples = labels.ne(IGNORED).any(-1).sum()
-        if self.labelled_head is None:
-            return model(**batch).logits.flatten(0, 1), labels.flatten(), samples
-        positions = batch.pop(POSITIONS)
-        with self.labelled_head.at(positions):
+        samples = batch["labels"].ne(IGNORED).any(-1).sum()
+        with self._at_labels(batch, counts=True) as batch:
+            labels = batch.pop("labels")
+            kept = labels.ne(IGNORED)
             logits = model(**batch).logits
-        self.labelled_head.check(logits, positions)
-        return logits, labels.flatten()[positions], samples
+            self._check_head(logits, labels)
+            if self.head_loss is not None:
+                return [logits, self.head_loss.right, kept.sum(), samples]
+        logits = logits.flatten(0, -2)
+        loss = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        return [loss, (logits.argmax(-1).eq(labels) & kept).sum(), kept.sum(), samples]
 
     def evaluation_loop(
         self,
@@ -429,15 +456,8 @@ class Trainer(transformers.Trainer):
                 for number, batch in enumerate(progress.over(dataloader, **shown)):
                     if number % BATCHES_BETWEEN_CHECKS == 0:
                         check()
-                    logits, labels, samples = self._predictions(model, batch)
-                    kept = labels.ne(IGNORED)
-                    loss = cross_entropy(
-                        logits.float(), labels, ignore_index=IGNORED, reduction="sum"
-                    )
-                    sums[0] += loss
-                    sums[1] += (logits.argmax(-1).eq(labels) & kept).sum()
-                    sums[2] += kept.sum()
-                    sums[3] += samples
+                    loss, *counted = self._predicted(model, batch)
+                    sums[:4] += torch.stack([loss.double(), *counted])
                     sums[4] += ~loss.isfinite()
                     sums[5] += 1
         finally:

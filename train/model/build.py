@@ -22,6 +22,7 @@ from shardwright.train.model import (
     activation_checkpointing,
     activations,
     fp8,
+    head_loss,
 )
 from shardwright.train.model.blocks import parameter_count
 from shardwright.train.model.configs import MODEL_CLASSES, transformers_config
@@ -121,10 +122,25 @@ def _check_flash_attention_repeats() -> None:
 
 
 def fitted(config: RunConfig, model: PreTrainedModel) -> RunConfig:
-    """Return the config with what only the weights know of their model.
+    """Return the config with what only the model itself knows, and where it has some, its weights.
 
-    Raises UserError where it says something else of them.
+    Raises UserError where the config says something else of them.
     """
+    return _with_fused_loss(_with_size(config, model), model)
+
+
+def _with_fused_loss(config: RunConfig, model: PreTrainedModel) -> RunConfig:
+    wanted = config.trainer.fused_loss
+    if wanted is False:
+        return config
+    problem = head_loss.why_not(model)
+    if problem is not None and wanted is True:
+        raise head_loss.refusal(problem)
+    trainer = config.trainer.model_copy(update={"fused_loss": problem is None})
+    return config.model_copy(update={"trainer": trainer})
+
+
+def _with_size(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     section = config.model
     found = getattr(model.config.get_text_config(), "hidden_size", None)
     if not isinstance(section, PretrainedModel):

@@ -35,6 +35,7 @@ def expected(config: RunConfig, layout: RankLayout, schedule: Schedule) -> dict[
         "clip": trainer.max_grad_norm,
         "optimizer": _expected_optimizer(config),
         "schedule": _facts_of(schedule),
+        "fused_loss": trainer.fused_loss,
         **_recomputed(config),
         **_blocks_run_as(config),
         **rotary.expected(config.model),
@@ -46,7 +47,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
     """Return facts read off the live loop."""
     import torch
 
-    from shardwright.train.model import activation_checkpointing, activations, fp8
+    from shardwright.train.model import activation_checkpointing, activations, fp8, head_loss
 
     args = trainer.args
     layout = rank_layout(trainer.config.strategy, args.world_size)
@@ -60,6 +61,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
         "clip": args.max_grad_norm,
         "optimizer": _optimizer(trainer),
         "schedule": _facts_of(_live_schedule(trainer)),
+        "fused_loss": head_loss.is_in(trainer.model),
         **activation_checkpointing.read_back(trainer.model),
         **_how_blocks_run(trainer),
         "unfused_gelus": activations.unfused(trainer.model),

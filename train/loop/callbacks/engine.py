@@ -74,6 +74,8 @@ def precision_line(facts: dict[str, Any]) -> str:
     ]
     if facts["attention"] != "sdpa":  # which almost all architectures have
         parts.append(f"{facts['attention']} attention")
+    if not facts["fused_loss"]:  # which almost all architectures allow
+        parts.append("loss of all logits at once")
     if facts["initial_loss_scale"] is not None:
         parts.append(f"loss scale {facts['initial_loss_scale']:g}")
     return f"{name} on {ranks}: {', '.join(parts)}"
