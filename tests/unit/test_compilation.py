@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,8 @@ def config_of(tiny_tree: TreeOf, tmp_path: Path) -> Any:
 def _gpu_that_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton asks the GPU, which there is none of here."""
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(compilation, "_without_headers", lambda: None)
 
 
 @pytest.mark.usefixtures("_gpu_that_compiles")
@@ -94,6 +97,28 @@ def test_what_cannot_compile_is_said_by_auto_and_an_error_where_it_was_asked_for
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
     with pytest.raises(UserError, match=r"=true: torch's compiler needs a C\+\+ compiler"):
         compilation.settled(config_of("cpu", compile=True), model)
+
+
+@pytest.mark.parametrize("lacking", ["compiler", "headers"])
+def test_a_gpu_without_what_kernels_are_built_by_does_not_compile_them(
+    lacking: str, config_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a small container, where auto must not end the run at its first step."""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    has = {"gcc"} if lacking == "headers" else set()
+    monkeypatch.setattr("shutil.which", lambda name: name if name in has else None)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    needed = {"compiler": r"a C compiler \(gcc", "headers": r"Python's headers \(Python.h\)"}
+    model = GPT2LMHeadModel(TINY)
+    found, said = compilation.settled(config_of("cuda"), model)
+    assert found.trainer.compile is False
+    assert said is not None
+    assert re.search(needed[lacking], said)
+    with pytest.raises(UserError, match=f"=true: .*{needed[lacking]}.* or set trainer.compile"):
+        compilation.settled(config_of("cuda", compile=True), model)
+    (tmp_path / "Python.h").touch()
+    if lacking == "headers":
+        assert compilation.settled(config_of("cuda"), model)[1] is None
 
 
 @pytest.mark.usefixtures("_gpu_that_compiles")

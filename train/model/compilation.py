@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,14 +70,32 @@ def _hindrance(device: str) -> str | None:
                 "torch's compiler needs Triton and a GPU of compute capability 7.0 or later, which "
                 "are not both here; `pip install triton`"
             )
-        return None
+        # By which it builds what starts a kernel (triton, runtime/build.py).
+        named = os.environ.get("CC")
+        if not any(map(shutil.which, ("gcc", "clang") if named is None else (named,))):
+            return "Triton needs a C compiler (gcc or clang, or what CC names); install one"
+        return _without_headers()
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except RuntimeError:
         return "torch's compiler needs a C++ compiler (g++, or what CXX names); install one"
-    return None
+    return _without_headers()
+
+
+def _without_headers() -> str | None:
+    # What is compiled on either device is a module of Python's.
+    schemes = {sysconfig.get_default_scheme(), "posix_prefix"}
+    folders = [sysconfig.get_path("include", scheme) for scheme in schemes]
+    for name in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"):
+        folders += os.environ.get(name, "").split(os.pathsep)
+    if any(Path(folder, "Python.h").exists() for folder in folders if folder):
+        return None
+    return (
+        "torch's compiler needs Python's headers (Python.h), which are not here; install what your "
+        "system calls python3-dev or python3-devel"
+    )
 
 
 def compile_blocks(model: PreTrainedModel) -> None:

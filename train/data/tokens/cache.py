@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 
 def cache_root(data: DataConfig) -> Path:
-    """Return the directory that holds tokens/, tokenizers/ and downloads/."""
+    """Return the directory that holds tokens/, tokenizers/, downloads/ and compiled/."""
     if data.cache_dir is not None:
         return Path(data.cache_dir).expanduser()
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
