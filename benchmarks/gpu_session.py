@@ -44,6 +44,7 @@ WORTH: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Each model with the variants of the first rounds, the dearest to know first."""
 WITHOUT: tuple[tuple[str, str], ...] = (
     ("kantaibert", "objective.head_on_labels_only=false"),
+    ("modernbert_base", "data.document_attention=false"),
     ("gpt2_small", "model.fused_gelu=false"),
     ("kantaibert", "single_eager"),
     ("gpt2_small", "single_eager"),

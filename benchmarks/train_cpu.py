@@ -106,7 +106,12 @@ class Plan:
             rows = {OURS: [f"strategy={first}"]}
             return rows | {f"strategy={name}": [f"strategy={name}"] for name in others}
         one = "strategy=single"
-        of_model = [setting for setting in self.without if composes(self, model, setting)]
+        named = [each.rpartition(":") for each in self.without]
+        of_model = [
+            setting
+            for of, _, setting in named
+            if of in ("", model) and composes(self, model, setting)
+        ]
         return {OURS: [one], **{setting: [one, setting] for setting in of_model}}
 
 
@@ -413,9 +418,9 @@ def parser() -> argparse.ArgumentParser:
         "--without",
         nargs="+",
         default=[],
-        metavar="FIELD=VALUE",
+        metavar="[MODEL:]FIELD=VALUE",
         help="a row of its own with one thing switched off, such as "
-        "objective.head_on_labels_only=false",
+        "kantaibert:objective.head_on_labels_only=false",
     )
     found.add_argument("--batch", type=int, default=16, help="samples of a step")
     found.add_argument("--steps", type=int, default=3, help="measured steps of each run")

@@ -55,6 +55,19 @@ def test_masked_models_multiply_less_and_keep_less(
 
 
 @pytest.mark.distributed
+def test_lines_of_all_lengths_are_not_padded(
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    """The stock Trainer pads each batch to its longest line."""
+    lines: dict[str, Any] = {"line_by_line": True, "max_cut_fraction": 0.5}
+    lines |= {"unpad": True, "document_attention": True}
+    ours, stock = both(ranks, frozen(tiny_tree, frozen_run, "mlm", **lines))
+    assert ours["loss"] == pytest.approx(stock["loss"], abs=1e-4)
+    assert stock["flops"] / ours["flops"] > 1.7
+    assert stock["bytes_kept"] / ours["bytes_kept"] > 1.6
+
+
+@pytest.mark.distributed
 def test_causal_models_multiply_no_more_and_keep_no_more(
     tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
 ) -> None:

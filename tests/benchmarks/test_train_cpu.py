@@ -80,6 +80,9 @@ def test_a_setting_is_a_row_of_the_models_that_have_it_on_one_rank(plan: Plan) -
     assert list(plan.variants("kantaibert", 1)) == [OURS, HEAD]
     assert list(plan.variants("gpt2_small", 1)) == [OURS]
     assert list(plan.variants("kantaibert", 2)) == [OURS, "strategy=zero2"]
+    of_one = replace(plan, without=["gpt2_small:model.fused_gelu=false", "no.such_field=1"])
+    assert list(of_one.variants("kantaibert", 1)) == [OURS]
+    assert list(of_one.variants("gpt2_small", 1)) == [OURS, "model.fused_gelu=false"]
 
 
 def test_a_counted_run_of_the_peer_differs_by_the_counting_alone(plan: Plan) -> None:
