@@ -65,6 +65,7 @@ def overrides(plan: Plan, ranks: int) -> list[str]:
         "data.sequence_length=32",
         "data.eval_fraction=0",
         "data.max_documents=30",
+        "data.document_attention=false",
         "launcher.device=cpu",
         *(alone if ranks == 1 else together),
         f"trainer.max_steps={steps}",
