@@ -129,6 +129,40 @@ def test_the_numbers_of_a_step_outlast_the_next_ones_begin() -> None:
     assert gate.last()[1].loss == 1.0
 
 
+def test_beside_a_gpu_the_step_before_is_known_while_one_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[int] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self) -> None:
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            waited.append(self.number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    gate = Gate(CPU)
+    gate._on_host = torch.zeros(2, 2)
+    for step in range(1, 5):
+        gate.begin()
+        gate.add_loss(torch.tensor(float(step)))
+        gate.judge(10.0 * step)
+        gate.conclude(step)
+        before = Numbers(step - 1, step - 1.0, 10.0 * (step - 1))
+        assert gate.newest_known() == (before if step > 1 else None)
+        assert gate.last()[-1] == Numbers(step, float(step), 10.0 * step)
+        waited.pop()  # for the last, of which a save asks
+        assert set(waited) <= {step - 1}
+        waited.clear()
+
+
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_element_among_many_is_found(dtype: torch.dtype, bad: float) -> None:
