@@ -50,7 +50,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Setup:
-    """What a model is trained on, and how: 16,384 tokens a step keep a GPU busy."""
+    """What a model is trained on, and how: 16,384 tokens a step keep a GPU busy.
+
+    Half of them where logits of 128,256 words would not fit beside the peer's optimizer.
+    """
 
     objective: str
     sequence_length: int
@@ -76,7 +79,7 @@ MODELS = {
     "modernbert_base": Setup(
         "mlm",
         1024,
-        32,
+        16,
         (
             *("model=modernbert_base", "model.hidden_size=64", "model.intermediate_size=96"),
             *("model.num_hidden_layers=3", "model.num_attention_heads=2", "model.vocab_size=2048"),
@@ -101,7 +104,7 @@ MODELS = {
     "llama_8b": Setup(
         "clm",
         4096,
-        4,
+        2,
         _LLAMA_TINY,
         ("model=llama_8b",),
         variants=("stock_tuned", "fsdp", "single"),
