@@ -140,7 +140,10 @@ def test_a_model_without_blocks_is_left_alone_by_auto(config_of: Any) -> None:
 def test_a_directory_that_the_user_names_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(compilation.CACHE, raising=False)
+    monkeypatch.setenv(compilation.CACHE, "")
+    monkeypatch.delenv(compilation.CACHE)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    torch._inductor.runtime.cache_dir_utils.cache_dir()  # which sets it
     compilation.keep(tmp_path / "ours")
     assert os.environ[compilation.CACHE] == str(tmp_path / "ours")
     monkeypatch.setenv(compilation.CACHE, "/theirs")

@@ -130,7 +130,11 @@ def leave_hooks_alone(model: PreTrainedModel) -> None:
 
 def keep(directory: Path) -> None:
     """Have torch keep what it compiles in a directory, unless the user or a launcher names one."""
-    os.environ.setdefault(CACHE, str(directory))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # torch sets it itself where it has looked for its own (2.13, cache_dir of the same module).
+    if os.environ.get(CACHE) in (None, default_cache_dir()):
+        os.environ[CACHE] = str(directory)
 
 
 @dataclass(frozen=True)
