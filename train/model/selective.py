@@ -92,10 +92,10 @@ class Kept:
     def add(self, operation: Any, result: Any) -> None:
         values = tree_map_only(torch.Tensor, _detached, result)
         versions = [t._version for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
-        self._entries[operation].append(_Entry(values, versions, _dice(operation, values)))
+        self._entries[operation].append(_Entry(values, versions, _rng_states(operation, values)))
 
     def take(self, operation: Any) -> Any:
-        """Return what the operation has given, with the dice as they stood behind it."""
+        """Return what the operation has given, with the generators as they stood behind it."""
         entries = self._entries.get(operation)
         if not entries:
             raise RuntimeError(
@@ -110,7 +110,7 @@ class Kept:
                 f"trainer.recompute=selective: what {_name(operation)} gives is changed in place "
                 "by this model, so it cannot be kept; set trainer.recompute=full"
             )
-        for set_state, state in entry.dice:
+        for set_state, state in entry.rng_states:
             set_state(state)
         return entry.values
 
@@ -126,21 +126,23 @@ class Kept:
 class _Entry:
     values: Any
     versions: list[int]
-    dice: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]
+    rng_states: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]
     """The state of each generator after it, where it draws from any: what follows draws there."""
 
 
-def _dice(operation: Any, values: Any) -> list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]:
+def _rng_states(
+    operation: Any, values: Any
+) -> list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]:
     # An operation of higher order has no tags; nor has a package's own, which may draw.
     draws = torch.Tag.nondeterministic_seeded in getattr(operation, "tags", ())
     if not draws and _name(operation).startswith("aten::"):
         return []
-    dice: list[Any] = [(torch.set_rng_state, torch.get_rng_state())]
+    states: list[Any] = [(torch.set_rng_state, torch.get_rng_state())]
     devices = {t.device for t in tree_leaves(values) if isinstance(t, torch.Tensor) and t.is_cuda}
     for device in devices:
         restore = functools.partial(torch.cuda.set_rng_state, device=device)
-        dice.append((restore, torch.cuda.get_rng_state(device)))
-    return dice
+        states.append((restore, torch.cuda.get_rng_state(device)))
+    return states
 
 
 class _Keep(TorchDispatchMode):
