@@ -45,10 +45,12 @@ class Fp8Recipe:
     1 where that product is none in fp8."""
     compute_capability: float = 8.9
     """First that has the products."""
+    scales_whole_tensors: bool = False
+    """Whether all of a batch is scaled by one number, so that its samples are not independent."""
 
 
 FP8_RECIPES = {
-    "tensorwise": Fp8Recipe(),
+    "tensorwise": Fp8Recipe(scales_whole_tensors=True),
     "rowwise": Fp8Recipe(),
     "rowwise_with_gw_hp": Fp8Recipe(token_multiple=1),
 }
@@ -80,6 +82,11 @@ class PrecisionConfig(Section):
     def token_multiple(self) -> int:
         """What has to divide the tokens of a micro-batch."""
         return 1 if self.fp8_recipe is None else FP8_RECIPES[self.fp8_recipe].token_multiple
+
+    @property
+    def scales_whole_tensors(self) -> bool:
+        """Whether products have one scale for all of a batch."""
+        return self.fp8_recipe is not None and FP8_RECIPES[self.fp8_recipe].scales_whole_tensors
 
     @property
     def computes_in(self) -> Dtype:

@@ -30,7 +30,7 @@ def check(trainer: Trainer) -> dict[str, Any]:
     computes with scales that are one number for all of a batch.
     """
     bounds = bounds_of(trainer.model, trainer.config)
-    if bounds is None or trainer.config.precision.fp8_recipe == "tensorwise":
+    if bounds is None or trainer.config.precision.scales_whole_tensors:
         return {"seen_of_other_documents": None}
     number = torch.from_numpy(np.repeat(np.arange(len(LENGTHS)), LENGTHS))
     embedding: Any = trainer.model.get_input_embeddings()

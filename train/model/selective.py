@@ -88,11 +88,30 @@ class Kept:
 
     def __init__(self) -> None:
         self._entries: defaultdict[Any, deque[_Entry]] = defaultdict(deque)
+        self._of_storage: dict[int, _Entry] = {}
 
     def add(self, operation: Any, result: Any) -> None:
         values = tree_map_only(torch.Tensor, _detached, result)
-        versions = [t._version for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
-        self._entries[operation].append(_Entry(values, versions, _rng_states(operation, values)))
+        entry = _Entry(values, _versions(values), _rng_states(operation, values))
+        self._entries[operation].append(entry)
+        self._of_storage |= {_storage(tensor): entry for tensor in _tensors(values)}
+
+    def copy_before_change(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Have what is kept stay as it is where one of its tensors is about to be changed.
+
+        Versions do not tell of all changes: DeepSpeed's linear layer of ZeRO-3 adds the bias in
+        place to a view that does not share its product's (0.19, runtime/zero/linear.py, by
+        matmul's _unsafe_view in torch 2.13).
+        """
+        for tensor in tensors:
+            if (entry := self._of_storage.get(_storage(tensor))) is not None:
+                self._of_storage = {s: e for s, e in self._of_storage.items() if e is not entry}
+                entry.values = tree_map_only(torch.Tensor, torch.clone, entry.values)
+                entry.versions = _versions(entry.values)
+
+    def end(self) -> None:
+        """Have the first run be over: what a storage is for may change."""
+        self._of_storage.clear()
 
     def take(self, operation: Any) -> Any:
         """Return what the operation has given, with the generators as they stood behind it."""
@@ -104,11 +123,10 @@ class Kept:
                 "trainer.recompute=full"
             )
         entry = entries.popleft()
-        tensors = [t for t in tree_leaves(entry.values) if isinstance(t, torch.Tensor)]
-        if [t._version for t in tensors] != entry.versions:
+        if _versions(entry.values) != entry.versions:
             raise RuntimeError(
-                f"trainer.recompute=selective: what {_name(operation)} gives is changed in place "
-                "by this model, so it cannot be kept; set trainer.recompute=full"
+                f"trainer.recompute=selective: what {_name(operation)} gives in a block is changed "
+                "in place behind it, so it cannot be kept; set trainer.recompute=full"
             )
         for set_state, state in entry.rng_states:
             set_state(state)
@@ -118,16 +136,43 @@ class Kept:
     def size_bytes(self) -> int:
         """The size of what is there."""
         entries = [entry for found in self._entries.values() for entry in found]
-        tensors = [t for t in tree_leaves([e.values for e in entries]) if hasattr(t, "itemsize")]
+        tensors = _tensors([entry.values for entry in entries])
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry:
     values: Any
     versions: list[int]
     rng_states: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]
     """The state of each generator after it, where it draws from any: what follows draws there."""
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _versions(values: Any) -> list[int]:
+    return [tensor._version for tensor in _tensors(values)]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _changed(
+    operation: Any, arguments: Sequence[Any], options: Mapping[str, Any]
+) -> list[torch.Tensor]:
+    """Return what of its arguments an operation changes in place."""
+    schema = getattr(operation, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    written = [
+        arguments[i] if i < len(arguments) else options.get(argument.name)
+        for i, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return _tensors(written)
 
 
 def _rng_states(
@@ -138,7 +183,7 @@ def _rng_states(
     if not draws and _name(operation).startswith("aten::"):
         return []
     states: list[Any] = [(torch.set_rng_state, torch.get_rng_state())]
-    devices = {t.device for t in tree_leaves(values) if isinstance(t, torch.Tensor) and t.is_cuda}
+    devices = {tensor.device for tensor in _tensors(values) if tensor.is_cuda}
     for device in devices:
         restore = functools.partial(torch.cuda.set_rng_state, device=device)
         states.append((restore, torch.cuda.get_rng_state(device)))
@@ -159,10 +204,16 @@ class _Keep(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if changed := _changed(func, args, kwargs or {}):
+            self._kept.copy_before_change(changed)
         result = func(*args, **(kwargs or {}))
         if is_kept(func, args):
             self._kept.add(func, result)
         return result
+
+    def __exit__(self, *error: Any) -> None:
+        self._kept.end()
+        super().__exit__(*error)
 
 
 class _Reuse(TorchDispatchMode):
