@@ -18,18 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from omegaconf import OmegaConf
-
+from benchmarks import frozen
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, prepare, uses_gpu, versions
-from shardwright.launchers import preflight
-from shardwright.launchers.composition.compose import compose
-from shardwright.launchers.machine import directories
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.ranks.command import rank_command
 from shardwright.launchers.ranks.environment import rank_environment
-from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.config import RunConfig
 from shardwright.train.errors import BAD_INPUT, FAILED, UserError
 from shardwright.train.run_directory.names import LOGS
 
@@ -76,16 +72,8 @@ def overrides(plan: Plan, strategy: str) -> list[str]:
 
 
 def freeze(plan: Plan, strategy: str, run_dir: Path) -> RunConfig:
-    """Compose a run and create its directory, as `shardwright train` does.
-
-    Raises UserError where this machine cannot run it.
-    """
-    (job,) = compose(overrides(plan, strategy))
-    tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
-    config = machine.resolve(from_tree(tree), plan.here, str(run_dir))
-    preflight.check(config, plan.here)
-    directories.create(config, run_dir)
-    return config
+    """Create the directory of a run. Raises UserError where this machine cannot run it."""
+    return frozen.freeze(overrides(plan, strategy), plan.here, run_dir)
 
 
 def measure(plan: Plan, config: RunConfig, run_dir: Path) -> Figures:

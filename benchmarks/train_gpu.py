@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from benchmarks import frozen
 from benchmarks.flops import peak_bf16_flops
 from benchmarks.report import (
     LIKE_FOR_LIKE,
@@ -33,14 +32,11 @@ from benchmarks.report import (
     summary,
 )
 from benchmarks.watched import end
-from shardwright.launchers import preflight
-from shardwright.launchers.composition.compose import compose
-from shardwright.launchers.machine import directories
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.ranks.command import prepare_command
 from shardwright.launchers.ranks.environment import rank_environment
-from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.config import RunConfig
 from shardwright.train.errors import BAD_INPUT, FAILED, UserError
 from shardwright.train.program import package_environment
 from shardwright.train.run_directory.names import LOGS
@@ -192,16 +188,8 @@ def overrides(plan: Plan, model: str, variant: str) -> list[str]:
 
 
 def freeze(plan: Plan, model: str, variant: str, run_dir: Path) -> RunConfig:
-    """Compose a run and create its directory, as `shardwright train` does.
-
-    Raises UserError where this machine cannot run it.
-    """
-    (job,) = compose(overrides(plan, model, variant))
-    tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
-    config = machine.resolve(from_tree(tree), plan.here, str(run_dir))
-    preflight.check(config, plan.here)
-    directories.create(config, run_dir)
-    return config
+    """Create the directory of a run. Raises UserError where this machine cannot run it."""
+    return frozen.freeze(overrides(plan, model, variant), plan.here, run_dir)
 
 
 def prepare(run_dir: Path) -> None:
