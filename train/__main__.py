@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from shardwright.train.console import terminal
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, UserError
-from shardwright.train.process import inherited, signals
+from shardwright.train.process import inherited, memory, signals
 from shardwright.train.process.arguments import decoded
 from shardwright.train.process.stop_request import watch_for_stop
 from shardwright.train.run_directory import stop_note
@@ -66,6 +66,8 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
         with suppress(OSError):
             note_failure(run_dir, rank.index, error, exhausted.explained(error, settings))
         raise
+    if settings.launcher.device == "cpu":
+        memory.keep_what_is_freed(os.environ)
     ignored = inherited.said(inherited.forget_engine(os.environ))
     if rank.index == 0:
         stop_note.forget(run_dir)
