@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -93,6 +94,117 @@ def test_tensors_are_streamed_in_slices_and_cast(dtype: torch.dtype, tmp_path: P
     }
     assert sum(counted) == plan.tensor_bytes
     assert len(counted) > 30
+
+
+# --- past the page cache --------------------------------------------------------------------------
+
+BLOCK = whole.BLOCK_BYTES
+
+
+@pytest.mark.parametrize(
+    ("offset", "address", "length", "blocks"),
+    [
+        (0, 0, 3 * BLOCK, (0, 3 * BLOCK)),
+        (2 * BLOCK, 5 * BLOCK, BLOCK + 1, (0, BLOCK)),
+        (BLOCK - 8, 7 * BLOCK - 8, 2 * BLOCK, (8, BLOCK + 8)),
+        (BLOCK - 8, 7 * BLOCK - 16, 2 * BLOCK, (0, 0)),  # in memory they begin elsewhere
+        (BLOCK - 8, 7 * BLOCK - 8, BLOCK + 7, (0, 0)),  # no block is whole
+        (8, 8, 100, (0, 0)),
+        (0, 0, 0, (0, 0)),
+    ],
+)
+def test_whole_blocks_of_the_file_and_of_memory_are_found(
+    offset: int, address: int, length: int, blocks: tuple[int, int]
+) -> None:
+    assert whole.in_blocks(offset, address, length) == blocks
+
+
+LARGE = {
+    "mask": torch.tensor([True, False, True]),
+    "matrix": torch.randn(3 * BLOCK, 5),
+    "narrow": torch.randn(7 * BLOCK + 5).bfloat16(),
+    "wide": torch.randn(3 * BLOCK + 1, dtype=torch.float64),
+    "small": torch.randn(9),
+}
+
+
+def streamed(directory: Path, threads: int, *, past_cache: bool) -> bytes:
+    """Return the file that becomes of LARGE, in fp32 but for what is no number."""
+    outputs, lazy = [], {}
+    for name, tensor in LARGE.items():
+        (directory / name).mkdir(parents=True, exist_ok=True)
+        cuts = [1, tensor.numel() // 2 + 3] if tensor.numel() > 9 else []
+        lazy[name] = in_fragments(tensor, directory / name, cuts)
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        outputs.append(Output(name, tuple(tensor.shape), dtype))
+    writer = Writer(directory, whole.plan(outputs), past_cache=past_cache)
+    whole.stream(lazy, writer, Budget(threads, slice_bytes=4 * BLOCK))
+    writer.flush()
+    file = directory / "model.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    return data
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_all_but_the_ends_of_tensors_is_written_past_the_page_cache(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = streamed(tmp_path, 1, past_cache=False)
+    past: list[int] = []
+    through: list[int] = []
+    write_at = whole._write_at
+
+    def counting(data: memoryview, path: Path, offset: int, flags: int = 0) -> None:
+        (past if flags & os.O_DIRECT else through).append(len(data))
+        write_at(data, path, offset, flags & ~os.O_DIRECT)  # not every disk of a test can
+
+    monkeypatch.setattr(whole, "_write_at", counting)
+    assert streamed(tmp_path, threads, past_cache=True) == expected
+    assert sum(past) + sum(through) == sum(t.numel() * 4 for t in LARGE.values()) - 3 * 4 + 3
+    assert all(length % BLOCK == 0 for length in past)
+    assert len(through) <= 2 * len(LARGE), "each tensor's first and last block"
+    assert sum(through) < 2 * len(LARGE) * BLOCK
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_the_disk_gets_past_the_page_cache_is_what_it_gets_through_it(
+    threads: int, tmp_path: Path
+) -> None:
+    expected = streamed(tmp_path, 1, past_cache=False)
+    for _ in range(5):
+        assert streamed(tmp_path, threads, past_cache=True) == expected
+
+
+def test_a_file_system_that_cannot_write_past_the_page_cache_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = streamed(tmp_path, 1, past_cache=False)
+    refused, open_file = [], os.open
+
+    def refusing(path: Path, flags: int, *arguments: int) -> int:
+        if flags & os.O_DIRECT:
+            refused.append(path)
+            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+        return open_file(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert streamed(tmp_path, 1, past_cache=True) == expected
+    assert len(refused) == 1
+
+
+def test_an_error_past_the_page_cache_names_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/model.safetensors'"):
+        streamed(tmp_path, 1, past_cache=True)
+
+
+# --- several writers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64])

@@ -110,7 +110,7 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
 
     beside = _beside_the_weights(options, chosen, found, config_path, tokenizer, err)
     with _writing(options.out) as directory:
-        writer = whole.Writer(directory, plan, allow_nan=options.allow_nan)
+        writer = whole.Writer(directory, plan, allow_nan=options.allow_nan, past_cache=True)
         with _bar("writing", err, plan.tensor_bytes) as advance:
             whole.stream(found.tensors, writer, budget, advance)
         writer.flush()

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,6 +28,12 @@ from shardwright.train.checkpoint.format.outputs import Output, Place, share
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+
+BLOCK_BYTES = max(4096, mmap.PAGESIZE)
+"""The unit of what is written past the page cache.
+
+Disks are content with 4096. Whole pages, so that the cache holds none of which a part goes past it.
+"""
 
 _T = TypeVar("_T")
 
@@ -149,14 +156,23 @@ class Writer:
     """Writes slices of a plan's tensors into a directory, from any thread, in any order.
 
     Several processes may, each other slices: the first makes the files, in their full size from the
-    beginning. Raises OSError where they do not fit.
+    beginning. With ``past_cache`` what lies in memory as in its file (`phase`) goes to the disk
+    without a copy in the page cache, where the file system can. Raises OSError where the files do
+    not fit.
     """
 
     def __init__(
-        self, directory: Path, plan: Plan, *, allow_nan: bool = False, makes_files: bool = True
+        self,
+        directory: Path,
+        plan: Plan,
+        *,
+        allow_nan: bool = False,
+        makes_files: bool = True,
+        past_cache: bool = False,
     ) -> None:
         self.plan = plan
         self._directory, self._allow_nan = directory, allow_nan
+        self._past_cache = past_cache and hasattr(os, "O_DIRECT")
         self._files = {name: file for file in plan.files for name in file.offsets}
         self._touched: dict[str, File] = {}
         """The files that `flush` waits for, by name."""
@@ -200,11 +216,28 @@ class Writer:
                 part = cast[first - start : last - start]
                 self._write(place.output, part, place.output_start + first - place.start)
 
+    def phase(self, name: str, start: int) -> int:
+        """Return by how many bytes an element of a tensor lies behind the start of a disk block."""
+        for place in self.plan.of(name):
+            if place.start <= start < place.start + place.length:
+                at = place.output_start + start - place.start
+                offset = self._files[place.output].offsets[place.output]
+                return (offset + at * self.plan.dtype(name).itemsize) % BLOCK_BYTES
+        return 0
+
     def _write(self, output: str, values: torch.Tensor, start: int) -> None:
         file = self._files[output]
         offset = file.offsets[output] + start * values.element_size()
         self._touched[file.name] = file
-        _write_at(values.view(torch.uint8).numpy().data, self._directory / file.name, offset)
+        path, data = self._directory / file.name, values.view(torch.uint8).numpy().data
+        begin, end = 0, 0
+        if self._past_cache:
+            begin, end = in_blocks(offset, values.data_ptr(), len(data))
+        if begin < end and not _write_past_cache(data[begin:end], path, offset + begin):
+            self._past_cache, begin, end = False, 0, 0
+        for first, last in ((0, begin), (end, len(data))):
+            if first < last:
+                _write_at(data[first:last], path, offset + first)
 
     def flush(self) -> None:
         """Wait until what this process has written is on the disk: no other one can do it.
@@ -266,8 +299,29 @@ def _reserve(descriptor: int, size: int, path: Path) -> None:
             raise OSError(code, os.strerror(code), str(path))
 
 
-def _write_at(data: memoryview, path: Path, offset: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY)
+def in_blocks(offset: int, address: int, length: int) -> tuple[int, int]:
+    """Return which bytes of some fill blocks of their file and of memory alike. Pure.
+
+    None, where those of the file and of memory begin at different ones.
+    """
+    begin = -offset % BLOCK_BYTES
+    end = (offset + length) // BLOCK_BYTES * BLOCK_BYTES - offset
+    return (begin, end) if begin < end and not (address + begin) % BLOCK_BYTES else (0, 0)
+
+
+def _write_past_cache(data: memoryview, path: Path, offset: int) -> bool:
+    """Write whole blocks straight to the disk; return False where the file system cannot."""
+    try:
+        _write_at(data, path, offset, os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
+def _write_at(data: memoryview, path: Path, offset: int, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_WRONLY | flags)
     try:
         done = 0
         while done < len(data):
@@ -331,8 +385,13 @@ def stream(
             name, tensor = found[number]
             # 16 bits may be cast to 32.
             step = max(1, budget.slice_bytes // max(4, tensor.dtype.itemsize))
-            for start in range(begin, end, step):
-                yield name, start, min(start + step, end)
+            itemsize, start = writer.plan.dtype(name).itemsize, begin
+            while start < end:
+                # All but the first begin with a block of the file, if they are as long as one.
+                beyond = writer.phase(name, start) // itemsize
+                stop = min(start + step - (beyond if beyond < step else 0), end)
+                yield name, start, stop
+                start = stop
 
     counting, of_thread = Lock(), local()
 
@@ -340,13 +399,24 @@ def stream(
         name, start, stop = part
         if not hasattr(of_thread, "buffers"):
             # The allocator would keep several of each thread's.
-            of_thread.buffers = torch.empty(2, budget.slice_bytes, dtype=torch.uint8)
+            of_thread.buffers = [_aligned(budget.slice_bytes + BLOCK_BYTES) for _ in range(2)]
         source, target = of_thread.buffers
-        writer.write(name, tensors[name].read(start, stop, source), start, target)
+        phase = writer.phase(name, start)
+        # What is not cast is written from where it has been read to.
+        is_cast = tensors[name].dtype != writer.plan.dtype(name)
+        values = tensors[name].read(start, stop, source if is_cast else source[phase:])
+        writer.write(name, values, start, target[phase:])
         with counting:
             advance((stop - start) * writer.plan.dtype(name).itemsize)
 
     on_threads(slices(), write, budget.threads)
+
+
+def _aligned(size: int) -> torch.Tensor:
+    """Return so many bytes, the first of which begins a block of memory."""
+    bytes_ = torch.empty(size + BLOCK_BYTES, dtype=torch.uint8)
+    begin = -bytes_.data_ptr() % BLOCK_BYTES
+    return bytes_[begin : begin + size]
 
 
 def on_threads(work: Iterator[_T], do: Callable[[_T], None], threads: int) -> None:
