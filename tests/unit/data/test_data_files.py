@@ -21,13 +21,12 @@ import pytest
 
 from shardwright.train.config.data import HubData
 from shardwright.train.data.sources import hub
-from shardwright.train.data.sources.files import (
+from shardwright.train.data.sources.files.paths import check_overlap, expand
+from shardwright.train.data.sources.files.pieces import PIECE_BYTES
+from shardwright.train.data.sources.files.reading import (
     HASHED_BYTES,
-    PIECE_BYTES,
     check_file,
     check_files,
-    check_overlap,
-    expand,
     identity,
     read_file,
 )

@@ -20,7 +20,7 @@ from shardwright.train.data.sources.corpus import (
     read_corpus,
     source_weights,
 )
-from shardwright.train.data.sources.files import Text
+from shardwright.train.data.sources.files.pieces import Text
 from shardwright.train.data.sources.registry import SOURCES, source_of
 from shardwright.train.data.sources.source import DataSet, Reading, Source
 from shardwright.train.errors import UserError

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.train.config.data import HubData
-from shardwright.train.data.sources import files
-from shardwright.train.data.sources.files import Text, column_missing, no_text
+from shardwright.train.data.sources.files.errors import column_missing, no_text
+from shardwright.train.data.sources.files.pieces import Text, pieces
+from shardwright.train.data.sources.files.reading import identity as file_identity
 from shardwright.train.data.sources.source import DataSet, Reading, Source, code
 from shardwright.train.errors import UserError
 from shardwright.train.paths import absolute_if_here, is_hub_name, not_a_directory
@@ -26,7 +27,7 @@ class Hub(Source[HubData]):
         yield from not_a_directory("data.name", self.data.name, "the data set")
 
     def texts(self, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
-        yield (piece for row in rows(self.data) for piece in files.pieces(row))
+        yield (piece for row in rows(self.data) for piece in pieces(row))
 
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
         return {"sources": identity(self.data)}
@@ -90,7 +91,7 @@ def identity(data: HubData) -> list[Any]:
     what: list[Any] = [data.name, data.config, data.split, data.text_field]
     local = Path(data.name)
     if local.is_dir():
-        return [*what, [files.identity(p) for p in sorted(local.rglob("*")) if p.is_file()]]
+        return [*what, [file_identity(p) for p in sorted(local.rglob("*")) if p.is_file()]]
     commit = _commit(data)
     return [*what, commit or _load(data)._fingerprint]
 

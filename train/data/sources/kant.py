@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.train.config.data import KantData
-from shardwright.train.data.sources import files
-from shardwright.train.data.sources.files import Text
+from shardwright.train.data.sources.files.pieces import Text, pieces
+from shardwright.train.data.sources.files.reading import identity
 from shardwright.train.data.sources.source import Reading, Source
 from shardwright.train.errors import UserError
 
@@ -29,14 +29,11 @@ class Books(Source[KantData]):
     def texts(self, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
         cut = lines if self.data.line_by_line else paragraphs
         yield (
-            piece
-            for book in self._books(cache_dir)
-            for text in cut(book)
-            for piece in files.pieces(text)
+            piece for book in self._books(cache_dir) for text in cut(book) for piece in pieces(text)
         )
 
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
-        return {"sources": [files.identity(path) for path in self._books(cache_dir)]}
+        return {"sources": [identity(path) for path in self._books(cache_dir)]}
 
     def title(self) -> str:
         return "books by Immanuel Kant"

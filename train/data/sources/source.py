@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from shardwright.train.config.data import DataSection
-from shardwright.train.data.sources.files import Text
+from shardwright.train.data.sources.files.pieces import Text
 
 Settings = TypeVar("Settings", bound=DataSection)
 

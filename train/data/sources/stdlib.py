@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.train.config.data import StdlibData
-from shardwright.train.data.sources import files
-from shardwright.train.data.sources.files import Text
+from shardwright.train.data.sources.files.pieces import Text, pieces
+from shardwright.train.data.sources.files.reading import identity
 from shardwright.train.data.sources.source import Reading, Source
 from shardwright.train.errors import UserError
 
@@ -29,10 +29,10 @@ class Stdlib(Source[StdlibData]):
             )
 
     def texts(self, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
-        yield (piece for source in _sources() for piece in files.pieces(source))
+        yield (piece for source in _sources() for piece in pieces(source))
 
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
-        return {"sources": [files.identity(path) for path in _files()]}
+        return {"sources": [identity(path) for path in _files()]}
 
     def title(self) -> str:
         return "the Python sources of the interpreter's own standard library"

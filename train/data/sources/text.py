@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.train.config.data import TextData
-from shardwright.train.data.sources import files
-from shardwright.train.data.sources.files import Text
+from shardwright.train.data.sources.files.errors import is_empty
+from shardwright.train.data.sources.files.paths import check_overlap, expand, is_glob
+from shardwright.train.data.sources.files.pieces import Text
+from shardwright.train.data.sources.files.reading import check_files, identity, read_file
 from shardwright.train.data.sources.source import Reading, Source, code
 from shardwright.train.paths import absolute
 
@@ -21,15 +23,15 @@ class LocalFiles(Source[TextData]):
         return self.data.model_copy(update={"paths": paths})
 
     def check(self) -> None:
-        files.check_overlap(self.data.paths)
+        check_overlap(self.data.paths)
         for pattern in self.data.paths:
-            files.check_files(pattern, self.data.text_field)
+            check_files(pattern, self.data.text_field)
 
     def texts(self, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
         yield from (self._texts(pattern, reading) for pattern in self.data.paths)
 
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
-        paths = [[files.identity(p) for p in files.expand(pattern)] for pattern in self.data.paths]
+        paths = [[identity(p) for p in expand(pattern)] for pattern in self.data.paths]
         return {"sources": paths, "text_field": self.data.text_field}
 
     @property
@@ -45,11 +47,11 @@ class LocalFiles(Source[TextData]):
         return "local files, " + ", ".join(code(Path(path).name) for path in self.data.paths)
 
     def _texts(self, pattern: str, reading: Reading) -> Iterator[Text]:
-        for path in files.expand(pattern):
-            is_empty = True
-            for piece in files.read_file(path, self.data.text_field, self.data.line_by_line):
-                is_empty = is_empty and not piece.text.strip()
+        for path in expand(pattern):
+            has_text = False
+            for piece in read_file(path, self.data.text_field, self.data.line_by_line):
+                has_text = has_text or bool(piece.text.strip())
                 yield piece
-            if is_empty and not files.is_glob(pattern):
-                raise files.is_empty(path)
-            reading.empty_files += is_empty
+            if not has_text and not is_glob(pattern):
+                raise is_empty(path)
+            reading.empty_files += not has_text

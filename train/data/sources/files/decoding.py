@@ -1,0 +1,77 @@
+"""Files as text: opened by how their names end, decoded a chunk at a time."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from shardwright.train.data.sources.files.errors import unreadable
+from shardwright.train.data.sources.files.pieces import PIECE_BYTES
+from shardwright.train.errors import UserError
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def decoded(path: Path, limit_bytes: int | None = None) -> Iterator[str]:
+    """Yield a UTF-8 file's text in chunks, with "\\n" as its only line end."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    offset = pending = 0
+    try:
+        with open_bytes(path) as file:
+            while limit_bytes is None or offset < limit_bytes:
+                chunk = file.read(PIECE_BYTES)
+                if offset == 0:
+                    _check_no_archive(path, chunk)
+                pending = len(decoder.getstate()[0])
+                text = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
+                if offset == 0:
+                    _check_no_zeros(path, text)
+                yield text.removeprefix("\ufeff") if offset == 0 else text
+                offset += len(chunk)
+                if not chunk:
+                    break
+    except UnicodeDecodeError as error:
+        position = offset - pending + error.start
+        raise UserError(
+            f"data.paths: {path} is not UTF-8 at byte {position} "
+            f"(0x{error.object[error.start]:02x}); convert it to UTF-8 or leave it out"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(path, error) from None
+
+
+def _check_no_archive(path: Path, beginning: bytes) -> None:
+    if beginning[257:262] == b"ustar":
+        raise UserError(
+            f"data.paths: {path} is a tar archive, not a text; unpack it and name its files"
+        )
+
+
+def _check_no_zeros(path: Path, beginning: str) -> None:
+    if beginning.count("\0") * 4 > len(beginning):  # ASCII in UTF-16 is UTF-8 with zeros, too
+        raise UserError(
+            f"data.paths: {path} is UTF-16 or UTF-32 without a mark, or not text: it is full of "
+            "zero bytes; convert it to UTF-8 or leave it out"
+        )
+
+
+def lines(chunks: Iterable[str]) -> Iterator[str]:
+    parts: list[str] = []
+    for chunk in chunks:
+        first, *others = chunk.split("\n")
+        parts.append(first)
+        if others:
+            yield "".join(parts)
+            *lines, last = others
+            yield from lines
+            parts = [last]
+    if rest := "".join(parts):
+        yield rest

@@ -1,0 +1,102 @@
+"""What a file holds: checked before a run starts, read, and told apart from another."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from shardwright.train.data.sources.files import delimited, jsonl, tables
+from shardwright.train.data.sources.files.decoding import decoded
+from shardwright.train.data.sources.files.errors import is_directory, is_empty, unreadable
+from shardwright.train.data.sources.files.formats import TABLES, ending, format_of
+from shardwright.train.data.sources.files.paths import expand, is_glob
+from shardwright.train.data.sources.files.pieces import Text, in_lines, in_pieces, pieces
+from shardwright.train.errors import UserError
+
+CHECKED_BYTES = 2**20
+HASHED_BYTES = 2**20
+
+
+def check_files(pattern: str, text_field: str) -> None:
+    """Raise UserError where a file is missing or unreadable, going by its beginning, or empty.
+
+    An empty file that a glob has matched is none of the user's choosing: reading skips it,
+    as long as another is not empty.
+    """
+    paths = expand(pattern)
+    empty = [path for path in paths if not check_file(path, text_field)]
+    if empty and not is_glob(pattern):
+        raise is_empty(empty[0])
+    if len(empty) == len(paths):
+        raise UserError(
+            f"data.paths: {pattern} matches {len(paths):,} files, and all of them are empty; "
+            "fill them or correct the pattern"
+        )
+
+
+def check_file(path: Path, text_field: str) -> bool:
+    """Return whether there is text in a file; raise UserError where it is missing or unreadable.
+
+    Goes by its beginning: reads at most the first MiB, or the first row where that is longer.
+    """
+    if os.path.isdir(path):
+        raise is_directory(path)
+    kind = format_of(path)
+    try:
+        size_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(
+            f"data.paths: {path} does not exist (looked in {os.getcwd()}); correct the path"
+        ) from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    has_content = size_bytes > 0
+    if has_content and kind not in TABLES:
+        # All of it, not any(): every chunk has to be decoded.
+        has_content = sum(len(text.strip()) for text in decoded(path, CHECKED_BYTES)) > 0
+    if has_content and kind != ".txt":
+        has_content = next(_rows(path, text_field), None) is not None
+    return has_content or size_bytes > CHECKED_BYTES
+
+
+def read_file(path: Path, text_field: str, by_line: bool) -> Iterator[Text]:
+    """Yield the documents of a file: a row each, or the whole of a .txt (``by_line``: a line each).
+
+    Memory is bounded by the longest row, or by ``PIECE_BYTES`` for a .txt. Raises UserError at the
+    first byte or row that cannot be read.
+    """
+    if format_of(path) != ".txt":
+        for row in _rows(path, text_field):
+            yield from pieces(row)
+    elif by_line:
+        yield from in_lines(decoded(path))
+    else:
+        yield from in_pieces(decoded(path))
+
+
+def identity(path: Path) -> list[str | int]:
+    """Return what changes when a file's content does.
+
+    Small files are hashed, so that a copy elsewhere counts as the same; of larger ones path, size,
+    modification time and the time of the last change of any kind, which nobody can set, have to do.
+    """
+    try:
+        stat = path.stat()
+        if stat.st_size <= HASHED_BYTES:
+            return [ending(path), hashlib.blake2b(path.read_bytes()).hexdigest()]
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _rows(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the text column of a table; rows without a text are left out."""
+    match format_of(path):
+        case ".jsonl":
+            return jsonl.rows(path, text_field)
+        case ".csv":
+            return delimited.rows(path, text_field)
+        case _:
+            return tables.rows(path, text_field)
