@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from shardwright.train.data.prepare import prepare
 from shardwright.train.data.tokens import cache
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 from shardwright.train.process import exhausted, signals
+from shardwright.train.process.parent import end_with
 from shardwright.train.process.stop_request import watch_for_stop
 from shardwright.train.run_directory import owner, stop_request, stopped_preparing
 
@@ -85,10 +85,8 @@ def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
     """Do the work in a process that ends with its parent; return its exit code."""
     for number in signals.SIGNALS:  # a terminal sends its Ctrl-C to both
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # it died before the line above
-            return FAILED
+    if not end_with(parent):
+        return FAILED
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[progress.LogLines(sys.stderr)]
     )
@@ -126,8 +124,6 @@ _SMALLER = (
     "documents that are shorter: one is held in memory whole",
 )
 _ROOM = "free some space there, or set data.cache_dir to a directory with room"
-_PR_SET_PDEATHSIG = 1
-"""Linux's prctl(2)."""
 
 
 if __name__ == "__main__":
