@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardwright.train.config import DataConfig
+from shardwright.train.data.sources.files.pieces import Text
 from shardwright.train.data.sources.registry import source_of
+from shardwright.train.data.sources.shards import Shard
 from shardwright.train.data.sources.source import Reading
 
 
@@ -40,17 +42,40 @@ def read_corpus(
     downloads, ``reading`` is filled in on the way. Raises UserError at what cannot be read.
     """
     documents = 0
+    texts = source_of(data).texts(cache_dir, reading or Reading())
+    for piece in _pieces(enumerate(texts), data):
+        if piece.begins:
+            if documents == data.max_documents:
+                return
+            documents += 1
+        yield piece
+
+
+def shards_of(data: DataConfig, cache_dir: Path) -> Sequence[Shard]:
+    """Return units of the corpus whose pieces end to end are those of `read_corpus`.
+
+    None where that cannot be: whoever counts all documents has to have read those before.
+    """
+    return () if data.max_documents is not None else source_of(data).shards(cache_dir)
+
+
+def read_shard(
+    data: DataConfig, shard: Shard, cache_dir: Path, reading: Reading
+) -> Iterator[Piece]:
+    """Yield what one of `shards_of` has of the corpus, as `read_corpus` would."""
+    return _pieces(source_of(data).read(shard, cache_dir, reading), data)
+
+
+def _pieces(parts: Iterable[tuple[int, Iterable[Text]]], data: DataConfig) -> Iterator[Piece]:
+    """Yield the documents of parts of a source that have any text, and say where each goes."""
     held_out = False
-    for source, texts in enumerate(source_of(data).texts(cache_dir, reading or Reading())):
+    for part, texts in parts:
         for text, begins, ends in texts:
             if begins:
                 if ends and not text.strip():
                     continue
-                if documents == data.max_documents:
-                    return
-                documents += 1
                 held_out = is_held_out(text, data.eval_fraction)
-            yield Piece(text, begins, ends, source, held_out)
+            yield Piece(text, begins, ends, part, held_out)
 
 
 def is_held_out(text: str, fraction: float) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from shardwright.train.config.data import DataSection
 from shardwright.train.data.sources.files.pieces import Text
+from shardwright.train.data.sources.shards import Shard
 
 Settings = TypeVar("Settings", bound=DataSection)
 
@@ -20,6 +21,10 @@ class Reading:
 
     empty_files: int = 0
     """Matched by a glob and skipped."""
+
+    def add(self, later: Reading) -> None:
+        """Count what was met in a later part of the corpus, too."""
+        self.empty_files += later.empty_files
 
 
 class DataSet(NamedTuple):
@@ -65,6 +70,20 @@ class Source(ABC, Generic[Settings]):
         ``cache_dir`` keeps downloads, ``reading`` is filled in on the way. Raises UserError at what
         cannot be read.
         """
+
+    def shards(self, cache_dir: Path) -> Sequence[Shard]:
+        """Return units that are read independently, whose texts end to end are all that there are.
+
+        None where it is read from its beginning to its end. They depend on the corpus alone, and
+        not on how many processes share them.
+        """
+        return ()
+
+    def read(
+        self, shard: Shard, cache_dir: Path, reading: Reading
+    ) -> Iterator[tuple[int, Iterable[Text]]]:
+        """Yield a shard's documents, those of each part by its number, as `texts` would."""
+        raise NotImplementedError("it has no shards")
 
     @abstractmethod
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:

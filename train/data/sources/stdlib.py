@@ -12,6 +12,7 @@ from typing import Any
 from shardwright.train.config.data import StdlibData
 from shardwright.train.data.sources.files.pieces import Text, pieces
 from shardwright.train.data.sources.files.reading import identity
+from shardwright.train.data.sources.shards import Shard, Span, joined, size_of, size_wanted
 from shardwright.train.data.sources.source import Reading, Source
 from shardwright.train.errors import UserError
 
@@ -29,7 +30,16 @@ class Stdlib(Source[StdlibData]):
             )
 
     def texts(self, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
-        yield (piece for source in _sources() for piece in pieces(source))
+        yield _documents(_files())
+
+    def shards(self, cache_dir: Path) -> list[Shard]:
+        spans = [Span(0, str(path), size_of(path)) for path in _files()]
+        return joined(spans, size_wanted(sum(span.size_bytes for span in spans)))
+
+    def read(
+        self, shard: Shard, cache_dir: Path, reading: Reading
+    ) -> Iterator[tuple[int, Iterable[Text]]]:
+        yield 0, _documents(Path(span.path) for span in shard.spans)
 
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
         return {"sources": [identity(path) for path in _files()]}
@@ -62,12 +72,12 @@ def _files() -> Iterator[Path]:
         yield from (path for path in paths if path.is_file())
 
 
-def _sources() -> Iterator[str]:
-    for path in _files():
+def _documents(paths: Iterable[Path]) -> Iterator[Text]:
+    for path in paths:
         try:
             with tokenize.open(path) as file:
                 source = file.read()
         except (SyntaxError, UnicodeDecodeError):
             # Some distributions ship fixtures in odd encodings among the sources.
             continue
-        yield source
+        yield from pieces(source)

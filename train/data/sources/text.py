@@ -10,7 +10,9 @@ from shardwright.train.config.data import TextData
 from shardwright.train.data.sources.files.errors import is_empty
 from shardwright.train.data.sources.files.paths import check_overlap, expand, is_glob
 from shardwright.train.data.sources.files.pieces import Text
+from shardwright.train.data.sources.files.ranges import Range, divided
 from shardwright.train.data.sources.files.reading import check_files, identity, read_file
+from shardwright.train.data.sources.shards import Shard, Span, joined, size_of, size_wanted
 from shardwright.train.data.sources.source import Reading, Source, code
 from shardwright.train.paths import absolute
 
@@ -30,6 +32,24 @@ class LocalFiles(Source[TextData]):
     def texts(self, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
         yield from (self._texts(pattern, reading) for pattern in self.data.paths)
 
+    def shards(self, cache_dir: Path) -> list[Shard]:
+        files = [(part, path) for part, p in enumerate(self.data.paths) for path in expand(p)]
+        sizes = [size_of(path) for _, path in files]
+        most_bytes = size_wanted(sum(sizes))
+        spans: list[Span] = []
+        for (part, path), size in zip(files, sizes, strict=True):
+            whole = Span(part, str(path), size)
+            ranges = divided(path, size, self.data.line_by_line, most_bytes)
+            spans += [Span(part, str(path), *one) for one in ranges] or [whole]
+        return joined(spans, most_bytes)
+
+    def read(
+        self, shard: Shard, cache_dir: Path, reading: Reading
+    ) -> Iterator[tuple[int, Iterable[Text]]]:
+        for span in shard.spans:
+            by_glob = is_glob(self.data.paths[span.part])
+            yield span.part, self._file(Path(span.path), by_glob, reading, span.within)
+
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
         paths = [[identity(p) for p in expand(pattern)] for pattern in self.data.paths]
         return {"sources": paths, "text_field": self.data.text_field}
@@ -47,11 +67,22 @@ class LocalFiles(Source[TextData]):
         return "local files, " + ", ".join(code(Path(path).name) for path in self.data.paths)
 
     def _texts(self, pattern: str, reading: Reading) -> Iterator[Text]:
+        by_glob = is_glob(pattern)
         for path in expand(pattern):
-            has_text = False
-            for piece in read_file(path, self.data.text_field, self.data.line_by_line):
-                has_text = has_text or bool(piece.text.strip())
-                yield piece
-            if not has_text and not is_glob(pattern):
-                raise is_empty(path)
-            reading.empty_files += not has_text
+            yield from self._file(path, by_glob, reading)
+
+    def _file(
+        self, path: Path, by_glob: bool, reading: Reading, within: Range | None = None
+    ) -> Iterator[Text]:
+        """Yield the documents of a file or of a range of it, the first of which tells if all are
+        empty."""
+        settings = self.data.text_field, self.data.line_by_line
+        has_text = within is not None and within.begin > 0
+        for piece in read_file(path, *settings, within):
+            has_text = has_text or bool(piece.text.strip())
+            yield piece
+        if within is not None and not has_text:
+            has_text = any(piece.text.strip() for piece in read_file(path, *settings))
+        if not has_text and not by_glob:
+            raise is_empty(path)
+        reading.empty_files += not has_text

@@ -12,6 +12,7 @@ from typing import IO
 
 from shardwright.train.data.sources.files.errors import unreadable
 from shardwright.train.data.sources.files.pieces import PIECE_BYTES
+from shardwright.train.data.sources.files.ranges import Range, chunks
 from shardwright.train.errors import UserError
 
 
@@ -19,25 +20,27 @@ def open_bytes(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def decoded(path: Path, limit_bytes: int | None = None) -> Iterator[str]:
-    """Yield a UTF-8 file's text in chunks, with "\\n" as its only line end."""
+def decoded(
+    path: Path, limit_bytes: int | None = None, within: Range | None = None
+) -> Iterator[str]:
+    """Yield a UTF-8 file's text, or ``within`` a range its lines, in chunks.
+
+    Its only line end is "\\n".
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     offset = pending = 0
     try:
         with open_bytes(path) as file:
-            while limit_bytes is None or offset < limit_bytes:
-                chunk = file.read(PIECE_BYTES)
+            read = _chunks(file, limit_bytes) if within is None else chunks(file, within)
+            for offset, chunk, is_last in read:
                 if offset == 0:
                     _check_no_archive(path, chunk)
                 pending = len(decoder.getstate()[0])
-                text = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
+                text = newlines.decode(decoder.decode(chunk, final=is_last), final=is_last)
                 if offset == 0:
                     _check_no_zeros(path, text)
                 yield text.removeprefix("\ufeff") if offset == 0 else text
-                offset += len(chunk)
-                if not chunk:
-                    break
     except UnicodeDecodeError as error:
         position = offset - pending + error.start
         raise UserError(
@@ -46,6 +49,17 @@ def decoded(path: Path, limit_bytes: int | None = None) -> Iterator[str]:
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from None
+
+
+def _chunks(file: IO[bytes], limit_bytes: int | None) -> Iterator[tuple[int, bytes, bool]]:
+    """Yield where each chunk begins, the chunk, and whether it is the last, which is empty."""
+    offset = 0
+    while limit_bytes is None or offset < limit_bytes:
+        chunk = file.read(PIECE_BYTES)
+        yield offset, chunk, not chunk
+        offset += len(chunk)
+        if not chunk:
+            break
 
 
 def _check_no_archive(path: Path, beginning: bytes) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from shardwright.train.data.sources.files.decoding import decoded, lines
 from shardwright.train.data.sources.files.errors import column_missing, no_text
+from shardwright.train.data.sources.files.ranges import Range, line_number
 from shardwright.train.errors import UserError
 
 
-def rows(path: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(lines(decoded(path)), 1):
+def rows(path: Path, text_field: str, within: Range | None = None) -> Iterator[str]:
+    for place, line in enumerate(lines(decoded(path, within=within)), 1):
         if not line.strip():
             continue
+        number = line_number(place, path, within)
         try:
             row = json.loads(line)
         except RecursionError:

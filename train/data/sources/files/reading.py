@@ -13,6 +13,7 @@ from shardwright.train.data.sources.files.errors import is_directory, is_empty, 
 from shardwright.train.data.sources.files.formats import TABLES, ending, format_of
 from shardwright.train.data.sources.files.paths import expand, is_glob
 from shardwright.train.data.sources.files.pieces import Text, in_lines, in_pieces, pieces
+from shardwright.train.data.sources.files.ranges import Range
 from shardwright.train.errors import UserError
 
 CHECKED_BYTES = 2**20
@@ -61,17 +62,21 @@ def check_file(path: Path, text_field: str) -> bool:
     return has_content or size_bytes > CHECKED_BYTES
 
 
-def read_file(path: Path, text_field: str, by_line: bool) -> Iterator[Text]:
+def read_file(
+    path: Path, text_field: str, by_line: bool, within: Range | None = None
+) -> Iterator[Text]:
     """Yield the documents of a file: a row each, or the whole of a .txt (``by_line``: a line each).
+
+    ``within`` is a range that `divided` has told, and None reads all of it.
 
     Memory is bounded by the longest row, or by ``PIECE_BYTES`` for a .txt. Raises UserError at the
     first byte or row that cannot be read.
     """
     if format_of(path) != ".txt":
-        for row in _rows(path, text_field):
+        for row in _rows(path, text_field, within):
             yield from pieces(row)
     elif by_line:
-        yield from in_lines(decoded(path))
+        yield from in_lines(decoded(path, within=within))
     else:
         yield from in_pieces(decoded(path))
 
@@ -91,12 +96,12 @@ def identity(path: Path) -> list[str | int]:
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _rows(path: Path, text_field: str) -> Iterator[str]:
+def _rows(path: Path, text_field: str, within: Range | None = None) -> Iterator[str]:
     """Yield the text column of a table; rows without a text are left out."""
     match format_of(path):
         case ".jsonl":
-            return jsonl.rows(path, text_field)
+            return jsonl.rows(path, text_field, within)
         case ".csv":
             return delimited.rows(path, text_field)
         case _:
-            return tables.rows(path, text_field)
+            return tables.rows(path, text_field, within)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from shardwright.train.data.sources.files.errors import column_missing, no_text, twice, unreadable
+from shardwright.train.data.sources.files.ranges import Range
 from shardwright.train.errors import UserError
 
 ROWS_AT_ONCE = 256
 BYTES_AT_ONCE = 2**22
 
 
-def rows(path: Path, text_field: str) -> Iterator[str]:
-    """Yield the text column of a Parquet, Arrow or Feather file."""
+def rows(path: Path, text_field: str, within: Range | None = None) -> Iterator[str]:
+    """Yield the text column of a Parquet, Arrow or Feather file; ``within``, of some row groups."""
     import pyarrow
 
-    read = _parquet_columns if path.suffix == ".parquet" else _arrow_columns
+    read: Callable[[Path, str], Iterator[Any]] = _arrow_columns
+    if path.suffix == ".parquet":
+        read = functools.partial(_parquet_columns, within=within)
     try:
         if path.stat().st_size == 0:
             return
@@ -33,13 +37,14 @@ def rows(path: Path, text_field: str) -> Iterator[str]:
         raise unreadable(path, error) from None
 
 
-def _parquet_columns(path: Path, text_field: str) -> Iterator[Any]:
+def _parquet_columns(path: Path, text_field: str, *, within: Range | None = None) -> Iterator[Any]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
         _check_column(path, text_field, file.schema_arrow)
         rows = _rows_at_once(file.metadata, text_field)
-        for batch in file.iter_batches(batch_size=rows, columns=[text_field]):
+        groups = None if within is None else list(range(*within))
+        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[text_field]):
             yield batch.column(0)
 
 
