@@ -77,7 +77,8 @@ class StdlibData(DataSection):
 
 
 class TextData(DataSection):
-    """Local files: .txt, .jsonl, .csv (these also as .gz), .parquet, .arrow, .feather."""
+    """Local files: .txt, .jsonl, .json, .csv, .tsv (these also as .gz, .bz2, .xz, .zst), .parquet,
+    .arrow, .feather; of texts also .zip and .tar."""
 
     kind: Literal["text"]
     paths: Annotated[Strings, Field(min_length=1)]
@@ -85,7 +86,7 @@ class TextData(DataSection):
     weights: Floats | None = None
     """For each path, how often an epoch sees its samples (0.5: half of them); null: once."""
     text_field: str = "text"
-    """Column of .jsonl, .csv and table files that holds the text."""
+    """Column that holds the text, or the path to it: meta.body, messages.0.content."""
 
     @model_validator(mode="after")
     def _one_weight_for_each_path(self) -> TextData:

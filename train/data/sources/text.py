@@ -11,7 +11,7 @@ from shardwright.train.data.sources.files.errors import is_empty
 from shardwright.train.data.sources.files.paths import check_overlap, expand, is_glob
 from shardwright.train.data.sources.files.pieces import Text
 from shardwright.train.data.sources.files.ranges import Range, divided
-from shardwright.train.data.sources.files.reading import check_files, identity, read_file
+from shardwright.train.data.sources.files.reading import check_files, identity_of_text, read_file
 from shardwright.train.data.sources.shards import Shard, Span, joined, size_of, size_wanted
 from shardwright.train.data.sources.source import Reading, Source, code
 from shardwright.train.paths import absolute
@@ -51,7 +51,7 @@ class LocalFiles(Source[TextData]):
             yield span.part, self._file(Path(span.path), by_glob, reading, span.within)
 
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
-        paths = [[identity(p) for p in expand(pattern)] for pattern in self.data.paths]
+        paths = [[identity_of_text(p) for p in expand(pattern)] for pattern in self.data.paths]
         return {"sources": paths, "text_field": self.data.text_field}
 
     @property

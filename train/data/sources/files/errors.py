@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from shardwright.train.data.sources.files.file import File
 from shardwright.train.data.sources.files.formats import FORMATS
 from shardwright.train.errors import UserError
 
 
-def is_empty(path: Path) -> UserError:
+def is_empty(path: File) -> UserError:
     """Return the error for a file that was named and holds nothing."""
     return UserError(f"data.paths: {path} is empty; fill it or leave it out")
 
@@ -20,14 +21,14 @@ def is_directory(path: Path) -> UserError:
     return UserError(f"data.paths: {path} is a directory; name its files, for example {example}")
 
 
-def unreadable(path: Path, error: Exception) -> UserError:
-    if isinstance(error, IsADirectoryError):
+def unreadable(path: File, error: Exception) -> UserError:
+    if isinstance(error, IsADirectoryError) and isinstance(path, Path):
         return is_directory(path)
     reason = getattr(error, "strerror", None) or error
     return UserError(f"data.paths: cannot read {path} ({reason}); make it readable or leave it out")
 
 
-def column_missing(where: str, text_field: str, columns: Iterable[str]) -> UserError:
+def column_missing(where: object, text_field: str, columns: Iterable[str]) -> UserError:
     """Return the error for a table without the text column."""
     names = ", ".join(sorted(columns)) or "none"
     return UserError(
@@ -36,13 +37,13 @@ def column_missing(where: str, text_field: str, columns: Iterable[str]) -> UserE
     )
 
 
-def twice(where: str, text_field: str) -> UserError:
+def twice(where: object, text_field: str) -> UserError:
     return UserError(
         f"data.text_field={text_field}: {where} has two columns of that name; rename one of them"
     )
 
 
-def no_text(where: str, text_field: str, found: str) -> UserError:
+def no_text(where: object, text_field: str, found: str) -> UserError:
     return UserError(
         f"data.text_field={text_field}: {where} holds {found} there, not text; "
         "set data.text_field to the column that holds the text"

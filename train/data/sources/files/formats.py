@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import PurePath
 
+from shardwright.train.data.sources.files.file import File
 from shardwright.train.errors import UserError
 
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+TEXTS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 TABLES = (".parquet", ".arrow", ".feather")
-FORMATS = (".txt", ".jsonl", ".csv", *TABLES)
+FORMATS = (*TEXTS, *TABLES)
+ARCHIVES = (".zip", ".tar")
+KNOWN = (
+    f"{', '.join(FORMATS)} ({', '.join(TEXTS)} also within {', '.join(ARCHIVES)}, and these but "
+    f".zip also as {', '.join(COMPRESSIONS)})"
+)
 
 
-def is_known(path: Path) -> bool:
+def ending(name: str) -> str:
+    """Return the last ending of a name, below that of a compression where there is one. Pure."""
+    path = PurePath(name)
+    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def compression(name: str) -> str | None:
+    """Return the ending of a name's compression. Pure."""
+    suffix = PurePath(name).suffix
+    return suffix if suffix in COMPRESSIONS else None
+
+
+def is_known(name: str) -> bool:
     """Return whether a file's name ends as one of a format that is read. Pure."""
-    kind = ending(path)
-    return kind in FORMATS and not (kind in TABLES and path.suffix == ".gz")
+    kind = ending(name)
+    compressible = kind in TEXTS or kind == ".tar"
+    return compressible or (kind in (*TABLES, *ARCHIVES) and not compression(name))
 
 
-def format_of(path: Path) -> str:
-    kind = ending(path)
-    if not is_known(path):
-        raise UserError(
-            f"data.paths: {path} does not end in one of {', '.join(FORMATS)} "
-            "(text files also .gz); convert or rename it"
-        )
-    return kind
-
-
-def ending(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+def format_of(file: File) -> str:
+    """Return a file's format; raise UserError where none is known by its name."""
+    if not is_known(file.name):
+        raise UserError(f"data.paths: {file} does not end in one of {KNOWN}; convert or rename it")
+    return ending(file.name)

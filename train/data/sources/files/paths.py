@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shardwright.train.data.sources.files.formats import FORMATS, is_known
+from shardwright.train.data.sources.files.formats import KNOWN, is_known
 from shardwright.train.errors import UserError
 
 
@@ -50,23 +50,23 @@ def _below(directory: str) -> list[str]:
             f"data.name={directory} data.split=train"
         )
     matched = sorted(set(_matching(os.path.join(glob.escape(directory), "**", "*"))))
-    # Beside what datasets has saved lie the results of its own computations.
-    found = [
-        path
-        for path in matched
-        if os.path.isfile(path)
-        and is_known(Path(path))
-        and not (
-            os.path.basename(path).startswith("cache-")
-            and os.path.exists(os.path.join(os.path.dirname(path), "state.json"))
-        )
-    ]
+    found = [path for path in matched if os.path.isfile(path) and _is_read(path)]
     if not found:
         raise UserError(
             f"data.paths: {directory} is a directory with no file that ends in one of "
-            f"{', '.join(FORMATS)} (text files also .gz); give another, or convert its files"
+            f"{KNOWN}; give another, or convert its files"
         )
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
+
+
+def _is_read(path: str) -> bool:
+    """Return whether a file that lies in a directory is one of its texts."""
+    folder, name = os.path.split(path)
+    if not is_known(name):
+        return False
+    # Beside what datasets has saved lie its notes, and the results of its own computations.
+    is_own = name in ("state.json", "dataset_info.json") or name.startswith("cache-")
+    return not (is_own and os.path.exists(os.path.join(folder, "state.json")))
 
 
 def _matching(pattern: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from shardwright.train.data.sources.files.file import File
 from shardwright.train.data.sources.files.pieces import PIECE_BYTES
 
 _LINE_END = re.compile(rb"[\r\n]")
@@ -130,10 +131,11 @@ class LineNumber(int):
         return format(int(self) + lines_before(self.path, self.within), spec)
 
 
-def line_number(number: int, path: Path, within: Range | None) -> int:
+def line_number(number: int, path: File, within: Range | None) -> int:
     """Return the number of a line of a file, or of a range of it."""
     if within is None or within.begin == 0:
         return number
+    assert isinstance(path, Path), "of other files there are no ranges"
     found = LineNumber(number)
     found.path, found.within = path, within
     return found

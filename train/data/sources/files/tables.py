@@ -2,103 +2,191 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardwright.train.data.sources.files.errors import column_missing, no_text, twice, unreadable
+from shardwright.train.data.sources.files.fields import names_of, texts_within
+from shardwright.train.data.sources.files.file import File
+from shardwright.train.data.sources.files.formats import ending
 from shardwright.train.data.sources.files.ranges import Range
 from shardwright.train.errors import UserError
 
 ROWS_AT_ONCE = 256
 BYTES_AT_ONCE = 2**22
+LISTS = {"list", "element", "item", "bag", "array", "array_element"}
+"""What Parquet's writers put into a column's path for a list in it."""
 
 
-def rows(path: Path, text_field: str, within: Range | None = None) -> Iterator[str]:
-    """Yield the text column of a Parquet, Arrow or Feather file; ``within``, of some row groups."""
+class Place(NamedTuple):
+    """Where the texts of a table are."""
+
+    column: str
+    within: tuple[str, ...] = ()
+    """Names of fields, each in the one before."""
+    rest: tuple[str, ...] = ()
+    """What leads on from there, where there are lists."""
+
+
+def rows(file: File, text_field: str, within: Range | None = None) -> Iterator[str]:
+    """Yield the texts of a Parquet, Arrow or Feather file; ``within``, of some row groups.
+
+    Rows without one are left out.
+    """
     import pyarrow
 
-    read: Callable[[Path, str], Iterator[Any]] = _arrow_columns
-    if path.suffix == ".parquet":
-        read = functools.partial(_parquet_columns, within=within)
+    if ending(file.name) == ".parquet":
+        columns = _parquet_columns(file, text_field, within)
+    else:
+        columns = _arrow_columns(file, text_field)
     try:
-        if path.stat().st_size == 0:
-            return
-        for column in read(path, text_field):
+        for rest, column in columns:
             # One at a time: the rows of a batch may all be long.
-            yield from (text for row in column if (text := row.as_py()) is not None)
+            for value in column:
+                row = value.as_py()
+                if isinstance(row, str):
+                    yield row
+                else:
+                    yield from texts_within(row, rest, text_field, str(file))
     except UnicodeDecodeError as error:
         raise UserError(
-            f"data.paths: {path} holds text in {text_field} that is not UTF-8 "
+            f"data.paths: {file} holds text in {text_field} that is not UTF-8 "
             f"(0x{error.object[error.start]:02x}); save it again as UTF-8, or leave it out"
         ) from None
     except (OSError, pyarrow.ArrowException) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(file, error) from None
 
 
-def _parquet_columns(path: Path, text_field: str, *, within: Range | None = None) -> Iterator[Any]:
+def _parquet_columns(
+    file: File, text_field: str, within: Range | None
+) -> Iterator[tuple[Sequence[str], Any]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        _check_column(path, text_field, file.schema_arrow)
-        rows = _rows_at_once(file.metadata, text_field)
+    source: Any = file if isinstance(file, Path) else file.open("rb")
+    with pyarrow.parquet.ParquetFile(source) as table:
+        place = _place(file, text_field, table.schema_arrow)
+        paths = [table.schema.column(i).path for i in range(len(table.schema))]
+        columns = _columns(place, paths)
+        rows = _rows_at_once(table.metadata, columns)
         groups = None if within is None else list(range(*within))
-        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[text_field]):
-            yield batch.column(0)
+        for batch in table.iter_batches(rows, groups, columns):
+            yield place.rest, _inner(batch.column(0), place)
 
 
-def _rows_at_once(metadata: Any, text_field: str) -> int:
+def _columns(place: Place, paths: Sequence[str]) -> list[str]:
+    """Return which of Parquet's columns, by their paths, hold the texts of a table. Pure."""
+    if not place.within and not place.rest:
+        return [place.column]
+    names = [place.column, *place.within, *(n for n in place.rest if not n.isdecimal())]
+
+    def leads_there(path: str) -> bool:
+        left = list(names)
+        for part in path.split("."):
+            if left and part == left[0]:
+                del left[0]
+            elif part not in LISTS:
+                return False
+        return not left
+
+    return [path for path in paths if leads_there(path)] or [place.column]
+
+
+def _rows_at_once(metadata: Any, columns: Sequence[str]) -> int:
     """Return how many rows to have in memory together, going by the size of an average one."""
     most = 1
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         for j in range(group.num_columns):
             chunk = group.column(j)
-            if chunk.path_in_schema == text_field:
+            path = chunk.path_in_schema
+            if any(path == column or path.startswith(f"{column}.") for column in columns):
                 most = max(most, chunk.total_uncompressed_size // max(1, group.num_rows))
     return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // most))
 
 
-def _arrow_columns(path: Path, text_field: str) -> Iterator[Any]:
+def _arrow_columns(file: File, text_field: str) -> Iterator[tuple[Sequence[str], Any]]:
     """Yield a column of Arrow's file format, as Feather is, or of its streams, as datasets has."""
     import pyarrow.ipc
 
-    with pyarrow.memory_map(str(path)) as source:
+    with contextlib.ExitStack() as opened:
+        if isinstance(file, Path):
+            source = opened.enter_context(pyarrow.memory_map(str(file)))
+        else:
+            stream = opened.enter_context(file.open("rb"))
+            source = opened.enter_context(pyarrow.PythonFile(stream, mode="r"))
         magic = source.read(6)
         is_file = magic == b"ARROW1"
         if magic[:4] == b"FEA1":
             raise UserError(
-                f"data.paths: {path} is Feather in its version 1, which is not read; save it "
+                f"data.paths: {file} is Feather in its version 1, which is not read; save it "
                 "again as version 2"
             )
         source.seek(0)
         if is_file:
-            file = pyarrow.ipc.open_file(source)
-            _check_column(path, text_field, file.schema)
-            batches = (file.get_batch(index) for index in range(file.num_record_batches))
+            table = pyarrow.ipc.open_file(source)
+            schema = table.schema
+            batches = (table.get_batch(index) for index in range(table.num_record_batches))
         else:
-            batches = stream = pyarrow.ipc.open_stream(source)
-            _check_column(path, text_field, stream.schema)
+            batches = pyarrow.ipc.open_stream(source)
+            schema = batches.schema
+        place = _place(file, text_field, schema)
         for batch in batches:
-            column = batch.column(batch.schema.get_field_index(text_field))
+            column = _inner(batch.column(schema.get_field_index(place.column)), place)
             for start in range(0, len(column), ROWS_AT_ONCE):
-                yield column.slice(start, ROWS_AT_ONCE)
+                yield place.rest, column.slice(start, ROWS_AT_ONCE)
 
 
-def _check_column(path: Path, text_field: str, schema: Any) -> None:
-    """Raise UserError where a table has not just one column of that name, of texts."""
+def _inner(column: Any, place: Place) -> Any:
+    if not place.within:
+        return column
+    import pyarrow.compute
+
+    return pyarrow.compute.struct_field(column, list(place.within))
+
+
+def _place(file: File, text_field: str, schema: Any) -> Place:
+    """Return where the texts of a table are; raise UserError where they are in no column of it."""
     import pyarrow
 
-    names = schema.names
-    if text_field not in names:
-        raise column_missing(str(path), text_field, names)
-    if names.count(text_field) > 1:
-        raise twice(str(path), text_field)
-    kind = schema.field(text_field).type
-    of_values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     types = pyarrow.types
+    where = str(file)
+    column, *names = names_of(schema.names, text_field)
+    if column not in schema.names:
+        raise column_missing(where, text_field, schema.names)
+    if schema.names.count(column) > 1:
+        raise twice(where, column)
+    outer = kind = schema.field(column).type
+    within: list[str] = []
+    rest: list[str] = []
+    for name in names:
+        if _is_list(kind) and name.isdecimal():
+            rest.append(name)
+            kind = kind.value_type
+            continue
+        while _is_list(kind):
+            kind = kind.value_type
+            rest = rest or [""]
+        if not types.is_struct(kind):
+            raise no_text(where, text_field, str(kind))
+        if kind.get_field_index(name) < 0:
+            raise column_missing(where, text_field, [field.name for field in kind])
+        kind = kind.field(name).type
+        (rest if rest else within).append(name)
+    if _is_list(kind):
+        kind = kind.value_type
+    of_values = kind.value_type if types.is_dictionary(kind) else kind
     # Null is the type of a column in which there is nothing at all.
     texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     if not any(is_text(of_values) for is_text in texts):
-        raise no_text(str(path), text_field, str(kind))
+        raise no_text(where, text_field, str(kind if names else outer))
+    return Place(column, tuple(within), tuple(filter(None, rest)))
+
+
+def _is_list(kind: Any) -> bool:
+    from pyarrow import types
+
+    return any(
+        is_list(kind) for is_list in (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    )

@@ -1,0 +1,381 @@
+"""Every kind of file, and the documents and tokens that come of it, told independently of it."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.feather
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from shardwright.train.config.data import TextData
+from shardwright.train.data import prepare
+from shardwright.train.data.sources.files.reading import check_files, read_file
+from shardwright.train.data.sources.registry import source_of
+from shardwright.train.errors import UserError
+from tests.unit.data.conftest import MakeConfig
+
+DOCUMENTS = ["one\ntwo", 'a "quoted", sentence', "zwölf Boxkämpfer \U0001f600", "tab\tand\nline"]
+ROWS = [{"id": i, "text": text} for i, text in enumerate(DOCUMENTS)]
+
+
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
+
+
+def delimited(separator: str) -> bytes:
+    quoted = ['"' + text.replace('"', '""') + '"' for text in DOCUMENTS]
+    lines = [f"{i}{separator}{text}\n" for i, text in enumerate(quoted)]
+    return "".join([f"id{separator}text\n", *lines]).encode()
+
+
+def lines_of(rows: Iterable[Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+TEXTS: dict[str, tuple[bytes, list[str]]] = {
+    ".txt": ("\n".join(DOCUMENTS).encode(), ["\n".join(DOCUMENTS)]),
+    ".jsonl": (lines_of(ROWS), DOCUMENTS),
+    ".json": (json.dumps(ROWS, indent=2, ensure_ascii=False).encode(), DOCUMENTS),
+    ".csv": (delimited(","), DOCUMENTS),
+    ".tsv": (delimited("\t"), DOCUMENTS),
+}
+"""What is in a file of each text format, and its documents."""
+
+
+def in_zip(files: Mapping[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def in_tar(files: Mapping[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def table(kind: str, **columns: list[Any]) -> bytes:
+    out = io.BytesIO()
+    content = pyarrow.table(columns)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(content, out, row_group_size=2)
+    elif kind == "feather":
+        pyarrow.feather.write_feather(content, out)
+    else:
+        with pyarrow.ipc.new_stream(out, content.schema) as stream:
+            stream.write_table(content)
+    return out.getvalue()
+
+
+CHATS = [
+    [{"role": "user", "content": "one"}, {"role": "model", "content": "two"}],
+    [],
+    None,
+    [{"role": "user", "content": "three"}],
+]
+NESTED = [{"body": {"text": text}, "title": None} for text in DOCUMENTS]
+WEB = {
+    "000.jpg": b"\xff\xd8",
+    "000.json": b'{"text": "tells of the picture"}',
+    "000.txt": b"one",
+    "001.json": b'{"text": "two"}',
+    "deep/002.txt": "zwölf".encode(),
+    "deep/002.cls": b"7",
+}
+
+
+class Kind(NamedTuple):
+    name: str
+    content: bytes
+    expected: list[str]
+    text_field: str = "text"
+
+
+KINDS = [
+    *(
+        Kind(f"a{kind}{ending}", compress(content), expected)
+        for kind, (content, expected) in TEXTS.items()
+        for ending, compress in COMPRESS.items()
+    ),
+    *(
+        Kind(
+            f"a.jsonl{end}",
+            pack(b"") + pack(lines_of(ROWS[:1])) + pack(b"") + pack(lines_of(ROWS[1:])),
+            DOCUMENTS,
+        )
+        for end, pack in COMPRESS.items()
+        if end
+    ),
+    *(
+        Kind(f"a.{kind}", table(kind, id=[1, 2, 3, 4], text=DOCUMENTS), DOCUMENTS)
+        for kind in ("parquet", "arrow", "feather")
+    ),
+    Kind("lines.json", lines_of(ROWS), DOCUMENTS),
+    Kind("apart.json", b"\n\n".join(json.dumps(r, indent=1).encode() for r in ROWS), DOCUMENTS),
+    Kind("one.json", b'{"text": "one"}', ["one"]),
+    Kind("null.json", b' [ {"text": null}, {"text": "\\ud83d"} ] ', ["\ufffd"]),
+    Kind("nested.jsonl", lines_of(NESTED), DOCUMENTS, "body.text"),
+    Kind("dotted.jsonl", b'{"a.b": "one", "a": {"b": "two"}}', ["one"], "a.b"),
+    Kind("list.jsonl", lines_of([{"text": ["one", None, "two"]}, {"text": []}]), ["one", "two"]),
+    *(
+        Kind(f"chats.{kind}", content, expected, field)
+        for kind, content in (
+            ("jsonl", lines_of({"messages": chat} for chat in CHATS)),
+            ("json", json.dumps([{"messages": chat} for chat in CHATS]).encode()),
+            ("parquet", table("parquet", messages=CHATS)),
+            ("arrow", table("arrow", messages=CHATS)),
+        )
+        for field, expected in (
+            ("messages.0.content", ["one", "three"]),
+            ("messages.content", ["one", "two", "three"]),
+        )
+    ),
+    *(
+        Kind(f"nested.{kind}", table(kind, row=NESTED, other=[0] * 4), DOCUMENTS, "row.body.text")
+        for kind in ("parquet", "feather", "arrow")
+    ),
+    *(
+        Kind(f"list.{kind}", table(kind, text=[["one", None, "two"], None, []]), ["one", "two"])
+        for kind in ("parquet", "feather", "arrow")
+    ),
+    Kind(
+        "a.zip",
+        in_zip(
+            {
+                "b/two.jsonl.gz": gzip.compress(lines_of(ROWS)),
+                "a.txt": b"first",
+                "notes.md": b"no text to train on",
+                "__MACOSX/._a.txt": b"\x00\x05",
+                "empty.txt": b"",
+                "z.json": b'[{"text": "last"}]',
+            }
+        ),
+        [*DOCUMENTS, "first", "last"],
+    ),
+    *(
+        Kind(f"web.tar{ending}", compress(in_tar(WEB)), ["one", "two", "zwölf"])
+        for ending, compress in COMPRESS.items()
+    ),
+    Kind("lines.tar", in_tar({"a.jsonl": lines_of(ROWS), "b.csv": delimited(",")}), DOCUMENTS * 2),
+]
+
+
+def texts(path: Path, field: str = "text", by_line: bool = False) -> list[str]:
+    """Return the documents of a file, the pieces of each joined."""
+    documents: list[str] = []
+    for text, begins, _ in read_file(path, field, by_line):
+        if begins:
+            documents.append(text)
+        else:
+            documents[-1] += text
+    return documents
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.name}-{kind.text_field}")
+def test_a_file_of_every_kind_gives_its_documents(kind: Kind, tmp_path: Path) -> None:
+    (tmp_path / kind.name).write_bytes(kind.content)
+    check_files(str(tmp_path / kind.name), kind.text_field)
+    found = texts(tmp_path / kind.name, kind.text_field)
+    assert [text for text in found if text] == kind.expected
+
+
+def test_a_directory_of_all_kinds_becomes_the_tokens_of_all(
+    make_config: MakeConfig, run_dir: Path, tmp_path: Path
+) -> None:
+    kinds = [kind for kind in KINDS if kind.text_field == "text"]
+    for number, kind in enumerate(kinds):
+        (tmp_path / "corpus" / f"{number:03}").mkdir(parents=True)
+        (tmp_path / "corpus" / f"{number:03}" / kind.name).write_bytes(kind.content)
+    saved = tmp_path / "corpus" / "saved"
+    datasets.Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(saved, num_shards=2)
+    prepared = prepare(
+        make_config(
+            data={"paths": [str(tmp_path / "corpus")], "eval_fraction": 0.0},
+            tokenizer={"kind": "byte_bpe", "vocab_size": 261},
+            trainer={"max_steps": 1, "global_batch_size": 2, "micro_batch_size": 1},
+        ),
+        run_dir,
+    )
+    expected = [text for kind in kinds for text in kind.expected] + DOCUMENTS
+    tokens = prepared.train.sources[0].store.tokens
+    written = "".join(f"{text}</s>" for text in expected)
+    assert prepared.tokenizer.decode(tokens.tolist(), skip_special_tokens=False) == written
+    assert len(tokens) == sum(len(text.encode()) + 1 for text in expected)
+    assert np.count_nonzero(tokens == prepared.tokenizer.eos_token_id) == len(expected)
+
+
+@pytest.mark.parametrize("ending", [*COMPRESS])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".tar"])
+def test_what_is_cut_off_is_no_end(kind: str, ending: str, tmp_path: Path) -> None:
+    rows = [{"text": f"row {i} " + np.random.default_rng(i).bytes(40).hex()} for i in range(3000)]
+    content = {
+        ".jsonl": lines_of(rows),
+        ".json": json.dumps(rows).encode(),
+        ".tar": in_tar({f"{i}.json": json.dumps(row).encode() for i, row in enumerate(rows)}),
+    }[kind]
+    whole = COMPRESS[ending](content)
+    path = tmp_path / f"a{kind}{ending}"
+    path.write_bytes(whole)
+    assert texts(path) == [row["text"] for row in rows]
+    # Within a row; of a .tar, where another file's header would stand.
+    path.write_bytes(whole[: 1024 * (len(whole) // 2048)])
+    with pytest.raises(UserError, match=rf"a{kind}{ending}(, line \d+ is not JSON | \()"):
+        texts(path)
+
+
+def test_an_array_is_read_in_memory_for_its_longest_object(tmp_path: Path) -> None:
+    rows = [{"text": 'word "quoted" \\ ' * 1000} for _ in range(1000)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    tracemalloc.start()
+    count = sum(len(piece.text) for piece in read_file(tmp_path / "a.json", "text", False))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == sum(len(row["text"]) for row in rows)
+    assert peak_bytes < 4 * 2**20 < (tmp_path / "a.json").stat().st_size / 4
+
+
+def test_an_object_of_many_chunks_is_tried_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    decode = json.JSONDecoder.raw_decode
+
+    def counted(self: json.JSONDecoder, text: str, at: int = 0) -> tuple[Any, int]:
+        tried.append(len(text))
+        return decode(self, text, at)
+
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", counted)
+    long = 'line "of" a row\n' * 500_000
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}, {"text": long}, {"text": "b"}]))
+    assert texts(tmp_path / "a.json") == ["a", long, "b"]
+    assert len(tried) < 12
+    assert sum(tried) < 6 * len(long)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('[{"text": "x"},\n {"text": }]', r"line 2 is not JSON \(Expecting value"),
+        ('[{"text": "x"}\n {"text": "y"}]', r"line 2 is not JSON \(a comma or the array's end"),
+        ('[{"text": "x"},\n', r"line 2 is not JSON \(Expecting value"),
+        ('[{"text": "x"}\n\n', r"line 3 is not JSON \(the array does not end"),
+        ('[{"text": "x"}]\n{}', r"line 2 is not JSON \(there is more behind the array's end"),
+        ('[{"text": "x"},\n 12]', "line 2 is not a JSON object; write each row as"),
+        ('[{"text": "x"},\n {"text": "y\n"}]', r"line 2 is not JSON \(Invalid control character"),
+        ('"text"', "line 1 is not a JSON object"),
+        ('{"data": [{"text": "x"}]}', "line 1 has no such column .it has: data"),
+        ("[" * 100_000, "line 1 is nested too deeply"),
+        ('[{"text": "x", "n": ' + "1" * 5_000 + "}]", "line 1 is not JSON .Exceeds the limit"),
+    ],
+)
+def test_a_broken_array_is_named_by_its_line(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=reason):
+        texts(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ("other", r"has no such column \(it has: messages, number\)"),
+        ("messages.0.text", r"has no such column \(it has: content, role\)"),
+        ("messages.text", r"has no such column \(it has: content, role\)"),
+        ("messages", "not text"),
+        ("number", r"holds int(64)? there, not text"),
+        ("number.inner", r"holds int(64)? there, not text"),
+        ("messages.0", "not text"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_a_path_that_leads_to_no_text_is_refused(
+    kind: str, field: str, reason: str, tmp_path: Path
+) -> None:
+    chats = [chat for chat in CHATS if chat]
+    rows = [{"messages": chat, "number": 1} for chat in chats]
+    content = lines_of(rows) if kind == "jsonl" else table(kind, messages=chats, number=[1, 1])
+    (tmp_path / f"a.{kind}").write_bytes(content)
+    with pytest.raises(UserError, match=rf"data\.text_field={field}: .*a\.{kind}.* {reason}"):
+        texts(tmp_path / f"a.{kind}", field)
+
+
+def test_only_the_column_with_the_text_is_read(tmp_path: Path) -> None:
+    from shardwright.train.data.sources.files.tables import Place, _columns
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({"messages": CHATS, "row": NESTED, "text": DOCUMENTS}), tmp_path / "a.parquet"
+    )
+    schema = pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").schema
+    paths = [schema.column(i).path for i in range(len(schema))]
+    assert _columns(Place("messages", rest=("0", "content")), paths) == [
+        "messages.list.element.content"
+    ]
+    assert _columns(Place("row", ("body", "text")), paths) == ["row.body.text"]
+    assert _columns(Place("text"), paths) == ["text"]
+
+
+@pytest.mark.parametrize("pack", [in_zip, in_tar])
+def test_a_table_in_an_archive_is_not_passed_over(
+    pack: Callable[[Mapping[str, bytes]], bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / ("a.zip" if pack is in_zip else "a.tar")
+    path.write_bytes(pack({"a.txt": b"text", "b.parquet": table("parquet", text=["x"])}))
+    with pytest.raises(UserError, match=r"holds b\.parquet, which is not read within an archive"):
+        texts(path)
+
+
+def test_an_archive_without_a_text_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(in_zip({"a.md": b"text", "b.txt": b""}))
+    (tmp_path / "b.tar").write_bytes(in_tar({"a.md": b"text"}))
+    (tmp_path / "c.tar").touch()
+    for name in ("a.zip", "b.tar", "c.tar"):
+        with pytest.raises(UserError, match=rf"{name} is empty; fill it or leave it out"):
+            check_files(str(tmp_path / name), "text")
+
+
+def test_broken_archives_are_named(tmp_path: Path) -> None:
+    content = in_zip({"a.txt": b"some text " * 1000})
+    (tmp_path / "a.zip").write_bytes(content[:-30])
+    (tmp_path / "b.zip").write_bytes(content.replace(content[60:64], b"\0\0\0\0"))
+    (tmp_path / "c.tar").write_bytes(b"no archive" * 100)
+    for name in ("a.zip", "b.zip", "c.tar"):
+        with pytest.raises(UserError, match=rf"cannot read .*{name}.* \(.+\); make it readable"):
+            texts(tmp_path / name)
+
+
+def test_the_same_bytes_under_another_format_are_another_corpus(tmp_path: Path) -> None:
+    found = []
+    for name in ("a.txt.zst", "a.csv.zst", "a.tsv.xz", "a.tsv.bz2"):
+        (tmp_path / name).write_bytes(b"the same")
+        data = TextData(kind="text", paths=(str(tmp_path / name),))
+        found.append(repr(source_of(data).identity(tmp_path)))
+    assert len(set(found)) == 4

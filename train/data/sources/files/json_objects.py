@@ -1,0 +1,165 @@
+"""Rows of .jsonl files, an object on each line, and of .json files, an array of objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from shardwright.train.data.sources.files.decoding import decoded, lines
+from shardwright.train.data.sources.files.fields import texts_at
+from shardwright.train.data.sources.files.file import File
+from shardwright.train.data.sources.files.ranges import Range, line_number
+from shardwright.train.errors import UserError
+
+SPACE = " \t\n\r"
+
+
+class _Line(NamedTuple):
+    """A line's place, which is counted where it is written: in a message alone."""
+
+    file: File
+    number: int
+    within: Range | None
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {line_number(self.number, self.file, self.within)}"
+
+
+def rows_of_lines(file: File, text_field: str, within: Range | None = None) -> Iterator[str]:
+    """Yield the texts of a .jsonl file's objects."""
+    for place, line in enumerate(lines(decoded(file, within=within)), 1):
+        if not line.strip():
+            continue
+        where = _Line(file, place, within)
+        try:
+            row = json.loads(line)
+        except RecursionError:
+            raise _too_deep(where) from None
+        except ValueError as error:  # no JSON, or a number of thousands of digits
+            raise _no_json(where, error) from None
+        yield from _texts(row, text_field, where, has_escapes="\\u" in line)
+
+
+def rows_of_array(file: File, text_field: str, within: Range | None = None) -> Iterator[str]:
+    """Yield the texts of the objects of a .json file: of an array, or one behind the other.
+
+    Memory is bounded by the longest of them.
+    """
+    assert within is None, "nobody can begin midway"
+    for where, row, has_escapes in _Objects(file).read(decoded(file)):
+        yield from _texts(row, text_field, where, has_escapes)
+
+
+def _texts(row: Any, text_field: str, where: object, has_escapes: bool) -> Iterator[str]:
+    if not isinstance(row, dict):
+        raise UserError(
+            f'data.paths: {where} is not a JSON object; write each row as {{"{text_field}": "..."}}'
+        )
+    for text in texts_at(row, text_field, where):
+        yield _without_surrogates(text) if has_escapes else text
+
+
+class _Objects:
+    """A text of JSON that is taken apart as it comes in."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self.text = ""
+        self.at = 0
+        self.line = 1
+        self.decoder = json.JSONDecoder()
+
+    def read(self, chunks: Iterable[str]) -> Iterator[tuple[str, Any, bool]]:
+        """Yield the place of each object, the object, and whether a \\u is in it."""
+        chunks = iter(chunks)
+        is_array = self._next(chunks) == "["
+        self._advance(self.at + is_array)
+        count = 0
+        while (sign := self._next(chunks)) and not (is_array and sign == "]"):
+            if is_array and count:
+                if sign != ",":
+                    raise _no_json(self._where, "a comma or the array's end is expected")
+                self._advance(self.at + 1)
+                self._next(chunks)
+            where = self._where
+            row, end = self._value(chunks)
+            yield where, row, self.text.find("\\u", self.at, end) >= 0
+            self._advance(end)
+            count += 1
+        if is_array:
+            if not sign:
+                raise _no_json(self._where, "the array does not end")
+            self._advance(self.at + 1)
+            if self._next(chunks):
+                raise _no_json(self._where, "there is more behind the array's end")
+
+    def _value(self, chunks: Iterator[str]) -> tuple[Any, int]:
+        """Return the value that begins here, and where it ends, reading on where it is cut off."""
+        while True:
+            try:
+                row, end = self.decoder.raw_decode(self.text, self.at)
+                # A number or word that ends where the text does may have more to come.
+                if end < len(self.text) or isinstance(row, dict | list | str):
+                    return row, end
+                problem = ""
+            except RecursionError:
+                raise _too_deep(self._where) from None
+            except json.JSONDecodeError as error:
+                near_end = error.pos >= len(self.text) - len('"\\uXXXX\\uXXXX')
+                if not near_end and not error.msg.startswith("Unterminated string"):
+                    raise _no_json(self._where, error) from None
+                # Not the error, which holds the text, and itself by way of this frame.
+                problem = str(error)
+            except ValueError as error:
+                raise _no_json(self._where, error) from None
+            if not self._read_on(chunks):
+                if not problem:
+                    return row, end
+                raise _no_json(self._where, problem) from None
+
+    def _next(self, chunks: Iterator[str]) -> str:
+        """Go to the next sign that is no space and return it; "" at the end."""
+        while True:
+            at = self.at
+            while at < len(self.text) and self.text[at] in SPACE:
+                at += 1
+            self._advance(at)
+            if at < len(self.text):
+                return self.text[at]
+            if not self._read_on(chunks):
+                return ""
+
+    def _read_on(self, chunks: Iterator[str]) -> bool:
+        """Read as much again as is waiting, so that what is tried again is tried a few times."""
+        parts = [self.text[self.at :]]
+        wanted, length = 2 * len(parts[0]), len(parts[0])
+        for chunk in chunks:
+            parts.append(chunk)
+            length += len(chunk)
+            if length > wanted:
+                break
+        has_more = length > len(parts[0])
+        self.text, self.at = "".join(parts), 0
+        return has_more
+
+    def _advance(self, to: int) -> None:
+        self.line += self.text.count("\n", self.at, to)
+        self.at = to
+
+    @property
+    def _where(self) -> str:
+        return f"{self.file}, line {self.line}"
+
+
+def _no_json(where: object, why: object) -> UserError:
+    return UserError(f"data.paths: {where} is not JSON ({why}); correct the line")
+
+
+def _too_deep(where: object) -> UserError:
+    return UserError(f"data.paths: {where} is nested too deeply; correct the line")
+
+
+def _without_surrogates(text: str) -> str:
+    """Return a text with U+FFFD for each half of a surrogate pair, which JSON can spell alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
