@@ -13,7 +13,7 @@ from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 
 COMMANDS = (
     *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
-    *("status", "logs", "cancel", "sync", "doctor"),
+    *("status", "logs", "cancel", "sync", "data", "doctor"),
     *("rank", "relay", "requeue"),
 )
 """Each is a module, imported when it is asked for: its `main` is the command."""
@@ -48,6 +48,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       stop a run after a checkpoint, wherever it runs; --now: at once
   shardwright sync RUN_DIR
       send TensorBoard or W&B the metrics of an ended run that they lack
+  shardwright data show RUN_DIR [--samples N] [--json]
+      what a run trains on: counts, lengths of documents, samples as the model sees them
   shardwright doctor [group=option] [key=value]
       look for what stops or slows training here; with launcher=... on all of its nodes,
       with measured collectives and matrix products

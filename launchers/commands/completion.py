@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shardwright.launchers.composition.compose import compose
 from shardwright.launchers.composition.errors import qualify
@@ -46,17 +46,34 @@ def complete(
     command = words[0]
     if command not in commands:
         return []
+    below = _below(module_of(command))
+    if below and len(words) == 1 and not last.startswith("-"):
+        return [name for name in below if name.startswith(last)]
     if last.startswith("-"):
-        return [flag for flag in flags_of(module_of(command)) if flag.startswith(last)]
+        parser = below.get(words[1]) if len(words) > 1 else None
+        flags = flags_of(parser or parser_of(module_of(command)))
+        return [flag for flag in flags if flag.startswith(last)]
     if command != "train":
         return []
     overrides = [qualify(word) for word in words[1:] if word != "--dry-run"]
     return " ".join([program, *overrides, last])
 
 
-def flags_of(module: str) -> list[str]:
-    """Return the long flags that the parser of a command's module shows, sorted."""
-    parser: argparse.ArgumentParser = importlib.import_module(module).parser()
+def parser_of(module: str) -> argparse.ArgumentParser:
+    """Return the command line of a command's module."""
+    found: argparse.ArgumentParser = importlib.import_module(module).parser()
+    return found
+
+
+def _below(module: str) -> Mapping[str, argparse.ArgumentParser]:
+    """Return the commands below one that has some, by their names."""
+    parsers = getattr(importlib.import_module(module), "parsers", dict)
+    found: Mapping[str, argparse.ArgumentParser] = parsers()
+    return found
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the long flags that a parser shows, sorted."""
     return sorted(
         flag
         for action in parser._actions  # argparse has no public list of them

@@ -82,7 +82,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     slip in. Raises UserError for what is wrong with corpus, tokenizer or cache directory.
     """
     # Costs half a second, which check_corpus does not need.
-    from shardwright.train.data.tokens import cache
+    from shardwright.train.data.tokens import cache, uses
     from shardwright.train.data.tokens.tokenizer import ensure_tokenizer, load_tokenizer
 
     started = time.monotonic()
@@ -90,13 +90,14 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     directory, note = run_dir / TOKENIZER_FOLDER, run_dir / DATA_JSON
     noted = _noted(note)
     name = noted["tokens"] if noted else None
-    entry = cache.find(parent, name) if name and directory.exists() else None
+    entry = cache.take(parent, name, run_dir) if name and directory.exists() else None
     if entry:
         tokenizer = load_tokenizer(config, directory)
     else:
         identity = corpus_identity(config.data, cache.cache_root(config.data))
         tokenizer = ensure_tokenizer(config, directory, identity)
         entry = _packed(config, tokenizer, directory, identity, parent, name)
+        uses.hold(parent, entry.path.name, run_dir)
     prepared = _open(config, tokenizer, entry, noted)
     if noted is None:
         _check_sources(config, prepared)
@@ -113,6 +114,27 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
         time.monotonic() - started,
     )
     return prepared
+
+
+def opened(config: RunConfig, run_dir: Path) -> tuple[Prepared, Entry]:
+    """Return what `prepare` has made for a run that has noted it, making nothing.
+
+    Raises UserError where the cache does not have it any more.
+    """
+    from shardwright.train.data.tokens import cache
+    from shardwright.train.data.tokens.tokenizer import load_tokenizer
+
+    parent, noted = cache.cache_root(config.data) / "tokens", _noted(run_dir / DATA_JSON)
+    assert noted is not None, "it has been looked for"
+    name = noted["tokens"]
+    entry = cache.take(parent, name)
+    if entry is None:
+        raise UserError(
+            f"{run_dir}: the tokens that it trains on, {parent / name}, are not there or not "
+            "whole; `shardwright resume` prepares them again from the corpus"
+        )
+    tokenizer = load_tokenizer(config, run_dir / TOKENIZER_FOLDER)
+    return _open(config, tokenizer, entry, noted), entry
 
 
 def summary(prepared: Prepared, *, by_line: bool) -> Iterator[str]:
@@ -177,7 +199,7 @@ def _packed(
         sources = len(source_weights(config.data))
         backend = tokenizer.backend_tokenizer
         counts = pack(pieces, sources, backend, packing, target, all_cores())
-        return {**counts, **vars(reading)}
+        return {**counts, **vars(reading), "vocabulary_size": packing.vocabulary_size}
 
     return build_once(parent, name, build)
 

@@ -23,7 +23,7 @@ from shardwright.train.data import __main__ as data_command
 from shardwright.train.data import prepare
 from shardwright.train.data.prepare import noted_samples_per_epoch, noted_samples_wanted
 from shardwright.train.data.sources.corpus import is_held_out
-from shardwright.train.data.tokens import cache, packing
+from shardwright.train.data.tokens import cache, packing, uses
 from shardwright.train.data.tokens.cache import build_once, find
 from shardwright.train.errors import UserError
 from shardwright.train.model.vocabulary import vocabulary_size
@@ -46,7 +46,7 @@ def start(config: RunConfig, run_dir: Path) -> subprocess.Popen[str]:
 
 
 def entries(cache: Path, kind: str) -> list[str]:
-    return sorted(p.name for p in (cache / kind).iterdir() if p.suffix != ".lock")
+    return sorted(p.name for p in (cache / kind).iterdir() if p.suffix not in (".lock", ".used"))
 
 
 def test_a_large_corpus_is_given_every_core_of_the_node(
@@ -355,7 +355,11 @@ def test_preparing_is_deterministic(corpus: Path, make_config: MakeConfig, tmp_p
             mlm=True, objective={"whole_word": True}, data={"cache_dir": str(tmp_path / name / "c")}
         )
         prepare(config, tmp_path / name)
-        files = sorted(p for p in (tmp_path / name / "c").rglob("*") if p.is_file())
+        files = sorted(
+            p
+            for p in (tmp_path / name / "c").rglob("*")
+            if p.is_file() and p.suffix != uses.SUFFIX  # names the run
+        )
         contents.append({p.relative_to(tmp_path / name): p.read_bytes() for p in files})
     assert contents[0] == contents[1]
     assert len(contents[0]) > 6

@@ -41,6 +41,12 @@ def test_every_command_has_its_own_page(shardwright: Shardwright) -> None:
         assert pages[0].out.startswith(
             "Compose a run out of groups" if command == "train" else f"usage: shardwright {command}"
         )
+    page = shardwright("data", "show", "--help")
+    assert (page.code, page.err) == (0, "")
+    assert page.out.startswith("usage: shardwright data show")
+    outcome = shardwright("data", "shwo")
+    assert outcome.code == BAD_INPUT
+    assert "invalid choice: 'shwo'" in outcome.err
     outcome = shardwright("help", "resum")
     assert (outcome.code, outcome.err) == (
         2,
@@ -93,7 +99,7 @@ def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
         (
             "xyz",
             "error: unknown command xyz: there are train, resume, join, sample, checkpoints, "
-            "recover, push, status, logs, cancel, sync, doctor, rank, relay and requeue\n",
+            "recover, push, status, logs, cancel, sync, data, doctor, rank, relay and requeue\n",
         ),
         (
             "seed=1",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import filelock
 
 from shardwright.train.config import DataConfig
+from shardwright.train.data.tokens import uses
 from shardwright.train.durable import flush, publish
 from shardwright.train.errors import UserError
 
@@ -44,8 +45,11 @@ class Entry(NamedTuple):
 
 def cache_root(data: DataConfig) -> Path:
     """Return the directory that holds tokens/, tokenizers/, downloads/ and compiled/."""
-    if data.cache_dir is not None:
-        return Path(data.cache_dir).expanduser()
+    return default_root() if data.cache_dir is None else Path(data.cache_dir).expanduser()
+
+
+def default_root() -> Path:
+    """Return the cache of runs that name none."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(user_cache) / "shardwright"
 
@@ -56,8 +60,18 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
+def hash_of(path: Path) -> str:
+    """Return the hash of a file that an index keeps, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _hasher).hexdigest()
+
+
+def _hasher() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
 def find(parent: Path, name: str) -> Entry | None:
-    """Return the entry of that name where there is a whole one."""
+    """Return the entry of that name where there is a whole one, by the sizes of its files."""
     path = parent / name
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
@@ -67,15 +81,27 @@ def find(parent: Path, name: str) -> Entry | None:
     return Entry(path, index["details"], built=False) if whole else None
 
 
+def take(parent: Path, name: str, run_dir: Path | None = None) -> Entry | None:
+    """Return the entry of that name where there is a whole one, which this process then holds.
+
+    ``run_dir`` is noted as a run that opens it again.
+    """
+    if not (parent / name).is_dir():
+        return None
+    uses.hold(parent, name, run_dir)
+    return find(parent, name)
+
+
 def build_once(parent: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> Entry:
     """Return the entry of that name, letting ``build`` fill it where there is no whole one.
 
     Of several processes on a node one builds while the others wait. ``build`` gets an empty
     directory with a temporary name and returns details (plain values) to keep. The index is
     written last and one rename publishes all, so what a crash leaves behind is never taken for an
-    entry; the next builder removes it. Raises UserError where the disk does not let it.
+    entry; the next builder removes it. This process holds the entry until it ends. Raises UserError
+    where the disk does not let it.
     """
-    if entry := find(parent, name):
+    if entry := take(parent, name):
         return entry
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +112,9 @@ def build_once(parent: Path, name: str, build: Callable[[Path], dict[str, Any]])
             log.info("waiting for another process that prepares %s", parent / name)
             lock.acquire()
         try:
-            return find(parent, name) or _build(parent, name, build)
+            entry = take(parent, name) or _build(parent, name, build)
+            uses.hold(parent, name)
+            return entry
         finally:
             lock.release()
     except OSError as error:
@@ -121,7 +149,11 @@ def _build(parent: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> 
         files = sorted(p for p in temporary.iterdir())
         for path in files:
             flush(path)
-        index = {"files": {p.name: p.stat().st_size for p in files}, "details": details}
+        index = {
+            "files": {p.name: p.stat().st_size for p in files},
+            "hashes": {p.name: hash_of(p) for p in files},
+            "details": details,
+        }
         (temporary / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         flush(temporary / INDEX)
         publish(temporary, parent / name)
