@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
 from shardwright.train.console import terminal
 from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
+from shardwright.train.process import garbage
 
 COMMANDS = (
     *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
@@ -125,7 +124,9 @@ def _dispatch(arguments: list[str]) -> int:
 
             return completion.main(arguments, COMMANDS, module_of)
         case [command, *rest] if command in COMMANDS:
-            code: int = importlib.import_module(module_of(command)).main(rest)
+            with garbage.uncollected():
+                module = importlib.import_module(module_of(command))
+            code: int = module.main(rest)
             return code
     raise UserError(_unknown(arguments[0]))
 
@@ -140,6 +141,8 @@ def _unknown(command: str) -> str:
     """Say what was probably meant."""
     if "=" in command:
         return f"{command} comes after a command: shardwright train {command}"
+    import difflib
+
     near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.4)
     there_are = f"there are {', '.join(COMMANDS[:-1])} and {COMMANDS[-1]}"
     hint = f"did you mean {near[0]}?" if near else there_are
@@ -147,6 +150,8 @@ def _unknown(command: str) -> str:
 
 
 def _version() -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version("shardwright")
     except importlib.metadata.PackageNotFoundError:

@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from shardwright.launchers.composition import errors
+from shardwright.launchers.composition import errors, quickly
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
@@ -27,6 +27,7 @@ from shardwright.train.config import RunConfig, from_tree
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.errors import BAD_INPUT, UserError
 from shardwright.train.paths import absolute
+from shardwright.train.process import garbage
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -112,7 +113,8 @@ def compose(arguments: Sequence[str]) -> list[Job]:
             if starts_runs:
                 written = map(errors.with_home_quoted, parsed.overrides)
                 errors.check_options(list(written), group_options())
-            collect()
+            with quickly.composing(CONF), garbage.uncollected():
+                collect()
         except UserError:
             raise
         except errors.USER_CAUSED as error:

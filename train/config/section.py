@@ -22,7 +22,9 @@ Floats = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 class Section(BaseModel):
     """A frozen part of the config that refuses unknown keys and wrong types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, serialize_by_alias=True, defer_build=True
+    )
 
 
 def shown(value: Any) -> str:

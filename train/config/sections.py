@@ -38,6 +38,6 @@ class Sections(Section):
     strategy: StrategyConfig
     precision: PrecisionConfig
     trainer: TrainerConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: TrackingConfig
     launcher: LauncherConfig

@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO, TypeVar
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from shardwright.train.units import duration, size
+
+if TYPE_CHECKING:  # most commands draw no bar
+    from tqdm import tqdm
 
 LIFE_SECONDS = 9.0
 """Between two lines behind a pipe, whatever does not come to an end: a sign of life."""
@@ -65,6 +66,8 @@ def write(text: str, console: TextIO | None = None) -> None:
     """
     console = console or _console
     if console is not None:
+        from tqdm import tqdm
+
         if is_terminal(console):
             columns = os.get_terminal_size(console.fileno()).columns
             text = "\n".join(wrapped(line, columns) for line in text.split("\n"))
@@ -205,6 +208,8 @@ class Phase:
         """Show it for the first time."""
         assert self._console is not None
         if self.is_drawn:
+            from tqdm import tqdm
+
             self._bar = tqdm(
                 desc=self._bar_name,
                 total=self.total,
