@@ -86,3 +86,21 @@ sys.exit(__main__.main([{str(run_dir)!r}]))
     assert done.returncode == 2, done.stderr
     assert "'no mask' has 0 masks" in done.stdout + done.stderr
     assert seen.read_text() == "validated "
+
+
+def test_a_rank_imports_no_library_of_another_strategy_or_source(
+    tiny_tree: TreeOf, frozen_run: Freeze
+) -> None:
+    tree = tiny_tree("mlm")
+    tree["strategy"] = {"kind": "single"}
+    tree["launcher"]["nproc_per_node"] = 1
+    tree["trainer"] |= {"max_steps": 1, "global_batch_size": 4, "eval_max_samples": 4}
+    program = f"""
+import sys
+from shardwright.train import __main__
+code = __main__.main([{str(frozen_run(tree))!r}])
+heavy = {{"datasets", "deepspeed", "pandas", "pyarrow"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

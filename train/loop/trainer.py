@@ -19,7 +19,7 @@ from shardwright.train.config import MlmObjective, Schedule, batch_sizes
 from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
 from shardwright.train.errors import Diverged, UserError
-from shardwright.train.loop import divergence
+from shardwright.train.loop import divergence, lean
 from shardwright.train.loop.ahead import Ahead, counted, is_interrupted
 from shardwright.train.loop.callbacks.garbage import GarbageCollection
 from shardwright.train.loop.callbacks.handler import Callbacks
@@ -51,6 +51,8 @@ BATCHES_BETWEEN_CHECKS = 4
 """Of an evaluation, for a signal to stop."""
 POSITIONS = "label_positions"
 """In a batch, the positions that are."""
+
+lean.import_trainer()
 
 
 class Trainer(transformers.Trainer):
