@@ -146,7 +146,7 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
             bounds=bounds,
         ),
         eval_loader(prepared, config, rank=rank.index, layout=layout, bounds=bounds)
-        if prepared.eval_samples
+        if prepared.is_evaluated
         else None,
         values,
         schedule,

@@ -41,6 +41,7 @@ from shardwright.train.config import (
 )
 from shardwright.train.console import terminal
 from shardwright.train.data.prepare import noted_samples_wanted
+from shardwright.train.data.sources.corpus import with_sets_located
 from shardwright.train.errors import BAD_INPUT, UserError
 from shardwright.train.paths import absolute
 from shardwright.train.process.arguments import path as path_of
@@ -55,6 +56,8 @@ _FIXED: dict[str, str | None] = {
     "tokenizer": "the model has learned its tokens",
     "data": "the position in the data would mean another sample",
     "data.cache_dir": None,
+    "data.eval_paths": None,
+    "data.names": None,
     "data.document_attention": "the model has learned from what a token sees by it",
     "data.unpad": None,
     "objective": "the model was trained with it",
@@ -86,6 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     after = with_wandb_mode(
         changed(before, options.overrides, trees), options.overrides, here.wandb_mode
     )
+    after = after.model_copy(update={"data": with_sets_located(after.data)})
     limit = largest_micro_batch(before, options.overrides)
     config = machine.resolve(after, here, str(run_dir), limit)
     if options.dry_run:

@@ -24,7 +24,7 @@ from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
 from shardwright.train.config import RunConfig, from_tree
-from shardwright.train.data.sources.registry import source_of
+from shardwright.train.data.sources.corpus import located
 from shardwright.train.errors import BAD_INPUT, UserError
 from shardwright.train.paths import absolute
 from shardwright.train.process import garbage
@@ -152,7 +152,7 @@ def resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
     """Return a job's config, valid and with nothing left open."""
     config = from_tree(plain(job.tree))
     # Of new runs alone: by the very names in it a resume finds the tokens of one that is older.
-    config = config.model_copy(update={"data": source_of(config.data).located()})
+    config = config.model_copy(update={"data": located(config.data)})
     return machine.resolve(config, here, _run_dir(config, job.number, stamp))
 
 

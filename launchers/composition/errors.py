@@ -32,13 +32,13 @@ ROOT_GROUP = "experiment"
 """The group whose files set keys of the whole tree; Hydra knows it as ``experiment@_global_``."""
 
 
-FREE_FORM = "strategy.extra"
-"""The section whose keys no file lists."""
+FREE_FORM = ("strategy.extra", "data.eval_paths")
+"""The sections whose keys no file lists."""
 
 
 def is_free_form(key: str) -> bool:
     """Return whether a dotted key is one that only its reader knows."""
-    return key == FREE_FORM or key.startswith(f"{FREE_FORM}.")
+    return any(key == section or key.startswith(f"{section}.") for section in FREE_FORM)
 
 
 def qualify(override: str) -> str:

@@ -27,6 +27,7 @@ from shardwright.train.config import from_tree, load, to_yaml
 from shardwright.train.data.prepare import prepare
 from shardwright.train.data.sources.corpus import read_corpus
 from shardwright.train.data.tokens.cache import cache_root
+from shardwright.train.loop.trainer import METRICS
 from tests.e2e.cli import ROOT, SECRETS, finish, processes, shardwright, start_python
 from tests.e2e.conftest import PROMPTS, Run
 from tests.unit.trackers import expected, of_tensorboard, of_wandb
@@ -138,9 +139,9 @@ def test_each_step_is_a_line_of_metrics(run: Run) -> None:
         assert set(line) == position | known | {"loss", "learning_rate", "grad_norm"}
         assert line.get("tokens_per_second", 1) > 0
         assert 2**26 < line["peak_memory_bytes"] < 2**34
-    accuracy = {"eval_masked_accuracy"} if run.objective == "mlm" else set()
+    more = "eval_masked_accuracy" if run.objective == "mlm" else "eval_bits_per_byte"
     for line in evaluated:
-        assert set(line) == position | accuracy | {"eval_loss", "eval_perplexity"}
+        assert set(line) == position | {more, "eval_loss", "eval_perplexity"}
     for line in lines:
         assert line["samples"] == line["step"] * SAMPLES_A_STEP
         assert line["tokens"] == line["samples"] * SEQUENCE_LENGTH
@@ -287,7 +288,7 @@ def test_the_cards_losses_are_those_of_the_metrics(run: Run) -> None:
     assert measured == {
         name.removeprefix("eval_").replace("_", " "): f"{value:.4f}"
         for name, value in last.items()
-        if name.startswith("eval_")
+        if name in METRICS
     }
     for title, lines, key in (
         ("training loss", trained, "loss"),

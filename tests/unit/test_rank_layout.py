@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from shardwright.train.config import BatchSizes, RankLayout, StrategyConfig, rank_layout
-from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
+from shardwright.train.data.batches.sampler import EvalBatches, Portion, SampleKey, TrainBatches
 from shardwright.train.errors import UserError
 
 SIXTEEN = RankLayout(replicas=2, shards=2, sequence=2, tensor=2)
@@ -130,7 +130,7 @@ def test_an_evaluation_sees_each_sample_once(layout: RankLayout, samples: int) -
         key.sample
         for rank in sorted(set(firsts))
         for batch in EvalBatches(
-            samples, layout.data_parallel_rank(rank), layout.data_parallel_size, 2
+            [Portion(0, samples)], layout.data_parallel_rank(rank), layout.data_parallel_size, 2
         )
         for key in batch
         if key.counted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -13,6 +15,13 @@ from shardwright.train.config.section import (
     Section,
     Strings,
     unresolved,
+)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What metrics can be called by."""
+_ENDINGS = re.compile(
+    r"(\.(txt|jsonl?|[ct]sv|parquet|arrow|feather|tar|ds|npy|bin|gz|bz2|xz|zst|zip))+$",
+    re.IGNORECASE,
 )
 
 DEFAULT_SEQUENCE_LENGTH = 512
@@ -36,10 +45,23 @@ class DataSection(Section):
     """Most of the training tokens that cutting long lines may lose; more is an error."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of documents held out, chosen by a hash of their text; 0 holds out none."""
+    eval_paths: dict[str, str] = Field(default_factory=dict)
+    """Held-out documents of your own: a name for each path (file, directory or glob), which is read
+    whole. Every evaluation tells the loss of each as eval_loss/NAME."""
     max_documents: PositiveInt | None = None
     """Read only this many documents, the first ones; null reads all."""
     cache_dir: str | None = None
     """Where packed tokens are cached; null is shardwright/ in the user's cache directory."""
+
+    @model_validator(mode="after")
+    def _sets_have_names(self) -> DataSection:
+        _check_names("eval_paths", self.eval_paths)
+        return self
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there are held-out documents, of the corpus or of the user's own."""
+        return self.eval_fraction > 0 or bool(self.eval_paths)
 
     @property
     def tokens_per_sample(self) -> int:
@@ -85,8 +107,38 @@ class TextData(DataSection):
     """Files, directories or globs; ``**`` descends, as a directory does."""
     weights: Floats | None = None
     """For each path, how often an epoch sees its samples (0.5: half of them); null: once."""
+    names: Strings | None = None
+    """For each path, what evaluations call it; null: its own name, without what it ends in."""
     text_field: str = "text"
     """Column that holds the text, or the path to it: meta.body, messages.0.content."""
+
+    @model_validator(mode="after")
+    def _one_name_for_each_path(self) -> TextData:
+        if self.names is not None:
+            if len(self.names) != len(self.paths):
+                raise ValueError(
+                    f"names has {len(self.names)} values and paths has {len(self.paths)}; give one "
+                    "name for each path, or none at all"
+                )
+            _check_names("names", self.names)
+            if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
+                raise ValueError(
+                    f"names has {twice[0]} twice; evaluations tell paths apart by their names, so "
+                    "give each its own, or join the paths by one glob"
+                )
+        if taken := sorted({*self.names_of_paths} & {*self.eval_paths}):
+            raise ValueError(
+                f"eval_paths has the name {taken[0]}, by which evaluations call one of paths; call "
+                "the set otherwise, or the path by names"
+            )
+        return self
+
+    @property
+    def names_of_paths(self) -> tuple[str, ...]:
+        """What evaluations call each path; () where there is only one, and no name was given."""
+        if self.names is not None:
+            return self.names
+        return _distinct(self.paths) if len(self.paths) > 1 else ()
 
     @model_validator(mode="after")
     def _one_weight_for_each_path(self) -> TextData:
@@ -128,3 +180,28 @@ class KantData(DataSection):
 
 
 DataConfig = Annotated[StdlibData | TextData | HubData | KantData, Field(discriminator="kind")]
+
+
+def _check_names(field: str, names: Iterable[str]) -> None:
+    """Raise ValueError where metrics cannot be called by a name."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"{field} has the name {name!r}, by which metrics are called; write it of letters, "
+                "digits, '.', '_' and '-', the first a letter or a digit"
+            )
+
+
+def _distinct(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return a name for each path, of the last part of it that is no pattern. Pure."""
+    names: list[str] = []
+    for path in paths:
+        parts = [part for part in path.split("/") if part and not set(part) & set("*?[")]
+        stem = _ENDINGS.sub("", parts[-1]) if parts else ""
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-") or "source"
+        number = 2
+        found = name
+        while found in names:
+            found, number = f"{name}-{number}", number + 1
+        names.append(found)
+    return tuple(names)

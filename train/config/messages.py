@@ -177,7 +177,7 @@ ALIASES = {
     "train_steps": "trainer.max_steps",
     "use_cpu": "launcher.device=cpu",
     "val_check_interval": "trainer.eval_every_steps",
-    "validation_file": "data.eval_fraction: held-out documents are chosen from the corpus itself",
+    "validation_file": "data.eval_paths={NAME: PATH}; or data.eval_fraction of the corpus itself",
     "validation_split_percentage": "data.eval_fraction, a share such as 0.05",
     "wandb": "tracking=wandb",
     "wandb_project": "tracking=wandb tracking.project=...",

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardwright.train.config import RunConfig, samples_wanted
-from shardwright.train.data.sources.corpus import corpus_identity, read_corpus, source_weights
+from shardwright.train.data.sources.corpus import (
+    corpus_identity,
+    named_as,
+    named_sets,
+    read_corpus,
+    source_weights,
+)
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.sources.source import Reading
 from shardwright.train.durable import write_text
@@ -23,10 +29,13 @@ from shardwright.train.run_directory.names import DATA_JSON, TOKENIZER_FOLDER
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from shardwright.train.data.batches.held_out import HeldOutSet
     from shardwright.train.data.batches.samples import Mixture, Samples
     from shardwright.train.data.tokens.cache import Entry
 
 CACHE_FORMAT = 2
+SETS = "eval_paths"
+"""Of data.json: what is held out by data.eval_paths."""
 log = logging.getLogger(__name__)
 
 
@@ -59,6 +68,10 @@ class Prepared:
     held_out: Part
     empty_files: int
     """Matched by a glob, and skipped."""
+    named_sets: tuple[HeldOutSet, ...] = ()
+    """The held-out documents of data.eval_paths."""
+    source_names: tuple[str, ...] = ()
+    """What evaluations call the sources; () where there is only one."""
     samples_of_max_tokens: int | None = None
     """Samples, in their order, that hold trainer.max_tokens; None where they are of one length."""
 
@@ -71,6 +84,18 @@ class Prepared:
     def eval_samples(self) -> int:
         """Held-out samples."""
         return len(self.heldout)
+
+    @cached_property
+    def held_out_sets(self) -> tuple[HeldOutSet, ...]:
+        """All that is evaluated: what each source of the corpus holds out, and the user's own."""
+        from shardwright.train.data.batches.held_out import sets_of
+
+        return (*sets_of(self.heldout, self.source_names), *self.named_sets)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there is a held-out sample."""
+        return any(len(each.samples) for each in self.held_out_sets)
 
 
 def prepare(config: RunConfig, run_dir: Path) -> Prepared:
@@ -98,14 +123,18 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
         tokenizer = ensure_tokenizer(config, directory, identity)
         entry = _packed(config, tokenizer, directory, identity, parent, name)
         uses.hold(parent, entry.path.name, run_dir)
-    prepared = _open(config, tokenizer, entry, noted)
+    entries = _named_entries(config, tokenizer, run_dir, parent, noted)
+    prepared = replace(
+        _open(config, tokenizer, entry, noted), named_sets=tuple(_named_sets(config, entries))
+    )
     if noted is None:
         _check_sources(config, prepared)
         _check_loss(config, prepared)
     counted, has_counted = _samples_of_max_tokens(config, run_dir, prepared)
     prepared = replace(prepared, samples_of_max_tokens=counted)
-    if noted is None or has_counted:
-        _note(note, entry.path.name, prepared, config)
+    sets = _noted_sets(config, entries)
+    if noted is None or has_counted or sets != noted.get(SETS, {}):
+        _note(note, entry.path.name, prepared, config, sets)
     for line in summary(prepared, by_line=config.data.line_by_line):
         log.info(line)
     log.info(
@@ -144,6 +173,12 @@ def summary(prepared: Prepared, *, by_line: bool) -> Iterator[str]:
         yield (
             f"{name}: {part.documents:,} documents, {part.tokens:,} tokens in {part.samples:,} "
             f"samples; {cut}{part.tokens_left_out:,} tokens ({part.share_left_out:.2%}) in none"
+        )
+    for each in prepared.named_sets:
+        extent = each.samples.extent()
+        yield (
+            f"held out, {each.name}: {extent.tokens:,} tokens in {extent.samples:,} samples; "
+            f"{extent.tokens_left_out:,} tokens in none"
         )
     if prepared.empty_files:
         yield f"{prepared.empty_files:,} empty files skipped"
@@ -231,6 +266,7 @@ def _open(
         training=_part(noted, "training", train, entry.details["documents"]),
         held_out=_part(noted, "heldout", heldout, entry.details["heldout_documents"]),
         empty_files=entry.details.get("empty_files", 0),
+        source_names=source_of(data).names,
     )
     training, held_out = prepared.training, prepared.held_out
     counts = _counts(config, training, prepared.samples_per_epoch)
@@ -244,6 +280,65 @@ def _open(
             "give more documents (each .txt file is one), or set it to 0 to evaluate on nothing"
         )
     return prepared
+
+
+def _named_entries(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    run_dir: Path,
+    parent: Path,
+    noted: Mapping[str, Any] | None,
+) -> dict[str, Entry]:
+    """Return for each set of data.eval_paths its tokens, those that the run has noted for it."""
+    from shardwright.train.data.tokens import cache, uses
+
+    known = (noted or {}).get(SETS, {})
+    entries = {}
+    for name, data in named_sets(config.data).items():
+        of_set = known.get(name, {})
+        was = of_set.get("tokens") if of_set.get("path") == data.paths[0] else None
+        with named_as(name):
+            entry = cache.take(parent, was, run_dir) if was else None
+            if entry is None:
+                identity = corpus_identity(data, cache.cache_root(data))
+                alone = config.model_copy(update={"data": data})
+                directory = run_dir / TOKENIZER_FOLDER
+                entry = _packed(alone, tokenizer, directory, identity, parent, was)
+                uses.hold(parent, entry.path.name, run_dir)
+        entries[name] = entry
+    return entries
+
+
+def _named_sets(config: RunConfig, entries: Mapping[str, Entry]) -> Iterator[HeldOutSet]:
+    """Yield the sets of data.eval_paths; raise UserError where one has no sample."""
+    from shardwright.train.data.batches.held_out import HeldOutSet
+    from shardwright.train.data.batches.samples import Samples
+    from shardwright.train.data.tokens.packing import store_name
+    from shardwright.train.data.tokens.store import TokenStore
+
+    data = config.data
+    for name, entry in entries.items():
+        store = TokenStore(entry.path, store_name(held_out=True, source=0))
+        samples = Samples(store, data.tokens_per_sample, config.objective.kind == "clm")
+        if not len(samples):
+            raise UserError(
+                f"data.eval_paths.{name}: {entry.details['heldout_documents']:,} documents with "
+                f"{len(store.tokens):,} tokens are too few for one sample at "
+                f"data.sequence_length={data.sequence_length}; give it more text, or leave it out"
+            )
+        yield HeldOutSet(name, samples, is_own=False)
+
+
+def _noted_sets(config: RunConfig, entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Return what data.json tells of the sets of data.eval_paths."""
+    return {
+        name: {
+            "path": config.data.eval_paths[name],
+            "tokens": entry.path.name,
+            "documents": entry.details["heldout_documents"],
+        }
+        for name, entry in entries.items()
+    }
 
 
 def _part(
@@ -383,7 +478,9 @@ def _samples_of_max_tokens(
     return samples_of_tokens(prepared.train, tokens), True
 
 
-def _note(note: Path, name: str, prepared: Prepared, config: RunConfig) -> None:
+def _note(
+    note: Path, name: str, prepared: Prepared, config: RunConfig, sets: Mapping[str, Any]
+) -> None:
     counted = {}
     if prepared.samples_of_max_tokens is not None:
         counted = {str(config.trainer.max_tokens): prepared.samples_of_max_tokens}
@@ -397,5 +494,6 @@ def _note(note: Path, name: str, prepared: Prepared, config: RunConfig) -> None:
         },
         "heldout": prepared.held_out._asdict(),
         "empty_files": prepared.empty_files,
+        **({SETS: sets} if sets else {}),
     }
     write_text(note, json.dumps(tree) + "\n")

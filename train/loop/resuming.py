@@ -296,7 +296,7 @@ def lacks_evaluation(resumed: Resumed, config: RunConfig, total_steps: int) -> b
     Where any step is evaluated, the last one is too.
     """
     every = config.trainer.eval_every_steps
-    if every is None or not config.data.eval_fraction:
+    if every is None or not config.data.is_evaluated:
         return False
     if resumed.step % every and resumed.step != total_steps:
         return False

@@ -19,7 +19,7 @@ from shardwright.train.config import MlmObjective, Schedule, batch_sizes
 from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
 from shardwright.train.errors import Diverged, UserError
-from shardwright.train.loop import divergence, lean
+from shardwright.train.loop import divergence, evaluation, lean
 from shardwright.train.loop.ahead import Ahead, counted, is_interrupted
 from shardwright.train.loop.callbacks.garbage import GarbageCollection
 from shardwright.train.loop.callbacks.handler import Callbacks
@@ -440,8 +440,8 @@ class Trainer(transformers.Trainer):
     ) -> EvalLoopOutput:
         """Return loss and perplexity over all held-out labels, and accuracy for masked ones.
 
-        Only six sums are kept and reduced, never logits. Every rank makes the same number of
-        forward passes, as sharded engines need. Raises Stop where a rank was told to.
+        Of each held-out set six sums are kept and reduced, never logits. Every rank makes the same
+        number of forward passes, as sharded engines need. Raises Stop where a rank was told to.
         """
         shown: dict[str, Any] = {
             "name": f"evaluating step {self.state.global_step}",
@@ -452,30 +452,33 @@ class Trainer(transformers.Trainer):
         }
         model = self.model_wrapped
         model.eval()
-        sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+        dataset: Any = dataloader.dataset
+        sampler: Any = dataloader.batch_sampler
+        of_sets, sets = list(sampler.sets()), dataset.sets
+        sums = torch.zeros((len(sets), 6), dtype=torch.float64, device=self.args.device)
         try:
             with torch.no_grad():
                 for number, batch in enumerate(progress.over(dataloader, **shown)):
                     if number % BATCHES_BETWEEN_CHECKS == 0:
                         check()
                     loss, *counted = self._predicted(model, batch)
-                    sums[:4] += torch.stack([loss.double(), *counted])
-                    sums[4] += ~loss.isfinite()
-                    sums[5] += 1
+                    of_set = sums[of_sets[number]]
+                    of_set[:4] += torch.stack([loss.double(), *counted])
+                    of_set[4] += ~loss.isfinite()
+                    of_set[5] += 1
         finally:
             model.train()
             self.engine.after_evaluation(self)
-        total, correct, count, samples, *batches = self.accelerator.reduce(sums, "sum").tolist()
-        self.held_out_batches_not_finite = int(batches[0]), int(batches[1])
-        mean = total / max(count, 1)
-        metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
-        if self.config.objective.kind == "mlm":
-            metrics["masked_accuracy"] = correct / max(count, 1)
+        reduced = [evaluation.Sums(*row) for row in self.accelerator.reduce(sums, "sum").tolist()]
+        whole = evaluation.total(sets, reduced)
+        self.held_out_batches_not_finite = int(whole.not_finite), int(whole.batches)
+        masked = self.config.objective.kind == "mlm"
+        measured = evaluation.metrics(sets, reduced, masked=masked)
         return EvalLoopOutput(
             predictions=(),  # type: ignore[arg-type]
             label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=int(samples),
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in measured},
+            num_samples=int(sum(row.samples for row in reduced)),
         )
 
     def _evaluate(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shardwright.train.config import BatchSizes
 from shardwright.train.data.batches.sampler import (
     EvalBatches,
+    Portion,
     SampleKey,
     TrainBatches,
     permuted,
@@ -158,9 +159,53 @@ def test_evaluation_sees_each_sample_once_in_equal_batches(
     samples: int, world_size: int, micro_batch_size: int
 ) -> None:
     ranks = [
-        list(EvalBatches(samples, rank, world_size, micro_batch_size)) for rank in range(world_size)
+        list(EvalBatches([Portion(0, samples)], rank, world_size, micro_batch_size))
+        for rank in range(world_size)
     ]
     assert len({len(rank) for rank in ranks}) == 1
     assert all(len(batch) == micro_batch_size for rank in ranks for batch in rank)
     counted = [key.sample for rank in ranks for batch in rank for key in batch if key.counted]
     assert sorted(counted) == list(range(samples))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
+    world_size=st.sampled_from([1, 2, 3, 4]),
+    micro_batch_size=st.integers(1, 5),
+)
+def test_a_batch_of_an_evaluation_is_of_one_set(
+    sizes: list[int], world_size: int, micro_batch_size: int
+) -> None:
+    firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+    portions = [Portion(first, size) for first, size in zip(firsts, sizes, strict=True)]
+    ranks = [
+        EvalBatches(portions, rank, world_size, micro_batch_size) for rank in range(world_size)
+    ]
+    batches = [list(rank) for rank in ranks]
+    of_sets = list(ranks[0].sets())
+    assert {len(of_rank) for of_rank in batches} == {len(of_sets)} == {len(ranks[0])}
+    counted: list[tuple[int, int]] = []
+    for of_rank in batches:
+        for batch, of_set in zip(of_rank, of_sets, strict=True):
+            assert len(batch) == micro_batch_size
+            assert {key.held_out_set for key in batch} == {of_set}
+            first = firsts[of_set]
+            assert all(first <= key.sample < first + sizes[of_set] for key in batch)
+            counted += [(of_set, key.sample) for key in batch if key.counted]
+    expected = [(n, firsts[n] + i) for n, size in enumerate(sizes) for i in range(size)]
+    assert sorted(counted) == expected
+
+
+def test_micro_batches_of_an_evaluation_are_the_same_for_every_world_size() -> None:
+    """So that the sums over them are, to the last bit."""
+    portions = [Portion(0, 23), Portion(23, 5), Portion(0, 9)]
+    seen = []
+    for world_size in (1, 2, 3, 5):
+        ranks = [EvalBatches(portions, rank, world_size, 4) for rank in range(world_size)]
+        counted = [
+            [key for key in batch if key.counted]
+            for batches in zip(*ranks, strict=True)
+            for batch in batches
+        ]
+        seen.append([batch for batch in counted if batch])
+    assert all(batches == seen[0] for batches in seen)

@@ -68,11 +68,11 @@ def _vocabulary_contradictions(config: Sections) -> Iterator[str]:
 
 
 def _evaluation_contradictions(config: Sections) -> Iterator[str]:
-    if config.trainer.eval_every_steps is not None and config.data.eval_fraction == 0:
+    if config.trainer.eval_every_steps is not None and not config.data.is_evaluated:
         yield (
             f"trainer.eval_every_steps={config.trainer.eval_every_steps} needs held-out documents, "
-            f"but data.eval_fraction={config.data.eval_fraction} holds out none; raise it or set "
-            "trainer.eval_every_steps=null"
+            f"but data.eval_fraction={config.data.eval_fraction} holds out none; raise it, give "
+            "data.eval_paths or set trainer.eval_every_steps=null"
         )
 
 
@@ -111,11 +111,11 @@ def _keep_best_contradictions(config: Sections) -> Iterator[str]:
     readers = _readers_of_the_metric(config)
     if readers and eval_every is None:
         lacking = "trainer.eval_every_steps=null"
-        if config.data.eval_fraction == 0:
+        if not config.data.is_evaluated:
             lacking += " and data.eval_fraction=0, which holds out none"
         yield (
             f"{' and '.join(readers)} needs evaluations during training, but {lacking}; set "
-            f"trainer.eval_every_steps{'' if config.data.eval_fraction else ' and the fraction'}"
+            f"trainer.eval_every_steps{'' if config.data.is_evaluated else ' and the fraction'}"
         )
     if best and save_every is None:
         yield (

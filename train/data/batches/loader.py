@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shardwright.train.config import RankLayout, RunConfig, accumulation_steps, batch_sizes
 from shardwright.train.data.batches.collator import Collator, Masking
+from shardwright.train.data.batches.held_out import HeldOutSet, portions
 from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
 from shardwright.train.data.batches.samples import Mixture, Window
 from shardwright.train.data.prepare import Prepared
@@ -52,7 +54,8 @@ def train_loader(
         steps=total_steps,
         start_sample=start_sample,
     )
-    return _loader(prepared, config, prepared.train, batches, config.seed, bounds)
+    dataset = _MixtureDataset(prepared.train)
+    return _loader(prepared, config, dataset, batches, config.seed, bounds)
 
 
 def eval_loader(
@@ -65,16 +68,29 @@ def eval_loader(
 ) -> Batches:
     """Return one rank's part of the held-out samples (of the first ``eval_max_samples``).
 
-    All ranks get as many batches of as many samples; what fills up the last has labels of -100.
+    All ranks get as many batches of as many samples, each of one set; what fills up the last of a
+    set has labels of -100.
     """
     trainer = config.trainer
     batches = EvalBatches(
-        samples=min(prepared.eval_samples, trainer.eval_max_samples or prepared.eval_samples),
+        portions(prepared.held_out_sets, trainer.eval_max_samples),
         data_parallel_rank=layout.data_parallel_rank(rank),
         data_parallel_size=layout.data_parallel_size,
         micro_batch_size=trainer.eval_samples_per_pass,
     )
-    return _loader(prepared, config, prepared.heldout, batches, EVALUATION_SEED, bounds)
+    dataset = HeldOutDataset(prepared.held_out_sets)
+    return _loader(prepared, config, dataset, batches, EVALUATION_SEED, bounds)
+
+
+class HeldOutDataset(Dataset[tuple[Window, SampleKey]]):
+    """The held-out sets as torch wants them; the sampler's keys are its indices."""
+
+    def __init__(self, sets: Sequence[HeldOutSet]) -> None:
+        self.sets = sets
+
+    def __getitem__(self, key: Any) -> tuple[Window, SampleKey]:
+        within = self.sets[key.held_out_set]
+        return within.samples[key.sample - within.first], key
 
 
 class _MixtureDataset(Dataset[tuple[Window, SampleKey]]):
@@ -90,13 +106,13 @@ class _MixtureDataset(Dataset[tuple[Window, SampleKey]]):
 def _loader(
     prepared: Prepared,
     config: RunConfig,
-    mixture: Mixture,
+    dataset: Dataset[tuple[Window, SampleKey]],
     batches: TrainBatches | EvalBatches,
     mask_seed: int,
     bounds: DocumentBounds | None,
 ) -> Batches:
     return DataLoader(
-        _MixtureDataset(mixture),
+        dataset,
         batch_sampler=batches,
         collate_fn=collator(prepared, config, mask_seed, bounds),
         num_workers=workers(config),

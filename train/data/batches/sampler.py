@@ -8,7 +8,7 @@ costs the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,6 +31,8 @@ class SampleKey(NamedTuple):
     """Which one of the epoch's samples, unshuffled."""
     counted: bool = True
     """False for one that only fills up the last batch of an evaluation."""
+    held_out_set: int = 0
+    """Of an evaluation, in which of its sets it is."""
 
 
 def permuted(key: tuple[int, ...], size: int, position: int) -> int:
@@ -114,30 +116,53 @@ class TrainBatches:
         return [part(self.batches.at(position), slot, slots) for slot in mine]
 
 
+class Portion(NamedTuple):
+    """What of a held-out set is evaluated: the first samples of it."""
+
+    first: int
+    """Number of the first one, by which it is masked."""
+    samples: int
+
+
 @dataclass(frozen=True)
 class EvalBatches:
-    """The batches of one rank: over all ranks each of ``samples`` once, in order.
+    """The batches of one rank: over all ranks each sample of each set once, in order.
 
-    All ranks get as many batches of the same size, the last ones filled up with samples that do
-    not count.
+    A batch has samples of one set. All ranks get as many batches of the same size, the last ones
+    of a set filled up with samples that do not count.
     """
 
-    samples: int
+    portions: Sequence[Portion]
+    """What of each set is evaluated."""
     data_parallel_rank: int
     data_parallel_size: int
     micro_batch_size: int
 
     def __len__(self) -> int:
-        return -(-self.samples // (self.micro_batch_size * self.data_parallel_size))
+        return sum(self._batches)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for batch in range(len(self)):
-            part = batch * self.data_parallel_size + self.data_parallel_rank
-            start = part * self.micro_batch_size
-            yield [
-                SampleKey(0, i) if i < self.samples else SampleKey(0, 0, counted=False)
-                for i in range(start, start + self.micro_batch_size)
-            ]
+        for number, (portion, batches) in enumerate(zip(self.portions, self._batches, strict=True)):
+            filling = SampleKey(0, portion.first, counted=False, held_out_set=number)
+            for batch in range(batches):
+                part = batch * self.data_parallel_size + self.data_parallel_rank
+                start = part * self.micro_batch_size
+                yield [
+                    SampleKey(0, portion.first + i, held_out_set=number)
+                    if i < portion.samples
+                    else filling
+                    for i in range(start, start + self.micro_batch_size)
+                ]
+
+    def sets(self) -> Iterator[int]:
+        """Yield for each batch of which set its samples are."""
+        for number, batches in enumerate(self._batches):
+            yield from [number] * batches
+
+    @property
+    def _batches(self) -> list[int]:
+        at_once = self.micro_batch_size * self.data_parallel_size
+        return [-(-portion.samples // at_once) for portion in self.portions]
 
 
 @lru_cache(maxsize=256)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardwright.train.config import DataConfig
+from shardwright.train.config.data import DataSection, TextData
 from shardwright.train.data.sources.files.pieces import Text
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.sources.shards import Shard
 from shardwright.train.data.sources.source import Reading
+from shardwright.train.errors import UserError
+
+ALL = 1.0
+"""Share of documents that are held out of a set that is held out."""
 
 
 class Piece(NamedTuple):
@@ -30,6 +36,44 @@ def check_corpus(data: DataConfig) -> None:
     Reads the beginning of each local file; downloads nothing.
     """
     source_of(data).check()
+    for name, of_set in named_sets(data).items():
+        with named_as(name):
+            source_of(of_set).check()
+
+
+def located(data: DataConfig) -> DataConfig:
+    """Return the section with every path in it absolute, as a new run keeps it."""
+    return with_sets_located(source_of(data).located())
+
+
+def with_sets_located(data: DataConfig) -> DataConfig:
+    """Return the section with the paths of the user's own held-out documents absolute."""
+    paths = {name: source_of(of).located().paths[0] for name, of in named_sets(data).items()}
+    return data.model_copy(update={"eval_paths": paths})
+
+
+def named_sets(data: DataConfig) -> dict[str, TextData]:
+    """Return for each of the user's own held-out sets a section that reads it, whole. Pure."""
+    shared = {name: getattr(data, name) for name in DataSection.model_fields}
+    shared |= {"eval_paths": {}, "max_documents": None, "eval_fraction": ALL}
+    text_field = getattr(data, "text_field", "text")
+    return {
+        # Not validated: no corpus of a run's own may be held out as a whole.
+        name: TextData.model_construct(kind="text", paths=(path,), text_field=text_field, **shared)
+        for name, path in data.eval_paths.items()
+    }
+
+
+@contextmanager
+def named_as(name: str) -> Iterator[None]:
+    """Have a UserError name the set of held-out documents in the reading of which it is raised."""
+    key = f"data.eval_paths.{name}"
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        text = text.replace("data.paths", key) if "data.paths" in text else f"{key}: {text}"
+        raise UserError(text) from None
 
 
 def read_corpus(

@@ -99,6 +99,11 @@ class Source(ABC, Generic[Settings]):
         return (1.0,)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What evaluations call its parts; () where there is only one, which needs no name."""
+        return ()
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """What its parts are called in messages, each with its key; () where there is only one."""
         return ()

@@ -59,6 +59,10 @@ class LocalFiles(Source[TextData]):
         return self.data.weights or (1.0,) * len(self.data.paths)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return self.data.names_of_paths
+
+    @property
     def parts(self) -> tuple[str, ...]:
         paths = self.data.paths
         return tuple(f"data.paths: {path}" for path in paths) if len(paths) > 1 else ()

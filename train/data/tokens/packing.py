@@ -56,6 +56,7 @@ def pack(
                     packing.words,
                     lines=packing.by_line,
                     documents=packing.documents,
+                    texts=held_out,
                 )
             )
             for held_out in (False, True)
@@ -65,6 +66,9 @@ def pack(
         for batch, added in _encoded(batches, encoder, cores):
             for key, tokens in added.items():
                 writers[key].append(*tokens)
+            for piece in batch:
+                if piece.held_out:
+                    writers[True, piece.source].add_text(piece.text, ends=piece.ends)
             shown.advance(sum(len(piece.text) for piece in batch))
         for (held_out, _), writer in writers.items():
             counts["heldout_tokens" if held_out else "tokens"] += writer.token_count

@@ -17,7 +17,8 @@ class TokenStore:
     ``tokens``: ids, uint16 or uint32, shape (n,). ``word_starts``: uint8, shape (n,), 1 where a
     token begins a word, or None where they were not wanted. ``line_ends``: int64, shape (lines,),
     the index after each line's last token, or None where documents are packed. ``document_ends``:
-    the same of documents, or None where it was not wanted or lines are.
+    the same of documents, or None where it was not wanted or lines are. Beside these there may be
+    the bytes that the text of each document, or line, has: int64.
     """
 
     def __init__(self, directory: Path, name: str) -> None:
@@ -27,22 +28,28 @@ class TokenStore:
     @cached_property
     def tokens(self) -> NDArray[Any]:
         path = next(p for p in _token_paths(self.directory, self.name).values() if p.exists())
-        return _mapped(path, np.dtype(path.suffix[1:]))
+        return mapped(path, np.dtype(path.suffix[1:]))
 
     @cached_property
     def word_starts(self) -> NDArray[np.uint8] | None:
         path = self.directory / f"{self.name}.words"
-        return _mapped(path, np.dtype(np.uint8)) if path.exists() else None
+        return mapped(path, np.dtype(np.uint8)) if path.exists() else None
 
     @cached_property
     def line_ends(self) -> NDArray[np.int64] | None:
         path = self.directory / f"{self.name}.lines"
-        return _mapped(path, np.dtype(np.int64)) if path.exists() else None
+        return mapped(path, np.dtype(np.int64)) if path.exists() else None
 
     @cached_property
     def document_ends(self) -> NDArray[np.int64] | None:
         path = self.directory / f"{self.name}.documents"
-        return _mapped(path, np.dtype(np.int64)) if path.exists() else None
+        return mapped(path, np.dtype(np.int64)) if path.exists() else None
+
+    @cached_property
+    def text_bytes(self) -> int | None:
+        """Bytes of all texts, as UTF-8; None where that was not kept."""
+        path = self.directory / f"{self.name}.bytes"
+        return int(mapped(path, np.dtype(np.int64)).sum()) if path.exists() else None
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, str]]:
         # A worker process maps the files anew; pickled arrays would travel whole.
@@ -61,7 +68,9 @@ class StoreWriter:
         *,
         lines: bool,
         documents: bool = False,
+        texts: bool = False,
     ) -> None:
+        """``texts`` keeps how many bytes each document's text has, as `add_text` tells them."""
         assert not (lines and documents), "a line is a document of its own"
         self.dtype = np.dtype(np.uint16 if vocabulary_size <= 2**16 else np.uint32)
         self.token_count = 0
@@ -74,6 +83,9 @@ class StoreWriter:
         self._words = create(directory / f"{name}.words") if words else None
         suffix = "lines" if lines else "documents" if documents else None
         self._ends = create(directory / f"{name}.{suffix}") if suffix else None
+        self._bytes = create(directory / f"{name}.bytes") if texts else None
+        self._begun_bytes = 0
+        """Of a text whose end has not come yet."""
 
     def append(self, ids: ArrayLike, word_starts: ArrayLike, ends: ArrayLike) -> None:
         """Append tokens; ``ends``, of lines or documents, are counted from the first of these."""
@@ -87,6 +99,14 @@ class StoreWriter:
             self._ends.write((np.asarray(ends, dtype=np.int64) + self.token_count).data)
         self.token_count += len(tokens)
 
+    def add_text(self, text: str, *, ends: bool) -> None:
+        """Count a piece of a document's text; it ``ends`` there, or the next piece is of it too."""
+        assert self._bytes is not None
+        self._begun_bytes += len(text.encode("utf-8", "surrogatepass"))
+        if ends:
+            self._bytes.write(np.int64(self._begun_bytes).tobytes())
+            self._begun_bytes = 0
+
     def __enter__(self) -> StoreWriter:
         return self
 
@@ -98,7 +118,8 @@ def _token_paths(directory: Path, name: str) -> dict[str, Path]:
     return {dtype: directory / f"{name}.{dtype}" for dtype in ("uint16", "uint32")}
 
 
-def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+def mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the numbers of a file, which are read when they are looked at."""
     if path.stat().st_size == 0:
         # An empty file cannot be mapped.
         return np.empty(0, dtype)

@@ -67,7 +67,7 @@ class Metrics(TrainerCallback):
         taken = {
             key: value
             for key, value in logs.items()
-            if key in _KEPT or (key.startswith("eval_") and not key.endswith(_SPEEDS))
+            if key in _KEPT or (key.startswith("eval_") and not _is_speed(key))
         }
         if not taken:
             return
@@ -137,6 +137,11 @@ class Metrics(TrainerCallback):
             peak = peak_resident_bytes()
         mine = torch.tensor([peak], device=self.trainer.args.device)
         return int(self.trainer.accelerator.gather(mine).max())
+
+
+def _is_speed(key: str) -> bool:
+    """Return whether the Trainer adds a metric of its own accord; those of sets have any name."""
+    return "/" not in key and key.endswith(_SPEEDS)
 
 
 _SPEEDS = ("_runtime", "_per_second", "_preparation_time")

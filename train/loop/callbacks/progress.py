@@ -85,7 +85,12 @@ class Progress(TrainerCallback):
             )
             if "eval_masked_accuracy" in logs:
                 text += f"  masked accuracy {logs['eval_masked_accuracy']:.1%}"
-            self._write(text)
+            if "eval_bits_per_byte" in logs:
+                text += f"  bits per byte {logs['eval_bits_per_byte']:.4f}"
+            prefix = "eval_loss/"
+            losses = [(k.removeprefix(prefix), v) for k, v in logs.items() if k.startswith(prefix)]
+            named = ", ".join(f"{name} {loss:.4f}" for name, loss in losses)
+            self._write(f"{text}  ({named})" if named else text)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._phase is None or self._is_over:
