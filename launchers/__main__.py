@@ -49,6 +49,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       send TensorBoard or W&B the metrics of an ended run that they lack
   shardwright data show RUN_DIR [--samples N] [--json]
       what a run trains on: counts, lengths of documents, samples as the model sees them
+  shardwright data verify RUN_DIR|--all
+      compare the tokens with the hashes that were kept when they were written
   shardwright doctor [group=option] [key=value]
       look for what stops or slows training here; with launcher=... on all of its nodes,
       with measured collectives and matrix products

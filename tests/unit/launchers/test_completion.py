@@ -35,6 +35,7 @@ BEHIND_HYDRA = "train"  # whose own page its --help shows
         ("shardwright resume runs/a --co", ["--config-dir"]),
         ("shardwright join runs/a --", ["--help", "--node-rank"]),
         ("shardwright data sh", ["show"]),
+        ("shardwright data verify --a", ["--all"]),
         ("shardwright data show runs/", []),
         ("shardwright data show --js", ["--json"]),
         ("shardwright data nothing --", ["--help"]),

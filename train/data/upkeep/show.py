@@ -267,7 +267,7 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
     yield f"  {'':<20}{'training':>20}{'held out':>20}"
     for key, name in _ROWS.items():
         cells = [found[part].get(key) for part in PARTS]
-        if any(cell is not None for cell in cells):
+        if any(cells) or (key != "lines_cut" and None not in cells):
             yield f"  {name:<20}{_number(cells[0]):>20}{_number(cells[1]):>20}"
 
 

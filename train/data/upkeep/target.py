@@ -10,7 +10,7 @@ from shardwright.train import config as run_config
 from shardwright.train.config import RunConfig
 from shardwright.train.data.tokens import cache, uses
 from shardwright.train.errors import UserError
-from shardwright.train.run_directory.names import DATA_JSON, RUN_CONFIG
+from shardwright.train.run_directory.names import DATA_JSON, RUN_CONFIG, TOKENIZER_FOLDER
 
 TOKENS, TOKENIZERS, DOWNLOADS = "tokens", "tokenizers", "downloads"
 KINDS = (TOKENS, TOKENIZERS, DOWNLOADS)
@@ -64,6 +64,20 @@ def tokens_of(run_dir: Path) -> str | None:
     """Return the name of the entry that a run trains on; None where it has noted none."""
     try:
         return str(json.loads((run_dir / DATA_JSON).read_text(encoding="utf-8"))["tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def vocabulary_of(target: Target) -> int | None:
+    """Return one more than the highest id of a run's tokenizer; None where none is known."""
+    if target.run is None:
+        return None
+    try:
+        path = target.run.directory / TOKENIZER_FOLDER / "tokenizer.json"
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = tree["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return max((*ids, *(token["id"] for token in tree["added_tokens"]))) + 1
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -20,6 +20,7 @@ class Verified(NamedTuple):
     """What was found of an entry."""
 
     entry: Path
+    files: int
     bytes: int
     hashed: bool
     """False where its index is from before there were hashes: sizes alone were compared."""
@@ -31,7 +32,7 @@ def entries(root: Path) -> Iterator[Path]:
     """Yield all entries of a cache, whole or not, but for those that are being built."""
     for kind in KINDS:
         for path in sorted((root / kind).glob("*")):
-            if path.is_dir() and ".tmp-" not in path.name:
+            if path.is_dir() and "." not in path.name:  # what is being built has more of a name
                 yield path
 
 
@@ -48,8 +49,8 @@ def verify(
     try:
         index = index_of(entry)
     except UserError as error:
-        return Verified(entry, 0, hashed=False, problems=[str(error)])
-    hashes = index.get("hashes")
+        return Verified(entry, 0, 0, hashed=False, problems=[str(error)])
+    hashes: dict[str, str] | None = index.get("hashes")
     vocabulary = index["details"].get("vocabulary_size", vocabulary)
     problems = []
     for name, size in sorted(index["files"].items()):
@@ -58,7 +59,7 @@ def verify(
             found = path.stat().st_size
             if found != size:
                 problems.append(f"{path} has {found:,} bytes instead of {size:,}")
-            elif hashes is not None and cache.hash_of(path) != hashes[name]:
+            elif hashes is not None and cache.hash_of(path) != hashes.get(name):
                 problems.append(f"{path} differs from what was written: its hash is another one")
         except FileNotFoundError:
             problems.append(f"{path} is missing")
@@ -67,7 +68,8 @@ def verify(
         advance(size)
     if not problems and entry.parent.name == TOKENS:
         problems += _arrays(entry, index["files"], vocabulary)
-    return Verified(entry, sum(index["files"].values()), hashes is not None, problems)
+    sizes = index["files"].values()
+    return Verified(entry, len(sizes), sum(sizes), hashes is not None, problems)
 
 
 def _arrays(entry: Path, files: dict[str, Any], vocabulary: int | None) -> Iterator[str]:
