@@ -51,6 +51,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       what a run trains on: counts, lengths of documents, samples as the model sees them
   shardwright data verify RUN_DIR|--all
       compare the tokens with the hashes that were kept when they were written
+  shardwright data clean [--older-than 30d] [--max-bytes 50GB] [--dry-run] [--yes]
+      remove from the cache what is left over or long unused; never what a run uses
   shardwright doctor [group=option] [key=value]
       look for what stops or slows training here; with launcher=... on all of its nodes,
       with measured collectives and matrix products

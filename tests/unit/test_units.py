@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwright.train.units import duration, size
+from shardwright.train.units import bytes_of, duration, seconds_of, size
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,33 @@ def test_sizes(count: int, shown: str) -> None:
 )
 def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("500", 500),
+        ("7B", 7),
+        ("1.5kB", 1500),
+        ("50GB", 50 * 10**9),
+        ("50 gb", 50 * 10**9),
+        ("2TiB", 2 * 2**40),
+        ("3M", 3 * 10**6),
+    ],
+)
+def test_bytes_are_understood(text: str, count: int) -> None:
+    assert bytes_of(text) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("45min", 2700), ("12 h", 43200), ("30d", 30 * 86400)]
+)
+def test_times_are_understood(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5XB", "5 5", "soon"])
+def test_what_is_no_quantity_is_refused(text: str) -> None:
+    for read in (bytes_of, seconds_of):
+        with pytest.raises(ValueError):  # noqa: PT011 (of whatever message)
+            read(text)

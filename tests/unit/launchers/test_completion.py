@@ -36,6 +36,7 @@ BEHIND_HYDRA = "train"  # whose own page its --help shows
         ("shardwright join runs/a --", ["--help", "--node-rank"]),
         ("shardwright data sh", ["show"]),
         ("shardwright data verify --a", ["--all"]),
+        ("shardwright data clean --o", ["--older-than"]),
         ("shardwright data show runs/", []),
         ("shardwright data show --js", ["--json"]),
         ("shardwright data nothing --", ["--help"]),

@@ -81,6 +81,11 @@ def find(parent: Path, name: str) -> Entry | None:
     return Entry(path, index["details"], built=False) if whole else None
 
 
+def lock_of(parent: Path, name: str) -> Path:
+    """Return the file whose lock is held by whoever builds an entry."""
+    return parent / f"{name}.lock"
+
+
 def take(parent: Path, name: str, run_dir: Path | None = None) -> Entry | None:
     """Return the entry of that name where there is a whole one, which this process then holds.
 
@@ -105,7 +110,7 @@ def build_once(parent: Path, name: str, build: Callable[[Path], dict[str, Any]])
         return entry
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(parent / f"{name}.lock")
+        lock = filelock.FileLock(lock_of(parent, name))
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:

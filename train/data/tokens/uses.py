@@ -86,14 +86,19 @@ def last_use(parent: Path, name: str) -> float | None:
 
 
 @contextmanager
-def alone(parent: Path, name: str) -> Iterator[bool]:
+def alone(parent: Path, name: str, *, create: bool = False) -> Iterator[bool]:
     """Give whether nobody has an entry open, and let nobody open it inside of the block.
 
-    Where the file system has no locks that is not known, and taken for so: what runs have noted
-    has to do.
+    Where its file is not there nobody has ever opened it, and somebody may begin to unless
+    ``create`` is given. Where the file system has no locks nobody is taken to have it open: what
+    runs have noted has to do.
     """
-    path = file_of(parent, name)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    try:
+        descriptor = os.open(file_of(parent, name), flags, 0o666)
+    except FileNotFoundError:
+        yield True
+        return
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

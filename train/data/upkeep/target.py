@@ -62,10 +62,17 @@ def _run_of(entry: Path) -> Run | None:
 
 def tokens_of(run_dir: Path) -> str | None:
     """Return the name of the entry that a run trains on; None where it has noted none."""
+    return next(iter(entries_of(run_dir)), None)
+
+
+def entries_of(run_dir: Path) -> list[str]:
+    """Return the names of all entries of tokens that a run uses, first that of its training."""
     try:
-        return str(json.loads((run_dir / DATA_JSON).read_text(encoding="utf-8"))["tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        noted = json.loads((run_dir / DATA_JSON).read_text(encoding="utf-8"))
+        held_out = noted.get("eval_paths", {}).values()
+        return [str(noted["tokens"]), *(str(each["tokens"]) for each in held_out)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def vocabulary_of(target: Target) -> int | None:
