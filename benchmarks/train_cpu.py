@@ -175,6 +175,8 @@ def peer_arguments(plan: Plan, model: str, ranks: int, out: Path) -> dict[str, A
         "save_strategy": "no",
         "report_to": "none",
         "output_dir": str(out),
+        # Without a GPU the ranks of torchrun would otherwise train a model each, and say nothing.
+        **({"use_cpu": True, "ddp_backend": "gloo"} if ranks > 1 else {}),
     }
 
 

@@ -10,12 +10,16 @@ from benchmarks.report import Figures
 NEAR = 0.05
 """Two sides that draw their masks, dropout and order differently have the same loss to this share,
 after a few steps from fresh weights; a side that did other work would not."""
+FEWEST_TOKENS = 0.6
+"""Of the other side's: a few steps of lines in another order hold about as many. Half of them are
+those of ranks that each train by themselves."""
 
 
 def summary(runs: dict[str, list[Figures]], peer: str, ours: str) -> Figures:
     """Return medians of each variant, ours over the peer's, and each variant's to both.
 
-    There is no ratio where a side has failed or the two have not learned alike.
+    There is no ratio where a side has failed, or where the two have not learned alike or not from
+    about as many tokens.
     """
     variants = {name: medians(each) for name, each in runs.items()}
     stock, mine = variants[peer], variants[ours]
@@ -35,7 +39,8 @@ def summary(runs: dict[str, list[Figures]], peer: str, ours: str) -> Figures:
     if "error" not in stock:
         difference = abs(fmean(mine["losses"]) / fmean(stock["losses"]) - 1)
         found["loss_difference"] = difference
-        if difference <= NEAR:
+        fewest, most = sorted((mine["tokens"], stock["tokens"]))
+        if difference <= NEAR and fewest >= FEWEST_TOKENS * most:
             found |= {name: mine[name] for name in ("ratio", "memory_ratio")}
     return found
 
@@ -75,7 +80,11 @@ def shown(results: dict[str, Any]) -> str:
                     continue
                 lines.append(row(model, ranks, name, *_cells(figures)))
             if found["ratio"] is None and found["loss_difference"] is not None:
-                lines.append(f"the losses differ by {found['loss_difference']:.1%}: no ratio")
+                lines.append(
+                    f"the losses differ by {found['loss_difference']:.1%}, the tokens are "
+                    f"{' and '.join(str(each['tokens']) for each in found['variants'].values())}: "
+                    "no ratio"
+                )
     return "\n".join(lines)
 
 

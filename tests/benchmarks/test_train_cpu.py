@@ -73,7 +73,8 @@ def test_both_sides_train_the_same_batches(plan: Plan, model: str, ranks: int) -
         length = "--max_seq_length" if model == "kantaibert" else "--block_size"
         assert words[words.index(length) + 1] == str(config.data.tokens_per_sample)
         assert ("--line_by_line" in words) == config.data.line_by_line
-        assert ("torch.distributed.run" in words) == (ranks > 1)
+        for word in ("torch.distributed.run", "--use_cpu", "--ddp_backend"):
+            assert (word in words) == (ranks > 1)
 
 
 def test_a_setting_is_a_row_of_the_models_that_have_it_on_one_rank(plan: Plan) -> None:
@@ -119,13 +120,13 @@ def test_speed_is_that_of_the_measured_steps(plan: Plan) -> None:
     assert failed == {"error": "exit code 1"}
 
 
-def one_run(tokens_per_second: float, peak: int, loss: float = 7.0) -> Figures:
+def one_run(tokens_per_second: float, peak: int, loss: float = 7.0, tokens: int = 100) -> Figures:
     return {
         "tokens_per_second": tokens_per_second,
         "peak_memory_bytes": peak,
         "seconds_to_first_step": 9.0,
         "losses": [loss],
-        "tokens": 100,
+        "tokens": tokens,
     }
 
 
@@ -151,7 +152,16 @@ def test_sides_that_learned_something_else_have_no_ratio() -> None:
     runs = {PEER: [one_run(100, 1000, loss=7.0)], OURS: [one_run(180, 600, loss=6.5)]}
     found = summary(runs, PEER, OURS)
     assert found["ratio"] is None
-    assert "the losses differ by 7.1%: no ratio" in shown({"models": {"gpt2": {"1": found}}})
+    assert "the losses differ by 7.1%" in shown({"models": {"gpt2": {"1": found}}})
+
+
+def test_sides_that_learned_from_other_numbers_of_tokens_have_no_ratio() -> None:
+    runs = {PEER: [one_run(100, 1000, tokens=50)], OURS: [one_run(180, 600)]}
+    found = summary(runs, PEER, OURS)
+    assert found["ratio"] is None
+    assert "the tokens are 50 and 100: no ratio" in shown({"models": {"gpt2": {"1": found}}})
+    runs[PEER] = [one_run(100, 1000, tokens=60)]
+    assert summary(runs, PEER, OURS)["ratio"] == 1.8
 
 
 def test_a_side_that_fails_is_shown_and_has_no_ratio() -> None:
