@@ -118,9 +118,8 @@ def _documents(config: RunConfig) -> str:
     data = config.data
     if data.line_by_line:
         return "lines end to end" if data.is_unpadded else "lines padded"
-    if data.documents_are_kept_apart:
-        return "documents kept apart"
-    return "documents see each other"
+    apart = "documents kept apart" if data.documents_are_kept_apart else "documents see each other"
+    return f"{apart}, packed by best fit" if data.packing == "best_fit" else apart
 
 
 def _tracking(config: RunConfig, machine: Machine) -> str:

@@ -35,6 +35,9 @@ class DataSection(Section):
     """Tokens in one sample; auto is 512, or the model's positions where it has fewer."""
     line_by_line: bool = False
     """One line is one (padded, cut) sample, instead of documents packed back to back."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents share samples: concatenate lays them back to back and cuts where a sample ends,
+    best_fit cuts those alone that are longer than a sample, and leaves some padding."""
     document_attention: bool | Literal["auto"] = "auto"
     """A token sees its own document only, in samples of several; auto: with mlm, and with clm where
     the kernel of a GPU makes it free."""
@@ -57,6 +60,11 @@ class DataSection(Section):
     def _sets_have_names(self) -> DataSection:
         _check_names("eval_paths", self.eval_paths)
         return self
+
+    @property
+    def samples_vary(self) -> bool:
+        """Whether samples differ in how many tokens they hold."""
+        return self.line_by_line or self.packing == "best_fit"
 
     @property
     def is_evaluated(self) -> bool:

@@ -37,8 +37,8 @@ def samples_wanted(
     """Return the samples that a run trains on, from its beginning to its end. Pure.
 
     None where it counts in steps, or where that is not known yet. ``samples_of_tokens`` is how many
-    samples, in their order, hold ``max_tokens``; it is needed with ``line_by_line`` only, where
-    they differ in length.
+    samples, in their order, hold ``max_tokens``; it is needed only where they differ in
+    length.
     """
     trainer = config.trainer
     if trainer.max_epochs is not None:
@@ -48,7 +48,7 @@ def samples_wanted(
         return max(1, math.ceil(Fraction(str(trainer.max_epochs)) * samples_per_epoch))
     if trainer.max_tokens is None:
         return None
-    if config.data.line_by_line:
+    if config.data.samples_vary:
         return samples_of_tokens
     return -(-trainer.max_tokens // config.data.tokens_per_sample)
 

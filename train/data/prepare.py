@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardwright.train.config import RunConfig, samples_wanted
+from shardwright.train.data.arranged import arranged, share_of_cuts
 from shardwright.train.data.sources.corpus import (
     corpus_identity,
     named_as,
@@ -130,6 +131,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     if noted is None:
         _check_sources(config, prepared)
         _check_loss(config, prepared)
+        _tell_of_cuts(config, tokenizer, entry)
     counted, has_counted = _samples_of_max_tokens(config, run_dir, prepared)
     prepared = replace(prepared, samples_of_max_tokens=counted)
     sets = _noted_sets(config, entries)
@@ -207,7 +209,8 @@ def _packed(
         control=control_ids(tokenizer),
         words=config.objective.kind == "mlm" and config.objective.whole_word,
         by_line=config.data.line_by_line,
-        documents=config.data.documents_are_kept_apart and not config.data.line_by_line,
+        documents=not config.data.line_by_line
+        and (config.data.documents_are_kept_apart or config.data.packing == "best_fit"),
     )
     # Where no ends of documents are kept the name is that which runs begun before know.
     settings = {k: v for k, v in vars(packing).items() if k != "documents" or v}
@@ -246,17 +249,15 @@ def _open(
     noted: Mapping[str, Any] | None,
 ) -> Prepared:
     """Return what an entry of the cache holds; raise UserError where that is too little."""
-    from shardwright.train.data.batches.samples import Mixture, Samples
+    from shardwright.train.data.batches.samples import Mixture
     from shardwright.train.data.tokens.packing import store_name
-    from shardwright.train.data.tokens.store import TokenStore
 
-    data, causal = config.data, config.objective.kind == "clm"
+    data = config.data
     weights = source_weights(data)
+    samples_of = arranged(config, entry)
 
     def samples(held_out: bool) -> tuple[Samples, ...]:
-        names = (store_name(held_out, source) for source in range(len(weights)))
-        stores = (TokenStore(entry.path, name) for name in names)
-        return tuple(Samples(store, data.tokens_per_sample, causal) for store in stores)
+        return tuple(samples_of(store_name(held_out, source)) for source in range(len(weights)))
 
     train, heldout = samples(held_out=False), samples(held_out=True)
     prepared = Prepared(
@@ -312,18 +313,15 @@ def _named_entries(
 def _named_sets(config: RunConfig, entries: Mapping[str, Entry]) -> Iterator[HeldOutSet]:
     """Yield the sets of data.eval_paths; raise UserError where one has no sample."""
     from shardwright.train.data.batches.held_out import HeldOutSet
-    from shardwright.train.data.batches.samples import Samples
     from shardwright.train.data.tokens.packing import store_name
-    from shardwright.train.data.tokens.store import TokenStore
 
     data = config.data
     for name, entry in entries.items():
-        store = TokenStore(entry.path, store_name(held_out=True, source=0))
-        samples = Samples(store, data.tokens_per_sample, config.objective.kind == "clm")
+        samples = arranged(config, entry)(store_name(held_out=True, source=0))
         if not len(samples):
             raise UserError(
                 f"data.eval_paths.{name}: {entry.details['heldout_documents']:,} documents with "
-                f"{len(store.tokens):,} tokens are too few for one sample at "
+                f"{len(samples.store.tokens):,} tokens are too few for one sample at "
                 f"data.sequence_length={data.sequence_length}; give it more text, or leave it out"
             )
         yield HeldOutSet(name, samples, is_own=False)
@@ -396,6 +394,17 @@ def _check_loss(config: RunConfig, prepared: Prepared) -> None:
         f"data.sequence_length (the longest line has {longest:,} tokens), break the lines, set "
         "data.line_by_line=false to pack them back to back, or raise data.max_cut_fraction"
     )
+
+
+def _tell_of_cuts(config: RunConfig, tokenizer: PreTrainedTokenizerFast, entry: Entry) -> None:
+    """Say how many training documents are in no sample as a whole, and how much is padding."""
+    from shardwright.train.data.tokens.packing import store_name
+    from shardwright.train.data.tokens.tokenizer import document_frame
+
+    names = [store_name(False, source) for source in range(len(source_weights(config.data)))]
+    suffix = document_frame(tokenizer, config).suffix
+    if share := share_of_cuts(config, entry, names, suffix):
+        log.info("data.packing=%s: %s", config.data.packing, share)
 
 
 def _counts(config: RunConfig, part: Part, samples_per_epoch: int) -> str:
@@ -471,7 +480,7 @@ def _samples_of_max_tokens(
     from shardwright.train.data.tokens.counting import samples_of_tokens
 
     tokens = config.trainer.max_tokens
-    if tokens is None or not config.data.line_by_line:
+    if tokens is None or not config.data.samples_vary:
         return None, False
     if (noted := noted_samples_of_tokens(run_dir, tokens)) is not None:
         return noted, False

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from shardwright.train.config import TrainerConfig
+from shardwright.train.data.batches.collator import PADDING
 
 if TYPE_CHECKING:
     from shardwright.train.strategy.finite import Numbers
@@ -79,5 +80,5 @@ def counted(batches: list[Batch], ignored: int) -> tuple[int, int]:
         if "attention_mask" in batch:
             tokens += int(batch["attention_mask"].numpy().sum())
         else:
-            tokens += batch["input_ids"].numel()
+            tokens += batch["input_ids"].numel() - int(batch.get(PADDING, 0))
     return labels, tokens

@@ -18,6 +18,7 @@ from shardwright.train.checkpoint.format.layout import TRAINER_STATE
 from shardwright.train.config import MlmObjective, Schedule, batch_sizes
 from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
+from shardwright.train.data.batches.collator import PADDING
 from shardwright.train.errors import Diverged, UserError
 from shardwright.train.loop import divergence, evaluation, lean
 from shardwright.train.loop.ahead import Ahead, counted, is_interrupted
@@ -222,7 +223,11 @@ class Trainer(transformers.Trainer):
         )
 
     def _with_positions(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return a batch with where its labels are, found while it is in host memory."""
+        """Return a batch with where its labels are, found while it is in host memory.
+
+        Without what only its tokens are counted by.
+        """
+        batch = {name: value for name, value in batch.items() if name != PADDING}
         if self.labelled_head is None:
             return batch
         positions = positions_of(batch["labels"], IGNORED)

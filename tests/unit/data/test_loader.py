@@ -33,16 +33,19 @@ def rows(batches: Iterable[object]) -> list[tuple[tuple[int, ...], tuple[int, ..
     return found
 
 
-@pytest.fixture(params=["clm", "mlm", "mlm whole words", "mlm lines"])
+@pytest.fixture(params=["clm", "mlm", "mlm whole words", "mlm lines", "clm fitted"])
 def config(request: pytest.FixtureRequest, corpus: Path, make_config: MakeConfig) -> RunConfig:
     kind = request.param
     if kind == "mlm lines":
         for path in corpus.iterdir():
             path.write_text(path.read_text().replace(". ", ".\n"))
     return make_config(
-        mlm=kind != "clm",
+        mlm="mlm" in kind,
         objective={"whole_word": True} if "words" in kind else {},
-        data={"line_by_line": "lines" in kind},
+        data={
+            "line_by_line": "lines" in kind,
+            "packing": "best_fit" if "fitted" in kind else "concatenate",
+        },
     )
 
 
@@ -130,7 +133,8 @@ def test_evaluation_sees_each_held_out_sample_once(
             for r in range(world_size)
         ]
         assert len({len(loader) for loader in loaders}) == 1
-        shapes = {t.shape for loader in loaders for batch in loader for t in batch.values()}
+        values = [value for loader in loaders for batch in loader for value in batch.values()]
+        shapes = {value.shape for value in values if isinstance(value, torch.Tensor)}
         if not config.data.line_by_line:
             assert shapes == {(3, config.data.sequence_length)}
         assert {rows for rows, _ in shapes} == {3}

@@ -220,6 +220,11 @@ def _document_contradictions(config: Sections) -> Iterator[str]:
             "data.line_by_line=true makes each line a sample that sees nothing else, but "
             "data.document_attention=false; leave one of them out"
         )
+    if data.packing == "best_fit" and data.line_by_line:
+        yield (
+            "data.packing=best_fit puts documents into samples together, but "
+            "data.line_by_line=true makes each line a sample; leave one of them out"
+        )
     if data.unpad is True and not data.line_by_line:
         yield (
             "data.unpad=true, but documents that are packed back to back have no padding; leave it "

@@ -18,6 +18,9 @@ from shardwright.train.model.documents import DocumentBounds
 IGNORED = -100
 """Label of a position that is not predicted."""
 
+PADDING = "padding"
+"""In a batch, how many of its positions are padding, where no mask says it."""
+
 Ids = NDArray[np.int64]
 
 
@@ -81,6 +84,10 @@ class Collator:
     """
     bounds: DocumentBounds | None = None
     """Tells the model of documents, or of lines; None where it is not told."""
+    fills: bool = False
+    """What samples leave free of ``sequence_length`` is padding. Where documents are told apart it
+    is one of its own; a causal model needs no mask, as nothing sees what comes after it. How much
+    it is then stands under `PADDING`."""
 
     def __call__(self, samples: list[tuple[Window, SampleKey]]) -> dict[str, Any]:
         rows = [self._row(window, key) for window, key in samples]
@@ -94,22 +101,35 @@ class Collator:
             input_ids[row, : len(ids)] = ids
             labels[row, : len(ids)] = targets
             attention_mask[row, : len(ids)] = 1
-        batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
-        if self.padded:
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+        }
+        if self.padded or (self.fills and self.masking is not None):
             batch["attention_mask"] = torch.from_numpy(attention_mask)
+        elif self.fills:
+            batch[PADDING] = int(attention_mask.size - attention_mask.sum())
         return batch
 
     def _told(
         self, rows: list[tuple[Ids, Ids]], windows: list[Window], bounds: DocumentBounds
     ) -> dict[str, Any]:
-        """Return rows without padding, and where the documents in them begin and end."""
+        """Return rows and where the documents in them begin and end, of lines without padding."""
+        free = [self.sequence_length - len(ids) if self.fills else 0 for ids, _ in rows]
+        rows = [
+            (
+                np.pad(ids, (0, room), constant_values=self.ids.pad),
+                np.pad(targets, (0, room), constant_values=IGNORED),
+            )
+            for (ids, targets), room in zip(rows, free, strict=True)
+        ]
         input_ids, labels = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         if not len(input_ids):  # lines of nothing but their end, which is predicted from nothing
             input_ids, labels = np.array([self.ids.pad]), np.array([IGNORED])
         shape = (1, len(input_ids)) if self.padded else (len(rows), self.sequence_length)
         lengths = [
-            self._documents(len(ids), window)
-            for (ids, _), window in zip(rows, windows, strict=True)
+            self._documents(len(ids) - room, window, room)
+            for (ids, _), window, room in zip(rows, windows, free, strict=True)
         ]
         of_documents = np.concatenate(lengths)
         if not len(of_documents):
@@ -118,10 +138,11 @@ class Collator:
             "input_ids": torch.from_numpy(input_ids).view(shape),
             "labels": torch.from_numpy(labels).view(shape),
             **bounds.of(of_documents, shape),
+            **({PADDING: sum(free)} if self.fills else {}),
         }
 
-    def _documents(self, length: int, window: Window) -> Ids:
-        """Return the lengths of the documents that are in a row of ``length`` tokens.
+    def _documents(self, length: int, window: Window, padding: int) -> Ids:
+        """Return the lengths of the documents that are in a row of ``length`` tokens and padding.
 
         The frame of a masked sample is of its first document and its last.
         """
@@ -130,13 +151,16 @@ class Collator:
         if self.masking is not None:
             inside = inside + 1
         inside = inside[inside < length]
-        found = np.diff(inside, prepend=0, append=length)
+        found = np.append(np.diff(inside, prepend=0, append=length), padding)
         return found[found > 0]
 
     def _row(self, window: Window, key: SampleKey) -> tuple[Ids, Ids]:
         """Return what of a sample the model sees, and what it is to predict there."""
         if self.masking is None:
             ids, targets = window.tokens[:-1], window.tokens[1:]
+            if window.not_predicted is not None and len(window.not_predicted):
+                targets = targets.copy()
+                targets[window.not_predicted - 1] = IGNORED
         else:
             ids, targets = self.masking(window, key)
             ids = np.concatenate(([self.ids.begin], ids, [self.ids.end]))

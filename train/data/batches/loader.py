@@ -172,6 +172,7 @@ def collator(
         masking,
         _width_multiple(config),
         bounds,
+        fills=config.data.packing == "best_fit",
     )
 
 

@@ -25,6 +25,8 @@ class Window(NamedTuple):
     """1 where a token begins a word, shape (n,)."""
     document_ends: NDArray[np.int64] | None = None
     """Where documents end within it, above 0 and below n; None where that is not kept."""
+    not_predicted: NDArray[np.int64] | None = None
+    """Tokens after the first that what is before them does not lead to; None is none."""
 
 
 class Extent(NamedTuple):

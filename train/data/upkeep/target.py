@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from shardwright.train import config as run_config
 from shardwright.train.config import RunConfig
+from shardwright.train.data.arranged import ROWS
 from shardwright.train.data.tokens import cache, uses
 from shardwright.train.errors import UserError
 from shardwright.train.run_directory.names import DATA_JSON, RUN_CONFIG, TOKENIZER_FOLDER
 
 TOKENS, TOKENIZERS, DOWNLOADS = "tokens", "tokenizers", "downloads"
-KINDS = (TOKENS, TOKENIZERS, DOWNLOADS)
+KINDS = (TOKENS, TOKENIZERS, DOWNLOADS, ROWS)
 """The folders of a cache whose entries are built once."""
 
 
