@@ -11,7 +11,7 @@ from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 from shardwright.train.process import garbage
 
 COMMANDS = (
-    *("train", "resume", "join", "sample", "checkpoints", "recover", "push"),
+    *("train", "prepare", "resume", "join", "sample", "checkpoints", "recover", "push"),
     *("status", "logs", "cancel", "sync", "data", "doctor"),
     *("rank", "relay", "requeue"),
 )
@@ -24,6 +24,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright train [--dry-run] [group=option] [key=value]
       compose a run, check it and start it; --help lists groups, options and flags,
       --dry-run shows config, engine settings and command, and starts nothing
+  shardwright prepare [--dry-run] [group=option] [key=value]
+      put the tokenizer and tokens that such a run would train on into the cache, and start none
   shardwright resume RUN_DIR [--dry-run] [group=option] [key=value]
       continue from the newest whole checkpoint, with other ranks, strategy, precision or
       more steps if asked

@@ -31,6 +31,7 @@ def check(config: RunConfig, machine: Machine) -> None:
     if problems := [
         *_run_dir_problems(Path(config.run_dir)),
         *_missing_directories(config),
+        *_of_preparations(config),
         *_machine_problems(config, machine),
     ]:
         raise UserError("\n".join(problems))
@@ -38,6 +39,26 @@ def check(config: RunConfig, machine: Machine) -> None:
     from shardwright.train.data import check_corpus
 
     check_corpus(config.data)
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise UserError where a resolved config's data cannot be prepared, whatever trains on them.
+
+    Reads the beginning of each file, and downloads nothing.
+    """
+    if problems := list(_missing_directories(config)):
+        raise UserError("\n".join(problems))
+
+    from shardwright.train.data import check_corpus
+
+    check_corpus(config.data)
+
+
+def check_job(config: RunConfig) -> None:
+    """Raise UserError where a cluster cannot be given a job of a resolved config."""
+    check_place(config)
+    if problems := list(launcher_of(config).problems()):
+        raise UserError("\n".join(problems))
 
 
 def check_place(config: RunConfig) -> None:
@@ -97,6 +118,15 @@ def _run_dir_problems(run_dir: Path) -> list[str]:
 
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _of_preparations(config: RunConfig) -> Iterator[str]:
+    """Yield a message for what only `shardwright prepare` takes."""
+    if (array := getattr(config.launcher, "array", None)) is not None:
+        yield (
+            f"launcher.array={array} divides what `shardwright prepare` does, and a run has one "
+            "job; leave it out"
+        )
 
 
 def _missing_directories(config: RunConfig) -> Iterator[str]:

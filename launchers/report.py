@@ -209,7 +209,10 @@ def stopped_early(run_dir: Path, stopped_by: int | None) -> str:
     if (run_dir / DATA_JSON).is_file():
         kept = "they are whole, and a resume starts the ranks"
     elif (run_dir / TOKENIZER_FOLDER).is_dir():
-        kept = "the tokenizer is kept, and a resume packs the tokens from the beginning"
+        kept = (
+            "the tokenizer is kept, and of a large corpus the shards that are whole; a resume "
+            "packs the rest"
+        )
     return f"\nstopped by {by} while the data were being prepared: {kept}; {_resume_hint(run_dir)}"
 
 

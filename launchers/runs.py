@@ -19,7 +19,14 @@ from shardwright.train.errors import Diverged
 from shardwright.train.run_directory import final, owner, stop_note
 from shardwright.train.run_directory.failures import RankFailure, rank_failures
 from shardwright.train.run_directory.metrics import tail
-from shardwright.train.run_directory.names import CHECKPOINTS, METRICS, RUN_CONFIG
+from shardwright.train.run_directory.names import (
+    CHECKPOINTS,
+    DATA_JSON,
+    LOGS,
+    METRICS,
+    PROGRESS,
+    RUN_CONFIG,
+)
 from shardwright.train.run_directory.owner import Owner
 from shardwright.train.units import duration
 
@@ -91,6 +98,7 @@ def of(run_dir: Path) -> Status:
         ranks_here=len(rank_processes(run_dir)),
         owned=owner.look(run_dir),
         silent_seconds=time.time() - last["time"] if "time" in last else None,
+        prepared=_prepared(run_dir),
     )
     whole = layout.whole_checkpoints(run_dir / CHECKPOINTS)
     return Status(
@@ -113,6 +121,19 @@ def of(run_dir: Path) -> Status:
     )
 
 
+def _prepared(run_dir: Path) -> str | None:
+    """Return how far the preparation of a run's data is; None where it has not begun or is done.
+
+    Somebody who was killed may have left it.
+    """
+    if (run_dir / DATA_JSON).exists():
+        return None
+    try:
+        return (run_dir / LOGS / PROGRESS).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
 def _model(run_dir: Path) -> str | None:
     if path := final.of(run_dir):
         return str(path)
@@ -131,8 +152,11 @@ def state_of(
     owned: tuple[Owner | None, bool],
     silent_seconds: float | None,
     here: str | None = None,
+    prepared: str | None = None,
 ) -> tuple[str, bool]:
     """Return a run's state in words, and whether it is over. Pure.
+
+    ``prepared`` tells how far the preparation of its data is, if it is not done.
 
     ``owned`` is what `owner.look` tells: a lock that is held means that the run lives, on whichever
     host. One that is not means that it has ended where its owner was of this host, ``here``; the
@@ -142,9 +166,12 @@ def state_of(
     if job is not None and not job.is_over:
         text = job.state.lower()
         text += f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason else ""
-        return text + (f", restart {job.restarts}" if job.restarts else ""), False
+        text += f", restart {job.restarts}" if job.restarts else ""
+        is_preparing = prepared and job.state in slurm.RUNNING
+        return text + (f", {owner.PREPARING}: {prepared}" if is_preparing else ""), False
     if is_locked and first is not None and first.doing is not None:
-        return f"{first.doing} on {first.host}", False
+        far = f": {prepared}" if prepared and first.doing == owner.PREPARING else ""
+        return f"{first.doing} on {first.host}{far}", False
     if ranks_here:
         return f"running, {ranks_here} rank(s) here", False
     if is_locked:

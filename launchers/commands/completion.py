@@ -53,7 +53,7 @@ def complete(
         parser = below.get(words[1]) if len(words) > 1 else None
         flags = flags_of(parser or parser_of(module_of(command)))
         return [flag for flag in flags if flag.startswith(last)]
-    if command != "train":
+    if command not in ("train", "prepare"):
         return []
     overrides = [qualify(word) for word in words[1:] if word != "--dry-run"]
     return " ".join([program, *overrides, last])

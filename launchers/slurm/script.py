@@ -55,6 +55,7 @@ def job_script(
         "ranks_per_node": str(config.launcher.ranks_per_node),
         "tasks": STARTS[config.launcher.starts]().text(),
         "grace_seconds": f"{config.launcher.grace_seconds:g}",
+        "max_requeues": str(config.launcher.max_requeues if config.launcher.requeue else 0),
         "directory": shlex.quote(str(directory)),
         "inherited": " ".join(
             [
@@ -99,7 +100,7 @@ def directives(config: RunConfig, array: Array | None = None) -> list[str]:
         "qos": launcher.qos,
         "constraint": launcher.constraint,
         "dependency": launcher.dependency,
-        "array": _tasks(array, launcher.array_limit) if array else None,
+        "array": tasks(array.tasks, launcher.array_limit) if array else None,
         "mail-user": launcher.mail_user,
         "mail-type": ",".join(launcher.mail_type) or None,
         "output": log,
@@ -123,8 +124,9 @@ def _gpus(launcher: SlurmLauncher) -> dict[str, str]:
     return {"gpus-per-node": f"{kind}{launcher.gpus_per_node}"}
 
 
-def _tasks(array: Array, limit: int | None) -> str:
-    return f"0-{array.tasks - 1}" + (f"%{limit}" if limit else "")
+def tasks(count: int, limit: int | None) -> str:
+    """Return how sbatch is told of the tasks of an array, this many at once at most. Pure."""
+    return f"0-{count - 1}" + (f"%{limit}" if limit else "")
 
 
 # A rank of `srun` without a job script: on the first node it meets the others.

@@ -11,6 +11,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pyte
 import pytest
@@ -226,3 +227,24 @@ def test_a_line_that_is_too_wide_is_broken_between_words_unless_it_is_to_be_copi
     line: str, shown: list[str]
 ) -> None:
     assert progress.wrapped(line, 32).split("\n") == shown
+
+
+def test_who_looks_from_elsewhere_reads_how_far_the_innermost_is(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "NOTED_SECONDS", 0.02)
+    path = tmp_path / "progress.txt"
+
+    def noted() -> str:
+        return path.read_text() if path.exists() else ""
+
+    with progress.shown_on(io.StringIO(), path), progress.phase("preparing"):
+        wait_until(lambda: noted().startswith("preparing: "))
+        with progress.phase("tokenising", unit="B", total=4e6) as shown:
+            shown.skip(1e6)
+            shown.at(2e6, "7 documents, 9 tokens")
+            wait_until(lambda: "2.0 MB of 4.0 MB" in noted())
+        line = r"tokenising: 7 documents, 9 tokens, 2.0 MB of 4.0 MB, [\d.]+ .?B/s, .* left"
+        assert re.fullmatch(line, noted()), noted()
+        wait_until(lambda: noted().startswith("preparing: "))
+    assert not path.exists()

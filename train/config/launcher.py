@@ -380,6 +380,9 @@ class SlurmLauncher(SeveralRanks):
     """Jobs to wait for, such as afterok:1234."""
     array_limit: PositiveInt | None = None
     """Of the runs of a sweep (-m), which are one job array, this many at once; null: all."""
+    array: PositiveInt | None = None
+    """Tasks among which `shardwright prepare` divides a corpus, array_limit of them at once; null:
+    one job does it all. No run has any."""
     mail_user: SlurmWord | None = None
     """Recipient of the mails of mail_type; null is the submitting user."""
     mail_type: Annotated[

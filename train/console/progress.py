@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from shardwright.train.units import duration, size
@@ -23,6 +24,8 @@ LIFE_SECONDS = 9.0
 """Between two lines behind a pipe, whatever does not come to an end: a sign of life."""
 BRIEF_SECONDS = 1.0
 """What comes again and again is shown where it takes longer than this."""
+NOTED_SECONDS = 2.0
+"""Between two notes of how far it is, for those who look from elsewhere."""
 REFRESH_SECONDS = 0.5
 """Between two drawings of a bar, so that its clock keeps running."""
 BEGAN = "SHARDWRIGHT_BEGAN"
@@ -31,6 +34,8 @@ BEGAN = "SHARDWRIGHT_BEGAN"
 Item = TypeVar("Item")
 
 _console: TextIO | None = None
+_noted_in: Path | None = None
+"""A file that tells others what is shown now."""
 _open: list[Phase] = []
 """What is shown now, the innermost last."""
 _last_lines: dict[str, float] = {}
@@ -47,16 +52,23 @@ def is_terminal(console: TextIO) -> bool:
 
 
 @contextmanager
-def shown_on(console: TextIO) -> Iterator[None]:
-    """Show this process's phases there inside of the block."""
-    global _console
-    before, _console = _console, console
+def shown_on(console: TextIO, noted_in: Path | None = None) -> Iterator[None]:
+    """Show this process's phases there inside of the block.
+
+    How far the innermost is stands in the file ``noted_in``, too, which is there as long.
+    """
+    global _console, _noted_in
+    before = _console, _noted_in
+    _console, _noted_in = console, noted_in
     _last_lines.clear()
     try:
         yield
     finally:
         end_all()
-        _console = before
+        _console, _noted_in = before
+        if noted_in is not None:
+            with suppress(OSError):
+                noted_in.unlink()
 
 
 def write(text: str, console: TextIO | None = None) -> None:
@@ -162,6 +174,14 @@ class Phase:
         if note is not None:
             self.note = note
 
+    def skip(self, count: float) -> None:
+        """Count on what was there already, which tells nothing of the rate."""
+        with _lock:
+            self.done += count
+            self._starts_at += count
+            if self._bar is not None:
+                self._bar.initial += count
+
     def refresh(self) -> None:
         """Draw the bar, if there is one, without waiting for its next turn."""
         with _lock:
@@ -197,12 +217,25 @@ class Phase:
                 return
             with _lock:
                 self._show()
+        noted_at = 0.0
         while not self._is_over.wait(REFRESH_SECONDS):
             with _lock:
+                if self is _open[-1] and time.monotonic() - noted_at >= NOTED_SECONDS:
+                    noted_at = time.monotonic()
+                    self._tell()
                 if self.is_drawn:
                     self._draw()
                 elif self is _open[-1] and time.monotonic() - self._shown_at >= LIFE_SECONDS:
                     self._line(self.line())
+
+    def _tell(self) -> None:
+        """Tell others how far it is, who see the last whole line."""
+        if _noted_in is None:
+            return
+        temporary = _noted_in.with_name(f".{_noted_in.name}-{os.getpid()}")
+        with suppress(OSError):  # a full disk: it is shown here
+            temporary.write_text(self.line(), encoding="utf-8")
+            os.replace(temporary, _noted_in)
 
     def _show(self) -> None:
         """Show it for the first time."""

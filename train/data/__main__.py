@@ -14,13 +14,14 @@ from pathlib import Path
 from shardwright.train import config
 from shardwright.train.config import RunConfig
 from shardwright.train.console import progress, terminal
-from shardwright.train.data.prepare import prepare
+from shardwright.train.data.prepare import prepare, prepare_part
 from shardwright.train.data.tokens import cache
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 from shardwright.train.process import exhausted, signals
 from shardwright.train.process.parent import end_with
 from shardwright.train.process.stop_request import watch_for_stop
 from shardwright.train.run_directory import owner, stop_request, stopped_preparing
+from shardwright.train.run_directory.names import LOGS, PROGRESS
 
 
 def main() -> int:
@@ -30,25 +31,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m shardwright.train.data", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="directory that holds the run's config.yaml")
     parser.add_argument("--log", type=Path, help="a file to append to what is shown")
+    parser.add_argument(
+        "--part", type=_part, help="I/N: make every N-th shard of the corpus alone, from the I-th"
+    )
     options = parser.parse_args()
     with terminal.kept_in(options.log) if options.log else nullcontext():
-        return _owned_and_prepared(options.run_dir)
+        return _owned_and_prepared(options.run_dir, options.part)
 
 
-def _owned_and_prepared(run_dir: Path) -> int:
+def _part(text: str) -> tuple[int, int]:
+    number, of_all = map(int, text.split("/"))
+    if not 0 <= number < of_all:
+        raise ValueError(text)
+    return number, of_all
+
+
+def _owned_and_prepared(run_dir: Path, part: tuple[int, int] | None = None) -> int:
     # In a job several nodes may do this, each for its own disk; the first one owns the run.
     is_first = int(os.environ.get("SLURM_PROCID", "0")) == 0
-    is_mine = is_first and not owner.is_launched()
+    is_mine = is_first and not owner.is_launched() and part is None
     try:
         settings = config.load(run_dir)
         with owner.owned(run_dir, print, owner.PREPARING) if is_mine else nullcontext():
-            return _watched(run_dir, settings, watches=is_mine or owner.acts_for_the_owner())
+            watches = is_mine or owner.acts_for_the_owner()
+            return _watched(run_dir, settings, watches=watches, part=part)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
-def _watched(run_dir: Path, settings: RunConfig, *, watches: bool) -> int:
+def _watched(
+    run_dir: Path, settings: RunConfig, *, watches: bool, part: tuple[int, int] | None = None
+) -> int:
     """Have a process of its own do the work, which a signal ends wherever it is.
 
     Training a tokenizer takes minutes in compiled code, where no handler runs. Nothing is lost with
@@ -59,7 +73,7 @@ def _watched(run_dir: Path, settings: RunConfig, *, watches: bool) -> int:
     parent = os.getpid()
     worker = os.fork()  # before this process has a second thread
     if worker == 0:
-        os._exit(_work(run_dir, settings, parent))
+        os._exit(_work(run_dir, settings, parent, watches=watches, part=part))
     with watch_for_stop(run_dir) if watches else nullcontext():
         try:
             with signals.at_once():
@@ -68,7 +82,9 @@ def _watched(run_dir: Path, settings: RunConfig, *, watches: bool) -> int:
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
             cache.sweep(cache.cache_root(settings.data), worker)
-            stopped_preparing.note(run_dir, stop_request.said(run_dir) or str(signals.asked()))
+            if part is None:
+                reason = stop_request.said(run_dir) or str(signals.asked())
+                stopped_preparing.note(run_dir, reason)
             return RESUMABLE
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     if code < 0:
@@ -81,7 +97,14 @@ def _watched(run_dir: Path, settings: RunConfig, *, watches: bool) -> int:
     return code if code >= 0 else FAILED
 
 
-def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
+def _work(
+    run_dir: Path,
+    settings: RunConfig,
+    parent: int,
+    *,
+    watches: bool = False,
+    part: tuple[int, int] | None = None,
+) -> int:
     """Do the work in a process that ends with its parent; return its exit code."""
     for number in signals.SIGNALS:  # a terminal sends its Ctrl-C to both
         signal.signal(number, signal.SIG_IGN)
@@ -91,27 +114,42 @@ def _work(run_dir: Path, settings: RunConfig, parent: int) -> int:
         level=logging.WARNING, format="%(message)s", handlers=[progress.LogLines(sys.stderr)]
     )
     logging.getLogger("shardwright.train").setLevel(logging.INFO)
-    code = _prepared(run_dir, settings)
+    code = _prepared(run_dir, settings, run_dir / LOGS / PROGRESS if watches else None, part)
     sys.stdout.flush()
     sys.stderr.flush()
     return code
 
 
-def _prepared(run_dir: Path, settings: RunConfig) -> int:
-    """Prepare the data; return the exit code, and have said what went wrong."""
+def _prepared(
+    run_dir: Path,
+    settings: RunConfig,
+    noted_in: Path | None = None,
+    part: tuple[int, int] | None = None,
+) -> int:
+    """Prepare the data, or a part of them; return the exit code, and have said what went wrong.
+
+    How far it is stands in the file ``noted_in`` while it lasts.
+    """
     try:
         model = settings.model
         if model.kind == "pretrained" and (model.other_positions or model.attention != "auto"):
             from shardwright.train.model.pretrained import check_before_data  # which brings torch
 
             check_before_data(model, settings.objective)
-        with progress.shown_on(sys.stderr), progress.phase("preparing the data"):
-            prepare(settings, run_dir)
+        with progress.shown_on(sys.stderr, noted_in), progress.phase("preparing the data"):
+            if part is None:
+                prepare(settings, run_dir)
+            else:
+                prepare_part(settings, run_dir, *part)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except BaseException as error:
-        if why := exhausted.explained(error, remedies=_SMALLER, room=_ROOM):
+        from shardwright.train.data.tokens.shard_workers import WorkerEnded
+
+        if isinstance(error, WorkerEnded):
+            print(f"error: {error}", file=sys.stderr)
+        elif why := exhausted.explained(error, remedies=_SMALLER, room=_ROOM):
             print(f"error: {why}", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from shardwright.train.data.sources.corpus import (
     named_as,
     named_sets,
     read_corpus,
+    shards_of,
     source_weights,
 )
 from shardwright.train.data.sources.registry import source_of
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from shardwright.train.data.batches.held_out import HeldOutSet
     from shardwright.train.data.batches.samples import Mixture, Samples
     from shardwright.train.data.tokens.cache import Entry
+    from shardwright.train.data.tokens.encoding import Packing
+    from shardwright.train.data.tokens.shards import Work
 
 CACHE_FORMAT = 2
 SETS = "eval_paths"
@@ -186,18 +191,57 @@ def summary(prepared: Prepared, *, by_line: bool) -> Iterator[str]:
         yield f"{prepared.empty_files:,} empty files skipped"
 
 
-def _packed(
+def prepare_part(config: RunConfig, run_dir: Path, part: int, parts: int) -> None:
+    """Make the shards of a corpus that are this part's: every ``parts``-th, from that number on.
+
+    One of several processes, on as many nodes, that share the cache and ``run_dir``, in which there
+    is the tokenizer. `prepare` joins what they have made, and makes what none of them has.
+    """
+    from shardwright.train.data.tokens import cache, shard_workers
+    from shardwright.train.data.tokens.tokenizer import ensure_tokenizer
+
+    root = cache.cache_root(config.data)
+    parent, directory = root / "tokens", run_dir / TOKENIZER_FOLDER
+    identity = corpus_identity(config.data, root)
+    tokenizer = ensure_tokenizer(config, directory, identity)
+    wanted = _wanted(config, tokenizer, directory, identity)
+    if cache.find(parent, wanted.name):
+        log.info("%s is there already", parent / wanted.name)
+        return
+    divided = shards_of(config.data, root)
+    if len(divided) < 2:
+        log.info("the corpus is read from its beginning to its end, when all parts are done")
+        return
+    mine = {number: shard for number, shard in enumerate(divided) if number % parts == part}
+    work = _work(config, tokenizer, wanted, parent)
+    try:
+        shard_workers.make(mine, work, all_cores())
+    except OSError:
+        # Whoever joins them all does not wait for a part that comes late.
+        if cache.find(parent, wanted.name) is None:
+            raise
+    log.info("%d of %d shards are this part's, and whole", len(mine), len(divided))
+
+
+class _Wanted(NamedTuple):
+    """Which tokens a run trains on."""
+
+    name: str
+    """Under which the cache has them."""
+    packing: Packing
+    note: str
+    """What surrounds a document, in words."""
+
+
+def _wanted(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerFast,
     directory: Path,
     identity: dict[str, Any],
-    parent: Path,
-    noted: str | None,
-) -> Entry:
-    """Return the cached tokens of this corpus, tokenizer and settings, packing them if need be."""
-    from shardwright.train.data.tokens.cache import build_once, cache_root, fingerprint
+) -> _Wanted:
+    """Return what a corpus, a tokenizer and settings come to."""
+    from shardwright.train.data.tokens.cache import fingerprint
     from shardwright.train.data.tokens.encoding import Packing
-    from shardwright.train.data.tokens.packing import pack
     from shardwright.train.data.tokens.tokenizer import content_hash, control_ids, document_frame
     from shardwright.train.model.vocabulary import vocabulary_size
 
@@ -220,8 +264,22 @@ def _packed(
         "tokenizer": content_hash(directory),
         "packing": settings,
     }
-    name = fingerprint(what)
-    if noted not in (None, name):
+    return _Wanted(fingerprint(what), packing, frame.note)
+
+
+def _packed(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    identity: dict[str, Any],
+    parent: Path,
+    noted: str | None,
+) -> Entry:
+    """Return the cached tokens of this corpus, tokenizer and settings, packing them if need be."""
+    from shardwright.train.data.tokens.cache import build_once
+
+    wanted = _wanted(config, tokenizer, directory, identity)
+    if noted not in (None, wanted.name):
         raise UserError(
             f"{directory.parent}: data={config.data.kind} has changed since this run began (or "
             "another version of Shardwright prepared it), and the tokens that it began with are "
@@ -229,17 +287,48 @@ def _packed(
             "new run"
         )
 
-    log.info(frame.note)
+    log.info(wanted.note)
 
-    def build(target: Path) -> dict[str, Any]:
+    work = _work(config, tokenizer, wanted, parent)
+    entry = build_once(parent, wanted.name, lambda target: _built(work, target))
+    # Also what somebody has left who was killed when the entry was whole.
+    shutil.rmtree(work.directory, ignore_errors=True)
+    return entry
+
+
+def _work(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, wanted: _Wanted, parent: Path
+) -> Work:
+    from shardwright.train.data.tokens.cache import builder, cache_root
+    from shardwright.train.data.tokens.shards import Work, directory_of
+
+    return Work(
+        config.data,
+        cache_root(config.data),
+        tokenizer.backend_tokenizer,
+        wanted.packing,
+        directory_of(parent, wanted.name),
+        builder(os.getpid()),
+    )
+
+
+def _built(work: Work, target: Path) -> dict[str, Any]:
+    """Pack a corpus, a large one in shards by several processes; return what is to be kept."""
+    from shardwright.train.data.tokens import shard_workers, shards
+    from shardwright.train.data.tokens.packing import pack
+
+    cores = all_cores()
+    sources = len(source_weights(work.data))
+    divided = shards_of(work.data, work.cache_dir)
+    details: dict[str, Any]
+    if shards.are_worth_processes(divided, cores, work.directory):
+        details = shard_workers.pack(divided, work, sources, target, cores)
+    else:
         reading = Reading()
-        pieces = read_corpus(config.data, cache_root(config.data), reading)
-        sources = len(source_weights(config.data))
-        backend = tokenizer.backend_tokenizer
-        counts = pack(pieces, sources, backend, packing, target, all_cores())
-        return {**counts, **vars(reading), "vocabulary_size": packing.vocabulary_size}
-
-    return build_once(parent, name, build)
+        pieces = read_corpus(work.data, work.cache_dir, reading)
+        counts = pack(pieces, sources, work.tokenizer, work.packing, target, cores)
+        details = {**counts, **vars(reading)}
+    return {**details, "vocabulary_size": work.packing.vocabulary_size}
 
 
 def _open(

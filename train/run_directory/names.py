@@ -40,6 +40,8 @@ FINAL_EARLIER = "final-earlier"
 
 LOGS = "logs"
 RUN_LOG = "run.log"
+PROGRESS = "progress.txt"
+"""How far the preparation of the data is, while it lasts."""
 TORCHRUN_LOG = "torchrun.log"
 TORCHRUN_LOGS = "torchrun*.log"
 JOB_LOGS = "job-*.log"
@@ -71,5 +73,6 @@ def job_log(job: str, task: str | None = None) -> str:
 
 ACCELERATE_YAML = "accelerate.yaml"
 JOB_SCRIPT = "job.sbatch"
+PREPARE_SCRIPT = "prepare.sbatch"
 SLURM_JSON = "slurm.json"
 CANCEL_JSON = "cancel.json"

@@ -39,7 +39,9 @@ def test_every_command_has_its_own_page(shardwright: Shardwright) -> None:
         assert {(page.code, page.err) for page in pages} == {(0, "")}, command
         assert len({page.out for page in pages}) == 1, command
         assert pages[0].out.startswith(
-            "Compose a run out of groups" if command == "train" else f"usage: shardwright {command}"
+            "Compose a run out of groups"
+            if command in ("train", "prepare")
+            else f"usage: shardwright {command}"
         )
     page = shardwright("data", "show", "--help")
     assert (page.code, page.err) == (0, "")
@@ -98,8 +100,9 @@ def test_no_command_is_bad_input(shardwright: Shardwright) -> None:
         ("trian", "error: unknown command trian: did you mean train?\n"),
         (
             "xyz",
-            "error: unknown command xyz: there are train, resume, join, sample, checkpoints, "
-            "recover, push, status, logs, cancel, sync, data, doctor, rank, relay and requeue\n",
+            "error: unknown command xyz: there are train, prepare, resume, join, sample, "
+            "checkpoints, recover, push, status, logs, cancel, sync, data, doctor, rank, relay "
+            "and requeue\n",
         ),
         (
             "seed=1",

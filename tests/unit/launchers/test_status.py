@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from shardwright.launchers import runs
 from shardwright.launchers.commands import logs
 from shardwright.launchers.commands.status import described, table
 from shardwright.launchers.ranks.processes import rank_processes
@@ -32,7 +33,7 @@ from shardwright.train.errors import UserError
 from shardwright.train.process.arguments import ENCODED, encoded
 from shardwright.train.run_directory.failures import RankFailure
 from shardwright.train.run_directory.metrics import tail
-from shardwright.train.run_directory.owner import PREPARING, Owner
+from shardwright.train.run_directory.owner import PREPARING, STARTING, Owner
 from shardwright.train.run_directory.stop_note import Stopped
 from tests.unit.launchers.configs import config
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
@@ -72,6 +73,22 @@ def owner_of(doing: str | None = None, host: str = "node1") -> Owner:
         # Whoever holds the lock is alive, and what this host's last owner no longer holds is dead,
         # however short a time ago it was heard of.
         ({"owned": (owner_of(PREPARING), True)}, ("preparing data on node1", False)),
+        (
+            {"owned": (owner_of(PREPARING), True), "prepared": "tokenising: 1 MB of 2 MB"},
+            ("preparing data on node1: tokenising: 1 MB of 2 MB", False),
+        ),
+        (
+            {"owned": (owner_of(STARTING), True), "prepared": "old"},
+            ("starting its ranks on node1", False),
+        ),
+        (
+            {"job": Job("7", "RUNNING", nodes="n1"), "prepared": "tokenising"},
+            ("running on n1, preparing data: tokenising", False),
+        ),
+        (
+            {"job": Job("7", "PENDING", "Priority"), "prepared": "old"},
+            ("pending (Priority)", False),
+        ),
         ({"owned": (owner_of(), True), "silent_seconds": 7200.0}, ("running on node1", False)),
         ({"owned": (owner_of(), True), "ranks_here": 2}, ("running, 2 rank(s) here", False)),
         ({"owned": (None, True)}, ("running", False)),
@@ -103,6 +120,15 @@ def test_state(known: dict[str, Any], expected: tuple[str, bool]) -> None:
         "here": "node1",
     }
     assert state_of(**{**nothing, **known}) == expected
+
+
+def test_how_far_the_data_are_is_told_until_they_are_there(tmp_path: Path) -> None:
+    assert runs._prepared(tmp_path) is None
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "progress.txt").write_text("tokenising: 1 MB of 2 MB")
+    assert runs._prepared(tmp_path) == "tokenising: 1 MB of 2 MB"
+    (tmp_path / "data.json").write_text("{}")
+    assert runs._prepared(tmp_path) is None
 
 
 def test_the_ranks_of_a_run_are_found_by_its_directory_plain_or_encoded(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from shardwright.train.durable import flush, publish
 from shardwright.train.errors import UserError
 
 INDEX = "index.json"
+SHARDS_SUFFIX = ".shards"
+"""Of the directory beside an entry in which parts of it lie until it is whole."""
 log = logging.getLogger(__name__)
 
 NO_ROOM = {
@@ -63,10 +65,11 @@ def fingerprint(value: Any) -> str:
 def hash_of(path: Path) -> str:
     """Return the hash of a file that an index keeps, read in pieces."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, _hasher).hexdigest()
+        return hashlib.file_digest(file, new_hash).hexdigest()
 
 
-def _hasher() -> Any:
+def new_hash() -> Any:
+    """Return what hashes the files of an entry."""
     return hashlib.blake2b(digest_size=16)
 
 
@@ -132,12 +135,17 @@ def build_once(parent: Path, name: str, build: Callable[[Path], dict[str, Any]])
 
 
 def sweep(root: Path, pid: int) -> None:
-    """Remove what a builder of this host, which is dead, has left below a cache's root."""
-    for path in root.glob(f"*/*.tmp-{_builder(pid)}"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a builder of this host, which is dead, has left below a cache's root.
+
+    The shards that are whole stay, for whoever builds it next.
+    """
+    for pattern in ("*/*", f"*/*{SHARDS_SUFFIX}/*"):
+        for path in root.glob(f"{pattern}.tmp-{builder(pid)}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _builder(pid: int) -> str:
+def builder(pid: int) -> str:
+    """Return what the temporary names of a process of this host end in."""
     return f"{socket.gethostname()}-{pid}"
 
 
@@ -147,7 +155,7 @@ def _build(parent: Path, name: str, build: Callable[[Path], dict[str, Any]]) -> 
         shutil.rmtree(stale)
     if (parent / name).exists():
         shutil.rmtree(parent / name)
-    temporary = parent / f"{name}.tmp-{_builder(os.getpid())}"
+    temporary = parent / f"{name}.tmp-{builder(os.getpid())}"
     temporary.mkdir()
     try:
         details = build(temporary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,58 @@ def store_name(held_out: bool, source: int) -> str:
     return f"{'heldout' if held_out else 'train'}-{source}"
 
 
+class Stores:
+    """The stores of some sources, training and held out, that are written side by side.
+
+    A context manager.
+    """
+
+    def __init__(self, directory: Path, sources: Iterable[int], packing: Packing) -> None:
+        with ExitStack() as opened:
+            self.writers = {
+                (held_out, source): opened.enter_context(
+                    StoreWriter(
+                        directory,
+                        store_name(held_out, source),
+                        packing.vocabulary_size,
+                        packing.words,
+                        lines=packing.by_line,
+                        documents=packing.documents,
+                        texts=held_out,
+                    )
+                )
+                for held_out in (False, True)
+                for source in sorted(sources)
+            }
+            self._closing = opened.pop_all()
+
+    def append(self, batch: Iterable[Piece], added: Added) -> None:
+        """Append what a batch of pieces has added."""
+        for key, tokens in added.items():
+            self.writers[key].append(*tokens)
+        for piece in batch:
+            if piece.held_out:
+                self.writers[True, piece.source].add_text(piece.text, ends=piece.ends)
+
+    def tokens(self, held_out: bool) -> int:
+        return sum(w.token_count for (held, _), w in self.writers.items() if held == held_out)
+
+    def counts(self, documents: Mapping[bool, int]) -> dict[str, int]:
+        """Return what is kept beside the stores; ``documents`` are those held out, or not."""
+        return {
+            "documents": documents[False],
+            "tokens": self.tokens(held_out=False),
+            "heldout_documents": documents[True],
+            "heldout_tokens": self.tokens(held_out=True),
+        }
+
+    def __enter__(self) -> Stores:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.close()
+
+
 def pack(
     pieces: Iterable[Piece],
     sources: int,
@@ -44,40 +96,29 @@ def pack(
     the stores do not depend on how many. Memory is bounded by a batch of pieces, in each process.
     """
     encoder = Encoder.of_corpus(tokenizer, packing)
-    counts: Counter[str] = Counter(documents=0, tokens=0, heldout_documents=0, heldout_tokens=0)
-    with ExitStack() as opened:
-        shown = opened.enter_context(progress.phase("tokenising", unit="character"))
-        writers = {
-            (held_out, source): opened.enter_context(
-                StoreWriter(
-                    directory,
-                    store_name(held_out, source),
-                    packing.vocabulary_size,
-                    packing.words,
-                    lines=packing.by_line,
-                    documents=packing.documents,
-                    texts=held_out,
-                )
-            )
-            for held_out in (False, True)
-            for source in range(sources)
-        }
-        batches = _batches(_counted(pieces, counts), packing.by_line)
+    documents: Counter[bool] = Counter()
+    with (
+        Stores(directory, range(sources), packing) as stores,
+        progress.phase("tokenising", unit="character") as shown,
+    ):
+        batches = batched(counted(pieces, documents), packing.by_line)
         for batch, added in _encoded(batches, encoder, cores):
-            for key, tokens in added.items():
-                writers[key].append(*tokens)
-            for piece in batch:
-                if piece.held_out:
-                    writers[True, piece.source].add_text(piece.text, ends=piece.ends)
+            stores.append(batch, added)
             shown.advance(sum(len(piece.text) for piece in batch))
-        for (held_out, _), writer in writers.items():
-            counts["heldout_tokens" if held_out else "tokens"] += writer.token_count
-    return dict(counts)
+            tokens = stores.tokens(held_out=False) + stores.tokens(held_out=True)
+            shown.note = far(documents.total(), tokens)
+        return stores.counts(documents)
 
 
-def _counted(pieces: Iterable[Piece], counts: Counter[str]) -> Iterator[Piece]:
+def far(documents: int, tokens: int) -> str:
+    """Return what is said of how far the work is. Pure."""
+    return f"{documents:,} documents, {tokens:,} tokens"
+
+
+def counted(pieces: Iterable[Piece], documents: Counter[bool]) -> Iterator[Piece]:
+    """Yield pieces; ``documents`` counts those that begin, held out and not."""
     for piece in pieces:
-        counts["heldout_documents" if piece.held_out else "documents"] += piece.begins
+        documents[piece.held_out] += piece.begins
         yield piece
 
 
@@ -92,7 +133,8 @@ def _encoded(
             yield from encoded(batches, encoder, sorted(cores)[:MOST_PROCESSES])
 
 
-def _batches(pieces: Iterable[Piece], by_line: bool) -> Iterator[list[Piece]]:
+def batched(pieces: Iterable[Piece], by_line: bool) -> Iterator[list[Piece]]:
+    """Yield pieces, or their lines, by what is encoded at once."""
     batch: list[Piece] = []
     characters = 0
     for piece in _by_line(pieces) if by_line else pieces:

@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from shardwright.train.data.tokens.cache import new_hash
+
+COPIED_BYTES = 2**22
+
 
 class TokenStore:
     """The tokens of one source's training or held-out documents, memory-mapped.
@@ -81,8 +85,9 @@ class StoreWriter:
 
         self._tokens = create(_token_paths(directory, name)[self.dtype.name])
         self._words = create(directory / f"{name}.words") if words else None
-        suffix = "lines" if lines else "documents" if documents else None
-        self._ends = create(directory / f"{name}.{suffix}") if suffix else None
+        self._ends_suffix = "lines" if lines else "documents" if documents else None
+        ends = directory / f"{name}.{self._ends_suffix}"
+        self._ends = create(ends) if self._ends_suffix else None
         self._bytes = create(directory / f"{name}.bytes") if texts else None
         self._begun_bytes = 0
         """Of a text whose end has not come yet."""
@@ -106,6 +111,30 @@ class StoreWriter:
         if ends:
             self._bytes.write(np.int64(self._begun_bytes).tobytes())
             self._begun_bytes = 0
+
+    def extend(self, directory: Path, name: str) -> dict[str, str]:
+        """Append all of another store, of the same kind; return the hash of each of its files."""
+        of_ends = np.dtype(np.int64)
+        first = self.token_count
+        hashes = {}
+        for file, suffix, shift in (
+            (self._tokens, self.dtype.name, 0),
+            (self._words, "words", 0),
+            (self._ends, self._ends_suffix, first),
+            (self._bytes, "bytes", 0),
+        ):
+            if file is None:
+                continue
+            path = directory / f"{name}.{suffix}"
+            hasher = new_hash()
+            with path.open("rb") as source:
+                while block := source.read(COPIED_BYTES):
+                    hasher.update(block)
+                    file.write((np.frombuffer(block, of_ends) + shift).data if shift else block)
+                if file is self._tokens:
+                    self.token_count += source.tell() // self.dtype.itemsize
+            hashes[path.name] = hasher.hexdigest()
+        return hashes
 
     def __enter__(self) -> StoreWriter:
         return self

@@ -1,0 +1,94 @@
+"""Data that a job array prepares: whatever happens to its tasks, the bytes are the same."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardwright.launchers.slurm import jobs as slurm
+from tests.e2e import cli
+from tests.slurm import runs
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.runs import SLURM, shardwright
+
+pytestmark = pytest.mark.slurm
+
+# Stands in for Python in the jobs, and has them divide a corpus that no test could wait for.
+PYTHON = """\
+#!{python}
+import runpy, sys
+from shardwright.train.data.sources import shards
+from shardwright.train.data.tokens import packing
+shards.LEAST_BYTES = 100_000
+packing.SIDE_BY_SIDE_FROM_CHARACTERS = 1
+sys.argv = sys.argv[2:]
+runpy.run_module("shardwright.train.data", run_name="__main__", alter_sys=True)
+"""
+
+
+def corpus_of(folder: Path) -> Path:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randrange(2, 9))) for _ in range(3000)]
+    path = folder / "rows.jsonl"
+    with path.open("w") as file:
+        for _ in range(12_000):
+            file.write(json.dumps({"text": " ".join(draw.choices(words, k=200))}) + "\n")
+    return path
+
+
+def tokens(cache: Path) -> dict[str, bytes]:
+    (index,) = (cache / "tokens").glob("*/index.json")
+    return {path.name: path.read_bytes() for path in index.parent.iterdir()}
+
+
+def test_a_task_that_is_killed_and_one_that_is_preempted_change_nothing(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    corpus = corpus_of(tmp_path)
+    given = runs.overrides(corpus, tmp_path / "cache")
+    alone = (*runs.overrides(corpus, tmp_path / "alone"), "launcher=local")
+    ended = cli.shardwright("prepare", *alone, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+    python, site = tmp_path / "python", tmp_path / "site.sh"
+    python.write_text(PYTHON.format(python=sys.executable))
+    python.chmod(0o755)
+    site.write_text(f"python={shlex.quote(str(python))}\n")
+    ended = shardwright(
+        cluster,
+        *("prepare", *given, *SLURM, "launcher.array=2", "launcher.cpus_per_rank=4"),
+        *(f"launcher.site={site}", "run_dir=prepared"),
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr
+    home = tmp_path / "prepared"
+    job = str(slurm.job_of(home))
+
+    def made() -> list[str]:
+        found = (tmp_path / "cache" / "tokens").glob("*.shards/[0-9]*")
+        return sorted(path.name for path in found if "tmp" not in path.name)
+
+    def log() -> str:
+        return runs.log(home)
+
+    # Each task has a node: one crashes, the other is needed for something urgent.
+    until(lambda: len(made()) >= 4, "some shards", 120, log, every=0.02)
+    cluster.kill_node("node2")
+    until(lambda: len(made()) >= 8, "more shards", 120, log, every=0.02)
+    kept = set(made())
+    urgent = cluster.run(
+        *("sbatch", "--parsable", "--partition=high", "--nodelist=node1", "--exclusive"),
+        *("--output=/dev/null", "--wrap=sleep 1"),
+    ).strip()
+    cluster.wait_for_state(urgent, "COMPLETED", seconds=60)
+    assert kept <= set(made())
+    cluster.start_node("node2")
+    cluster.wait_for_state(job, "COMPLETED", seconds=280)
+    assert "start 2" in log(), log()
+    assert tokens(tmp_path / "cache") == tokens(tmp_path / "alone")
+    assert not list((tmp_path / "cache" / "tokens").glob("*.shards"))
