@@ -51,6 +51,9 @@ class DataSection(Section):
     eval_paths: dict[str, str] = Field(default_factory=dict)
     """Held-out documents of your own: a name for each path (file, directory or glob), which is read
     whole. Every evaluation tells the loss of each as eval_loss/NAME."""
+    filter: str | None = None
+    """Your own function, as file.py:FUNCTION or package.module:FUNCTION: of a document's text it
+    returns True, False to drop it, or its new text; null keeps all."""
     max_documents: PositiveInt | None = None
     """Read only this many documents, the first ones; null reads all."""
     cache_dir: str | None = None

@@ -74,6 +74,8 @@ class Prepared:
     held_out: Part
     empty_files: int
     """Matched by a glob, and skipped."""
+    filtered: int = 0
+    """Documents that data.filter has dropped."""
     named_sets: tuple[HeldOutSet, ...] = ()
     """The held-out documents of data.eval_paths."""
     source_names: tuple[str, ...] = ()
@@ -187,6 +189,8 @@ def summary(prepared: Prepared, *, by_line: bool) -> Iterator[str]:
             f"held out, {each.name}: {extent.tokens:,} tokens in {extent.samples:,} samples; "
             f"{extent.tokens_left_out:,} tokens in none"
         )
+    if prepared.filtered:
+        yield f"{prepared.filtered:,} documents dropped by data.filter"
     if prepared.empty_files:
         yield f"{prepared.empty_files:,} empty files skipped"
 
@@ -356,6 +360,7 @@ def _open(
         training=_part(noted, "training", train, entry.details["documents"]),
         held_out=_part(noted, "heldout", heldout, entry.details["heldout_documents"]),
         empty_files=entry.details.get("empty_files", 0),
+        filtered=entry.details.get("filtered", 0),
         source_names=source_of(data).names,
     )
     training, held_out = prepared.training, prepared.held_out
@@ -592,6 +597,7 @@ def _note(
         },
         "heldout": prepared.held_out._asdict(),
         "empty_files": prepared.empty_files,
+        **({"filtered": prepared.filtered} if prepared.filtered else {}),
         **({SETS: sets} if sets else {}),
     }
     write_text(note, json.dumps(tree) + "\n")

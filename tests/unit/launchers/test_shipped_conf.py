@@ -75,7 +75,8 @@ def test_option_composes_and_lists_every_key_with_its_default(option: Path) -> N
         return  # options of one class differ in their values, that is what they are for
     for name, field in fields.items():
         if not field.is_required():
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            default = field.get_default(call_default_factory=True)
+            default = list(default) if isinstance(default, tuple) else default
             assert_same_unless_chosen(option, name, values[name], default)
 
 

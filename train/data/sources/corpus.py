@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from shardwright.train.config import DataConfig
 from shardwright.train.config.data import DataSection, TextData
+from shardwright.train.data.sources import filtering
 from shardwright.train.data.sources.files.pieces import Text
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.sources.shards import Shard
@@ -36,6 +37,7 @@ def check_corpus(data: DataConfig) -> None:
     Reads the beginning of each local file; downloads nothing.
     """
     source_of(data).check()
+    filtering.check(data.filter)
     for name, of_set in named_sets(data).items():
         with named_as(name):
             source_of(of_set).check()
@@ -43,7 +45,8 @@ def check_corpus(data: DataConfig) -> None:
 
 def located(data: DataConfig) -> DataConfig:
     """Return the section with every path in it absolute, as a new run keeps it."""
-    return with_sets_located(source_of(data).located())
+    found = with_sets_located(source_of(data).located())
+    return found.model_copy(update={"filter": filtering.located(data.filter)})
 
 
 def with_sets_located(data: DataConfig) -> DataConfig:
@@ -55,7 +58,7 @@ def with_sets_located(data: DataConfig) -> DataConfig:
 def named_sets(data: DataConfig) -> dict[str, TextData]:
     """Return for each of the user's own held-out sets a section that reads it, whole. Pure."""
     shared = {name: getattr(data, name) for name in DataSection.model_fields}
-    shared |= {"eval_paths": {}, "max_documents": None, "eval_fraction": ALL}
+    shared |= {"eval_paths": {}, "max_documents": None, "eval_fraction": ALL, "filter": None}
     text_field = getattr(data, "text_field", "text")
     return {
         # Not validated: no corpus of a run's own may be held out as a whole.
@@ -86,8 +89,9 @@ def read_corpus(
     downloads, ``reading`` is filled in on the way. Raises UserError at what cannot be read.
     """
     documents = 0
-    texts = source_of(data).texts(cache_dir, reading or Reading())
-    for piece in _pieces(enumerate(texts), data):
+    reading = reading or Reading()
+    texts = source_of(data).texts(cache_dir, reading)
+    for piece in _pieces(enumerate(texts), data, reading):
         if piece.begins:
             if documents == data.max_documents:
                 return
@@ -107,13 +111,17 @@ def read_shard(
     data: DataConfig, shard: Shard, cache_dir: Path, reading: Reading
 ) -> Iterator[Piece]:
     """Yield what one of `shards_of` has of the corpus, as `read_corpus` would."""
-    return _pieces(source_of(data).read(shard, cache_dir, reading), data)
+    return _pieces(source_of(data).read(shard, cache_dir, reading), data, reading)
 
 
-def _pieces(parts: Iterable[tuple[int, Iterable[Text]]], data: DataConfig) -> Iterator[Piece]:
+def _pieces(
+    parts: Iterable[tuple[int, Iterable[Text]]], data: DataConfig, reading: Reading
+) -> Iterator[Piece]:
     """Yield the documents of parts of a source that have any text, and say where each goes."""
     held_out = False
     for part, texts in parts:
+        if data.filter is not None:
+            texts = filtering.filtered(texts, data.filter, reading)
         for text, begins, ends in texts:
             if begins:
                 if ends and not text.strip():
@@ -143,5 +151,6 @@ def corpus_identity(data: DataConfig, cache_dir: Path) -> dict[str, Any]:
         "line_by_line": data.line_by_line,
         "max_documents": data.max_documents,
         "eval_fraction": data.eval_fraction,
+        **filtering.identity(data.filter),
         **source_of(data).identity(cache_dir),
     }

@@ -21,10 +21,13 @@ class Reading:
 
     empty_files: int = 0
     """Matched by a glob and skipped."""
+    filtered: int = 0
+    """Documents that the user's own function has dropped."""
 
     def add(self, later: Reading) -> None:
         """Count what was met in a later part of the corpus, too."""
         self.empty_files += later.empty_files
+        self.filtered += later.filtered
 
 
 class DataSet(NamedTuple):

@@ -1,0 +1,82 @@
+"""The process that calls a filter of the user's: `python -m` runs it, `filtering` feeds it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from shardwright.train.data.sources.filtering import Failed, Function, function, read, write
+from shardwright.train.process.parent import end_with
+
+
+def main(name: str, parent: int) -> None:
+    """Answer batches of documents until standard input is closed."""
+    # A Ctrl-C reaches every process of the terminal; this one ends with the one that it works for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not end_with(parent):
+        return
+    given, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the function prints is no answer
+    with suppress(EOFError, BrokenPipeError):
+        try:
+            call = imported(function(name))
+        except BaseException as error:
+            write(answers, f"it cannot be imported: {_said(error)}")
+            return
+        write(answers, None)
+        while True:
+            write(answers, [answered(call, document) for document in read(given)])
+
+
+def imported(found: Function) -> Callable[[str], Any]:
+    """Return the function; raise what its module raises, or AttributeError, or TypeError."""
+    if found.is_path:
+        spec = importlib.util.spec_from_file_location("shardwright_filter", found.module)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        sys.path.insert(0, os.path.dirname(found.module))  # for what lies beside it
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(found.module)
+    call = getattr(module, found.name)
+    if not callable(call):
+        raise TypeError(f"{found.name} is {type(call).__name__}, and is not called")
+    return call
+
+
+def answered(call: Callable[[str], Any], document: str) -> bool | str | Failed:
+    """Return what becomes of a document: whether it stays, or its new text."""
+    try:
+        answer = call(document)
+    except Exception as error:
+        return Failed(_said(error))
+    if isinstance(answer, bool | str):
+        return answer
+    if type(answer).__name__ == "bool":  # numpy's
+        return bool(answer)
+    return Failed(
+        f"it returned {type(answer).__name__}; return True to keep a document, False to drop it, "
+        "or its new text"
+    )
+
+
+def _said(error: BaseException) -> str:
+    """Return an error in a line, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename][-1:]
+    text = traceback.format_exception_only(error)[-1].strip()
+    return text + "".join(f" ({frame.filename}, line {frame.lineno})" for frame in own)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
+    os._exit(0)

@@ -1,0 +1,273 @@
+"""A function of the user's own that drops documents or rewrites them, in a process of its own."""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import hashlib
+import importlib.util
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shardwright.train.data.sources.files.pieces import Text, pieces
+from shardwright.train.data.sources.source import Reading
+from shardwright.train.errors import UserError
+from shardwright.train.paths import absolute
+from shardwright.train.program import package_environment
+
+BATCH_CHARACTERS = 2**18
+BATCH_TEXTS = 256
+KEY = "data.filter"
+LENGTH = struct.Struct("<Q")
+
+
+class Function(NamedTuple):
+    """Where a function is, by a config's text of it."""
+
+    module: str
+    """A path that ends in .py, or the name of an installed module."""
+    name: str
+
+    @property
+    def is_path(self) -> bool:
+        return self.module.endswith(".py")
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.name}"
+
+
+def function(text: str) -> Function:
+    """Return what "package.module:function" or "path/file.py:function" names."""
+    module, colon, name = text.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise UserError(
+            f"{KEY}={text} names no function; say file.py:FUNCTION or package.module:FUNCTION"
+        )
+    return Function(module, name)
+
+
+def located(text: str | None) -> str | None:
+    """Return the same function by a path that means it from any directory."""
+    if text is None:
+        return None
+    found = function(text)
+    return str(found._replace(module=absolute(found.module))) if found.is_path else text
+
+
+def file_of(found: Function) -> Path:
+    """Return the file that a function is in. Raises UserError where there is none."""
+    if found.is_path:
+        path = Path(found.module)
+        if not path.is_file():
+            raise UserError(f"{KEY}={found}: {path} is not there; give the path of a Python file")
+        return path
+    try:
+        spec = importlib.util.find_spec(found.module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise UserError(
+            f"{KEY}={found}: there is no module {found.module}; install it, or give the path of a "
+            "Python file"
+        )
+    return Path(spec.origin)
+
+
+def check(text: str | None) -> None:
+    """Raise UserError where a file has no such function, as far as shows without running it."""
+    if text is None:
+        return
+    found = function(text)
+    path = file_of(found)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"{KEY}={found}: {path}, line {error.lineno}: {error.msg}") from None
+    bound = {
+        name
+        for node in ast.walk(tree)
+        for name in (
+            [node.name]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            else [node.id]
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            else [(alias.asname or alias.name) for alias in node.names]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    if found.name not in bound and "*" not in bound:
+        raise UserError(f"{KEY}={found}: {path} has no {found.name}; name a function of it")
+
+
+def identity(text: str | None) -> dict[str, Any]:
+    """Return what changes with the function's file; nothing where there is none."""
+    if text is None:
+        return {}
+    found = function(text)
+    content = hashlib.blake2b(file_of(found).read_bytes(), digest_size=16).hexdigest()
+    return {"filter": {"name": found.name, "file": content}}
+
+
+def filtered(texts: Iterable[Text], name: str, reading: Reading) -> Iterator[Text]:
+    """Yield what a function leaves of documents; those that it drops are counted.
+
+    It gets each document whole, so that a long one is in memory whole. Raises UserError where the
+    function cannot be imported, raises, returns something else or ends its process.
+    """
+    for batch in _batches(texts):
+        for document, answer in zip(batch, _running(name).answers(batch), strict=True):
+            text = document if answer is True else answer or ""
+            if text.strip():
+                yield from pieces(text)
+            else:
+                reading.filtered += 1
+
+
+def _batches(texts: Iterable[Text]) -> Iterator[list[str]]:
+    """Yield whole documents, as many as are sent at once; those without any text are left out."""
+    batch: list[str] = []
+    parts: list[str] = []
+    characters = 0
+    for text, begins, ends in texts:
+        parts = [text] if begins else [*parts, text]
+        if not ends:
+            continue
+        document = "".join(parts)
+        if not document.strip():
+            continue
+        batch.append(document)
+        characters += len(document)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_TEXTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+_processes: dict[str, _Process] = {}
+"""Of each function one, which serves all that this process reads."""
+
+
+def _running(name: str) -> _Process:
+    return _processes.setdefault(name, _Process(name))
+
+
+@atexit.register
+def stop() -> None:
+    """End the processes of all functions."""
+    while _processes:
+        _processes.popitem()[1].stop()
+
+
+class _Process:
+    """Calls the function; it ends with this process, which closes its pipe."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def answers(self, documents: Sequence[str]) -> list[bool | str]:
+        try:
+            return self._checked(documents, self._call(documents))
+        except _Ended:
+            # One by one, to find which of them it was.
+            for document in documents:
+                try:
+                    self._checked([document], self._call([document]))
+                except _Ended as error:
+                    raise UserError(f"{self._at(document)}: its process {error}") from None
+            raise UserError(
+                f"{self._at(documents[0])} or one of the {len(documents) - 1:,} after it: its "
+                "process has ended"
+            ) from None
+
+    def _call(self, documents: Sequence[str]) -> list[Any]:
+        child = self._child or self._start()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            write(child.stdin, list(documents))
+            found = read(child.stdout)
+        except (BrokenPipeError, EOFError):
+            self._child = None
+            with child:
+                code = child.wait()
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "has ended"
+            raise _Ended(how + (f" with exit code {code}" if code >= 0 else "")) from None
+        assert isinstance(found, list)
+        return found
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-m", "shardwright.train.data.sources.filter_process", self._name]
+        child = subprocess.Popen(
+            [*argv, str(os.getpid())],
+            env={**os.environ, **package_environment(os.environ)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert child.stdout is not None
+        try:
+            problem = read(child.stdout)
+        except EOFError:
+            with child:
+                code = child.wait()
+            problem = f"its process ended with exit code {code} while it was imported"
+        if problem is not None:
+            child.kill()
+            raise UserError(f"{KEY}={self._name}: {problem}")
+        self._child = child
+        return child
+
+    def stop(self) -> None:
+        if (child := self._child) is not None:
+            self._child = None
+            child.kill()
+            with child:  # closes the pipes
+                pass
+
+    def _checked(self, documents: Sequence[str], answers: Sequence[Any]) -> list[bool | str]:
+        for document, answer in zip(documents, answers, strict=True):
+            if isinstance(answer, Failed):
+                raise UserError(f"{self._at(document)}: {answer.message}")
+        return list(answers)
+
+    def _at(self, document: str) -> str:
+        begin = document.strip()[:60]
+        return f"{KEY}={self._name} failed at the document that begins with {begin!r}"
+
+
+class Failed(NamedTuple):
+    """What a function's process says of a document that it has no answer for."""
+
+    message: str
+
+
+class _Ended(Exception):
+    """The process is no more."""
+
+
+def write(stream: Any, value: Any) -> None:
+    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    stream.write(LENGTH.pack(len(data)))
+    stream.write(data)
+    stream.flush()
+
+
+def read(stream: Any) -> Any:
+    """Return the next value; raise EOFError where the other side is gone."""
+    header = stream.read(LENGTH.size)
+    if len(header) < LENGTH.size:
+        raise EOFError
+    (length,) = LENGTH.unpack(header)
+    data = stream.read(length)
+    if len(data) < length:
+        raise EOFError
+    return pickle.loads(data)
