@@ -115,13 +115,19 @@ class TextData(DataSection):
 
     kind: Literal["text"]
     paths: Annotated[Strings, Field(min_length=1)]
-    """Files, directories or globs; ``**`` descends, as a directory does."""
+    """Files, directories or globs; ``**`` descends, as a directory does. Or their addresses."""
     weights: Floats | None = None
     """For each path, how often an epoch sees its samples (0.5: half of them); null: once."""
     names: Strings | None = None
     """For each path, what evaluations call it; null: its own name, without what it ends in."""
     text_field: str = "text"
     """Column that holds the text, or the path to it: meta.body, messages.0.content."""
+    on_bad_document: Literal["auto", "skip", "error"] = "auto"
+    """What cannot be read (a broken line, an empty file, a file that ends early, a document that is
+    too long) is skipped and counted, or is an error; auto: an error in a file that is named
+    outright, skipped in what a glob or a directory matched."""
+    max_document_bytes: PositiveInt | None = None
+    """Longest document, in bytes of UTF-8; a longer one is bad. null: any length."""
 
     @model_validator(mode="after")
     def _one_name_for_each_path(self) -> TextData:

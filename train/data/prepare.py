@@ -23,6 +23,7 @@ from shardwright.train.data.sources.corpus import (
     shards_of,
     source_weights,
 )
+from shardwright.train.data.sources.files.skipping import Skipped, merged, told
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.sources.source import Reading
 from shardwright.train.durable import write_text
@@ -74,6 +75,8 @@ class Prepared:
     held_out: Part
     empty_files: int
     """Matched by a glob, and skipped."""
+    skipped: Skipped
+    """What was skipped as it could not be read, by kind, empty files too."""
     filtered: int = 0
     """Documents that data.filter has dropped."""
     named_sets: tuple[HeldOutSet, ...] = ()
@@ -133,7 +136,9 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
         uses.hold(parent, entry.path.name, run_dir)
     entries = _named_entries(config, tokenizer, run_dir, parent, noted)
     prepared = replace(
-        _open(config, tokenizer, entry, noted), named_sets=tuple(_named_sets(config, entries))
+        _open(config, tokenizer, entry, noted),
+        named_sets=tuple(_named_sets(config, entries)),
+        skipped=_skipped(entry, *entries.values()),
     )
     if noted is None:
         _check_sources(config, prepared)
@@ -191,8 +196,10 @@ def summary(prepared: Prepared, *, by_line: bool) -> Iterator[str]:
         )
     if prepared.filtered:
         yield f"{prepared.filtered:,} documents dropped by data.filter"
-    if prepared.empty_files:
+    # Of what earlier versions have prepared only this is known.
+    if prepared.empty_files and not prepared.skipped:
         yield f"{prepared.empty_files:,} empty files skipped"
+    yield from told(prepared.skipped)
 
 
 def prepare_part(config: RunConfig, run_dir: Path, part: int, parts: int) -> None:
@@ -362,6 +369,7 @@ def _open(
         empty_files=entry.details.get("empty_files", 0),
         filtered=entry.details.get("filtered", 0),
         source_names=source_of(data).names,
+        skipped=_skipped(entry),
     )
     training, held_out = prepared.training, prepared.held_out
     counts = _counts(config, training, prepared.samples_per_epoch)
@@ -375,6 +383,14 @@ def _open(
             "give more documents (each .txt file is one), or set it to 0 to evaluate on nothing"
         )
     return prepared
+
+
+def _skipped(*entries: Entry) -> Skipped:
+    """Return what was skipped of a corpus and of the user's own held-out documents."""
+    total: Skipped = {}
+    for entry in entries:
+        merged(total, entry.details.get("skipped", {}))
+    return total
 
 
 def _named_entries(
@@ -599,5 +615,6 @@ def _note(
         "empty_files": prepared.empty_files,
         **({"filtered": prepared.filtered} if prepared.filtered else {}),
         **({SETS: sets} if sets else {}),
+        "skipped": prepared.skipped,
     }
     write_text(note, json.dumps(tree) + "\n")

@@ -301,4 +301,5 @@ def test_a_bad_file_among_many_is_found_beforehand(
 ) -> None:
     (corpus / "99.txt").write_bytes(sentences(3).encode("utf-16"))
     with pytest.raises(UserError, match=r"99\.txt is not UTF-8 at byte 0"):
-        check_corpus(section(kind="text", paths=[f"{corpus}/*.txt"]))
+        check_corpus(section(kind="text", paths=[f"{corpus}/*.txt"], on_bad_document="error"))
+    check_corpus(section(kind="text", paths=[f"{corpus}/*.txt"]))

@@ -254,8 +254,13 @@ def test_empty_files_that_a_glob_matched_are_told_once(
     for name in ("000.txt", "99.txt"):
         (corpus / name).write_text("")
     prepare(make_config(), run_dir)
-    assert caplog.messages.count("2 empty files skipped") == 1
-    assert json.loads((run_dir / "data.json").read_text())["empty_files"] == 2
+    line = f"2 empty files skipped: {corpus / '000.txt'}, {corpus / '99.txt'}"
+    assert caplog.messages.count(line) == 1
+    noted = json.loads((run_dir / "data.json").read_text())
+    assert noted["empty_files"] == 2
+    assert noted["skipped"] == {
+        "empty files": {"count": 2, "places": [f"{corpus}/000.txt", f"{corpus}/99.txt"]}
+    }
     (tmp_path / "other").mkdir()
     assert prepare(make_config(), tmp_path / "other").empty_files == 2, "from the cache, too"
 
@@ -526,7 +531,7 @@ def test_bad_input_ends_the_command_with_code_2_and_no_traceback(
     corpus: Path, make_config: MakeConfig, run_dir: Path
 ) -> None:
     (corpus / "99.txt").write_bytes(b"x" * 2**21 + b"\xff")
-    child = start(make_config(), run_dir)
+    child = start(make_config(data={"on_bad_document": "error"}), run_dir)
     _, stderr = child.communicate(timeout=60)
     assert child.returncode == 2
     assert stderr.splitlines()[-1].startswith("error: data.paths: ")

@@ -59,10 +59,14 @@ def named_sets(data: DataConfig) -> dict[str, TextData]:
     """Return for each of the user's own held-out sets a section that reads it, whole. Pure."""
     shared = {name: getattr(data, name) for name in DataSection.model_fields}
     shared |= {"eval_paths": {}, "max_documents": None, "eval_fraction": ALL, "filter": None}
-    text_field = getattr(data, "text_field", "text")
+    if isinstance(data, TextData):
+        own = ("text_field", "on_bad_document", "max_document_bytes")
+        shared |= {name: getattr(data, name) for name in own}
+    else:
+        shared["text_field"] = getattr(data, "text_field", "text")
     return {
         # Not validated: no corpus of a run's own may be held out as a whole.
-        name: TextData.model_construct(kind="text", paths=(path,), text_field=text_field, **shared)
+        name: TextData.model_construct(kind="text", paths=(path,), **shared)
         for name, path in data.eval_paths.items()
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shardwright.train.data.sources.files.file import Remote
 from shardwright.train.data.sources.files.ranges import Range
 
 LEAST_BYTES = 2**24
@@ -74,8 +75,10 @@ def joined(spans: Iterable[Span], most_bytes: int) -> list[Shard]:
     return [*found, Shard(tuple(small))] if small else found
 
 
-def size_of(path: Path) -> int:
+def size_of(path: Path | Remote) -> int:
     """Return a file's size in bytes; 0 where it cannot be told, and reading says why."""
+    if isinstance(path, Remote):
+        return path.size_bytes or 0
     try:
         return os.stat(path).st_size
     except OSError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from shardwright.train.config.data import DataSection
 from shardwright.train.data.sources.files.pieces import Text
+from shardwright.train.data.sources.files.skipping import Skipped, merged
 from shardwright.train.data.sources.shards import Shard
 
 Settings = TypeVar("Settings", bound=DataSection)
@@ -20,14 +21,17 @@ class Reading:
     """What was met while a corpus was read, and is no document."""
 
     empty_files: int = 0
-    """Matched by a glob and skipped."""
+    """Skipped."""
     filtered: int = 0
     """Documents that the user's own function has dropped."""
+    skipped: Skipped = field(default_factory=dict)
+    """What was skipped, empty files too."""
 
     def add(self, later: Reading) -> None:
         """Count what was met in a later part of the corpus, too."""
         self.empty_files += later.empty_files
         self.filtered += later.filtered
+        merged(self.skipped, later.skipped)
 
 
 class DataSet(NamedTuple):

@@ -13,14 +13,13 @@ from pathlib import PurePosixPath
 from typing import IO, Any, Self, cast
 
 from shardwright.train.data.sources.files.decoding import open_bytes
-from shardwright.train.data.sources.files.errors import unreadable
+from shardwright.train.data.sources.files.errors import file_is_bad, unreadable
 from shardwright.train.data.sources.files.file import File, Member
 from shardwright.train.data.sources.files.formats import (
     TEXTS,
     ending,
     is_known,
 )
-from shardwright.train.errors import UserError
 
 IN_MEMORY_BYTES = 2**22
 
@@ -124,8 +123,10 @@ def _is_read(archive: File, name: str) -> bool:
     if not is_known(path.name):
         return False
     if ending(path.name) not in TEXTS:
-        raise UserError(
-            f"data.paths: {archive} holds {name}, which is not read within an archive as "
-            f"{', '.join(TEXTS)} are; unpack it"
+        raise file_is_bad(
+            "",
+            archive,
+            f" holds {name}, which is not read within an archive as {', '.join(TEXTS)} are; "
+            "unpack it",
         )
     return True

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from shardwright.train.data.sources.files.file import File
-from shardwright.train.errors import UserError
-
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 TEXTS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 TABLES = (".parquet", ".arrow", ".feather")
 FORMATS = (*TEXTS, *TABLES)
 ARCHIVES = (".zip", ".tar")
+NOTES = ("state.json", "dataset_info.json")
+"""What datasets' `save_to_disk` writes beside its tables, the first always."""
 KNOWN = (
     f"{', '.join(FORMATS)} ({', '.join(TEXTS)} also within {', '.join(ARCHIVES)}, and these but "
     f".zip also as {', '.join(COMPRESSIONS)})"
@@ -37,8 +36,9 @@ def is_known(name: str) -> bool:
     return compressible or (kind in (*TABLES, *ARCHIVES) and not compression(name))
 
 
-def format_of(file: File) -> str:
-    """Return a file's format; raise UserError where none is known by its name."""
-    if not is_known(file.name):
-        raise UserError(f"data.paths: {file} does not end in one of {KNOWN}; convert or rename it")
-    return ending(file.name)
+def is_note(name: str) -> bool:
+    """Return whether a file beside what datasets has saved is its own, by its name. Pure.
+
+    It notes there what it saved, and keeps the results of its computations.
+    """
+    return name in NOTES or name.startswith("cache-")

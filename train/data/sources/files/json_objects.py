@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from shardwright.train.data.sources.files.decoding import decoded, lines
+from shardwright.train.data.sources.files.decoding import decoded, has_bad_bytes, lines
+from shardwright.train.data.sources.files.errors import FILES, BadDocument, row_is_bad
 from shardwright.train.data.sources.files.fields import texts_at
 from shardwright.train.data.sources.files.file import File
 from shardwright.train.data.sources.files.ranges import Range, line_number
-from shardwright.train.errors import UserError
+from shardwright.train.data.sources.files.skipping import Skipping
 
 SPACE = " \t\n\r"
 
@@ -26,38 +27,81 @@ class _Line(NamedTuple):
         return f"{self.file}, line {line_number(self.number, self.file, self.within)}"
 
 
-def rows_of_lines(file: File, text_field: str, within: Range | None = None) -> Iterator[str]:
+def rows_of_lines(
+    file: File, text_field: str, within: Range | None, bad: Skipping
+) -> Iterator[str]:
     """Yield the texts of a .jsonl file's objects."""
-    for place, line in enumerate(lines(decoded(file, within=within)), 1):
+    for number, line in enumerate(lines(decoded(file, within=within, bad=bad)), 1):
         if not line.strip():
             continue
-        where = _Line(file, place, within)
+        where = _Line(file, number, within)
         try:
-            row = json.loads(line)
-        except RecursionError:
-            raise _too_deep(where) from None
-        except ValueError as error:  # no JSON, or a number of thousands of digits
-            raise _no_json(where, error) from None
-        yield from _texts(row, text_field, where, has_escapes="\\u" in line)
+            if has_bad_bytes(line):
+                raise _no_utf8(where)
+            texts = _texts(_loaded(line, where), text_field, where, "\\u" in line)
+        except BadDocument as error:
+            bad.meet(error)
+        else:
+            yield from texts
 
 
-def rows_of_array(file: File, text_field: str, within: Range | None = None) -> Iterator[str]:
+def _loaded(line: str, where: object) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise _too_deep(where) from None
+    except ValueError as error:  # no JSON, or a number of thousands of digits
+        raise _no_json(where, error) from None
+
+
+def rows_of_array(
+    file: File, text_field: str, within: Range | None, bad: Skipping
+) -> Iterator[str]:
     """Yield the texts of the objects of a .json file: of an array, or one behind the other.
 
-    Memory is bounded by the longest of them.
+    Memory is bounded by the longest of them. Behind what is not JSON nothing more is read.
     """
     assert within is None, "nobody can begin midway"
-    for where, row, has_escapes in _Objects(file).read(decoded(file)):
-        yield from _texts(row, text_field, where, has_escapes)
+    files = bad.files
+    try:
+        yield from _rows_of_array(file, text_field, bad)
+    except BadDocument as error:
+        if not bad.skips:
+            raise
+        if bad.files == files:  # and it is not only cut off, which is counted
+            bad.meet(BadDocument(FILES, error.before, error.place, error.after))
 
 
-def _texts(row: Any, text_field: str, where: object, has_escapes: bool) -> Iterator[str]:
+def _rows_of_array(file: File, text_field: str, bad: Skipping) -> Iterator[str]:
+    for found in _Objects(file).read(decoded(file, bad=bad)):
+        try:
+            if found.has_bad_bytes:
+                raise _no_utf8(found.where)
+            texts = _texts(found.row, text_field, found.where, found.has_escapes)
+        except BadDocument as error:
+            if not bad.skips:
+                raise
+            bad.meet(error)
+        else:
+            yield from texts
+
+
+def _texts(row: Any, text_field: str, where: object, has_escapes: bool) -> list[str]:
     if not isinstance(row, dict):
-        raise UserError(
-            f'data.paths: {where} is not a JSON object; write each row as {{"{text_field}": "..."}}'
+        raise row_is_bad(
+            "that are not JSON",
+            where,
+            f' is not a JSON object; write each row as {{"{text_field}": "..."}}',
         )
-    for text in texts_at(row, text_field, where):
-        yield _without_surrogates(text) if has_escapes else text
+    texts = texts_at(row, text_field, where)
+    return [_without_surrogates(text) for text in texts] if has_escapes else list(texts)
+
+
+class _Found(NamedTuple):
+    where: str
+    row: Any
+    has_escapes: bool
+    has_bad_bytes: bool
 
 
 class _Objects:
@@ -70,8 +114,8 @@ class _Objects:
         self.line = 1
         self.decoder = json.JSONDecoder()
 
-    def read(self, chunks: Iterable[str]) -> Iterator[tuple[str, Any, bool]]:
-        """Yield the place of each object, the object, and whether a \\u is in it."""
+    def read(self, chunks: Iterable[str]) -> Iterator[_Found]:
+        """Yield each object, or what else stands there."""
         chunks = iter(chunks)
         is_array = self._next(chunks) == "["
         self._advance(self.at + is_array)
@@ -84,7 +128,8 @@ class _Objects:
                 self._next(chunks)
             where = self._where
             row, end = self._value(chunks)
-            yield where, row, self.text.find("\\u", self.at, end) >= 0
+            has_escapes = self.text.find("\\u", self.at, end) >= 0
+            yield _Found(where, row, has_escapes, has_bad_bytes(self.text, self.at, end))
             self._advance(end)
             count += 1
         if is_array:
@@ -108,9 +153,9 @@ class _Objects:
             except json.JSONDecodeError as error:
                 near_end = error.pos >= len(self.text) - len('"\\uXXXX\\uXXXX')
                 if not near_end and not error.msg.startswith("Unterminated string"):
-                    raise _no_json(self._where, error) from None
+                    raise _no_json(self._where, error.msg) from None
                 # Not the error, which holds the text, and itself by way of this frame.
-                problem = str(error)
+                problem = error.msg
             except ValueError as error:
                 raise _no_json(self._where, error) from None
             if not self._read_on(chunks):
@@ -152,12 +197,16 @@ class _Objects:
         return f"{self.file}, line {self.line}"
 
 
-def _no_json(where: object, why: object) -> UserError:
-    return UserError(f"data.paths: {where} is not JSON ({why}); correct the line")
+def _no_json(where: object, why: object) -> BadDocument:
+    return row_is_bad("that are not JSON", where, f" is not JSON ({why}); correct the line")
 
 
-def _too_deep(where: object) -> UserError:
-    return UserError(f"data.paths: {where} is nested too deeply; correct the line")
+def _too_deep(where: object) -> BadDocument:
+    return row_is_bad("that are not JSON", where, " is nested too deeply; correct the line")
+
+
+def _no_utf8(where: object) -> BadDocument:
+    return row_is_bad("that are not UTF-8", where, " is not UTF-8; convert it to UTF-8")
 
 
 def _without_surrogates(text: str) -> str:

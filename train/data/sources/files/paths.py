@@ -8,24 +8,30 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shardwright.train.data.sources.files.formats import KNOWN, is_known
+from shardwright.train.data.sources.files import remote
+from shardwright.train.data.sources.files.file import Remote, is_url
+from shardwright.train.data.sources.files.formats import KNOWN, NOTES, is_known, is_note
 from shardwright.train.errors import UserError
 
 
 def is_glob(pattern: str) -> bool:
     """Whether a path is to be matched, and does not name one file outright."""
+    if is_url(pattern):
+        return remote.is_many(pattern)
     pattern = os.path.expanduser(pattern)
     # A name may hold a glob's characters and still be a file's; a directory stands for its files.
     return os.path.isdir(pattern) or (glob.has_magic(pattern) and not os.path.lexists(pattern))
 
 
-def expand(pattern: str) -> list[Path]:
+def expand(pattern: str) -> Sequence[Path | Remote]:
     """Return the files that a path or glob names, sorted; raise UserError where there is none.
 
     A directory names those below it that are of a known format.
 
     A file that several links lead to is named once.
     """
+    if is_url(pattern):
+        return remote.expand(pattern)
     by_glob = is_glob(pattern)
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
@@ -64,9 +70,7 @@ def _is_read(path: str) -> bool:
     folder, name = os.path.split(path)
     if not is_known(name):
         return False
-    # Beside what datasets has saved lie its notes, and the results of its own computations.
-    is_own = name in ("state.json", "dataset_info.json") or name.startswith("cache-")
-    return not (is_own and os.path.exists(os.path.join(folder, "state.json")))
+    return not (is_note(name) and os.path.exists(os.path.join(folder, NOTES[0])))
 
 
 def _matching(pattern: str) -> Iterator[str]:
@@ -107,9 +111,15 @@ def check_overlap(patterns: Sequence[str]) -> None:
     named: dict[str, str] = {}
     for pattern in patterns:
         for path in expand(pattern):
-            other = named.setdefault(os.path.realpath(path), pattern)
+            real = os.path.realpath(path) if isinstance(path, Path) else str(path)
+            other = named.setdefault(real, pattern)
             if other != pattern:
                 raise UserError(
                     f"data.paths: {path} is named by {other} and by {pattern}, and would be read "
                     "twice; name it once, and use data.weights to see it more often"
                 )
+
+
+def file_at(name: str) -> Path | Remote:
+    """Return the file of a name that `expand` gave."""
+    return remote.file_of(name) if is_url(name) else Path(name)

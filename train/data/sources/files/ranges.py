@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, NamedTuple
+from pathlib import Path, PurePath
+from typing import IO, Any, NamedTuple
 
-from shardwright.train.data.sources.files.file import File
+from shardwright.train.data.sources.files.file import File, Remote
 from shardwright.train.data.sources.files.pieces import PIECE_BYTES
 
 _LINE_END = re.compile(rb"[\r\n]")
@@ -22,16 +23,19 @@ class Range(NamedTuple):
     end: int
 
 
-def divided(path: Path, size_bytes: int, by_line: bool, most_bytes: int) -> list[tuple[int, Range]]:
+def divided(
+    path: Path | Remote, size_bytes: int, by_line: bool, most_bytes: int
+) -> list[tuple[int, Range]]:
     """Return the ranges that a file is read in, each behind its size in bytes.
 
     Nothing where it is read whole: as a small one is, and one in which nobody can begin midway.
     """
     if size_bytes <= most_bytes:
         return []
-    if path.suffix == ".parquet":
+    suffix = PurePath(path.name).suffix
+    if suffix == ".parquet":
         return _of_row_groups(path, most_bytes)
-    if path.suffix == ".jsonl" or (path.suffix == ".txt" and by_line):
+    if suffix == ".jsonl" or (suffix == ".txt" and by_line):
         # Of nearly the same size, so that none is a small rest.
         count = -(-size_bytes // most_bytes)
         bounds = [size_bytes * i // count for i in range(count + 1)]
@@ -40,12 +44,14 @@ def divided(path: Path, size_bytes: int, by_line: bool, most_bytes: int) -> list
     return []
 
 
-def _of_row_groups(path: Path, most_bytes: int) -> list[tuple[int, Range]]:
+def _of_row_groups(path: Path | Remote, most_bytes: int) -> list[tuple[int, Range]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with contextlib.ExitStack() as opened:
+            source: Any = path if isinstance(path, Path) else opened.enter_context(path.open("rb"))
+            file = opened.enter_context(pyarrow.parquet.ParquetFile(source))
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             sizes = [
                 sum(group.column(j).total_compressed_size for j in range(group.num_columns))
@@ -119,7 +125,7 @@ class LineNumber(int):
     The lines before it are counted where it is written, which is in a message alone.
     """
 
-    path: Path
+    path: Path | Remote
     within: Range
 
     def __str__(self) -> str:
@@ -135,13 +141,13 @@ def line_number(number: int, path: File, within: Range | None) -> int:
     """Return the number of a line of a file, or of a range of it."""
     if within is None or within.begin == 0:
         return number
-    assert isinstance(path, Path), "of other files there are no ranges"
+    assert isinstance(path, Path | Remote), "a member of an archive has no ranges"
     found = LineNumber(number)
     found.path, found.within = path, within
     return found
 
 
-def lines_before(path: Path, within: Range) -> int:
+def lines_before(path: Path | Remote, within: Range) -> int:
     """Return how many lines end before the first one of a range."""
     with path.open("rb") as file:
         left = _first_line(file, within) or within.begin

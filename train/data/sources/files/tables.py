@@ -7,12 +7,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shardwright.train.data.sources.files.errors import column_missing, no_text, twice, unreadable
+from shardwright.train.data.sources.files.errors import (
+    BadDocument,
+    column_missing,
+    file_is_bad,
+    no_text,
+    row_is_bad,
+    twice,
+    unreadable,
+)
 from shardwright.train.data.sources.files.fields import names_of, texts_within
 from shardwright.train.data.sources.files.file import File
 from shardwright.train.data.sources.files.formats import ending
 from shardwright.train.data.sources.files.ranges import Range
-from shardwright.train.errors import UserError
+from shardwright.train.data.sources.files.skipping import Skipping
 
 ROWS_AT_ONCE = 256
 BYTES_AT_ONCE = 2**22
@@ -30,7 +38,7 @@ class Place(NamedTuple):
     """What leads on from there, where there are lists."""
 
 
-def rows(file: File, text_field: str, within: Range | None = None) -> Iterator[str]:
+def rows(file: File, text_field: str, within: Range | None, bad: Skipping) -> Iterator[str]:
     """Yield the texts of a Parquet, Arrow or Feather file; ``within``, of some row groups.
 
     Rows without one are left out.
@@ -45,18 +53,27 @@ def rows(file: File, text_field: str, within: Range | None = None) -> Iterator[s
         for rest, column in columns:
             # One at a time: the rows of a batch may all be long.
             for value in column:
-                row = value.as_py()
-                if isinstance(row, str):
-                    yield row
+                try:
+                    texts = _texts(value, rest, text_field, file)
+                except BadDocument as error:
+                    bad.meet(error)
                 else:
-                    yield from texts_within(row, rest, text_field, str(file))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.paths: {file} holds text in {text_field} that is not UTF-8 "
-            f"(0x{error.object[error.start]:02x}); save it again as UTF-8, or leave it out"
-        ) from None
+                    yield from texts
     except (OSError, pyarrow.ArrowException) as error:
         raise unreadable(file, error) from None
+
+
+def _texts(value: Any, rest: Sequence[str], text_field: str, file: File) -> list[str]:
+    try:
+        row = value.as_py()
+    except UnicodeDecodeError as error:
+        raise row_is_bad(
+            "that are not UTF-8",
+            file,
+            f" holds text in {text_field} that is not UTF-8 (0x{error.object[error.start]:02x}); "
+            "save it again as UTF-8, or leave it out",
+        ) from None
+    return [row] if isinstance(row, str) else list(texts_within(row, rest, text_field, str(file)))
 
 
 def _parquet_columns(
@@ -64,8 +81,9 @@ def _parquet_columns(
 ) -> Iterator[tuple[Sequence[str], Any]]:
     import pyarrow.parquet
 
-    source: Any = file if isinstance(file, Path) else file.open("rb")
-    with pyarrow.parquet.ParquetFile(source) as table:
+    with contextlib.ExitStack() as opened:
+        source: Any = file if isinstance(file, Path) else opened.enter_context(file.open("rb"))
+        table = opened.enter_context(pyarrow.parquet.ParquetFile(source))
         place = _place(file, text_field, table.schema_arrow)
         paths = [table.schema.column(i).path for i in range(len(table.schema))]
         columns = _columns(place, paths)
@@ -119,9 +137,10 @@ def _arrow_columns(file: File, text_field: str) -> Iterator[tuple[Sequence[str],
         magic = source.read(6)
         is_file = magic == b"ARROW1"
         if magic[:4] == b"FEA1":
-            raise UserError(
-                f"data.paths: {file} is Feather in its version 1, which is not read; save it "
-                "again as version 2"
+            raise file_is_bad(
+                "",
+                file,
+                " is Feather in its version 1, which is not read; save it again as version 2",
             )
         source.seek(0)
         if is_file:
