@@ -97,6 +97,8 @@ def _alternatives(hint: Any, bounds: list[Any]) -> Iterator[str]:
         yield f"list of {_length(bounds)}{_plural(type_in_words(arguments[0]))}"
     elif origin is dict:
         yield "mapping"
+    elif isinstance(hint, type) and issubclass(hint, Section):
+        yield f"mapping of {', '.join(f'`{name}`' for name in hint.model_fields)}"
     else:
         yield _PLAIN[hint].replace("null", "`null`") + _in_words(bounds)
 
@@ -107,7 +109,7 @@ def _flat(metadata: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _plural(words: str) -> str:
-    return re.sub(r"^(integer|number|text)\b", r"\1s", words)
+    return re.sub(r"^(integer|number|text|mapping)\b", r"\1s", words)
 
 
 def _length(bounds: list[Any]) -> str:

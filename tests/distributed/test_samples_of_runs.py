@@ -1,10 +1,11 @@
-"""Runs whose samples are not documents back to back."""
+"""Runs whose samples are not all documents back to back: fitted rows, and stages."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +52,30 @@ def test_padding_of_fitted_rows_counts_for_nothing(
     assert [line["tokens"] for line in trained] == [tokens[16 * step] for step in (1, 2, 3)]
     assert tokens[-1] < 48 * 32
     assert all(map(math.isfinite, [*curve(run_dir), *curve(run_dir, "eval_loss")]))
+
+
+def test_a_run_goes_through_stages_of_other_lengths(
+    tmp_path: Path, corpus: Path, tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    rows = [json.loads(row) for row in corpus.open()]
+    paths = []
+    for name, part in (("a", rows[::2]), ("b", rows[1::2])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+        paths.append(str(path))
+    stages: list[dict[str, Any]] = [
+        {"tokens": 2 * 512},
+        {"tokens": 512, "weights": [0.0, 1.0], "sequence_length": 64},
+        {"weights": [2.0, 0.5], "sequence_length": 16},
+    ]
+    tree = tiny_tree("clm")
+    tree["data"] |= {"paths": paths, "stages": stages, "document_attention": True}
+    tree["trainer"] |= {"max_steps": 5}
+    run_dir = frozen_run(tree)
+    ranks(2)(whole_run, run_dir)
+    trained = [line for line in lines(run_dir) if "loss" in line]
+    assert [line["tokens"] for line in trained] == [512 * step for step in range(1, 6)]
+    assert [line["samples"] for line in trained] == [16 * step for step in range(1, 6)]
+    assert all(map(math.isfinite, curve(run_dir)))
+    card = (run_dir / "final/README.md").read_text()
+    assert "| Stage 2 | samples of 64 tokens, for 512 tokens |" in card

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from shardwright.train.config.section import (
     Floats,
     Fraction,
+    NonNegativeFloat,
     PositiveInt,
     Section,
     Strings,
@@ -26,6 +27,17 @@ _ENDINGS = re.compile(
 
 DEFAULT_SEQUENCE_LENGTH = 512
 """Tokens in one sample where nobody says, and the model has at least as many positions."""
+
+
+class Stage(Section):
+    """A part of the training with samples of its own."""
+
+    tokens: PositiveInt | None = None
+    """Tokens after which the next stage begins; null, of the last one alone: to the run's end."""
+    weights: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
+    """As data.weights, and 0 leaves a path out; null: those."""
+    sequence_length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens in one sample; null is data.sequence_length. A step has as many tokens either way."""
 
 
 class DataSection(Section):
@@ -59,10 +71,44 @@ class DataSection(Section):
     cache_dir: str | None = None
     """Where packed tokens are cached; null is shardwright/ in the user's cache directory."""
 
+    stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
+    """What training goes through in order, each with tokens, weights and sequence_length; [] is one
+    stage for all of it."""
+
+    @model_validator(mode="after")
+    def _stages_follow_one_another(self) -> DataSection:
+        sources = len(getattr(self, "paths", [""]))
+        for number, stage in enumerate(self.stages):
+            name, is_last = f"stages[{number}]", number == len(self.stages) - 1
+            if (stage.tokens is None) != is_last:
+                raise ValueError(
+                    f"{name} is the last one, and has tokens={stage.tokens}; leave that out: it "
+                    "lasts until the run ends"
+                    if is_last
+                    else f"{name} has no tokens, but is followed by another; say after how many it "
+                    "ends"
+                )
+            if stage.weights is not None and len(stage.weights) != sources:
+                raise ValueError(
+                    f"{name}.weights has {len(stage.weights)} values and the corpus has {sources} "
+                    "parts; give one weight for each of data.paths, or none at all"
+                )
+            if stage.weights is not None and not any(stage.weights):
+                raise ValueError(
+                    f"{name}.weights leaves nothing to train on; make one of them more than 0"
+                )
+        return self
+
     @model_validator(mode="after")
     def _sets_have_names(self) -> DataSection:
         _check_names("eval_paths", self.eval_paths)
         return self
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens in the longest sample of any stage."""
+        own = self.tokens_per_sample
+        return max([own, *(stage.sequence_length or own for stage in self.stages)])
 
     @property
     def samples_vary(self) -> bool:

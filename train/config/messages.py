@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -392,6 +392,8 @@ def _expectation(error: ErrorDetails) -> str:
 def _sections_of(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if get_origin(annotation) is tuple:  # what a list holds has no key
+        return []
     return [s for arg in get_args(annotation) for s in _sections_of(arg)]
 
 

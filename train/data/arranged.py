@@ -22,8 +22,12 @@ LOOKED_AT = 2**28
 """Tokens whose documents are looked at for how many a sample's edge cuts: the first ones."""
 
 
-def arranged(config: RunConfig, entry: Entry) -> Callable[[str], Samples]:
+def arranged(
+    config: RunConfig, entry: Entry, length: int | None = None
+) -> Callable[[str], Samples]:
     """Return what gives the samples of each store of an entry, by the store's name.
+
+    They have data.sequence_length tokens, or, packed back to back, ``length``.
 
     Best-fit packing is done here, where it was not done before: it takes a second for half a
     million documents, and makes the same each time.
@@ -33,7 +37,7 @@ def arranged(config: RunConfig, entry: Entry) -> Callable[[str], Samples]:
     from shardwright.train.data.tokens.fitting import Rows
     from shardwright.train.data.tokens.store import TokenStore
 
-    length, causal = config.data.tokens_per_sample, config.objective.kind == "clm"
+    length, causal = length or config.data.tokens_per_sample, config.objective.kind == "clm"
     if config.data.packing == "concatenate":
         return lambda name: Samples(TokenStore(entry.path, name), length, causal)
     rows = _rows(config, entry).path

@@ -79,6 +79,8 @@ class Prepared:
     """What was skipped as it could not be read, by kind, empty files too."""
     filtered: int = 0
     """Documents that data.filter has dropped."""
+    stages: tuple[Mixture, ...] = ()
+    """What each stage trains on; () where there is one alone, which is ``train``."""
     named_sets: tuple[HeldOutSet, ...] = ()
     """The held-out documents of data.eval_paths."""
     source_names: tuple[str, ...] = ()
@@ -370,6 +372,7 @@ def _open(
         filtered=entry.details.get("filtered", 0),
         source_names=source_of(data).names,
         skipped=_skipped(entry),
+        stages=tuple(_stages(config, entry)),
     )
     training, held_out = prepared.training, prepared.held_out
     counts = _counts(config, training, prepared.samples_per_epoch)
@@ -391,6 +394,32 @@ def _skipped(*entries: Entry) -> Skipped:
     for entry in entries:
         merged(total, entry.details.get("skipped", {}))
     return total
+
+
+def _stages(config: RunConfig, entry: Entry) -> Iterator[Mixture]:
+    """Yield what each stage trains on; raise UserError where that is too little for a batch.
+
+    All are views of the same tokens.
+    """
+    from shardwright.train.data.batches.samples import Mixture
+    from shardwright.train.data.tokens.packing import store_name
+
+    data, batch = config.data, config.trainer.global_batch_size
+    for number, stage in enumerate(data.stages):
+        length = stage.sequence_length or data.tokens_per_sample
+        weights = stage.weights or source_weights(data)
+        samples_of = arranged(config, entry, length)
+        sources = [samples_of(store_name(False, source)) for source in range(len(weights))]
+        mixture = Mixture(sources, tuple(weights), config.seed)
+        needed = batch * data.tokens_per_sample // length
+        if len(mixture) < needed:
+            raise UserError(
+                f"data.stages[{number}] is too small for one batch: it has {len(mixture):,} "
+                f"samples of {length:,} tokens, and trainer.global_batch_size={batch} needs "
+                f"{needed:,}; give more text, shorten its samples, raise its weights or lower the "
+                "batch"
+            )
+        yield mixture
 
 
 def _named_entries(

@@ -294,6 +294,10 @@ def _data_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
     if data.max_documents:
         yield "Taken", f"the first {data.max_documents:,} documents"
     yield "Sequence length", f"{data.tokens_per_sample:,} tokens"
+    for number, stage in enumerate(data.stages, start=1):
+        length = stage.sequence_length or data.tokens_per_sample
+        until = f"for {stage.tokens:,} tokens" if stage.tokens else "to the end"
+        yield f"Stage {number}", f"samples of {length:,} tokens, {until}"
 
 
 def _counted(part: Mapping[str, Any]) -> str:
@@ -474,10 +478,10 @@ def _untrained_positions(run: RunConfig) -> str | None:
     positions = run.model.max_sequence_length
     if run.model.kind == "pretrained" or positions is None:
         return None
-    if run.data.tokens_per_sample >= positions:
+    if run.data.longest_sample >= positions:
         return None
     return (
-        f"It was trained on samples of {run.data.tokens_per_sample:,} tokens; its positions from "
+        f"It was trained on samples of {run.data.longest_sample:,} tokens; its positions from "
         f"there to {positions:,} are untrained."
     )
 
@@ -518,7 +522,9 @@ def _measured(facts: Facts) -> dict[str, float]:
 
 def _epochs(facts: Facts) -> float | None:
     """Return how often each sample was seen, where all were seen equally often."""
-    if facts.run is not None and any(w != 1 for w in source_of(facts.run.data).weights):
+    if facts.run is not None and (
+        facts.run.data.stages or any(w != 1 for w in source_of(facts.run.data).weights)
+    ):
         return None
     an_epoch = facts.corpus.get("training", {}).get("samples_per_epoch")
     return facts.samples / an_epoch if facts.samples and an_epoch else None

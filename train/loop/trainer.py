@@ -247,10 +247,13 @@ class Trainer(transformers.Trainer):
         head: Any = self.model.get_output_embeddings()
         rows = embedding.num_embeddings
         sampler: Any = self._train_loader.batch_sampler
+        length, stages = self.config.data.tokens_per_sample, sampler.stages
+        if stages is not None:
+            length = stages.lengths[stages.at(self.samples_seen)]
         first_batch.check(
             batches,
             sizes=[len(part) for part in sampler.parts(self.samples_seen)],
-            sequence_length=self.config.data.tokens_per_sample,
+            sequence_length=length,
             embedding_rows=rows,
             logits=getattr(head, "out_features", rows),
         )

@@ -199,9 +199,9 @@ def _check_sizes(
         return
     pad = getattr(text_config, "pad_token_id", None)  # a config with code of its own may lack it
     positions = usable_positions(text_config.model_type, positions, pad)
-    if config.data.tokens_per_sample > positions:
+    if config.data.longest_sample > positions:
         raise UserError(
-            f"data.sequence_length={config.data.tokens_per_sample} is longer than the {positions} "
+            f"data.sequence_length={config.data.longest_sample} is longer than the {positions} "
             f"positions of the model ({text_config.model_type}, with this tokenizer); "
             f"set data.sequence_length={positions} or less, or choose another model"
         )

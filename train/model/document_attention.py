@@ -68,7 +68,7 @@ def bounds_of(model: PreTrainedModel, config: RunConfig) -> DocumentBounds | Non
     after_padding = model_config.model_type in POSITIONS_START_AFTER_PADDING
     return DocumentBounds(
         _KERNELS[kernel][1],
-        config.data.tokens_per_sample,
+        config.data.longest_sample,
         first_position=model_config.pad_token_id + 1 if after_padding else 0,
         one_group=is_compiled(model),
     )

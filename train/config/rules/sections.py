@@ -9,6 +9,7 @@ from shardwright.train.config.model import ScratchModel
 from shardwright.train.config.precision import FP8_RECIPES
 from shardwright.train.config.rank_layout import RankLayout, rank_layout
 from shardwright.train.config.rules import fsdp, optimizers, replicated, zero
+from shardwright.train.config.section import shown
 from shardwright.train.config.sections import Sections
 from shardwright.train.config.trainer import accumulation_steps, largest_micro_batch
 from shardwright.train.errors import UserError
@@ -28,6 +29,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     yield from _activations_contradictions(config)
     yield from _attention_contradictions(config)
     yield from _document_contradictions(config)
+    yield from _stage_contradictions(config)
     yield from _fp8_contradictions(config)
     yield from _engine_contradictions(config)
 
@@ -236,6 +238,71 @@ def _document_contradictions(config: Sections) -> Iterator[str]:
             f"precision.fp8_recipe={config.precision.fp8_recipe} takes multiples of "
             f"{config.precision.token_multiple} tokens; set data.unpad=false, or choose "
             "precision=bf16"
+        )
+
+
+def _stage_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why training cannot go through the stages that are asked for."""
+    data, trainer = config.data, config.trainer
+    if not data.stages:
+        return
+    for field, value in (("line_by_line", True), ("packing", "best_fit")):
+        if getattr(data, field) == value:
+            yield (
+                "data.stages are views of documents that are packed back to back, but "
+                f"data.{field}={shown(value)}; leave one of them out"
+            )
+    if trainer.max_epochs is not None:
+        yield (
+            f"data.stages count in tokens, but trainer.max_epochs={trainer.max_epochs} in epochs, "
+            "of which each stage has its own; set trainer.max_tokens or trainer.max_steps"
+        )
+    if data.sequence_length == "auto":
+        return
+    for number, stage in enumerate(data.stages):
+        length = stage.sequence_length or data.sequence_length
+        if length != data.sequence_length:
+            yield from _length_contradictions(config, f"data.stages[{number}]", length)
+
+
+def _length_contradictions(config: Sections, stage: str, length: int) -> Iterator[str]:
+    """Yield why a stage cannot have samples of a length of its own."""
+    trainer, unit = config.trainer, config.data.tokens_per_sample
+    limit, batch, micro = (
+        config.model.max_sequence_length,
+        trainer.global_batch_size,
+        trainer.micro_batch_size,
+    )
+    if limit is not None and length > limit:
+        yield (
+            f"{stage}.sequence_length={length} is longer than the {limit} positions of the model; "
+            "shorten the samples or lengthen the model"
+        )
+    if batch * unit % length:
+        multiple = length // math.gcd(unit, length)
+        yield (
+            f"{stage}.sequence_length={length} does not divide a step, which has "
+            f"trainer.global_batch_size={batch} x data.sequence_length={unit} tokens in every "
+            f"stage; set trainer.global_batch_size to a multiple of {multiple}, or another length"
+        )
+    if micro != "auto" and micro * unit < length:
+        yield (
+            f"{stage}.sequence_length={length} is more than a micro-batch has, "
+            f"trainer.micro_batch_size={micro} x data.sequence_length={unit} tokens; set "
+            f"trainer.micro_batch_size={-(-length // unit)} or more, of which a micro-batch of "
+            "this stage has fewer"
+        )
+    if trainer.batch_warmup_from is not None:
+        yield (
+            f"{stage}.sequence_length={length} is not data.sequence_length={unit}, and with "
+            f"trainer.batch_warmup_from={trainer.batch_warmup_from} a step may have any number of "
+            "tokens, which no whole number of its samples has; leave one of them out"
+        )
+    if length % config.precision.token_multiple:
+        yield (
+            f"precision.fp8_recipe={config.precision.fp8_recipe} needs a multiple of "
+            f"{config.precision.token_multiple} tokens in a micro-batch, but "
+            f"{stage}.sequence_length={length}; change one of them"
         )
 
 

@@ -44,7 +44,7 @@ class Masking:
         the seed, the epoch and the sample's index.
         """
         draws = np.random.Generator(
-            np.random.Philox(key=[self.seed, 0], counter=[0, 0, key.epoch, key.sample])
+            np.random.Philox(key=[self.seed, 0], counter=[0, key.stage, key.epoch, key.sample])
         )
         tokens = window.tokens
         # A word that the window's edge cuts counts as one from the edge on.
@@ -172,6 +172,17 @@ class Collator:
             return self.sequence_length
         wanted = -(-max(1, *lengths) // self.width_multiple) * self.width_multiple
         return min(wanted, self.sequence_length)
+
+
+@dataclass(frozen=True)
+class CollatorOfStages:
+    """Makes batches of a run's stages; the samples of a batch are all of one."""
+
+    collators: tuple[Collator, ...]
+
+    def __call__(self, samples: list[tuple[Window, SampleKey]]) -> dict[str, Any]:
+        _, key = samples[0]
+        return self.collators[key.stage](samples)
 
 
 def _words(word_starts: NDArray[np.uint8]) -> NDArray[np.int64]:

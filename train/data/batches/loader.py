@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shardwright.train.config import RankLayout, RunConfig, accumulation_steps, batch_sizes
-from shardwright.train.data.batches.collator import Collator, Masking
+from shardwright.train.data.batches.collator import Collator, CollatorOfStages, Masking
 from shardwright.train.data.batches.held_out import HeldOutSet, portions
 from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
 from shardwright.train.data.batches.samples import Mixture, Window
+from shardwright.train.data.batches.stages import stages_of
 from shardwright.train.data.prepare import Prepared
 from shardwright.train.data.tokens.tokenizer import special_ids
 from shardwright.train.model.documents import DocumentBounds
@@ -53,9 +55,15 @@ def train_loader(
         accumulation_steps=accumulation_steps(trainer, layout),
         steps=total_steps,
         start_sample=start_sample,
+        stages=stages_of(config.data, [len(mixture) for mixture in prepared.stages]),
     )
-    dataset = _MixtureDataset(prepared.train)
-    return _loader(prepared, config, dataset, batches, config.seed, bounds)
+    dataset = _MixtureDataset(prepared.stages or (prepared.train,))
+    collate = collator(prepared, config, config.seed, bounds)
+    if batches.stages is None:
+        return _loader(config, dataset, batches, collate)
+    lengths = batches.stages.lengths
+    of_stages = tuple(replace(collate, sequence_length=length) for length in lengths)
+    return _loader(config, dataset, batches, CollatorOfStages(of_stages))
 
 
 def eval_loader(
@@ -79,7 +87,8 @@ def eval_loader(
         micro_batch_size=trainer.eval_samples_per_pass,
     )
     dataset = HeldOutDataset(prepared.held_out_sets)
-    return _loader(prepared, config, dataset, batches, EVALUATION_SEED, bounds)
+    collate = collator(prepared, config, EVALUATION_SEED, bounds)
+    return _loader(config, dataset, batches, collate)
 
 
 class HeldOutDataset(Dataset[tuple[Window, SampleKey]]):
@@ -94,27 +103,25 @@ class HeldOutDataset(Dataset[tuple[Window, SampleKey]]):
 
 
 class _MixtureDataset(Dataset[tuple[Window, SampleKey]]):
-    """A mixture as torch wants it; the sampler's keys are its indices."""
+    """The mixture of each stage as torch wants it; the sampler's keys are its indices."""
 
-    def __init__(self, mixture: Mixture) -> None:
-        self.mixture = mixture
+    def __init__(self, stages: Sequence[Mixture]) -> None:
+        self.stages = stages
 
     def __getitem__(self, key: Any) -> tuple[Window, SampleKey]:
-        return self.mixture.get(key.epoch, key.sample), key
+        return self.stages[key.stage].get(key.epoch, key.sample), key
 
 
 def _loader(
-    prepared: Prepared,
     config: RunConfig,
     dataset: Dataset[tuple[Window, SampleKey]],
     batches: TrainBatches | EvalBatches,
-    mask_seed: int,
-    bounds: DocumentBounds | None,
+    collate: Collator | CollatorOfStages,
 ) -> Batches:
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collator(prepared, config, mask_seed, bounds),
+        collate_fn=collate,
         num_workers=workers(config),
         worker_init_fn=_obey_the_rank_alone,
         pin_memory=torch.cuda.is_available(),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from shardwright.train.config import BatchSizes
 from shardwright.train.config.batches import part
+from shardwright.train.data.batches.stages import Stages
 
 _MASK64 = 2**64 - 1
 _ROUNDS = 6
@@ -33,6 +34,8 @@ class SampleKey(NamedTuple):
     """False for one that only fills up the last batch of an evaluation."""
     held_out_set: int = 0
     """Of an evaluation, in which of its sets it is."""
+    stage: int = 0
+    """Of training, in which stage."""
 
 
 def permuted(key: tuple[int, ...], size: int, position: int) -> int:
@@ -73,10 +76,14 @@ def all_permuted(
     return values.astype(np.int64)
 
 
-def sample_at(seed: int, samples_per_epoch: int, position: int) -> SampleKey:
-    """Return the sample at a position of the endless sequence of shuffled epochs."""
+def sample_at(seed: int, samples_per_epoch: int, position: int, stage: int = 0) -> SampleKey:
+    """Return the sample at a position of the endless sequence of shuffled epochs.
+
+    Each stage of a run has a sequence of its own.
+    """
     epoch, within = divmod(position, samples_per_epoch)
-    return SampleKey(epoch, permuted((seed, epoch), samples_per_epoch, within))
+    key = (seed, epoch, stage) if stage else (seed, epoch)
+    return SampleKey(epoch, permuted(key, samples_per_epoch, within), stage=stage)
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ class TrainBatches:
     steps: int
     start_sample: int = 0
     """Samples that were consumed before."""
+    stages: Stages | None = None
+    """None where the run has one stage alone, whose positions are its samples."""
 
     def __len__(self) -> int:
         return self.steps * self.accumulation_steps
@@ -106,14 +115,25 @@ class TrainBatches:
         position = self.start_sample
         for _ in range(self.steps):
             for within in self.parts(position):
-                yield [sample_at(self.seed, self.samples_per_epoch, position + i) for i in within]
+                yield [self._sample(position, i) for i in within]
             position += self.batches.at(position)
 
     def parts(self, position: int) -> list[range]:
         """Return which samples of the step that begins at a position each micro-batch takes."""
         slots = self.accumulation_steps * self.data_parallel_size
         mine = range(self.data_parallel_rank, slots, self.data_parallel_size)
-        return [part(self.batches.at(position), slot, slots) for slot in mine]
+        size = self.batches.at(position)
+        if self.stages is not None:
+            size = self.stages.size(self.stages.at(position), size)
+        return [part(size, slot, slots) for slot in mine]
+
+    def _sample(self, position: int, number: int) -> SampleKey:
+        """Return one of the samples of the step that begins at a position, counted from 0."""
+        if self.stages is None:
+            return sample_at(self.seed, self.samples_per_epoch, position + number)
+        stage = self.stages.at(position)
+        first, epoch = self.stages.first(stage, position), self.stages.samples_per_epoch[stage]
+        return sample_at(self.seed, epoch, first + number, stage)
 
 
 class Portion(NamedTuple):

@@ -130,9 +130,9 @@ class Mixture:
 
     @cached_property
     def quotas(self) -> tuple[int, ...]:
-        """Samples of each source in one epoch; at least 1 of one that has any."""
+        """Samples of each source in one epoch; at least 1 of one that has any, and a weight."""
         pairs = zip(self.sources, self.weights, strict=True)
-        return tuple(max(1, round(len(s) * w)) if len(s) else 0 for s, w in pairs)
+        return tuple(max(1, round(len(s) * w)) if len(s) and w else 0 for s, w in pairs)
 
     def __len__(self) -> int:
         return sum(self.quotas)

@@ -390,7 +390,7 @@ def _wrap(path: Path, config: RunConfig, settings: ByteBpeTokenizer) -> PreTrain
         sep_token=end,
         unk_token=unknown,
         mask_token=mask,
-        model_max_length=config.model.max_sequence_length or config.data.tokens_per_sample,
+        model_max_length=config.model.max_sequence_length or config.data.longest_sample,
         # Token types would reach GPT-2's word embedding, and ModernBERT knows none.
         model_input_names=["input_ids", "attention_mask"],
         # Prompts of different lengths have to end together to be continued together.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,9 @@ def first_rows(
     """
     mixture, causal = prepared.train, config.objective.kind == "clm"
     collate = collator(prepared, config, config.seed)
+    if prepared.stages:
+        mixture, stage = prepared.stages[0], config.data.stages[0]
+        collate = replace(collate, sequence_length=stage.sequence_length or collate.sequence_length)
     pads = not (config.data.line_by_line and config.data.is_unpadded)
     at_once = config.trainer.micro_batch_size if pads else 1
     size = at_once if isinstance(at_once, int) else 1
