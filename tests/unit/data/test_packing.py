@@ -27,10 +27,11 @@ from transformers import AutoTokenizer
 
 from shardwright.train.data.sources.corpus import Piece
 from shardwright.train.data.tokens import packing, workers
-from shardwright.train.data.tokens.encoding import Encoder, Packing, word_starts
+from shardwright.train.data.tokens.encoding import Encoder, Packing
 from shardwright.train.data.tokens.packing import BATCH_TEXTS, pack
 from shardwright.train.data.tokens.store import StoreWriter, TokenStore
 from shardwright.train.data.tokens.tokenizer import train_byte_bpe
+from shardwright.train.data.tokens.words import word_starts
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 END = 2
@@ -74,6 +75,7 @@ def test_documents_are_joined_by_their_end(bpe: Tokenizer, tmp_path: Path) -> No
         "tokens": len(tokens),
         "heldout_documents": 0,
         "heldout_tokens": 0,
+        "encoder": mock.ANY,
     }
 
 
@@ -262,7 +264,7 @@ def test_words_of_bytes_that_are_not_split_beforehand(
 def test_a_text_without_tokens_has_no_words() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert word_starts(" ", tokenizer.encode(" ")) == []
+    assert word_starts(" ", tokenizer.encode(" ")).tolist() == []
 
 
 def test_packing_reads_on_only_when_a_batch_is_written(bpe: Tokenizer, tmp_path: Path) -> None:

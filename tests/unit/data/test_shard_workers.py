@@ -79,6 +79,7 @@ def alone(data: TextData, tokenizer: Tokenizer, settings: Packing, target: Path)
     reading = Reading()
     pieces = read_corpus(data, target, reading)
     counts = packing.pack(pieces, len(data.paths), tokenizer, settings, target)
+    counts["encoder"] = counts["encoder"]["name"]  # which each process compares on its own texts
     return {**files(target), "counts": {**counts, **vars(reading)}}
 
 
@@ -90,6 +91,7 @@ def together(data: TextData, work: Work, target: Path, cores: int = 1) -> dict[s
     given = {CORE + i for i in range(cores)}
     assert shards.are_worth_processes(divided, given, target / "none")
     counts = shard_workers.pack(divided, work, len(data.paths), target, given)
+    counts["encoder"] = counts["encoder"]["name"]
     return {**files(target), "counts": counts}
 
 
@@ -263,7 +265,9 @@ def test_the_command_says_what_a_killed_process_was_at(
 def test_how_far_it_is() -> None:
     """By bytes that characters tell, also of shards that were there already."""
     so_far = shard_workers._SoFar({i: Shard((Span(0, "a", 100),)) for i in range(4)})
-    made = Made({"documents": 3, "tokens": 20, "heldout_documents": 1, "heldout_tokens": 5}, {}, {})
+    made = Made(
+        {"documents": 3, "tokens": 20, "heldout_documents": 1, "heldout_tokens": 5}, {}, {}, {}
+    )
     assert so_far.is_made(0, made) == 100
     assert so_far.shown() == (100, "4 documents, 25 tokens")
     so_far.at(1, (30, 2, 10))

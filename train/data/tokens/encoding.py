@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardwright.train.data.sources.corpus import Piece
+from shardwright.train.data.tokens.fast import COMPARED_ON, Fast, Unfit
 from shardwright.train.data.tokens.tokenizer import whole_texts
+from shardwright.train.data.tokens.words import Encoded, word_starts
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+PLAIN_CHARACTERS = 2**18
+"""That many at once are encoded by tokenizers, whose encodings take hundreds of bytes a token."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,26 @@ class Packing:
 
 
 @dataclass
-class _Lists:
-    ids: list[int] = field(default_factory=list)
-    word_starts: list[int] = field(default_factory=list)
+class _Parts:
+    """What pieces add to a store, in arrays, end to end."""
+
+    ids: list[NDArray[np.uint32]] = field(default_factory=list)
+    word_starts: list[NDArray[np.uint8]] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, ids: NDArray[np.uint32], word_starts: NDArray[np.uint8] | None) -> None:
+        self.ids.append(ids)
+        if word_starts is not None:
+            self.word_starts.append(word_starts)
+        self.count += len(ids)
+
+    def tokens(self) -> Tokens:
+        return Tokens(
+            np.concatenate([np.empty(0, np.uint32), *self.ids]),
+            np.concatenate([np.empty(0, np.uint8), *self.word_starts]),
+            np.array(self.ends, dtype=np.int64),
+        )
 
 
 class Tokens(NamedTuple):
@@ -65,62 +89,85 @@ Added = dict[tuple[bool, int], Tokens]
 """What a batch adds, by store: whether it is held out, and its source."""
 
 
-@dataclass(frozen=True)
 class Encoder:
-    """Makes tokens of pieces of a corpus; it can be sent to another process."""
+    """Makes tokens of pieces of a corpus; it can be sent to another process.
 
-    tokenizer: Tokenizer
-    packing: Packing
+    In each process its first batch decides whether a faster encoder, which is proven to give the
+    same, does the rest.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, packing: Packing) -> None:
+        self.tokenizer = tokenizer
+        self.packing = packing
+        tokenizer.encode_special_tokens = True  # which does not travel to another process
+        self._fast: Fast | None = None
+        self._note: dict[str, Any] | None = None
 
     @classmethod
     def of_corpus(cls, tokenizer: Tokenizer, packing: Packing) -> Encoder:
         return cls(_corpus_tokenizer(tokenizer, packing.control), packing)
 
+    def __reduce__(self) -> tuple[type[Encoder], tuple[Tokenizer, Packing]]:
+        return Encoder, (self.tokenizer, self.packing)
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """Say what encodes, the same in each process; nothing before a first batch."""
+        return self._note or {}
+
     def encode(self, batch: Sequence[Piece]) -> Added:
         """Return what a batch adds to the stores."""
-        backend, packing = self.tokenizer, self.packing
-        backend.encode_special_tokens = True  # which does not travel to another process
-        # The fast way keeps neither offsets nor words.
-        encode = backend.encode_batch if packing.words else backend.encode_batch_fast
-        encodings = encode([piece.text for piece in batch], add_special_tokens=False)
-        stores: defaultdict[tuple[bool, int], _Lists] = defaultdict(_Lists)
-        for piece, encoding in zip(batch, encodings, strict=True):
+        packing = self.packing
+        texts = [piece.text for piece in batch]
+        if self._note is None:
+            self._choose(texts)
+        encode = self._fast.encode if self._fast else self._plain
+        before, after = (np.array(part, np.uint32) for part in (packing.prefix, packing.suffix))
+        stores: defaultdict[tuple[bool, int], _Parts] = defaultdict(_Parts)
+        for piece, encoded in zip(batch, encode(texts), strict=True):
             store = stores[piece.held_out, piece.source]
-            before, after = packing.prefix * piece.begins, packing.suffix * piece.ends
-            store.ids += [*before, *encoding.ids, *after]
-            if packing.words:
-                inside = word_starts(piece.text, encoding)
-                store.word_starts += [*(1 for _ in before), *inside, *(1 for _ in after)]
+            if piece.begins and len(before):
+                store.add(before, np.ones(len(before), np.uint8) if packing.words else None)
+            store.add(*encoded)
+            if piece.ends and len(after):
+                store.add(after, np.ones(len(after), np.uint8) if packing.words else None)
             if packing.ends and piece.ends:
-                store.ends.append(len(store.ids))
-        return {
-            key: Tokens(
-                np.array(lists.ids, dtype=np.uint32),
-                np.array(lists.word_starts, dtype=np.uint8),
-                np.array(lists.ends, dtype=np.int64),
-            )
-            for key, lists in stores.items()
-        }
+                store.ends.append(store.count)
+        return {key: parts.tokens() for key, parts in stores.items()}
+
+    def _choose(self, texts: Sequence[str]) -> None:
+        plain = f"tokenizers {version('tokenizers')}"
+        try:
+            self._fast, proof = Fast.proven(self.tokenizer, self._plain, self.packing.words, texts)
+            self._note = {"name": proof.encoder, "same_as": plain, "compared_on": COMPARED_ON}
+            log.info("encoding with %s, %d texts compared with %s", *proof, plain)
+        except Unfit as reason:
+            self._note = {"name": plain, "because": str(reason)}
+
+    def _plain(self, texts: Sequence[str]) -> Iterator[Encoded]:
+        """Yield what tokenizers makes of each text."""
+        words = self.packing.words
+        # The fast way keeps neither offsets nor words.
+        encode = self.tokenizer.encode_batch if words else self.tokenizer.encode_batch_fast
+        for some in _groups(texts):
+            encodings = encode(some, add_special_tokens=False)
+            for text, encoding in zip(some, encodings, strict=True):
+                ids = np.array(encoding.ids, dtype=np.uint32)
+                yield Encoded(ids, word_starts(text, encoding) if words else None)
 
 
-def word_starts(text: str, encoding: Encoding) -> list[int]:
-    """Return 1 for each token that begins a word, else 0.
-
-    A word is what the pre-tokenizer made one, or what white space sets apart: sentencepiece models
-    often come without a pre-tokenizer that splits, and would be one word throughout.
-    """
-    words = np.array([-1 if word is None else word for word in encoding.word_ids])
-    if not len(words):
-        return []
-    starts_at, ends_at = np.array(encoding.offsets).T
-    ends_before = np.concatenate(([0], ends_at[:-1]))
-    space = np.fromiter(map(str.isspace, text + "."), dtype=bool)
-    # The space before a word either belongs to the word's first token or is in no token; and a
-    # character of several bytes may be several tokens, all with its offsets.
-    opens_with_space = space[starts_at] & ~space[starts_at - 1] & (starts_at >= ends_before)
-    skips_space = space[ends_before] & ~space[ends_before - 1] & (starts_at > ends_before)
-    new_word = np.diff(words, prepend=-2) != 0
-    return (new_word | opens_with_space | skips_space).astype(int).tolist()
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield texts by the some that are encoded at once. Pure."""
+    some: list[str] = []
+    characters = 0
+    for text in texts:
+        some.append(text)
+        characters += len(text)
+        if characters >= PLAIN_CHARACTERS:
+            yield some
+            some, characters = [], 0
+    if some:
+        yield some
 
 
 def _corpus_tokenizer(tokenizer: Tokenizer, control: tuple[int, ...]) -> Tokenizer:

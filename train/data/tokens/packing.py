@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardwright.train.console import progress
 from shardwright.train.data.sources.corpus import Piece
@@ -89,8 +89,9 @@ def pack(
     packing: Packing,
     directory: Path,
     cores: Set[int] = frozenset(),
-) -> dict[str, int]:
-    """Write a store for each source and split; return counts of documents and tokens.
+) -> dict[str, Any]:
+    """Write a store for each source and split; return counts of documents and tokens, and what has
+    encoded them.
 
     Of a large corpus batches are made into tokens on ``cores`` side by side, by a process on each;
     the stores do not depend on how many. Memory is bounded by a batch of pieces, in each process.
@@ -107,7 +108,7 @@ def pack(
             shown.advance(sum(len(piece.text) for piece in batch))
             tokens = stores.tokens(held_out=False) + stores.tokens(held_out=True)
             shown.note = far(documents.total(), tokens)
-        return stores.counts(documents)
+        return {**stores.counts(documents), "encoder": encoder.note}
 
 
 def far(documents: int, tokens: int) -> str:

@@ -48,6 +48,8 @@ class Made(NamedTuple):
     reading: dict[str, Any]
     hashes: dict[str, str]
     """Of its stores' files, by name."""
+    encoder: dict[str, Any]
+    """What its encoder says of itself."""
 
 
 Tell = Callable[[int, int, int], object]
@@ -138,7 +140,7 @@ def _write(work: Work, encoder: Encoder, shard: Shard, directory: Path, tell: Te
             tell(characters, documents.total(), tokens)
         counts = stores.counts(documents)
     hashes = {path.name: hash_of(path) for path in sorted(directory.iterdir())}
-    return Made(counts, vars(reading), hashes)
+    return Made(counts, vars(reading), hashes, encoder.note)
 
 
 class Damaged(Exception):
@@ -171,7 +173,8 @@ def join(
             documents[False] += shard.counts["documents"]
             documents[True] += shard.counts["heldout_documents"]
             total.add(Reading(**shard.reading))
-        return {**stores.counts(documents), **vars(total)}
+        encoder = made[0].encoder if made else {}
+        return {**stores.counts(documents), "encoder": encoder, **vars(total)}
 
 
 def sweep(directory: Path) -> None:
