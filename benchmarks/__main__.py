@@ -49,6 +49,7 @@ BENCHMARKS = (
     Benchmark("startup", ("--repeats", "5"), 3, takes_examples=True),
     Benchmark("overhead", (), 3),
     Benchmark("recover", ("--repeats", "2"), 2.5),
+    Benchmark("prepare", ("--repeats", "1"), 1),
     Benchmark("save", ("--strategy", "zero2", "ddp", "--saves", "3", "--steps-between", "2"), 3),
     Benchmark(
         "train_cpu",
@@ -64,6 +65,7 @@ TINY = {
     "startup": ("--repeats", "1", "--quick"),
     "overhead": ("--repeats", "1"),
     "recover": ("--repeats", "1", "--model", "gpt2_tiny", "--kind", "fsdp"),
+    "prepare": ("--repeats", "1", "--quick", "--processes", "1"),
     "save": ("--model", "gpt2_tiny", "--strategy", "ddp", "--saves", "1", "--steps-between", "1"),
     "train_cpu": ("--quick", "--repeats", "1", "--batch", "4", "--steps", "1"),
 }

@@ -98,7 +98,19 @@ def startup(part: str) -> Callable[[Figures], Value | None]:
     return find
 
 
+def prepare(corpus: str, processes: str) -> Callable[[Figures], Value | None]:
+    def find(figures: Figures) -> Value | None:
+        found = at(figures, "corpora", corpus)
+        if found is None or figures.get("tiny") or not found["ratio"].get(processes):
+            return None
+        spread = max(each["spread"] for each in found["processes"][processes].values())
+        return Value(f"{found['ratio'][processes]:.1f}", spread)
+
+    return find
+
+
 _GPU = "stock Trainer; tuned"
+_MAPS = "`map` twice"
 ROWS = (
     Row("train_cpu", "MLM, 1 rank", "`run_mlm.py`", "1.8", train_cpu("kantaibert", "1")),
     Row("train_cpu", "MLM, 2 ranks", "`run_mlm.py`", "1.8", train_cpu("kantaibert", "2")),
@@ -119,6 +131,9 @@ ROWS = (
         Row("overhead", what, "the stock Trainer's tax", "2", ratio_of("ranks", what[0], "ratio"))
         for what in ("1 rank", "2 ranks")
     ),
+    Row("prepare", "12 MB, 1 core", _MAPS, "20", prepare("embedded", "1")),
+    Row("prepare", "12 MB, 2 cores", _MAPS, "20", prepare("embedded", "2")),
+    Row("prepare", "repeated to 1 GB, 2 cores", _MAPS, "20", prepare("repeated", "2")),
     Row("startup", "first step", "`run_mlm.py`", "1", startup("first_step")),
     Row("startup", "`--dry-run`", "`import hydra`", "0.67", startup("dry_run")),
     *(
