@@ -142,11 +142,24 @@ class DataSection(Section):
         return self.unpad
 
     @property
+    def has_text(self) -> bool:
+        """Whether there is text, of which tokens are still to be made."""
+        return True
+
+    @property
     def has_bounds(self) -> bool:
         """Whether the model is told where documents, or lines, begin and end within its rows."""
         if self.line_by_line:
             return self.is_unpadded
         return self.documents_are_kept_apart
+
+
+def _check_weights(weights: Floats | None, paths: Strings) -> None:
+    if weights is not None and len(weights) != len(paths):
+        raise ValueError(
+            f"weights has {len(weights)} values and paths has {len(paths)}; "
+            "give one weight for each path, or none at all"
+        )
 
 
 class StdlibData(DataSection):
@@ -189,11 +202,7 @@ class TextData(DataSection):
                     f"names has {twice[0]} twice; evaluations tell paths apart by their names, so "
                     "give each its own, or join the paths by one glob"
                 )
-        if taken := sorted({*self.names_of_paths} & {*self.eval_paths}):
-            raise ValueError(
-                f"eval_paths has the name {taken[0]}, by which evaluations call one of paths; call "
-                "the set otherwise, or the path by names"
-            )
+        _check_taken(self.names_of_paths, self.eval_paths)
         return self
 
     @property
@@ -205,11 +214,7 @@ class TextData(DataSection):
 
     @model_validator(mode="after")
     def _one_weight_for_each_path(self) -> TextData:
-        if self.weights is not None and len(self.weights) != len(self.paths):
-            raise ValueError(
-                f"weights has {len(self.weights)} values and paths has {len(self.paths)}; "
-                "give one weight for each path, or none at all"
-            )
+        _check_weights(self.weights, self.paths)
         return self
 
 
@@ -242,7 +247,47 @@ class KantData(DataSection):
     """Addresses of plain text; each is downloaded once and cached."""
 
 
-DataConfig = Annotated[StdlibData | TextData | HubData | KantData, Field(discriminator="kind")]
+class TokensData(DataSection):
+    """Token ids that other programs have stored: .bin with Megatron's .idx or raw, .npy, .ds of
+    datatrove, and lists in .parquet, .arrow, .feather."""
+
+    kind: Literal["tokens"]
+    paths: Annotated[Strings, Field(min_length=1)]
+    """Files, directories or globs."""
+    weights: Floats | None = None
+    """For each path, how often an epoch sees its samples (0.5: half of them); null: once."""
+    dtype: Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"] = "auto"
+    """Numbers of a file that does not say it itself: a .bin without .idx, a .ds without .index."""
+    ids_field: str = "input_ids"
+    """Column of tables that holds the ids."""
+
+    @property
+    def names_of_paths(self) -> tuple[str, ...]:
+        """What evaluations call each path; () where there is only one."""
+        return _distinct(self.paths) if len(self.paths) > 1 else ()
+
+    @property
+    def has_text(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _fits_tokens(self) -> TokensData:
+        _check_weights(self.weights, self.paths)
+        if self.line_by_line:
+            raise ValueError(
+                "line_by_line=true needs text, and data=tokens has none; set it to false"
+            )
+        _check_taken(self.names_of_paths, self.eval_paths)
+        if self.filter is not None:
+            raise ValueError(
+                f"filter={self.filter} reads text, and data=tokens has none; set it to null"
+            )
+        return self
+
+
+DataConfig = Annotated[
+    StdlibData | TextData | TokensData | HubData | KantData, Field(discriminator="kind")
+]
 
 
 def _check_names(field: str, names: Iterable[str]) -> None:
@@ -253,6 +298,14 @@ def _check_names(field: str, names: Iterable[str]) -> None:
                 f"{field} has the name {name!r}, by which metrics are called; write it of letters, "
                 "digits, '.', '_' and '-', the first a letter or a digit"
             )
+
+
+def _check_taken(names: Iterable[str], sets: Iterable[str]) -> None:
+    if taken := sorted({*names} & {*sets}):
+        raise ValueError(
+            f"eval_paths has the name {taken[0]}, by which evaluations call one of paths; call "
+            "the set otherwise, or the path by names"
+        )
 
 
 def _distinct(paths: Sequence[str]) -> tuple[str, ...]:

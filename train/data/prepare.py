@@ -329,12 +329,15 @@ def _built(work: Work, target: Path) -> dict[str, Any]:
     """Pack a corpus, a large one in shards by several processes; return what is to be kept."""
     from shardwright.train.data.tokens import shard_workers, shards
     from shardwright.train.data.tokens.packing import pack
+    from shardwright.train.data.tokens.ready import pack_given
 
     cores = all_cores()
     sources = len(source_weights(work.data))
     divided = shards_of(work.data, work.cache_dir)
     details: dict[str, Any]
-    if shards.are_worth_processes(divided, cores, work.directory):
+    if (given := pack_given(work.data, work.packing, target)) is not None:
+        details = {**given}
+    elif shards.are_worth_processes(divided, cores, work.directory):
         details = shard_workers.pack(divided, work, sources, target, cores)
     else:
         reading = Reading()

@@ -43,6 +43,16 @@ def _samples_contradictions(config: Sections) -> Iterator[str]:
             f"objective={objective.kind} does not fit model.kind={model.kind}, which is trained "
             f"with objective={fit}; choose objective={fit} or another model"
         )
+    if not config.data.has_text and config.tokenizer.kind == "byte_bpe":
+        yield (
+            f"data={config.data.kind} has no text to train a tokenizer on, and ids mean nothing "
+            "without theirs; set tokenizer=pretrained tokenizer.name=... to the one that made them"
+        )
+    if not config.data.has_text and objective.kind == "mlm" and objective.whole_word:
+        yield (
+            f"objective.whole_word=true needs text, which tells where words begin, and "
+            f"data={config.data.kind} has none; set it to false"
+        )
     limit = model.max_sequence_length
     if limit is not None and length != "auto" and length > limit:
         yield (

@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from shardwright.train.config.data import DataSection
 from shardwright.train.data.sources.files.pieces import Text
 from shardwright.train.data.sources.files.skipping import Skipped, merged
 from shardwright.train.data.sources.shards import Shard
+
+if TYPE_CHECKING:
+    from shardwright.train.data.sources.stores.ids import Ids
 
 Settings = TypeVar("Settings", bound=DataSection)
 
@@ -91,6 +94,13 @@ class Source(ABC, Generic[Settings]):
     ) -> Iterator[tuple[int, Iterable[Text]]]:
         """Yield a shard's documents, those of each part by its number, as `texts` would."""
         raise NotImplementedError("it has no shards")
+
+    def ids(self, separator: int | None) -> Iterator[Iterable[tuple[str, Ids]]] | None:
+        """Yield the documents of each of its parts as ids, each piece with the file that it is in.
+
+        None where it has texts. ``separator`` ends a document where nothing else tells.
+        """
+        return None
 
     @abstractmethod
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:

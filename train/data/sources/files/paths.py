@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from shardwright.train.data.sources.files import remote
@@ -106,11 +106,13 @@ def _folders(roots: list[str]) -> Iterator[str]:
             waiting += [os.path.join(folder, n) for n in names[::-1] if not n.startswith(".")]
 
 
-def check_overlap(patterns: Sequence[str]) -> None:
+def check_overlap(
+    patterns: Sequence[str], files_of: Callable[[str], Sequence[Path | Remote]] = expand
+) -> None:
     """Raise UserError where a file is named by two patterns, and would be read twice."""
     named: dict[str, str] = {}
     for pattern in patterns:
-        for path in expand(pattern):
+        for path in files_of(pattern):
             real = os.path.realpath(path) if isinstance(path, Path) else str(path)
             other = named.setdefault(real, pattern)
             if other != pattern:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from shardwright.train.data.sources.files.errors import (
     BadDocument,
@@ -26,6 +26,8 @@ ROWS_AT_ONCE = 256
 BYTES_AT_ONCE = 2**22
 LISTS = {"list", "element", "item", "bag", "array", "array_element"}
 """What Parquet's writers put into a column's path for a list in it."""
+
+Found = TypeVar("Found")
 
 
 class Place(NamedTuple):
@@ -87,7 +89,7 @@ def _parquet_columns(
         place = _place(file, text_field, table.schema_arrow)
         paths = [table.schema.column(i).path for i in range(len(table.schema))]
         columns = _columns(place, paths)
-        rows = _rows_at_once(table.metadata, columns)
+        rows = rows_at_once(table.metadata, columns)
         groups = None if within is None else list(range(*within))
         for batch in table.iter_batches(rows, groups, columns):
             yield place.rest, _inner(batch.column(0), place)
@@ -111,7 +113,7 @@ def _columns(place: Place, paths: Sequence[str]) -> list[str]:
     return [path for path in paths if leads_there(path)] or [place.column]
 
 
-def _rows_at_once(metadata: Any, columns: Sequence[str]) -> int:
+def rows_at_once(metadata: Any, columns: Sequence[str]) -> int:
     """Return how many rows to have in memory together, going by the size of an average one."""
     most = 1
     for i in range(metadata.num_row_groups):
@@ -125,7 +127,20 @@ def _rows_at_once(metadata: Any, columns: Sequence[str]) -> int:
 
 
 def _arrow_columns(file: File, text_field: str) -> Iterator[tuple[Sequence[str], Any]]:
-    """Yield a column of Arrow's file format, as Feather is, or of its streams, as datasets has."""
+    def place_of(schema: Any) -> Place:
+        return _place(file, text_field, schema)
+
+    for place, batch in arrow_batches(file, place_of):
+        column = _inner(batch.column(batch.schema.get_field_index(place.column)), place)
+        for start in range(0, len(column), ROWS_AT_ONCE):
+            yield place.rest, column.slice(start, ROWS_AT_ONCE)
+
+
+def arrow_batches(file: File, looked_at: Callable[[Any], Found]) -> Iterator[tuple[Found, Any]]:
+    """Yield Arrow's file format, as Feather is, or its streams, as datasets has, in batches.
+
+    Each comes with what was found in the schema, which is looked at first.
+    """
     import pyarrow.ipc
 
     with contextlib.ExitStack() as opened:
@@ -150,11 +165,8 @@ def _arrow_columns(file: File, text_field: str) -> Iterator[tuple[Sequence[str],
         else:
             batches = pyarrow.ipc.open_stream(source)
             schema = batches.schema
-        place = _place(file, text_field, schema)
-        for batch in batches:
-            column = _inner(batch.column(schema.get_field_index(place.column)), place)
-            for start in range(0, len(column), ROWS_AT_ONCE):
-                yield place.rest, column.slice(start, ROWS_AT_ONCE)
+        found = looked_at(schema)
+        yield from ((found, batch) for batch in batches)
 
 
 def _inner(column: Any, place: Place) -> Any:
@@ -180,11 +192,11 @@ def _place(file: File, text_field: str, schema: Any) -> Place:
     within: list[str] = []
     rest: list[str] = []
     for name in names:
-        if _is_list(kind) and name.isdecimal():
+        if is_list(kind) and name.isdecimal():
             rest.append(name)
             kind = kind.value_type
             continue
-        while _is_list(kind):
+        while is_list(kind):
             kind = kind.value_type
             rest = rest or [""]
         if not types.is_struct(kind):
@@ -193,7 +205,7 @@ def _place(file: File, text_field: str, schema: Any) -> Place:
             raise column_missing(where, text_field, [field.name for field in kind])
         kind = kind.field(name).type
         (rest if rest else within).append(name)
-    if _is_list(kind):
+    if is_list(kind):
         kind = kind.value_type
     of_values = kind.value_type if types.is_dictionary(kind) else kind
     # Null is the type of a column in which there is nothing at all.
@@ -203,7 +215,7 @@ def _place(file: File, text_field: str, schema: Any) -> Place:
     return Place(column, tuple(within), tuple(filter(None, rest)))
 
 
-def _is_list(kind: Any) -> bool:
+def is_list(kind: Any) -> bool:
     from pyarrow import types
 
     return any(

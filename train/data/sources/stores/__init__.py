@@ -1,0 +1,1 @@
+"""Token ids that other programs have stored, each format a module."""
