@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -412,18 +413,16 @@ def test_what_was_killed_is_continued(
 ) -> None:
     """Once the process that hands out shards, once one that makes them."""
 
-    def at(shards: int, of_workers: bool) -> Callable[[subprocess.Popen[bytes], Path], int]:
-        def kill(process: subprocess.Popen[bytes], folder: Path) -> int:
-            until = time.monotonic() + 60
-            while len(whole_ones(folder)) < shards:
-                assert process.poll() is None
-                assert time.monotonic() < until
-            workers = [pid for pid in group(process) if pid != process.pid]
-            return min(workers) if of_workers else process.pid
+    def kill(process: subprocess.Popen[bytes], folder: Path, of_workers: bool) -> int:
+        until = time.monotonic() + 60
+        before = len(whole_ones(folder))
+        while len(whole_ones(folder)) < before + 3:
+            assert process.poll() is None
+            assert time.monotonic() < until
+        workers = [pid for pid in group(process) if pid != process.pid]
+        return min(workers, default=process.pid) if of_workers else process.pid
 
-        return kill
-
-    kills = iter([at(3, of_workers=False), at(9, of_workers=True)])
+    kills = iter([functools.partial(kill, of_workers=flag) for flag in (False, True)])
     assert assert_survives(kills, start, tmp_path) == 2
 
 
