@@ -110,6 +110,17 @@ def test_an_array_is_read_in_memory_for_its_longest_object(tmp_path: Path) -> No
     assert peak_bytes < 4 * 2**20 < (tmp_path / "a.json").stat().st_size / 4
 
 
+def test_memory_does_not_grow_with_the_files_of_an_archive(tmp_path: Path) -> None:
+    peaks = []
+    for count in (200, 3000):
+        (tmp_path / "a.tar").write_bytes(in_tar({f"{i}.txt": b"text" for i in range(count)}))
+        tracemalloc.start()
+        assert sum(1 for _ in read_file(tmp_path / "a.tar", "text", False)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 2**18
+
+
 def test_an_object_of_many_chunks_is_tried_a_few_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

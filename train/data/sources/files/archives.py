@@ -68,7 +68,8 @@ def _of_tar(file: File) -> Iterator[File]:
         # Of the sample at hand. A stream does not turn back: a .json waits here for its .txt.
         sample, has_text = "", False
         waiting: list[Member] = []
-        for info in archive:
+        while (info := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # or it keeps what it knows of each
             if not info.isfile() or not _is_read(file, info.name):
                 continue
             if sample != (sample := _sample(info.name)):

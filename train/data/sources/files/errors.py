@@ -9,7 +9,7 @@ from shardwright.train.data.sources.files.file import File
 from shardwright.train.data.sources.files.formats import FORMATS
 from shardwright.train.errors import UserError
 
-FILES = "files not read to their end"
+FILES = "rests of files that cannot be read"
 
 
 class BadDocument(UserError):
