@@ -63,6 +63,8 @@ class DataSection(Section):
     eval_paths: dict[str, str] = Field(default_factory=dict)
     """Held-out documents of your own: a name for each path (file, directory or glob), which is read
     whole. Every evaluation tells the loss of each as eval_loss/NAME."""
+    deduplicate: bool = False
+    """Of documents with the same text keep the first alone, over all sources and files."""
     filter: str | None = None
     """Your own function, as file.py:FUNCTION or package.module:FUNCTION: of a document's text it
     returns True, False to drop it, or its new text; null keeps all."""
@@ -281,6 +283,10 @@ class TokensData(DataSection):
         if self.filter is not None:
             raise ValueError(
                 f"filter={self.filter} reads text, and data=tokens has none; set it to null"
+            )
+        if self.deduplicate:
+            raise ValueError(
+                "deduplicate=true compares texts, and data=tokens has none; set it to false"
             )
         return self
 

@@ -79,6 +79,8 @@ class Prepared:
     """What was skipped as it could not be read, by kind, empty files too."""
     filtered: int = 0
     """Documents that data.filter has dropped."""
+    duplicates: int | None = None
+    """Documents left out because there was the same before; None where they are kept."""
     stages: tuple[Mixture, ...] = ()
     """What each stage trains on; () where there is one alone, which is ``train``."""
     named_sets: tuple[HeldOutSet, ...] = ()
@@ -134,6 +136,8 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
     else:
         identity = corpus_identity(config.data, cache.cache_root(config.data))
         tokenizer = ensure_tokenizer(config, directory, identity)
+        if config.data.deduplicate:  # by what they hold
+            _named_entries(config, tokenizer, run_dir, parent, noted)
         entry = _packed(config, tokenizer, directory, identity, parent, name)
         uses.hold(parent, entry.path.name, run_dir)
     entries = _named_entries(config, tokenizer, run_dir, parent, noted)
@@ -198,6 +202,10 @@ def summary(prepared: Prepared, *, by_line: bool) -> Iterator[str]:
         )
     if prepared.filtered:
         yield f"{prepared.filtered:,} documents dropped by data.filter"
+    if prepared.duplicates is not None:
+        kept = prepared.training.documents + prepared.held_out.documents
+        share = prepared.duplicates / max(1, prepared.duplicates + kept)
+        yield f"{prepared.duplicates:,} duplicates left out ({share:.2%} of the documents)"
     # Of what earlier versions have prepared only this is known.
     if prepared.empty_files and not prepared.skipped:
         yield f"{prepared.empty_files:,} empty files skipped"
@@ -244,6 +252,8 @@ class _Wanted(NamedTuple):
     packing: Packing
     note: str
     """What surrounds a document, in words."""
+    before: tuple[str, ...] = ()
+    """Tokens in the cache whose documents are left out."""
 
 
 def _wanted(
@@ -267,17 +277,40 @@ def _wanted(
         words=config.objective.kind == "mlm" and config.objective.whole_word,
         by_line=config.data.line_by_line,
         documents=not config.data.line_by_line
-        and (config.data.documents_are_kept_apart or config.data.packing == "best_fit"),
+        and (
+            config.data.documents_are_kept_apart
+            or config.data.packing == "best_fit"
+            or config.data.deduplicate
+        ),
+        unique=config.data.deduplicate,
     )
-    # Where no ends of documents are kept the name is that which runs begun before know.
-    settings = {k: v for k, v in vars(packing).items() if k != "documents" or v}
+    # Where what is new is not asked for the name is that which runs begun before know.
+    new = ("documents", "unique")
+    settings = {k: v for k, v in vars(packing).items() if k not in new or v}
+    before = _before(config, tokenizer, directory) if packing.unique else ()
     what = {
         "format": CACHE_FORMAT,
         "corpus": identity,
         "tokenizer": content_hash(directory),
         "packing": settings,
+        **({"before": before} if before else {}),
     }
-    return _Wanted(fingerprint(what), packing, frame.note)
+    return _Wanted(fingerprint(what), packing, frame.note, before)
+
+
+def _before(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, directory: Path
+) -> tuple[str, ...]:
+    """Return the names of the tokens of data.eval_paths, which training is to have none of."""
+    from shardwright.train.data.tokens.cache import cache_root
+
+    found = []
+    for name, data in named_sets(config.data).items():
+        with named_as(name):
+            identity = corpus_identity(data, cache_root(data))
+            alone = config.model_copy(update={"data": data})
+            found.append(_wanted(alone, tokenizer, directory, identity).name)
+    return tuple(found)
 
 
 def _packed(
@@ -322,6 +355,7 @@ def _work(
         wanted.packing,
         directory_of(parent, wanted.name),
         builder(os.getpid()),
+        tuple(parent / name for name in wanted.before),
     )
 
 
@@ -342,7 +376,8 @@ def _built(work: Work, target: Path) -> dict[str, Any]:
     else:
         reading = Reading()
         pieces = read_corpus(work.data, work.cache_dir, reading)
-        counts = pack(pieces, sources, work.tokenizer, work.packing, target, cores)
+        tokenizer, packing = work.tokenizer, work.packing
+        counts = pack(pieces, sources, tokenizer, packing, target, cores, work.before)
         details = {**counts, **vars(reading)}
     return {**details, "vocabulary_size": work.packing.vocabulary_size}
 
@@ -373,6 +408,7 @@ def _open(
         held_out=_part(noted, "heldout", heldout, entry.details["heldout_documents"]),
         empty_files=entry.details.get("empty_files", 0),
         filtered=entry.details.get("filtered", 0),
+        duplicates=entry.details.get("duplicates"),
         source_names=source_of(data).names,
         skipped=_skipped(entry),
         stages=tuple(_stages(config, entry)),
@@ -646,6 +682,7 @@ def _note(
         "heldout": prepared.held_out._asdict(),
         "empty_files": prepared.empty_files,
         **({"filtered": prepared.filtered} if prepared.filtered else {}),
+        **({} if prepared.duplicates is None else {"duplicates": prepared.duplicates}),
         **({SETS: sets} if sets else {}),
         "skipped": prepared.skipped,
     }

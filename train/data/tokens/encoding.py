@@ -45,6 +45,8 @@ class Packing:
     """Keep where lines end, and leave out empty ones."""
     documents: bool = False
     """Keep where documents end, which ids alone do not tell of every tokenizer."""
+    unique: bool = False
+    """Leave out documents of which there was the same before; needs ``ends``."""
 
     @property
     def ends(self) -> bool:

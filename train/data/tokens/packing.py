@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwright.train.console import progress
 from shardwright.train.data.sources.corpus import Piece
+from shardwright.train.data.tokens.duplicates import (
+    FILE,
+    Recorder,
+    copy_records,
+    extend,
+    first_ones,
+)
 from shardwright.train.data.tokens.encoding import Added, Encoder, Packing
 from shardwright.train.data.tokens.store import StoreWriter
 from shardwright.train.data.tokens.workers import encoded
@@ -89,6 +97,7 @@ def pack(
     packing: Packing,
     directory: Path,
     cores: Set[int] = frozenset(),
+    before: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Write a store for each source and split; return counts of documents and tokens, and what has
     encoded them.
@@ -97,6 +106,54 @@ def pack(
     the stores do not depend on how many. Memory is bounded by a batch of pieces, in each process.
     """
     encoder = Encoder.of_corpus(tokenizer, packing)
+    if not packing.unique:
+        return _pack(pieces, sources, encoder, directory, cores)
+    everything = directory / "everything"
+    everything.mkdir()
+    with Recorder(everything, by_line=packing.by_line) as recorder:
+        all_of_it = _pack(recorder.passing(pieces), sources, encoder, everything, cores)
+    counts = join_unique([everything], sources, packing, directory, before)
+    shutil.rmtree(everything)
+    return {**all_of_it, **counts}
+
+
+def join_unique(
+    directories: Sequence[Path],
+    sources: int,
+    packing: Packing,
+    target: Path,
+    before: Sequence[Path] = (),
+) -> dict[str, int]:
+    """Write the stores that those in some directories are, end to end, without any duplicates.
+
+    Nor with what is in entries of the cache that come ``before``, without any duplicates too.
+    """
+    documents: Counter[bool] = Counter()
+    dropped: Counter[str] = Counter(documents=0, tokens=0)
+    with ExitStack() as opened:
+        stores = opened.enter_context(Stores(target, range(sources), packing))
+        opened.enter_context(progress.phase("leaving out duplicates"))
+        every_one = first_ones([*before, *directories])[len(before) :]
+        recorded = opened.enter_context((target / FILE).open("wb"))
+        for directory, kept in zip(directories, every_one, strict=True):
+            copy_records(directory, kept, recorded)
+            present = {path.stem for path in directory.iterdir()}
+            for key, writer in stores.writers.items():
+                if (name := store_name(*key)) in present:
+                    count, left_out = extend(writer, directory, name, key, kept)
+                    documents[key[0]] += count
+                    dropped.update(left_out._asdict())
+        return {
+            **stores.counts(documents),
+            "duplicates": dropped["documents"],
+            "duplicate_tokens": dropped["tokens"],
+        }
+
+
+def _pack(
+    pieces: Iterable[Piece], sources: int, encoder: Encoder, directory: Path, cores: Set[int]
+) -> dict[str, Any]:
+    packing = encoder.packing
     documents: Counter[bool] = Counter()
     with (
         Stores(directory, range(sources), packing) as stores,

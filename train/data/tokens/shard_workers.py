@@ -47,7 +47,9 @@ def pack(
         in_order = [made[number] for number in range(len(shards))]
         try:
             with progress.phase("joining the shards"):
-                return on_disk.join(work.directory, in_order, sources, work.packing, target)
+                return on_disk.join(
+                    work.directory, in_order, sources, work.packing, target, work.before
+                )
         except Damaged as error:  # between two looks at it: that shard is made again
             shutil.rmtree(on_disk.path_of(work.directory, error.number))
             for path in target.iterdir():

@@ -8,7 +8,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,8 +19,15 @@ from shardwright.train.data.sources.shards import Shard, size_wanted
 from shardwright.train.data.sources.source import Reading
 from shardwright.train.data.tokens import packing
 from shardwright.train.data.tokens.cache import INDEX, SHARDS_SUFFIX, fingerprint, hash_of
+from shardwright.train.data.tokens.duplicates import Recorder
 from shardwright.train.data.tokens.encoding import Encoder, Packing
-from shardwright.train.data.tokens.packing import Stores, batched, counted, store_name
+from shardwright.train.data.tokens.packing import (
+    Stores,
+    batched,
+    counted,
+    join_unique,
+    store_name,
+)
 from shardwright.train.durable import flush, publish
 
 if TYPE_CHECKING:
@@ -39,6 +46,8 @@ class Work:
     """Where shards lie until they are joined."""
     builder: str
     """Whose unfinished ones are whose: in their temporary names."""
+    before: tuple[Path, ...] = ()
+    """Entries of the cache whose documents are left out, where duplicates are."""
 
 
 class Made(NamedTuple):
@@ -131,8 +140,13 @@ def _write(work: Work, encoder: Encoder, shard: Shard, directory: Path, tell: Te
     documents: Counter[bool] = Counter()
     characters = 0
     settings = work.packing
-    with Stores(directory, {span.part for span in shard.spans}, settings) as stores:
+    with ExitStack() as opened:
+        parts = {span.part for span in shard.spans}
+        stores = opened.enter_context(Stores(directory, parts, settings))
         pieces = read_shard(work.data, shard, work.cache_dir, reading)
+        if settings.unique:
+            recorder = Recorder(directory, by_line=settings.by_line)
+            pieces = opened.enter_context(recorder).passing(pieces)
         for batch in batched(counted(pieces, documents), settings.by_line):
             stores.append(batch, encoder.encode(batch))
             characters += sum(len(piece.text) for piece in batch)
@@ -152,13 +166,28 @@ class Damaged(Exception):
 
 
 def join(
-    directory: Path, made: Sequence[Made], sources: int, settings: Packing, target: Path
+    directory: Path,
+    made: Sequence[Made],
+    sources: int,
+    settings: Packing,
+    target: Path,
+    before: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Write the stores that all shards are, end to end; return what is kept beside them.
 
     A block of a file is in memory at a time. Raises `Damaged` where one has changed on the disk.
     """
     total = Reading()
+    for shard in made:
+        total.add(Reading(**shard.reading))
+    encoder = made[0].encoder if made else {}
+    if settings.unique:
+        paths = [path_of(directory, number) for number in range(len(made))]
+        for number, (path, shard) in enumerate(zip(paths, made, strict=True)):
+            if any(hash_of(path / name) != kept for name, kept in shard.hashes.items()):
+                raise Damaged(number)
+        counts = join_unique(paths, sources, settings, target, before)
+        return {**counts, "encoder": encoder, **vars(total)}
     documents: Counter[bool] = Counter()
     with Stores(target, range(sources), settings) as stores:
         for number, shard in enumerate(made):
@@ -172,8 +201,6 @@ def join(
                 raise Damaged(number)
             documents[False] += shard.counts["documents"]
             documents[True] += shard.counts["heldout_documents"]
-            total.add(Reading(**shard.reading))
-        encoder = made[0].encoder if made else {}
         return {**stores.counts(documents), "encoder": encoder, **vars(total)}
 
 

@@ -52,8 +52,12 @@ class TokenStore:
     @cached_property
     def text_bytes(self) -> int | None:
         """Bytes of all texts, as UTF-8; None where that was not kept."""
+        return None if (sizes := self.text_sizes) is None else int(sizes.sum())
+
+    @cached_property
+    def text_sizes(self) -> NDArray[np.int64] | None:
         path = self.directory / f"{self.name}.bytes"
-        return int(mapped(path, np.dtype(np.int64)).sum()) if path.exists() else None
+        return mapped(path, np.dtype(np.int64)) if path.exists() else None
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, str]]:
         # A worker process maps the files anew; pickled arrays would travel whole.
@@ -111,6 +115,11 @@ class StoreWriter:
         if ends:
             self._bytes.write(np.int64(self._begun_bytes).tobytes())
             self._begun_bytes = 0
+
+    def add_texts(self, sizes: NDArray[np.int64]) -> None:
+        """Count whole texts by their bytes."""
+        assert self._bytes is not None
+        self._bytes.write(np.ascontiguousarray(sizes).data)
 
     def extend(self, directory: Path, name: str) -> dict[str, str]:
         """Append all of another store, of the same kind; return the hash of each of its files."""

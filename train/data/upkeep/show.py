@@ -99,7 +99,7 @@ def facts(target: Target, samples: int) -> dict[str, Any]:
     return found
 
 
-_EXTRAS = ("empty_files", "duplicates", "heldout_duplicates", "filtered")
+_EXTRAS = ("empty_files", "duplicates", "duplicate_tokens", "filtered")
 
 
 def _opened(run: Run) -> tuple[Prepared, Between]:
@@ -247,7 +247,7 @@ def report(found: dict[str, Any], *, now: float) -> Iterator[str]:
 _EXTRA_LINES = {
     "empty_files": "empty files skipped",
     "duplicates": "documents left out as duplicates",
-    "heldout_duplicates": "of those of held-out documents",
+    "duplicate_tokens": "tokens of those",
     "filtered": "documents dropped by data.filter",
 }
 _ROWS = {
