@@ -22,7 +22,6 @@ ALIASES = {
     ),
     "adafactor": "trainer.optimizer=adafactor",
     "adam_eps": "trainer.adam_epsilon",
-    "array": "launcher.array_limit: the runs of a sweep (-m) are one job array",
     "async_save": "checkpoint.async",
     "asynchronous": "checkpoint.async",
     "attn_implementation": "model.attention",
