@@ -168,6 +168,18 @@ def test_documents_are_set_apart_where_the_model_does_not_know_of_them(
     assert plain == as_json(capsys, run_dir, "--samples", "40")["samples"]
 
 
+def test_the_first_samples_are_those_of_the_first_stage(
+    prepared_run: Callable[..., Prepared], run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [{"tokens": 2048, "sequence_length": 64}, {}]
+    prepared = prepared_run(data={"stages": stages})
+    (sample,) = as_json(capsys, run_dir, "--samples", "1")["samples"]
+    key = sample_at(0, len(prepared.stages[0]), 0)
+    window = prepared.stages[0].get(key.epoch, key.sample)
+    assert sample["input_ids"] == window.tokens[:-1].tolist()
+    assert sample["tokens"] == len(sample["input_ids"]) == 64
+
+
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_masked_positions_say_what_was_there(
     prepared_run: Callable[..., Prepared],

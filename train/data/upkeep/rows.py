@@ -22,8 +22,11 @@ def first_rows(
 
     Padding is that of a micro-batch of them, of at most the run's own size.
     """
-    mixture, causal = prepared.train, config.objective.kind == "clm"
-    collate = collator(prepared, config, config.seed)
+    causal = config.objective.kind == "clm"
+    mixture, collate = prepared.train, collator(prepared, config, config.seed)
+    if prepared.stages:
+        mixture, length = prepared.stages[0], config.data.stages[0].sequence_length
+        collate = replace(collate, sequence_length=length or collate.sequence_length)
     if prepared.stages:
         mixture, stage = prepared.stages[0], config.data.stages[0]
         collate = replace(collate, sequence_length=stage.sequence_length or collate.sequence_length)
