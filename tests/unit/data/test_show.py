@@ -19,6 +19,7 @@ from shardwright.train.data import prepare
 from shardwright.train.data.batches.collator import IGNORED
 from shardwright.train.data.batches.sampler import sample_at
 from shardwright.train.data.prepare import Prepared
+from shardwright.train.data.sources.corpus import is_held_out
 from shardwright.train.data.tokens import uses
 from shardwright.train.data.tokens.cache import INDEX
 from shardwright.train.data.upkeep import show
@@ -77,6 +78,11 @@ def test_counts_are_those_of_the_run(
     assert training["samples"] == prepared.training.samples
     assert training["tokens"] == len(prepared.train.sources[0].store.tokens)
     assert held_out["documents"] + training["documents"] == 40
+    texts = [path.read_text() for path in (tmp_path / "corpus").iterdir()]
+    held_out_bytes = sum(len(text) for text in texts if is_held_out(text, 0.1))
+    assert held_out["bytes"] == held_out_bytes
+    assert held_out["tokens_per_byte"] == held_out["tokens"] / held_out_bytes
+    assert "tokens_per_byte" not in training  # where that is not kept
     assert tree["entry"] == str(entry_of(run_dir, tmp_path))
     assert [source["training"]["documents"] for source in tree["sources"]] == [
         training["documents"]

@@ -88,6 +88,12 @@ def facts(target: Target, samples: int) -> dict[str, Any]:
         "held_out": _part(index["details"], "heldout_", prepared and prepared.held_out),
         **{k: v for k, v in index["details"].items() if k in _EXTRAS},
     }
+    for (part, _), store in _stores(target.entry).items():
+        if store.text_bytes:
+            found[part]["bytes"] = found[part].get("bytes", 0) + store.text_bytes
+    for part in PARTS:
+        if count := found[part].get("bytes"):
+            found[part]["tokens_per_byte"] = found[part]["tokens"] / count
     if prepared is not None:
         found["training"]["samples_per_epoch"] = prepared.samples_per_epoch
     lines = bool(target.run and target.run.config.data.line_by_line)
@@ -124,9 +130,6 @@ def _part(details: dict[str, Any], prefix: str, part: Any) -> dict[str, Any]:
     if part is not None:
         found |= {k: v for k, v in part._asdict().items() if k not in ("documents", "tokens")}
         found["tokens_in_samples"] = part.tokens
-    count = details.get(f"{prefix}bytes")
-    if count:
-        found |= {"bytes": count, "tokens_per_byte": found["tokens"] / count}
     return found
 
 
