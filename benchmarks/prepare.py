@@ -274,10 +274,13 @@ def write_corpora(directory: Path, megabytes: int | None, quick: bool) -> dict[s
 
 def _sources(most: int | None) -> Iterator[str]:
     """Yield the embedded corpus's documents, whole ones."""
-    from shardwright.train.config.data import StdlibData
+    from pydantic import TypeAdapter
+
+    from shardwright.train.config import DataConfig
 
     whole: list[str] = []
-    settings = StdlibData(kind="stdlib", max_documents=most, eval_fraction=0.0, unpad=False)
+    tree = {"kind": "stdlib", "max_documents": most, "eval_fraction": 0.0, "unpad": False}
+    settings: DataConfig = TypeAdapter(DataConfig).validate_python(tree)
     for piece in read_corpus(settings, Path()):
         whole.append(piece.text)
         if piece.ends:
