@@ -27,7 +27,7 @@ RECORD = np.dtype(
 _RECORD = struct.Struct("<16sqii")
 assert _RECORD.size == RECORD.itemsize
 MOST_AT_ONCE = 2**22
-"""Hashes that are sorted together, in 40 bytes each; of more, parts by their first bits are."""
+"""Hashes that are sorted together, in 60 bytes each; of more, parts by their first bits are."""
 RECORDS_AT_ONCE = 2**16
 TOKENS_AT_ONCE = 2**22
 
@@ -110,6 +110,7 @@ def first_ones(directories: Sequence[Path]) -> list[Bools]:
         order = np.lexsort((hashes["low"], hashes["high"]))  # stable: the first one stays first
         ordered = hashes[order]
         kept[places[order[1:][ordered[1:] == ordered[:-1]]]] = False
+        del hashes, places, order, ordered  # before the next part comes into memory
     return np.split(kept, np.cumsum(counts)[:-1])
 
 
