@@ -123,12 +123,22 @@ def _ends(store: TokenStore, suffix: tuple[int, ...]) -> Iterator[Any]:
     at_once, kept = 2**20, store.document_ends
     if kept is not None:
         for first in range(0, len(kept), at_once):
-            yield np.asarray(kept[first : first + at_once])
+            yield _read(kept, first, at_once)
         return
     for first in range(0, len(store.tokens), at_once):
-        part = np.asarray(store.tokens[first : first + at_once + len(suffix) - 1])
+        part = _read(store.tokens, first, at_once + len(suffix) - 1)
         found = np.ones(len(part) - len(suffix) + 1, dtype=bool)
         for offset, token in enumerate(suffix):
             found &= part[offset : offset + len(found)] == token
         if len(ends := np.flatnonzero(found) + len(suffix)):
             yield first + ends
+
+
+def _read(mapped: Any, first: int, count: int) -> Any:
+    """Return values of a mapped file, without its pages becoming this process's memory."""
+    import numpy as np
+
+    if not isinstance(mapped, np.memmap):  # an empty file cannot be mapped
+        return mapped[first : first + count]
+    offset = first * mapped.itemsize
+    return np.fromfile(str(mapped.filename), mapped.dtype, count, offset=offset)
