@@ -18,7 +18,7 @@ from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.ranks import child
 from shardwright.launchers.ranks.command import prepare_command
 from shardwright.launchers.slurm import preparing
-from shardwright.train.config import RunConfig, SlurmLauncher, to_yaml
+from shardwright.train.config import RunConfig, to_yaml
 from shardwright.train.console import terminal
 from shardwright.train.data.tokens.cache import cache_root
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     configs = [resolved(job, here, stamp) for job in jobs]
     terminal.outlive()
     for config in configs:
-        is_job = isinstance(config.launcher, SlurmLauncher)
+        is_job = config.launcher.is_job
         if dry_run:
             print(_settings(config))
             print(preparing.show(config) if is_job else "", end="\n" if is_job else "")
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
             preflight.check_job(config)
     worst = 0
     for job, config in [] if dry_run else list(zip(jobs, configs, strict=True)):
-        if isinstance(config.launcher, SlurmLauncher):
+        if config.launcher.is_job:
             code = preparing.handed_over(config, is_generated=job.is_named_here)
         else:
             code = _prepared(config)

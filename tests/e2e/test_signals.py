@@ -84,7 +84,7 @@ def test_a_run_that_prepares_its_data_is_seen_stopped_and_resumed(
     process = start("train", *arguments, cwd=tmp_path)
     wait_until(lambda: process.poll() is not None or any(tokenizers.glob("*.tmp-*")))
     status = shardwright("status", "run", cwd=tmp_path).stdout
-    assert f"  state       preparing data on {host}\n" in status
+    assert f"  state       preparing data on {host}" in status
     cancelled = shardwright("cancel", "run", cwd=tmp_path)
     ended = finish(process)
     assert (cancelled.returncode, ended.returncode) == (0, 75), cancelled.stderr + ended.stderr

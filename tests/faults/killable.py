@@ -229,6 +229,8 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
 
     def evaluation(self: Trainer, batches: Any, *arguments: Any, **options: Any) -> Any:
         class Noted:
+            dataset = batches.dataset
+
             def __len__(self) -> int:
                 return len(batches)
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from shardwright.train.config import load
 from shardwright.train.loop.trainer import Trainer
+from shardwright.train.model import head_loss
 from shardwright.train.process.memory import peak_resident_bytes
 from shardwright.train.process.rank import Rank, rank_from_environment
 from shardwright.train.run import assemble
@@ -38,7 +39,7 @@ def _observe(run_dir: Path, rank: Rank) -> dict[str, Any]:
     trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
     last_step = LastStepProfiler()
     trainer.add_callback(last_step)
-    with _dtypes_of_logits(trainer.model.config.vocab_size) as head_dtypes:
+    with _dtypes_of_logits() as head_dtypes:
         trainer.train()
     return {
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
@@ -51,18 +52,17 @@ def _observe(run_dir: Path, rank: Rank) -> dict[str, Any]:
 
 
 @contextmanager
-def _dtypes_of_logits(vocabulary: int) -> Iterator[set[torch.dtype]]:
-    """Collect the dtypes of what linear layers give in the block, of those that are as wide."""
+def _dtypes_of_logits() -> Iterator[set[torch.dtype]]:
+    """Collect the dtypes of the logits that are made in the block."""
     found: set[torch.dtype] = set()
-    linear = torch.nn.functional.linear
+    made = head_loss._logits
 
-    def noted(*arguments: Any, **options: Any) -> torch.Tensor:
-        logits = linear(*arguments, **options)
-        if logits.shape[-1] == vocabulary:
-            found.add(logits.dtype)
+    def noted(*arguments: Any) -> torch.Tensor:
+        logits = made(*arguments)
+        found.add(logits.dtype)
         return logits
 
-    with mock.patch.object(torch.nn.functional, "linear", noted):
+    with mock.patch.object(head_loss, "_logits", noted):
         yield found
 
 

@@ -44,7 +44,7 @@ def refused(shardwright: Shardwright, *arguments: str) -> str:
         ("+fp16=true", "unknown key fp16: use precision=fp16"),
         ("gradient_accumulation_steps=2", "the accumulation steps follow from it"),
         ("+data.paths=[a]", "data.paths is not a setting of data.kind=stdlib"),
-        ("data.paths=[a]", "it belongs to data=text; add data=text, or leave data.paths out"),
+        ("data.paths=[a]", "it belongs to data=text or tokens; choose one of them"),
         ("tracking.project=x", "it belongs to tracking=wandb; add tracking=wandb"),
         ("strategy.stage=2", "it belongs to strategy=zero0, zero1, zero2, zero3,"),
         ("per_device_train_batch_size=4", "use trainer.micro_batch_size"),

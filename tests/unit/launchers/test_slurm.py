@@ -123,7 +123,7 @@ def test_a_machine_without_slurm_is_told_where_to_submit(
     [
         (("run_dir=a%j",), "holds % or a backslash, which SLURM replaces in the path of a job's"),
         (("launcher.site=nowhere.sh",), "nowhere.sh cannot be read; copy slurm/site.example.sh"),
-        (("launcher.array=3",), "unknown key launcher.array: use launcher.array_limit"),
+        (("launcher.array=3",), "launcher.array=3 divides what `shardwright prepare` does"),
     ],
 )
 def test_what_cannot_be_submitted(
