@@ -229,7 +229,7 @@ def _watch(run_dir: Path, found: list[str], kill: AtEvent | None) -> None:
 
     def evaluation(self: Trainer, batches: Any, *arguments: Any, **options: Any) -> Any:
         class Noted:
-            dataset = batches.dataset
+            dataset, batch_sampler = batches.dataset, batches.batch_sampler
 
             def __len__(self) -> int:
                 return len(batches)

@@ -44,7 +44,11 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 COMPANIONS = {
     "data/hub": ["data.name=someone/something"],
     "data/text": ["data.paths=[corpus.txt]"],
-    "data/tokens": ["data.paths=[corpus.npy]"],
+    "data/tokens": [
+        "data.paths=[corpus.npy]",
+        "tokenizer=pretrained",
+        "tokenizer.name=some/tokenizer",
+    ],
     "model/pretrained": ["model.name=some/model", "tokenizer=pretrained", "tokenizer.name=a/b"],
     "objective/mlm": ["model=roberta_tiny"],
     "precision/fp8": ["model=llama_tiny"],
