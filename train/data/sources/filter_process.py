@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from shardwright.train.data.sources.filtering import Failed, Function, function, read, write
+from shardwright.train.data.sources.filtering import Failed, Function, function
+from shardwright.train.process.frames import read, write
 from shardwright.train.process.parent import end_with
 
 

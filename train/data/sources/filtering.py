@@ -7,9 +7,7 @@ import atexit
 import hashlib
 import importlib.util
 import os
-import pickle
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,12 +18,12 @@ from shardwright.train.data.sources.files.pieces import Text, pieces
 from shardwright.train.data.sources.source import Reading
 from shardwright.train.errors import UserError
 from shardwright.train.paths import absolute
+from shardwright.train.process.frames import read, write
 from shardwright.train.program import package_environment
 
 BATCH_CHARACTERS = 2**18
 BATCH_TEXTS = 256
 KEY = "data.filter"
-LENGTH = struct.Struct("<Q")
 
 
 class Function(NamedTuple):
@@ -252,22 +250,3 @@ class Failed(NamedTuple):
 
 class _Ended(Exception):
     """The process is no more."""
-
-
-def write(stream: Any, value: Any) -> None:
-    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-    stream.write(LENGTH.pack(len(data)))
-    stream.write(data)
-    stream.flush()
-
-
-def read(stream: Any) -> Any:
-    """Return the next value; raise EOFError where the other side is gone."""
-    header = stream.read(LENGTH.size)
-    if len(header) < LENGTH.size:
-        raise EOFError
-    (length,) = LENGTH.unpack(header)
-    data = stream.read(length)
-    if len(data) < length:
-        raise EOFError
-    return pickle.loads(data)

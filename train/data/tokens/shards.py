@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 from collections import Counter
@@ -29,6 +28,7 @@ from shardwright.train.data.tokens.packing import (
     store_name,
 )
 from shardwright.train.durable import flush, publish
+from shardwright.train.process.alive import is_alive
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -208,18 +208,8 @@ def sweep(directory: Path) -> None:
     """Remove what processes of this host, which are dead, have left of shards."""
     for path in directory.glob(f"*.tmp-{socket.gethostname()}-*"):
         with suppress(ValueError):
-            if not _is_alive(int(path.name.rpartition("-")[2])):
+            if not is_alive(int(path.name.rpartition("-")[2])):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def counts_of(made: Mapping[int, Made]) -> tuple[int, int]:

@@ -7,22 +7,20 @@ deadlock. And whatever has threads, Python puts tokens together with one.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
-import struct
 import subprocess
 import sys
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
+
+from shardwright.train.process.frames import read, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from shardwright.train.data.sources.corpus import Piece
     from shardwright.train.data.tokens.encoding import Added, Encoder
-
-_LENGTH = struct.Struct("<Q")
 
 
 def encoded(
@@ -76,7 +74,7 @@ def _started(encoder: Encoder, cores: Sequence[int]) -> Iterator[list[subprocess
 def _send(worker: subprocess.Popen[bytes], value: Any) -> None:
     assert worker.stdin is not None
     try:
-        _write(worker.stdin, value)
+        write(worker.stdin, value)
     except BrokenPipeError:
         raise _ended(worker) from None
 
@@ -84,7 +82,7 @@ def _send(worker: subprocess.Popen[bytes], value: Any) -> None:
 def _receive(worker: subprocess.Popen[bytes]) -> Any:
     assert worker.stdout is not None
     try:
-        return _read(worker.stdout)
+        return read(worker.stdout)
     except EOFError:
         raise _ended(worker) from None
 
@@ -95,25 +93,6 @@ def _ended(worker: subprocess.Popen[bytes]) -> RuntimeError:
     return RuntimeError(f"a process that tokenises the corpus has ended ({how})")
 
 
-def _write(stream: BinaryIO | Any, value: Any) -> None:
-    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-    stream.write(_LENGTH.pack(len(data)))
-    stream.write(data)
-    stream.flush()
-
-
-def _read(stream: BinaryIO | Any) -> Any:
-    """Return the next value; raise EOFError where the other side is gone."""
-    header = stream.read(_LENGTH.size)
-    if len(header) < _LENGTH.size:
-        raise EOFError
-    (length,) = _LENGTH.unpack(header)
-    data = stream.read(length)
-    if len(data) < length:
-        raise EOFError
-    return pickle.loads(data)
-
-
 def main() -> None:
     """Encode batches from standard input to standard output until that is closed."""
     # A Ctrl-C reaches every process of the terminal; this one ends with the one that it works for.
@@ -121,10 +100,10 @@ def main() -> None:
     given, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing else may write there
     try:
-        encoder, cores = _read(given)
+        encoder, cores = read(given)
         os.sched_setaffinity(0, cores)
         while True:
-            _write(answers, encoder.encode(_read(given)))
+            write(answers, encoder.encode(read(given)))
     except (EOFError, BrokenPipeError):
         os._exit(0)
 

@@ -15,6 +15,7 @@ import filelock
 
 from shardwright.train.data.tokens import cache, uses
 from shardwright.train.data.upkeep.target import KINDS, TOKENS, entries_of
+from shardwright.train.process.alive import is_alive
 
 SILENT_SECONDS = 86400.0
 """What another host has left is taken for left over once nothing in it was written for this long:
@@ -92,21 +93,11 @@ def _builder_of(path: Path, name: str, written_at: float) -> str | None:
             return BUILDING
     of = path.name.partition(".tmp-")[2].removeprefix(REMOVED.removeprefix(".tmp-"))
     host, _, pid = of.rpartition("-")
-    if host == socket.gethostname() and not (pid.isdigit() and _is_alive(int(pid))):
+    if host == socket.gethostname() and not (pid.isdigit() and is_alive(int(pid))):
         return None
     if time.time() - written_at < SILENT_SECONDS:
         return "it was written less than a day ago" + (f" by {host}" if host else "")
     return None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def user_of(entry: Path, runs: Sequence[Path], may_go: MayGo) -> str | None:
