@@ -96,14 +96,14 @@ def _run(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        from shardwright.launchers.report import error_text
+        from shardwright.launchers.messages import error_text
 
         print(error_text(str(error)), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
     except (OSError, MemoryError) as error:
-        from shardwright.launchers.report import error_text
+        from shardwright.launchers.messages import error_text
         from shardwright.train.process import exhausted
 
         if (why := exhausted.explained(error, room="free some space, and try again")) is None:

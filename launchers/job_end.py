@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shardwright.launchers import report, requeue, resumes
+from shardwright.launchers import messages, requeue, resumes
 from shardwright.launchers.slurm import jobs as slurm
 from shardwright.train import config as run_config
 from shardwright.train import program
@@ -28,19 +28,19 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = run_config.load(run_dir)
     except UserError as error:
-        print(report.error_text(str(error)))
+        print(messages.error_text(str(error)))
         return BAD_INPUT
     launcher = config.launcher
     assert isinstance(launcher, SlurmLauncher)
     stopped = stop_note.read(run_dir)
     failures = rank_failures(run_dir)
     if stopped is None and code == 0:
-        print(report.finish(run_dir))
+        print(messages.finish(run_dir))
         return 0
     if stopped is None and (failures or not (signals or code == RESUMABLE)):
         child_code = 128 - code if code > 128 else code  # srun's word for a signal, and Python's
-        print(report.failure(child_code, failures, run_dir, None, config=config))
-        outcome = report.exit_code(child_code, failures, None)
+        print(messages.failure(child_code, failures, run_dir, None, config=config))
+        outcome = messages.exit_code(child_code, failures, None)
         if outcome == BAD_INPUT and resumes.take_back_unstarted(run_dir):
             print(resumes.TAKEN_BACK)
         return outcome

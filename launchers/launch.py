@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from shardwright.launchers import report
+from shardwright.launchers import messages
 from shardwright.launchers.machine import directories
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.ranks import child
@@ -54,10 +54,10 @@ def new_run(
         try:
             stack.enter_context(terminal.kept_in(run_log(run_dir)))
             print(
-                report.header(config, choices, here, environment, report.terminal_width()),
+                messages.header(config, choices, here, environment, messages.terminal_width()),
                 flush=True,
             )
-            print(report.ignored(os.environ, report.terminal_width()), end="", flush=True)
+            print(messages.ignored(os.environ, messages.terminal_width()), end="", flush=True)
             prepared = prepare(config, claim)
         except BaseException:
             stack.close()  # an open file would keep its directory on NFS
@@ -103,11 +103,11 @@ def prepare(config: RunConfig, claim: Claim | None) -> int:
         if claim is not None and ended.stopped_by is not None:
             # The work may have ended before it could be told who asks, or without being told.
             stopped_preparing.note(run_dir, child.asked_by(ended.stopped_by))
-        print(report.stopped_early(run_dir, ended.stopped_by), file=sys.stderr)
+        print(messages.stopped_early(run_dir, ended.stopped_by), file=sys.stderr)
         return RESUMABLE
     if ended.code in (0, BAD_INPUT):
         return ended.code
-    print(report.preparation_failed(run_dir, ended.code), file=sys.stderr)
+    print(messages.preparation_failed(run_dir, ended.code), file=sys.stderr)
     return FAILED
 
 
@@ -129,7 +129,7 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
         if claim is None:
             raise
         stopped_preparing.note(run_dir, signals.CTRL_C)
-        print(report.stopped_early(run_dir, signal.SIGINT), file=sys.stderr)
+        print(messages.stopped_early(run_dir, signal.SIGINT), file=sys.stderr)
         return RESUMABLE
     ended = child.run(
         argv,
@@ -140,15 +140,15 @@ def run_ranks(config: RunConfig, here: Machine, claim: Claim | None, node_rank: 
         is_elsewhere=config.launcher.is_elsewhere,
     )
     if where := stop_note.read(run_dir):
-        print(report.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)
+        print(messages.stopped(where, run_dir, ended.stopped_by), file=sys.stderr)
         return RESUMABLE
     if ended.code == 0:
-        print(report.finish(run_dir))
+        print(messages.finish(run_dir))
         return 0
     failures = rank_failures(run_dir)
-    why = report.failure(ended.code, failures, run_dir, ended.stopped_by, log, config=config)
+    why = messages.failure(ended.code, failures, run_dir, ended.stopped_by, log, config=config)
     print(why, file=sys.stderr)
-    return report.exit_code(ended.code, failures, ended.stopped_by)
+    return messages.exit_code(ended.code, failures, ended.stopped_by)
 
 
 def _made_ready(

@@ -95,7 +95,7 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
     trainer.engine.clean_up()
     if rank.index == 0:
         final.forget_earlier(trainer.run_dir)
-        tokenizer.sweep(trainer.run_dir / TOKENIZER_FOLDER)
+        tokenizer.remove_leftovers(trainer.run_dir / TOKENIZER_FOLDER)
     if rank.index == 0 and trainer.config.objective.prompts and not signals.asked():
         with progress.phase("continuing the prompts", comes_again=True):
             completions = sample.sample(

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from shardwright.launchers import report, runs
+from shardwright.launchers import messages, runs
 from shardwright.launchers.ranks import child
 from shardwright.launchers.ranks.processes import rank_processes
 from shardwright.launchers.slurm import jobs as slurm
@@ -54,7 +54,7 @@ def _cancel_all(sweep: Path, run_dirs: Sequence[Path], *, now: bool) -> int:
         except NotRunning:
             continue
         except UserError as error:
-            print(report.error_text(f"{run_dir}: {error}"), file=sys.stderr)
+            print(messages.error_text(f"{run_dir}: {error}"), file=sys.stderr)
             code = BAD_INPUT
     if not begun and code == 0:
         raise NotRunning(
@@ -65,7 +65,7 @@ def _cancel_all(sweep: Path, run_dirs: Sequence[Path], *, now: bool) -> int:
         try:
             code = max(code, _wait(run_dir, is_over))
         except UserError as error:
-            print(report.error_text(str(error)), file=sys.stderr)
+            print(messages.error_text(str(error)), file=sys.stderr)
             code = BAD_INPUT
     return code
 

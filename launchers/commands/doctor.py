@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardwright.launchers import preflight, report
+from shardwright.launchers import messages, preflight
 from shardwright.launchers.composition.compose import compose, plain
 from shardwright.launchers.composition.errors import refuse_dashes
 from shardwright.launchers.machine import directories, health, names
@@ -122,7 +122,7 @@ def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
         raise SystemExit(128 + ended.stopped_by)
     if ended.code != 0:
         failures = rank_failures(directory)
-        raise UserError(report.failure(ended.code, failures, directory, ended.stopped_by))
+        raise UserError(messages.failure(ended.code, failures, directory, ended.stopped_by))
     measured = json.loads(written.read_text())
     directories.take_back(made)
     return measured

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardwright.launchers import preflight, report
+from shardwright.launchers import messages, preflight
 from shardwright.launchers.composition.compose import command_line, compose, resolved
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.ranks import child
@@ -93,7 +93,7 @@ def _prepared(config: RunConfig) -> int:
         )
         if ended.code == 0:
             noted = json.loads((run_dir / DATA_JSON).read_text(encoding="utf-8"))
-            print("\n".join(described(noted, cache_root(config.data), report.terminal_width())))
+            print("\n".join(described(noted, cache_root(config.data), messages.terminal_width())))
             return 0
     if ended.stopped_by is not None or ended.code == RESUMABLE:
         by = child.asked_by(ended.stopped_by) if ended.stopped_by is not None else "a signal"
@@ -122,4 +122,4 @@ def described(noted: Mapping[str, Any], root: Path, width: int | None = None) ->
             f"{part['documents']:,} documents, {tokens:,} tokens, {part['samples']:,} samples"
         )
     rows["tokenizer"] = f"{noted['tokenizer']['tokens']:,} tokens"
-    return list(report.aligned(rows, 12, width))
+    return list(messages.aligned(rows, 12, width))

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from shardwright.launchers import launch, preflight, report, resumes
+from shardwright.launchers import launch, messages, preflight, resumes
 from shardwright.launchers.commands.dry_run import show
 from shardwright.launchers.composition.compose import CONF, compose, group_options
 from shardwright.launchers.composition.errors import (
@@ -102,16 +102,17 @@ def main(arguments: Sequence[str]) -> int:
     terminal.outlive()
     with launch.claimed(run_dir) as claim:
         # As the ranks do: it may bring back a checkpoint.
-        retention.sweep(run_dir / CHECKPOINTS)
+        retention.remove_leftovers(run_dir / CHECKPOINTS)
         newest = resumes.check(run_dir, config)
         start = _start(before, config, newest)
         number = resumes.write(run_dir, config, options.overrides, newest)
         if (queue := launcher_of(config).queue) is None:
             with terminal.kept_in(launch.run_log(run_dir)):
                 environment = rank_environment(config, here, os.environ)
-                print(report.header(config, choices, here, environment, report.terminal_width()))
+                width = messages.terminal_width()
+                print(messages.header(config, choices, here, environment, width))
                 print(start, flush=True)
-                print(report.ignored(os.environ, report.terminal_width()), end="", flush=True)
+                print(messages.ignored(os.environ, width), end="", flush=True)
                 print(launcher_of(config).other_nodes(), end="", flush=True)
                 code = 0
                 if not (run_dir / DATA_JSON).exists():  # stopped while they were being prepared
@@ -188,7 +189,7 @@ def _start(before: RunConfig, after: RunConfig, checkpoint: Path | None) -> str:
         )
         if risen is not None:
             rows["rate"] = risen
-    return "\n".join(report.aligned(rows, 10, report.terminal_width()))
+    return "\n".join(messages.aligned(rows, 10, messages.terminal_width()))
 
 
 def rise(

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Start ranks that hold the model together; return the exit code."""
     # Seconds of imports, which one process does without.
-    from shardwright.launchers import report
+    from shardwright.launchers import messages
     from shardwright.launchers.composition.compose import compose, plain
     from shardwright.launchers.machine import facts as machine
     from shardwright.train.config import from_tree, to_yaml
@@ -71,16 +71,16 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             grace_seconds=0,  # they have nothing to save
         )
         failures = rank_failures(directory)
-        code = report.exit_code(ended.code, failures, ended.stopped_by)
+        code = messages.exit_code(ended.code, failures, ended.stopped_by)
         if code == BAD_INPUT and failures:
             raise UserError(failures[0].message)
         if code != 0 and ended.stopped_by is not None:
             print(
-                report.failure(ended.code, failures, directory, ended.stopped_by), file=sys.stderr
+                messages.failure(ended.code, failures, directory, ended.stopped_by), file=sys.stderr
             )
         elif code != 0:
             stack.pop_all()  # the message names the logs
-            text = report.failure(ended.code, failures, directory, ended.stopped_by)
+            text = messages.failure(ended.code, failures, directory, ended.stopped_by)
             print(text, file=sys.stderr)
         return code
 

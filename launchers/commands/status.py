@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shardwright.launchers import report
+from shardwright.launchers import messages
 from shardwright.launchers.runs import Status, everywhere, of, runs_in
 from shardwright.launchers.slurm import jobs as slurm
 from shardwright.train.errors import UserError
@@ -26,10 +26,10 @@ def main(arguments: Sequence[str]) -> int:
     else:
         found = runs_in(Path(absolute(options.run_dir)))
     if len(found) == 1:
-        print(described(of(found[0]), report.terminal_width()))
+        print(described(of(found[0]), messages.terminal_width()))
     elif found:
         rows = [_of_one_among_many(run_dir) for run_dir in found]
-        print(table(rows, Path.cwd(), report.terminal_width()))
+        print(table(rows, Path.cwd(), messages.terminal_width()))
     return 0
 
 
@@ -89,7 +89,7 @@ def described(status: Status, width: int | None = None) -> str:
         else None,
     }
     shown = {name: text for name, text in rows.items() if text is not None and text != "-"}
-    return "\n".join([str(status.run_dir), *report.aligned(shown, 12, width)])
+    return "\n".join([str(status.run_dir), *messages.aligned(shown, 12, width)])
 
 
 def table(statuses: Sequence[Status], here: Path, width: int | None = None) -> str:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from shardwright.launchers import launch, preflight, report
+from shardwright.launchers import launch, messages, preflight
 from shardwright.launchers.commands.dry_run import show
 from shardwright.launchers.composition.compose import Job, command_line, compose, quoted, resolved
 from shardwright.launchers.kinds.launcher import Queue
@@ -97,7 +97,7 @@ def _one_after_the_other(
         except UserError as error:
             if len(configs) == 1:
                 raise
-            print(report.error_text(str(error)), file=sys.stderr)
+            print(messages.error_text(str(error)), file=sys.stderr)
             code, is_stopped = BAD_INPUT, False
         finally:
             if is_stopped and number < len(configs):

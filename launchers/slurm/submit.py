@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shardwright.launchers import report
+from shardwright.launchers import messages
 from shardwright.launchers.machine import directories
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.slurm import jobs as slurm
@@ -84,8 +84,8 @@ def new_runs(
     for run_dir, each in zip(run_dirs, jobs, strict=True):
         slurm.note(run_dir, each)
     environment = job_environment(configs[0], os.environ)
-    width = report.terminal_width()
-    print(report.header(configs[0], choices[0], here, environment, width))
+    width = messages.terminal_width()
+    print(messages.header(configs[0], choices[0], here, environment, width))
     print(_submitted(home, job, array), flush=True)
     return _end_of_all(configs[0], dict(zip(jobs, run_dirs, strict=True)))
 
@@ -100,7 +100,7 @@ def _each_by_itself(
             code = new_runs([config], [chosen], here)
         except UserError as error:
             text = f"{config.run_dir} was not submitted: {error}"
-            print(report.error_text(text), file=sys.stderr)
+            print(messages.error_text(text), file=sys.stderr)
             code = BAD_INPUT
         worst = worst or code
     return worst
@@ -113,7 +113,7 @@ def again(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
     slurm_job = _submit(config, run_dir, None)
     slurm.note(run_dir, slurm_job)
     environment = job_environment(config, os.environ)
-    print(report.header(config, choices, here, environment, report.terminal_width()))
+    print(messages.header(config, choices, here, environment, messages.terminal_width()))
     print(_submitted(run_dir, slurm_job, None), flush=True)
     return _end_of_all(config, {slurm_job: run_dir})
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwright.launchers import report
+from shardwright.launchers import messages
 from shardwright.launchers.ranks import child
 from shardwright.train.errors import UserError
 from shardwright.train.process import inherited
@@ -58,9 +58,9 @@ def test_what_a_launcher_starts_sees_nothing_of_it(what: str, tmp_path: Path) ->
 
 
 def test_the_header_says_what_is_ignored() -> None:
-    line = report.ignored(THE_USERS | {"RANK": "1", "ACCELERATE_USE_FSDP": "true"})
+    line = messages.ignored(THE_USERS | {"RANK": "1", "ACCELERATE_USE_FSDP": "true"})
     assert line == "  ignored   ACCELERATE_USE_FSDP, RANK, set in the environment\n"
-    assert report.ignored(THE_USERS) == ""
+    assert messages.ignored(THE_USERS) == ""
 
 
 def _source(module: str) -> str:

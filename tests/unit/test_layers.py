@@ -20,7 +20,7 @@ ROOMS = (
     *("train.run_directory", "train.process", "train.model", "train.data"),
     *("train.strategy", "train.loop", "train.export", "train.sampling", "train.diagnosis"),
     *("train.tracker", "train.run", "train.__main__"),
-    *("launchers.machine", "launchers.composition", "launchers.resumes", "launchers.report"),
+    *("launchers.machine", "launchers.composition", "launchers.resumes", "launchers.messages"),
     *("launchers.kinds", "launchers.slurm", "launchers.registry", "launchers.preflight"),
     *("launchers.ranks", "launchers.requeue", "launchers.relay", "launchers.launch"),
     *("launchers.job_end", "launchers.runs", "launchers.commands", "launchers.__main__"),

@@ -184,7 +184,7 @@ def test_a_deletion_that_is_cut_short_leaves_no_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             retention.retain(tmp_path, CheckpointConfig(keep_last=1), newest=2)
     assert layout.what_is_wrong(tmp_path / "checkpoint-1") == "it has no manifest"
-    assert retention.sweep(tmp_path) == [tmp_path / "checkpoint-1"]
+    assert retention.remove_leftovers(tmp_path) == [tmp_path / "checkpoint-1"]
     assert steps_of(tmp_path) == [2]
 
 
@@ -207,7 +207,7 @@ def test_processes_that_delete_the_same_at_the_same_time_do_not_disturb_each_oth
             start.wait()
             try:
                 retention.retain(directory, rule, newest=4)
-                retention.sweep(directory)
+                retention.remove_leftovers(directory)
             except BaseException as error:
                 errors.append(error)
 
@@ -229,21 +229,21 @@ def test_temporaries_of_killed_saves_go_and_those_in_flight_stay(tmp_path: Path)
     for temporary in (killed, in_flight):
         (temporary / "engine").mkdir(parents=True)
         (temporary / "engine" / "shard.pt").write_bytes(b"half")
-    assert retention.sweep(tmp_path, in_flight=[in_flight]) == [killed]
+    assert retention.remove_leftovers(tmp_path, in_flight=[in_flight]) == [killed]
     assert sorted(os.listdir(tmp_path)) == [".checkpoint-3.tmp", "checkpoint-1"]
 
 
 def test_a_save_that_was_killed_while_it_replaced_another_gives_that_back(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 1)
     path.rename(layout.set_aside(path))
-    assert retention.sweep(tmp_path) == []
+    assert retention.remove_leftovers(tmp_path) == []
     assert layout.verify(path) == []
 
 
 def test_a_checkpoint_that_was_replaced_goes(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 1)
     shutil.copytree(path, layout.set_aside(path))
-    assert retention.sweep(tmp_path) == [layout.set_aside(path)]
+    assert retention.remove_leftovers(tmp_path) == [layout.set_aside(path)]
     assert os.listdir(tmp_path) == ["checkpoint-1"]
 
 
@@ -251,7 +251,7 @@ def test_the_newest_stays_to_look_at_even_without_its_manifest(tmp_path: Path) -
     for step in (1, 2):
         write_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-2" / layout.MANIFEST).unlink()
-    assert retention.sweep(tmp_path) == []
+    assert retention.remove_leftovers(tmp_path) == []
     assert (tmp_path / "checkpoint-2").is_dir()
 
 
@@ -260,5 +260,5 @@ def test_what_others_keep_there_stays(tmp_path: Path) -> None:
     for name in ("notes", "checkpoint-best", "checkpoint-01", ".checkpoint-x"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-0").write_text("a file")
-    assert retention.sweep(tmp_path) == []
-    assert retention.sweep(tmp_path / "nowhere") == []
+    assert retention.remove_leftovers(tmp_path) == []
+    assert retention.remove_leftovers(tmp_path / "nowhere") == []

@@ -121,7 +121,7 @@ def saved_in(listing: Listing, verified: Collection[int] = ()) -> list[Saved]:
     ]
 
 
-def sweep(
+def remove_leftovers(
     directory: Path, in_flight: Collection[Path] = (), listing: Listing | None = None
 ) -> list[Path]:
     """Remove what killed saves and deletions have left; return what is gone.

@@ -81,14 +81,14 @@ def _watched(
         except signals.Stop:
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
-            cache.sweep(cache.cache_root(settings.data), worker)
+            cache.remove_leftovers(cache.cache_root(settings.data), worker)
             if part is None:
                 reason = stop_request.said(run_dir) or str(signals.asked())
                 stopped_preparing.note(run_dir, reason)
             return RESUMABLE
     code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     if code < 0:
-        cache.sweep(cache.cache_root(settings.data), worker)
+        cache.remove_leftovers(cache.cache_root(settings.data), worker)
         memory = "; the kernel does this when memory runs out" if code == -signal.SIGKILL else ""
         print(
             f"preparing the data was killed by {signal.Signals(-code).name}{memory}",

@@ -76,7 +76,7 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
     """
     directory = run_dir / CHECKPOINTS
     if rank.index == 0:
-        retention.sweep(directory)
+        retention.remove_leftovers(directory)
     with progress.phase("checking the checkpoint's hashes", unit="B", comes_again=True) as shown:
         path, passed_over = discovery.newest_whole(
             directory,

@@ -285,7 +285,7 @@ def test_sweeping_keeps_the_shards_that_are_whole(tmp_path: Path) -> None:
     folder = tmp_path / "tokens" / "name.shards"
     for name in ("000001", f"000002.tmp-{cache.builder(7)}", f"000003.tmp-{cache.builder(8)}"):
         (folder / name).mkdir(parents=True)
-    cache.sweep(tmp_path, 7)
+    cache.remove_leftovers(tmp_path, 7)
     assert sorted(p.name for p in folder.iterdir()) == [
         "000001",
         f"000003.tmp-{cache.builder(8)}",

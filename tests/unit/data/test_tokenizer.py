@@ -20,8 +20,8 @@ from shardwright.train.data.tokens.tokenizer import (
     LONGEST_WORD,
     document_frame,
     ensure_tokenizer,
+    remove_leftovers,
     special_ids,
-    sweep,
     train_byte_bpe,
     with_short_words,
 )
@@ -50,7 +50,7 @@ def pretrained(directory: Path, **special: str) -> Path:
 def test_what_a_kill_left_of_a_copy_goes(tmp_path: Path) -> None:
     for name in (".tokenizer-0123", "tokenizer", ".other-0123"):
         (tmp_path / name).mkdir()
-    sweep(tmp_path / "tokenizer")
+    remove_leftovers(tmp_path / "tokenizer")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other-0123", "tokenizer"]
 
 

@@ -77,8 +77,8 @@ def test_who_stops_a_preparation_is_told_though_its_work_cannot_know(
 
 
 def test_a_key_pressed_before_anything_is_prepared_leaves_nothing(checkout: Checkout) -> None:
-    (checkout.root / "launchers" / "report.py").write_text(
-        (ROOT / "launchers" / "report.py").read_text()
+    (checkout.root / "launchers" / "messages.py").write_text(
+        (ROOT / "launchers" / "messages.py").read_text()
         + "\n\ndef header(*arguments):\n    raise KeyboardInterrupt\n"
     )
     outcome = checkout.train(*LOCAL, "run_dir=run")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from docs.generate import BEGIN, DOCS, END
-from shardwright.launchers import report
+from shardwright.launchers import messages
 from shardwright.launchers.__main__ import COMMANDS, USAGE
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.ranks.environment import rank_environment
@@ -81,11 +81,11 @@ def printed() -> list[str]:
     config = config.model_copy(update={"run_dir": str(RUN_DIR)})
     texts = [
         launcher_of(config).other_nodes(),
-        report.finish(RUN_DIR),
-        report.stopped(STOPPED, RUN_DIR, None),
-        report.stopped_early(RUN_DIR, 15),
-        report.preparation_failed(RUN_DIR, 1),
-        report.failure(1, [], RUN_DIR, 15, config=config),
+        messages.finish(RUN_DIR),
+        messages.stopped(STOPPED, RUN_DIR, None),
+        messages.stopped_early(RUN_DIR, 15),
+        messages.preparation_failed(RUN_DIR, 1),
+        messages.failure(1, [], RUN_DIR, 15, config=config),
         submit._submitted(RUN_DIR, "7", None),
     ]
     lines = re.findall(

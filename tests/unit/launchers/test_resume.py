@@ -256,7 +256,7 @@ def test_what_a_kill_has_set_aside_is_resumed_from(run_dir: Path) -> None:
     (directory / "checkpoint-60").rename(directory / ".checkpoint-60.old")
     (directory / "checkpoint-60").mkdir()
     assert resumes.check(run_dir, finished(run_dir)) is None, "it is not known before the sweep"
-    retention.sweep(directory)
+    retention.remove_leftovers(directory)
     assert resumes.check(run_dir, finished(run_dir)) == directory / "checkpoint-60"
 
 

@@ -134,7 +134,7 @@ def build_once(parent: Path, name: str, build: Callable[[Path], dict[str, Any]])
         ) from None
 
 
-def sweep(root: Path, pid: int) -> None:
+def remove_leftovers(root: Path, pid: int) -> None:
     """Remove what a builder of this host, which is dead, has left below a cache's root.
 
     The shards that are whole stay, for whoever builds it next.

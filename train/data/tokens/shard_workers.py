@@ -62,7 +62,7 @@ def make(shards: Mapping[int, Shard], work: Work, cores: Set[int]) -> dict[int, 
     Where one fails those that are in hand are finished, and kept.
     """
     work.directory.mkdir(parents=True, exist_ok=True)
-    on_disk.sweep(work.directory)
+    on_disk.remove_leftovers(work.directory)
     made: dict[int, Made] = {}
     failed: dict[int, BaseException] = {}
     waiting = iter(sorted(shards.items()))

@@ -204,7 +204,7 @@ def join(
         return {**stores.counts(documents), "encoder": encoder, **vars(total)}
 
 
-def sweep(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
     """Remove what processes of this host, which are dead, have left of shards."""
     for path in directory.glob(f"*.tmp-{socket.gethostname()}-*"):
         with suppress(ValueError):

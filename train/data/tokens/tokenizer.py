@@ -494,7 +494,7 @@ def _publish(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sweep(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
     """Remove what a kill has left of copies of a tokenizer; for one rank, once all have theirs."""
     for path in directory.parent.glob(f".{directory.name}-*"):
         shutil.rmtree(path, ignore_errors=True)

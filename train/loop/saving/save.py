@@ -129,7 +129,7 @@ def write(draft: Draft, peers: Peers) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             # What a full disk has no room for may be on it already, of no use.
             with contextlib.suppress(OSError):
-                retention.sweep(draft.directory)
+                retention.remove_leftovers(draft.directory)
         raise
     _retain(draft, peers, written=folder.files)
     return draft.path
@@ -204,7 +204,7 @@ def _retain(draft: Draft, peers: Peers, *, written: dict[str, Any]) -> None:
     def retain() -> None:
         if peers.is_first:
             # Only one checkpoint is written at a time, so none of what is there is in flight.
-            retention.sweep(draft.directory, listing=listing)
+            retention.remove_leftovers(draft.directory, listing=listing)
             whole, _ = together([found for _, found in seen if found])
             wrong = [problem for problems, _ in seen for problem in problems]
             retention.retain(

@@ -10,7 +10,7 @@ import pytest
 
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
-from shardwright.launchers.report import exit_code, failure, header, stopped
+from shardwright.launchers.messages import exit_code, failure, header, stopped
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.errors import UserError
 from shardwright.train.run_directory.failures import RankFailure, note_failure, rank_failures
