@@ -41,7 +41,7 @@ def check(run_dir: Path, config: RunConfig) -> Path | None:
         raise UserError(problem)
     if not whole:
         _, passed_over = discovery.together([discovery.parts_in(Listing(directory))])
-        # Of those set aside, `retention.remove_leftovers` brings back what has no other of its name.
+        # Of those set aside, `remove_leftovers` brings back what has no other of its name.
         if passed_over and not any(directory.glob(layout.set_aside(Path("checkpoint-*")).name)):
             raise UserError(discovery.none_whole(run_dir, passed_over[::-1]))
         return None

@@ -67,7 +67,7 @@ def publish_checkpoint(temporary: Path, final: Path) -> None:
     """Give a finished checkpoint its name; one of the same step is replaced only by then.
 
     Between the two renames the older one lies under the name of `set_aside`, from which
-    `retention.sweep` brings it back.
+    `retention.remove_leftovers` brings it back.
     """
     old = set_aside(final)
     if final.exists():
