@@ -23,7 +23,8 @@ ROOMS = (
     *("launchers.machine", "launchers.composition", "launchers.resumes", "launchers.messages"),
     *("launchers.kinds", "launchers.slurm", "launchers.registry", "launchers.preflight"),
     *("launchers.ranks", "launchers.requeue", "launchers.relay", "launchers.launch"),
-    *("launchers.job_end", "launchers.runs", "launchers.commands", "launchers.__main__"),
+    *("launchers.job_end", "launchers.runs", "launchers.sweep"),
+    *("launchers.commands", "launchers.__main__"),
     *("shardwright.__main__", "benchmarks"),
 )
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "datasets"}

@@ -140,8 +140,39 @@ def look(run_dir: Path) -> tuple[Owner | None, bool]:
     except OSError:
         return None, False
     try:
-        is_locked = not all(_locked(descriptor, part, fcntl.LOCK_SH) for part in (_LAUNCHER, _RANK))
-        return _owner(descriptor), is_locked
+        parts = (_LAUNCHER, _RANK)
+        is_free = all(_locked(descriptor, part, fcntl.LOCK_SH) for part in parts)
+        return _owner(descriptor), not is_free
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[Owner | str | None]:
+    """Hold the kernel's lock on a file of its own for a while, made if need be.
+
+    Yields who has it instead, None where this process has got it. It must not be opened a second
+    time by who holds it, as closing any descriptor of it gives the lock back.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not _locked(descriptor, _LAUNCHER):
+            yield _owner(descriptor) or "another process"
+            return
+        _note(descriptor, None)
+        yield None
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether somebody holds a file by `locked_file`. Not for the holder, who loses it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _locked(descriptor, _LAUNCHER, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 

@@ -1,0 +1,1 @@
+"""Tests of the launcher, which start no torch in this process."""
