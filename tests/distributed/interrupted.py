@@ -32,10 +32,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 STEPS, SAVED = 6, 3
 
 
-def interrupted(source: Path, target: Path, **changes: Any) -> Path:
-    """Return a copy of a run as it was after its first checkpoint, with a changed config."""
+def interrupted(source: Path, target: Path, *, step: int = SAVED, **changes: Any) -> Path:
+    """Return a copy of a run as it was after a checkpoint, with a changed config."""
     (target / "checkpoints").mkdir(parents=True)
-    name = f"checkpoint-{SAVED}"
+    name = f"checkpoint-{step}"
     shutil.copytree(source / "checkpoints" / name, target / "checkpoints" / name)
     shutil.copy(source / "metrics.jsonl", target)
     shutil.copy(source / "data.json", target)
