@@ -23,6 +23,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from shardwright.launchers.sweep.definition import SweepConfig
 from shardwright.train.config.optimizers import OPTIMIZERS, OptimizerFacts
 from shardwright.train.config.section import Section
 from shardwright.train.config.sections import Sections
@@ -178,7 +179,7 @@ def written(value: Any) -> str:
     if isinstance(value, float):
         return re.sub(r"e([+-])0?", lambda sign: "e" + sign[1].replace("+", ""), f"{value:g}")
     if isinstance(value, tuple):
-        value = list(value)
+        value = [v.model_dump() if isinstance(v, BaseModel) else v for v in value]
     return (value or '""') if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -217,6 +218,7 @@ def configuration() -> str:
     parts.append(_fields(Sections, own, "", [values], anchors, ""))
     parts += [_group(name, hints[name], anchors) for name in groups]
     parts.append(_experiments())
+    parts.append(_sweeps(anchors))
     return "\n".join(parts)
 
 
@@ -353,6 +355,21 @@ def _experiments() -> str:
             comment.append(line.removeprefix("#").strip())
         rows.append(f"| `{path.stem}` | {_cell(_prose(' '.join(comment)))} |")
     return "\n".join(rows) + "\n"
+
+
+def _sweeps(anchors: set[str]) -> str:
+    said = (inspect.getdoc(SweepConfig) or "").splitlines()[0]
+    parts = [
+        "## sweep\n",
+        f"{_prose(said)} Of `shardwright sweep` alone: no part of a run's config; "
+        "see [Sweeps](sweeps.md).\n",
+    ]
+    rows = ["| option | what it is |", "|---|---|"]
+    for path in sorted((CONF / "sweep").glob("*.yaml")):
+        rows.append(f"| `{path.stem}` | {_cell(_prose(title(path)))} |")
+    parts += ["\n".join(rows) + "\n"]
+    parts.append(_fields(SweepConfig, list(own_fields(SweepConfig)), "sweep.", [], anchors, ""))
+    return "\n".join(parts)
 
 
 _CODE = re.compile(r'\S+="[^"]*"|[^\s("]*[\w>*/-][_=<*]+[^\s,;:)"]*[^\s,;:.)"]')

@@ -131,12 +131,16 @@ def _expanded(flag: re.Match[str]) -> str:
     return flag[1] + os.path.expanduser(flag[2])
 
 
+NO_GROUPS = ("hydra", quickly.SWEEPS)
+"""Folders of conf/ whose files are no part of a run."""
+
+
 def group_options() -> dict[str, list[str]]:
     """Return the options of each group that comes with the project, by name."""
     return {
         directory.name: sorted(path.stem for path in directory.glob("*.yaml"))
         for directory in sorted(CONF.iterdir())
-        if directory.is_dir() and directory.name != "hydra"
+        if directory.is_dir() and directory.name not in NO_GROUPS
     }
 
 

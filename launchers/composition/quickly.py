@@ -19,6 +19,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+SWEEPS = "sweep"
+"""The folder of conf/ whose files are no part of a run."""
 AS_A_RUN = "hydra.mode=RUN"
 """The override that Hydra 1.3 adds itself where it has found that one run is meant."""
 
@@ -33,6 +35,10 @@ class OneComposition(ConfigLoaderImpl):
 
     _kept: tuple[list[str], DictConfig | Exception] | None = None
     """What the overrides have come to as a run."""
+
+    def list_groups(self, parent_name: str) -> list[str]:
+        """Return what `--help` shows as groups: a folder of sweeps is none of a run's."""
+        return [name for name in super().list_groups(parent_name) if parent_name or name != SWEEPS]
 
     def load_configuration(
         self,

@@ -75,6 +75,7 @@ class SweepConfig(Section):
     )
     """By what points are compared; a search takes the first, or all if it can."""
     search: Search = Field(default_factory=Search)
+    """How points are found where not all of them are run."""
     backend: Literal["here", "ray", "wandb"] = "here"
     """Who starts points: this command, Ray, or an agent of W&B."""
 

@@ -161,6 +161,7 @@ ALIASES = {
     "seq_length": "data.sequence_length",
     "shutdown_timeout": "launcher.grace_seconds",
     "steps": "trainer.max_steps",
+    "sweep": "`shardwright sweep sweep=NAME`: train starts what has one value for each key",
     "tensorboard": "tracking=tensorboard",
     "termination_grace_period_seconds": "launcher.grace_seconds",
     "tf32": "precision=tf32",

@@ -36,7 +36,7 @@ CPU = Machine(cores=2)
 OPTIONS = sorted(
     path.relative_to(CONF).with_suffix("")
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name != "experiment"
+    if path.parent.name not in ("experiment", "sweep")
 )
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
