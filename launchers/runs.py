@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from shardwright.launchers.ranks.processes import rank_processes
+from shardwright.launchers.ranks.processes import all_rank_processes, rank_processes
 from shardwright.launchers.slurm import jobs as slurm
 from shardwright.train import config as run_config
 from shardwright.train.checkpoint.format import layout
@@ -54,6 +54,52 @@ class Status:
     """Whether it has ended before its end."""
 
 
+class State(NamedTuple):
+    """What a run is doing."""
+
+    text: str
+    is_over: bool
+    word: str
+    """The same in one word, to choose by."""
+
+
+UNREADABLE = "unreadable"
+WORDS = (
+    *("waiting", "preparing", "starting", "running", "new"),
+    *("done", "stopped", "failed", "dead", "silent", UNREADABLE),
+)
+"""What a state may be in one word; the second line's are over."""
+_OF_OWNERS = {owner.PREPARING: "preparing", owner.STARTING: "starting"}
+_UNDECIDED = frozenset({"running", "new", "dead", "silent"})
+"""States in which a run's own files say nothing of its end, where its job may."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a machine and its queue do now, looked at once for many runs."""
+
+    ranks: Mapping[str, Sequence[int]]
+    """The ranks of each run on this machine."""
+    queue: frozenset[str]
+    """The jobs of everybody that wait or run."""
+
+    @classmethod
+    def now(cls) -> Around:
+        return cls(all_rank_processes(), slurm.queued())
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run as its files, its processes and its job show it, without its checkpoints."""
+
+    state: State
+    job: str | None
+    last: Mapping[str, Any]
+    """Each metric as it was logged last."""
+    total_steps: int | None
+    is_done: bool
+
+
 def runs_in(directory: Path) -> list[Path]:
     """Return a run's directory itself, or those of a sweep's runs. Raises UserError where none."""
     if (directory / RUN_CONFIG).is_file():
@@ -82,43 +128,57 @@ def _number(name: str) -> int:
     return int(name) if name.isdecimal() else -1
 
 
-def of(run_dir: Path) -> Status:
+def of(run_dir: Path, around: Around | None = None) -> Status:
     """Look at a run's directory, at the queue and at the processes of this machine."""
     config = run_config.load(run_dir)
-    known = slurm.job_of(run_dir)
-    job = slurm.look(known) if known is not None else None
-    batches = batch_sizes(config.trainer)
-    last = logged(run_dir)
-    total, done = known_steps(run_dir, config, last), is_done(run_dir, config)
-    state, is_over = state_of(
-        job,
-        is_done=done,
-        stopped=stop_note.read(run_dir),
-        failures=rank_failures(run_dir),
-        ranks_here=len(rank_processes(run_dir)),
-        owned=owner.look(run_dir),
-        silent_seconds=time.time() - last["time"] if "time" in last else None,
-        prepared=_prepared(run_dir),
-    )
+    found = look(run_dir, config, around)
+    last, total, is_over = found.last, found.total_steps, found.state.is_over
     whole = layout.whole_checkpoints(run_dir / CHECKPOINTS)
     return Status(
         run_dir,
-        state,
+        found.state.text,
         is_over,
-        job=known,
+        job=found.job,
         step=reached(
             last.get("step"),
             [step for step, _ in whole] if is_over else [],
-            total if done else None,
+            total if found.is_done else None,
         ),
         total_steps=total,
         loss=last.get("loss"),
         tokens_per_second=None if is_over else last.get("tokens_per_second"),
-        left_seconds=None if is_over else left_seconds(last, total, batches),
+        left_seconds=None if is_over else left_seconds(last, total, batch_sizes(config.trainer)),
         checkpoint=whole[-1][1].name if whole else None,
         model=_model(run_dir),
-        can_resume=is_over and not done,
+        can_resume=is_over and not found.is_done,
     )
+
+
+def look(run_dir: Path, config: RunConfig, around: Around | None = None) -> Look:
+    """Look at a run, but not at its checkpoints; ``around`` is what was looked at for all runs."""
+    last = logged(run_dir)
+    total = known_steps(run_dir, config, last)
+    done = _is_done(run_dir, config, total)
+    ranks = around.ranks.get(str(run_dir), ()) if around else rank_processes(run_dir)
+
+    def state(job: slurm.Job | None) -> State:
+        return state_of(
+            job,
+            is_done=done,
+            stopped=stop_note.read(run_dir),
+            failures=rank_failures(run_dir),
+            ranks_here=len(ranks),
+            owned=owner.look(run_dir),
+            silent_seconds=time.time() - last["time"] if "time" in last else None,
+            prepared=_prepared(run_dir),
+        )
+
+    job = slurm.job_of(run_dir)
+    is_queued = job is not None and (around is None or job in around.queue)
+    found = state(slurm.look(job) if job is not None and is_queued else None)
+    if job is not None and not is_queued and found.word in _UNDECIDED:
+        found = state(slurm.look(job))
+    return Look(found, job, last, total, done)
 
 
 def _prepared(run_dir: Path) -> str | None:
@@ -153,7 +213,7 @@ def state_of(
     silent_seconds: float | None,
     here: str | None = None,
     prepared: str | None = None,
-) -> tuple[str, bool]:
+) -> State:
     """Return a run's state in words, and whether it is over. Pure.
 
     ``prepared`` tells how far the preparation of its data is, if it is not done.
@@ -168,35 +228,41 @@ def state_of(
         text += f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason else ""
         text += f", restart {job.restarts}" if job.restarts else ""
         is_preparing = prepared and job.state in slurm.RUNNING
-        return text + (f", {owner.PREPARING}: {prepared}" if is_preparing else ""), False
+        if is_preparing:
+            return State(f"{text}, {owner.PREPARING}: {prepared}", False, "preparing")
+        return State(text, False, "waiting" if job.state in slurm.WAITING else "running")
     if is_locked and first is not None and first.doing is not None:
         far = f": {prepared}" if prepared and first.doing == owner.PREPARING else ""
-        return f"{first.doing} on {first.host}{far}", False
+        word = _OF_OWNERS.get(first.doing, "running")
+        return State(f"{first.doing} on {first.host}{far}", False, word)
     if ranks_here:
-        return f"running, {ranks_here} rank(s) here", False
+        return State(f"running, {ranks_here} rank(s) here", False, "running")
     if is_locked:
-        return f"running on {first.host}" if first else "running", False
+        return State(f"running on {first.host}" if first else "running", False, "running")
     if stopped is not None:
-        return str(stopped), True
+        return State(str(stopped), True, "stopped")
     if failures:
         failed = failures[0]
         if failed.kind == Diverged.__name__:
-            return f"failed: {failed.message}", True
+            return State(f"failed: {failed.message}", True, "failed")
         what = failed.explanation or f"{failed.kind}: {failed.message}"
         what = what.partition("\n")[0]
-        return f"failed: rank {failed.rank} on {failed.host}, {what}", True
+        text = f"failed: rank {failed.rank} on {failed.host}, {what}"
+        return State(text, True, "failed")
     if is_done:
-        return "done", True
+        return State("done", True, "done")
     if job is not None:
-        return f"{job.state.lower()}, exit code {job.exit_code}", True
+        return State(f"{job.state.lower()}, exit code {job.exit_code}", True, "failed")
     if first is not None and first.host == (here or socket.gethostname()):
         doing = f" while {first.doing}" if first.doing else ""
-        return f"dead: it was killed or crashed{doing}, and could not report it", True
+        text = f"dead: it was killed or crashed{doing}, and could not report it"
+        return State(text, True, "dead")
     if silent_seconds is None:
-        return "no step yet, and no process here", False
+        return State("no step yet, and no process here", False, "new")
     if silent_seconds < SILENT_SECONDS:
-        return f"running, last heard of {duration(silent_seconds)} ago", False
-    return f"silent for {duration(silent_seconds)}", True
+        text = f"running, last heard of {duration(silent_seconds)} ago"
+        return State(text, False, "running")
+    return State(f"silent for {duration(silent_seconds)}", True, "silent")
 
 
 def is_done(run_dir: Path, config: RunConfig) -> bool:
@@ -204,12 +270,13 @@ def is_done(run_dir: Path, config: RunConfig) -> bool:
 
     A resume may ask for more steps than there are, and end before the first of them is made.
     """
+    return _is_done(run_dir, config, known_steps(run_dir, config, logged(run_dir)))
+
+
+def _is_done(run_dir: Path, config: RunConfig, total: int | None) -> bool:
     if final.of(run_dir) is None:
         return False
-    total, saved = (
-        known_steps(run_dir, config, logged(run_dir)),
-        layout.named(run_dir / CHECKPOINTS),
-    )
+    saved = layout.named(run_dir / CHECKPOINTS)
     may_end_early = config.trainer.early_stopping_patience is not None
     return may_end_early or total is None or not saved or saved[-1][0] >= total
 

@@ -6,10 +6,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from shardwright.launchers import columns as columns_of
 from shardwright.launchers import messages
-from shardwright.launchers.runs import Status, everywhere, of, runs_in
+from shardwright.launchers.columns import NOTHING, Column, seen_from
+from shardwright.launchers.runs import Around, Status, everywhere, of, runs_in
 from shardwright.launchers.slurm import jobs as slurm
 from shardwright.train.errors import UserError
 from shardwright.train.paths import absolute
@@ -28,7 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     if len(found) == 1:
         print(described(of(found[0]), messages.terminal_width()))
     elif found:
-        rows = [_of_one_among_many(run_dir) for run_dir in found]
+        around = Around.now()
+        rows = [_of_one_among_many(run_dir, around) for run_dir in found]
         print(table(rows, Path.cwd(), messages.terminal_width()))
     return 0
 
@@ -42,9 +46,9 @@ def _queued() -> Mapping[str, Path]:
         return {}
 
 
-def _of_one_among_many(run_dir: Path) -> Status:
+def _of_one_among_many(run_dir: Path, around: Around) -> Status:
     try:
-        return of(run_dir)
+        return of(run_dir, around)
     except Exception as error:  # whatever is wrong with one, the others are shown
         return Status(run_dir, f"cannot be read: {str(error).partition(chr(10))[0]}", is_over=True)
 
@@ -67,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 # --- as text --------------------------------------------------------------------------------------
 
 
-_LEAST_RUN, _LEAST_STATE = 16, 20
+LEAST_RUN, LEAST_STATE = 16, 20
 """Characters that stay of a run's directory and of its state, however narrow the terminal."""
 _DISPENSABLE = ("tokens/s", "checkpoint", "job", "left", "loss", "step")
 """Columns that a narrow terminal does without, the first to go first."""
@@ -98,58 +102,27 @@ def table(statuses: Sequence[Status], here: Path, width: int | None = None) -> s
     Where that is more than ``width`` characters, columns are left out, first those that hold
     nothing, and the directories and states are shortened.
     """
-    head = ["run", "job", "step", "loss", "tokens/s", "left", "checkpoint", "state"]
     rows = [
-        [
-            str(s.run_dir.relative_to(here) if s.run_dir.is_relative_to(here) else s.run_dir),
-            s.job or "-",
+        (
+            seen_from(here, s.run_dir),
+            s.job or NOTHING,
             _step(s),
             _loss(s),
             _speed(s),
             _left(s),
-            (s.checkpoint or "-").removeprefix("checkpoint-"),
+            (s.checkpoint or NOTHING).removeprefix("checkpoint-"),
             s.state,
-        ]
+        )
         for s in statuses
     ]
-    columns = {name: list(column) for name, *column in zip(head, *rows, strict=True)}
-    if width is not None:
-        columns = _fitted(columns, width)
-    lines = zip(*([name, *column] for name, column in columns.items()), strict=True)
-    widths = {name: max(map(len, [name, *column])) for name, column in columns.items()}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(widths[name]) if name in ("run", "state") else cell.rjust(widths[name])
-            for cell, name in zip(cells, columns, strict=True)
-        ).rstrip()
-        for cells in lines
-    )
-
-
-def _fitted(columns: Mapping[str, list[str]], width: int) -> dict[str, list[str]]:
-    """Return the columns of a table that fit a width, with what is shortened cut at a "…"."""
-    kept = dict(columns)
-
-    def needs(name: str) -> int:
-        return max(map(len, [name, *kept[name]]))
-
-    def left() -> int:
-        """Return what is left for directories and states."""
-        others = [name for name in kept if name not in ("run", "state")]
-        return width - sum(needs(name) + 2 for name in others) - 2
-
-    least = min(needs("run"), _LEAST_RUN) + min(needs("state"), _LEAST_STATE)
-    empty = [name for name in kept if set(kept[name]) == {"-"}]
-    for name in dict.fromkeys([*empty, *_DISPENSABLE]):
-        if left() >= needs("run") + needs("state") or (name not in empty and left() >= least):
-            break
-        del kept[name]
-    for_run = min(needs("run"), max(_LEAST_RUN, left() - min(needs("state"), _LEAST_STATE)))
-    for_state = max(_LEAST_STATE, left() - for_run)
-    # The end of a path tells runs apart, and the beginning of a state what it is.
-    kept["run"] = [t if len(t) <= for_run else f"…{t[1 - for_run :]}" for t in kept["run"]]
-    kept["state"] = [t if len(t) <= for_state else f"{t[: for_state - 1]}…" for t in kept["state"]]
-    return kept
+    head = ("run", "job", "step", "loss", "tokens/s", "left", "checkpoint", "state")
+    columns = [
+        Column(name, tuple(cells), rank=_DISPENSABLE.index(name) if name in _DISPENSABLE else None)
+        for name, *cells in zip(head, *rows, strict=True)
+    ]
+    columns[0] = replace(columns[0], is_text=True, least=LEAST_RUN, keeps_end=True)
+    columns[-1] = replace(columns[-1], is_text=True, least=LEAST_STATE)
+    return "\n".join(columns_of.table(columns, width))
 
 
 def _step(status: Status) -> str:

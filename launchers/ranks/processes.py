@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from shardwright.train.process.arguments import decoded
@@ -10,7 +11,12 @@ from shardwright.train.process.arguments import decoded
 
 def rank_processes(run_dir: Path) -> list[int]:
     """Return the processes of this machine that are ranks of a run."""
-    found = []
+    return all_rank_processes().get(str(run_dir), [])
+
+
+def all_rank_processes() -> dict[str, list[int]]:
+    """Return the processes of this machine that are ranks, by the directory of their run."""
+    found: dict[str, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
@@ -26,14 +32,6 @@ def rank_processes(run_dir: Path) -> list[int]:
                     pass  # as srun starts it for DeepSpeed
                 case _:
                     continue
-            if _is_path(argument, run_dir):
-                found.append(int(path.parent.name))
+            with suppress(ValueError):  # another program's argument that begins as an encoded one
+                found.setdefault(decoded(os.fsdecode(argument)), []).append(int(path.parent.name))
     return found
-
-
-def _is_path(argument: bytes, run_dir: Path) -> bool:
-    """Return whether a rank's argument is the run's directory, plain or encoded."""
-    try:
-        return decoded(os.fsdecode(argument)) == str(run_dir)
-    except ValueError:  # another program's argument that begins as one that is encoded
-        return False

@@ -142,6 +142,15 @@ def working_directories() -> dict[str, Path]:
     return {job: Path(directory) for job, directory in pairs}
 
 
+def queued() -> frozenset[str]:
+    """Return the ids of all jobs that wait or run, those of arrays as <array>_<task>."""
+    try:
+        ended = _run(["squeue", "--noheader", "--array", "--format=%i"])
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(ended.stdout.split())
+
+
 def stop(job: Job) -> None:
     """Have a running job save and stop; one that still waits is taken out of the queue."""
     if job.state in WAITING:

@@ -21,6 +21,7 @@ ROOMS = (
     *("train.strategy", "train.loop", "train.export", "train.sampling", "train.diagnosis"),
     *("train.tracker", "train.run", "train.__main__"),
     *("launchers.machine", "launchers.composition", "launchers.resumes", "launchers.messages"),
+    *("launchers.columns",),
     *("launchers.kinds", "launchers.slurm", "launchers.registry", "launchers.preflight"),
     *("launchers.ranks", "launchers.requeue", "launchers.relay", "launchers.launch"),
     *("launchers.job_end", "launchers.runs", "launchers.sweep"),

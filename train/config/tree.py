@@ -14,6 +14,9 @@ from shardwright.train.config.run import RunConfig
 from shardwright.train.errors import UserError
 from shardwright.train.run_directory.names import RESUMES, RUN_CONFIG
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The same in C, where PyYAML was built with it: ten times as fast, for tables of many runs."""
+
 
 def from_tree(tree: Any) -> RunConfig:
     """Validate a plain tree of values; raise UserError with one line for each problem."""
@@ -34,7 +37,7 @@ def load(run_dir: Path) -> RunConfig:
     resumes = [p for p in (run_dir / RESUMES).glob("*.yaml") if p.stem.isdecimal()]
     path = max(resumes, key=lambda p: int(p.stem), default=run_dir / RUN_CONFIG)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     except OSError as error:
         raise UserError(
             f"{run_dir} is not a run directory: cannot read {path} ({error.strerror}); "

@@ -20,6 +20,7 @@ from shardwright.launchers.commands import logs
 from shardwright.launchers.commands.status import described, table
 from shardwright.launchers.ranks.processes import rank_processes
 from shardwright.launchers.runs import (
+    WORDS,
     Status,
     everywhere,
     known_steps,
@@ -119,7 +120,11 @@ def test_state(known: dict[str, Any], expected: tuple[str, bool]) -> None:
         "silent_seconds": None,
         "here": "node1",
     }
-    assert state_of(**{**nothing, **known}) == expected
+    state = state_of(**{**nothing, **known})
+    assert state[:2] == expected
+    assert state.word in WORDS
+    is_over = state.word in WORDS[WORDS.index("done") :]
+    assert is_over == state.is_over, "by the word it is chosen"
 
 
 def test_how_far_the_data_are_is_told_until_they_are_there(tmp_path: Path) -> None:
