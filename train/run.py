@@ -256,7 +256,7 @@ def _note_start(trainer: Trainer, rank: Rank, steps: int, console: TextIO) -> No
 def _rehearse_card(trainer: Trainer) -> None:
     """Raise UserError where the run's files would not make a model card at its end either."""
     try:
-        model_card(trainer, {})
+        model_card(trainer, {}, draws=False)
     except Exception as error:
         raise UserError(
             f"{trainer.run_dir}: the model card of final/ cannot be made ({in_one_line(error)}); "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -294,34 +296,46 @@ def test_the_bases_of_rotary_embeddings_are_told(
     assert f"| Rotary base | {text} |" in readme
 
 
-def test_the_picture_shows_both_losses_inside_its_frame(run_dir: Path) -> None:
-    points = metrics.read(run_dir / "metrics.jsonl").points
-    drawn = curve.picture(points)
-    assert drawn is not None
-    svg = ET.fromstring(drawn)
-    lines = svg.findall("{http://www.w3.org/2000/svg}polyline")
-    corners = [
-        [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
-        for line in lines
-    ]
-    assert [len(each) for each in corners] == [12, 2]
-    assert all(58 <= x <= 704 and 34 <= y <= 314 for each in corners for x, y in each)
-    falling = [y for _, y in corners[0]]
-    assert falling == sorted(falling), "a lower loss lies lower"
+def facts_of(points: Sequence[metrics.Point]) -> Facts:
+    return Facts(config_json=GPT2, dtype="fp32", curve=metrics.Curve(tuple(points), None, None))
+
+
+def test_the_picture_shows_both_losses(run_dir: Path) -> None:
+    card = card_of(facts_of(metrics.read(run_dir / "metrics.jsonl").points))
+    assert "](loss.svg)" in card.readme
+    assert card.picture is not None
+    svg = ET.fromstring(card.picture)
+    words = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"training loss", "evaluation loss", "step", "loss"} <= set(words)
+    paths = [element.get("d", "") for element in svg.iter("{http://www.w3.org/2000/svg}path")]
+    drawn = {path.count("L") for path in paths}
+    assert {11, 1} <= drawn, "a line through 12 points, and one through 2"
 
 
 def test_a_long_run_is_drawn_and_tabled_in_bounded_size() -> None:
-    points = [metrics.Point(step, step * 10, loss=1.0) for step in range(1, 5001)]
-    drawn = curve.picture(points)
-    assert drawn is not None
-    assert len(drawn) < 20_000
+    points = [metrics.Point(step, step * 10, loss=1.0) for step in range(1, 50_001)]
+    card = card_of(facts_of(points))
+    assert card.picture is not None
+    assert len(card.picture) < 70_000
     assert len(curve.table(points)) == curve.TABLE_ROWS
-    assert [row[0] for row in curve.table(points)][:: curve.TABLE_ROWS - 1] == ["1", "5,000"]
+    assert [row[0] for row in curve.table(points)][:: curve.TABLE_ROWS - 1] == ["1", "50,000"]
 
 
 def test_nothing_is_drawn_of_one_point() -> None:
-    assert curve.picture([metrics.Point(1, 10, loss=2.0)]) is None
-    assert curve.picture([]) is None
+    for points in ([metrics.Point(1, 10, loss=2.0)], []):
+        card = card_of(facts_of(points))
+        assert card.picture is None
+        assert "loss.svg" not in card.readme
+
+
+def test_a_card_without_its_picture_is_a_card(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    card = card_of(facts_of(metrics.read(run_dir / "metrics.jsonl").points))
+    assert card.picture is None
+    assert "loss.svg" not in card.readme
+    assert "the process that draws ended with 1: it says nothing" in caplog.text
 
 
 @pytest.mark.parametrize(

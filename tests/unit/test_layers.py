@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = (
     *("train.errors", "train.units", "train.durable", "train.paths", "train.program"),
     *("train.run_directory.names",),
-    *("train.config", "train.console", "train.optimizer", "train.checkpoint"),
+    *("train.config", "train.console", "train.charts", "train.optimizer", "train.checkpoint"),
     *("train.run_directory", "train.process", "train.model", "train.data"),
     *("train.strategy", "train.loop", "train.export", "train.sampling", "train.diagnosis"),
     *("train.tracker", "train.run", "train.__main__"),

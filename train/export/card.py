@@ -6,20 +6,23 @@ Imports no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwright.train import config as run_config
+from shardwright.train.charts import charts, drawing
+from shardwright.train.charts.series import Series
 from shardwright.train.checkpoint.format.layout import Manifest
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import UserError
-from shardwright.train.export import curve
 from shardwright.train.export.card_text import PICTURE, Facts, readme_of
 from shardwright.train.paths import is_hub_name
 from shardwright.train.run_directory import history, metrics
+from shardwright.train.run_directory.metrics import Point
 from shardwright.train.run_directory.names import (
     DATA_JSON,
     METRICS,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from shardwright.train.loop.trainer import Trainer
 
 README = "README.md"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,16 @@ class Card:
 
 
 def model_card(
-    trainer: Trainer, evaluation: Mapping[str, Any], checkpoint: Manifest | None = None
+    trainer: Trainer,
+    evaluation: Mapping[str, Any],
+    checkpoint: Manifest | None = None,
+    *,
+    draws: bool = True,
 ) -> Card:
     """Return the card of a training's result.
 
     ``checkpoint`` holds the weights, or the live engine where there is none; ``evaluation`` is
-    theirs.
+    theirs. One that only shows that it can be made need not draw its picture.
     """
     from shardwright.train.model.blocks import parameter_count
 
@@ -73,7 +81,8 @@ def model_card(
             metrics=evaluation,
             generation=_generation(trainer),
             **_of_run(trainer.config, trainer.run_dir, until_step=step),
-        )
+        ),
+        draws=draws,
     )
 
 
@@ -171,7 +180,29 @@ def _json(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def card_of(facts: Facts) -> Card:
-    """Return what a card tells of these facts. Pure."""
-    picture = curve.picture(facts.curve.points)
+def card_of(facts: Facts, *, draws: bool = True) -> Card:
+    """Return what a card tells of these facts."""
+    picture = _picture(facts.curve.points) if draws else None
     return Card(readme_of(facts, has_picture=picture is not None), picture)
+
+
+def _picture(points: Sequence[Point]) -> str | None:
+    """Return the losses as an SVG; None where no line can be drawn, or nothing can draw it here."""
+    spec = charts.losses(_series(points, "loss"), _series(points, "eval_loss"))
+    if spec is None:
+        return None
+    try:
+        return drawing.svg(spec)
+    except drawing.CannotDraw as error:
+        logger.warning("the model card has no picture of the losses: %s", error)
+        return None
+
+
+def _series(points: Sequence[Point], name: str) -> Series:
+    there = [point for point in points if getattr(point, name) is not None]
+    return Series(
+        [point.step for point in there],
+        [point.tokens for point in there],
+        [0.0] * len(there),  # when is not known, and not drawn
+        [getattr(point, name) for point in there],
+    )
