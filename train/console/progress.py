@@ -44,7 +44,12 @@ _lock = threading.RLock()
 
 
 def is_terminal(console: TextIO) -> bool:
-    """Return whether a bar can be drawn: mpirun gives ranks a terminal without any columns."""
+    """Return whether a bar can be drawn: mpirun gives ranks a terminal without any columns.
+
+    What calls itself dumb shows the characters that draw a line again.
+    """
+    if os.environ.get("TERM") == "dumb":
+        return False
     try:
         return console.isatty() and os.get_terminal_size(console.fileno()).columns > 0
     except OSError:  # closed in between

@@ -55,6 +55,10 @@ class Terminal(io.TextIOWrapper):
             self.copy(line)
         return written
 
+    def draw(self, text: str) -> None:
+        """Write what is drawn again and again, which no copy gets."""
+        super().write(text)
+
     def copy(self, line: str) -> None:
         """Give a line to the copies alone; a bar that is drawn again and again is its last one."""
         for copy in self.copies:
