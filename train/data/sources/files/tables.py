@@ -21,6 +21,7 @@ from shardwright.train.data.sources.files.file import File
 from shardwright.train.data.sources.files.formats import ending
 from shardwright.train.data.sources.files.ranges import Range
 from shardwright.train.data.sources.files.skipping import Skipping
+from shardwright.train.data.sources.mapped import forgetting, mapped
 
 ROWS_AT_ONCE = 256
 BYTES_AT_ONCE = 2**22
@@ -123,7 +124,7 @@ def rows_at_once(metadata: Any, columns: Sequence[str]) -> int:
             path = chunk.path_in_schema
             if any(path == column or path.startswith(f"{column}.") for column in columns):
                 most = max(most, chunk.total_uncompressed_size // max(1, group.num_rows))
-    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // most))
+    return _rows_of(most)
 
 
 def _arrow_columns(file: File, text_field: str) -> Iterator[tuple[Sequence[str], Any]]:
@@ -132,20 +133,22 @@ def _arrow_columns(file: File, text_field: str) -> Iterator[tuple[Sequence[str],
 
     for place, batch in arrow_batches(file, place_of):
         column = _inner(batch.column(batch.schema.get_field_index(place.column)), place)
-        for start in range(0, len(column), ROWS_AT_ONCE):
-            yield place.rest, column.slice(start, ROWS_AT_ONCE)
+        yield place.rest, column
 
 
 def arrow_batches(file: File, looked_at: Callable[[Any], Found]) -> Iterator[tuple[Found, Any]]:
-    """Yield Arrow's file format, as Feather is, or its streams, as datasets has, in batches.
+    """Yield Arrow's file format, as Feather is, or its streams, as datasets has, by some rows.
 
     Each comes with what was found in the schema, which is looked at first.
     """
     import pyarrow.ipc
 
     with contextlib.ExitStack() as opened:
+        pages = None
         if isinstance(file, Path):
-            source = opened.enter_context(pyarrow.memory_map(str(file)))
+            # Whoever wrote it may have put all of it into one batch, which would be memory if read.
+            pages = mapped(file)
+            source = pyarrow.BufferReader(pyarrow.py_buffer(pages))
         else:
             stream = opened.enter_context(file.open("rb"))
             source = opened.enter_context(pyarrow.PythonFile(stream, mode="r"))
@@ -166,7 +169,21 @@ def arrow_batches(file: File, looked_at: Callable[[Any], Found]) -> Iterator[tup
             batches = pyarrow.ipc.open_stream(source)
             schema = batches.schema
         found = looked_at(schema)
-        yield from ((found, batch) for batch in batches)
+        parts = (part for batch in batches for part in _parts(batch))
+        for part in forgetting(parts, pages, lambda part: part.nbytes):
+            yield found, part
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """Yield a batch by as many rows as are to be in memory together."""
+    rows = _rows_of(batch.nbytes // max(1, batch.num_rows))
+    for start in range(0, batch.num_rows, rows):
+        yield batch.slice(start, rows)
+
+
+def _rows_of(row_bytes: int) -> int:
+    """Return how many rows of a size to have in memory together. Pure."""
+    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // max(1, row_bytes)))
 
 
 def _inner(column: Any, place: Place) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwright.train.data.sources.files.errors import unreadable
+from shardwright.train.data.sources.mapped import forgetting, pages_of
 from shardwright.train.data.sources.stores.ids import Ids, in_pieces, split
 from shardwright.train.errors import UserError
 
@@ -36,7 +37,7 @@ def documents_of_npy(path: Path, dtype: str, separator: int | None) -> Iterator[
             f"data.dtype={dtype}: {path} says itself that it holds {ids.dtype}; set it to auto"
         )
     # Samples of one length are a corpus that somebody has cut: put together again, it is as it was.
-    yield from split(ids.reshape(-1), separator)
+    yield from _once(split(ids.reshape(-1), separator), ids)
 
 
 def documents_of_raw(path: Path, dtype: str, separator: int | None) -> Iterator[Ids]:
@@ -50,7 +51,8 @@ def documents_of_raw(path: Path, dtype: str, separator: int | None) -> Iterator[
             f"data.paths: {path} has no .idx beside it, and does not say itself which numbers it "
             "holds; set data.dtype (uint16 or uint32, as a rule)"
         )
-    yield from split(_mapped(path, dtype), separator)
+    ids = _mapped(path, dtype)
+    yield from _once(split(ids, separator), ids)
 
 
 def _of_megatron(path: Path, index: Path) -> Iterator[Ids]:
@@ -71,11 +73,31 @@ def _of_megatron(path: Path, index: Path) -> Iterator[Ids]:
         raise unreadable(path, ValueError("it is not as long as its .idx says"))
     # By the number of their first sequence; some writers leave out the last, which is all there is.
     bounds = [*(int(end) for end in ends if end > 0)]
-    at = first = 0
-    for last in bounds if bounds and bounds[-1] == sequences else [*bounds, int(sequences)]:
-        end = at + int(lengths[first:last].sum(dtype=np.int64))
+    if not bounds or bounds[-1] != sequences:
+        bounds.append(int(sequences))
+    yield from _once(_cut(ids, _ends_of(lengths, bounds)), ids)
+
+
+def _ends_of(lengths: NDArray[Any], bounds: list[int]) -> Iterator[int]:
+    """Yield where each document ends in the ids, by the number of the sequence after its last."""
+    end = first = 0
+    for last in bounds:
+        end += int(lengths[first:last].sum(dtype=np.int64))
+        first = last
+        yield end
+
+
+def _cut(ids: NDArray[Any], ends: Iterable[int]) -> Iterator[Ids]:
+    """Yield the documents that end there."""
+    at = 0
+    for end in ends:
         yield from in_pieces(ids[at:end])
-        at, first = end, last
+        at = end
+
+
+def _once(documents: Iterator[Ids], ids: NDArray[Any]) -> Iterator[Ids]:
+    """Yield documents whose ids are not read a second time."""
+    return forgetting(documents, pages_of(ids), lambda piece: piece.ids.nbytes)
 
 
 def _head(path: Path) -> bytes:
@@ -92,7 +114,8 @@ def documents_of_datatrove(path: Path, dtype: str, separator: int | None) -> Ite
                 f"data.paths: {path} has no {index.name} beside it, and does not say itself which "
                 "numbers it holds; set data.dtype to uint16 or uint32"
             )
-        yield from split(_mapped(path, dtype), separator)
+        ids = _mapped(path, dtype)
+        yield from _once(split(ids, separator), ids)
         return
     ends = _mapped(index, "uint64")
     count = int(ends[-1]) if len(ends) else 0
@@ -103,10 +126,7 @@ def documents_of_datatrove(path: Path, dtype: str, separator: int | None) -> Ite
             path, ValueError(f"its index tells of {count:,} tokens, and it has {size:,} bytes")
         )
     ids = _mapped(path, "uint16" if width == 2 else "uint32")
-    at = 0
-    for end in ends:
-        yield from in_pieces(ids[at : int(end)])
-        at = int(end)
+    yield from _once(_cut(ids, map(int, ends)), ids)
 
 
 def _mapped(path: Path, dtype: str) -> NDArray[Any]:
