@@ -24,7 +24,7 @@ from shardwright.train.durable import write_text
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE
 from shardwright.train.process import signals
 from shardwright.train.program import package_environment
-from shardwright.train.run_directory import owner, stop_note, stopped_preparing
+from shardwright.train.run_directory import owner, pruned, stop_note, stopped_preparing
 from shardwright.train.run_directory.failures import rank_failures
 from shardwright.train.run_directory.names import LOGS, RUN_LOG, TORCHRUN_LOG, torchrun_log
 from shardwright.train.run_directory.owner import Claim
@@ -168,6 +168,7 @@ def _made_ready(
         write_text(run_dir / name, text)
     if claim is not None:
         stop_note.forget(run_dir)
+        pruned.forget(run_dir)
         claim.hand_on()
     here_ranks = config.launcher.ranks_per_node
     print(f"starting {counted(here_ranks, 'rank')}", flush=True)

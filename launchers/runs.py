@@ -17,6 +17,7 @@ from shardwright.train.config import BatchSizes, Progress, RunConfig, batch_size
 from shardwright.train.data.prepare import noted_samples_wanted
 from shardwright.train.errors import Diverged
 from shardwright.train.run_directory import final, owner, stop_note
+from shardwright.train.run_directory import pruned as pruned_note
 from shardwright.train.run_directory.failures import RankFailure, rank_failures
 from shardwright.train.run_directory.metrics import tail
 from shardwright.train.run_directory.names import (
@@ -66,7 +67,7 @@ class State(NamedTuple):
 UNREADABLE = "unreadable"
 WORDS = (
     *("waiting", "preparing", "starting", "running", "new"),
-    *("done", "stopped", "failed", "dead", "silent", UNREADABLE),
+    *("done", "stopped", "pruned", "failed", "dead", "silent", UNREADABLE),
 )
 """What a state may be in one word; the second line's are over."""
 _OF_OWNERS = {owner.PREPARING: "preparing", owner.STARTING: "starting"}
@@ -166,6 +167,7 @@ def look(run_dir: Path, config: RunConfig, around: Around | None = None) -> Look
             job,
             is_done=done,
             stopped=stop_note.read(run_dir),
+            pruned=pruned_note.read(run_dir),
             failures=rank_failures(run_dir),
             ranks_here=len(ranks),
             owned=owner.look(run_dir),
@@ -213,6 +215,7 @@ def state_of(
     silent_seconds: float | None,
     here: str | None = None,
     prepared: str | None = None,
+    pruned: pruned_note.Pruned | None = None,
 ) -> State:
     """Return a run's state in words, and whether it is over. Pure.
 
@@ -239,6 +242,8 @@ def state_of(
         return State(f"running, {ranks_here} rank(s) here", False, "running")
     if is_locked:
         return State(f"running on {first.host}" if first else "running", False, "running")
+    if pruned is not None and not is_done:
+        return State(str(pruned), True, "pruned")
     if stopped is not None:
         return State(str(stopped), True, "stopped")
     if failures:

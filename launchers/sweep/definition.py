@@ -34,7 +34,7 @@ class Objective(Section):
 class Search(Section):
     """What proposes points where they are not all settled from the start."""
 
-    kind: Literal["none", "tpe", "random", "grid", "cmaes"] = "none"
+    kind: Literal["none", "tpe", "random", "grid", "cmaes", "nsga2"] = "none"
     """none runs each combination; the others are samplers of Optuna."""
     trials: PositiveInt | None = None
     """Points to try; a search needs it, except for the grid."""
@@ -42,6 +42,14 @@ class Search(Section):
     """What stops a point that does badly at a held-out loss on its way."""
     seed: NonNegativeInt = 0
     """Fixes what is proposed."""
+    startup_trials: PositiveInt | None = None
+    """Of tpe: the first points, which are drawn at random; null is Optuna's own number, 10."""
+    pruner_min_steps: PositiveInt | None = None
+    """No point is pruned before; null is the first evaluation."""
+    pruner_reduction_factor: Annotated[int, Field(ge=2)] | None = None
+    """Of asha: one of this many points goes on to steps this many times as many; null is 4."""
+    pruner_startup_trials: NonNegativeInt | None = None
+    """Of median: points that have to be done before the first is pruned; null is 5."""
 
 
 class SweepConfig(Section):
@@ -81,7 +89,7 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _search_has_trials(self) -> Self:
-        if self.search.kind in ("tpe", "random", "cmaes") and self.search.trials is None:
+        if self.search.kind in ("tpe", "random", "cmaes", "nsga2") and self.search.trials is None:
             raise ValueError(
                 f"search.kind={self.search.kind} proposes points without end; set "
                 "sweep.search.trials"

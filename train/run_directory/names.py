@@ -24,6 +24,7 @@ ENGINE_JSON = "engine.json"
 OWNER = "owner.json"
 STOP_REQUEST = "stop-request"
 STOPPED = "stopped.json"
+PRUNED = "pruned.json"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FOLDER = "wandb"
 

@@ -35,6 +35,7 @@ from shardwright.train.process.arguments import ENCODED, encoded
 from shardwright.train.run_directory.failures import RankFailure
 from shardwright.train.run_directory.metrics import tail
 from shardwright.train.run_directory.owner import PREPARING, STARTING, Owner
+from shardwright.train.run_directory.pruned import Pruned
 from shardwright.train.run_directory.stop_note import Stopped
 from tests.unit.launchers.configs import config
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
@@ -42,6 +43,7 @@ from tests.unit.launchers.run_directories import a_run
 
 shardwright = pytest.fixture(make_shardwright)
 
+PRUNED = Pruned(6, "eval_loss", 3.5, "3.5 at step 6 is not in the best 25%", 4, 0.0)
 FAILURE = RankFailure(1.0, 3, "node2", "RuntimeError", "boom", "")
 STOPPED = Stopped(8, 64, "SIGUSR1 on ranks 0, 1", 1.0, "/r/checkpoints/checkpoint-8", 8)
 
@@ -62,6 +64,9 @@ def owner_of(doing: str | None = None, host: str = "node1") -> Owner:
         ({"is_done": True}, ("done", True)),
         ({"job": Job("7", "COMPLETED"), "is_done": True}, ("done", True)),
         ({"stopped": STOPPED}, ("stopped at step 8 by SIGUSR1 on ranks 0, 1", True)),
+        ({"stopped": STOPPED, "pruned": PRUNED}, ("pruned at step 6", True)),
+        ({"ranks_here": 1, "pruned": PRUNED}, ("running, 1 rank(s) here", False)),
+        ({"is_done": True, "pruned": PRUNED}, ("done", True)),
         # A run that was done, went on and failed.
         (
             {"is_done": True, "failures": [FAILURE]},
