@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
+
+from shardwright.launchers.plan import hardware
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Dense bf16 peaks in FLOP/s with fp32 accumulation, from NVIDIA's data sheets (half of the figure
-# printed there "with sparsity"). The first row whose words all stand in the device's name holds.
-_PEAK_BF16_FLOPS = [
-    ("B200", 2250e12),
-    ("GH200", 989e12),
-    ("H200 NVL", 835e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-]
 
 
 def training_flops_per_token(
@@ -53,6 +39,9 @@ def matmul_parameters(model: PreTrainedModel) -> int:
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
-    """Return a device's dense bf16 peak in FLOP/s by its CUDA name; None where it is not known."""
-    words = set(re.split(r"[\s-]+", device_name))
-    return next((peak for key, peak in _PEAK_BF16_FLOPS if words.issuperset(key.split())), None)
+    """Return a device's dense bf16 peak in FLOP/s by its CUDA name; None where it is not known.
+
+    From the data sheets that conf/hardware/ names.
+    """
+    device = hardware.of_device(device_name)
+    return None if device is None else device.peak_flops("bf16")

@@ -23,6 +23,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from shardwright.launchers.plan.hardware import GROUP, Hardware
 from shardwright.launchers.sweep.definition import SweepConfig
 from shardwright.train.config.optimizers import OPTIMIZERS, OptimizerFacts
 from shardwright.train.config.section import Section
@@ -218,6 +219,7 @@ def configuration() -> str:
     parts.append(_fields(Sections, own, "", [values], anchors, ""))
     parts += [_group(name, hints[name], anchors) for name in groups]
     parts.append(_experiments())
+    parts.append(_group(GROUP, Hardware, anchors))
     parts.append(_sweeps(anchors))
     return "\n".join(parts)
 

@@ -131,12 +131,12 @@ def _expanded(flag: re.Match[str]) -> str:
     return flag[1] + os.path.expanduser(flag[2])
 
 
-NO_GROUPS = ("hydra", quickly.SWEEPS)
+NO_GROUPS = ("hydra", *quickly.NOT_OF_A_RUN)
 """Folders of conf/ whose files are no part of a run."""
 
 
 def group_options() -> dict[str, list[str]]:
-    """Return the options of each group that comes with the project, by name."""
+    """Return the options of each group of a run that comes with the project, by name."""
     return {
         directory.name: sorted(path.stem for path in directory.glob("*.yaml"))
         for directory in sorted(CONF.iterdir())

@@ -19,8 +19,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-SWEEPS = "sweep"
-"""The folder of conf/ whose files are no part of a run."""
+NOT_OF_A_RUN = ("hardware", "sweep")
+"""Folders of conf/ whose options no run is composed of: commands of their own read them."""
 AS_A_RUN = "hydra.mode=RUN"
 """The override that Hydra 1.3 adds itself where it has found that one run is meant."""
 
@@ -37,8 +37,9 @@ class OneComposition(ConfigLoaderImpl):
     """What the overrides have come to as a run."""
 
     def list_groups(self, parent_name: str) -> list[str]:
-        """Return what `--help` shows as groups: a folder of sweeps is none of a run's."""
-        return [name for name in super().list_groups(parent_name) if parent_name or name != SWEEPS]
+        """Return what the help and the shell's completion offer."""
+        found = super().list_groups(parent_name)
+        return found if parent_name else [name for name in found if name not in NOT_OF_A_RUN]
 
     def load_configuration(
         self,

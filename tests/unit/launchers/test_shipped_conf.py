@@ -10,6 +10,7 @@ import yaml
 from omegaconf import MissingMandatoryValue
 
 from shardwright.launchers.composition.compose import CONF
+from shardwright.launchers.composition.quickly import NOT_OF_A_RUN
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine, resolve
 from shardwright.train.config import (
@@ -36,7 +37,7 @@ CPU = Machine(cores=2)
 OPTIONS = sorted(
     path.relative_to(CONF).with_suffix("")
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "sweep")
+    if path.parent.name not in ("experiment", *NOT_OF_A_RUN)
 )
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
