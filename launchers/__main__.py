@@ -11,7 +11,7 @@ from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 from shardwright.train.process import garbage
 
 COMMANDS = (
-    *("train", "prepare", "resume", "join", "sample", "checkpoints", "recover", "push"),
+    *("train", "sweep", "prepare", "resume", "join", "sample", "checkpoints", "recover", "push"),
     *("status", "logs", "cancel", "sync", "data", "doctor"),
     *("rank", "relay", "requeue"),
 )
@@ -24,6 +24,9 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright train [--dry-run] [group=option] [key=value]
       compose a run, check it and start it; --help lists groups, options and flags,
       --dry-run shows config, engine settings and command, and starts nothing
+  shardwright sweep [SWEEP_DIR] [sweep=NAME] [group=option,option] [key=value,value] [--dry-run]
+      run each combination, several at a time, each as an ordinary run; the same command again
+      continues a sweep that was cut: it skips what is done and resumes the rest
   shardwright prepare [--dry-run] [group=option] [key=value]
       put the tokenizer and tokens that such a run would train on into the cache, and start none
   shardwright resume RUN_DIR [--dry-run] [group=option] [key=value]
@@ -81,6 +84,7 @@ Exit codes
 Examples
   shardwright train experiment=demo
   shardwright train model=gpt2_small strategy=zero2 precision=bf16 trainer.max_steps=2000
+  shardwright sweep model=gpt2_tiny trainer.learning_rate=1e-4,3e-4 sweep.seeds=3
   shardwright train launcher=slurm launcher.nodes=2 launcher.gpus_per_node=8 model=llama_1b
   shardwright sample runs/demo-20260131-120000 --prompt 'def __init__(self'
 """

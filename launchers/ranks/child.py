@@ -107,6 +107,38 @@ def run(
     return Ended(code, request.signals[0] if request.signals else None)
 
 
+def in_background(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    *,
+    cores: Sequence[int] = (),
+    cwd: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a launcher in a session of its own, what it prints appended to a log.
+
+    It has no other cores than those given, if any, and gets SIGTERM when this process is killed.
+    """
+    set_up = _child_setup(os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    def with_cores() -> None:
+        set_up()
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            argv,
+            env={**handed_on(os.environ), **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=cwd,
+            start_new_session=True,
+            preexec_fn=with_cores,
+        )
+
+
 @contextlib.contextmanager
 def _noting_signals(request: _Request, mask: set[int | signal.Signals]) -> Iterator[None]:
     """Have what asks to stop noted by a request; after a run that was stopped, leave it blocked."""

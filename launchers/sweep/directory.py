@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +89,8 @@ class Sweep:
     """The words that all points have in common, flags for a folder of options included."""
     points: tuple[Point, ...] = ()
     """In order of first appearance; a search and a grown grid add to them."""
+    working_directory: str | None = None
+    """Where relative paths in the arguments begin; None is wherever the sweep is run."""
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -98,6 +99,10 @@ class Sweep:
     def run_dir(self, number: int) -> Path:
         """Return the run directory of a point."""
         return self.directory / str(number)
+
+    def log(self, number: int) -> Path:
+        """Return where what the starts of a point print is kept."""
+        return self.directory / POINTS / f"{number}.log"
 
 
 def is_sweep(path: Path) -> bool:
@@ -130,6 +135,7 @@ def read(sweep_dir: Path) -> Sweep:
             definition.from_tree(tree["definition"]),
             tuple(tree["arguments"]),
             tuple(Point(p["number"], p["settings"], tuple(p["overrides"])) for p in tree["points"]),
+            tree.get("working_directory"),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, it lacks what a plan has: {error!r}") from None
@@ -144,6 +150,7 @@ def write_plan(sweep: Sweep) -> None:
         "created": sweep.created,
         "definition": sweep.definition.model_dump(mode="json"),
         "arguments": list(sweep.arguments),
+        "working_directory": sweep.working_directory,
         "objectives": [each.model_dump(mode="json") for each in sweep.objectives],
         "points": [dataclasses.asdict(point) for point in sweep.points],
     }
@@ -192,8 +199,3 @@ def claimed(sweep_dir: Path) -> Iterator[None]:
 def is_alive(sweep_dir: Path) -> bool:
     """Return whether a sweep runs in a directory now. Not for the one that does, as `claimed`."""
     return owner.is_locked(sweep_dir / LOCK)
-
-
-def begun(directory: Path, config: SweepConfig, arguments: tuple[str, ...]) -> Sweep:
-    """Return the plan of a new sweep, without its points."""
-    return Sweep(directory, config.name, time.time(), config, arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shardwright.launchers.composition.compose import quoted
+from shardwright.launchers.composition.errors import PLAIN
 from shardwright.launchers.sweep.directory import Point, PointState, Sweep
 from shardwright.train.config import RunConfig
 
@@ -33,7 +34,8 @@ class Task:
         """Return the arguments of `shardwright` that start it, with words that a place adds."""
         if self.is_resumed:
             return ["resume", str(self.run_dir), *more]
-        place = f"run_dir={quoted(str(self.run_dir))}"
+        path = str(self.run_dir)
+        place = f"run_dir={path if PLAIN.fullmatch(path) else quoted(path)}"
         return ["train", *self.arguments, *self.point.overrides, *more, place]
 
 

@@ -1,0 +1,159 @@
+"""`shardwright sweep`: plan many runs, start them where there is room, continue what was cut."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shardwright.launchers import messages
+from shardwright.launchers.composition.compose import group_options
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine import names
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.sweep import choice, decisions, directory, grid, planning, request
+from shardwright.launchers.sweep.conduct import Conductor
+from shardwright.launchers.sweep.directory import Point, PointState, Sweep
+from shardwright.launchers.sweep.locally import Processes
+from shardwright.launchers.sweep.places import Display, Grid, Lines, Place, Task
+from shardwright.launchers.sweep.planning import Composer
+from shardwright.launchers.sweep.request import Request
+from shardwright.train import program
+from shardwright.train.console import terminal
+from shardwright.train.errors import BAD_INPUT, UserError
+
+parser = request.parser
+"""The command line of `shardwright sweep`."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a sweep, or with --dry-run show it; return the exit code."""
+    if not arguments:
+        parser().print_usage(sys.stderr)
+        return BAD_INPUT
+    groups = group_options()
+    asked = request.of(arguments, groups)
+    wanted = grid.points(asked.config, grid.axes(asked.config, groups))
+    sweep = planning.plan_of(asked, wanted)
+    here = machine.detect(os.environ)
+    if sweep.working_directory is not None and Path(sweep.working_directory).is_dir():
+        os.chdir(sweep.working_directory)
+    if asked.dry_run:
+        return _show(sweep, asked, here)
+    terminal.outlive()
+    with _owned(sweep) as (sweep, is_new):
+        if not is_new:  # its last owner may have added points until just now
+            sweep = planning.plan_of(dataclasses.replace(asked, sweep_dir=sweep.directory), wanted)
+        return _run(sweep, asked, here, Lines())
+
+
+@contextlib.contextmanager
+def _owned(sweep: Sweep) -> Iterator[tuple[Sweep, bool]]:
+    """Own a sweep's directory, made if need be; yield it, and whether it was made.
+
+    What was made is removed again where no plan came of it.
+    """
+    is_new = not directory.is_sweep(sweep.directory)
+    while True:
+        try:
+            sweep.directory.mkdir(parents=True)
+        except FileExistsError:
+            if is_new and any(sweep.directory.iterdir()):
+                sweep = dataclasses.replace(
+                    sweep, directory=names.free(names.following(sweep.directory))
+                )
+                continue
+        except OSError as error:
+            raise UserError(
+                f"sweep_dir={sweep.directory} cannot be created: {error.strerror} "
+                f"({error.filename}); give a directory that is writable"
+            ) from None
+        break
+    try:
+        with directory.claimed(sweep.directory):
+            yield sweep, is_new
+    finally:
+        if is_new and not directory.is_sweep(sweep.directory):
+            shutil.rmtree(sweep.directory, ignore_errors=True)
+
+
+def _prepared(sweep: Sweep, asked: Request, here: Machine) -> tuple[list[Point], Place, Composer]:
+    """Return the points to start, composed and checked, and where they run.
+
+    Raises UserError with what is wrong, before anything starts.
+    """
+    numbers = decisions.to_start(
+        directory.states(sweep), sweep.definition.max_retries, retries_all=asked.retry_failed
+    )
+    points = [sweep.points[number] for number in numbers]
+    composer = Composer(sweep, here, stamp=time.strftime("%Y%m%d-%H%M%S"))
+    planning.check(points, composer.given)
+    configs = [composer.given(point) for point in points or sweep.points[:1]]
+    choice.check_launchers(configs)
+    slots = choice.slots_of(sweep.definition, configs, here)
+    composer.words = slots[0].words
+    composer.here = choice.machine_of(slots[0], here)
+    planning.check(points, composer.task)
+    return points, Processes(slots, Path.cwd()), composer
+
+
+def _show(sweep: Sweep, asked: Request, here: Machine) -> int:
+    points, place, composer = _prepared(sweep, asked, here)
+    states = directory.states(sweep)
+    rows = list(zip(sweep.points, states, strict=True))
+    has_values = any(state.values for state in states)
+    width = messages.terminal_width()
+    print(decisions.table(sweep, rows, width, with_values=has_values, most=len(rows)))
+    print(f"\n{sweep.directory}: {decisions.counts(states)}; runs {place.described()}")
+    print("\n".join(_commands([composer.task(point) for point in points], composer.words)))
+    return 0
+
+
+def _commands(tasks: Sequence[Task], words: Sequence[str]) -> list[str]:
+    """Return what would be started: each resume, and of new runs the first. Pure."""
+    resumed = [task for task in tasks if task.is_resumed]
+    fresh = [task for task in tasks if not task.is_resumed]
+    lines = [program.command(*task.command(*words)) for task in resumed]
+    if fresh:
+        which = f", the first of {len(fresh)} new ones" if len(fresh) > 1 else ""
+        lines.append(f"\n# point {fresh[0].point.number}{which}")
+        lines.append(program.command(*fresh[0].command(*words)))
+    return lines
+
+
+def _run(sweep: Sweep, asked: Request, here: Machine, display: Display) -> int:
+    points, place, composer = _prepared(sweep, asked, here)
+    directory.write_plan(sweep)
+    if not points:
+        display.say("nothing is left to run; to run it all anew, give another sweep_dir")
+        return _told(sweep, directory.states(sweep))
+    rows = {
+        "points": f"{len(sweep.points)}: {decisions.counts(directory.states(sweep))}",
+        "runs": place.described(),
+        "log": f"{sweep.directory}/{directory.POINTS}/N.log, and that of each run",
+        "stop": "Ctrl-C or SIGTERM: points save, and the same command continues",
+    }
+    display.say(f"sweep {sweep.directory}")
+    display.say("\n".join(f"  {name:<10}{text}" for name, text in rows.items()))
+    conductor = Conductor(sweep, place, Grid(), display, composer.task)
+    code = conductor.run(retries_all=asked.retry_failed)
+    _told(conductor.sweep, conductor.states)
+    return code
+
+
+def _told(sweep: Sweep, states: Sequence[PointState]) -> int:
+    """Say what has come of a sweep, and what to do next; return what its states come to."""
+    print(f"\n{decisions.summary(sweep, states, messages.terminal_width())}")
+    for text in (
+        decisions.best_command(sweep, states),
+        decisions.how_to_continue(sweep, states, sweep.definition.max_retries),
+    ):
+        if text is not None:
+            print(text)
+    sys.stdout.flush()
+    return decisions.exit_code(states, was_stopped=False)
