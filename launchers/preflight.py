@@ -61,6 +61,13 @@ def check_job(config: RunConfig) -> None:
         raise UserError("\n".join(problems))
 
 
+def check_hosts(config: RunConfig) -> None:
+    """Raise UserError where the hosts of a resolved config cannot be given a preparation."""
+    check_place(config)
+    if problems := list(launcher_of(config).problems_with_hosts()):
+        raise UserError("\n".join(problems))
+
+
 def check_place(config: RunConfig) -> None:
     """Raise UserError where a run's directory cannot be made."""
     if problems := _run_dir_problems(Path(str(config.run_dir))):

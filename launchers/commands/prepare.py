@@ -14,9 +14,11 @@ from typing import Any
 
 from shardwright.launchers import messages, preflight
 from shardwright.launchers.composition.compose import command_line, compose, resolved
+from shardwright.launchers.hosts import preparing as hosts
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.ranks import child
 from shardwright.launchers.ranks.command import prepare_command
+from shardwright.launchers.registry import launcher_of
 from shardwright.launchers.slurm import preparing
 from shardwright.train.config import RunConfig, to_yaml
 from shardwright.train.console import terminal
@@ -38,18 +40,23 @@ def main(arguments: Sequence[str]) -> int:
     terminal.outlive()
     for config in configs:
         is_job = config.launcher.is_job
+        over_hosts = bool(launcher_of(config).hosts())
         if dry_run:
             print(_settings(config))
-            print(preparing.show(config) if is_job else "", end="\n" if is_job else "")
+            if is_job:
+                print(preparing.show(config))
         preflight.check_data(config)
         if is_job:
             preflight.check_job(config)
+        if over_hosts:
+            preflight.check_hosts(config)
+            print(hosts.show(config) if dry_run else "", end="\n" if dry_run else "")
     worst = 0
     for job, config in [] if dry_run else list(zip(jobs, configs, strict=True)):
         if config.launcher.is_job:
             code = preparing.handed_over(config, is_generated=job.is_named_here)
         else:
-            code = _prepared(config)
+            code = _prepared(config, is_generated=job.is_named_here)
         if code == RESUMABLE or code > 128:
             return code
         worst = worst or code
@@ -78,8 +85,24 @@ def _settings(config: RunConfig) -> str:
     return "\n".join([f"# into {cache_root(config.data)}", *shown])
 
 
-def _prepared(config: RunConfig) -> int:
-    """Prepare the data of one run in a directory that does not stay; return the exit code."""
+def _prepared(config: RunConfig, *, is_generated: bool) -> int:
+    """Prepare the data of one run, here or on the hosts of its launcher; return the exit code."""
+    if launcher_of(config).hosts():
+        ended = hosts.over_hosts(config, is_generated=is_generated)
+    else:
+        ended = _prepared_here(config)
+    if ended.noted is not None:
+        root, width = cache_root(config.data), messages.terminal_width()
+        print("\n".join(described(ended.noted, root, width)))
+    elif ended.code == RESUMABLE:
+        print(f"\nstopped by {ended.stopped_by or 'a signal'}: {KEPT}", file=sys.stderr)
+    elif ended.code != BAD_INPUT:
+        print(f"preparing the data failed: {KEPT}", file=sys.stderr)
+    return ended.code
+
+
+def _prepared_here(config: RunConfig) -> hosts.Outcome:
+    """Prepare the data of one run in a directory that does not stay."""
     with tempfile.TemporaryDirectory(prefix="shardwright-prepare-") as scratch:
         run_dir = Path(scratch)
         (run_dir / LOGS).mkdir()
@@ -93,16 +116,11 @@ def _prepared(config: RunConfig) -> int:
         )
         if ended.code == 0:
             noted = json.loads((run_dir / DATA_JSON).read_text(encoding="utf-8"))
-            print("\n".join(described(noted, cache_root(config.data), messages.terminal_width())))
-            return 0
+            return hosts.Outcome(0, noted)
     if ended.stopped_by is not None or ended.code == RESUMABLE:
-        by = child.asked_by(ended.stopped_by) if ended.stopped_by is not None else "a signal"
-        print(f"\nstopped by {by}: {KEPT}", file=sys.stderr)
-        return RESUMABLE
-    if ended.code != BAD_INPUT:
-        print(f"preparing the data failed: {KEPT}", file=sys.stderr)
-        return FAILED
-    return BAD_INPUT
+        by = child.asked_by(ended.stopped_by) if ended.stopped_by is not None else None
+        return hosts.Outcome(RESUMABLE, stopped_by=by)
+    return hosts.Outcome(BAD_INPUT if ended.code == BAD_INPUT else FAILED)
 
 
 KEPT = (

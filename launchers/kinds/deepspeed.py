@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shardwright.launchers.kinds.launcher import UNKNOWN, Launcher, Task
@@ -26,6 +27,11 @@ LAUNCHERS_ALONE = {
     "OMPI_MCA_plm_rsh_args",
 }
 """Variables that no rank reads."""
+SSH_OPTIONS = (
+    *("-o", "BatchMode=yes"),
+    *("-o", "ControlMaster=no"),  # one of its own would outlive it, with its streams
+    *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"),  # a node that is lost
+)
 _SAFE = r"[\w@%+=:,./-]+"
 """What arrives through a shell without quotes, and through DeepSpeed's quotes without them."""
 
@@ -122,6 +128,35 @@ class Deepspeed(Launcher[DeepspeedLauncher]):
             }
         lines = (f"{name}={in_quotes(value)}\n" for name, value in wanted.items())
         return {DEEPSPEED_ENVIRONMENT: "".join(lines)}
+
+    def hosts(self) -> Sequence[str]:
+        launcher = self.section
+        if launcher.hostfile is None:
+            return ()
+        text = Path(launcher.hostfile).read_text(encoding="utf-8")
+        return list(hostfile.hosts(text, launcher.include, launcher.exclude))
+
+    def on_host(self, host: str, script: str) -> list[str]:
+        launcher = self.section
+        if launcher.backend == "slurm":
+            given = shlex.split(launcher.backend_arguments)
+            one = ("--nodes=1", "--ntasks=1", f"--nodelist={host}", "--overlap")
+            return ["srun", *one, *given, "sh", "-c", script]
+        # As pdsh and mpirun do, both by ssh, but for each node by itself: none of them tells what
+        # a node prints from what it has to say, nor hands on what it is told.
+        port = [] if launcher.ssh_port is None else ["-p", str(launcher.ssh_port)]
+        return ["ssh", "-T", *SSH_OPTIONS, *port, "--", host, f"exec sh -c {shlex.quote(script)}"]
+
+    def problems_with_hosts(self) -> Iterator[str]:
+        launcher = self.section
+        program = "srun" if launcher.backend == "slurm" else "ssh"
+        if shutil.which(program) is None:
+            yield (
+                f"launcher.hostfile={launcher.hostfile}: {program} reaches its hosts, and is not "
+                "installed; install it, or leave the hostfile out"
+            )
+        elif launcher.backend == "slurm":
+            yield from _allocation_problems(launcher)
 
     def problems(self) -> Iterator[str]:
         if self.section.hostfile is not None:

@@ -123,6 +123,23 @@ class Launcher(Generic[SectionT]):
         del environment, machine
         return {}
 
+    # --- what its remote shell reaches ----------------------------------------------------------
+
+    def hosts(self) -> Sequence[str]:
+        """Return the nodes that its remote shell reaches; none where others start there by hand."""
+        return ()
+
+    def on_host(self, host: str, script: str) -> list[str]:
+        """Return the argv that runs a script of a POSIX shell there, its streams being those here.
+
+        Pure.
+        """
+        raise NotImplementedError("it reaches no hosts")
+
+    def problems_with_hosts(self) -> Iterable[str]:
+        """Return a message for each thing that reaching them needs and this machine lacks."""
+        return ()
+
     # --- what else there is to say of it --------------------------------------------------------
 
     def problems(self) -> Iterable[str]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,18 +51,20 @@ def on_one_rank(overrides: Iterable[str]) -> list[str]:
     return [*kept, "strategy=single", "launcher=local"]
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+def start(*arguments: str, cwd: Path, packages: Sequence[Path] = ()) -> subprocess.Popen[str]:
     """Start `shardwright ...` in a directory; `processes` finds all that descends from it."""
-    return start_python("-m", "shardwright", *arguments, cwd=cwd)
+    return start_python("-m", "shardwright", *arguments, cwd=cwd, packages=packages)
 
 
-def start_python(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+def start_python(
+    *arguments: str, cwd: Path, packages: Sequence[Path] = ()
+) -> subprocess.Popen[str]:
+    """Start Python, which finds modules in ``packages`` besides."""
+    path = os.pathsep.join(map(str, [ROOT, *packages]))
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", _MARK: str(cwd)}
-        | SECRETS,
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", _MARK: str(cwd)} | SECRETS,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -112,8 +112,8 @@ ELSEWHERE = {
     "train/export/safetensors.py:__init__": STAGED,
     "train/model/origin.py:_publish": STAGED,
     "train/checkpoint/format/hashed.py:create": "it hashes what it writes, and syncs it",
-    "launchers/commands/prepare.py:_prepared": "in a directory that does not stay",
-    "train/console/progress.py:_tell": "what it says is out of date in a second",
+    "launchers/commands/prepare.py:_prepared_here": "in a directory that does not stay",
+    "train/console/progress.py:_note": "what it says is out of date in a second",
     "train/process/stop_request.py:watch_for_stop": "others have it open, and write into it",
     "train/tracker.py:__init__": "TensorBoard's own file, which grows",
 }

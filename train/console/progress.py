@@ -10,7 +10,7 @@ import os
 import textwrap
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
@@ -36,6 +36,8 @@ Item = TypeVar("Item")
 _console: TextIO | None = None
 _noted_in: Path | None = None
 """A file that tells others what is shown now."""
+_told: Callable[[Phase], object] | None = None
+"""Hears of each phase how far it is, for who shows it elsewhere."""
 _open: list[Phase] = []
 """What is shown now, the innermost last."""
 _last_lines: dict[str, float] = {}
@@ -57,20 +59,25 @@ def is_terminal(console: TextIO) -> bool:
 
 
 @contextmanager
-def shown_on(console: TextIO, noted_in: Path | None = None) -> Iterator[None]:
+def shown_on(
+    console: TextIO | None,
+    noted_in: Path | None = None,
+    told: Callable[[Phase], object] | None = None,
+) -> Iterator[None]:
     """Show this process's phases there inside of the block.
 
-    How far the innermost is stands in the file ``noted_in``, too, which is there as long.
+    How far the innermost is stands in the file ``noted_in``, too, which is there as long, and
+    ``told`` hears of it, from any thread: when it begins, every now and then, and when it ends.
     """
-    global _console, _noted_in
-    before = _console, _noted_in
-    _console, _noted_in = console, noted_in
+    global _console, _noted_in, _told
+    before = _console, _noted_in, _told
+    _console, _noted_in, _told = console, noted_in, told
     _last_lines.clear()
     try:
         yield
     finally:
         end_all()
-        _console, _noted_in = before
+        _console, _noted_in, _told = before
         if noted_in is not None:
             with suppress(OSError):
                 noted_in.unlink()
@@ -150,6 +157,8 @@ class Phase:
         self.done = self._starts_at = starts_at
         self.note = ""
         """What else there is to say."""
+        self.counts: Mapping[str, int] = {}
+        """What else is counted, by what it is called."""
         self._leave, self._shows_start, self._comes_again = leave, shows_start, comes_again
         self._began = self._shown_at = time.monotonic() - silent_seconds
         self._kind = kind or name
@@ -158,12 +167,14 @@ class Phase:
         self._console = console or _console
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._was_shown = False
         self.is_drawn = self._console is not None and is_terminal(self._console)
         """As a bar, and not as lines."""
-        if self._console is None:
+        if self._console is None and _told is None:
             return
         if not comes_again:
             self._show()
+            self._say()
         _open.append(self)
         self._thread = threading.Thread(target=self._live, name="progress", daemon=True)
         self._thread.start()
@@ -173,11 +184,24 @@ class Phase:
         with _lock:
             self.done += count
 
-    def at(self, done: float, note: str | None = None) -> None:
-        """Set how far it is, and what else there is to say."""
+    def at(
+        self, done: float, note: str | None = None, counts: Mapping[str, int] | None = None
+    ) -> None:
+        """Set how far it is, what else there is to say, and what else is counted."""
         self.done = done
         if note is not None:
             self.note = note
+        if counts is not None:
+            self.counts = counts
+
+    @property
+    def starts_at(self) -> float:
+        """How much of it was there already, which took no time."""
+        return self._starts_at
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over.is_set()
 
     def skip(self, count: float) -> None:
         """Count on what was there already, which tells nothing of the rate."""
@@ -204,6 +228,8 @@ class Phase:
             return
         self._thread.join()
         self._thread = None
+        if self._was_shown:
+            self._say()
         with _lock:
             with suppress(ValueError):
                 _open.remove(self)
@@ -225,15 +251,21 @@ class Phase:
         noted_at = 0.0
         while not self._is_over.wait(REFRESH_SECONDS):
             with _lock:
-                if self is _open[-1] and time.monotonic() - noted_at >= NOTED_SECONDS:
-                    noted_at = time.monotonic()
-                    self._tell()
+                if self is _open[-1]:
+                    self._say()
+                    if time.monotonic() - noted_at >= NOTED_SECONDS:
+                        noted_at = time.monotonic()
+                        self._note()
                 if self.is_drawn:
                     self._draw()
                 elif self is _open[-1] and time.monotonic() - self._shown_at >= LIFE_SECONDS:
                     self._line(self.line())
 
-    def _tell(self) -> None:
+    def _say(self) -> None:
+        if _told is not None:
+            _told(self)
+
+    def _note(self) -> None:
         """Tell others how far it is, who see the last whole line."""
         if _noted_in is None:
             return
@@ -244,7 +276,9 @@ class Phase:
 
     def _show(self) -> None:
         """Show it for the first time."""
-        assert self._console is not None
+        self._was_shown = True
+        if self._console is None:
+            return
         if self.is_drawn:
             from tqdm import tqdm
 
@@ -269,17 +303,21 @@ class Phase:
     def _draw(self) -> None:
         assert self._bar is not None
         self._bar.n = self.done
-        self._bar.set_postfix_str(self.note, refresh=False)
+        self._bar.set_postfix_str(self._said(), refresh=False)
         self._bar.refresh()
 
     def _line(self, text: str) -> None:
         self._shown_at = _last_lines[self._kind] = time.monotonic()
         write(text, self._console)
 
+    def _said(self) -> str:
+        counts = (f"{count:,} {what}" for what, count in self.counts.items())
+        return ", ".join(filter(None, [self.note, *counts]))
+
     def line(self) -> str:
         """Return how far it is, as it is printed behind a pipe."""
         seconds = time.monotonic() - self._began
-        facts = [self.note] if self.note else []
+        facts = [said] if (said := self._said()) else []
         if self.unit:
             made = self.done - self._starts_at
             rate = made / max(seconds, 1e-9)

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import traceback
 from contextlib import nullcontext
@@ -13,15 +14,15 @@ from pathlib import Path
 
 from shardwright.train import config
 from shardwright.train.config import RunConfig
-from shardwright.train.console import progress, terminal
+from shardwright.train.console import progress, reports, terminal
 from shardwright.train.data.prepare import prepare, prepare_part
 from shardwright.train.data.tokens import cache
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 from shardwright.train.process import exhausted, signals
 from shardwright.train.process.parent import end_with
-from shardwright.train.process.stop_request import watch_for_stop
+from shardwright.train.process.stop_request import stop_with_standard_input, watch_for_stop
 from shardwright.train.run_directory import owner, stop_request, stopped_preparing
-from shardwright.train.run_directory.names import LOGS, PROGRESS
+from shardwright.train.run_directory.names import LOGS, PROGRESS, RUN_CONFIG
 
 
 def main() -> int:
@@ -34,9 +35,15 @@ def main() -> int:
     parser.add_argument(
         "--part", type=_part, help="I/N: make every N-th shard of the corpus alone, from the I-th"
     )
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        help="tell how far it is on standard output, and stop when standard input does, for a "
+        "process on another node that has made this file in the cache",
+    )
     options = parser.parse_args()
     with terminal.kept_in(options.log) if options.log else nullcontext():
-        return _owned_and_prepared(options.run_dir, options.part)
+        return _owned_and_prepared(options.run_dir, options.part, options.shared)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -46,22 +53,45 @@ def _part(text: str) -> tuple[int, int]:
     return number, of_all
 
 
-def _owned_and_prepared(run_dir: Path, part: tuple[int, int] | None = None) -> int:
+def _owned_and_prepared(
+    run_dir: Path, part: tuple[int, int] | None = None, shared: Path | None = None
+) -> int:
     # In a job several nodes may do this, each for its own disk; the first one owns the run.
     is_first = int(os.environ.get("SLURM_PROCID", "0")) == 0
     is_mine = is_first and not owner.is_launched() and part is None
     try:
+        if shared is not None:
+            _check_shared(run_dir, shared)
         settings = config.load(run_dir)
         with owner.owned(run_dir, print, owner.PREPARING) if is_mine else nullcontext():
             watches = is_mine or owner.acts_for_the_owner()
-            return _watched(run_dir, settings, watches=watches, part=part)
+            tells = shared is not None
+            return _watched(run_dir, settings, watches=watches, part=part, tells=tells)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
+def _check_shared(run_dir: Path, shared: Path) -> None:
+    """Raise UserError where this node sees other directories than the one that has started this."""
+    for name, directory, path in (
+        ("run_dir", run_dir, run_dir / RUN_CONFIG),
+        ("data.cache_dir", shared.parent, shared),
+    ):
+        if not path.is_file():
+            raise UserError(
+                f"{name}={directory} on {socket.gethostname()} is not that of the node where this "
+                "was started; give a directory that all nodes of launcher.hostfile share"
+            )
+
+
 def _watched(
-    run_dir: Path, settings: RunConfig, *, watches: bool, part: tuple[int, int] | None = None
+    run_dir: Path,
+    settings: RunConfig,
+    *,
+    watches: bool,
+    part: tuple[int, int] | None = None,
+    tells: bool = False,
 ) -> int:
     """Have a process of its own do the work, which a signal ends wherever it is.
 
@@ -73,8 +103,11 @@ def _watched(
     parent = os.getpid()
     worker = os.fork()  # before this process has a second thread
     if worker == 0:
-        os._exit(_work(run_dir, settings, parent, watches=watches, part=part))
-    with watch_for_stop(run_dir) if watches else nullcontext():
+        os._exit(_work(run_dir, settings, parent, watches=watches, part=part, tells=tells))
+    with (
+        watch_for_stop(run_dir) if watches else nullcontext(),
+        stop_with_standard_input() if tells else nullcontext(),
+    ):
         try:
             with signals.at_once():
                 os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # it stays its pid's until
@@ -82,7 +115,7 @@ def _watched(
             os.kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
             cache.remove_leftovers(cache.cache_root(settings.data), worker)
-            if part is None:
+            if part is None and not tells:
                 reason = stop_request.said(run_dir) or str(signals.asked())
                 stopped_preparing.note(run_dir, reason)
             return RESUMABLE
@@ -104,17 +137,18 @@ def _work(
     *,
     watches: bool = False,
     part: tuple[int, int] | None = None,
+    tells: bool = False,
 ) -> int:
     """Do the work in a process that ends with its parent; return its exit code."""
     for number in signals.SIGNALS:  # a terminal sends its Ctrl-C to both
         signal.signal(number, signal.SIG_IGN)
     if not end_with(parent):
         return FAILED
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[progress.LogLines(sys.stderr)]
-    )
+    lines = reports.Lines() if tells else progress.LogLines(sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[lines])
     logging.getLogger("shardwright.train").setLevel(logging.INFO)
-    code = _prepared(run_dir, settings, run_dir / LOGS / PROGRESS if watches else None, part)
+    noted_in = run_dir / LOGS / PROGRESS if watches else None
+    code = _prepared(run_dir, settings, noted_in, part, tells=tells)
     sys.stdout.flush()
     sys.stderr.flush()
     return code
@@ -125,18 +159,21 @@ def _prepared(
     settings: RunConfig,
     noted_in: Path | None = None,
     part: tuple[int, int] | None = None,
+    *,
+    tells: bool = False,
 ) -> int:
     """Prepare the data, or a part of them; return the exit code, and have said what went wrong.
 
-    How far it is stands in the file ``noted_in`` while it lasts.
+    How far it is stands in the file ``noted_in`` while it lasts, or is not shown but ``tells``.
     """
+    shown = (None, None, reports.tell) if tells else (sys.stderr, noted_in)
     try:
         model = settings.model
         if model.kind == "pretrained" and (model.other_positions or model.attention != "auto"):
             from shardwright.train.model.pretrained import check_before_data  # which brings torch
 
             check_before_data(model, settings.objective)
-        with progress.shown_on(sys.stderr, noted_in), progress.phase("preparing the data"):
+        with progress.shown_on(*shown), progress.phase("preparing the data"):
             if part is None:
                 prepare(settings, run_dir)
             else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from shardwright.train.console.reports import STOP
 from shardwright.train.process import signals
 from shardwright.train.run_directory.stop_request import FILE, KILL, lines_of
 
@@ -49,3 +51,33 @@ def watch_for_stop(run_dir: Path) -> Iterator[None]:
         listener.join()
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def stop_with_standard_input() -> Iterator[None]:
+    """Have this process stop when its standard input tells it to, or ends, inside of the block.
+
+    A remote shell keeps it open as long as there is who has started it: neither signals nor that
+    one's death get to another node otherwise.
+    """
+    over = threading.Event()
+
+    def listen() -> None:
+        text = b""
+        while not over.is_set():
+            if not select.select([0], [], [], signals.SECONDS_BETWEEN_LOOKS)[0]:
+                continue
+            read = os.read(0, 4096)
+            text += read
+            if b"\n" in text or not read:
+                line = text.decode(errors="replace").partition("\n")[0]
+                signals.request_stop(line.removeprefix(STOP) or "the end of what has started it")
+                return
+
+    listener = threading.Thread(target=listen, name="stop request", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        over.set()
+        listener.join()

@@ -270,13 +270,13 @@ def test_how_far_it_is() -> None:
         {"documents": 3, "tokens": 20, "heldout_documents": 1, "heldout_tokens": 5}, {}, {}, {}
     )
     assert so_far.is_made(0, made) == 100
-    assert so_far.shown() == (100, "4 documents, 25 tokens")
+    assert so_far.shown() == (100, {"documents": 4, "tokens": 25})
     so_far.at(1, (30, 2, 10))
-    assert so_far.shown() == (130, "6 documents, 35 tokens")
+    assert so_far.shown() == (130, {"documents": 6, "tokens": 35})
     so_far.at(1, (50, 3, 24))
     assert so_far.is_made(1, made) == 0
     so_far.at(2, (25, 1, 1))
-    assert so_far.shown() == (250, "9 documents, 51 tokens")  # two bytes a character
+    assert so_far.shown() == (250, {"documents": 9, "tokens": 51})  # two bytes a character
     so_far.at(2, (99, 1, 1))
     assert so_far.shown()[0] == 300
 

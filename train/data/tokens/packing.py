@@ -164,13 +164,13 @@ def _pack(
             stores.append(batch, added)
             shown.advance(sum(len(piece.text) for piece in batch))
             tokens = stores.tokens(held_out=False) + stores.tokens(held_out=True)
-            shown.note = far(documents.total(), tokens)
+            shown.counts = far(documents.total(), tokens)
         return {**stores.counts(documents), "encoder": encoder.note}
 
 
-def far(documents: int, tokens: int) -> str:
-    """Return what is said of how far the work is. Pure."""
-    return f"{documents:,} documents, {tokens:,} tokens"
+def far(documents: int, tokens: int) -> dict[str, int]:
+    """Return what is counted besides, to say how far the work is. Pure."""
+    return {"documents": documents, "tokens": tokens}
 
 
 def counted(pieces: Iterable[Piece], documents: Counter[bool]) -> Iterator[Piece]:

@@ -102,7 +102,8 @@ def make(shards: Mapping[int, Shard], work: Work, cores: Set[int]) -> dict[int, 
                         failed[number] = answer or _ended(
                             workers[connection], shards[number], len(made), len(shards)
                         )
-                shown.at(*so_far.shown())
+                done, counts = so_far.shown()
+                shown.at(done, counts=counts)
     if failed:
         raise failed[min(failed)]
     return made
@@ -132,8 +133,8 @@ class _SoFar:
         self._bytes_read += self._sizes[number]
         return 0
 
-    def shown(self) -> tuple[float, str]:
-        """Return how many bytes are done, and what else there is to say.
+    def shown(self) -> tuple[float, dict[str, int]]:
+        """Return how many bytes are done, and what else is counted.
 
         How far a shard is its characters tell, going by how many others had in their bytes.
         """

@@ -1,0 +1,1 @@
+"""Work on the hosts of a hostfile, started through their remote shell."""
