@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,3 +201,8 @@ def claimed(sweep_dir: Path) -> Iterator[None]:
 def is_alive(sweep_dir: Path) -> bool:
     """Return whether a sweep runs in a directory now. Not for the one that does, as `claimed`."""
     return owner.is_locked(sweep_dir / LOCK)
+
+
+def begun(directory: Path, config: SweepConfig, arguments: tuple[str, ...]) -> Sweep:
+    """Return the plan of a new sweep in the working directory, without its points."""
+    return Sweep(directory, config.name, time.time(), config, arguments, (), os.getcwd())

@@ -41,15 +41,8 @@ def plan_of(request: Request, wanted: Sequence[Point], *, is_search: bool = Fals
     if before is None:
         place = request.sweep_dir or names.free(_generated(config.name))
         points = grid.joined((), wanted, config.limit)
-        return Sweep(
-            place,
-            config.name,
-            time.time(),
-            config,
-            request.arguments,
-            tuple(points),
-            str(Path.cwd()),
-        )
+        sweep = directory.begun(place, config, request.arguments)
+        return dataclasses.replace(sweep, points=tuple(points))
     points = grid.joined(before.points, wanted, config.limit)
     return dataclasses.replace(before, definition=config, points=tuple(points))
 
