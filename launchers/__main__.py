@@ -11,7 +11,8 @@ from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 from shardwright.train.process import garbage
 
 COMMANDS = (
-    *("train", "sweep", "prepare", "resume", "join", "sample", "checkpoints", "recover", "push"),
+    *("train", "plan", "sweep", "prepare", "resume", "join", "sample", "checkpoints"),
+    *("recover", "push"),
     *("status", "logs", "cancel", "sync", "data", "doctor"),
     *("rank", "relay", "requeue"),
 )
@@ -27,6 +28,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright sweep [SWEEP_DIR] [sweep=NAME] [group=option,option] [key=value,value] [--dry-run]
       run each combination, several at a time, each as an ordinary run; the same command again
       continues a sweep that was cut: it skips what is done and resumes the rest
+  shardwright plan --states-only [group=option] [key=value] [hardware=h200x8]
+      memory that the model states of such a run take, as DeepSpeed estimates them
   shardwright prepare [--dry-run] [group=option] [key=value]
       put the tokenizer and tokens that such a run would train on into the cache, and start none
   shardwright resume RUN_DIR [--dry-run] [group=option] [key=value]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from shardwright.launchers.composition.compose import compose
 from shardwright.launchers.composition.errors import qualify
+from shardwright.launchers.plan import hardware
 
 PROGRAM_FLAGS = ("--help", "--version")
 
@@ -53,10 +54,23 @@ def complete(
         parser = below.get(words[1]) if len(words) > 1 else None
         flags = flags_of(parser or parser_of(module_of(command)))
         return [flag for flag in flags if flag.startswith(last)]
-    if command not in ("train", "prepare"):
+    if command == "plan" and (offered := _of_hardware(last)):
+        return offered
+    if command not in ("train", "prepare", "plan"):
         return []
-    overrides = [qualify(word) for word in words[1:] if word != "--dry-run"]
+    settings = [word for word in words[1:] if not word.startswith("--")]
+    overrides = [qualify(word) for word in hardware.split(settings)[1]]
     return " ".join([program, *overrides, last])
+
+
+def _of_hardware(word: str) -> list[str]:
+    """Return the options and keys of hardware that a word begins, where it begins any. Pure."""
+    if word.startswith(group := f"{hardware.GROUP}="):
+        return [found for name in hardware.options() if (found := group + name).startswith(word)]
+    if word.startswith(group := f"{hardware.GROUP}."):
+        keys = (f"{group}{key}=" for key in hardware.known_keys())
+        return [key for key in keys if key.startswith(word)]
+    return [group] if word and (group := f"{hardware.GROUP}=").startswith(word) else []
 
 
 def parser_of(module: str) -> argparse.ArgumentParser:

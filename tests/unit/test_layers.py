@@ -19,6 +19,7 @@ ROOMS = (
     *("train.config", "train.console", "train.charts", "train.optimizer", "train.checkpoint"),
     *("train.run_directory", "train.process", "train.model", "train.data"),
     *("train.strategy", "train.loop", "train.export", "train.sampling", "train.diagnosis"),
+    *("train.plan.facts", "train.plan"),
     *("train.tracker", "train.run", "train.__main__"),
     *("launchers.machine", "launchers.plan", "launchers.composition", "launchers.resumes"),
     *("launchers.messages", "launchers.columns"),

@@ -17,7 +17,7 @@ from tests.unit.launchers.fakes import ROOT
 
 COMMANDS = ("train", "sample")
 FLAG = re.compile(r"(?<!\S)--[a-z][a-z-]*")
-BEHIND_HYDRA = {"train", "prepare"}  # whose own page their --help shows
+BEHIND_HYDRA = {"train", "prepare", "plan"}  # whose own page their --help shows
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,11 @@ BEHIND_HYDRA = {"train", "prepare"}  # whose own page their --help shows
         ("shardwright data nothing --", ["--help"]),
         ("shardwright nothing --", []),
         ("shardwright --help --", []),
+        ("shardwright plan --st", ["--states-only"]),
+        ("shardwright plan ha", ["hardware="]),
+        ("shardwright plan hardware=h200", ["hardware=h200", "hardware=h200_nvl"]),
+        ("shardwright plan hardware.devi", ["hardware.device=", "hardware.devices="]),
+        ("shardwright plan hardware=h200 --json strat", "shardwright strat"),
         ("shardwright train --dr", ["--dry-run"]),
         ("shardwright train ", "shardwright "),
         ("shardwright train strat", "shardwright strat"),

@@ -1,0 +1,40 @@
+"""Say what a run's model is made of: `python -m shardwright.train.plan`, configs in, facts out.
+
+One JSON object on stdin, one on stdout. Nothing is trained, and no tensor has values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from shardwright.train.errors import UserError
+
+
+def main() -> int:
+    """Answer the request; what is wrong with it is an answer, too."""
+    asked = json.load(sys.stdin)
+    # Libraries print to stdout as they like; what is read there is the answer alone.
+    answer_to = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        answer = _answer(asked)
+    except UserError as error:
+        answer = {"error": str(error)}
+    with os.fdopen(answer_to, "w", encoding="utf-8") as out:
+        json.dump(answer, out)
+    return 0
+
+
+def _answer(asked: dict[str, Any]) -> dict[str, Any]:
+    from shardwright.train.config import from_tree
+    from shardwright.train.plan.model import facts_of, planned
+
+    config = from_tree(asked["config"])
+    return {"facts": facts_of(planned(config)).as_json()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What is known of a model before it is trained, as the launcher is told it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter, once where several modules share it."""
+
+    name: str
+    shape: tuple[int, ...]
+    decays: bool
+    """Whether its weight decays: the optimizer's first group."""
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def rows(self) -> int:
+        """What FSDP divides among ranks: the first dimension."""
+        return self.shape[0] if self.shape else 1
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model is made of."""
+
+    parameters: tuple[Parameter, ...]
+    """In the model's order."""
+    largest_layer: int
+    """Most parameters that one module has of its own."""
+
+    @property
+    def count(self) -> int:
+        return sum(parameter.elements for parameter in self.parameters)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, found: Mapping[str, Any]) -> ModelFacts:
+        parameters = tuple(
+            Parameter(p["name"], tuple(p["shape"]), p["decays"]) for p in found["parameters"]
+        )
+        return cls(parameters, found["largest_layer"])

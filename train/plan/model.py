@@ -1,0 +1,56 @@
+"""A run's model without values, and what it is made of."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from shardwright.train.config import RunConfig
+from shardwright.train.loop.trainer import Trainer
+from shardwright.train.model import build as models
+from shardwright.train.plan.facts import ModelFacts, Parameter
+
+
+def planned(config: RunConfig) -> PreTrainedModel:
+    """Return the run's model with its parameters on the meta device; no weights are read.
+
+    Raises UserError where there is no such model, or its config is not to be had here.
+    """
+    model, _ = models.build(config, stand_in(), reads_weights=False)
+    return model
+
+
+def stand_in() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that has special tokens and no others.
+
+    A run's own may have to be trained first; of what a model takes from it nothing has to do with
+    memory or time.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    begin, pad, end, unknown, mask = names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    words = WordLevel({name: index for index, name in enumerate(names)}, unk_token=unknown)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words),
+        bos_token=begin,
+        cls_token=begin,
+        pad_token=pad,
+        eos_token=end,
+        sep_token=end,
+        unk_token=unknown,
+        mask_token=mask,
+    )
+
+
+def facts_of(model: PreTrainedModel) -> ModelFacts:
+    """Return what a model is made of."""
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    parameters = tuple(
+        Parameter(name, tuple(parameter.shape), name in decayed)
+        for name, parameter in model.named_parameters()
+    )
+    own = (
+        sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        for module in model.modules()
+    )
+    return ModelFacts(parameters, max(own))
