@@ -147,8 +147,18 @@ KINDS: dict[str, Callable[[Path, Documents, int], None]] = {
     "jsonl.zst": _compressed(_zstd),
 }
 MASKED = ("objective=mlm", "model=roberta_tiny", f"model.vocab_size={VOCABULARY}")
-LONG = {"jsonl": False, "txt": False, "txt by line": True, "parquet": False, "csv": False}
-"""Where there is one document as long as may be, and whether lines are documents."""
+LONG = {
+    "jsonl": False,
+    "jsonl with emoji": False,
+    "txt": False,
+    "txt by line": True,
+    "parquet": False,
+    "csv": False,
+}
+"""Where there is one document as long as may be, and whether lines are documents.
+
+Python keeps a string that has a character beyond U+FFFF at four bytes a character.
+"""
 
 
 def peak(corpus: Path, tokenizer: Path, here: Machine, *words: str) -> Figures:
@@ -223,9 +233,12 @@ def run(options: argparse.Namespace, directory: Path, here: Machine) -> Figures:
             KINDS[kind](corpus, documents, size * MB)
             note("kinds", kind, size, peak(corpus, tokenizer, here))
             corpus.unlink()
-    whole = "".join(documents)
+    with_emoji = "".join(documents)
     for name, by_line in LONG.items() if options.long else ():
         corpus = directory / f"long.{name.partition(' ')[0]}"
+        whole = with_emoji
+        if "emoji" not in name:
+            whole = whole.encode("ascii", "ignore").decode()
         text = (whole * (1 + options.long * MB // len(whole)))[: options.long * MB]
         if by_line:  # of one line there is one sample, which is no run's
             text = text.replace("\n", " ") + "\n" + whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from shardwright.train.data.sources.files.ranges import Range, line_number
 from shardwright.train.data.sources.files.skipping import Skipping
 
 SPACE = " \t\n\r"
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class _Line(NamedTuple):
@@ -211,4 +213,6 @@ def _no_utf8(where: object) -> BadDocument:
 
 def _without_surrogates(text: str) -> str:
     """Return a text with U+FFFD for each half of a surrogate pair, which JSON can spell alone."""
+    if _HALF.search(text) is None:
+        return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
