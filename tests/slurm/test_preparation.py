@@ -36,8 +36,12 @@ def corpus_of(folder: Path) -> Path:
     words = ["".join(draw.choices("abcdefghij", k=draw.randrange(2, 9))) for _ in range(3000)]
     path = folder / "rows.jsonl"
     with path.open("w") as file:
-        for _ in range(12_000):
-            file.write(json.dumps({"text": " ".join(draw.choices(words, k=200))}) + "\n")
+        texts: list[str] = []
+        for number in range(12_000):
+            is_again = number % 10 == 9  # as a document of another shard
+            text = draw.choice(texts) if is_again else " ".join(draw.choices(words, k=200))
+            texts.append(text)
+            file.write(json.dumps({"text": text}) + "\n")
     return path
 
 
@@ -46,12 +50,14 @@ def tokens(cache: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in index.parent.iterdir()}
 
 
+@pytest.mark.parametrize("deduplicate", [False, True], ids=["all", "unique"])
 def test_a_task_that_is_killed_and_one_that_is_preempted_change_nothing(
-    cluster: Cluster, tmp_path: Path
+    deduplicate: bool, cluster: Cluster, tmp_path: Path
 ) -> None:
     corpus = corpus_of(tmp_path)
-    given = runs.overrides(corpus, tmp_path / "cache")
-    alone = (*runs.overrides(corpus, tmp_path / "alone"), "launcher=local")
+    of_both = f"data.deduplicate={str(deduplicate).lower()}"
+    given = (*runs.overrides(corpus, tmp_path / "cache"), of_both)
+    alone = (*runs.overrides(corpus, tmp_path / "alone"), of_both, "launcher=local")
     ended = cli.shardwright("prepare", *alone, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
 
@@ -91,4 +97,6 @@ def test_a_task_that_is_killed_and_one_that_is_preempted_change_nothing(
     cluster.wait_for_state(job, "COMPLETED", seconds=280)
     assert "start 2" in log(), log()
     assert tokens(tmp_path / "cache") == tokens(tmp_path / "alone")
+    details = json.loads(tokens(tmp_path / "cache")["index.json"])["details"]
+    assert details.get("duplicates") == (1_200 if deduplicate else None)
     assert not list((tmp_path / "cache" / "tokens").glob("*.shards"))

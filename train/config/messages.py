@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
@@ -261,6 +262,8 @@ def nearest_key(key: str) -> str | None:
 def unknown_key_message(key: str) -> str:
     """Say what to write in place of an unknown dotted key."""
     leaf = key.rpartition(".")[2]
+    if (line := _unknown_in_an_entry(key)) is not None:
+        return line
     if leaf in ALIASES:
         return f"unknown key {key}: use {ALIASES[leaf]}"
     if key in known_keys():
@@ -272,6 +275,28 @@ def unknown_key_message(key: str) -> str:
     near = nearest_key(key)
     hint = f"did you mean {near}?" if near else "`shardwright train --cfg job` lists the known ones"
     return f"unknown key {key}: {hint}"
+
+
+def _unknown_in_an_entry(key: str) -> str | None:
+    """Say what an entry of a list of sections has, where an unknown key is in one, as in a.0.b."""
+    outer, _, inner = re.sub(r"\.(\d+)\.", r"[\1].", key, count=1).rpartition("].")
+    name, _, number = outer.partition("[")
+    section, _, field = name.partition(".")
+    entries = [
+        entry
+        for kind in _SECTIONS.get(section, [])
+        if field in kind.model_fields
+        for entry in _sections_of(kind.model_fields[field].annotation, of_lists=True)
+    ]
+    if not entries:
+        return None
+    names = list(entries[0].model_fields)
+    close = difflib.get_close_matches(inner, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return (
+        f"unknown key {name}[{number}].{inner}: {hint}an entry of {name} has "
+        f"{', '.join(names[:-1])} and {names[-1]}"
+    )
 
 
 def problems(errors: list[ErrorDetails]) -> list[str]:
@@ -390,12 +415,12 @@ def _expectation(error: ErrorDetails) -> str:
     return error["msg"][0].lower() + error["msg"][1:]
 
 
-def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+def _sections_of(annotation: Any, *, of_lists: bool = False) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) is tuple:  # what a list holds has no key
+    if get_origin(annotation) is tuple and not of_lists:  # what a list holds has no key
         return []
-    return [s for arg in get_args(annotation) for s in _sections_of(arg)]
+    return [s for arg in get_args(annotation) for s in _sections_of(arg, of_lists=of_lists)]
 
 
 _SECTIONS = {

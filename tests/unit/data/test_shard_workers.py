@@ -312,16 +312,28 @@ prepare(config.load(Path(sys.argv[1])), Path(sys.argv[1]))
 
 
 @pytest.fixture
+def deduplicates() -> bool:
+    """Whether duplicates are left out; a test may say otherwise by a parameter of this name."""
+    return False
+
+
+@pytest.fixture
 def start(
-    corpus: Path, make_config: Callable[..., Any], tmp_path: Path, sentences: Callable[..., str]
+    corpus: Path,
+    make_config: Callable[..., Any],
+    tmp_path: Path,
+    sentences: Callable[..., str],
+    deduplicates: bool,
 ) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
     """Return ``f(cores)``, which starts a preparation of many shards."""
-    rows = (json.dumps({"text": sentences(8, seed=i)}) for i in range(400))
+    distinct = 300 if deduplicates else 400
+    rows = (json.dumps({"text": sentences(8, seed=i % distinct)}) for i in range(400))
     (corpus / "rows.jsonl").write_text("\n".join(rows))
     paths = [str(corpus / "*.txt"), str(corpus / "rows.jsonl")]
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(to_yaml(make_config(data={"paths": paths})))
+    data = {"paths": paths, "deduplicate": deduplicates}
+    (run_dir / "config.yaml").write_text(to_yaml(make_config(data=data)))
     started: list[subprocess.Popen[bytes]] = []
 
     def start(cores: int) -> subprocess.Popen[bytes]:
@@ -427,9 +439,10 @@ def test_what_was_killed_is_continued(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("deduplicates", [False, True], ids=["all", "unique"])
 def test_fifty_kills_at_random_moments(
-    start: Callable[[int], subprocess.Popen[bytes]], tmp_path: Path
+    deduplicates: bool, start: Callable[[int], subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     draw = random.Random(0)
     seconds: list[float] = []
@@ -450,6 +463,8 @@ def test_fifty_kills_at_random_moments(
         return draw.choice(found) if found else None
 
     assert assert_survives(iter([kill] * 50), start, tmp_path) > 25
+    details = json.loads((entry_of(tmp_path / "cache" / "tokens") / "index.json").read_text())
+    assert (details["details"].get("duplicates", 0) >= 100) == deduplicates
 
 
 # --- over nodes -----------------------------------------------------------------------------------

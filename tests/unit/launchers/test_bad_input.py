@@ -37,6 +37,16 @@ def refused(shardwright: Shardwright, *arguments: str) -> str:
         ("trainer.max_step=3", "unknown key trainer.max_step: did you mean trainer.max_steps?"),
         ("max_steps=3", "unknown key max_steps: did you mean trainer.max_steps?"),
         ("+model.hiden_size=8", "unknown key model.hiden_size: did you mean model.hidden_size?"),
+        (
+            "+data.stages=[{tokens: 5, weightz: [1]}]",
+            "unknown key data.stages[0].weightz: did you mean weights? an entry of data.stages has "
+            "tokens, weights and sequence_length",
+        ),
+        (
+            "+data.stages=[{tokens: 5}, {frobnicate: 7}]",
+            "unknown key data.stages[1].frobnicate: an entry of data.stages has tokens, weights "
+            "and sequence_length",
+        ),
         ("strat=zero2", "unknown key strat: did you mean strategy?"),
         ("trainer.max_steps.x=3", "unknown key trainer.max_steps.x: did you mean"),
         ("foo/bar=1", "unknown key foo.bar"),

@@ -114,7 +114,7 @@ def pack(
         all_of_it = _pack(recorder.passing(pieces), sources, encoder, everything, cores)
     counts = join_unique([everything], sources, packing, directory, before)
     shutil.rmtree(everything)
-    return {**all_of_it, **counts}
+    return {**counts, "encoder": all_of_it["encoder"]}  # as where shards are joined
 
 
 def join_unique(
