@@ -66,7 +66,8 @@ def share_of_cuts(
         return share_of((details[name] for name in names), length, causal=causal)
     room = room_of(length, causal=causal)
     counted = [_cut(TokenStore(entry.path, name), suffix, room) for name in names]
-    return Share(sum(n for n, _ in counted), sum(cut for _, cut in counted), padding=0.0)
+    documents, longer, cut = (sum(numbers) for numbers in zip(*counted, strict=True))
+    return Share(documents, longer, cut, padding=0.0)
 
 
 def _rows(config: RunConfig, entry: Entry) -> Entry:
@@ -96,24 +97,26 @@ def _rows(config: RunConfig, entry: Entry) -> Entry:
     return build_once(cache_root(config.data) / ROWS, fingerprint(what), build)
 
 
-def _cut(store: TokenStore, suffix: tuple[int, ...], room: Any) -> tuple[int, int]:
-    """Return how many documents the beginning of a store has, and how many of them are cut.
+def _cut(store: TokenStore, suffix: tuple[int, ...], room: Any) -> tuple[int, int, int]:
+    """Return how many documents the beginning of a store has, longer ones, and others that are cut.
 
     One is where no sample has all of its tokens. A causal sample has one more than it is long.
     """
     import numpy as np
 
-    documents = cut = begin = 0
+    documents = longer = cut = begin = 0
     stride = room.tokens - room.overlap
     for ends in _ends(store, suffix):
         starts = np.concatenate(([begin], ends[:-1]))
         last = np.maximum(ends - 1 - room.overlap, starts)
         documents += len(ends)
-        cut += int((starts // stride < last // stride).sum())
+        does_not_fit = ends - starts > room.tokens
+        longer += int(does_not_fit.sum())
+        cut += int(((starts // stride < last // stride) & ~does_not_fit).sum())
         begin = int(ends[-1])
         if begin >= LOOKED_AT:
             break
-    return documents, cut
+    return documents, longer, cut
 
 
 def _ends(store: TokenStore, suffix: tuple[int, ...]) -> Iterator[Any]:

@@ -147,9 +147,10 @@ def test_what_is_cut_and_what_is_padding_is_counted(tmp_path: Path) -> None:
     counts = write_rows(samples.store, room_of(LENGTH, causal=True), tmp_path, "again")
     assert counts == (4, 1, 3, 23)
     share = share_of([counts], LENGTH, causal=True)
-    assert share == Share(documents=4, cut=1, padding=1 - 20 / 24)
+    assert share == Share(documents=4, longer=1, cut=0, padding=1 - 20 / 24)
     assert str(share) == (
-        "1 of 4 documents (25.0%) are cut, and 16.67% of the positions are padding"
+        "1 of 4 documents (25.0%) are longer than a sample, and cut in any case; of the others 0 "
+        "(0.0%) are cut, and 16.67% of the positions are padding"
     )
 
 
@@ -236,13 +237,14 @@ def test_a_run_is_told_what_each_packing_cuts(
         prepared = prepare(config, tmp_path / name)
         (line,) = [m for m in caplog.messages if m.startswith("data.packing=")]
         found = re.fullmatch(
-            r"data\.packing=(\w+): (\d+) of (\d+) documents \(.*%\) are cut, and (.*)% of the .*",
+            r"data\.packing=(\w+): (\d+) of (\d+) documents \(.*%\) are longer than a sample, and "
+            r"cut in any case; of the others (\d+) \(.*%\) are cut, and (.*)% of the .*",
             line,
         )
         assert found
         assert found[1] == config.data.packing
         assert int(found[3]) == prepared.training.documents
-        told[name] = int(found[2]), float(found[4])
+        told[name] = int(found[2]), int(found[4]), float(found[5])
     # By another way: documents of the store with all their tokens, against the samples' windows.
     store = prepared.train.sources[0].store
     ends = store.document_ends.tolist()
@@ -255,10 +257,10 @@ def test_a_run_is_told_what_each_packing_cuts(
             sample * stride <= start and end <= sample * stride + room
             for sample in range(start // stride + 1)
         )
-    assert told["best_fit"][0] == long
-    assert told["concatenate"] == told["kept"] == (crossing, 0)
+    assert told["best_fit"][:2] == (long, 0)
+    assert told["concatenate"] == told["kept"] == (long, crossing - long, 0)
     assert 0 < long < crossing
-    assert 0 < told["best_fit"][1] < 10
+    assert 0 < told["best_fit"][2] < 10
 
 
 def test_tokens_that_are_fitted_are_those_that_keep_ends(

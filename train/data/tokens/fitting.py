@@ -209,14 +209,19 @@ class Share:
     """How many of some documents are cut, and how much of the rows is padding."""
 
     documents: int
+    longer: int
+    """Than a sample: cut in whatever way they are packed."""
     cut: int
+    """Of the others."""
     padding: float
     """Of all positions."""
 
     def __str__(self) -> str:
-        cut = self.cut / max(1, self.documents)
+        longer = self.longer / max(1, self.documents)
+        cut = self.cut / max(1, self.documents - self.longer)
         return (
-            f"{self.cut:,} of {self.documents:,} documents ({cut:.1%}) are cut, and "
+            f"{self.longer:,} of {self.documents:,} documents ({longer:.1%}) are longer than a "
+            f"sample, and cut in any case; of the others {self.cut:,} ({cut:.1%}) are cut, and "
             f"{self.padding:.2%} of the positions are padding"
         )
 
@@ -229,6 +234,7 @@ def share_of(counts: Any, sequence_length: int, *, causal: bool) -> Share:
     used = sum(each.tokens + (-each.rows if causal else 2 * each.rows) for each in found)
     return Share(
         sum(each.documents for each in found),
-        sum(each.cut for each in found),
-        1 - used / max(1, rows * sequence_length),
+        longer=sum(each.cut for each in found),  # it cuts no other
+        cut=0,
+        padding=1 - used / max(1, rows * sequence_length),
     )
