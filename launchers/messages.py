@@ -18,7 +18,6 @@ from shardwright.launchers.machine.facts import Machine
 from shardwright.train import program
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import RunConfig, TrainerConfig, accumulation_steps, rank_layout
-from shardwright.train.config.tracking import WandbTracking, wandb_unused
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
 from shardwright.train.process import exhausted, inherited, signals
 from shardwright.train.run_directory import stop_note
@@ -123,17 +122,8 @@ def _documents(config: RunConfig) -> str:
 
 
 def _tracking(config: RunConfig, machine: Machine) -> str:
-    tracking = config.tracking
-    if not isinstance(tracking, WandbTracking):
-        return tracking.kind
-    mode: str = tracking.mode
-    if machine.wandb_mode is not None:
-        mode += ", as the environment says"
-    elif mode == "offline" and not machine.has_wandb_key:
-        mode += ": no API key found"
-    unused = wandb_unused(config.name, tracking, os.environ)
-    return f"wandb ({mode})" + (
-        f"; {', '.join(unused)} is overridden by the config" if unused else ""
+    return config.tracking.in_words(
+        config.name, os.environ, machine.wandb_mode, has_key=machine.has_wandb_key
     )
 
 

@@ -15,7 +15,6 @@ from shardwright.launchers.machine import directories, memory
 from shardwright.launchers.machine.facts import Machine, lacking
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.config import OPTIMIZERS, RunConfig
-from shardwright.train.config.tracking import WandbTracking, wandb_problems
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.errors import UserError
 from shardwright.train.paths import not_a_directory
@@ -148,8 +147,6 @@ def _missing_packages(config: RunConfig) -> list[str]:
     optimizer = config.trainer.optimizer
     package = OPTIMIZERS[optimizer].package
     needed = {
-        "tracking=tensorboard": ("tensorboard", config.tracking.kind == "tensorboard"),
-        "tracking=wandb": ("wandb", config.tracking.kind == "wandb"),
         f"precision.fp8_recipe={config.precision.fp8_recipe}": (
             "torchao",
             config.precision.fp8_recipe is not None,
@@ -196,13 +193,15 @@ def _missing_build_tools(config: RunConfig) -> Iterator[str]:
 
 
 def _tracking_problems(config: RunConfig, machine: Machine) -> list[str]:
-    if not isinstance(config.tracking, WandbTracking):
-        return []
-    if problems := wandb_problems(config.tracking, os.environ):
-        return problems
-    if config.tracking.mode == "online" and not machine.has_wandb_key:
+    tracking = config.tracking
+    needed = tracking.packages(os.environ)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        names = [needed[name] for name in missing]
+        what = "package" if len(names) == 1 else "packages"
+        verb = "is" if len(names) == 1 else "are"
         return [
-            "tracking.mode=online, but there is no API key; run `wandb login`, set WANDB_API_KEY, "
-            "or choose tracking.mode=offline"
+            f"tracking={tracking.kind} needs the {what} {' and '.join(names)}, which {verb} not "
+            f"installed; `pip install {' '.join(names)}`"
         ]
-    return []
+    return tracking.problems(os.environ, has_key=machine.has_wandb_key)

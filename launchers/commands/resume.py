@@ -272,12 +272,9 @@ def changed(
 def with_wandb_mode(config: RunConfig, overrides: Sequence[str], mode: str | None) -> RunConfig:
     """Return a config with the mode that the environment asks W&B for today, unless an override
     says another: the run's own may be what `auto` came to where it began. Pure."""
-    if config.tracking.kind != "wandb" or mode is None:
+    if mode is None or any(key == "tracking.mode" for key, _ in _parsed(overrides)):
         return config
-    if any(key == "tracking.mode" for key, _ in _parsed(overrides)):
-        return config
-    tracking = config.tracking.model_copy(update={"mode": mode})
-    return config.model_copy(update={"tracking": tracking})
+    return config.model_copy(update={"tracking": config.tracking.in_mode(mode)})
 
 
 def largest_micro_batch(before: RunConfig, overrides: Sequence[str]) -> int:

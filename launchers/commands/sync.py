@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     terminal.outlive()
     process = subprocess.Popen(
-        [sys.executable, "-m", "shardwright.train.tracker", str(run_dir), "--once"],
+        [sys.executable, "-m", "shardwright.train.tracking", str(run_dir), "--once"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -54,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of `shardwright sync`."""
     found = argparse.ArgumentParser(
         prog="shardwright sync",
-        description="Send TensorBoard or W&B what they lack of a run's metrics.jsonl: after a full "
-        "disk, a tracker that was killed, a server that did not answer.",
+        description="Send a tracker what it lacks of a run's metrics.jsonl: after a full disk, "
+        "a tracker that was killed, a server that did not answer.",
         epilog="Exit codes: 0, 1 if some is still missing, 2 on bad input.",
     )
     found.add_argument("run_dir", metavar="RUN_DIR")

@@ -143,9 +143,8 @@ def resolve(
         tree["strategy"]["nvme_path"] = absolute(tree["strategy"]["nvme_path"])
     launcher = tree["launcher"]
     resolve_launcher(launcher, config, machine)
-    if tree["tracking"].get("mode") == "auto":
-        by_key = "online" if machine.has_wandb_key else "offline"
-        tree["tracking"]["mode"] = machine.wandb_mode or by_key
+    settled = config.tracking.settled(machine.wandb_mode, has_key=machine.has_wandb_key)
+    tree["tracking"] = settled.model_dump(mode="json")
     if data["sequence_length"] == "auto":
         positions = _positions(config.model, tree["model"].get("name"))
         data["sequence_length"] = min(DEFAULT_SEQUENCE_LENGTH, positions or DEFAULT_SEQUENCE_LENGTH)

@@ -115,7 +115,7 @@ ELSEWHERE = {
     "launchers/commands/prepare.py:_prepared_here": "in a directory that does not stay",
     "train/console/progress.py:_note": "what it says is out of date in a second",
     "train/process/stop_request.py:watch_for_stop": "others have it open, and write into it",
-    "train/tracker.py:__init__": "TensorBoard's own file, which grows",
+    "train/tracking/tensorboard.py:__init__": "TensorBoard's own file, which grows",
 }
 """Who makes a file without `write_text`, and why."""
 

@@ -9,17 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shardwright.train import program, tracker
-from shardwright.train.config import RunConfig, load
+from shardwright.train import program
 from shardwright.train.config.tracking import (
+    MlflowTracking,
+    TensorboardTracking,
+    TrackingSection,
+    TrackioTracking,
     WandbTracking,
     most_cautious_mode,
     wandb_mode,
@@ -29,66 +30,29 @@ from shardwright.train.config.tracking import (
     wandb_unused,
 )
 from shardwright.train.loop.callbacks import tracking
-from tests.unit.trackers import expected, of_tensorboard, of_wandb
+from shardwright.train.tracking.lines import Tail
+from tests.unit.trackers import (
+    FIRST,
+    RESUMED,
+    expected,
+    freeze,
+    line,
+    make_run_dir,
+    of_tensorboard,
+    of_wandb,
+    track,
+    write,
+)
+
+run_dir = pytest.fixture(make_run_dir)
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
-
-
-def line(step: int, **values: Any) -> dict[str, Any]:
-    return {"step": step, "samples": 4 * step, "tokens": 256 * step, "time": 1e9 + step, **values}
-
-
-FIRST = [line(1, loss=7.25), line(2, loss=7.0), line(2, eval_loss=7.125), line(4, loss=6.5)]
-# The run was killed at step 4 and resumed at step 2: another evaluation of it, another step 4.
-RESUMED = [
-    line(1, loss=7.25),
-    line(2, loss=7.0),
-    line(2, eval_loss=7.0625),
-    line(4, loss=6.75),
-    line(6, loss=None, stopped_early=True),
-]
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in list(os.environ):
-        if name.startswith("WANDB_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    return tmp_path / "a run"
-
-
-def freeze(run_dir: Path, tree: dict[str, Any], **tracking_values: Any) -> RunConfig:
-    run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(yaml.safe_dump({**tree, "tracking": tracking_values}))
-    return load(run_dir)
-
-
-def write(run_dir: Path, lines: Sequence[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(entry) + "\n" for entry in lines)
-    (run_dir / "metrics.jsonl").write_text(text)
-
-
-def track(run_dir: Path, *flags: str, **options: Any) -> list[str]:
-    """Run the process over what is there; return what it says."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "shardwright.train.tracker", str(run_dir), "--once", *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        **options,
-    )
-    said = [json.loads(text)["text"] for text in ended.stdout.splitlines()]
-    lacks = any("lacks a part of this run" in text for text in said)
-    assert ended.returncode == (1 if lacks else 0), ended.stderr
-    return said
 
 
 def test_tensorboard_shows_metrics_over_a_resume(run_dir: Path, tiny_tree: Any) -> None:
     freeze(run_dir, tiny_tree("clm"), kind="tensorboard")
     write(run_dir, FIRST)
-    assert track(run_dir) == []
+    assert track(run_dir) == [f"tensorboard --logdir '{run_dir / 'tensorboard'}'"]
     assert of_tensorboard(run_dir / "tensorboard") == expected(FIRST, "time")
     write(run_dir, RESUMED)
     track(run_dir)
@@ -152,7 +116,8 @@ def test_a_full_disk_is_told_once_and_what_lacks_comes_later(
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    first, last = track(run_dir, preexec_fn=small_files)
+    where, first, last = track(run_dir, preexec_fn=small_files)
+    assert where.startswith("tensorboard --logdir ")
     assert first.startswith(
         "warning: TensorBoard fails ([Errno 27] File too large); training continues"
     )
@@ -166,7 +131,8 @@ def test_a_full_disk_is_told_once_and_what_lacks_comes_later(
     ended = subprocess.run(
         ["bash", "-c", line_to_run], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", ""), line_to_run
+    assert (ended.returncode, ended.stderr) == (0, ""), line_to_run
+    assert ended.stdout == f"{where}\n"
     assert len(of_tensorboard(run_dir / "tensorboard")["loss"]) == 199
 
 
@@ -196,7 +162,7 @@ def test_a_tracker_that_cannot_start_or_is_killed_is_told(
 
 def test_lines_come_as_they_are_written_and_broken_ones_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    tail = tracker.Tail(path)
+    tail = Tail(path)
     assert list(tail.lines()) == []
     path.write_text(json.dumps(line(1)) + '\n{"step": 2, "ti')
     assert list(tail.lines()) == [line(1)]
@@ -205,7 +171,7 @@ def test_lines_come_as_they_are_written_and_broken_ones_are_left_out(tmp_path: P
     assert list(tail.lines()) == [line(4)], "a full disk has cut step 2 short, and 3 with it"
     tail.rewind()
     assert list(tail.lines()) == [line(1), line(4)]
-    assert list(tracker.Tail(Path("/dev/full")).lines()) == []
+    assert list(Tail(Path("/dev/full")).lines()) == []
 
 
 @pytest.mark.parametrize(
@@ -254,3 +220,31 @@ def test_what_contradicts_the_config_is_an_error() -> None:
     assert wandb_problems(online, {"WANDB_MODE": "of"}) == [
         "WANDB_MODE=of is not known; use online, offline or disabled, or unset it"
     ]
+
+
+def test_what_a_runs_header_says_of_its_tracker() -> None:
+    def said(section: TrackingSection, **environment: str) -> str:
+        return section.in_words("run", environment, None, has_key=False)
+
+    here = MlflowTracking(kind="mlflow")
+    assert said(here) == "mlflow (in the run directory)"
+    by_environment = said(here, MLFLOW_TRACKING_URI="postgresql://me:secret@host/db")
+    assert by_environment == "mlflow (postgresql://***@host/db, by MLFLOW_TRACKING_URI)"
+    there = MlflowTracking(kind="mlflow", uri="http://host:5000")
+    assert said(there, MLFLOW_TRACKING_URI="http://other") == "mlflow (http://host:5000)"
+    assert said(TrackioTracking(kind="trackio"), TRACKIO_DIR="/shared") == "trackio (/shared)"
+    assert said(TrackioTracking(kind="trackio"), TRACKIO_SPACE_ID="me/space") == (
+        "trackio (in the run directory); TRACKIO_SPACE_ID is not used: later by `trackio sync`"
+    )
+    assert said(TensorboardTracking(kind="tensorboard")) == "tensorboard"
+
+
+def test_paths_of_trackers_mean_the_same_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mlflow = MlflowTracking(kind="mlflow", uri="sqlite:///a/b.db").settled(None, has_key=False)
+    trackio = TrackioTracking(kind="trackio", directory="a").settled(None, has_key=False)
+    assert mlflow.uri == f"sqlite:///{tmp_path}/a/b.db"
+    assert trackio.directory == f"{tmp_path}/a"
+    assert MlflowTracking(kind="mlflow").settled(None, has_key=False).uri is None

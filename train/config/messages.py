@@ -112,6 +112,8 @@ ALIASES = {
     "metric_for_best_model": "checkpoint.best_metric",
     "micro_batch": "trainer.micro_batch_size",
     "mixed_precision": "precision=bf16, fp16 or fp8",
+    "mlflow": "tracking=mlflow",
+    "mlflow_tracking_uri": "tracking=mlflow tracking.uri=...",
     "mlm_probability": "objective.masking_rate",
     "model_id": "model=pretrained model.name=...",
     "model_name_or_path": "model=pretrained model.name=...",
@@ -147,7 +149,7 @@ ALIASES = {
     "per_gpu_train_batch_size": "trainer.micro_batch_size",
     "push_to_hub": "run_dir here, and `shardwright push RUN_DIR NAME` when it is done",
     "rampup_batch_size": "trainer.batch_warmup_from and trainer.batch_warmup_samples",
-    "report_to": "tracking=none, tensorboard or wandb",
+    "report_to": "tracking=none, tensorboard, wandb, mlflow or trackio",
     "resume": "run_dir of a new run here; `shardwright resume RUN_DIR` continues one that is there",
     "resume_from_checkpoint": (
         "run_dir of a new run here; `shardwright resume RUN_DIR` continues one that is there"
@@ -170,6 +172,8 @@ ALIASES = {
     "time": "launcher.time_limit",
     "tokenizer_name": "tokenizer=pretrained tokenizer.name=...",
     "torch_compile": "trainer.compile",
+    "tracking_uri": "tracking=mlflow tracking.uri=...",
+    "trackio": "tracking=trackio",
     "train_batch_size": "trainer.global_batch_size",
     "train_data": "data=text data.paths=[...]",
     "train_file": "data=text data.paths=[...]",

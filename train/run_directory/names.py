@@ -27,6 +27,8 @@ STOPPED = "stopped.json"
 PRUNED = "pruned.json"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FOLDER = "wandb"
+MLFLOW_FOLDER = "mlflow"
+TRACKIO_FOLDER = "trackio"
 
 # --- what comes of it -----------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ def refused(shardwright: Shardwright, *arguments: str) -> str:
         ("gradient_accumulation_steps=2", "the accumulation steps follow from it"),
         ("+data.paths=[a]", "data.paths is not a setting of data.kind=stdlib"),
         ("data.paths=[a]", "it belongs to data=text or tokens; choose one of them"),
-        ("tracking.project=x", "it belongs to tracking=wandb; add tracking=wandb"),
+        ("tracking.entity=x", "it belongs to tracking=wandb; add tracking=wandb"),
         ("strategy.stage=2", "it belongs to strategy=zero0, zero1, zero2, zero3,"),
         ("per_device_train_batch_size=4", "use trainer.micro_batch_size"),
         ("num_train_epochs=3", "use trainer.max_epochs"),
@@ -310,6 +310,35 @@ def test_tracker_that_is_not_installed(
     )
     message = refused(shardwright, "tracking=tensorboard", "launcher.device=cpu")
     assert message.startswith("tracking=tensorboard needs the package tensorboard, which is not")
+
+
+def test_what_mlflow_needs_depends_on_where_it_is(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib import util
+
+    found = util.find_spec
+    absent = ("mlflow", "sqlalchemy", "alembic")
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name in absent else found(name))
+    message = refused(shardwright, "tracking=mlflow", "launcher.device=cpu")
+    assert message.endswith("not installed; `pip install mlflow-skinny sqlalchemy alembic`")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    message = refused(shardwright, "tracking=mlflow", "launcher.device=cpu")
+    assert message == (
+        "tracking=mlflow needs the package mlflow-skinny, which is not installed; "
+        "`pip install mlflow-skinny`"
+    )
+
+
+def test_mlflow_writes_to_no_directory(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib import util
+
+    monkeypatch.setattr(util, "find_spec", lambda name: name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    message = refused(shardwright, "tracking=mlflow", "launcher.device=cpu")
+    assert message.startswith("MLFLOW_TRACKING_URI=./mlruns is a directory, to which MLflow writes")
 
 
 def test_a_mode_of_tracking_that_the_environment_contradicts(

@@ -30,7 +30,8 @@ def write(run_dir: Path, tree: dict[str, Any]) -> None:
 
 def test_what_a_tracker_lacks_is_handed_on(shardwright: Shardwright, run_dir: Path) -> None:
     outcome = shardwright("sync", "run")
-    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+    where = f"tensorboard --logdir {run_dir / 'tensorboard'}\n"
+    assert (outcome.code, outcome.out, outcome.err) == (0, where, "")
     assert list((run_dir / "tensorboard").iterdir())
 
 

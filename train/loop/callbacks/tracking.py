@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: rank 0 starts their process, listens to it and ends it."""
+"""The tracker of a run: rank 0 starts its process, listens to it and ends it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 from shardwright.train import program
 from shardwright.train.config import RunConfig
 from shardwright.train.console import progress
-from shardwright.train.run_directory.names import TENSORBOARD_FOLDER
 
 CLOSE_SECONDS = 30.0
 """How long a run that has ended waits for its tracker."""
@@ -25,7 +24,7 @@ STOP_SECONDS = 5.0
 """How long one waits that was told to stop, and may be killed soon."""
 
 OFFLINE_SECONDS = 15.0
-"""How long W&B may take to write a run down that its server has kept waiting until its end."""
+"""How long a tracker may take to write a run down that a server has kept waiting until its end."""
 
 
 class Tracking(TrainerCallback):
@@ -55,7 +54,7 @@ class Tracking(TrainerCallback):
             return
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "shardwright.train.tracker", str(self._run_dir), *flags],
+                [sys.executable, "-m", "shardwright.train.tracking", str(self._run_dir), *flags],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, **program.package_environment(os.environ)},
@@ -68,8 +67,6 @@ class Tracking(TrainerCallback):
             return
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
-        if self._config.tracking.kind == "tensorboard":
-            self._say(f"tensorboard --logdir {self._run_dir / TENSORBOARD_FOLDER}")
 
     def close(self, outcome: str, seconds: float = CLOSE_SECONDS) -> None:
         """Tell the tracker how the run has ended, "done", "stopped" or "failed", and wait for it.
@@ -79,7 +76,7 @@ class Tracking(TrainerCallback):
         if self._process is None:
             return
         code = self._end(outcome, seconds)
-        if code < 0 and not self._is_open and self._config.tracking.kind == "wandb":
+        if code < 0 and not self._is_open and self._config.tracking.has_offline:
             # Its server has not answered yet, so there is nothing to sync either.
             self.start("--once", "--offline")
             code = self._end(outcome, OFFLINE_SECONDS)
