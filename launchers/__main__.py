@@ -13,7 +13,8 @@ from shardwright.train.process import garbage
 COMMANDS = (
     *("train", "plan", "sweep", "prepare", "resume", "join", "sample", "checkpoints"),
     *("recover", "push"),
-    *("status", "logs", "cancel", "sync", "data", "doctor"),
+    *("status", "runs"),
+    *("logs", "cancel", "sync", "data", "doctor"),
     *("rank", "relay", "requeue"),
 )
 """Each is a module, imported when it is asked for: its `main` is the command."""
@@ -49,6 +50,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       upload a model directory with its card to a hub, private unless asked otherwise
   shardwright status RUN_DIR|all
       state in the queue, step, loss, tokens per second, time left, newest checkpoint
+  shardwright runs [PATH...] [KEY=VALUE...] [--sort KEY] [--json|--csv]
+      a table of runs: state, model, strategy, step, losses; filters such as state=done, "loss<3"
   shardwright logs RUN_DIR [--rank N] [--follow]
       what a run shows on its terminal, or its job or one of its ranks prints
   shardwright cancel RUN_DIR [--now]

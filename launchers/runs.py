@@ -121,12 +121,13 @@ def everywhere(here: Path, queued: Mapping[str, Path]) -> list[Path]:
 
 
 def _below(directory: Path, pattern: str) -> list[Path]:
-    parents = sorted(directory.glob(pattern), key=lambda p: (p.parent, _number(p.name), p.name))
+    parents = sorted(directory.glob(pattern), key=place)
     return [path for path in parents if (path / RUN_CONFIG).is_file()]
 
 
-def _number(name: str) -> int:
-    return int(name) if name.isdecimal() else -1
+def place(path: Path) -> tuple[Path, int, str]:
+    """Return what sorts runs: those of a sweep by their number."""
+    return path.parent, int(path.name) if path.name.isdecimal() else -1, path.name
 
 
 def of(run_dir: Path, around: Around | None = None) -> Status:

@@ -26,7 +26,7 @@ ROOMS = (
     *("launchers.kinds", "launchers.slurm", "launchers.registry", "launchers.preflight"),
     *("launchers.hosts", "launchers.ranks", "launchers.requeue", "launchers.relay"),
     *("launchers.launch",),
-    *("launchers.job_end", "launchers.runs", "launchers.sweep"),
+    *("launchers.job_end", "launchers.runs", "launchers.sweep", "launchers.watching"),
     *("launchers.commands", "launchers.__main__"),
     *("shardwright.__main__", "benchmarks"),
 )

@@ -35,6 +35,39 @@ def tail(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """A run's losses on held-out documents: the best one and the last."""
+
+    best: float
+    best_step: int
+    last: float
+    last_step: int
+
+
+def held_out(path: Path) -> HeldOut | None:
+    """Return the held-out losses of a metrics.jsonl, of which only lines with one are parsed."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    found: list[tuple[float, int]] = []
+    at = data.find(_HELD_OUT)
+    while at >= 0:
+        begins, ends = data.rfind(b"\n", 0, at) + 1, data.find(b"\n", at)
+        ends = len(data) if ends < 0 else ends
+        with suppress(ValueError, KeyError, TypeError):
+            line = json.loads(data[begins:ends])
+            found.append((float(line["eval_loss"]), int(line["step"])))
+        at = data.find(_HELD_OUT, ends)
+    if not found:
+        return None
+    return HeldOut(*min(found), *found[-1])
+
+
+_HELD_OUT = b'"eval_loss":'
+
+
 def trim_metrics(run_dir: Path, step: int = 0, *, is_evaluated: bool = False) -> None:
     """Drop the lines of metrics.jsonl that are written again after a step: all where that is 0.
 
