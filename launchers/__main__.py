@@ -13,7 +13,7 @@ from shardwright.train.process import garbage
 COMMANDS = (
     *("train", "plan", "sweep", "prepare", "resume", "join", "sample", "checkpoints"),
     *("recover", "push"),
-    *("status", "runs"),
+    *("status", "runs", "compare"),
     *("logs", "cancel", "sync", "data", "doctor"),
     *("rank", "relay", "requeue"),
 )
@@ -52,6 +52,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       state in the queue, step, loss, tokens per second, time left, newest checkpoint
   shardwright runs [PATH...] [KEY=VALUE...] [--sort KEY] [--json|--csv]
       a table of runs: state, model, strategy, step, losses; filters such as state=done, "loss<3"
+  shardwright compare RUN_DIR RUN_DIR... [--json]
+      what differs between runs in settings, versions and data, and their curves
   shardwright logs RUN_DIR [--rank N] [--follow]
       what a run shows on its terminal, or its job or one of its ranks prints
   shardwright cancel RUN_DIR [--now]
