@@ -16,14 +16,26 @@ from shardwright.launchers.composition.compose import group_options
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
-from shardwright.launchers.sweep import choice, decisions, directory, grid, planning, request
+from shardwright.launchers.sweep import (
+    choice,
+    decisions,
+    directory,
+    grid,
+    objectives,
+    planning,
+    proposers,
+    request,
+    wandb_definition,
+)
+from shardwright.launchers.sweep.choice import Where
 from shardwright.launchers.sweep.conduct import Conductor
 from shardwright.launchers.sweep.directory import Point, PointState, Sweep
-from shardwright.launchers.sweep.locally import Processes
-from shardwright.launchers.sweep.places import Display, Grid, Lines, Place, Task
+from shardwright.launchers.sweep.places import Display, Lines, Task
 from shardwright.launchers.sweep.planning import Composer
 from shardwright.launchers.sweep.request import Request
+from shardwright.launchers.sweep.space import Space
 from shardwright.train import program
+from shardwright.train.config import RunConfig
 from shardwright.train.console import terminal
 from shardwright.train.errors import BAD_INPUT, UserError
 
@@ -38,18 +50,26 @@ def main(arguments: Sequence[str]) -> int:
         return BAD_INPUT
     groups = group_options()
     asked = request.of(arguments, groups)
-    wanted = grid.points(asked.config, grid.axes(asked.config, groups))
-    sweep = planning.plan_of(asked, wanted)
+    searched = proposers.space_of(asked.config, groups)
+    if asked.config.backend == "wandb":
+        words = tuple(wandb_definition.tracked(asked.arguments))
+        asked = dataclasses.replace(asked, arguments=words)
+    wanted: list[Point] = []
+    if searched is None:
+        wanted = grid.points(asked.config, grid.axes(asked.config, groups))
+    is_search = searched is not None
+    sweep = planning.plan_of(asked, wanted, is_search=is_search)
     here = machine.detect(os.environ)
     if sweep.working_directory is not None and Path(sweep.working_directory).is_dir():
         os.chdir(sweep.working_directory)
     if asked.dry_run:
-        return _show(sweep, asked, here)
+        return _show(sweep, asked, here, searched)
     terminal.outlive()
     with _owned(sweep) as (sweep, is_new):
         if not is_new:  # its last owner may have added points until just now
-            sweep = planning.plan_of(dataclasses.replace(asked, sweep_dir=sweep.directory), wanted)
-        return _run(sweep, asked, here, Lines())
+            asked = dataclasses.replace(asked, sweep_dir=sweep.directory)
+            sweep = planning.plan_of(asked, wanted, is_search=is_search)
+        return _run(sweep, asked, here, Lines(), searched)
 
 
 @contextlib.contextmanager
@@ -82,8 +102,10 @@ def _owned(sweep: Sweep) -> Iterator[tuple[Sweep, bool]]:
             shutil.rmtree(sweep.directory, ignore_errors=True)
 
 
-def _prepared(sweep: Sweep, asked: Request, here: Machine) -> tuple[list[Point], Place, Composer]:
-    """Return the points to start, composed and checked, and where they run.
+def _prepared(
+    sweep: Sweep, asked: Request, here: Machine, searched: Space | None
+) -> tuple[list[Point], Where, Composer, RunConfig]:
+    """Return the points to start, composed and checked, where they run, and one as an example.
 
     Raises UserError with what is wrong, before anything starts.
     """
@@ -93,23 +115,29 @@ def _prepared(sweep: Sweep, asked: Request, here: Machine) -> tuple[list[Point],
     points = [sweep.points[number] for number in numbers]
     composer = Composer(sweep, here, stamp=time.strftime("%Y%m%d-%H%M%S"))
     planning.check(points, composer.given)
+    examples = proposers.examples(searched)
     configs = [composer.given(point) for point in points or sweep.points[:1]]
-    choice.check_launchers(configs)
-    slots = choice.slots_of(sweep.definition, configs, here)
-    composer.words = slots[0].words
-    composer.here = choice.machine_of(slots[0], here)
+    configs += proposers.check_examples(examples, composer.given, sweep.definition)
+    objectives.check(sweep.objectives, configs)
+    choice.check_launchers(configs, sweep.definition.backend)
+    where = choice.where(sweep.definition, configs, here)
+    composer.words, composer.here = where.words, where.machine
     planning.check(points, composer.task)
-    return points, Processes(slots, Path.cwd()), composer
+    proposers.check_examples(examples, lambda p: composer.task(p).config, sweep.definition)
+    return points, where, composer, configs[0]
 
 
-def _show(sweep: Sweep, asked: Request, here: Machine) -> int:
-    points, place, composer = _prepared(sweep, asked, here)
+def _show(sweep: Sweep, asked: Request, here: Machine, searched: Space | None) -> int:
+    points, where, composer, _ = _prepared(sweep, asked, here, searched)
     states = directory.states(sweep)
     rows = list(zip(sweep.points, states, strict=True))
     has_values = any(state.values for state in states)
-    width = messages.terminal_width()
-    print(decisions.table(sweep, rows, width, with_values=has_values, most=len(rows)))
-    print(f"\n{sweep.directory}: {decisions.counts(states)}; runs {place.described()}")
+    if rows:
+        width = messages.terminal_width()
+        print(decisions.table(sweep, rows, width, with_values=has_values, most=len(rows)))
+    if searched is not None:
+        print(proposers.described(sweep.definition, searched))
+    print(f"\n{sweep.directory}: {decisions.counts(states)}; runs {where.described}")
     print("\n".join(_commands([composer.task(point) for point in points], composer.words)))
     return 0
 
@@ -126,12 +154,16 @@ def _commands(tasks: Sequence[Task], words: Sequence[str]) -> list[str]:
     return lines
 
 
-def _run(sweep: Sweep, asked: Request, here: Machine, display: Display) -> int:
-    points, place, composer = _prepared(sweep, asked, here)
+def _run(
+    sweep: Sweep, asked: Request, here: Machine, display: Display, searched: Space | None
+) -> int:
+    points, where, composer, example = _prepared(sweep, asked, here, searched)
     directory.write_plan(sweep)
-    if not points:
+    proposer = proposers.proposer(sweep, searched, example)
+    if not points and proposer.is_finished():
         display.say("nothing is left to run; to run it all anew, give another sweep_dir")
         return _told(sweep, directory.states(sweep))
+    place = where.opened()
     rows = {
         "points": f"{len(sweep.points)}: {decisions.counts(directory.states(sweep))}",
         "runs": place.described(),
@@ -140,7 +172,9 @@ def _run(sweep: Sweep, asked: Request, here: Machine, display: Display) -> int:
     }
     display.say(f"sweep {sweep.directory}")
     display.say("\n".join(f"  {name:<10}{text}" for name, text in rows.items()))
-    conductor = Conductor(sweep, place, Grid(), display, composer.task)
+    if searched is not None:
+        display.say(proposers.described(sweep.definition, searched))
+    conductor = Conductor(sweep, place, proposer, display, composer.task)
     code = conductor.run(retries_all=asked.retry_failed)
     _told(conductor.sweep, conductor.states)
     return code

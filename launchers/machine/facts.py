@@ -78,7 +78,7 @@ def detect(environment: Mapping[str, str]) -> Machine:
         cores=len(os.sched_getaffinity(0)),
         has_loopback="lo" in (name for _, name in socket.if_nameindex()),
         torch_has_cuda=not importlib.metadata.version("torch").endswith("+cpu"),
-        has_wandb_key=_has_wandb_key(environment),
+        has_wandb_key=has_wandb_key(environment),
         wandb_mode=wandb_mode(environment),
         free_port=_free_port(),
         cuda_visible_devices=environment.get("CUDA_VISIBLE_DEVICES", ""),
@@ -399,7 +399,8 @@ def _free_port() -> int:
 _WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 
-def _has_wandb_key(environment: Mapping[str, str]) -> bool:
+def has_wandb_key(environment: Mapping[str, str]) -> bool:
+    """Return whether W&B would find a key: in the environment, or in the netrc file."""
     if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     own = environment.get("WANDB_BASE_URL", "").split("//")[-1].split("/")[0]

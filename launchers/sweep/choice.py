@@ -1,25 +1,58 @@
-"""Where the points of a sweep run: here, on the hosts of a hostfile, or as jobs of a cluster."""
+"""Where the points of a sweep run: here, on the hosts of a hostfile, as jobs, or below Ray."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.registry import launcher_of
-from shardwright.launchers.sweep import hosts, locally
+from shardwright.launchers.sweep import hosts, locally, ray_tasks
 from shardwright.launchers.sweep.definition import SweepConfig
 from shardwright.launchers.sweep.locally import Slot
+from shardwright.launchers.sweep.places import Place
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import UserError
 
 
-def check_launchers(configs: Sequence[RunConfig]) -> None:
+@dataclass(frozen=True)
+class Where:
+    """Where points run, before anything is started there."""
+
+    described: str
+    words: tuple[str, ...]
+    """Settings that it adds to each start."""
+    machine: Machine
+    """This machine as a point sees it."""
+    opened: Callable[[], Place]
+
+
+def where(config: SweepConfig, points: Sequence[RunConfig], here: Machine) -> Where:
+    """Return where points run. Raises UserError where there is no room, or Ray is not installed."""
+    if config.backend == "ray":
+        ray_tasks.check_installed()
+        on_gpus = any(each.launcher.device != "cpu" for each in points) and here.torch_has_cuda
+        opened = partial(ray_tasks.opened, config, ranks_of(points), on_gpus, here.cores)
+        return Where("as tasks of Ray", (), here, opened)
+    slots = slots_of(config, points, here)
+    place = locally.Processes(slots, Path.cwd())
+    return Where(place.described(), slots[0].words, machine_of(slots[0], here), lambda: place)
+
+
+def check_launchers(configs: Sequence[RunConfig], backend: str = "here") -> None:
     """Raise UserError where points cannot be started by one place. Configs as they are given."""
     kinds = sorted({config.launcher.kind for config in configs})
     queues = {launcher_of(config).queue is not None for config in configs}
+    if backend == "ray" and (True in queues or any(_hostfile(each) for each in configs)):
+        raise UserError(
+            f"sweep.backend=ray with launcher={','.join(kinds)}: Ray says where a point runs, and "
+            "this launcher does as well; choose launcher=torchrun or local, or leave "
+            "sweep.backend out"
+        )
     if len(queues) > 1:
         raise UserError(
             f"launcher={','.join(kinds)}: the points of a sweep are started here or as jobs, not "
@@ -37,15 +70,23 @@ def check_launchers(configs: Sequence[RunConfig]) -> None:
 
 def slots_of(config: SweepConfig, points: Sequence[RunConfig], here: Machine) -> list[Slot]:
     """Return what each point that runs at a time has to itself."""
-    first = points[0].launcher
-    ranks = None
-    if all(each.launcher.knows_ranks for each in points):
-        ranks = max(each.launcher.ranks_per_node for each in points)
-    if (hostfile := getattr(first, "hostfile", None)) is not None:
+    first, ranks = points[0].launcher, ranks_of(points)
+    if (hostfile := _hostfile(points[0])) is not None:
         return hosts.slots(config, Path(hostfile), first, ranks)
     on_gpus = any(each.launcher.device != "cpu" for each in points)
     devices = locally.devices_of(here) if on_gpus else []
     return locally.slots(config, devices, sorted(os.sched_getaffinity(0)), ranks)
+
+
+def ranks_of(points: Sequence[RunConfig]) -> int | None:
+    """Return the most ranks that a point has; None where that follows from where it runs. Pure."""
+    if not all(each.launcher.knows_ranks for each in points):
+        return None
+    return max(each.launcher.ranks_per_node for each in points)
+
+
+def _hostfile(config: RunConfig) -> str | None:
+    return getattr(config.launcher, "hostfile", None)
 
 
 def machine_of(slot: Slot, here: Machine) -> Machine:

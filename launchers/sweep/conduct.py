@@ -16,7 +16,7 @@ from typing import Any
 
 from shardwright.launchers import runs
 from shardwright.launchers.ranks import child
-from shardwright.launchers.sweep import decisions, directory
+from shardwright.launchers.sweep import decisions, directory, objectives
 from shardwright.launchers.sweep.directory import Point, PointState, Sweep
 from shardwright.launchers.sweep.places import Display, Outcome, Place, Proposer, Task
 from shardwright.train import config as run_config
@@ -27,6 +27,8 @@ from shardwright.train.run_directory.names import METRICS, RUN_CONFIG
 
 POLL_SECONDS = 0.5
 LOG_BYTES = 2**14
+MOST_LOST = 5
+"""How often a point that its place has lost is started again at once, before the sweep gives up."""
 LOG_LINES = 3
 """Of the end of a log, where nothing else says why a point has failed."""
 
@@ -48,6 +50,7 @@ class Conductor:
         self._states = {state.number: state for state in directory.states(sweep)}
         self._running: dict[int, Task] = {}
         self._pruned: dict[int, str] = {}
+        self._lost: dict[int, int] = {}
         self._signals: list[int] = []
         self._logged_before: dict[int, int] = {}
         """Bytes that the log of a point had before this start."""
@@ -78,6 +81,8 @@ class Conductor:
                     break
                 for outcome in self._place.ended(POLL_SECONDS):
                     self._end(outcome)
+                    if self._is_to_start_again(outcome):
+                        waiting.insert(0, outcome.number)
                 self._prune()
                 self._display.update(self.sweep, self.states)
         self._display.close()
@@ -172,6 +177,12 @@ class Conductor:
             return state
         self._await_end(number)
         if not runs.is_done(run_dir, run_config.load(run_dir)):
+            # Pruned by a sweep that was killed before it could stop the run, or say so.
+            if (why := self._proposer.prune(number)) is not None:
+                values = decisions.values(metrics(run_dir), self.sweep.objectives)
+                return dataclasses.replace(
+                    state, state="pruned", why=why, values=values, ended=time.time()
+                )
             return state
         values = decisions.values(metrics(run_dir), self.sweep.objectives)
         return dataclasses.replace(
@@ -227,10 +238,25 @@ class Conductor:
             ended=now,
         )
         self._keep(state)
+        if became == "done":
+            self._check_objectives(task.point)
         if became in ("done", "pruned", "failed"):
             self._proposer.tell(state)
         took = now - state.started if state.started else None
         self._display.say(decisions.ended(task.point, state, took, alike=self._alike(state)))
+
+    def _check_objectives(self, point: Point) -> None:
+        """Raise UserError where a point that is done has not told by what it is compared."""
+        logged = runs.logged(self.sweep.run_dir(point.number))
+        if (why := objectives.missing(logged, self.sweep.objectives)) is not None:
+            raise UserError(f"point {point.number} is done, but {why}")
+
+    def _is_to_start_again(self, outcome: Outcome) -> bool:
+        """Return whether a point is started again at once, as nothing was wrong with it."""
+        if not outcome.is_lost or self._states[outcome.number].state != "stopped":
+            return False
+        self._lost[outcome.number] = self._lost.get(outcome.number, 0) + 1
+        return self._lost[outcome.number] <= MOST_LOST
 
     def _alike(self, state: PointState) -> int | None:
         """Return another point that has failed for the same reason, which is told already."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,6 +260,12 @@ def _rule(rule: Mapping[str, Any], keys: Sequence[str]) -> dict[str, list[Any]]:
 
 def _fits(rule: Mapping[str, list[Any]], settings: Mapping[str, Any]) -> bool:
     return all(settings[key] in values for key, values in rule.items())
+
+
+def excluded(config: SweepConfig, keys: Sequence[str]) -> Callable[[Mapping[str, Any]], bool]:
+    """Return what tells whether a combination of these keys is excluded."""
+    rules = [_rule(rule, keys) for rule in config.exclude]
+    return lambda settings: any(_fits(rule, settings) for rule in rules)
 
 
 def identity(settings: Mapping[str, Any]) -> str:

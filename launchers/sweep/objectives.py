@@ -14,7 +14,7 @@ OF_TRAINING = (
     *("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "peak_memory_bytes"),
     "auxiliary_loss",
 )
-OF_EVALUATIONS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
+OF_EVALUATIONS = (*("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_masked_accuracy"),)
 OF_A_SOURCE = "eval_loss/"
 """Begins the name of the held-out loss of one source, where there are several."""
 NOT_COMPARED = ("step", "samples", "tokens", "time")
@@ -59,7 +59,7 @@ def check(objectives: Iterable[Objective], configs: Iterable[RunConfig]) -> None
 def missing(logged: Mapping[str, Any], objectives: Iterable[Objective]) -> str | None:
     """Say which objective a run that is done has not told, and what it has; None where all. Pure.
 
-    ``logged`` is each value that it has logged last.
+    ``logged`` is each value that it has logged last; one that was not finite is None there.
     """
     for each in objectives:
         if each.metric not in logged:
@@ -68,6 +68,4 @@ def missing(logged: Mapping[str, Any], objectives: Iterable[Objective]) -> str |
                 f"it has not logged {each.metric}, by which sweep.objectives compares; what it has "
                 f"logged is {there_are or 'nothing'}"
             )
-        if logged[each.metric] is None:
-            return f"{each.metric}, by which sweep.objectives compares, is not a number at its end"
     return None

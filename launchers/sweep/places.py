@@ -48,6 +48,8 @@ class Outcome:
     """The exit code of `shardwright train`; minus a signal that killed it."""
     why: str | None = None
     """What the place itself knows of a failure."""
+    is_lost: bool = False
+    """Whether the place has lost it, and nothing was wrong with the point: it is started again."""
 
 
 class Place(Protocol):

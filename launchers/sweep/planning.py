@@ -15,6 +15,7 @@ from shardwright.launchers.composition.compose import Job, compose, plain, quote
 from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.sweep import decisions, directory, grid
+from shardwright.launchers.sweep.definition import SweepConfig
 from shardwright.launchers.sweep.directory import Point, Sweep
 from shardwright.launchers.sweep.places import Task
 from shardwright.launchers.sweep.request import Request
@@ -60,7 +61,7 @@ def _before(request: Request, wanted: Sequence[Point], *, is_search: bool) -> Sw
     given = request.sweep_dir
     if given is None:
         found = [s for s in begun(Path(absolute(SWEEPS))) if not others(s)]
-        same = [s for s in found if s.definition.search == request.config.search]
+        same = [s for s in found if _is_same_search(s.definition, request.config)]
         return max(same, key=lambda s: s.created, default=None)
     if not directory.is_sweep(given):
         if given.is_dir() and any(given.iterdir()):
@@ -73,6 +74,14 @@ def _before(request: Request, wanted: Sequence[Point], *, is_search: bool) -> Sw
     if problems := others(sweep):
         raise UserError(decisions.another_sweep(given, problems))
     return sweep
+
+
+def _is_same_search(before: SweepConfig, now: SweepConfig) -> bool:
+    if now.search.kind == "none" and now.backend != "wandb":
+        return before.search == now.search
+    # What it goes through is told by no list of points.
+    fields = ("search", "grid", "objectives", "backend", "name")
+    return all(getattr(before, name) == getattr(now, name) for name in fields)
 
 
 def begun(folder: Path) -> list[Sweep]:

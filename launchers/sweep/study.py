@@ -43,7 +43,7 @@ LEFT_OUT = "left out"
 """In a trial that was never run: why."""
 JUDGED = "judged at step "
 """In a trial, with the step: what was decided at that evaluation."""
-MOST_LEFT_OUT = 200
+MOST_LEFT_OUT = 50
 """Proposals in a row that may be excluded, or known from before, until there are no more."""
 PIP = "pip install 'shardwright[sweep]'"
 
@@ -382,11 +382,10 @@ class Study:
         return copy.trials[number]
 
     def _are_all_proposed(self) -> bool:
-        """Return whether a grid has no point left; of the other kinds each may be proposed."""
-        if self._search.kind != "grid":
-            return False
-        proposed = {trial.system_attrs.get("grid_id") for trial in self.trials} - {None}
-        return len(proposed) == spaces.combinations(self._space)
+        """Return whether there is nothing new that could be proposed."""
+        count = spaces.combinations(self._space)
+        known = {tuple(trial.params.items()) for trial in self.trials}
+        return count is not None and len(known) >= count
 
     def _why_left_out(
         self, drawn: FrozenTrial, is_excluded: Callable[[Mapping[str, Scalar]], bool]

@@ -23,7 +23,7 @@ SPACE = space.space({RATE: "tag(log,interval(1e-5,1e-1))"}, {})
 
 def begun(sweep_dir: Path, **search: Any) -> Sweep:
     wanted = {"kind": "random", "trials": 3, **search}
-    sweep = directory.begun(sweep_dir, from_tree({"search": wanted}), ())
+    sweep = Sweep(sweep_dir, "a", 0.0, from_tree({"search": wanted}), ())
     directory.write_plan(sweep)
     return sweep
 
