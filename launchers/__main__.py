@@ -13,7 +13,7 @@ from shardwright.train.process import garbage
 COMMANDS = (
     *("train", "plan", "sweep", "prepare", "resume", "join", "sample", "checkpoints"),
     *("recover", "push"),
-    *("status", "runs", "compare"),
+    *("status", "runs", "compare", "watch"),
     *("logs", "cancel", "sync", "data", "doctor"),
     *("rank", "relay", "requeue"),
 )
@@ -54,6 +54,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       a table of runs: state, model, strategy, step, losses; filters such as state=done, "loss<3"
   shardwright compare RUN_DIR RUN_DIR... [--json]
       what differs between runs in settings, versions and data, and their curves
+  shardwright watch RUN_DIR|SWEEP_DIR
+      the progress of what runs elsewhere, until it has ended
   shardwright logs RUN_DIR [--rank N] [--follow]
       what a run shows on its terminal, or its job or one of its ranks prints
   shardwright cancel RUN_DIR [--now]

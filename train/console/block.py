@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import TextIO
 
-from shardwright.train.console import cells
+from shardwright.train.console import cells, progress
 from shardwright.train.console.terminal import Terminal
 
 _CLEAR_LINE, _CLEAR_BELOW = "\x1b[K", "\x1b[J"
@@ -43,8 +43,9 @@ class Block:
     def write(self, text: str) -> None:
         """Print a text that stays, above the block."""
         with self._lock:
-            # Wrapped by the terminal, so that whoever copies it copies it whole.
-            said = "".join(f"{line}{_CLEAR_LINE}\n" for line in text.split("\n"))
+            columns, _ = window(self._console)
+            wrapped = "\n".join(progress.wrapped(line, columns) for line in text.split("\n"))
+            said = "".join(f"{line}{_CLEAR_LINE}\n" for line in wrapped.split("\n"))
             self._draw(said, self._lines)
             if isinstance(self._console, Terminal):
                 for line in text.split("\n"):
