@@ -97,7 +97,7 @@ def test_a_run_is_watched_until_it_is_done(tmp_path: Path, size: tuple[int, int]
         assert "loss 8." in drawn[-1]
         assert "1,234 tokens/s  MFU 41.7%" in drawn[-1]
     if size[0] == 160:
-        assert re.search(r"  \d+% █+.*step .*MFU 41.7%  2.0 GB  \d+ s left", drawn[-1])
+        assert re.search(r"\d+% █+.*step .*MFU 41.7%  2.0 GB  \d+ s left", drawn[-1])
 
 
 def test_ctrl_c_ends_the_watching_alone(tmp_path: Path) -> None:
