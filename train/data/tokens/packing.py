@@ -19,6 +19,7 @@ from shardwright.train.data.tokens.duplicates import (
     first_ones,
 )
 from shardwright.train.data.tokens.encoding import Added, Encoder, Packing
+from shardwright.train.data.tokens.processes import cores_for
 from shardwright.train.data.tokens.store import StoreWriter
 from shardwright.train.data.tokens.workers import encoded
 
@@ -188,7 +189,8 @@ def _encoded(
         yield batch, encoder.encode(batch)
         characters += sum(len(piece.text) for piece in batch)
         if characters >= SIDE_BY_SIDE_FROM_CHARACTERS and len(cores) > 1:
-            yield from encoded(batches, encoder, sorted(cores)[:MOST_PROCESSES])
+            chosen = cores_for(sorted(cores), MOST_PROCESSES, has_filter=False)
+            yield from encoded(batches, encoder, chosen)
 
 
 def batched(pieces: Iterable[Piece], by_line: bool) -> Iterator[list[Piece]]:

@@ -21,6 +21,7 @@ from shardwright.train.data.sources.shards import Shard
 from shardwright.train.data.tokens import shards as on_disk
 from shardwright.train.data.tokens.encoding import Encoder
 from shardwright.train.data.tokens.packing import far
+from shardwright.train.data.tokens.processes import cores_for
 from shardwright.train.data.tokens.shards import Damaged, Made, Work
 from shardwright.train.errors import UserError
 from shardwright.train.process.parent import end_with
@@ -67,9 +68,11 @@ def make(shards: Mapping[int, Shard], work: Work, cores: Set[int]) -> dict[int, 
     failed: dict[int, BaseException] = {}
     waiting = iter(sorted(shards.items()))
     total = sum(shard.size_bytes for shard in shards.values())
+    has_filter = work.data.filter is not None
+    chosen = cores_for(sorted(cores), len(shards), has_filter=has_filter)
     with (
         progress.phase("tokenising", unit="B", total=total) as shown,
-        _started(work, sorted(cores)[: len(shards)], cores) as workers,
+        _started(work, chosen, cores) as workers,
     ):
         so_far = _SoFar(shards)
         in_hand: dict[Connection, int] = {}
