@@ -125,7 +125,7 @@ def over_hosts(config: RunConfig, *, is_generated: bool) -> Outcome:
                 what = f"each of {counted(len(plan.hosts), 'node')} makes a part"
             else:
                 what = f"the corpus is not divided, and {plan.first} prepares all of it"
-            _say(f"{run_dir}: {what}; stop with Ctrl-C or `shardwright cancel`")
+            _say(f"{run_dir}: {what}")
             with (
                 watch_for_stop(run_dir),
                 progress.shown_on(sys.stderr, run_dir / LOGS / PROGRESS),

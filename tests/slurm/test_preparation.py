@@ -31,13 +31,13 @@ runpy.run_module("shardwright.train.data", run_name="__main__", alter_sys=True)
 """
 
 
-def corpus_of(folder: Path) -> Path:
+def corpus_of(folder: Path, documents: int = 12_000) -> Path:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randrange(2, 9))) for _ in range(3000)]
     path = folder / "rows.jsonl"
     with path.open("w") as file:
         texts: list[str] = []
-        for number in range(12_000):
+        for number in range(documents):
             is_again = number % 10 == 9  # as a document of another shard
             text = draw.choice(texts) if is_again else " ".join(draw.choices(words, k=200))
             texts.append(text)
@@ -100,3 +100,33 @@ def test_a_task_that_is_killed_and_one_that_is_preempted_change_nothing(
     details = json.loads(tokens(tmp_path / "cache")["index.json"])["details"]
     assert details.get("duplicates") == (1_200 if deduplicate else None)
     assert not list((tmp_path / "cache" / "tokens").glob("*.shards"))
+
+
+def test_srun_has_the_hosts_of_an_allocation_make_a_part_each(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """By one command within it, as ranks are started there."""
+    corpus = corpus_of(tmp_path, documents=4_000)
+    ended = cli.shardwright(
+        *("prepare", *runs.overrides(corpus, tmp_path / "alone"), "launcher=local"), cwd=tmp_path
+    )
+    assert ended.returncode == 0, ended.stderr
+    packages, hosts = tmp_path / "packages", tmp_path / "hosts"
+    packages.mkdir()
+    (packages / "sitecustomize.py").write_text(
+        "from shardwright.train.data.sources import shards\nshards.LEAST_BYTES = 100_000\n"
+    )
+    hosts.write_text("node1 slots=1\nnode2 slots=1\n")
+    allocation = ("salloc", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2")
+    ended = shardwright(
+        cluster,
+        *("prepare", *runs.overrides(corpus, tmp_path / "cache")),
+        *("launcher=deepspeed", "launcher.backend=slurm", f"launcher.hostfile={hosts}"),
+        *("launcher.backend_arguments='--cpus-per-task=2'", "run_dir=prepared"),
+        cwd=tmp_path,
+        within=(*allocation, "env", f"PYTHONPATH={cli.ROOT}:{packages}"),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "each of 2 nodes makes a part" in ended.stderr
+    assert tokens(tmp_path / "cache") == tokens(tmp_path / "alone")
+    assert not (tmp_path / "prepared").exists()

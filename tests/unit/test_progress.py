@@ -188,6 +188,43 @@ def test_in_a_terminal_bars_are_drawn_and_clocks_go_on(quick: None) -> None:
     screen.close()
 
 
+def test_counts_have_room_in_80_columns_and_are_whole_behind_a_pipe(quick: None) -> None:
+    screen = Screen()
+    with (
+        progress.shown_on(screen.console),
+        progress.phase("tokenising", unit="B", total=96.6e6) as shown,
+    ):
+        shown.at(83.5e6, counts={"documents": 69_144, "tokens": 27_161_005})
+        wait_until(lambda: "69.1k documents, 27.2M" in screen.read())
+        drawn = re.split(r"[\r\n]+|\x1b\[A", screen.read())
+        assert any(re.search(r"86%\|.*83\.5M/96\.6M \[\d+:\d+ left, ", line) for line in drawn)
+        assert max(map(len, drawn)) <= 80
+        assert "69,144 documents, 27,161,005 tokens, 84 MB of 97 MB" in shown.line()
+        shown.counts = {"documents": 7}
+        wait_until(lambda: ", 7 documents]" in screen.read())
+    screen.close()
+
+
+def test_how_far_a_phase_is_can_be_told_elsewhere(quick: None) -> None:
+    """When it begins, now and then, and when it has ended; nothing is shown here."""
+    told: list[tuple[str, float, float, bool]] = []
+
+    def hear(phase: progress.Phase) -> None:
+        told.append((phase.name, phase.done, phase.starts_at, phase.is_over))
+
+    with progress.shown_on(None, told=hear), progress.phase("outer"):
+        with progress.phase("inner", total=9) as shown:
+            assert told[:2] == [("outer", 0, 0, False), ("inner", 0, 0, False)]
+            shown.skip(3)
+            wait_until(lambda: ("inner", 3, 3, False) in told)
+            shown.at(7)
+        assert told[-1] == ("inner", 7, 3, True)
+        with progress.phase("brief", comes_again=True):
+            pass
+    assert told[-1] == ("outer", 0, 0, True)
+    assert not [each for each in told if each[0] == "brief"]
+
+
 def test_what_is_said_while_a_bar_is_drawn_has_a_line_of_its_own(quick: None) -> None:
     ends = os.openpty()
     termios.tcsetwinsize(ends[1], (24, 80))

@@ -28,6 +28,10 @@ NOTED_SECONDS = 2.0
 """Between two notes of how far it is, for those who look from elsewhere."""
 REFRESH_SECONDS = 0.5
 """Between two drawings of a bar, so that its clock keeps running."""
+_COUNTING = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
+)
+"""Of a bar, where counts are to have room within 80 columns."""
 BEGAN = "SHARDWRIGHT_BEGAN"
 """Variable: when a launcher said that it starts ranks, in seconds of the epoch."""
 
@@ -303,15 +307,17 @@ class Phase:
     def _draw(self) -> None:
         assert self._bar is not None
         self._bar.n = self.done
-        self._bar.set_postfix_str(self._said(), refresh=False)
+        if self.counts and self.total:
+            self._bar.bar_format = _COUNTING
+        self._bar.set_postfix_str(self._said(_short), refresh=False)
         self._bar.refresh()
 
     def _line(self, text: str) -> None:
         self._shown_at = _last_lines[self._kind] = time.monotonic()
         write(text, self._console)
 
-    def _said(self) -> str:
-        counts = (f"{count:,} {what}" for what, count in self.counts.items())
+    def _said(self, written: Callable[[float], str] = "{:,}".format) -> str:
+        counts = (f"{written(count)} {what}" for what, count in self.counts.items())
         return ", ".join(filter(None, [self.note, *counts]))
 
     def line(self) -> str:
@@ -377,6 +383,13 @@ def _rate(rate: float, unit: str) -> str:
     if rate < 1:
         return f"{1 / rate:.1f} s a {unit}"
     return f"{rate:.1f} a second" if rate < 100 else f"{_many(rate)} a second"
+
+
+def _short(count: float) -> str:
+    """Return a count in a few characters, for which a bar has room. Pure."""
+    from tqdm import tqdm
+
+    return f"{count:.0f}" if count < 1000 else tqdm.format_sizeof(count)
 
 
 def _many(count: float) -> str:

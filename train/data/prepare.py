@@ -241,7 +241,7 @@ def prepare_part(config: RunConfig, run_dir: Path, part: int, parts: int) -> Non
         # Whoever joins them all does not wait for a part that comes late.
         if cache.find(parent, wanted.name) is None:
             raise
-    log.info("%d of %d shards are this part's, and whole", len(mine), len(divided))
+    log.info("part %d of %d: its %d of %d shards are whole", part, parts, len(mine), len(divided))
 
 
 class _Wanted(NamedTuple):

@@ -6,11 +6,16 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 
 from shardwright.train.config import RunConfig
-from shardwright.train.config.data import TextData
+from shardwright.train.config.data import HubData, TextData
 from shardwright.train.data import prepare
 from shardwright.train.data.prepare import summary
 from shardwright.train.data.sources import filtering
@@ -62,6 +67,15 @@ def dies(text):
         os.abort()
     return True
 
+def by_fields(text, fields):
+    return f"{text} {sorted(fields.items())}"
+
+def by_default(text, least=3):
+    return len(text) >= least
+
+def of_three(text, fields, more):
+    return True
+
 def dies_once(text):
     if not os.path.exists(__file__ + ".died"):
         open(__file__ + ".died", "w").close()
@@ -91,7 +105,7 @@ def data(tmp_path: Path) -> Callable[..., TextData]:
     return of
 
 
-def texts_of(data: TextData, folder: Path, reading: Reading | None = None) -> list[str]:
+def texts_of(data: TextData | HubData, folder: Path, reading: Reading | None = None) -> list[str]:
     whole: list[str] = []
     for piece in read_corpus(data, folder, reading):
         if piece.begins:
@@ -230,6 +244,113 @@ def test_the_tokens_are_those_of_the_functions_file(
     monkeypatch.chdir(tmp_path)
     relative = corpus.model_copy(update={"filter": "own.py:keep"})
     assert located(relative).filter == str(tmp_path / "own.py:keep")
+
+
+# --- the other fields of a row --------------------------------------------------------------------
+
+ROWS: list[dict[str, Any]] = [
+    {"text": "one", "score": 0.5, "meta": {"language": "en", "tags": ["a", "b"]}, "n": "1"},
+    {"text": "two", "score": None, "meta": {"language": "de", "tags": []}, "n": "2"},
+]
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    table = pyarrow.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=1)
+    else:
+        pyarrow.feather.write_feather(table, str(path))
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_array(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("rows.jsonl", write_lines),
+        ("rows.json", write_array),
+        ("rows.parquet", write_table),
+        ("rows.arrow", write_table),
+        ("rows.feather", write_table),
+    ],
+)
+def test_a_function_of_two_arguments_gets_the_other_fields(
+    data: Callable[..., TextData],
+    tmp_path: Path,
+    name: str,
+    write: Callable[[Path, list[dict[str, Any]]], None],
+) -> None:
+    corpus = data("by_fields").model_copy(update={"paths": (str(tmp_path / name),)})
+    write(tmp_path / name, ROWS)
+    expected = []
+    for row in ROWS:
+        others = {key: value for key, value in row.items() if key != "text"}
+        expected.append(f"{row['text']} {sorted(others.items())}")
+    assert texts_of(corpus, tmp_path) == expected
+    within = corpus.model_copy(update={"text_field": "meta.language"})
+    assert texts_of(within, tmp_path) == [
+        f"{row['meta']['language']} {sorted(row.items())}" for row in ROWS
+    ]
+    without = corpus.model_copy(update={"filter": None})
+    assert texts_of(without, tmp_path) == ["one", "two"]
+
+
+@pytest.mark.parametrize(("ending", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_those_of_a_table_of_text_are_texts(
+    data: Callable[..., TextData], tmp_path: Path, ending: str, separator: str
+) -> None:
+    path = tmp_path / f"rows{ending}"
+    rows = [["score", "text", "n"], ["0.5", "one", "1"], ["", "two"]]
+    path.write_text("".join(separator.join(row) + "\n" for row in rows))
+    corpus = data("by_fields").model_copy(update={"paths": (str(path),)})
+    assert texts_of(corpus, tmp_path) == [
+        "one [('n', '1'), ('score', '0.5')]",
+        "two [('score', '')]",
+    ]
+
+
+def test_a_document_in_no_row_has_none_and_a_long_one_keeps_its_own(
+    data: Callable[..., TextData], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("alone")
+    corpus = data("by_fields").model_copy(update={"paths": (str(tmp_path / "a.txt"),)})
+    assert texts_of(corpus, tmp_path) == ["alone []"]
+    long = "word " * PIECE_BYTES
+    write_lines(tmp_path / "rows.jsonl", [{"text": ["x", long, "y"], "n": 7}, {"text": "z"}])
+    corpus = corpus.model_copy(update={"paths": (str(tmp_path / "rows.jsonl"),)})
+    found = texts_of(corpus, tmp_path)
+    assert found == ["x [('n', 7)]", f"{long} [('n', 7)]", "y [('n', 7)]", "z []"]
+
+
+def test_a_data_set_has_them_too(data: Callable[..., TextData], tmp_path: Path) -> None:
+    data("by_fields")
+    datasets.Dataset.from_list(ROWS[:1]).save_to_disk(str(tmp_path / "saved"))
+    hub = HubData(
+        kind="hub",
+        name=str(tmp_path / "saved"),
+        eval_fraction=0,
+        filter=f"{tmp_path}/own.py:by_fields",
+    )
+    (found,) = texts_of(hub, tmp_path)
+    assert found.startswith("one [('meta', {'language': 'en', 'tags': ['a', 'b']}), ('n', '1'), ")
+
+
+def test_one_with_a_default_gets_the_text_alone_and_one_of_three_nothing(
+    data: Callable[..., TextData], tmp_path: Path
+) -> None:
+    assert texts_of(data("by_default", "no", "yes"), tmp_path) == ["yes"]
+    with pytest.raises(
+        UserError,
+        match=r"own.py:of_three: it cannot be imported: TypeError: of_three takes 3 arguments, and "
+        r"is called with a document's text, or with that and the other fields of its row",
+    ):
+        texts_of(data("of_three", "text"), tmp_path)
 
 
 def test_a_run_says_how_many_were_dropped(

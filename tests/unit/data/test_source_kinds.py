@@ -39,7 +39,7 @@ from tests.unit.data.kinds import (
 def texts(path: Path, field: str = "text", by_line: bool = False) -> list[str]:
     """Return the documents of a file, the pieces of each joined."""
     documents: list[str] = []
-    for text, begins, _ in read_file(path, field, by_line):
+    for text, begins, *_ in read_file(path, field, by_line):
         if begins:
             documents.append(text)
         else:

@@ -57,7 +57,7 @@ def test_a_corpus_that_is_not_divided_is_prepared_by_the_first_host(
 ) -> None:
     ended = shardwright("prepare", *overrides(tmp_path, ["node1", "far"]))
     assert ended.code == 0, ended.err
-    assert "prepared: the corpus is not divided, and node1 prepares all of it; stop" in ended.err
+    assert "prepared: the corpus is not divided, and node1 prepares all of it\n" in ended.err
     assert ended.out.startswith(f"  tokens      {tmp_path}/cache/tokens/")
     assert {path.name for path in tmp_path.iterdir()} == {"hosts", "corpus", "cache"}
     assert not list((tmp_path / "cache").glob(".shared-*"))

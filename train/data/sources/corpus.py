@@ -126,7 +126,7 @@ def _pieces(
     for part, texts in parts:
         if data.filter is not None:
             texts = filtering.filtered(texts, data.filter, reading)
-        for text, begins, ends in texts:
+        for text, begins, ends, _ in texts:
             if begins:
                 if ends and not text.strip():
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import signal
 import sys
@@ -31,12 +32,12 @@ def main(name: str, parent: int) -> None:
         except BaseException as error:
             write(answers, f"it cannot be imported: {_said(error)}")
             return
-        write(answers, None)
+        write(answers, takes_fields(call))
         while True:
-            write(answers, [answered(call, document) for document in read(given)])
+            write(answers, [answered(call, *document) for document in read(given)])
 
 
-def imported(found: Function) -> Callable[[str], Any]:
+def imported(found: Function) -> Callable[..., Any]:
     """Return the function; raise what its module raises, or AttributeError, or TypeError."""
     if found.is_path:
         spec = importlib.util.spec_from_file_location("shardwright_filter", found.module)
@@ -51,13 +52,33 @@ def imported(found: Function) -> Callable[[str], Any]:
     call = getattr(module, found.name)
     if not callable(call):
         raise TypeError(f"{found.name} is {type(call).__name__}, and is not called")
+    if (count := _required(call)) > 2:
+        raise TypeError(
+            f"{found.name} takes {count} arguments, and is called with a document's text, or with "
+            "that and the other fields of its row"
+        )
     return call
 
 
-def answered(call: Callable[[str], Any], document: str) -> bool | str | Failed:
+def takes_fields(call: Callable[..., Any]) -> bool:
+    """Return whether a function is called with what else a document's row has: if it has to be."""
+    return _required(call) == 2
+
+
+def _required(call: Callable[..., Any]) -> int:
+    """Return how many arguments a function has to be given by their places."""
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):  # one that is compiled may not tell
+        return 1
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in by_place and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def answered(call: Callable[..., Any], *document: Any) -> bool | str | Failed:
     """Return what becomes of a document: whether it stays, or its new text."""
     try:
-        answer = call(document)
+        answer = call(*document)
     except Exception as error:
         return Failed(_said(error))
     if isinstance(answer, bool | str):

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,14 @@ from shardwright.train.program import package_environment
 BATCH_CHARACTERS = 2**18
 BATCH_TEXTS = 256
 KEY = "data.filter"
+
+
+class Document(NamedTuple):
+    """What a function decides over."""
+
+    text: str
+    fields: Mapping[str, Any]
+    """What else there is in its row; nothing where it is in none."""
 
 
 class Function(NamedTuple):
@@ -122,26 +130,34 @@ def filtered(texts: Iterable[Text], name: str, reading: Reading) -> Iterator[Tex
     """
     for batch in _batches(texts):
         for document, answer in zip(batch, _running(name).answers(batch), strict=True):
-            text = document if answer is True else answer or ""
+            text = document.text if answer is True else answer or ""
             if text.strip():
                 yield from pieces(text)
             else:
                 reading.filtered += 1
 
 
-def _batches(texts: Iterable[Text]) -> Iterator[list[str]]:
+def takes_fields(name: str | None) -> bool:
+    """Return whether a function takes what else is in a document's row, beside its text."""
+    return name is not None and _running(name).takes_fields
+
+
+def _batches(texts: Iterable[Text]) -> Iterator[list[Document]]:
     """Yield whole documents, as many as are sent at once; those without any text are left out."""
-    batch: list[str] = []
+    batch: list[Document] = []
     parts: list[str] = []
+    fields: Mapping[str, Any] = {}
     characters = 0
-    for text, begins, ends in texts:
-        parts = [text] if begins else [*parts, text]
-        if not ends:
+    for piece in texts:
+        if piece.begins:
+            parts, fields = [], piece.fields or {}
+        parts.append(piece.text)
+        if not piece.ends:
             continue
         document = "".join(parts)
         if not document.strip():
             continue
-        batch.append(document)
+        batch.append(Document(document, fields))
         characters += len(document)
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_TEXTS:
             yield batch
@@ -171,8 +187,15 @@ class _Process:
     def __init__(self, name: str) -> None:
         self._name = name
         self._child: subprocess.Popen[bytes] | None = None
+        self._takes_fields = False
 
-    def answers(self, documents: Sequence[str]) -> list[bool | str]:
+    @property
+    def takes_fields(self) -> bool:
+        if self._child is None:
+            self._start()
+        return self._takes_fields
+
+    def answers(self, documents: Sequence[Document]) -> list[bool | str]:
         try:
             return self._checked(documents, self._call(documents))
         except _Ended:
@@ -187,12 +210,13 @@ class _Process:
                 "process has ended"
             ) from None
 
-    def _call(self, documents: Sequence[str]) -> list[Any]:
+    def _call(self, documents: Sequence[Document]) -> list[Any]:
         child = self._child or self._start()
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            write(child.stdin, list(documents))
+            given = [tuple(each) if self._takes_fields else (each.text,) for each in documents]
+            write(child.stdin, given)
             found = read(child.stdout)
         except (BrokenPipeError, EOFError):
             self._child = None
@@ -213,15 +237,15 @@ class _Process:
         )
         assert child.stdout is not None
         try:
-            problem = read(child.stdout)
+            answer = read(child.stdout)
         except EOFError:
             with child:
                 code = child.wait()
-            problem = f"its process ended with exit code {code} while it was imported"
-        if problem is not None:
+            answer = f"its process ended with exit code {code} while it was imported"
+        if isinstance(answer, str):  # what is wrong with it
             child.kill()
-            raise UserError(f"{KEY}={self._name}: {problem}")
-        self._child = child
+            raise UserError(f"{KEY}={self._name}: {answer}")
+        self._child, self._takes_fields = child, bool(answer)
         return child
 
     def stop(self) -> None:
@@ -231,14 +255,14 @@ class _Process:
             with child:  # closes the pipes
                 pass
 
-    def _checked(self, documents: Sequence[str], answers: Sequence[Any]) -> list[bool | str]:
+    def _checked(self, documents: Sequence[Document], answers: Sequence[Any]) -> list[bool | str]:
         for document, answer in zip(documents, answers, strict=True):
             if isinstance(answer, Failed):
                 raise UserError(f"{self._at(document)}: {answer.message}")
         return list(answers)
 
-    def _at(self, document: str) -> str:
-        begin = document.strip()[:60]
+    def _at(self, document: Document) -> str:
+        begin = document.text.strip()[:60]
         return f"{KEY}={self._name} failed at the document that begins with {begin!r}"
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.train.config.data import HubData
+from shardwright.train.data.sources import filtering
 from shardwright.train.data.sources.files.errors import column_missing, no_text
-from shardwright.train.data.sources.files.pieces import Text, pieces
+from shardwright.train.data.sources.files.fields import others
+from shardwright.train.data.sources.files.pieces import Row, Text, pieces
 from shardwright.train.data.sources.files.reading import identity as file_identity
 from shardwright.train.data.sources.source import DataSet, Reading, Source, code
 from shardwright.train.errors import UserError
@@ -27,7 +29,8 @@ class Hub(Source[HubData]):
         yield from not_a_directory("data.name", self.data.name, "the data set")
 
     def texts(self, cache_dir: Path, reading: Reading) -> Iterator[Iterable[Text]]:
-        yield (piece for row in rows(self.data) for piece in pieces(row))
+        wanted = filtering.takes_fields(self.data.filter)
+        yield (piece for row in rows(self.data, with_fields=wanted) for piece in pieces(*row))
 
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
         return {"sources": identity(self.data)}
@@ -53,7 +56,7 @@ class Hub(Source[HubData]):
         return DataSet(name, self.data.config, self.data.revision)
 
 
-def rows(data: HubData) -> Iterator[str]:
+def rows(data: HubData, *, with_fields: bool = False) -> Iterator[Row]:
     """Yield the text column of a data set, row by row; raise UserError where it is not there."""
     for number, row in enumerate(_read(data)):
         if data.text_field not in row:
@@ -64,7 +67,7 @@ def rows(data: HubData) -> Iterator[str]:
         if not isinstance(text, str):
             where = f"row {number} of data.name={data.name}"
             raise no_text(where, data.text_field, type(text).__name__)
-        yield text
+        yield Row(text, others(row, data.text_field) if with_fields else None)
 
 
 def _read(data: HubData) -> Iterator[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.train.config.data import TextData
+from shardwright.train.data.sources import filtering
 from shardwright.train.data.sources.files.errors import is_empty
 from shardwright.train.data.sources.files.file import Remote, is_url, name_of
 from shardwright.train.data.sources.files.paths import check_overlap, expand, file_at, is_glob
@@ -92,7 +93,10 @@ class LocalFiles(Source[TextData]):
         bad = Skipping(reading.skipped if skips else None)
         has_text = within is not None and within.begin > 0
         longest = self.data.max_document_bytes
-        for piece in read_file(path, *settings, within, bad=bad, most_bytes=longest):
+        wanted = filtering.takes_fields(self.data.filter)
+        for piece in read_file(
+            path, *settings, within, bad=bad, most_bytes=longest, with_fields=wanted
+        ):
             has_text = has_text or bool(piece.text.strip())
             yield piece
         if within is not None and not has_text and not bad.count:

@@ -12,15 +12,19 @@ from shardwright.train.data.sources.files.errors import (
     row_is_bad,
     twice,
 )
+from shardwright.train.data.sources.files.fields import others
 from shardwright.train.data.sources.files.file import File
 from shardwright.train.data.sources.files.formats import ending
+from shardwright.train.data.sources.files.pieces import Row
 from shardwright.train.data.sources.files.ranges import Range
 from shardwright.train.data.sources.files.skipping import Skipping
 
 SEPARATORS = {".csv": (",", "comma"), ".tsv": ("\t", "tab")}
 
 
-def rows(file: File, text_field: str, within: Range | None, bad: Skipping) -> Iterator[str]:
+def rows(
+    file: File, text_field: str, within: Range | None, bad: Skipping, with_fields: bool = False
+) -> Iterator[Row]:
     """Yield the text column; a field within quotes may hold any sign, in both formats."""
     assert within is None, "nobody can begin midway"
     csv.field_size_limit(2**31 - 1)
@@ -44,7 +48,9 @@ def rows(file: File, text_field: str, within: Range | None, bad: Skipping) -> It
                 kind, why = problem
                 bad.meet(row_is_bad(kind, f"{file}, line {first_line}", why))
             elif row:
-                yield row[column]
+                named = zip(header, row, strict=False)  # a row may lack its last ones
+                fields = others(dict(named), text_field) if with_fields else None
+                yield Row(row[column], fields)
             first_line = reader.line_num + 1
     except csv.Error as error:
         what = f"is not {ending(file.name)[1:].upper()} ({error})"

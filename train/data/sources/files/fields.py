@@ -25,6 +25,11 @@ def texts_at(row: Mapping[str, Any], field: str, where: object) -> Iterator[str]
     yield from texts_within(row, names_of(row, field), field, where)
 
 
+def others(row: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Return what a row has besides its text, all of it where that is deeper within. Pure."""
+    return {name: value for name, value in row.items() if name != field}
+
+
 def texts_within(value: Any, names: Sequence[str], field: str, where: object) -> Iterator[str]:
     """Yield the texts of a value that names lead to, from there on. Pure."""
     if value is None:

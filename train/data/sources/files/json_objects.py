@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from shardwright.train.data.sources.files.decoding import decoded, has_bad_bytes, lines
 from shardwright.train.data.sources.files.errors import FILES, BadDocument, row_is_bad
-from shardwright.train.data.sources.files.fields import texts_at
+from shardwright.train.data.sources.files.fields import others, texts_at
 from shardwright.train.data.sources.files.file import File
+from shardwright.train.data.sources.files.pieces import Row
 from shardwright.train.data.sources.files.ranges import Range, line_number
 from shardwright.train.data.sources.files.skipping import Skipping
 
@@ -30,8 +31,8 @@ class _Line(NamedTuple):
 
 
 def rows_of_lines(
-    file: File, text_field: str, within: Range | None, bad: Skipping
-) -> Iterator[str]:
+    file: File, text_field: str, within: Range | None, bad: Skipping, with_fields: bool = False
+) -> Iterator[Row]:
     """Yield the texts of a .jsonl file's objects."""
     for number, line in enumerate(lines(decoded(file, within=within, bad=bad)), 1):
         if not line.strip():
@@ -40,11 +41,13 @@ def rows_of_lines(
         try:
             if has_bad_bytes(line):
                 raise _no_utf8(where)
-            texts = _texts(_loaded(line, where), text_field, where, "\\u" in line)
+            loaded = _loaded(line, where)
+            texts = _texts(loaded, text_field, where, "\\u" in line)
         except BadDocument as error:
             bad.meet(error)
         else:
-            yield from texts
+            fields = others(loaded, text_field) if with_fields else None
+            yield from (Row(text, fields) for text in texts)
 
 
 def _loaded(line: str, where: object) -> Any:
@@ -57,8 +60,8 @@ def _loaded(line: str, where: object) -> Any:
 
 
 def rows_of_array(
-    file: File, text_field: str, within: Range | None, bad: Skipping
-) -> Iterator[str]:
+    file: File, text_field: str, within: Range | None, bad: Skipping, with_fields: bool = False
+) -> Iterator[Row]:
     """Yield the texts of the objects of a .json file: of an array, or one behind the other.
 
     Memory is bounded by the longest of them. Behind what is not JSON nothing more is read.
@@ -66,7 +69,7 @@ def rows_of_array(
     assert within is None, "nobody can begin midway"
     files = bad.files
     try:
-        yield from _rows_of_array(file, text_field, bad)
+        yield from _rows_of_array(file, text_field, bad, with_fields)
     except BadDocument as error:
         if not bad.skips:
             raise
@@ -74,7 +77,7 @@ def rows_of_array(
             bad.meet(BadDocument(FILES, error.before, error.place, error.after))
 
 
-def _rows_of_array(file: File, text_field: str, bad: Skipping) -> Iterator[str]:
+def _rows_of_array(file: File, text_field: str, bad: Skipping, with_fields: bool) -> Iterator[Row]:
     for found in _Objects(file).read(decoded(file, bad=bad)):
         try:
             if found.has_bad_bytes:
@@ -85,7 +88,8 @@ def _rows_of_array(file: File, text_field: str, bad: Skipping) -> Iterator[str]:
                 raise
             bad.meet(error)
         else:
-            yield from texts
+            fields = others(found.row, text_field) if with_fields else None
+            yield from (Row(text, fields) for text in texts)
 
 
 def _texts(row: Any, text_field: str, where: object, has_escapes: bool) -> list[str]:

@@ -30,7 +30,7 @@ from shardwright.train.data.sources.files.formats import (
     is_known,
 )
 from shardwright.train.data.sources.files.paths import expand, is_glob
-from shardwright.train.data.sources.files.pieces import Text, in_lines, in_pieces, pieces
+from shardwright.train.data.sources.files.pieces import Row, Text, in_lines, in_pieces, pieces
 from shardwright.train.data.sources.files.ranges import Range
 from shardwright.train.data.sources.files.skipping import Skipping, no_longer_than
 from shardwright.train.errors import UserError
@@ -40,7 +40,7 @@ CHECKED_ROWS = 100
 CHECKED_REMOTE_FILES = 8
 """Of a path: each costs a request, and one that is wrong is found when it is read."""
 HASHED_BYTES = 2**20
-ROWS: dict[str, Callable[[File, str, Range | None, Skipping], Iterator[str]]] = {
+ROWS: dict[str, Callable[[File, str, Range | None, Skipping, bool], Iterator[Row]]] = {
     ".jsonl": json_objects.rows_of_lines,
     ".json": json_objects.rows_of_array,
     ".csv": delimited.rows,
@@ -135,7 +135,7 @@ def _has_content(path: Path | Remote, text_field: str, skips: bool) -> bool:
             # All of it, not any(): every chunk has to be decoded.
             has_content = sum(len(text.strip()) for text in beginning) > 0
         if has_content and kind != ".txt":
-            has_content = next(ROWS[kind](file, text_field, None, bad), None) is not None
+            has_content = next(ROWS[kind](file, text_field, None, bad, False), None) is not None
         if has_content:
             return True
         first = first or bad.first
@@ -164,11 +164,13 @@ def read_file(
     *,
     bad: Skipping | None = None,
     most_bytes: int | None = None,
+    with_fields: bool = False,
 ) -> Iterator[Text]:
     """Yield the documents of a file: a row each, or the whole of a .txt (``by_line``: a line each).
 
     ``within`` is a range that `divided` has told, and None reads all of it. Memory is bounded by
     the longest row, for a .txt by ``PIECE_BYTES``, and by ``most_bytes``, of a longer document.
+    ``with_fields`` asks for what else there is in a row.
 
     What cannot be read is a UserError, or if ``bad`` skips it is left out: a row alone where others
     behind it can be read, else all from there on.
@@ -179,20 +181,25 @@ def read_file(
         if _size_bytes(path) == 0:
             return
         for file in members(path):
-            documents = _documents(file, text_field, by_line, within, bad)
+            documents = _documents(file, text_field, by_line, within, bad, with_fields)
             yield from no_longer_than(most_bytes, documents, file, bad)
     except UserError as error:
         bad.meet_file(error, path)
 
 
 def _documents(
-    file: File, text_field: str, by_line: bool, within: Range | None, bad: Skipping
+    file: File,
+    text_field: str,
+    by_line: bool,
+    within: Range | None,
+    bad: Skipping,
+    with_fields: bool,
 ) -> Iterator[Text]:
     kind = _format(file)
     if kind != ".txt":
         try:
-            for row in ROWS[kind](file, text_field, within, bad):
-                yield from pieces(row)
+            for row in ROWS[kind](file, text_field, within, bad, with_fields):
+                yield from pieces(*row)
         except UserError as error:  # of an archive's member: the next may be whole
             bad.meet_file(error, file)
         return

@@ -19,6 +19,7 @@ from shardwright.train.data.sources.files.errors import (
 from shardwright.train.data.sources.files.fields import names_of, texts_within
 from shardwright.train.data.sources.files.file import File
 from shardwright.train.data.sources.files.formats import ending
+from shardwright.train.data.sources.files.pieces import Row
 from shardwright.train.data.sources.files.ranges import Range
 from shardwright.train.data.sources.files.skipping import Skipping
 from shardwright.train.data.sources.mapped import forgetting, mapped
@@ -41,7 +42,9 @@ class Place(NamedTuple):
     """What leads on from there, where there are lists."""
 
 
-def rows(file: File, text_field: str, within: Range | None, bad: Skipping) -> Iterator[str]:
+def rows(
+    file: File, text_field: str, within: Range | None, bad: Skipping, with_fields: bool = False
+) -> Iterator[Row]:
     """Yield the texts of a Parquet, Arrow or Feather file; ``within``, of some row groups.
 
     Rows without one are left out.
@@ -49,39 +52,55 @@ def rows(file: File, text_field: str, within: Range | None, bad: Skipping) -> It
     import pyarrow
 
     if ending(file.name) == ".parquet":
-        columns = _parquet_columns(file, text_field, within)
+        columns = _parquet_columns(file, text_field, within, with_fields)
     else:
         columns = _arrow_columns(file, text_field)
     try:
-        for rest, column in columns:
+        for rest, column, batch in columns:
             # One at a time: the rows of a batch may all be long.
-            for value in column:
+            for index, value in enumerate(column):
                 try:
                     texts = _texts(value, rest, text_field, file)
+                    fields = _fields(batch, index, text_field, file) if with_fields else None
                 except BadDocument as error:
                     bad.meet(error)
                 else:
-                    yield from texts
+                    yield from (Row(text, fields) for text in texts)
     except (OSError, pyarrow.ArrowException) as error:
         raise unreadable(file, error) from None
 
 
-def _texts(value: Any, rest: Sequence[str], text_field: str, file: File) -> list[str]:
+def _fields(batch: Any, index: int, text_field: str, file: File) -> dict[str, Any]:
+    """Return what else there is in a row of a batch."""
+    names = enumerate(batch.schema.names)
+    return {
+        name: _plain(batch.column(number)[index], name, file)
+        for number, name in names
+        if name != text_field
+    }
+
+
+def _plain(value: Any, name: str, file: File) -> Any:
     try:
-        row = value.as_py()
+        return value.as_py()
     except UnicodeDecodeError as error:
         raise row_is_bad(
             "that are not UTF-8",
             file,
-            f" holds text in {text_field} that is not UTF-8 (0x{error.object[error.start]:02x}); "
+            f" holds text in {name} that is not UTF-8 (0x{error.object[error.start]:02x}); "
             "save it again as UTF-8, or leave it out",
         ) from None
+
+
+def _texts(value: Any, rest: Sequence[str], text_field: str, file: File) -> list[str]:
+    row = _plain(value, text_field, file)
     return [row] if isinstance(row, str) else list(texts_within(row, rest, text_field, str(file)))
 
 
 def _parquet_columns(
-    file: File, text_field: str, within: Range | None
-) -> Iterator[tuple[Sequence[str], Any]]:
+    file: File, text_field: str, within: Range | None, with_fields: bool
+) -> Iterator[tuple[Sequence[str], Any, Any]]:
+    """Yield what leads on from a column of texts, the column, and the batch that it is of."""
     import pyarrow.parquet
 
     with contextlib.ExitStack() as opened:
@@ -89,11 +108,12 @@ def _parquet_columns(
         table = opened.enter_context(pyarrow.parquet.ParquetFile(source))
         place = _place(file, text_field, table.schema_arrow)
         paths = [table.schema.column(i).path for i in range(len(table.schema))]
-        columns = _columns(place, paths)
+        columns = paths if with_fields else _columns(place, paths)
         rows = rows_at_once(table.metadata, columns)
         groups = None if within is None else list(range(*within))
-        for batch in table.iter_batches(rows, groups, columns):
-            yield place.rest, _inner(batch.column(0), place)
+        for batch in table.iter_batches(rows, groups, None if with_fields else columns):
+            column = batch.column(batch.schema.get_field_index(place.column))
+            yield place.rest, _inner(column, place), batch
 
 
 def _columns(place: Place, paths: Sequence[str]) -> list[str]:
@@ -127,13 +147,13 @@ def rows_at_once(metadata: Any, columns: Sequence[str]) -> int:
     return _rows_of(most)
 
 
-def _arrow_columns(file: File, text_field: str) -> Iterator[tuple[Sequence[str], Any]]:
+def _arrow_columns(file: File, text_field: str) -> Iterator[tuple[Sequence[str], Any, Any]]:
     def place_of(schema: Any) -> Place:
         return _place(file, text_field, schema)
 
     for place, batch in arrow_batches(file, place_of):
         column = _inner(batch.column(batch.schema.get_field_index(place.column)), place)
-        yield place.rest, column
+        yield place.rest, column, batch
 
 
 def arrow_batches(file: File, looked_at: Callable[[Any], Found]) -> Iterator[tuple[Found, Any]]:
