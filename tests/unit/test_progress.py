@@ -199,7 +199,7 @@ def test_counts_have_room_in_80_columns_and_are_whole_behind_a_pipe(quick: None)
         drawn = re.split(r"[\r\n]+|\x1b\[A", screen.read())
         assert any(re.search(r"86%\|.*83\.5M/96\.6M \[\d+:\d+ left, ", line) for line in drawn)
         assert max(map(len, drawn)) <= 80
-        assert "69,144 documents, 27,161,005 tokens, 84 MB of 97 MB" in shown.line()
+        assert "69,144 documents, 27,161,005 tokens, 83.5 MB of 96.6 MB" in shown.line()
         shown.counts = {"documents": 7}
         wait_until(lambda: ", 7 documents]" in screen.read())
     screen.close()
