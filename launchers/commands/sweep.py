@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,8 @@ from pathlib import Path
 
 from shardwright.launchers import messages
 from shardwright.launchers.composition.compose import group_options
+from shardwright.launchers.machine import directories, names
 from shardwright.launchers.machine import facts as machine
-from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.sweep import (
     choice,
@@ -30,14 +29,15 @@ from shardwright.launchers.sweep import (
 from shardwright.launchers.sweep.choice import Where
 from shardwright.launchers.sweep.conduct import Conductor
 from shardwright.launchers.sweep.directory import Point, PointState, Sweep
-from shardwright.launchers.sweep.places import Display, Lines, Task
+from shardwright.launchers.sweep.places import Display, Task
 from shardwright.launchers.sweep.planning import Composer
 from shardwright.launchers.sweep.request import Request
 from shardwright.launchers.sweep.space import Space
+from shardwright.launchers.sweep.table import Table
 from shardwright.train import program
 from shardwright.train.config import RunConfig
 from shardwright.train.console import terminal
-from shardwright.train.errors import BAD_INPUT, UserError
+from shardwright.train.errors import BAD_INPUT
 
 parser = request.parser
 """The command line of `shardwright sweep`."""
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         if not is_new:  # its last owner may have added points until just now
             asked = dataclasses.replace(asked, sweep_dir=sweep.directory)
             sweep = planning.plan_of(asked, wanted, is_search=is_search)
-        return _run(sweep, asked, here, Lines(), searched)
+        return _run(sweep, asked, here, Table(), searched)
 
 
 @contextlib.contextmanager
@@ -79,27 +79,27 @@ def _owned(sweep: Sweep) -> Iterator[tuple[Sweep, bool]]:
     What was made is removed again where no plan came of it.
     """
     is_new = not directory.is_sweep(sweep.directory)
+    made: list[Path] = []
     while True:
         try:
-            sweep.directory.mkdir(parents=True)
+            directories.make_parents(sweep.directory, made)
+            sweep.directory.mkdir()
+            made.append(sweep.directory)
         except FileExistsError:
-            if is_new and any(sweep.directory.iterdir()):
-                sweep = dataclasses.replace(
-                    sweep, directory=names.free(names.following(sweep.directory))
-                )
+            if is_new and any(sweep.directory.iterdir()):  # another sweep's, of the same second
+                following = names.free(names.following(sweep.directory))
+                sweep = dataclasses.replace(sweep, directory=following)
                 continue
         except OSError as error:
-            raise UserError(
-                f"sweep_dir={sweep.directory} cannot be created: {error.strerror} "
-                f"({error.filename}); give a directory that is writable"
-            ) from None
+            raise directories.cannot_be_made(f"sweep_dir={sweep.directory}", error) from None
         break
     try:
         with directory.claimed(sweep.directory):
             yield sweep, is_new
     finally:
         if is_new and not directory.is_sweep(sweep.directory):
-            shutil.rmtree(sweep.directory, ignore_errors=True)
+            (sweep.directory / directory.LOCK).unlink(missing_ok=True)
+            directories.remove_empty(made)
 
 
 def _prepared(
@@ -120,7 +120,7 @@ def _prepared(
     configs += proposers.check_examples(examples, composer.given, sweep.definition)
     objectives.check(sweep.objectives, configs)
     choice.check_launchers(configs, sweep.definition.backend)
-    where = choice.where(sweep.definition, configs, here)
+    where = choice.where(sweep, configs, here)
     composer.words, composer.here = where.words, where.machine
     planning.check(points, composer.task)
     proposers.check_examples(examples, lambda p: composer.task(p).config, sweep.definition)
@@ -138,7 +138,11 @@ def _show(sweep: Sweep, asked: Request, here: Machine, searched: Space | None) -
     if searched is not None:
         print(proposers.described(sweep.definition, searched))
     print(f"\n{sweep.directory}: {decisions.counts(states)}; runs {where.described}")
-    print("\n".join(_commands([composer.task(point) for point in points], composer.words)))
+    tasks = [composer.task(point) for point in points]
+    if where.shown is not None:
+        print(where.shown(tasks))
+    else:
+        print("\n".join(_commands(tasks, composer.words)))
     return 0
 
 
@@ -163,12 +167,12 @@ def _run(
     if not points and proposer.is_finished():
         display.say("nothing is left to run; to run it all anew, give another sweep_dir")
         return _told(sweep, directory.states(sweep))
-    place = where.opened()
+    place = where.opened(display)
     rows = {
         "points": f"{len(sweep.points)}: {decisions.counts(directory.states(sweep))}",
         "runs": place.described(),
         "log": f"{sweep.directory}/{directory.POINTS}/N.log, and that of each run",
-        "stop": "Ctrl-C or SIGTERM: points save, and the same command continues",
+        "stop": place.how_to_stop(),
     }
     display.say(f"sweep {sweep.directory}")
     display.say("\n".join(f"  {name:<10}{text}" for name, text in rows.items()))

@@ -25,7 +25,7 @@ def create(
     """
     made: list[Path] = []
     try:
-        _make_parents(run_dir, made)
+        make_parents(run_dir, made)
         run_dir.mkdir()
         made.append(run_dir)
         (run_dir / LOGS).mkdir()
@@ -36,12 +36,12 @@ def create(
         if is_mine:
             take_back(made)
         else:
-            _remove_empty(made)  # a run that has that name may lie in them
+            remove_empty(made)  # a run that has that name may lie in them
         if not isinstance(error, OSError):
             raise
         if isinstance(error, FileExistsError) and not is_mine:
             raise Taken(exists(run_dir)) from None
-        raise _cannot_be_made(f"run_dir={run_dir}", error) from None
+        raise cannot_be_made(f"run_dir={run_dir}", error) from None
     return made
 
 
@@ -80,23 +80,23 @@ def claimed_sweep(configs: Sequence[RunConfig]) -> Iterator[list[RunConfig]]:
     try:
         while True:
             try:
-                _make_parents(parent, made)
+                make_parents(parent, made)
                 parent.mkdir()
                 made.append(parent)
                 break
             except FileExistsError:
                 parent = names.free(names.following(parent))
             except OSError as error:
-                raise _cannot_be_made(f"sweep_dir={parent}", error) from None
+                raise cannot_be_made(f"sweep_dir={parent}", error) from None
         yield [
             config.model_copy(update={"run_dir": str(parent / Path(str(config.run_dir)).name)})
             for config in configs
         ]
     finally:
-        _remove_empty(made)
+        remove_empty(made)
 
 
-def _make_parents(directory: Path, made: list[Path]) -> None:
+def make_parents(directory: Path, made: list[Path]) -> None:
     """Make what is lacking above a directory; ``made`` gets what nobody else has made meanwhile."""
     for parent in reversed(directory.parents):
         if not parent.exists():
@@ -105,13 +105,15 @@ def _make_parents(directory: Path, made: list[Path]) -> None:
                 made.append(parent)
 
 
-def _remove_empty(made: Sequence[Path]) -> None:
+def remove_empty(made: Sequence[Path]) -> None:
+    """Remove those directories that nothing lies in, the innermost, which come last, first."""
     for directory in reversed(made):
         with contextlib.suppress(OSError):
             directory.rmdir()
 
 
-def _cannot_be_made(what: str, error: OSError) -> UserError:
+def cannot_be_made(what: str, error: OSError) -> UserError:
+    """Return the error for a directory that is refused."""
     return UserError(
         f"{what} cannot be created: {error.strerror} ({error.filename}); give a directory that "
         "is writable"
@@ -122,7 +124,7 @@ def take_back(made: list[Path]) -> None:
     """Remove a run directory that ``create`` made, and those of its parents that are empty."""
     *parents, run_dir = made
     shutil.rmtree(run_dir, ignore_errors=True)
-    _remove_empty(parents)
+    remove_empty(parents)
 
 
 def exists(run_dir: Path) -> str:

@@ -27,6 +27,8 @@ class Array:
 
     directory: Path
     tasks: int
+    numbers: tuple[int, ...] | None = None
+    """Of the tasks, where they are not all from 0 on."""
 
 
 def job_script(
@@ -100,7 +102,7 @@ def directives(config: RunConfig, array: Array | None = None) -> list[str]:
         "qos": launcher.qos,
         "constraint": launcher.constraint,
         "dependency": launcher.dependency,
-        "array": tasks(array.tasks, launcher.array_limit) if array else None,
+        "array": tasks(array.numbers or array.tasks, launcher.array_limit) if array else None,
         "mail-user": launcher.mail_user,
         "mail-type": ",".join(launcher.mail_type) or None,
         "output": log,
@@ -124,9 +126,20 @@ def _gpus(launcher: SlurmLauncher) -> dict[str, str]:
     return {"gpus-per-node": f"{kind}{launcher.gpus_per_node}"}
 
 
-def tasks(count: int, limit: int | None) -> str:
-    """Return how sbatch is told of the tasks of an array, this many at once at most. Pure."""
-    return f"0-{count - 1}" + (f"%{limit}" if limit else "")
+def tasks(of: int | Sequence[int], limit: int | None) -> str:
+    """Return how sbatch is told of the tasks of an array, this many at once at most. Pure.
+
+    ``of`` is their number, or the number of each.
+    """
+    numbers = sorted(range(of) if isinstance(of, int) else of)
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    listed = ",".join(f"{a}-{b}" if of == len(numbers) or a != b else str(a) for a, b in spans)
+    return listed + (f"%{limit}" if limit else "")
 
 
 # A rank of `srun` without a job script: on the first node it meets the others.

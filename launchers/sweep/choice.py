@@ -13,8 +13,10 @@ from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.registry import launcher_of
 from shardwright.launchers.sweep import hosts, locally, ray_tasks
 from shardwright.launchers.sweep.definition import SweepConfig
+from shardwright.launchers.sweep.directory import Sweep
+from shardwright.launchers.sweep.jobs import Jobs
 from shardwright.launchers.sweep.locally import Slot
-from shardwright.launchers.sweep.places import Place
+from shardwright.launchers.sweep.places import Display, Place, Task
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import UserError
 
@@ -28,19 +30,32 @@ class Where:
     """Settings that it adds to each start."""
     machine: Machine
     """This machine as a point sees it."""
-    opened: Callable[[], Place]
+    opened: Callable[[Display], Place]
+    shown: Callable[[Sequence[Task]], str] | None = None
+    """What would be handed over, as `--dry-run` prints it; None where each point is a command."""
 
 
-def where(config: SweepConfig, points: Sequence[RunConfig], here: Machine) -> Where:
+def where(sweep: Sweep, points: Sequence[RunConfig], here: Machine) -> Where:
     """Return where points run. Raises UserError where there is no room, or Ray is not installed."""
+    config = sweep.definition
     if config.backend == "ray":
         ray_tasks.check_installed()
         on_gpus = any(each.launcher.device != "cpu" for each in points) and here.torch_has_cuda
         opened = partial(ray_tasks.opened, config, ranks_of(points), on_gpus, here.cores)
-        return Where("as tasks of Ray", (), here, opened)
+        return Where("as tasks of Ray", (), here, lambda display: opened())
+    if launcher_of(points[0]).queue is not None:
+        is_open = config.search.kind != "none" or config.backend == "wandb"
+        waits = is_open or getattr(points[0].launcher, "wait", False)
+        of_queue = partial(Jobs, sweep.directory, config, Path.cwd(), waits=waits)
+        shown = of_queue(say=print)
+        return Where(
+            shown.described(), (), here, lambda display: of_queue(say=display.say), shown.shown
+        )
     slots = slots_of(config, points, here)
     place = locally.Processes(slots, Path.cwd())
-    return Where(place.described(), slots[0].words, machine_of(slots[0], here), lambda: place)
+    return Where(
+        place.described(), slots[0].words, machine_of(slots[0], here), lambda display: place
+    )
 
 
 def check_launchers(configs: Sequence[RunConfig], backend: str = "here") -> None:

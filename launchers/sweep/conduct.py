@@ -18,7 +18,7 @@ from shardwright.launchers import runs
 from shardwright.launchers.ranks import child
 from shardwright.launchers.sweep import decisions, directory, objectives
 from shardwright.launchers.sweep.directory import Point, PointState, Sweep
-from shardwright.launchers.sweep.places import Display, Outcome, Place, Proposer, Task
+from shardwright.launchers.sweep.places import Display, Grid, Outcome, Place, Proposer, Task
 from shardwright.train import config as run_config
 from shardwright.train.errors import BAD_INPUT, INTERRUPTED, UserError
 from shardwright.train.process import signals
@@ -48,9 +48,10 @@ class Conductor:
         self._display = display
         self._plan = plan
         self._states = {state.number: state for state in directory.states(sweep)}
-        self._running: dict[int, Task] = {}
+        self._running: set[int] = set()
         self._pruned: dict[int, str] = {}
         self._lost: dict[int, int] = {}
+        self._told_missing = False
         self._signals: list[int] = []
         self._logged_before: dict[int, int] = {}
         """Bytes that the log of a point had before this start."""
@@ -62,33 +63,47 @@ class Conductor:
 
     def run(self, *, retries_all: bool = False) -> int:
         """Run what is left, whatever comes of each; return the exit code."""
-        waiting = decisions.to_start(
-            self.states, self.sweep.definition.max_retries, retries_all=retries_all
-        )
-        for state in self.states:
-            if state.number not in waiting:
-                self._proposer.tell(state)
-        told = 0
         with self._noting_signals(), contextlib.closing(self._place):
-            while True:
-                if self._signals and told < len(self._signals):
-                    self._stop(is_first=told == 0)
-                    told = len(self._signals)
-                if not self._signals:
-                    self._start(waiting)
-                is_idle = not self._place.stays or not self._running
-                if is_idle and (self._signals or self._is_finished(waiting)):
-                    break
-                for outcome in self._place.ended(POLL_SECONDS):
-                    self._end(outcome)
-                    if self._is_to_start_again(outcome):
-                        waiting.insert(0, outcome.number)
-                self._prune()
-                self._display.update(self.sweep, self.states)
+            self._take_over()
+            limit = self.sweep.definition.max_retries
+            numbers = decisions.to_start(self.states, limit, retries_all=retries_all)
+            waiting = [number for number in numbers if number not in self._running]
+            for state in self.states:
+                if state.number not in waiting and state.number not in self._running:
+                    self._proposer.tell(state)
+            self._loop(waiting)
+        self._display.update(self.sweep, self.states)
         self._display.close()
         if self._signals.count(signal.SIGINT) > 1:
             return INTERRUPTED
         return decisions.exit_code(self.states, was_stopped=bool(self._signals))
+
+    def _loop(self, waiting: list[int]) -> None:
+        told = 0
+        while True:
+            if self._signals and told < len(self._signals):
+                self._stop(is_first=told == 0)
+                told = len(self._signals)
+            if not self._signals:
+                self._start(waiting)
+            is_idle = not self._running or not self._place.stays
+            is_left = self._place.outlives and bool(self._signals)
+            if is_left or (is_idle and (self._signals or self._is_finished(waiting))):
+                return
+            for outcome in self._place.ended(POLL_SECONDS):
+                self._end(outcome)
+                if self._is_to_start_again(outcome):
+                    waiting.insert(0, outcome.number)
+            self._prune()
+            self._display.update(self.sweep, self.states)
+
+    def _take_over(self) -> None:
+        """Learn what has become of what an earlier start has left to run without it."""
+        left = [state.number for state in self.states if state.state == "running"]
+        self._running |= self._place.take_over(left)
+        if self._running:
+            for outcome in self._place.ended(0.0):
+                self._end(outcome)
 
     def _is_finished(self, waiting: Sequence[int]) -> bool:
         return not waiting and self._proposer.is_finished()
@@ -112,6 +127,11 @@ class Conductor:
     def _stop(self, *, is_first: bool) -> None:
         """Pass a stop on; a second Ctrl-C kills."""
         at_once = self._signals.count(signal.SIGINT) > 1
+        if self._place.outlives:
+            if is_first and self._running:
+                text = f"{len(self._running)} point(s) go on without this command"
+                self._display.say(f"{signals.by_whom(self._signals[0])}: {text}")
+            return
         if is_first:
             by = signals.by_whom(self._signals[0])
             running = f"{len(self._running)} point(s) save and end" if self._running else "stopping"
@@ -150,7 +170,7 @@ class Conductor:
             )
         for task, where in zip(tasks, self._place.start(tasks), strict=True):
             number = task.point.number
-            self._running[number] = task
+            self._running.add(number)
             self._keep(dataclasses.replace(self._states[number], where=where))
             verb = "resumed" if task.is_resumed else "started"
             self._display.say(f"point {number}  {task.point.label}: {verb} on {where}")
@@ -213,20 +233,21 @@ class Conductor:
         self._display.say(decisions.ended(point, state, None, alike=self._alike(state)))
 
     def _end(self, outcome: Outcome) -> None:
-        number = outcome.number
-        task, state = self._running.pop(number), self._states[number]
+        number, state = outcome.number, self._states[outcome.number]
+        self._running.remove(number)
+        run_dir, log = self.sweep.run_dir(number), self.sweep.log(number)
         is_pruned = number in self._pruned
-        is_run = (task.run_dir / RUN_CONFIG).is_file()
+        is_run = (run_dir / RUN_CONFIG).is_file()
         became = decisions.state_after(
             outcome.code,
-            is_done=is_run and runs.is_done(task.run_dir, run_config.load(task.run_dir)),
+            is_done=is_run and runs.is_done(run_dir, run_config.load(run_dir)),
             was_stopped=bool(self._signals),
             is_pruned=is_pruned,
         )
         why = self._pruned.get(number) if became == "pruned" else None
         if became in ("failed", "stopped"):
             before = self._logged_before.get(number, 0)
-            why = outcome.why or reason(task.run_dir, task.log, outcome.code, before)
+            why = outcome.why or reason(run_dir, log, outcome.code, before)
         now = time.time()
         state = dataclasses.replace(
             state,
@@ -234,22 +255,31 @@ class Conductor:
             failures=state.failures + (became == "failed"),
             code=outcome.code,
             why=why,
-            values=decisions.values(metrics(task.run_dir), self.sweep.objectives),
+            values=decisions.values(metrics(run_dir), self.sweep.objectives),
             ended=now,
         )
         self._keep(state)
         if became == "done":
-            self._check_objectives(task.point)
+            self._check_objectives(self.sweep.points[number])
         if became in ("done", "pruned", "failed"):
             self._proposer.tell(state)
         took = now - state.started if state.started else None
-        self._display.say(decisions.ended(task.point, state, took, alike=self._alike(state)))
+        point = self.sweep.points[number]
+        self._display.say(decisions.ended(point, state, took, alike=self._alike(state)))
 
     def _check_objectives(self, point: Point) -> None:
-        """Raise UserError where a point that is done has not told by what it is compared."""
-        logged = runs.logged(self.sweep.run_dir(point.number))
-        if (why := objectives.missing(logged, self.sweep.objectives)) is not None:
+        """Tell, once, where a point that is done has not logged by what it is compared.
+
+        Raises UserError in a search, which cannot learn from such points.
+        """
+        logged = {name: None for line in metrics(self.sweep.run_dir(point.number)) for name in line}
+        if (why := objectives.missing(logged, self.sweep.objectives)) is None:
+            return
+        if not isinstance(self._proposer, Grid):
             raise UserError(f"point {point.number} is done, but {why}")
+        if not self._told_missing:
+            self._told_missing = True
+            self._display.say(f"point {point.number} is done, but {why}")
 
     def _is_to_start_again(self, outcome: Outcome) -> bool:
         """Return whether a point is started again at once, as nothing was wrong with it."""

@@ -20,6 +20,7 @@ from shardwright.train.program import package_environment
 from shardwright.train.units import counted
 
 LOOK_SECONDS = 0.1
+BY_A_SIGNAL = "Ctrl-C or SIGTERM: points save, and the same command continues"
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ class Processes:
     _running: dict[int, tuple[subprocess.Popen[bytes], Slot]] = field(default_factory=dict)
 
     stays = True
+    outlives = False
+
+    def take_over(self, numbers: Iterable[int]) -> set[int]:
+        """None: what a killed sweep has left ends by itself, and is then resumed."""
+        del numbers
+        return set()
 
     def described(self) -> str:
         first = self.slots[0]
@@ -109,6 +116,9 @@ class Processes:
             )
         )
         return f"{len(self.slots)} at a time, {each}"
+
+    def how_to_stop(self) -> str:
+        return BY_A_SIGNAL
 
     def room(self) -> int:
         return len(self.slots) - len(self._running)

@@ -59,8 +59,21 @@ class Place(Protocol):
     def stays(self) -> bool:
         """Whether the sweep waits for what it has started; a queue's jobs go on without it."""
 
+    @property
+    def outlives(self) -> bool:
+        """Whether what runs goes on where the sweep is told to stop."""
+
+    def take_over(self, numbers: Iterable[int]) -> set[int]:
+        """Return which points, running when an earlier start of the sweep ended, are still there.
+
+        How each of these ends, or has ended meanwhile, `ended` tells.
+        """
+
     def described(self) -> str:
         """Return in words how many points it runs at a time, and with what."""
+
+    def how_to_stop(self) -> str:
+        """Return in words how a user ends it, and what becomes of the points."""
 
     def room(self) -> int:
         """Return how many more points may be started now."""

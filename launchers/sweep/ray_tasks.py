@@ -19,6 +19,7 @@ from typing import Any
 
 from shardwright.launchers.ranks import child
 from shardwright.launchers.sweep.definition import SweepConfig
+from shardwright.launchers.sweep.locally import BY_A_SIGNAL
 from shardwright.launchers.sweep.places import Outcome, Task
 from shardwright.train.errors import RESUMABLE, UserError
 from shardwright.train.program import package_environment
@@ -137,6 +138,15 @@ class Tasks:
     """Which points are told to stop, and whether at once."""
 
     stays = True
+    outlives = False
+
+    def take_over(self, numbers: Iterable[int]) -> set[int]:
+        """None: tasks end with the sweep that has started them."""
+        del numbers
+        return set()
+
+    def how_to_stop(self) -> str:
+        return BY_A_SIGNAL
 
     def described(self) -> str:
         each = (

@@ -83,6 +83,11 @@ def of(arguments: Sequence[str], groups: Groups) -> Request:
     bare = [w for w in given if "=" not in w and not w.startswith("~")]
     own = [w for w in given if w not in bare and _is_own(w)]
     of_runs = [w for w in given if w not in (*bare, *own)]
+    if placed := [w for w in of_runs if _key(w) == "run_dir"]:
+        raise UserError(
+            f"{placed[0]} is one directory, and a sweep has one for each point; give sweep_dir "
+            "instead"
+        )
     directories = [*bare, *(str(_value(w)) for w in own if _key(w) == SWEEP_DIR)]
     if len(directories) > 1:
         raise UserError(f"{' and '.join(directories)}: a sweep has one directory; give one of them")

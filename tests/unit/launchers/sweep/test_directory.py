@@ -14,6 +14,7 @@ from shardwright.launchers.sweep import directory
 from shardwright.launchers.sweep.definition import SweepConfig
 from shardwright.launchers.sweep.directory import Point, PointState, Sweep
 from shardwright.train.errors import UserError
+from tests.unit.launchers.sweep.claims import CLAIMS
 
 POINTS = (
     Point(0, {"seed": 0, "strategy": "zero2"}, ("seed=0", "strategy=zero2")),
@@ -71,16 +72,6 @@ def test_what_is_no_sweep_is_told(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text('{"version": 2}')
     with pytest.raises(UserError, match="was written by a later version of Shardwright"):
         directory.read(tmp_path)
-
-
-CLAIMS = """
-import sys
-from pathlib import Path
-from shardwright.launchers.sweep import directory
-with directory.claimed(Path(sys.argv[1])):
-    print("mine", flush=True)
-    sys.stdin.read()
-"""
 
 
 def test_a_directory_belongs_to_one_live_sweep_and_to_none_that_was_killed(tmp_path: Path) -> None:
