@@ -42,7 +42,7 @@ from shardwright.train.loop.callbacks.tracking import Tracking
 from shardwright.train.loop.resuming import Resumed
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
-from shardwright.train.model import compilation, document_attention, generation, origin
+from shardwright.train.model import compilation, document_attention, flops, generation, origin
 from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
 from shardwright.train.model.weights import InitialValues, drawn
@@ -220,7 +220,8 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
     config = trainer.config
     trainer.saver.console = console if rank.index == 0 else None
     trainer.tracking = Tracking(config, trainer.run_dir, console) if rank.index == 0 else None
-    metrics = Metrics(trainer)
+    device_name = flops.device_name(trainer.args.device)
+    metrics = Metrics(trainer, flops.cost(trainer.model, config, device_name, rank.world_size))
     for callback in [
         EngineReady(trainer, console),
         metrics,

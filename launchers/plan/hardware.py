@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from shardwright.train.config import messages
+from shardwright.train.config import devices, messages
 from shardwright.train.config.section import (
     PositiveFloat,
     PositiveInt,
@@ -27,7 +27,7 @@ from shardwright.train.errors import UserError
 
 GROUP = "hardware"
 """Of conf/, and what words of a command line for it begin with."""
-CONF = Path(__file__).resolve().parents[2] / "conf" / GROUP
+CONF = devices.CONF
 MIB, GIB, GIGA, TERA = 2**20, 2**30, 10**9, 10**12
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -223,18 +223,9 @@ def _unknown_key(key: str, value: Any) -> str:
 
 
 def of_device(name: str) -> Hardware | None:
-    """Return the project's option for a device by its name as CUDA gives it; None without one.
-
-    Of several whose words stand in it, the one with the most.
-    """
-    words = set(re.split(r"[\s-]+", name))
-    fitting = [
-        (len(own), option)
-        for option in map(_shipped, options())
-        for own in (cuda_name.split() for cuda_name in option.cuda_names)
-        if words.issuperset(own)
-    ]
-    return max(fitting, key=lambda found: found[0])[1] if fitting else None
+    """Return the project's option for a device by its name as CUDA gives it; None without one."""
+    option = devices.option_of(name)
+    return None if option is None else _shipped(option)
 
 
 def _shipped(option: str) -> Hardware:

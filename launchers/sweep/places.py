@@ -146,16 +146,3 @@ class Display(Protocol):
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-
-
-class Lines:
-    """Plain lines, for a pipe, a log or a terminal without a table."""
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def update(self, sweep: Sweep, states: Sequence[PointState]) -> None:
-        del sweep, states
-
-    def close(self) -> None:
-        pass

@@ -10,7 +10,7 @@ import os
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
@@ -32,6 +32,8 @@ _COUNTING = (
     "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
 )
 """Of a bar, where counts are to have room within 80 columns."""
+LEAST_BAR, GAP = 8, "  "
+"""Columns that a bar keeps beside its facts, and what is between them."""
 BEGAN = "SHARDWRIGHT_BEGAN"
 """Variable: when a launcher said that it starts ranks, in seconds of the epoch."""
 
@@ -161,6 +163,8 @@ class Phase:
         self.done = self._starts_at = starts_at
         self.note = ""
         """What else there is to say."""
+        self.facts: Sequence[str] = ()
+        """The same in parts, the most important first: a bar has as many as fit."""
         self.counts: Mapping[str, int] = {}
         """What else is counted, by what it is called."""
         self._leave, self._shows_start, self._comes_again = leave, shows_start, comes_again
@@ -309,8 +313,21 @@ class Phase:
         self._bar.n = self.done
         if self.counts and self.total:
             self._bar.bar_format = _COUNTING
-        self._bar.set_postfix_str(self._said(_short), refresh=False)
+        said = self._said(_short) or self._fitting_facts()
+        self._bar.set_postfix_str(said, refresh=False)
+
         self._bar.refresh()
+
+    def _fitting_facts(self) -> str:
+        """Return the facts for which there is room beside a bar that is still one."""
+        assert self._bar is not None
+        known = self._bar.format_dict
+        rest = self._bar.format_meter(**{**known, "ncols": 0, "postfix": None})
+        room = (known["ncols"] or len(rest)) - len(rest) - LEAST_BAR
+        shown = list(self.facts)
+        while shown and len(GAP.join(shown)) > room:
+            shown.pop()
+        return GAP.join(shown)
 
     def _line(self, text: str) -> None:
         self._shown_at = _last_lines[self._kind] = time.monotonic()

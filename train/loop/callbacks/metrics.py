@@ -17,6 +17,7 @@ from shardwright.train.units import counted, duration
 
 if TYPE_CHECKING:
     from shardwright.train.loop.trainer import Trainer
+    from shardwright.train.model.flops import Cost
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ _KEPT = ("loss", "grad_norm", "learning_rate", "stopped_early")
 class Metrics(TrainerCallback):
     """Adds throughput and memory to what the Trainer logs, and writes it down."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Trainer, cost: Cost | None = None) -> None:
+        """``cost`` makes MFU of the speed, where it is known."""
+        self.trainer, self._cost = trainer, cost
         self._training_seconds = 0.0
         self._is_warm = False
         self._began_at = 0.0
@@ -75,6 +77,8 @@ class Metrics(TrainerCallback):
         if "loss" in taken:
             if tokens := self._count():
                 taken["tokens_per_second"] = tokens / max(self._training_seconds, 1e-9)
+                if self._cost is not None:
+                    taken["mfu"] = self._cost.mfu(taken["tokens_per_second"])
             taken["peak_memory_bytes"] = self._peak_memory_bytes()
             if trainer.auxiliary_loss is not None:
                 total = trainer.accelerator.reduce(trainer.auxiliary_loss, "sum").item()

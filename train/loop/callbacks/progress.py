@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from transformers import TrainerCallback
 
 from shardwright.train.console import progress
 from shardwright.train.console.terminal import Terminal
-from shardwright.train.units import duration
+from shardwright.train.units import duration, size
 
 
 class Progress(TrainerCallback):
@@ -64,16 +64,16 @@ class Progress(TrainerCallback):
         if self._phase is None:
             return
         if "loss" in logs:
-            shown = f"loss {logs['loss']:.4f}"
-            if "tokens_per_second" in logs:
-                shown += f"  {logs['tokens_per_second']:,.0f} tokens/s"
-            line = f"step {state.global_step}/{state.max_steps}  {shown}"
+            shown = facts(logs)
+            line = "  ".join(
+                [f"step {state.global_step}/{state.max_steps}", *facts(logs, least=True)]
+            )
             left = self._left_seconds(state.global_step, state.max_steps)
             line += f"  {duration(left)} left" if left else ""
             if not self._phase.is_drawn:
                 self._write(line)
             else:
-                self._phase.note = shown
+                self._phase.facts = shown
                 if self._first_ended is not None and state.global_step == self._first_ended[0]:
                     self._phase.refresh()
                 if isinstance(self._console, Terminal):  # a log has no bar
@@ -112,3 +112,18 @@ class Progress(TrainerCallback):
         assert self._phase is not None
         progress.write(text, self._console)
         self._phase.had_a_line()
+
+
+def facts(logs: Mapping[str, Any], *, least: bool = False) -> list[str]:
+    """Return what a logged step tells of loss, speed and memory, the most important first. Pure.
+
+    ``least`` leaves out what hardly changes, for lines that stay.
+    """
+    shown = [f"loss {logs['loss']:.4f}"]
+    if (speed := logs.get("tokens_per_second")) is not None:
+        shown.append(f"{speed:,.0f} tokens/s")
+    if (mfu := logs.get("mfu")) is not None:
+        shown.append(f"MFU {mfu:.1%}")
+    if not least and (memory := logs.get("peak_memory_bytes")) is not None:
+        shown.append(size(memory))
+    return shown

@@ -1,0 +1,105 @@
+"""The two halves of MFU: what a token costs in training, and what a device can give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shardwright.train.config import RunConfig
+from shardwright.train.config.devices import peak_flops
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What makes a speed the part of a peak that it is."""
+
+    flops_per_token: int
+    peak_flops: float
+    """Of all ranks."""
+
+    def mfu(self, tokens_per_second: float) -> float:
+        return tokens_per_second * self.flops_per_token / self.peak_flops
+
+
+def device_name(device: torch.device) -> str | None:
+    """Return CUDA's name of a device; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def cost(
+    model: PreTrainedModel, config: RunConfig, device_name: str | None, ranks: int
+) -> Cost | None:
+    """Return the cost of a run's tokens; None where it or the device's peak is not known.
+
+    ``device_name`` is CUDA's, None on a CPU. In fp32, TF32 and fp8 products of several dtypes take
+    turns, so that there is no one peak.
+    """
+    dtype = config.precision.compute_dtype
+    if device_name is None or dtype not in ("bf16", "fp16") or config.data.stages:
+        return None
+    peak, layout = peak_flops(device_name, dtype), _attention(model)
+    if config.precision.fp8_recipe is not None or peak is None or layout is None:
+        return None
+    layers, heads, head_dim = layout
+    per_token = training_flops_per_token(
+        parameters=matmul_parameters(model),
+        layers=layers,
+        heads=heads,
+        head_dim=head_dim,
+        sequence_length=config.data.tokens_per_sample,
+    )
+    return Cost(per_token, peak * ranks)
+
+
+def _attention(model: PreTrainedModel) -> tuple[int, int, int] | None:
+    """Return layers, heads and the size of a head; None for what calls them otherwise."""
+    found = model.config
+    layers = getattr(found, "num_hidden_layers", None)
+    heads = getattr(found, "num_attention_heads", None)
+    size = getattr(found, "hidden_size", None)
+    if not layers or not heads or not size or model.get_output_embeddings() is None:
+        return None
+    return layers, heads, getattr(found, "head_dim", None) or size // heads
+
+
+def training_flops_per_token(
+    *, parameters: int, layers: int, heads: int, head_dim: int, sequence_length: int
+) -> int:
+    """Return 6N + 12 L H Q T: forward and backward pass, nothing recomputed.
+
+    Source: "PaLM: Scaling Language Modeling with Pathways" (arXiv 2204.02311), appendix B. N is
+    ``parameters`` as `matmul_parameters` counts them. The attention term counts every pair of
+    tokens, for causal models and documents kept apart too, as the source does.
+    """
+    return 6 * parameters + 12 * layers * heads * head_dim * sequence_length
+
+
+def matmul_parameters(model: PreTrainedModel) -> int:
+    """Return how many parameters are multiplied with each token.
+
+    That leaves out embedding tables, which are only looked up (token types, positions, tokens),
+    except for the token embedding that is tied to the head: the head does multiply by it.
+    """
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    used_by_head = {id(parameter) for parameter in head.parameters()}
+    looked_up = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    } - used_by_head
+    return sum(_size(p) for p in model.parameters() if id(p) not in looked_up)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    # ZeRO-3 leaves an empty tensor in place and the whole size in ds_numel.
+    size: int = getattr(parameter, "ds_numel", parameter.numel())
+    return size
