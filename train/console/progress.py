@@ -315,7 +315,6 @@ class Phase:
             self._bar.bar_format = _COUNTING
         said = self._said(_short) or self._fitting_facts()
         self._bar.set_postfix_str(said, refresh=False)
-
         self._bar.refresh()
 
     def _fitting_facts(self) -> str:
