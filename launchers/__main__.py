@@ -13,7 +13,7 @@ from shardwright.train.process import garbage
 COMMANDS = (
     *("train", "plan", "sweep", "prepare", "resume", "join", "sample", "checkpoints"),
     *("recover", "push"),
-    *("status", "runs", "compare", "watch"),
+    *("status", "runs", "compare", "watch", "report"),
     *("logs", "cancel", "sync", "data", "doctor"),
     *("rank", "relay", "requeue"),
 )
@@ -60,6 +60,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       what a run shows on its terminal, or its job or one of its ranks prints
   shardwright cancel RUN_DIR [--now]
       stop a run after a checkpoint, wherever it runs; --now: at once
+  shardwright report RUN_DIR|SWEEP_DIR... [--out FILE.html] [--png DIR]
+      one page that is read without a network: curves, what differs, which settings mattered
   shardwright sync RUN_DIR
       send TensorBoard or W&B the metrics of an ended run that they lack
   shardwright data show RUN_DIR [--samples N] [--json]

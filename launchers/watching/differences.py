@@ -17,7 +17,7 @@ from shardwright.train.run_directory.names import DATA_JSON, TOKENIZER_FOLDER
 Table = Mapping[str, Sequence[Any]]
 """For each key its value in each run; None where a run has none."""
 
-_PLACES = frozenset({"run_dir", "sweep_dir"})
+PLACES = frozenset({"run_dir", "sweep_dir"})
 """What is another in each run, and makes no difference."""
 _OF_A_START = frozenset({"started", "argv"})
 RESULTS = (
@@ -28,7 +28,7 @@ RESULTS = (
 
 def of_configs(rows: Sequence[Row]) -> tuple[Table, int]:
     """Return the keys whose values differ, and how many are the same in all runs. Pure."""
-    return differing([{k: v for k, v in row.config.items() if k not in _PLACES} for row in rows])
+    return differing([{k: v for k, v in row.config.items() if k not in PLACES} for row in rows])
 
 
 def differing(trees: Sequence[Mapping[str, Any]]) -> tuple[Table, int]:

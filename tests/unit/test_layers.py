@@ -27,6 +27,7 @@ ROOMS = (
     *("launchers.hosts", "launchers.ranks", "launchers.requeue", "launchers.relay"),
     *("launchers.launch",),
     *("launchers.job_end", "launchers.runs", "launchers.sweep", "launchers.watching"),
+    *("launchers.reporting",),
     *("launchers.commands", "launchers.__main__"),
     *("shardwright.__main__", "benchmarks"),
 )

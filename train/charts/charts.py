@@ -26,9 +26,13 @@ MOST_NAMED = len(PALETTES["light"])
 """Curves that have a colour and a line of the legend to themselves."""
 # Of viridis what is seen on the ground.
 RAMPS = {"light": [0.0, 0.85], "dark": [0.25, 1.0]}
+GROUNDS = {"light": "#ffffff", "dark": "#0d1117"}
 _INKS = {"light": ("#1f2328", "#d9dce1", "#8c959f"), "dark": ("#e6e8eb", "#3a4048", "#8b949e")}
-CURVES, RAW, POINTS, MARKS, TEXTS = "curves", "raw", "points", "marks", "texts"
+CURVES, RAW, POINTS, TEXTS = "curves", "raw", "points", "texts"
 """The data that a spec refers to by name."""
+RESTART, CHECKPOINT, NOT_FINITE = "restart", "checkpoint", "not finite"
+MARKS = (RESTART, CHECKPOINT, NOT_FINITE)
+"""Likewise: what may be marked on the curves of runs."""
 FONT = "system-ui, 'Liberation Sans', Arial, sans-serif"
 
 
@@ -69,10 +73,15 @@ class Colours:
     legend: bool = True
 
 
-def _colour(colours: Colours, name: str) -> Spec:
+def colour(colours: Colours, name: str) -> Spec:
+    """Return the encoding of the field ``colour``; null is a curve that has none, and is grey."""
+    grey = {"test": "datum.colour === null", "value": "#8b949e"}
+    missing: Spec = {"condition": grey}
     if colours.names:
         shown = {"orient": "top", "title": colours.title, "columns": 1 if _long(colours) else 0}
+        shown |= {"symbolType": "stroke", "symbolOpacity": 1}
         return {
+            **missing,
             "field": "colour",
             "type": "nominal",
             "scale": {"domain": list(colours.names), "range": PALETTES[name]},
@@ -80,10 +89,17 @@ def _colour(colours: Colours, name: str) -> Spec:
         }
     scale: Spec = {"scheme": {"name": "viridis", "extent": RAMPS[name]}}
     return {
+        **missing,
         "field": "colour",
         "type": "quantitative",
         "scale": {**scale, "type": "log"} if colours.is_log else scale,
-        "legend": {"title": colours.title, "orient": "top", "gradientLength": 160}
+        "legend": {
+            "title": colours.title,
+            "orient": "top",
+            "type": "gradient",
+            "gradientLength": 160,
+            "format": ".4~g",
+        }
         if colours.legend
         else None,
     }
@@ -101,15 +117,24 @@ class Axis:
     is_log: bool = False
     format: str = "~s"
     """By d3's rules; SI prefixes."""
+    is_count: bool = False
+
+    @property
+    def ticks(self) -> Spec:
+        return {"tickMinStep": 1} if self.is_count else {}
 
     def encoded(self, field: str) -> Spec:
+        """Return the encoding of a field, x or y."""
         return {
             "field": field,
             "type": "quantitative",
             "title": self.title,
-            "axis": {"format": self.format, "tickCount": 6},
+            "axis": {"format": self.format, "tickCount": 6, **self.ticks},
             "scale": {"type": "log"} if self.is_log else {"zero": False, "nice": field == "y"},
         }
+
+
+STEPS = Axis("step", is_count=True)
 
 
 def curves(
@@ -122,14 +147,15 @@ def curves(
     dots: bool = False,
     hovers: bool = False,
     marks: bool = False,
+    single_out: bool = False,
 ) -> Spec:
     """Return a chart of curves, to whose data ``curves`` rows of x, y, curve and colour belong.
 
-    ``raw`` are those behind smoothed ones, ``points`` those that answer a pointer; ``marks`` have
-    x, kind and text.
+    ``raw`` are those behind smoothed ones, ``points`` those that answer a pointer; each of
+    ``MARKS`` has x and text. Many curves are told apart as the pointer singles one out.
     """
     place = {"x": x.encoded("x"), "y": y.encoded("y")}
-    whole = {**place, "detail": {"field": "curve"}, "color": _colour(colours, style)}
+    whole = {**place, "detail": {"field": "curve"}, "color": colour(colours, style)}
     layers: list[Spec] = []
     if marks:
         layers += _marks()
@@ -137,35 +163,38 @@ def curves(
         pale = {"type": "line", "strokeWidth": 1, "opacity": 0.25, "tooltip": None}
         layers.append({"data": {"name": RAW}, "mark": pale, "encoding": whole})
     strong: Spec = {"type": "line", "strokeWidth": 1.8, "strokeJoin": "round", "clip": True}
-    layers.append(
-        {
-            "data": {"name": CURVES},
-            "mark": {**strong, "point": {"size": 22} if dots else False},
-            "encoding": whole,
-        }
-    )
+    drawn: Spec = {
+        "data": {"name": CURVES},
+        "mark": {**strong, "point": {"size": 22} if dots else False},
+        "encoding": whole,
+    }
+    layers.append({**drawn, **_singled_out(whole)} if single_out else drawn)
     if hovers:
-        layers.append(_pointed_at(place, y, _colour(colours, style)))
+        layers.append(_pointed_at(place, y, colour(colours, style)))
     return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "layer": layers}
+
+
+def _singled_out(encoding: Spec, pale: float = 0.12) -> Spec:
+    """Return what of a layer of lines makes all but the one below the pointer pale."""
+    over = {"type": "point", "fields": ["curve"], "on": "pointerover", "clear": "pointerout"}
+    opacity = {"condition": {"param": "over", "value": 1}, "value": pale}
+    return {
+        "params": [{"name": "over", "select": over}],
+        "encoding": {**encoding, "opacity": opacity, "tooltip": {"field": "curve"}},
+    }
 
 
 def _marks() -> list[Spec]:
     """Return the layers of restarts, checkpoints and values that are no numbers."""
     at = {"x": {"field": "x", "type": "quantitative"}, "tooltip": {"field": "text"}}
-    kinds = [
-        ("restart", {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.5, "tooltip": True}),
-        ("checkpoint", {"type": "point", "shape": "triangle-up", "size": 45, "filled": True}),
-        ("not finite", {"type": "point", "shape": "cross", "size": 60, "color": "#d1242f"}),
-    ]
-    bottom = {"y": {"value": "height"}}
+    rule = {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.5}
+    triangle = {"type": "point", "shape": "triangle-up", "size": 45, "filled": True}
+    cross = {"type": "point", "shape": "cross", "size": 60, "color": "#d1242f", "filled": True}
+    bottom = {**at, "y": {"value": "height"}}
+    kinds = ((RESTART, rule, at), (CHECKPOINT, triangle, bottom), (NOT_FINITE, cross, bottom))
     return [
-        {
-            "data": {"name": MARKS},
-            "transform": [{"filter": {"field": "kind", "equal": kind}}],
-            "mark": {"color": "#8b949e", **mark},
-            "encoding": at if mark["type"] == "rule" else {**at, **bottom},
-        }
-        for kind, mark in kinds
+        {"data": {"name": name}, "mark": {"color": "#8b949e", **mark}, "encoding": encoding}
+        for name, mark, encoding in kinds
     ]
 
 
@@ -189,25 +218,27 @@ def _pointed_at(place: Spec, y: Axis, colour: Spec) -> Spec:
     }
 
 
-def scatter(x: Axis, y: Axis, colours: Colours, *, style: str, names: Sequence[str] = ()) -> Spec:
-    """Return a chart of points, rows of x, y, colour and text; ``names`` are x where it is words.
+def scatter(x: Axis, y: Axis, *, style: str, names: Sequence[str] = ()) -> Spec:
+    """Return a chart of points, rows of x, y and text; ``names`` are those of x where it is words.
 
     The best one has ``best`` and a ring.
     """
     along: Spec = {"field": "x", "type": "nominal", "title": x.title, "sort": list(names)}
+    numbers = x.encoded("x")
+    numbers["scale"] |= {"padding": 12, "nice": False}
     along["axis"] = {"labelAngle": 0 if sum(map(len, names)) < 24 else -40}
     encoding = {
-        "x": along if names else x.encoded("x"),
+        "x": along if names else numbers,
         "y": y.encoded("y"),
-        "color": _colour(colours, style),
         "tooltip": [{"field": "text", "title": "point"}, {"field": "y", "title": y.title}],
     }
+    dot = {"type": "point", "filled": True, "size": 70, "color": PALETTES[style][0]}
     ring = {"type": "point", "size": 190, "strokeWidth": 2, "color": _INKS[style][0]}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "data": {"name": POINTS},
         "layer": [
-            {"mark": {"type": "point", "filled": True, "size": 70}, "encoding": encoding},
+            {"mark": dot, "encoding": encoding},
             {
                 "transform": [{"filter": {"field": "best", "equal": True}}],
                 "mark": ring,
@@ -230,30 +261,30 @@ def parallel(axes: Sequence[str], colours: Colours, *, style: str) -> Spec:
         "axis": {"labelAngle": 0, "domain": False, "ticks": False, "orient": "top", "grid": True},
         "scale": {"type": "point", "padding": 0.5},
     }
-    up = {"field": "y", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
-    chosen = {"condition": {"param": "over", "value": 0.95}, "value": 0.08}
-    over = {"type": "point", "fields": ["curve"], "on": "pointerover", "clear": "pointerout"}
+    up = {"field": "y", "type": "quantitative", "axis": None, "scale": {"domain": [-0.04, 1.06]}}
+    lines: Spec = {
+        "x": along,
+        "y": up,
+        "detail": {"field": "curve"},
+        "color": colour(colours, style),
+    }
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "layer": [
             {
                 "data": {"name": CURVES},
-                "params": [{"name": "over", "select": over}],
                 "mark": {"type": "line", "strokeWidth": 2},
-                "encoding": {
-                    "x": along,
-                    "y": up,
-                    "detail": {"field": "curve"},
-                    "color": _colour(colours, style),
-                    "opacity": chosen,
-                    "tooltip": {"field": "curve"},
-                },
+                **_singled_out(lines),
             },
-            {
-                "data": {"name": TEXTS},
-                "mark": {"type": "text", "align": "left", "dx": 5, "fontSize": 11},
-                "encoding": {"x": along, "y": up, "text": {"field": "text"}},
-            },
+            # Readable above lines: first as a band of the ground's colour, then as text.
+            *(
+                {
+                    "data": {"name": TEXTS},
+                    "mark": {"type": "text", "align": "left", "dx": 6, "fontSize": 11, **mark},
+                    "encoding": {"x": along, "y": up, "text": {"field": "text"}},
+                }
+                for mark in ({"stroke": GROUNDS[style], "strokeWidth": 4, "opacity": 0.9}, {})
+            ),
         ],
     }
 
@@ -278,8 +309,17 @@ def bars(*, style: str) -> Spec:
 
 
 def with_data(spec: Spec, data: Mapping[str, Sequence[Row]], **given: Any) -> Spec:
-    """Return a spec that is whole, with its data and whatever else it is ``given``."""
-    return {**spec, "datasets": {name: list(rows) for name, rows in data.items()}, **given}
+    """Return a spec that is whole, with its data and whatever else it is ``given``.
+
+    Layers without data are left out: Vega warns of axes that end nowhere.
+    """
+    layers = [
+        layer
+        for layer in spec.get("layer", ())
+        if "data" not in layer or data.get(layer["data"]["name"])
+    ]
+    whole = {**spec, "layer": layers} if layers else spec
+    return {**whole, "datasets": {name: list(rows) for name, rows in data.items()}, **given}
 
 
 _FEW_POINTS = 40
@@ -295,7 +335,7 @@ def losses(training: Series | None, held_out: Series | None) -> Spec | None:
     longest = max(len(series.values) for series in there.values())
     share = _SMOOTHING if longest > _FEW_POINTS else 0.0
     spec = curves(
-        Axis("step"),
+        STEPS,
         Axis("loss", format="~r"),
         Colours(names=list(there)),
         smoothed=share > 0,

@@ -39,7 +39,7 @@ def pngs(specs: Sequence[Spec]) -> list[bytes]:
 
 
 def javascript() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as a script for a page. Raises CannotDraw."""
+    """Return a script for a page that gives it `vegaEmbed`, with all of Vega. Raises CannotDraw."""
     (script,) = _drawn({"format": "javascript"})
     return script.decode()
 

@@ -17,6 +17,10 @@ class Panel:
     unit: str = ""
     factor: float = 1.0
     """From what is logged to that unit."""
+    format: str = ".4~g"
+    """Of its numbers on the axis, by d3's rules."""
+    is_noisy: bool = True
+    """Whether it is smoothed where that is asked for."""
 
 
 EVAL_LOSS = "eval_loss"
@@ -24,11 +28,18 @@ _KNOWN = (
     Panel("loss", "Training loss", ("loss",)),
     Panel("eval_loss", "Held-out loss", (EVAL_LOSS,)),
     Panel("eval_bits_per_byte", "Held-out loss", ("eval_bits_per_byte",), "bits per byte"),
-    Panel("learning_rate", "Learning rate", ("learning_rate",)),
+    Panel("learning_rate", "Learning rate", ("learning_rate",), format="~e", is_noisy=False),
     Panel("grad_norm", "Gradient norm", ("grad_norm",)),
-    Panel("tokens_per_second", "Speed", ("tokens_per_second",), "tokens per second"),
+    Panel("tokens_per_second", "Speed", ("tokens_per_second",), "tokens per second", format="~s"),
     Panel("mfu", "MFU", ("mfu",), "%", 100.0),
-    Panel("peak_memory_bytes", "Peak memory", ("peak_memory_bytes",), "GiB", 2.0**-30),
+    Panel(
+        "peak_memory_bytes",
+        "Peak memory",
+        ("peak_memory_bytes",),
+        "GiB",
+        factor=2.0**-30,
+        is_noisy=False,
+    ),
 )
 _NAMES = {"loss": "training", EVAL_LOSS: "held out"}
 

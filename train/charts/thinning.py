@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from shardwright.train.charts.series import Series
 
+DIGITS = 6
+"""Of what is smoothed: its last ones are noise, also of what is constant."""
 MOST_POINTS = 1_000
 """Drawn of a curve: about as many as a wide window has pixels."""
 LEAST_POINTS = 200
@@ -25,7 +27,7 @@ class Thinned:
     """Groups of neighbours of a series; each a single point where that is not too long."""
 
     size: int
-    """Points of a group."""
+    """Points of a group, at the most."""
     steps: Sequence[int]
     """Where each group begins, and behind these where the last one ends."""
     tokens: Sequence[int]
@@ -44,22 +46,26 @@ def points_each(curves: int) -> int:
 
 def thinned(series: Series, most: int = MOST_POINTS) -> Thinned:
     """Return a series in at most ``most`` groups, whose extremes and mean are kept."""
-    size = max(1, math.ceil(len(series.values) / most))
-    groups = [series.values[i : i + size] for i in range(0, len(series.values), size)]
+    count = len(series.values)
+    size = max(1, math.ceil(count / most))
+    parts = math.ceil(count / size)
+    # Nearly the same number in each: the mean of fewer would be noisier.
+    ends = [count * i // parts for i in range(parts + 1)] if parts else [0]
+    groups = [series.values[begin:end] for begin, end in pairwise(ends)]
     extremes = [_extremes(group) for group in groups]
     return Thinned(
         size,
-        _borders(series.steps, size),
-        _borders(series.tokens, size),
-        _borders(series.times, size),
+        _borders(series.steps, ends),
+        _borders(series.tokens, ends),
+        _borders(series.times, ends),
         [_mean(group) for group in groups],
         [first for first, _ in extremes],
         [second for _, second in extremes],
     )
 
 
-def _borders(places: Sequence[T], size: int) -> list[T]:
-    return [*places[::size], *places[-1:]]
+def _borders(places: Sequence[T], ends: Sequence[int]) -> list[T]:
+    return [*(places[end] for end in ends[:-1]), *places[-1:]]
 
 
 def _mean(group: Sequence[float | None]) -> float | None:
@@ -78,10 +84,11 @@ def _extremes(group: Sequence[float | None]) -> tuple[float | None, float | None
 def smoothed(values: Sequence[float | None], share: float) -> list[float | None]:
     """Return the moving average of a curve, whose weights fall by e over a share of its length.
 
-    As it is a share of the length, a thinned curve is smoothed as the whole one is. What came
-    before the first value has no weight. A gap stays one.
+    As it is a share of the length, a thinned curve is smoothed as the whole one is; one that is
+    less than a point changes nothing. What came before the first value has no weight. A gap stays
+    one.
     """
-    if share <= 0 or not values:
+    if share * len(values) < 1:
         return list(values)
     keep = math.exp(-1 / (share * len(values)))
     total, weight = 0.0, 0.0
@@ -91,7 +98,7 @@ def smoothed(values: Sequence[float | None], share: float) -> list[float | None]
             found.append(None)
             continue
         total, weight = keep * total + (1 - keep) * value, keep * weight + 1 - keep
-        found.append(total / weight)
+        found.append(float(f"{total / weight:.{DIGITS}g}"))
     return found
 
 
