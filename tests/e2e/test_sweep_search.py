@@ -26,7 +26,7 @@ RATE = "trainer.learning_rate"
 GOOD = (1e-3, 2e-3)
 BAD = (0.1, 0.2, 0.3)
 SHORT, LONG = 16, 600
-JUDGED_AT = 8
+JUDGED_AT = 4
 SEED = 20260130
 
 
@@ -96,7 +96,8 @@ def test_a_search_that_is_killed_keeps_its_study_and_a_pruned_run_says_so(
     named = [*searched(tmp_path, GOOD[:1], BAD[:1], seed=4), *words(tiny), "sweep_dir=a"]
     sweep_dir = tmp_path / "a"
     process = cli.start("sweep", *named, cwd=tmp_path)
-    cli.wait_until(lambda: len(values(sweep_dir, 1)) > 0 or process.poll() is not None)
+    second = sweep_dir / "1" / "metrics.jsonl"
+    cli.wait_until(lambda: second.exists() or process.poll() is not None)
     assert process.poll() is None, process.communicate()
     kill(process, tmp_path)
     before = trials(sweep_dir)
