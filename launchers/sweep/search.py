@@ -56,7 +56,9 @@ class Search:
     def is_finished(self) -> bool:
         """Return whether all of its trials are in the plan, or nothing new is left to try."""
         planned = len(directory.read(self._directory).points)
-        return self._is_exhausted or planned >= self._most()
+        if self._is_exhausted or planned >= self._most():
+            return True
+        return self._study.is_exhausted(planned)
 
     def tell(self, state: PointState) -> None:
         """Write down how a point has ended."""

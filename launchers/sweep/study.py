@@ -381,8 +381,15 @@ class Study:
         number = copy.ask(self._distributions).number
         return copy.trials[number]
 
+    def is_exhausted(self, points: int) -> bool:
+        """Return whether there is nothing new to try, and what was proposed is in the plan.
+
+        ``points`` is how many that has.
+        """
+        planned = (trial.user_attrs.get(POINT, -1) < points for trial in self.trials)
+        return self._are_all_proposed() and all(planned)
+
     def _are_all_proposed(self) -> bool:
-        """Return whether there is nothing new that could be proposed."""
         count = spaces.combinations(self._space)
         known = {tuple(trial.params.items()) for trial in self.trials}
         return count is not None and len(known) >= count

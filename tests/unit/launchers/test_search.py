@@ -73,9 +73,17 @@ def test_a_proposal_that_is_in_no_plan_is_made_again(tmp_path: Path) -> None:
 def test_a_search_over_few_values_is_finished_when_all_are_tried(tmp_path: Path) -> None:
     begun(tmp_path)
     few = {RATE: space.Choices((0.1, 0.2), ("0.1", "0.2"))}
-    search = Search(directory.read(tmp_path), few, lambda settings: settings[RATE] == 0.2)
+
+    def begun_again() -> Search:
+        return Search(directory.read(tmp_path), few, lambda settings: settings[RATE] == 0.2)
+
+    search = begun_again()
     assert len(search.propose(3)) == 1
     assert search.is_finished()
+    assert not begun_again().is_finished()  # its point is in no plan
+    assert planned(begun_again(), tmp_path, 3) == [0]
+    assert begun_again().is_finished()
+    assert begun_again().propose(1) == []
 
 
 def test_what_lags_at_an_evaluation_is_pruned_and_its_directory_says_so(tmp_path: Path) -> None:
