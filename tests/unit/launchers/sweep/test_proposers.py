@@ -16,7 +16,7 @@ from shardwright.launchers.sweep import choice, directory, proposers, ray_tasks
 from shardwright.launchers.sweep.conduct import MOST_LOST, Conductor
 from shardwright.launchers.sweep.definition import SweepConfig, from_tree
 from shardwright.launchers.sweep.directory import Point, PointState, Sweep
-from shardwright.launchers.sweep.places import Grid, Lines, Outcome, Task
+from shardwright.launchers.sweep.places import Grid, Outcome, Proposal, Task
 from shardwright.launchers.sweep.ray_tasks import Share
 from shardwright.train.errors import RESUMABLE, UserError
 from shardwright.train.run_directory import pruned
@@ -213,6 +213,7 @@ class Played:
     """A place whose starts of a point end as they are told to."""
 
     stays = True
+    outlives = False
 
     def __init__(self, outcomes: Iterable[Outcome]) -> None:
         self._outcomes = iter(outcomes)
@@ -221,6 +222,12 @@ class Played:
 
     def described(self) -> str:
         return "played"
+
+    def how_to_stop(self) -> str:
+        return "by nothing"
+
+    def take_over(self, numbers: Iterable[int]) -> set[int]:
+        return set()
 
     def room(self) -> int:
         return 1 - len(self._running)
@@ -240,6 +247,16 @@ class Played:
     def close(self) -> None: ...
 
 
+class Quiet:
+    """Shows nothing."""
+
+    def say(self, text: str) -> None: ...
+
+    def update(self, sweep: Sweep, states: Sequence[PointState]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def conductor(
     sweep_dir: Path, place: Played, proposer: Any = None, *, state: PointState | None = None
 ) -> Conductor:
@@ -254,7 +271,7 @@ def conductor(
     def plan(point: Point) -> Task:
         return Task(point, run_dir, found, {}, (), True, sweep_dir / "0.log")
 
-    return Conductor(sweep, place, proposer or Grid(), Lines(), plan)
+    return Conductor(sweep, place, proposer or Grid(), Quiet(), plan)
 
 
 LOST = Outcome(0, RESUMABLE, "Ray has lost it", is_lost=True)
@@ -276,8 +293,23 @@ def test_a_place_that_loses_a_point_every_time_is_given_up(tmp_path: Path) -> No
     assert loop.states[0].state == "stopped"
 
 
-class Pruning(Grid):
-    """A search that has judged its only point."""
+class Searching:
+    """A search that has proposed its only point."""
+
+    def propose(self, count: int) -> Sequence[Proposal]:
+        return ()
+
+    def is_finished(self) -> bool:
+        return True
+
+    def tell(self, state: PointState) -> None: ...
+
+    def prune(self, number: int) -> str | None:
+        return None
+
+
+class Pruning(Searching):
+    """One that has judged it."""
 
     def prune(self, number: int) -> str | None:
         return "it lags"
@@ -291,10 +323,10 @@ def test_a_point_that_was_pruned_when_its_sweep_was_killed_is_not_resumed(tmp_pa
     assert (loop.states[0].state, loop.states[0].why) == ("pruned", "it lags")
 
 
-def test_a_run_that_is_done_without_its_objective_ends_the_sweep(
+def test_a_run_that_is_done_without_its_objective_ends_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = conductor(tmp_path, Played([Outcome(0, 0)]))
+    loop = conductor(tmp_path, Played([Outcome(0, 0)]), Searching())
     (tmp_path / "0/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
     monkeypatch.setattr("shardwright.launchers.runs.is_done", lambda *given: "starts" in os.environ)
     monkeypatch.setattr(Played, "start", _started(monkeypatch))
