@@ -246,6 +246,8 @@ def test_the_tables_need_no_script_and_the_page_fits_a_telephone(
         browser.open(page)
         browser.settled()
         assert browser.run("return document.documentElement.scrollWidth") == 390
+        right = "Math.max(...[...document.querySelectorAll('.chart:not(.scrolls) canvas')].map("
+        assert browser.run(f"return {right}(c) => c.getBoundingClientRect().right))") <= 390
         ground = browser.run("return getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")
     drive = browser.driver.execute_cdp_cmd

@@ -188,8 +188,10 @@ def _marks() -> list[Spec]:
     """Return the layers of restarts, checkpoints and values that are no numbers."""
     at = {"x": {"field": "x", "type": "quantitative"}, "tooltip": {"field": "text"}}
     rule = {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.5}
-    triangle = {"type": "point", "shape": "triangle-up", "size": 45, "filled": True}
-    cross = {"type": "point", "shape": "cross", "size": 60, "color": "#d1242f", "filled": True}
+    triangle = {"type": "point", "shape": "triangle-up", "size": 70, "filled": True}
+    triangle |= {"yOffset": -5, "opacity": 1}
+    cross = {"type": "point", "shape": "cross", "size": 70, "color": "#d1242f", "filled": True}
+    cross |= {"yOffset": -5, "opacity": 1}
     bottom = {**at, "y": {"value": "height"}}
     kinds = ((RESTART, rule, at), (CHECKPOINT, triangle, bottom), (NOT_FINITE, cross, bottom))
     return [

@@ -83,6 +83,7 @@
     const spec = structuredClone(chart.specs[style()]);
     const x = xAxis(), choice = data.choices[state.choice];
     const few = datasets.curves.length <= 40 * chart.curves.length && data.runs.length <= 6;
+    const isNarrow = document.getElementById(`chart-${chart.name}`).clientWidth < 600;
     spec.layer = spec.layer.filter((layer) => datasets[layer.data.name].length > 0);
     for (const layer of spec.layer) {
       const { x: atX, y: atY, color } = layer.encoding;
@@ -91,7 +92,9 @@
       if (atX.scale) atX.scale = state.logX ? { type: "log", nice: false } : atX.scale;
       if (atY && atY.scale) atY.scale = state.logY ? { type: "log" } : atY.scale;
       if (color && choice) layer.encoding.color = { ...choice.encodings[style()] };
-      if (color && !hasLegend(chart)) layer.encoding.color.legend = null;
+      const encoded = layer.encoding.color;
+      if (encoded && !hasLegend(chart)) encoded.legend = null;
+      else if (encoded && isNarrow) encoded.legend = { ...encoded.legend, columns: 1 };
       if (layer.data.name === "curves" && few) layer.mark.point = { size: 22 };
     }
     return { ...spec, datasets, width: "container", height: 240,
