@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shardwright.launchers.reporting.differences import written
 from shardwright.launchers.reporting.scales import is_number, scale_of
+from shardwright.train.units import counted
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -40,7 +41,9 @@ def importance(
     if importlib.util.find_spec("optuna") is None:
         return Importance({}, "Optuna is not installed (pip install 'shardwright[sweep]').")
     if len(values) < LEAST_POINTS:
-        return Importance({}, f"{len(values)} points have a value; it takes {LEAST_POINTS}.")
+        return Importance(
+            {}, f"{counted(len(values), 'point')} with a value; it takes {LEAST_POINTS}."
+        )
     if not varied:
         return Importance({}, "All points have the same settings.")
     if min(values) == max(values):

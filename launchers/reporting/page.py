@@ -106,7 +106,8 @@ def _body(report: Report) -> Iterator[str]:
     yield f"<h1>{escape(report.title)}</h1>"
     yield f'<p class="soft">{counted(len(report.runs), "run")}, as of {escape(report.made)}.</p>'
     if living := [run for run in report.runs if not run.is_over]:
-        what = "this run was" if len(report.runs) == 1 else f"{len(living)} of them were"
+        verb = "was" if len(living) == 1 else "were"
+        what = f"{counted(len(living), 'run')} of {len(report.runs):,} {verb}"
         yield (
             f'<p class="live">At that moment {what} not over. '
             f"To see them as they are now: <code>{escape(report.again)}</code></p>"
@@ -249,9 +250,11 @@ def _sweep(swept: Swept, runs: Sequence[Run], number: int, title: str) -> Iterat
         f"objective {escape(wanted)}.</p>"
     )
     best, metric = standing.best, objectives[0].metric
+    is_whole = all(trial.state.is_over for trial in standing.trials)
+    so_far = "" if is_whole else " so far"
     if best is not None and swept.command is not None:
         yield (
-            f"<p>Best is point {best.point.number} with {escape(metric)} "
+            f"<p>Best{so_far} is point {best.point.number} with {escape(metric)} "
             f"<strong>{best.values[metric]:.5g}</strong>. The command that runs it again:</p>"
             f'<div class="command"><pre id="command-{number}">{escape(swept.command)}</pre>'
             f'<button type="button" data-copies="command-{number}">Copy</button></div>'

@@ -27,7 +27,7 @@ EVAL_LOSS = "eval_loss"
 _KNOWN = (
     Panel("loss", "Training loss", ("loss",)),
     Panel("eval_loss", "Held-out loss", (EVAL_LOSS,)),
-    Panel("eval_bits_per_byte", "Held-out loss", ("eval_bits_per_byte",), "bits per byte"),
+    Panel("eval_bits_per_byte", "Held-out bits per byte", ("eval_bits_per_byte",)),
     Panel("learning_rate", "Learning rate", ("learning_rate",), format="~e", is_noisy=False),
     Panel("grad_norm", "Gradient norm", ("grad_norm",)),
     Panel("tokens_per_second", "Speed", ("tokens_per_second",), "tokens per second", format="~s"),

@@ -14,7 +14,7 @@ def test_the_curves_of_one_run_that_are_read_together_share_a_chart() -> None:
     assert [(panel.title, panel.metrics) for panel in found] == [
         ("Loss", ("loss", "eval_loss")),
         ("Held-out loss of each set", ("eval_loss/code", "eval_loss/wiki")),
-        ("Held-out loss", ("eval_bits_per_byte",)),
+        ("Held-out bits per byte", ("eval_bits_per_byte",)),
         ("Learning rate", ("learning_rate",)),
         ("Gradient norm", ("grad_norm",)),
         ("Speed", ("tokens_per_second",)),

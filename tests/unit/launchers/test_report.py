@@ -195,7 +195,7 @@ def test_a_sweep_tells_which_point_is_the_best_and_which_failed(here: Path) -> N
     assert "8 points, 5 done, 1 pruned, 1 failed, 1 waiting; objective eval_loss, minimized" in (
         told.replace("1 pruned, 5 done", "5 done, 1 pruned")
     )
-    assert "Best is point 1 with eval_loss 2.5" in told
+    assert "Best so far is point 1 with eval_loss 2.5" in told
     assert "train model=gpt2_tiny trainer.learning_rate=0.001 seed=0" in told
     assert "6: trainer.learning_rate=0.0001 seed=1: rank 0 failed: <no memory>" in told
     assert {path.name for path in (here / "pictures").glob("*.png")} >= {
@@ -230,7 +230,7 @@ def test_a_sweep_that_has_not_begun_has_a_page(here: Path) -> None:
     assert main(["report", "new"]) == 0
     told = str(_Text(here / "report-new.html"))
     assert "No point is done yet, and none is the best." in told
-    assert "0 points have a value; it takes 4." in told or "Optuna is not installed" in told
+    assert "0 points with a value; it takes 4." in told or "Optuna is not installed" in told
 
 
 def test_runs_and_sweeps_share_a_page_and_no_name_of_a_chart(here: Path) -> None:
@@ -318,7 +318,7 @@ def test_the_setting_that_decides_has_the_largest_share() -> None:
 @pytest.mark.parametrize(
     ("settings", "values", "why"),
     [
-        ([{"a": 1}] * 3, [1.0, 2.0, 3.0], "3 points have a value; it takes 4."),
+        ([{"a": 1}] * 3, [1.0, 2.0, 3.0], "3 points with a value; it takes 4."),
         ([{"a": 1}] * 4, [1.0, 2.0, 3.0, 4.0], "All points have the same settings."),
         ([{"a": i} for i in range(4)], [1.0] * 4, "All points have the same value."),
     ],
