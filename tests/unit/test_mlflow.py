@@ -32,8 +32,6 @@ from tests.unit.trackers import (
     write,
 )
 
-pytest.importorskip("mlflow", reason="an extra that constraints.txt excludes")
-
 run_dir = pytest.fixture(make_run_dir)
 NOWHERE = "http://127.0.0.1:9"
 

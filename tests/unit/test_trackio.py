@@ -21,7 +21,6 @@ from tests.unit.trackers import (
     write,
 )
 
-pytest.importorskip("trackio")
 run_dir = pytest.fixture(make_run_dir)
 
 

@@ -84,7 +84,7 @@ ALIASES = {
     "gradient_clipping": "trainer.max_grad_norm",
     "greater_is_better": "checkpoint.best_metric: its direction follows from it",
     "gres": "launcher.gpus_per_node",
-    "hardware": "it with `shardwright plan`: a run takes what its machine has",
+    "hardware": "launcher.device and launcher.nproc_per_node: `shardwright plan` knows the word",
     "hub_model_id": "run_dir here, and `shardwright push RUN_DIR NAME` when it is done",
     "include_tokens_per_second": "trainer.log_every_steps: each logged step has tokens per second",
     "keep_checkpoints": "checkpoint.keep_last",
