@@ -196,7 +196,8 @@ def test_below_ray_a_killed_worker_costs_no_point(
         *(("done", 2, 0), ("done", 1, 0), ("done", 1, 0))
     ]
     for number in range(3):
-        assert values(sweep_dir, number) == pytest.approx(values(tmp_path / "alone", number))
+        wanted = dict(values(tmp_path / "alone", number))
+        assert dict(values(sweep_dir, number)) == pytest.approx(wanted)
         steps = [step for step, _ in values(sweep_dir, number)]
         assert steps == sorted(set(steps))
     assert "Ray has lost it" in ended.stdout
