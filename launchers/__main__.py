@@ -29,8 +29,9 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright sweep [SWEEP_DIR] [sweep=NAME] [group=option,option] [key=value,value] [--dry-run]
       run each combination, several at a time, each as an ordinary run; the same command again
       continues a sweep that was cut: it skips what is done and resumes the rest
-  shardwright plan --states-only [group=option] [key=value] [hardware=h200x8]
-      memory that the model states of such a run take, as DeepSpeed estimates them
+  shardwright plan [group=option] [key=value] hardware=h200x8 [--json]
+      memory that such a run would take under each strategy, and which of them fit, on hardware
+      that need not be there; --states-only: the model states, as DeepSpeed estimates them
   shardwright prepare [--dry-run] [group=option] [key=value]
       put the tokenizer and tokens that such a run would train on into the cache, and start none
   shardwright resume RUN_DIR [--dry-run] [group=option] [key=value]

@@ -57,7 +57,7 @@ def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
         weights=compute if has_copy else master,
         master_weights=master if has_copy else 0,
         gradients=min(compute, master),
-        moments=_moments(config.trainer, DTYPES[precision.moments_dtype].size_bytes) * count,
+        moments=moments_bytes(config.trainer, DTYPES[precision.moments_dtype].size_bytes) * count,
     )
     held: dict[str, dict[str, float]] = {"none": {}, "cpu": {}, "nvme": {}}
     for name, (is_divided, where) in strategy.placement.items():
@@ -65,7 +65,7 @@ def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
     return Parts(**held["none"]), Parts(**held["cpu"])
 
 
-def _moments(trainer: TrainerConfig, dtype_bytes: int) -> int:
+def moments_bytes(trainer: TrainerConfig, dtype_bytes: int) -> int:
     """Return the bytes of an optimizer's state for each parameter, at the least."""
     facts = OPTIMIZERS[trainer.optimizer]
     return facts.moments * (facts.moments_bytes or dtype_bytes)

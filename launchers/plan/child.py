@@ -6,17 +6,28 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import UserError
-from shardwright.train.plan.facts import ModelFacts
+from shardwright.train.plan.facts import ModelFacts, Traced
 from shardwright.train.program import package_environment
 
 
 def facts_of(config: RunConfig) -> ModelFacts:
     """Return what a run's model is made of; raise UserError where it cannot be built."""
-    return ModelFacts.of_json(_answer({"config": config.model_dump(mode="json")})["facts"])
+    return looked_at(config, [])[0]
+
+
+def looked_at(config: RunConfig, autocasts: Sequence[bool]) -> tuple[ModelFacts, list[Traced]]:
+    """Return what a run's model is made of, and traces of its micro-batch.
+
+    There is one for each of ``autocasts``. Raises UserError where the model cannot be built.
+    """
+    answer = _answer({"config": config.model_dump(mode="json"), "autocasts": list(autocasts)})
+    traces = [Traced(**found) for found in answer.get("traced", [])]
+    return ModelFacts.of_json(answer["facts"]), traces
 
 
 def _answer(asked: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from shardwright.train.config import load
 from shardwright.train.loop.trainer import Trainer
+from shardwright.train.plan.live import LiveBytes
 from shardwright.train.process.rank import Rank, rank_from_environment
 from shardwright.train.run import assemble
 from shardwright.train.strategy.group import join
@@ -50,6 +51,72 @@ def _train_and_weigh(run_dir: Path, rank: Rank) -> dict[str, int]:
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
     assert len(held) == trainer.state.max_steps - 1
     return {kind: min(h[kind] for h in held) for kind in held[0]} | {"whole_model": whole}
+
+
+def held_and_peak(run_dir: Path) -> dict[str, int]:
+    """Train; return what `bytes_held` does, of step 2, and what is alive at the most in step 3.
+
+    "passes" is the most in forward and backward passes, "update" in the optimizer's step: of all
+    tensors but those that were there before the run. The run has four steps of at least two
+    micro-batches.
+    """
+    rank = rank_from_environment()
+    with join(load(run_dir), rank):
+        gc.collect()
+        before = _tensors()
+        trainer = assemble(run_dir, load(run_dir), rank, io.StringIO())
+        watched = _Watched(trainer, before)
+        trainer.training_step = watched  # type: ignore[method-assign]
+        trainer.train()
+        assert trainer.state.max_steps == 4
+        return watched.found
+
+
+class _Watched:
+    """A training step that is weighed in step 2, and watched from step 3 to step 4."""
+
+    def __init__(self, trainer: Trainer, before: list[torch.Tensor]) -> None:
+        self._trainer, self._step, self._before = trainer, trainer.training_step, before
+        self._live = LiveBytes()
+        self.found: dict[str, int] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        done, live, found = self._trainer.state.global_step, self._live, self.found
+        if done == 2 and "passes" not in found:
+            found["passes"] = 0
+            gc.collect()
+            live.leave_out(self._before)
+            live.take_in(part for tensor in _tensors() for part in _parts(tensor))
+            live.__enter__()
+        elif done == 3 and "update" not in found:
+            live.__exit__(None, None, None)
+            found["update"] = live.peak
+        live.begin()
+        loss = self._step(*args, **kwargs)
+        if done == 1 and "parameters" not in found:
+            found |= _weigh(self._trainer, _storages(self._before))
+        if done == 2:
+            found["passes"] = max(found["passes"], live.peak)
+            live.begin()
+        return loss
+
+
+def _is_tensor(found: object) -> bool:
+    return issubclass(type(found), torch.Tensor) and type(found).__name__ != "FakeTensor"
+
+
+def _tensors() -> list[torch.Tensor]:
+    return [t for t in gc.get_objects() if _is_tensor(t) and t.device.type != "meta"]
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return what an object holds besides itself: a shard, a gradient, which gc does not see."""
+    found = [tensor]
+    if hasattr(tensor, "ds_tensor"):
+        found.append(tensor.ds_tensor)
+    if tensor.is_leaf and tensor.grad is not None:
+        found.append(tensor.grad)
+    return found
 
 
 def _weigh(trainer: Trainer, before: Storages) -> dict[str, int]:

@@ -33,7 +33,14 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     from shardwright.train.plan.model import facts_of, planned
 
     config = from_tree(asked["config"])
-    return {"facts": facts_of(planned(config)).as_json()}
+    answer: dict[str, Any] = {"facts": facts_of(planned(config), config).as_json()}
+    if asked["autocasts"]:
+        from shardwright.train.plan.trace import traced
+
+        answer["traced"] = [
+            traced(config, autocast=autocast).as_json() for autocast in asked["autocasts"]
+        ]
+    return answer
 
 
 if __name__ == "__main__":

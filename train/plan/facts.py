@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -37,6 +37,8 @@ class ModelFacts:
     """In the model's order."""
     largest_layer: int
     """Most parameters that one module has of its own."""
+    units: tuple[int, ...] = ()
+    """Elements of each unit that FSDP gathers by itself; the rest is its root."""
 
     @property
     def count(self) -> int:
@@ -50,4 +52,38 @@ class ModelFacts:
         parameters = tuple(
             Parameter(p["name"], tuple(p["shape"]), p["decays"]) for p in found["parameters"]
         )
-        return cls(parameters, found["largest_layer"])
+        return cls(parameters, found["largest_layer"], tuple(found["units"]))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Bytes that one micro-batch keeps alive besides model and gradients, and its arithmetic."""
+
+    kept: int
+    """From the forward pass for the backward pass."""
+    forward: int
+    """At the most in the forward pass, the loss included."""
+    backward: int
+    """At the most in the backward pass, where each gradient is taken away as it comes."""
+    backward_growing: int
+    """The same where gradients stay as they come, and counted with them."""
+    flops: int
+    """Of both passes, what is computed again included."""
+
+    def continued(self, deeper: Traced, steps: float) -> Traced:
+        """Return what a model has that is so many steps deeper than this one; one is ``deeper``.
+
+        Blocks repeat, so that each adds the same.
+        """
+        return Traced(
+            **{
+                each.name: round(
+                    getattr(self, each.name)
+                    + steps * (getattr(deeper, each.name) - getattr(self, each.name))
+                )
+                for each in fields(Traced)
+            }
+        )
+
+    def as_json(self) -> dict[str, int]:
+        return asdict(self)

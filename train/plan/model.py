@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from shardwright.train.config import RunConfig
+from shardwright.train.config import FsdpStrategy, RunConfig
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
+from shardwright.train.model.blocks import blocks_or_none
 from shardwright.train.plan.facts import ModelFacts, Parameter
+from shardwright.train.strategy.fsdp.units import units
 
 
 def planned(config: RunConfig) -> PreTrainedModel:
@@ -42,8 +44,8 @@ def stand_in() -> PreTrainedTokenizerFast:
     )
 
 
-def facts_of(model: PreTrainedModel) -> ModelFacts:
-    """Return what a model is made of."""
+def facts_of(model: PreTrainedModel, config: RunConfig) -> ModelFacts:
+    """Return what a run's model is made of."""
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     parameters = tuple(
         Parameter(name, tuple(parameter.shape), name in decayed)
@@ -53,4 +55,19 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
         sum(parameter.numel() for parameter in module.parameters(recurse=False))
         for module in model.modules()
     )
-    return ModelFacts(parameters, max(own))
+    return ModelFacts(parameters, max(own), tuple(_units(model, config)))
+
+
+def _units(model: PreTrainedModel, config: RunConfig) -> list[int]:
+    """Return the elements of each unit: those of the run's strategy, or of FSDP's usual ones."""
+    if not isinstance(config.strategy, FsdpStrategy):
+        config = config.model_copy(update={"strategy": FsdpStrategy(kind="fsdp")})
+    if not blocks_or_none(model):
+        return []
+    taken: set[int] = set()
+    found = []
+    for unit in units(model, config):
+        own = [p for p in unit.module.parameters() if id(p) not in taken]
+        taken |= set(map(id, own))
+        found.append(sum(p.numel() for p in own))
+    return found

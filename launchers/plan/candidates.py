@@ -1,0 +1,178 @@
+"""The runs that a plan compares: one config on supposed hardware, under each strategy.
+
+Reads the options of conf/strategy/, and starts the child that traces the model once for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from shardwright.launchers.machine import facts as machine
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.plan import child
+from shardwright.launchers.plan.hardware import CONF, MIB, Hardware
+from shardwright.launchers.plan.peak import Peak, peak, uses_autocast
+from shardwright.train.config import RunConfig, accumulation_steps, from_tree, rank_layout
+from shardwright.train.errors import UserError
+from shardwright.train.plan.facts import ModelFacts, Traced
+
+STRATEGIES = CONF.parent / "strategy"
+CONTEXT_BYTES = 600 * MIB
+"""What CUDA and NCCL take of a device before there is a tensor: assumed, until it is measured."""
+FRAGMENTS = 0.05
+"""Share of a device that torch's allocator cannot use for what it is asked for: likewise."""
+MOST_NODES = 2**13
+"""Up to which a plan looks for how many would be enough."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run under one strategy."""
+
+    strategy: str
+    """The option of conf/strategy/."""
+    config: RunConfig | None
+    """None where there is no such run."""
+    problem: str = ""
+    """Why there is none."""
+    peak: Peak | None = None
+    traced: tuple[ModelFacts, Traced] | None = None
+    """What the peak was made of."""
+
+    def fits(self, hardware: Hardware) -> bool:
+        """Whether device, host and disks of a node have what it takes."""
+        if self.peak is None:
+            return False
+        ranks = hardware.devices
+        if hardware.device == "cpu":
+            return (self.peak.device + self.peak.host) * ranks <= hardware.host_memory_bytes
+        return (
+            self.peak.device <= usable_bytes(hardware)
+            and self.peak.host * ranks <= hardware.host_memory_bytes
+            and self.peak.disk * ranks <= hardware.nvme_gib * 2**30
+        )
+
+
+def usable_bytes(hardware: Hardware) -> int:
+    """Return the bytes of a device that tensors can take. Pure."""
+    if hardware.device == "cpu":
+        return hardware.memory_bytes
+    return round(hardware.memory_bytes * (1 - FRAGMENTS)) - CONTEXT_BYTES
+
+
+def option_values(name: str) -> dict[str, Any]:
+    """Return the values of an option of conf/strategy/, those of the one it builds on included."""
+    tree: dict[str, Any] = yaml.safe_load((STRATEGIES / f"{name}.yaml").read_text("utf-8"))
+    found: dict[str, Any] = {}
+    for below in tree.pop("defaults", []):
+        if isinstance(below, str) and below != "_self_":
+            found |= option_values(below)
+    return found | tree
+
+
+def strategies() -> list[str]:
+    """Return the options of conf/strategy/ in the order in which they take less of a device."""
+    there_are = {path.stem for path in STRATEGIES.glob("*.yaml")}
+    order = ["single", "ddp", "zero0", "zero1", "zero2", "fsdp_grad_op", "fsdp", "zero3"]
+    return [name for name in order if name in there_are] + sorted(there_are - set(order))
+
+
+def candidates(tree: Mapping[str, Any], hardware: Hardware, own: str | None) -> list[Candidate]:
+    """Return a run for each strategy, with its peak where there is such a run.
+
+    ``tree`` is a composed config on this hardware, as `on_hardware` gives it; ``own`` names the
+    option that its strategy is of, where no other is to be looked at. Raises UserError where there
+    is no such run at all.
+    """
+    names = strategies() if own is None else [own]
+    found = [_candidate(tree, hardware, name, is_own=own is not None) for name in names]
+    configs = [each.config for each in found if each.config is not None]
+    if not configs:
+        raise UserError("\n".join(dict.fromkeys(each.problem for each in found)))
+    autocasts = sorted({uses_autocast(config) for config in configs})
+    model, traces = child.looked_at(_as_traced(configs[0]), autocasts)
+    by_autocast = dict(zip(autocasts, traces, strict=True))
+    return [_with_peak(each, model, by_autocast) for each in found]
+
+
+def _with_peak(
+    candidate: Candidate, model: ModelFacts, by_autocast: Mapping[bool, Traced]
+) -> Candidate:
+    config = candidate.config
+    if config is None:
+        return candidate
+    traced = by_autocast[uses_autocast(config)]
+    return replace(candidate, peak=peak(config, model, traced), traced=(model, traced))
+
+
+def _candidate(
+    tree: Mapping[str, Any], hardware: Hardware, strategy: str, *, is_own: bool
+) -> Candidate:
+    try:
+        section = tree["strategy"] if is_own else option_values(strategy)
+        config = from_tree({**tree, "strategy": section})
+        return Candidate(strategy, _on(config, hardware))
+    except (UserError, ValidationError) as error:
+        return Candidate(strategy, None, str(error))
+
+
+def on_hardware(tree: Mapping[str, Any], hardware: Hardware) -> dict[str, Any]:
+    """Return a composed config with the ranks that the hardware has. Pure."""
+    launcher = {
+        "kind": "torchrun",
+        "device": hardware.device,
+        "nproc_per_node": hardware.devices,
+        "nodes": hardware.nodes,
+        "head_address": "HOST" if hardware.nodes > 1 else None,
+        "head_port": 29500,
+    }
+    return {**tree, "launcher": launcher}
+
+
+def _on(config: RunConfig, hardware: Hardware) -> RunConfig:
+    supposed = Machine(compute_capabilities=(9.0,) * hardware.devices, cores=64)
+    resolved = machine.resolve(config, supposed, "plan")
+    layout = rank_layout(resolved.strategy, resolved.launcher.world_size)
+    accumulation_steps(resolved.trainer, layout)  # raises where the batch is not to be had
+    return resolved
+
+
+def _as_traced(config: RunConfig) -> RunConfig:
+    """Return a config as the child traces it: on a CPU, by attention that is one kernel there too.
+
+    A fused kernel of a GPU drops attention weights without keeping them; those of CPUs cannot.
+    """
+    tree = config.model_dump(mode="json")
+    is_fused = tree["model"]["attention"] != "eager" and config.launcher.device == "cuda"
+    if is_fused and "attention_dropout" in tree["model"]:
+        tree["model"]["attention_dropout"] = 0.0
+    if tree["model"]["attention"] == "flash_attention_2":
+        tree["model"]["attention"] = "sdpa"
+    tree["launcher"] |= {"device": "cpu"}
+    return from_tree(tree)
+
+
+def nodes_needed(candidate: Candidate, hardware: Hardware) -> int | None:
+    """Return with how many such nodes a run would fit, None where no number is enough. Pure.
+
+    What a trace has found stays: a micro-batch is the same on any number of ranks.
+    """
+    if candidate.config is None or candidate.peak is None or candidate.traced is None:
+        return None
+    nodes = hardware.nodes
+    while nodes <= MOST_NODES:
+        larger = hardware.model_copy(update={"nodes": nodes})
+        tree = on_hardware(candidate.config.model_dump(mode="json"), larger)
+        per_rank = candidate.config.trainer.samples_per_pass
+        tree["trainer"] |= {"global_batch_size": per_rank * larger.ranks}
+        config = from_tree(tree)
+        found = peak(config, candidate.traced[0], candidate.traced[1])
+        if replace(candidate, config=config, peak=found).fits(larger):
+            return nodes
+        nodes *= 2
+    return None
