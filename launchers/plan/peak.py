@@ -95,7 +95,7 @@ def _of_fsdp(config: RunConfig, model: ModelFacts) -> _Passing:
     Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param_group.py: the root stays gathered
     from its first use to the end of the backward pass, a unit for its own passes, with those that
     are gathered ahead of them; without resharding after forward all are there in between. A unit's
-    gradients wait for each other, in the dtype of compute.
+    gradients are copied into what is reduced, which stays until those of the next unit are.
     """
     strategy = config.strategy
     assert isinstance(strategy, FsdpStrategy)
@@ -109,7 +109,7 @@ def _of_fsdp(config: RunConfig, model: ModelFacts) -> _Passing:
     reduced = DTYPES[config.precision.reduce_dtype].size_bytes
     return _Passing(
         gathered=compute * (root + sum(at_once)),
-        in_backward=compute * unit,
+        in_backward=reduced * unit,
         at_its_end=(compute + reduced) * max(root, unit),
     )
 
