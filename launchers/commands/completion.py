@@ -7,9 +7,10 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from shardwright.launchers.composition.compose import compose
+from shardwright.launchers.composition.compose import CONF, compose
 from shardwright.launchers.composition.errors import qualify
 from shardwright.launchers.plan import hardware
+from shardwright.launchers.sweep import definition
 
 PROGRAM_FLAGS = ("--help", "--version")
 
@@ -54,9 +55,14 @@ def complete(
         parser = below.get(words[1]) if len(words) > 1 else None
         flags = flags_of(parser or parser_of(module_of(command)))
         return [flag for flag in flags if flag.startswith(last)]
+    if command == "sweep" and last.startswith(definition.PREFIX):
+        return [word for word in _of_a_sweep() if word.startswith(last)]
+    if command == "sweep":
+        own = (definition.PREFIX, f"{definition.PREFIX}_dir")
+        words = [word for word in words if word.partition("=")[0].partition(".")[0] not in own]
     if command == "plan" and (offered := _of_hardware(last)):
         return offered
-    if command not in ("train", "prepare", "plan"):
+    if command not in ("train", "sweep", "prepare", "plan"):
         return []
     settings = [word for word in words[1:] if not word.startswith("--")]
     overrides = [qualify(word) for word in hardware.split(settings)[1]]
@@ -71,6 +77,16 @@ def _of_hardware(word: str) -> list[str]:
         keys = (f"{group}{key}=" for key in hardware.known_keys())
         return [key for key in keys if key.startswith(word)]
     return [group] if word and (group := f"{hardware.GROUP}=").startswith(word) else []
+
+
+def _of_a_sweep() -> list[str]:
+    """Return the words for a sweep itself: its name among those shipped, its settings."""
+    names = sorted(path.stem for path in (CONF / definition.PREFIX).glob("*.yaml"))
+    return [
+        *(f"{definition.PREFIX}={name}" for name in names),
+        *(f"{definition.PREFIX}.{key}=" for key in definition.known_keys()),
+        f"{definition.PREFIX}_dir=",
+    ]
 
 
 def parser_of(module: str) -> argparse.ArgumentParser:

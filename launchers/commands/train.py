@@ -21,6 +21,11 @@ from shardwright.train import program
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import BAD_INPUT, RESUMABLE, UserError
 
+SWEEP_EXISTS = (
+    "note: -m runs one after the other and cannot be continued as a whole; `shardwright sweep` "
+    "with the same words runs several at a time, and resumes"
+)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Start what the arguments ask for, or with --dry-run show it; return the exit code."""
@@ -35,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     _check(configs, here)
     if dry_run:
         return 0
+    if any(job.number is not None for job in jobs):
+        print(SWEEP_EXISTS, file=sys.stderr)
     is_generated = all(job.is_named_here for job in jobs)
     with contextlib.ExitStack() as stack:
         if is_generated and any(job.number is not None for job in jobs):

@@ -37,9 +37,7 @@ def test_a_sweep_that_was_killed_trains_each_point_once_and_as_one_left_alone(
     assert sorted(state.attempts for state in states) == [1, 2, 2]
     for number in range(3):
         assert sweeps.steps(sweep_dir / str(number)) == list(range(1, sweeps.STEPS + 1))
-    assert "killed" not in (sweep_dir / "0" / "config.yaml").read_text().replace(
-        f"{sweep_dir}/0", ""
-    ), "a point is an ordinary run"
+        assert "sweep_dir: null\n" in (sweep_dir / str(number) / "config.yaml").read_text()
 
     # The tokenizer and the tokens were made by one of the six runs; the others waited for it.
     logs = [path.read_text().splitlines() for path in tmp_path.glob("*/?/logs/run.log")]
@@ -94,7 +92,11 @@ def test_a_point_that_fails_stops_no_other_and_is_tried_again_up_to_a_limit(
     ended = cli.shardwright("sweep", *words, cwd=tmp_path)
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "mixed: 1 done, 1 failed" in ended.stdout
-    assert "point 0 failed  data.paths=[small.txt]\n    data.eval_fraction=" in ended.stdout
+    assert "point 0 failed  data.paths=[small.txt]\n    " in ended.stdout
+    why = directory.state_of(tmp_path / "mixed", 0).why
+    assert why is not None
+    assert "too small for one batch: 1 training documents" in why
+    assert f"    {why.splitlines()[0]}\n" in ended.stdout
     assert f"  log: {tmp_path}/mixed/points/0.log" in ended.stdout
     failed, done = directory.states(directory.read(tmp_path / "mixed"))
     assert (failed.state, failed.failures, failed.code, done.state) == ("failed", 1, 2, "done")

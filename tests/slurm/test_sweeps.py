@@ -25,21 +25,27 @@ def losses(sweep_dir: Path) -> list[list[tuple[int, float]]]:
     ]
 
 
+def array_of(said: str) -> str:
+    (job,) = re.findall(r"^job (\d+): an array of 2 points$", said, re.MULTILINE)
+    return str(job)
+
+
 def test_a_sweep_whose_task_is_preempted_ends_as_one_that_was_left_alone(
     cluster: Cluster, corpus: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
-    common = (*runs.overrides(corpus, cache_dir, ranks=1), *SHORT, "seed=3,4,5")
-    here = ("launcher=torchrun", "strategy=ddp", "sweep_dir=here")
-    alone = shardwright(cluster, "sweep", *common, *here, cwd=tmp_path)
+    common = (*runs.overrides(corpus, cache_dir, ranks=1), *SHORT, "strategy=single", "seed=3,4")
+    alone = shardwright(cluster, "sweep", *common, *SLURM, "sweep_dir=alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stdout + alone.stderr
+    for number in range(2):
+        cluster.wait_for_state(f"{array_of(alone.stdout)}_{number}", "COMPLETED", seconds=240)
 
-    words = (*common, *SLURM, "launcher.partition=low", "sweep.max_parallel=2", "sweep_dir=array")
+    words = (*common, *SLURM, "launcher.partition=low", "sweep.max_parallel=1", "sweep_dir=array")
     submitted = shardwright(cluster, "sweep", *words, cwd=tmp_path)
     sweep_dir = tmp_path / "array"
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    job = re.findall(r"^job (\d+): an array of 3 points$", submitted.stdout, re.MULTILINE)[0]
-    assert "#SBATCH --array=0-2%2\n" in (sweep_dir / "job.sbatch").read_text()
-    assert [slurm.job_of(sweep_dir / str(n)) for n in range(3)] == [f"{job}_{n}" for n in range(3)]
+    job = array_of(submitted.stdout)
+    assert "#SBATCH --array=0-1%1\n" in (sweep_dir / "job.sbatch").read_text()
+    assert [slurm.job_of(sweep_dir / str(n)) for n in range(2)] == [f"{job}_{n}" for n in range(2)]
 
     runs.wait_for_step(sweep_dir / "0", 5)
     runs.pause(sweep_dir / "0")
@@ -53,15 +59,15 @@ def test_a_sweep_whose_task_is_preempted_ends_as_one_that_was_left_alone(
     ).strip()
     cluster.wait_for_state(urgent, "COMPLETED", seconds=60)
 
-    for number in range(3):
+    for number in range(2):
         cluster.wait_for_state(f"{job}_{number}", "COMPLETED", seconds=240)
     ended = shardwright(cluster, "sweep", "array", cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "array: 3 done" in ended.stdout
+    assert "array: 2 done" in ended.stdout
     assert "by SIGTERM" in runs.log(sweep_dir / "0")
-    assert losses(sweep_dir) == losses(tmp_path / "here")
+    assert losses(sweep_dir) == losses(tmp_path / "alone")
     states = directory.states(directory.read(sweep_dir))
-    assert [(s.state, s.attempts, s.failures) for s in states] == [("done", 1, 0)] * 3
+    assert [(s.state, s.attempts, s.failures) for s in states] == [("done", 1, 0)] * 2
 
 
 def test_points_that_failed_are_submitted_again_alone_and_the_sweep_may_wait(

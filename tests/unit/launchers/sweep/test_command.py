@@ -248,3 +248,12 @@ def test_train_says_where_sweeps_are(shardwright: Shardwright) -> None:
 
 def test_the_definitions_keys_are_known() -> None:
     assert {"limit", "seeds", "search.trials"} <= set(definition.known_keys())
+
+
+def test_train_with_several_runs_says_that_there_is_a_command_for_them(
+    shardwright: Shardwright,
+) -> None:
+    several = shardwright("train", "-m", *TINY, "seed=1,2", "--dry-run")
+    assert several.code == 0
+    assert several.err.count("`shardwright sweep` with the same words") == 1
+    assert "shardwright sweep" not in shardwright("train", *TINY, "--dry-run").err
