@@ -35,13 +35,13 @@ def main(arguments: Sequence[str]) -> int:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     configs = [resolved(job, here, stamp) for job in jobs]
     queue = _queue_of(configs)
+    if any(job.number is not None for job in jobs):
+        print(SWEEP_EXISTS, file=sys.stderr)
     if dry_run:
         show(configs, here)
     _check(configs, here)
     if dry_run:
         return 0
-    if any(job.number is not None for job in jobs):
-        print(SWEEP_EXISTS, file=sys.stderr)
     is_generated = all(job.is_named_here for job in jobs)
     with contextlib.ExitStack() as stack:
         if is_generated and any(job.number is not None for job in jobs):
