@@ -23,8 +23,8 @@ from shardwright.train.run_directory import pruned
 from tests.e2e import cli
 
 RATE = "trainer.learning_rate"
-GOOD = (1e-3, 2e-3)
-BAD = (0.1, 0.2, 0.3)
+GOOD = (1e-3,)
+BAD = (0.1, 0.2)
 SHORT, LONG = 16, 600
 JUDGED_AT = 4
 SEED = 20260130
@@ -93,7 +93,7 @@ def kill(process: subprocess.Popen[str], cwd: Path) -> None:
 def test_a_search_that_is_killed_keeps_its_study_and_a_pruned_run_says_so(
     tiny: Callable[[str], tuple[str, ...]], tmp_path: Path
 ) -> None:
-    named = [*searched(tmp_path, GOOD[:1], BAD[:1], seed=4), *words(tiny), "sweep_dir=a"]
+    named = [*searched(tmp_path, GOOD, BAD[:1], seed=4), *words(tiny), "sweep_dir=a"]
     sweep_dir = tmp_path / "a"
     process = cli.start("sweep", *named, cwd=tmp_path)
     second = sweep_dir / "1" / "metrics.jsonl"
@@ -130,12 +130,13 @@ def test_a_search_that_is_killed_keeps_its_study_and_a_pruned_run_says_so(
 def test_killed_twice_at_random_a_search_ends_as_one_that_was_left_alone(
     tiny: Callable[[str], tuple[str, ...]], tmp_path: Path
 ) -> None:
-    named = [*searched(tmp_path, GOOD, BAD, seed=0), *words(tiny)]
+    # The good one comes first, so that neither of the others is promoted before it.
+    named = [*searched(tmp_path, GOOD, BAD, seed=1), *words(tiny)]
     alone = cli.shardwright("sweep", *named, "sweep_dir=alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stdout + alone.stderr
 
     sweep_dir, draws = tmp_path / "killed", random.Random(SEED)
-    for point in (0, 2):
+    for point in (0, 1):
         process = cli.start("sweep", *named, "sweep_dir=killed", cwd=tmp_path)
         enough = draws.randint(1, 2)
         while len(values(sweep_dir, point)) < enough:
@@ -148,8 +149,8 @@ def test_killed_twice_at_random_a_search_ends_as_one_that_was_left_alone(
     first, second = trials(tmp_path / "alone"), trials(sweep_dir)
     for told in ("number", "params", "state", "values"):
         assert [getattr(t, told) for t in first] == [getattr(t, told) for t in second]
-    assert [t.state.name for t in first].count("PRUNED") >= 2
-    for number in range(len(GOOD) + len(BAD)):
+    assert [t.state.name for t in first].count("PRUNED") == 2
+    for number in range(3):
         both = zip(values(tmp_path / "alone", number), values(sweep_dir, number), strict=False)
         assert all(a == b for a, b in both)
         steps = [step for step, _ in values(sweep_dir, number)]
