@@ -35,12 +35,15 @@ FLAGS = ("--states-only", "--json")
 
 def main(arguments: Sequence[str]) -> int:
     """Print the plan that the arguments ask for."""
+    if {"-h", "--help"} & set(arguments):
+        parser().print_help()
+        return 0
     flags = {argument for argument in arguments if argument in FLAGS}
     words, others = hardware.split([a for a in arguments if a not in FLAGS])
     supposed = hardware.chosen(words, _config_dir(others))
     jobs = compose(others)
     if not jobs:
-        return 0  # the help, or another question that Hydra has answered
+        return 0  # a question that Hydra has answered
     if len(jobs) > 1:
         raise UserError("-m starts several runs, and a plan is of one; leave -m out")
     as_json = "--json" in flags
@@ -57,14 +60,31 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line of `shardwright plan`: Hydra's flags and ours."""
-    found = command_line()
+    """Return the command line of `shardwright plan`, whose other flags are Hydra's own."""
+    found = argparse.ArgumentParser(
+        prog="shardwright plan",
+        usage="%(prog)s [--states-only] [--json] [--config-dir DIR] "
+        f"[{hardware.GROUP}=NAME] [group=option] [key=value] ...",
+        description="Predict what each rank of a run would hold, under each strategy, on hardware "
+        "that need not be here; nothing is started.",
+        epilog=f"{hardware.GROUP}=h200x8x4 is 4 nodes of 8 devices each; there are "
+        f"{', '.join(hardware.options())}. Exit codes: 0 it fits, 1 it fits nowhere, 2 bad input.",
+    )
+    found.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="settings as for `shardwright train`; strategy=... plans that one alone",
+    )
     found.add_argument(
         "--states-only",
         action="store_true",
         help="the model states alone, as DeepSpeed's own estimators count them",
     )
     found.add_argument("--json", action="store_true", help="print one JSON object instead")
+    found.add_argument(
+        "--config-dir", "-cd", metavar="DIR", help="a folder with options of your own, as for train"
+    )
     return found
 
 
