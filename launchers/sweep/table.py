@@ -170,7 +170,7 @@ def _columns(
     at = [far.get(state.number, Progress()) for state in states]
     settings = [points[state.number].label or NOTHING for state in states]
     yield Column("point", tuple(str(state.number) for state in states))
-    yield Column("settings", tuple(settings), is_text=True, least=18)
+    yield Column("settings", tuple(settings), is_text=True, least=18, keeps_end=True)
     yield Column("step", tuple(each.steps for each in at), rank=4)
     losses = (NOTHING if each.loss is None else f"{each.loss:.4f}" for each in at)
     yield Column("loss", tuple(losses), rank=3)

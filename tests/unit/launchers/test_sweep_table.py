@@ -57,6 +57,7 @@ def test_it_fits_the_window_and_sums_up_the_rest(width: int, rows: int) -> None:
     assert any(line.lstrip().startswith("2  ") for line in lines), "what runs is shown first"
     if width >= 40:
         assert max(map(len, lines[1:])) <= width
+        assert "rate=0.0002" in "".join(lines), "its value tells a point from others"
     left = 40 - (rows - 3)
     assert lines[-1].startswith(f"… and {left} more points: {left} waiting") == (rows > 6)
 
