@@ -44,6 +44,10 @@ class Seen:
         return [line.rstrip() for line in screen.display[: max(screen.buffer) + 1]]
 
 
+_SIZE = ("COLUMNS", "LINES")
+"""Which are believed before the terminal is asked; what one test leaves is no other's size."""
+
+
 def see(
     arguments: Sequence[str],
     *,
@@ -72,7 +76,7 @@ def see(
     process = subprocess.Popen(
         arguments,
         cwd=cwd,
-        env=dict(environment),
+        env={name: value for name, value in environment.items() if name not in _SIZE},
         stdin=writing if size else subprocess.DEVNULL,
         stdout=writing,
         stderr=writing,

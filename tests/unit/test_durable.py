@@ -113,6 +113,7 @@ ELSEWHERE = {
     "train/model/origin.py:_publish": STAGED,
     "train/checkpoint/format/hashed.py:create": "it hashes what it writes, and syncs it",
     "launchers/commands/prepare.py:_prepared_here": "in a directory that does not stay",
+    "launchers/reporting/pictures.py:write": "it is drawn again in a second",
     "train/console/progress.py:_note": "what it says is out of date in a second",
     "train/process/stop_request.py:watch_for_stop": "others have it open, and write into it",
     "train/tracking/tensorboard.py:__init__": "TensorBoard's own file, which grows",
