@@ -44,6 +44,12 @@ def where(sweep: Sweep, points: Sequence[RunConfig], here: Machine) -> Where:
         opened = partial(ray_tasks.opened, config, ranks_of(points), on_gpus, here.cores)
         return Where("as tasks of Ray", (), here, lambda display: opened())
     if launcher_of(points[0]).queue is not None:
+        if config.devices_per_point != "auto":
+            raise UserError(
+                f"sweep.devices_per_point={config.devices_per_point}, but with "
+                f"launcher={points[0].launcher.kind} a point has what its job asks for; set "
+                "launcher.gpus_per_node or launcher.nproc_per_node, or leave it out"
+            )
         is_open = config.search.kind != "none" or config.backend == "wandb"
         waits = is_open or getattr(points[0].launcher, "wait", False)
         of_queue = partial(Jobs, sweep.directory, config, Path.cwd(), waits=waits)

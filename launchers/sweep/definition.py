@@ -96,6 +96,18 @@ class SweepConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _search_is_asked_for(self) -> Self:
+        if self.search.kind == "none" and self.backend != "wandb":
+            for name, value in self.search:
+                if value != Search.model_fields[name].default:
+                    raise ValueError(
+                        f"search.{name}={value} is read by a search, and search.kind=none runs "
+                        f"each combination; set {PREFIX}.search.kind (grid tries each one too), or "
+                        "leave it out"
+                    )
+        return self
+
 
 def from_tree(tree: Mapping[str, Any]) -> SweepConfig:
     """Validate a sweep's own settings; raise UserError with one line for each problem."""

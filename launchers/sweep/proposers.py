@@ -17,6 +17,7 @@ from shardwright.launchers.sweep.space import Choices, Space, overrides, probes,
 from shardwright.train.config import RunConfig
 from shardwright.train.config.tracking import WandbTracking, wandb_project
 from shardwright.train.errors import UserError
+from shardwright.train.units import counted
 
 PROGRAM = (sys.executable, "-m", "shardwright")
 
@@ -109,7 +110,8 @@ def check_examples(
 def described(config: SweepConfig, found: Space) -> str:
     """Return what a search goes through, in lines. Pure."""
     search = config.search
-    count = f", {search.trials} points" if search.trials is not None else ""
+    most = min((n for n in (search.trials, config.limit) if n is not None), default=None)
+    count = f", {counted(most, 'point')}" if most is not None else ""
     pruned = f", pruned by {search.pruner}" if search.pruner != "none" else ""
     aims = ", ".join(f"{each.direction} {each.metric}" for each in config.objectives)
     by = (

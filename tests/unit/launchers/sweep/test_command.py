@@ -67,8 +67,8 @@ def test_a_word_of_the_command_line_goes_before_the_named_sweep() -> None:
     assert wide.arguments == ("a.b=1",)
     fixed = request.of(["sweep=learning_rates", "trainer.learning_rate=1"], options)
     assert (fixed.config.grid, fixed.config.overrides) == ({}, ("trainer.learning_rate=1",))
-    own = request.of(["sweep=learning_rates", "sweep.seeds=[7]", "sweep.search.seed=3"], options)
-    assert (own.config.seeds, own.config.search.seed) == ((7,), 3)
+    own = request.of(["sweep=learning_rates", "sweep.seeds=[7]", "sweep.search.kind=grid"], options)
+    assert (own.config.seeds, own.config.search.kind) == ((7,), "grid")
 
 
 def test_a_sweep_of_the_users_own(shardwright: Shardwright, tmp_path: Path) -> None:
@@ -105,6 +105,16 @@ BAD = {
     "an idle exclusion": (
         ["seed=1,2", "sweep.exclude=[{seed:3}]"],
         'sweep.exclude={"seed": 3}: fits no combination of this sweep, which varies seed=1,2',
+    ),
+    "a judge without a search": (
+        ["seed=1,2", "sweep.search.pruner=asha"],
+        "search.pruner=asha is read by a search, and search.kind=none runs each combination; set "
+        "sweep.search.kind (grid tries each one too), or leave it out",
+    ),
+    "devices of a job": (
+        ["seed=1,2", "launcher=slurm", "sweep.devices_per_point=2"],
+        "sweep.devices_per_point=2, but with launcher=slurm a point has what its job asks for; set "
+        "launcher.gpus_per_node or launcher.nproc_per_node, or leave it out",
     ),
     "a flag": (["seed=1,2", "--resume"], "unknown flag --resume"),
     "a setting as a flag": (["--seed=1,2"], "leave the dashes out and write seed=1,2"),

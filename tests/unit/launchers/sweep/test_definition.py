@@ -33,6 +33,8 @@ def test_defaults() -> None:
         ({"objectives": []}, "sweep.objectives=[]: must be a list of at least 1"),
         ({"backend": "rai"}, "sweep.backend=rai: must be here, ray or wandb"),
         ({"search": {"kind": "tpe"}}, "search.kind=tpe proposes points without end; set sweep.sea"),
+        ({"search": {"trials": 3}}, "search.trials=3 is read by a search, and search.kind=none"),
+        ({"search": {"seed": 4}}, "search.seed=4 is read by a search"),
         ({"exclude": {"a": 1}}, "sweep.exclude={"),
         ({"grid": [1]}, "sweep.grid=[1]: must be a mapping"),
     ],

@@ -55,7 +55,7 @@ def searched(**more: Any) -> SweepConfig:
         (
             (
                 f"{RATE}=1e-4,2e-4",
-                "sweep.search.kind=none",
+                "sweep.search.kind=grid",
                 "sweep.objectives=[{metric:perplexity}]",
             ),
             "sweep.objectives: perplexity is nothing that a run logs",
