@@ -54,11 +54,11 @@ def _train_and_weigh(run_dir: Path, rank: Rank) -> dict[str, int]:
 
 
 def held_and_peak(run_dir: Path) -> dict[str, int]:
-    """Train; return what `bytes_held` does, of step 2, and what is alive at the most in step 3.
+    """Train; return what `bytes_held` does, of steps 2, 4 and 6, and what is alive at the most.
 
-    "passes" is the most in forward and backward passes, "update" in the optimizer's step: of all
-    tensors but those that were there before the run. The run has four steps of at least two
-    micro-batches.
+    The latter is of steps 3 and 5: "passes" in forward and backward passes, "update" in the
+    optimizer's step, of all tensors but those that were there before the run; the smaller of the
+    two for the reason that `bytes_held` gives. The run has six steps of two micro-batches at least.
     """
     rank = rank_from_environment()
     with join(load(run_dir), rank):
@@ -68,37 +68,53 @@ def held_and_peak(run_dir: Path) -> dict[str, int]:
         watched = _Watched(trainer, before)
         trainer.training_step = watched  # type: ignore[method-assign]
         trainer.train()
-        assert trainer.state.max_steps == 4
-        return watched.found
+        assert trainer.state.max_steps == 6
+        return watched.found()
 
 
 class _Watched:
-    """A training step that is weighed in step 2, and watched from step 3 to step 4."""
+    """A training step that is weighed in steps 2, 4 and 6, and watched in 3 and 5."""
 
     def __init__(self, trainer: Trainer, before: list[torch.Tensor]) -> None:
         self._trainer, self._step, self._before = trainer, trainer.training_step, before
-        self._live = LiveBytes()
-        self.found: dict[str, int] = {}
+        self._live: LiveBytes | None = None
+        self._seen = 0
+        """Steps that were done at the last micro-batch."""
+        self._held: list[dict[str, int]] = []
+        self._peaks: list[dict[str, int]] = []
+
+    def found(self) -> dict[str, int]:
+        """Return the bytes of each kind: the least of what was found in each step."""
+        both = (self._held, self._peaks)
+        return {kind: min(each[kind] for each in kinds) for kinds in both for kind in kinds[0]}
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        done, live, found = self._trainer.state.global_step, self._live, self.found
-        if done == 2 and "passes" not in found:
-            found["passes"] = 0
-            gc.collect()
-            live.leave_out(self._before)
-            live.take_in(part for tensor in _tensors() for part in _parts(tensor))
-            live.__enter__()
-        elif done == 3 and "update" not in found:
-            live.__exit__(None, None, None)
-            found["update"] = live.peak
-        live.begin()
+        done = self._trainer.state.global_step
+        begins, self._seen = done != self._seen, done
+        if begins and self._live is not None:
+            self._live.__exit__(None, None, None)
+            self._peaks[-1]["update"] = self._live.peak
+            self._live = None
+        if begins and done in (2, 4):
+            self._live = self._watch()
+            self._peaks.append({"passes": 0})
+        if self._live is not None:
+            self._live.begin()
         loss = self._step(*args, **kwargs)
-        if done == 1 and "parameters" not in found:
-            found |= _weigh(self._trainer, _storages(self._before))
-        if done == 2:
-            found["passes"] = max(found["passes"], live.peak)
-            live.begin()
+        if begins and done in (1, 3, 5):
+            self._held.append(_weigh(self._trainer, _storages(self._before)))
+        if self._live is not None:
+            self._peaks[-1]["passes"] = max(self._peaks[-1]["passes"], self._live.peak)
+            self._live.begin()
         return loss
+
+    def _watch(self) -> LiveBytes:
+        gc.collect()
+        live = LiveBytes()
+        live.leave_out(self._before)
+        live.take_in(part for tensor in _tensors() for part in _parts(tensor))
+        live.__enter__()
+        return live
 
 
 def _is_tensor(found: object) -> bool:

@@ -87,7 +87,7 @@ def tree_of(case: Case, tree: dict[str, Any]) -> dict[str, Any]:
     tree["data"]["sequence_length"] = 128
     # Two micro-batches a step: between them the gradients are held.
     batch = {"global_batch_size": 8 * case.ranks, "micro_batch_size": 4, "eval_max_samples": 2}
-    tree["trainer"] |= {"max_steps": 4, **batch}
+    tree["trainer"] |= {"max_steps": 6, **batch}
     tree["trainer"]["checkpoint_activations_every_blocks"] = 1 if case.recomputes else None
     return tree
 
