@@ -1,8 +1,8 @@
 """The parts of the documentation that the sources say themselves: `python -m docs.generate`.
 
 The configuration chapter is made of the config's own types and of conf/, the tree in the
-architecture chapter of the first line of each module, and the table of optimizers of what is known
-of each. Imports no torch.
+architecture chapter of the first line of each module, the table of optimizers of what is known
+of each, and the chapter for who comes from elsewhere of the names there. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from docs import coming_from
 from shardwright.launchers.plan.hardware import GROUP, Hardware
 from shardwright.launchers.sweep.definition import SweepConfig
 from shardwright.train.config.optimizers import OPTIMIZERS, OptimizerFacts
@@ -459,6 +460,7 @@ def generated() -> dict[Path, str]:
     of_strategies = strategies.read_text(encoding="utf-8")
     return {
         DOCS / "configuration.md": configuration(),
+        DOCS / "coming_from.md": coming_from.chapter(COMMAND, lambda text: _cell(_prose(text))),
         chapter: architecture(chapter.read_text(encoding="utf-8")),
         strategies: _replaced(of_strategies, BEGIN_OPTIMIZERS, optimizers(), END_OPTIMIZERS),
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 from shardwright.launchers.runs import WORDS
 from shardwright.launchers.watching.rows import COLUMNS, Row
-from shardwright.train.config.messages import ALIASES, known_keys
+from shardwright.train.config.messages import known_keys, meant
 from shardwright.train.errors import UserError
 from shardwright.train.units import seconds_of
 
@@ -114,8 +114,8 @@ def _unknown(key: str, metrics: Sequence[str], of_configs: Sequence[str]) -> str
         leaves[leaf]
         for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.6)
     ]
-    if (alias := ALIASES.get(key)) and " " not in alias:
-        near = [alias.partition("=")[0]]
+    if (found := meant(key)) and " " not in found:
+        near = [found.partition("=")[0]]
     hint = f": did you mean {near[0]}?" if near else "."
     of_metrics = f"the metrics {', '.join(metrics)}" if metrics else "the metrics that runs log"
     return (

@@ -38,7 +38,9 @@ def links(path: Path) -> list[str]:
     return re.findall(r"\]\(([^)\s]+)\)", without_code(path))
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "architecture.md", "strategies.md"])
+@pytest.mark.parametrize(
+    "name", ["configuration.md", "coming_from.md", "architecture.md", "strategies.md"]
+)
 def test_what_the_sources_say_is_what_the_chapters_say(name: str) -> None:
     path = DOCS / name
     expected = generate.generated()[path]

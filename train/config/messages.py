@@ -10,114 +10,69 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from shardwright.train.config import elsewhere
 from shardwright.train.config.model import ModelConfig
 from shardwright.train.config.section import shown
 from shardwright.train.config.sections import Sections
 
-# Names from transformers, accelerate, DeepSpeed and Lightning, and what to write here.
+# What people call things, besides the names of the programs in `elsewhere`, and what to write here.
 ALIASES = {
     "accelerator": "launcher.device",
     "accumulate_grad_batches": "trainer.global_batch_size: the accumulation steps follow from it",
-    "activation_checkpointing": (
-        "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
-    ),
     "adafactor": "trainer.optimizer=adafactor",
     "adam_eps": "trainer.adam_epsilon",
     "async_save": "checkpoint.async",
     "asynchronous": "checkpoint.async",
     "attn_implementation": "model.attention",
-    "auto_find_batch_size": "trainer.micro_batch_size=auto",
     "batch_size": "trainer.global_batch_size (all ranks) or trainer.micro_batch_size (one pass)",
     "batch_size_warmup": "trainer.batch_warmup_from and trainer.batch_warmup_samples",
     "beta1": "trainer.adam_beta1",
     "beta2": "trainer.adam_beta2",
-    "bf16": "precision=bf16",
-    "bf16_full_eval": "precision=bf16",
-    "block_size": "data.sequence_length",
     "cache": "data.cache_dir",
     "checkpointing_steps": "trainer.save_every_steps",
     "clip_grad": "trainer.max_grad_norm",
     "clip_grad_norm": "trainer.max_grad_norm",
-    "config_overrides": "model.KEY=VALUE for each key, such as model.hidden_size=512",
     "context_length": "data.sequence_length",
     "corpus": "data=text data.paths=[...]",
     "cpu_checkpointing": "trainer.offload_activations",
     "cpus_per_task": "launcher.cpus_per_rank",
     "d_model": "model.hidden_size",
-    "dataloader_num_workers": "trainer.dataloader_workers",
     "dataset": "data=hub data.name=... or, for files of your own, data=text data.paths=[...]",
     "dataset_config": "data=hub data.config=...",
-    "dataset_config_name": "data=hub data.config=...",
-    "dataset_name": "data=hub data.name=...",
-    "deepspeed": "strategy=zero0, zero1, zero2 or zero3",
     "devices": "launcher.nproc_per_node",
     "dropout_rate": "model.dropout",
     "early_stopping": "trainer.early_stopping_patience",
     "epoch": "trainer.max_epochs",
     "epochs": "trainer.max_epochs",
     "eps": "trainer.adam_epsilon",
-    "eval_steps": "trainer.eval_every_steps",
-    "eval_strategy": "trainer.eval_every_steps",
     "evaluation_strategy": "trainer.eval_every_steps",
     "ffn_dim": "model.intermediate_size",
     "float8": "precision=fp8",
-    "fp16": "precision=fp16",
-    "fp16_full_eval": "precision=fp16",
     "fp8": "precision=fp8",
-    "fsdp": "strategy=fsdp",
-    "fsdp_config": "strategy=fsdp and its keys, strategy.wrap=... among them",
-    "full_determinism": "trainer.deterministic",
     "gbs": "trainer.global_batch_size",
     "global_batch": "trainer.global_batch_size",
     "gpus": "launcher.nproc_per_node",
     "grace_period": "launcher.grace_seconds",
     "grad_accum": "trainer.global_batch_size: the accumulation steps follow from it",
     "grad_clip": "trainer.max_grad_norm",
-    "gradient_accumulation_steps": (
-        "trainer.global_batch_size: the accumulation steps follow from it, from "
-        "trainer.micro_batch_size and from the number of ranks"
-    ),
-    "gradient_checkpointing": (
-        "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
-    ),
     "gradient_clip_val": "trainer.max_grad_norm",
-    "gradient_clipping": "trainer.max_grad_norm",
-    "greater_is_better": "checkpoint.best_metric: its direction follows from it",
     "gres": "launcher.gpus_per_node",
     "hardware": "launcher.device and launcher.nproc_per_node: `shardwright plan` knows the word",
-    "hub_model_id": "run_dir here, and `shardwright push RUN_DIR NAME` when it is done",
-    "include_tokens_per_second": "trainer.log_every_steps: each logged step has tokens per second",
     "keep_checkpoints": "checkpoint.keep_last",
     "layers": "model.num_hidden_layers",
     "learning_rate_scheduler": "trainer.lr_scheduler",
-    "load_best_model_at_end": "checkpoint.export=best",
     "log_every_n_steps": "trainer.log_every_steps",
-    "logging_dir": "run_dir: TensorBoard's files lie in it",
-    "logging_steps": "trainer.log_every_steps",
     "lr": "trainer.learning_rate",
-    "lr_scheduler_kwargs": (
-        "trainer.lr_scheduler, trainer.warmup_steps, trainer.decay_fraction and trainer.decay_shape"
-    ),
-    "lr_scheduler_type": "trainer.lr_scheduler",
     "lr_warmup_steps": "trainer.warmup_steps",
-    "max_eval_samples": "trainer.eval_max_samples",
     "max_iters": "trainer.max_steps",
     "max_length": "data.sequence_length",
-    "max_seq_length": "data.sequence_length",
     "max_sequence_length": "data.sequence_length",
-    "max_train_samples": "data.max_documents",
     "max_train_steps": "trainer.max_steps",
     "mbs": "trainer.micro_batch_size",
     "mem": "launcher.memory_per_node",
-    "metric_for_best_model": "checkpoint.best_metric",
     "micro_batch": "trainer.micro_batch_size",
-    "mixed_precision": "precision=bf16, fp16 or fp8",
-    "mlflow": "tracking=mlflow",
     "mlflow_tracking_uri": "tracking=mlflow tracking.uri=...",
-    "mlm_probability": "objective.masking_rate",
     "model_id": "model=pretrained model.name=...",
-    "model_name_or_path": "model=pretrained model.name=...",
-    "model_type": "model=NAME, such as model=gpt2_small",
     "n_embd": "model.hidden_size",
     "n_head": "model.num_attention_heads",
     "n_layer": "model.num_hidden_layers",
@@ -132,34 +87,16 @@ ALIASES = {
     "num_gpus": "launcher.nproc_per_node",
     "num_heads": "model.num_attention_heads",
     "num_layers": "model.num_hidden_layers",
-    "num_machines": "launcher.nodes",
     "num_nodes": "launcher.nodes",
-    "num_processes": "launcher.nproc_per_node",
-    "num_train_epochs": "trainer.max_epochs",
     "num_warmup_steps": "trainer.warmup_steps",
     "num_workers": "trainer.dataloader_workers",
-    "optim": "trainer.optimizer",
-    "optim_args": "trainer.adam_beta1 and its neighbours, each a key of its own",
     "output": "run_dir",
-    "output_dir": "run_dir",
-    "overwrite_output_dir": "run_dir=... with a new name: no run overwrites another",
     "patience": "trainer.early_stopping_patience",
-    "per_device_eval_batch_size": "trainer.eval_micro_batch_size",
-    "per_device_train_batch_size": "trainer.micro_batch_size",
     "per_gpu_train_batch_size": "trainer.micro_batch_size",
-    "push_to_hub": "run_dir here, and `shardwright push RUN_DIR NAME` when it is done",
     "rampup_batch_size": "trainer.batch_warmup_from and trainer.batch_warmup_samples",
-    "report_to": "tracking=none, tensorboard, wandb, mlflow or trackio",
     "resume": "run_dir of a new run here; `shardwright resume RUN_DIR` continues one that is there",
-    "resume_from_checkpoint": (
-        "run_dir of a new run here; `shardwright resume RUN_DIR` continues one that is there"
-    ),
-    "run_name": "name",
     "save_path": "run_dir",
-    "save_steps": "trainer.save_every_steps",
-    "save_strategy": "trainer.save_every_steps",
     "save_top_k": "checkpoint.keep_best",
-    "save_total_limit": "checkpoint.keep_last",
     "scheduler": "trainer.lr_scheduler",
     "seq_len": "data.sequence_length",
     "seq_length": "data.sequence_length",
@@ -168,31 +105,21 @@ ALIASES = {
     "sweep": "`shardwright sweep sweep=NAME`: train starts what has one value for each key",
     "tensorboard": "tracking=tensorboard",
     "termination_grace_period_seconds": "launcher.grace_seconds",
-    "tf32": "precision=tf32",
     "time": "launcher.time_limit",
-    "tokenizer_name": "tokenizer=pretrained tokenizer.name=...",
-    "torch_compile": "trainer.compile",
     "tracking_uri": "tracking=mlflow tracking.uri=...",
     "trackio": "tracking=trackio",
     "train_batch_size": "trainer.global_batch_size",
     "train_data": "data=text data.paths=[...]",
-    "train_file": "data=text data.paths=[...]",
     "train_files": "data=text data.paths=[...]",
     "train_micro_batch_size": "trainer.micro_batch_size",
     "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
     "train_steps": "trainer.max_steps",
-    "use_cpu": "launcher.device=cpu",
     "val_check_interval": "trainer.eval_every_steps",
-    "validation_file": "data.eval_paths={NAME: PATH}; or data.eval_fraction of the corpus itself",
-    "validation_split_percentage": "data.eval_fraction, a share such as 0.05",
     "wandb": "tracking=wandb",
     "wandb_project": "tracking=wandb tracking.project=...",
     "warmup": "trainer.warmup_steps or trainer.warmup_fraction",
-    "warmup_ratio": "trainer.warmup_fraction",
     "wd": "trainer.weight_decay",
     "world_size": "launcher.nproc_per_node and launcher.nodes",
-    "zero_optimization": "strategy=zero0, zero1, zero2 or zero3",
-    "zero_stage": "strategy=zero0, zero1, zero2 or zero3",
 }
 
 # The options of conf/ by the kind that they have: what to choose where a key belongs to another.
@@ -263,6 +190,14 @@ def nearest_key(key: str) -> str | None:
     return close[0] if close else None
 
 
+def meant(name: str) -> str | None:
+    """Return what to write for a name that people or other programs use; None where none does."""
+    if name in ALIASES:
+        return ALIASES[name]
+    row = elsewhere.row(name)
+    return row.text if row is not None and row.becomes == "field" else None
+
+
 def unknown_key_message(key: str) -> str:
     """Say what to write in place of an unknown dotted key."""
     leaf = key.rpartition(".")[2]
@@ -270,7 +205,11 @@ def unknown_key_message(key: str) -> str:
         return line
     if leaf in ALIASES:
         return f"unknown key {key}: use {ALIASES[leaf]}"
-    if key in known_keys():
+    known = known_keys()
+    is_leaf = leaf in {each.rpartition(".")[2] for each in known}
+    if (row := elsewhere.row(leaf)) is not None and not is_leaf:
+        return f"unknown key {key}: {row.advice}"
+    if key in known:
         group = key.partition(".")[0]
         return f"{key} is not part of this config; choose an option of {group} with {group}=NAME"
     groups = [g for g, kinds in OPTIONS.items() for names in kinds.values() if leaf in names]

@@ -48,6 +48,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (zero_extra(aio={"queue_depth": 4}), "strategy.extra.aio is decided by strategy.aio"),
     (zero_extra(wall_clock_brakdown=True), "did you mean wall_clock_breakdown"),
     (zero_extra(nonsense_key=1), "DeepSpeed has no such key and would ignore it"),
+    (
+        zero_extra(data_efficiency={"enabled": True}),
+        "strategy.extra.data_efficiency: leave it out, it is not included: data are prepared",
+    ),
+    (
+        zero_extra(zero_optimization={"cpu_offload": True}),
+        "strategy.extra.zero_optimization.cpu_offload: use strategy.offload_optimizer=cpu",
+    ),
     (zero_extra(bf16={"enabled": True}), "bf16.enabled is decided by precision.compute_dtype"),
     (zero_extra(bf16={"imediate_grad_update": True}), "did you mean bf16.immediate_grad_update"),
     (zero_extra(fp16={"enabled": True}), "fp16.enabled is decided by precision.compute_dtype"),

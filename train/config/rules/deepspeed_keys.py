@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from shardwright.train.config.elsewhere.deepspeed_json import DEEPSPEED_JSON
 from shardwright.train.config.messages import expectation
 from shardwright.train.config.section import shown
 
@@ -211,6 +212,8 @@ def _owned(path: str) -> str:
 
 
 def _unknown(path: str, known: list[str]) -> str:
+    if (row := DEEPSPEED_JSON.get(path)) is not None:
+        return f"strategy.extra.{path}: {row.advice}"
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if close and close[0] in OWNED:
         hint = f"{close[0]} is decided by {OWNED[close[0]]}"

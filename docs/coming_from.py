@@ -1,0 +1,69 @@
+"""The chapter for who comes from another program: each name that it knows, and its answer here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from shardwright.train.config.elsewhere.accelerate_launch import ACCELERATE_LAUNCH, EACH_ELSE
+from shardwright.train.config.elsewhere.deepspeed_json import DEEPSPEED_JSON
+from shardwright.train.config.elsewhere.example_scripts import EXAMPLE_SCRIPTS
+from shardwright.train.config.elsewhere.fsdp_plugin import FSDP_PLUGIN
+from shardwright.train.config.elsewhere.row import Row
+from shardwright.train.config.elsewhere.trainer_arguments import TRAINER_ARGUMENTS
+from shardwright.train.config.rules import deepspeed_keys
+
+HEAD = """# Coming from the Trainer, accelerate or DeepSpeed
+
+<!-- Made by `{command}` of train/config/elsewhere/ and of what DeepSpeed reads: edit those. -->
+
+Each argument and key that these programs document, and what becomes of it here. Written where \
+a key of Shardwright's is expected, a name leads to its row: of `trainer.num_train_epochs=3` it \
+says to use `trainer.max_epochs`.
+
+- **field**: what to write instead, keys of a config or options of a group.
+- **command**: what to run instead.
+- **derived**: nothing to write; what it follows from.
+- **left out**: what this project does not do, and why.
+"""
+_OF_EXTRA = Row("field", "strategy.extra, as it stands in DeepSpeed's JSON")
+
+
+def chapter(command: str, prose: Callable[[str], str]) -> str:
+    """Return the chapter; ``prose`` makes Markdown of a sentence, ``command`` has made it."""
+    programs = {
+        "Arguments of the Trainer": TRAINER_ARGUMENTS,
+        "Arguments of run_clm.py and run_mlm.py": EXAMPLE_SCRIPTS,
+        "Flags of accelerate launch": {
+            **ACCELERATE_LAUNCH,
+            **{f"{start}*": row for start, row in EACH_ELSE.items()},
+        },
+        "Keys of DeepSpeed's JSON": deepspeed(),
+        "Fields of FSDP, as accelerate has them": FSDP_PLUGIN,
+    }
+    parts = [HEAD.format(command=command)]
+    for title, program in programs.items():
+        parts += [f"## {title}\n", *_table(program, prose), ""]
+    return "\n".join(parts)
+
+
+def deepspeed() -> dict[str, Row]:
+    """Return all keys of DeepSpeed's that have an answer, by their dotted path."""
+    found = dict(DEEPSPEED_JSON)
+    found |= {path: Row("field", field) for path, field in deepspeed_keys.OWNED.items()}
+    found |= {path: Row("left out", f"it {why}") for path, why in deepspeed_keys.REFUSED.items()}
+    found |= dict.fromkeys(_paths(deepspeed_keys.FREE, ""), _OF_EXTRA)
+    return dict(sorted(found.items()))
+
+
+def _paths(section: Mapping[str, object], prefix: str) -> Iterator[str]:
+    for key, kind in section.items():
+        if isinstance(kind, dict):
+            yield from _paths(kind, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _table(program: Mapping[str, Row], prose: Callable[[str], str]) -> Iterator[str]:
+    yield "| name | becomes | here |\n|---|---|---|"
+    for name, row in program.items():
+        yield f"| `{name}` | {row.becomes} | {prose(row.text)} |".replace("\n", " ")

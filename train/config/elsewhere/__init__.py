@@ -1,0 +1,18 @@
+"""Names of other programs: the Trainer's, its scripts', accelerate's, DeepSpeed's and FSDP's."""
+
+from __future__ import annotations
+
+from shardwright.train.config.elsewhere import accelerate_launch
+from shardwright.train.config.elsewhere.deepspeed_json import DEEPSPEED_JSON
+from shardwright.train.config.elsewhere.example_scripts import EXAMPLE_SCRIPTS
+from shardwright.train.config.elsewhere.fsdp_plugin import FSDP_PLUGIN
+from shardwright.train.config.elsewhere.row import Row
+from shardwright.train.config.elsewhere.trainer_arguments import TRAINER_ARGUMENTS
+
+
+def row(name: str) -> Row | None:
+    """Return the answer to a name of another program's; None to what is none of them. Pure."""
+    for program in (TRAINER_ARGUMENTS, EXAMPLE_SCRIPTS, FSDP_PLUGIN):
+        if name in program:
+            return program[name]
+    return DEEPSPEED_JSON.get(name) or accelerate_launch.row(name)
