@@ -5,7 +5,7 @@ Reads the options of conf/strategy/, and starts the child that traces the model 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.plan import child
 from shardwright.launchers.plan.hardware import CONF, MIB, Hardware
 from shardwright.launchers.plan.peak import Peak, peak, uses_autocast
+from shardwright.launchers.plan.speed import Pace, lacking, pace
 from shardwright.train.config import RunConfig, accumulation_steps, from_tree, rank_layout
 from shardwright.train.errors import UserError
 from shardwright.train.plan.facts import ModelFacts, Traced
@@ -43,6 +44,8 @@ class Candidate:
     peak: Peak | None = None
     traced: tuple[ModelFacts, Traced] | None = None
     """What the peak was made of."""
+    pace: Pace | None = None
+    """How fast it goes."""
 
     def fits(self, hardware: Hardware) -> bool:
         """Whether device, host and disks of a node have what it takes."""
@@ -97,17 +100,31 @@ def candidates(tree: Mapping[str, Any], hardware: Hardware, own: str | None) -> 
     autocasts = sorted({uses_autocast(config) for config in configs})
     model, traces = child.looked_at(_as_traced(configs[0]), autocasts)
     by_autocast = dict(zip(autocasts, traces, strict=True))
-    return [_with_peak(each, model, by_autocast) for each in found]
+    return [_planned(each, model, by_autocast, hardware) for each in found]
 
 
-def _with_peak(
-    candidate: Candidate, model: ModelFacts, by_autocast: Mapping[bool, Traced]
+def _planned(
+    candidate: Candidate,
+    model: ModelFacts,
+    by_autocast: Mapping[bool, Traced],
+    hardware: Hardware,
 ) -> Candidate:
     config = candidate.config
     if config is None:
         return candidate
     traced = by_autocast[uses_autocast(config)]
-    return replace(candidate, peak=peak(config, model, traced), traced=(model, traced))
+    return replace(
+        candidate,
+        peak=peak(config, model, traced),
+        pace=pace(config, model, traced, hardware),
+        traced=(model, traced),
+    )
+
+
+def fastest(found: Iterable[Candidate], hardware: Hardware) -> Candidate | None:
+    """Return the run with most tokens a second of those that fit, the first of equals. Pure."""
+    fitting = [each for each in found if each.pace is not None and each.fits(hardware)]
+    return max(fitting, key=lambda c: c.pace.tokens_per_second if c.pace else 0.0, default=None)
 
 
 def _candidate(
@@ -116,6 +133,8 @@ def _candidate(
     try:
         section = tree["strategy"] if is_own else option_values(strategy)
         config = from_tree({**tree, "strategy": section})
+        if problem := lacking(config, hardware):
+            return Candidate(strategy, None, problem)
         return Candidate(strategy, _on(config, hardware))
     except (UserError, ValidationError) as error:
         return Candidate(strategy, None, str(error))

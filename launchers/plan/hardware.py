@@ -73,6 +73,8 @@ class Hardware(Section):
     """From a device to other nodes: its part of what the node has."""
     host_memory_gib: PositiveFloat
     """Memory of a node's host."""
+    host_memory_gb_per_second: PositiveFloat
+    """Between a node's processors and its memory, all sockets together."""
     nvme_gib: PositiveFloat
     """Local disks of a node together."""
     nvme_gb_per_second: PositiveFloat
@@ -80,7 +82,9 @@ class Hardware(Section):
     compute_efficiency: Share = 0.5
     """Part of the peak that a training step's products reach."""
     link_efficiency: Share = 0.7
-    """Part of a link's speed that collectives reach."""
+    """Part of a link's speed that collectives and copies reach."""
+    memory_efficiency: Share = 0.8
+    """Part of a memory's speed that the optimizer's step reaches."""
 
     @property
     def ranks(self) -> int:

@@ -12,6 +12,7 @@ from shardwright.launchers.machine.facts import Machine, resolve
 from shardwright.train.config import RunConfig
 from shardwright.train.plan import trace
 from shardwright.train.plan.live import LiveBytes
+from shardwright.train.plan.model import facts_of, planned
 from shardwright.train.plan.trace import depths, traced
 from tests.unit.launchers.composed import composed
 
@@ -115,3 +116,18 @@ def test_storages_are_counted_once_and_until_they_are_freed() -> None:
         live.take_in([resized])
         resized.untyped_storage().resize_(0)
         assert live.now() == 0
+
+
+def test_attention_counts() -> None:
+    """Two products forward and five backward of each head, besides those with matrices."""
+    config = run(
+        *("model=gpt2_tiny", "model.num_hidden_layers=2", "model.max_position_embeddings=1024"),
+        *("data.sequence_length=1024", "objective=clm"),
+    )
+    facts = facts_of(planned(config), config)
+    tokens = 2 * 1024
+    of_attention = 2 * (2 + 5) * 2 * 64 * 1024 * tokens
+    matrices = sum(p.elements for p in facts.parameters if p.name != "transformer.wpe.weight")
+    assert traced(config, autocast=False).flops == pytest.approx(
+        6 * matrices * tokens + of_attention, rel=0.01
+    )

@@ -46,18 +46,25 @@ def cost(
     dtype = config.precision.compute_dtype
     if device_name is None or dtype not in ("bf16", "fp16") or config.data.stages:
         return None
-    peak, layout = peak_flops(device_name, dtype), _attention(model)
-    if config.precision.fp8_recipe is not None or peak is None or layout is None:
+    peak, per_token = peak_flops(device_name, dtype), flops_per_token(model, config)
+    if config.precision.fp8_recipe is not None or peak is None or per_token is None:
+        return None
+    return Cost(per_token, peak * ranks)
+
+
+def flops_per_token(model: PreTrainedModel, config: RunConfig) -> int | None:
+    """Return what a token of a run costs; None for a model whose layout is not known."""
+    layout = _attention(model)
+    if layout is None:
         return None
     layers, heads, head_dim = layout
-    per_token = training_flops_per_token(
+    return training_flops_per_token(
         parameters=matmul_parameters(model),
         layers=layers,
         heads=heads,
         head_dim=head_dim,
         sequence_length=config.data.tokens_per_sample,
     )
-    return Cost(per_token, peak * ranks)
 
 
 def _attention(model: PreTrainedModel) -> tuple[int, int, int] | None:

@@ -15,6 +15,8 @@ class Parameter:
     shape: tuple[int, ...]
     decays: bool
     """Whether its weight decays: the optimizer's first group."""
+    is_hidden_matrix: bool = False
+    """Whether Muon is for it."""
 
     @property
     def elements(self) -> int:
@@ -39,6 +41,10 @@ class ModelFacts:
     """Most parameters that one module has of its own."""
     units: tuple[int, ...] = ()
     """Elements of each unit that FSDP gathers by itself; the rest is its root."""
+    fp8_elements: int = 0
+    """Of the matrices whose products precision=fp8 has in fp8."""
+    flops_per_token: int | None = None
+    """What MFU takes a token to cost; None where it is not known."""
 
     @property
     def count(self) -> int:
@@ -50,9 +56,9 @@ class ModelFacts:
     @classmethod
     def of_json(cls, found: Mapping[str, Any]) -> ModelFacts:
         parameters = tuple(
-            Parameter(p["name"], tuple(p["shape"]), p["decays"]) for p in found["parameters"]
+            Parameter(**{**each, "shape": tuple(each["shape"])}) for each in found["parameters"]
         )
-        return cls(parameters, found["largest_layer"], tuple(found["units"]))
+        return cls(**{**found, "parameters": parameters, "units": tuple(found["units"])})
 
 
 @dataclass(frozen=True)

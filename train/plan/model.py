@@ -7,7 +7,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from shardwright.train.config import FsdpStrategy, RunConfig
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
+from shardwright.train.model import fp8
 from shardwright.train.model.blocks import blocks_or_none
+from shardwright.train.model.flops import flops_per_token
+from shardwright.train.optimizer.muon import hidden_matrices
 from shardwright.train.plan.facts import ModelFacts, Parameter
 from shardwright.train.strategy.fsdp.units import units
 
@@ -47,15 +50,24 @@ def stand_in() -> PreTrainedTokenizerFast:
 def facts_of(model: PreTrainedModel, config: RunConfig) -> ModelFacts:
     """Return what a run's model is made of."""
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    hidden = hidden_matrices(model)
     parameters = tuple(
-        Parameter(name, tuple(parameter.shape), name in decayed)
+        Parameter(name, tuple(parameter.shape), name in decayed, name in hidden)
         for name, parameter in model.named_parameters()
     )
     own = (
         sum(parameter.numel() for parameter in module.parameters(recurse=False))
         for module in model.modules()
     )
-    return ModelFacts(parameters, max(own), tuple(_units(model, config)))
+    has_blocks = bool(blocks_or_none(model))
+    in_fp8 = [layer for layer in fp8.linear_layers(model) if fp8.fits(layer)] if has_blocks else []
+    return ModelFacts(
+        parameters,
+        max(own),
+        tuple(_units(model, config)),
+        sum(layer.weight.numel() for layer in in_fp8),
+        flops_per_token(model, config),
+    )
 
 
 def _units(model: PreTrainedModel, config: RunConfig) -> list[int]:

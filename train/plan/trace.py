@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from shardwright.train.config import MlmObjective, RunConfig, ScratchModel
 from shardwright.train.loop.trainer import Trainer
@@ -29,6 +33,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedModel
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def _added_product(total: Any, left: Any, right: Any, **_: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+# Unknown to torch's counter (2.13), which has formulas for the fused attention of GPUs, and for a
+# product that is added to something, but not in place. Arguments are shapes.
+_FLOPS = {
+    torch.ops.aten.addmm_: _added_product,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 def depths(config: RunConfig) -> list[int]:
@@ -156,7 +181,7 @@ class _Step:
 
         Under torch's counter what is computed again stays alive (2.13): its own hooks hold it.
         """
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
             self._forward(batch, labels).backward()
         return int(counter.get_total_flops())
 
