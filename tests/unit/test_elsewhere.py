@@ -112,7 +112,7 @@ def test_what_an_answer_names_is_there(program: str) -> None:
         ("trainer.neftune_noise_alpha", "leave it out, it is not included: it is for fine-tuning"),
         ("megatron_lm_tp_degree", "leave it out, it is not included: ranks divide data and states"),
         ("strategy.fsdp_sharding_strategy", "use strategy=fsdp, fsdp_grad_op, fsdp_hybrid or ddp"),
-        ("autotuning", "use `shardwright plan hardware=...`, which compares strategies"),
+        ("autotuning", "use `shardwright plan hardware=...`, which compares the strategies"),
         # What another section has by this very name comes before what a program calls so.
         ("model.learning_rate", "did you mean trainer.learning_rate?"),
     ],
