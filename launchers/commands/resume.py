@@ -39,6 +39,7 @@ from shardwright.train.config import (
     total_steps,
     unknown_key_message,
 )
+from shardwright.train.config.optimizers import FALLING, READ_BY
 from shardwright.train.console import terminal
 from shardwright.train.data.prepare import noted_samples_wanted
 from shardwright.train.data.sources.corpus import with_sets_located
@@ -46,9 +47,6 @@ from shardwright.train.errors import BAD_INPUT, UserError
 from shardwright.train.paths import absolute
 from shardwright.train.process.arguments import path as path_of
 from shardwright.train.run_directory.names import CHECKPOINTS, DATA_JSON
-
-FALLING = ("linear", "cosine", "warmup_stable_decay")
-"""Schedules that end at 0 with the run, and so reach further in a longer one."""
 
 # What may not change, and what hangs on it. The longest prefix counts; None allows.
 _FIXED: dict[str, str | None] = {
@@ -201,8 +199,8 @@ def rise(
 ) -> str | None:
     """Return that a schedule which falls to 0 is higher again than it had come to, or None. Pure.
 
-    A longer run stretches its schedule: cosine, linear and warmup_stable_decay then are where they
-    were earlier. ``wanted_before`` and ``wanted_after`` are what `samples_wanted` returns.
+    A longer run stretches its schedule: one that falls then is where it was earlier.
+    ``wanted_before`` and ``wanted_after`` are what `samples_wanted` returns.
     """
     lengths = ((before, wanted_before), (after, wanted_after))
     unknown = any(trainer.max_steps is None and wanted is None for trainer, wanted in lengths)
@@ -223,8 +221,11 @@ def rise(
         settings.append("trainer.warmup_steps=0")
     if after.warmup_fraction:
         settings.append("trainer.warmup_fraction=0")
-    if after.decay_shape != "cosine":
-        settings.append("trainer.decay_shape=cosine")
+    settings += [
+        f"trainer.{name}={type(after).model_fields[name].default}"
+        for name in READ_BY
+        if getattr(after, name) != type(after).model_fields[name].default
+    ]
     end = total_steps(after, wanted_after, at)
     return (
         f"rises again, from {had:.3g} at step {at.step:,} to {has:.3g} at step {at.step + 1:,}: "

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from transformers import get_scheduler
 
 from shardwright.train.config import (
@@ -18,6 +20,7 @@ from shardwright.train.config import (
     BatchSizes,
     Progress,
     RankLayout,
+    Schedule,
     TrainerConfig,
     accumulation_steps,
     batch_sizes,
@@ -25,8 +28,9 @@ from shardwright.train.config import (
     total_steps,
     why_too_short,
 )
+from shardwright.train.config.optimizers import Scheduler
 from shardwright.train.errors import UserError
-from shardwright.train.optimizer.schedule import DECAYS, SCHEDULES
+from shardwright.train.optimizer.schedule import as_transformers
 
 FIRST_BATCH, WANTED = 8, 1000
 """128 samples of 64 tokens are 8,192; more of them tell schedules apart."""
@@ -52,6 +56,23 @@ def after(steps: int, batch_size: int, before: Progress = BEGINNING) -> Progress
     )
 
 
+TENTH = {"min_learning_rate_ratio": 0.1}
+
+
+def of_transformers(schedule: Schedule) -> Callable[[int], float]:
+    """Return transformers' own function of the steps, for a peak of 1."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    name, arguments = as_transformers(schedule, 1.0)
+    found: Callable[[int], float] = get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=schedule.warmup_steps,
+        num_training_steps=schedule.total_steps,
+        scheduler_specific_kwargs=arguments,
+    ).lr_lambdas[0]
+    return found
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -67,26 +88,78 @@ def after(steps: int, batch_size: int, before: Progress = BEGINNING) -> Progress
         {"lr_scheduler": "warmup_stable_decay", "decay_shape": "sqrt", "decay_fraction": 0.3},
         {"lr_scheduler": "warmup_stable_decay", "decay_shape": "sqrt", "decay_fraction": 1.0},
         {"lr_scheduler": "warmup_stable_decay", "warmup_steps": 9, "decay_fraction": 0.0},
+        {"lr_scheduler": "cosine_with_restarts", "cosine_cycles": 3, "warmup_steps": 5},
+        {"lr_scheduler": "polynomial", "polynomial_power": 1.5},
+        {"lr_scheduler": "warmup_stable_decay", "decay_fraction": 0.3, **TENTH},
     ],
 )
 def test_a_rate_has_the_bits_of_transformers(values: dict[str, Any]) -> None:
     asked = trainer(**values)
     schedule = schedule_of(asked, WANTED)
     assert schedule.total_steps == 125
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    expected = get_scheduler(
-        SCHEDULES[asked.lr_scheduler],
-        optimizer,
-        num_warmup_steps=schedule.warmup_steps,
-        num_training_steps=125,
-        scheduler_specific_kwargs={
-            "num_decay_steps": schedule.decay_steps,
-            "decay_type": DECAYS[schedule.decay_shape],
-        }
-        if asked.lr_scheduler == "warmup_stable_decay"
-        else {},
-    ).lr_lambdas[0]
+    expected = of_transformers(schedule)
     assert [schedule(step) for step in range(126)] == [expected(step) for step in range(126)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lr_scheduler": "linear", "warmup_steps": 7, **TENTH},
+        {"lr_scheduler": "cosine", "warmup_steps": 7, **TENTH},
+        {"lr_scheduler": "polynomial", "polynomial_power": 3.0, **TENTH},
+    ],
+)
+def test_a_floor_is_that_of_transformers(values: dict[str, Any]) -> None:
+    schedule = schedule_of(trainer(**values), WANTED)
+    expected = of_transformers(schedule)
+    assert [schedule(step) for step in range(126)] == [
+        pytest.approx(expected(step), abs=1e-15) for step in range(126)
+    ]
+    assert schedule(125) == pytest.approx(0.1)
+
+
+def test_a_cosine_starts_again_from_the_peak_and_falls_to_the_floor() -> None:
+    values: dict[str, Any] = {"lr_scheduler": "cosine_with_restarts", "cosine_cycles": 5, **TENTH}
+    schedule = schedule_of(trainer(**values), WANTED)
+    assert [schedule(step) for step in (0, 25, 50, 75, 100)] == [1.0] * 5
+    assert schedule(12) == pytest.approx(0.55, abs=0.03)
+    assert schedule(125) == schedule(500) == pytest.approx(0.1)
+
+
+def test_a_range_test_multiplies_the_rate_by_as_much_each_step() -> None:
+    values: dict[str, Any] = {
+        "lr_scheduler": "range_test",
+        "min_learning_rate_ratio": 1e-4,
+        "max_steps": 5,
+    }
+    schedule = schedule_of(trainer(**values), None)
+    assert [schedule(step) for step in range(7)] == [
+        pytest.approx(share) for share in (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1.0, 1.0)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr_scheduler": "range_test"}, "but min_learning_rate_ratio=0; set a share such as 1e-4"),
+        (
+            {"lr_scheduler": "range_test", "warmup_steps": 3, **TENTH},
+            "warmup_steps=3 is a warm-up before lr_scheduler=range_test, which is one itself",
+        ),
+        (
+            {"lr_scheduler": "constant", **TENTH},
+            "min_learning_rate_ratio=0.1 is read by lr_scheduler=cosine or linear or",
+        ),
+        (
+            {"cosine_cycles": 3},
+            "cosine_cycles=3 is read by lr_scheduler=cosine_with_restarts only, but it is cosine",
+        ),
+        ({"polynomial_power": 3.0}, "choose lr_scheduler=polynomial or leave polynomial_power=2"),
+    ],
+)
+def test_what_a_schedule_does_not_read_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        trainer(**values)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +183,7 @@ def test_steps_stay_the_number_of_steps() -> None:
 
 
 @given(
-    name=st.sampled_from(sorted(SCHEDULES)),
+    name=st.sampled_from(sorted(set(get_args(Scheduler)) - {"range_test"})),
     warmup=st.sampled_from([{"warmup_steps": 30}, {"warmup_fraction": 0.2}, {}]),
     parts=st.lists(st.tuples(st.integers(1, 30), st.sampled_from([4, 8, 16, 24])), max_size=3),
     last_batch=st.sampled_from([4, 8, 16, 24]),

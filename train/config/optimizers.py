@@ -87,6 +87,27 @@ OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
 }
 
 
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "warmup_stable_decay",
+    "inverse_sqrt",
+    "range_test",
+]
+FALLING = ("cosine", "linear", "warmup_stable_decay", "cosine_with_restarts", "polynomial")
+"""Schedules that fall to `min_learning_rate_ratio` by the end of a run."""
+READ_BY = {
+    "decay_shape": ("warmup_stable_decay",),
+    "cosine_cycles": ("cosine_with_restarts",),
+    "polynomial_power": ("polynomial",),
+    "min_learning_rate_ratio": (*FALLING, "range_test"),
+}
+"""Which schedules read a field."""
+
+
 class OptimizerFields(Section):
     """How far and by which rule a step moves the weights."""
 
@@ -94,10 +115,17 @@ class OptimizerFields(Section):
     """What updates the weights; adamw_8bit keeps the moments of large tensors in 8 bits."""
     learning_rate: PositiveFloat = 6e-4
     """Peak learning rate; adafactor multiplies it by the RMS of each tensor."""
-    lr_scheduler: Literal["linear", "cosine", "constant", "warmup_stable_decay", "inverse_sqrt"] = (
-        "cosine"
-    )
-    """Course after the linear warm-up; linear, cosine and warmup_stable_decay end at 0."""
+    lr_scheduler: Scheduler = "cosine"
+    """Course after the linear warm-up. constant stays and inverse_sqrt falls without an end; the
+    others but range_test end at min_learning_rate_ratio. range_test rises instead, from that share
+    of learning_rate up to all of it, by the same factor each step: where the loss falls fastest is
+    a rate to train with, and where it rises one that is too high."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of learning_rate that is left in the end; of range_test, what it begins with."""
+    cosine_cycles: Annotated[int, Field(ge=2)] = 2
+    """cosine_with_restarts: how often the rate falls, each time from its peak."""
+    polynomial_power: PositiveFloat = 2.0
+    """polynomial: the rate is the share of the steps that are left to this power; 1 is linear."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up. Give this or warmup_fraction. Of a run of max_epochs or max_tokens
     these are steps of the batch that it began with: where a resume changes the batch, as many
@@ -139,12 +167,16 @@ class OptimizerFields(Section):
 
     @model_validator(mode="after")
     def _is_read(self) -> OptimizerFields:
-        if self.decay_shape != "cosine" and self.lr_scheduler != "warmup_stable_decay":
-            raise ValueError(
-                f"decay_shape={self.decay_shape} is read by lr_scheduler=warmup_stable_decay only, "
-                f"but it is {self.lr_scheduler}; choose lr_scheduler=warmup_stable_decay or leave "
-                "decay_shape=cosine"
-            )
+        for name, reading in READ_BY.items():
+            value, default = getattr(self, name), OptimizerFields.model_fields[name].default
+            if value != default and self.lr_scheduler not in reading:
+                raise ValueError(
+                    f"{name}={value} is read by lr_scheduler={' or '.join(reading)} only, but it "
+                    f"is {self.lr_scheduler}; choose lr_scheduler={reading[0]} or leave "
+                    f"{name}={default}"
+                )
+        if self.lr_scheduler == "range_test":
+            self._check_range_test()
         for name, field in type(self).model_fields.items():
             owner = next((o for o in OPTIMIZERS if name.startswith(f"{o}_")), None)
             value = getattr(self, name)
@@ -154,3 +186,17 @@ class OptimizerFields(Section):
                     f"{self.optimizer}; choose optimizer={owner} or leave {name} out"
                 )
         return self
+
+    def _check_range_test(self) -> None:
+        """Raise ValueError where a range test has no range, or a warm-up before it."""
+        if not self.min_learning_rate_ratio:
+            raise ValueError(
+                "lr_scheduler=range_test rises from min_learning_rate_ratio x learning_rate, by "
+                "the same factor each step, but min_learning_rate_ratio=0; set a share such as 1e-4"
+            )
+        for name in ("warmup_steps", "warmup_fraction"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value} is a warm-up before lr_scheduler=range_test, which is one "
+                    f"itself; leave {name}=0"
+                )

@@ -131,6 +131,12 @@ class Schedule:
     """Samples of these."""
     first_position: int
     """Samples that the run had consumed then."""
+    floor: float = 0.0
+    """Share of the peak below which it does not fall, and from which a range test rises."""
+    cycles: int = 1
+    """Falls of a cosine that starts again from its peak."""
+    power: float = 1.0
+    """Of the share that is left, under a polynomial."""
 
     def samples(self, step: int) -> int:
         """Return the samples of the steps that the schedule has counted."""
@@ -148,24 +154,39 @@ class Schedule:
 
     def share(self, position: float) -> float:
         """Return the share of the peak at a position; the arithmetic is transformers'."""
-        warmup, total = self.warmup_steps, self.total_steps
+        warmup = self.warmup_steps
         if position < warmup:
             return position / warmup
-        if self.name == "linear":
-            return max(0.0, (total - position) / max(1, total - warmup))
-        if self.name == "cosine":
-            return _half_cosine((position - warmup) / max(1, total - warmup))
-        if self.name == "warmup_stable_decay":
-            begin = total - self.decay_steps
-            if position < begin:
-                return 1.0
-            if position < total:
-                return _decayed(self.decay_shape, (position - begin) / max(1, self.decay_steps))
-            return 0.0
         if self.name == "inverse_sqrt":
             scale = warmup or 10_000
             return 1.0 / math.sqrt((position + (scale - warmup)) / scale)
-        return 1.0
+        if self.name == "range_test":
+            # Each step multiplies the rate by as much, and the last one has the peak (Smith, arXiv
+            # 1506.01186, on a logarithmic axis).
+            return float(self.floor ** (1.0 - min(1.0, position / max(1, self.total_steps - 1))))
+        if self.name == "constant":
+            return 1.0
+        falling = self._falling(position)
+        return falling * (1.0 - self.floor) + self.floor if self.floor else falling
+
+    def _falling(self, position: float) -> float:
+        """Return what is left of the peak behind the warm-up, of a schedule that falls to 0."""
+        warmup, total = self.warmup_steps, self.total_steps
+        if self.name == "linear":
+            return max(0.0, (total - position) / max(1, total - warmup))
+        progress = (position - warmup) / max(1, total - warmup)
+        if self.name == "cosine":
+            return _half_cosine(progress)
+        if position >= total:
+            return 0.0
+        if self.name == "cosine_with_restarts":
+            return _half_cosine((self.cycles * progress) % 1.0)
+        if self.name == "polynomial":
+            return float((1.0 - progress) ** self.power)
+        begin = total - self.decay_steps
+        if position < begin:
+            return 1.0
+        return _decayed(self.decay_shape, (position - begin) / max(1, self.decay_steps))
 
 
 def _half_cosine(progress: float) -> float:
@@ -204,4 +225,7 @@ def schedule_of(trainer: TrainerConfig, wanted: int | None, at: Progress = BEGIN
         first_step=at.scheduled_steps,
         first_samples=at.scheduled_samples,
         first_position=at.samples,
+        floor=trainer.min_learning_rate_ratio,
+        cycles=trainer.cosine_cycles,
+        power=trainer.polynomial_power,
     )

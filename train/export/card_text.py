@@ -332,9 +332,11 @@ def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
         warmup = f", warm-up over {100 * trainer.warmup_fraction:.2g}% of the steps"
     falls = trainer.decay_shape != "cosine" and trainer.decay_fraction > 0
     shape = f" ({trainer.decay_shape} decay)" if falls else ""
+    floor = trainer.min_learning_rate_ratio
+    end = f" down to {floor * trainer.learning_rate:g}" if floor else ""
     yield (
         "Learning rate",
-        f"{trainer.learning_rate:g} at its peak, {trainer.lr_scheduler}{shape}{warmup}",
+        f"{trainer.learning_rate:g} at its peak, {trainer.lr_scheduler}{shape}{end}{warmup}",
     )
     yield "Weight decay", f"{trainer.weight_decay:g}"
     yield "Gradient norm", f"at most {trainer.max_grad_norm:g}" if trainer.max_grad_norm else None

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import transformers
 
 from shardwright.train.config import Schedule, accumulation_steps
-from shardwright.train.optimizer.schedule import DECAYS, SCHEDULES
+from shardwright.train.optimizer.schedule import as_transformers
 from shardwright.train.strategy.engine import Engine
 
 
@@ -21,6 +21,7 @@ def training_arguments(
     """
     config = engine.config
     trainer, precision = config.trainer, config.precision
+    name, arguments = as_transformers(schedule, trainer.learning_rate)
     args = transformers.TrainingArguments(
         output_dir=str(run_dir),
         run_name=config.name,
@@ -33,13 +34,8 @@ def training_arguments(
         gradient_accumulation_steps=accumulation_steps(trainer, engine.layout),
         average_tokens_across_devices=True,
         learning_rate=trainer.learning_rate,
-        lr_scheduler_type=SCHEDULES[trainer.lr_scheduler],
-        lr_scheduler_kwargs={
-            "num_decay_steps": schedule.decay_steps,
-            "decay_type": DECAYS[schedule.decay_shape],
-        }
-        if trainer.lr_scheduler == "warmup_stable_decay"
-        else {},
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=arguments,
         warmup_steps=schedule.warmup_steps,
         max_grad_norm=trainer.max_grad_norm,
         fp16=precision.compute_dtype == "fp16",

@@ -17,7 +17,7 @@ from shardwright.train.config import (
 )
 from shardwright.train.model import rotary
 from shardwright.train.optimizer import build as optimizer
-from shardwright.train.optimizer.schedule import DECAYS, SCHEDULES
+from shardwright.train.optimizer.schedule import DECAYS
 from shardwright.train.process import numerics
 
 if TYPE_CHECKING:
@@ -199,11 +199,17 @@ def _live_schedule(trainer: Training) -> Schedule:
 
 def _facts_of(schedule: Schedule) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "name": SCHEDULES[schedule.name],
+        "name": schedule.name,
         "num_warmup_steps": schedule.warmup_steps,
     }
-    if schedule.name in ("linear", "cosine"):
+    if schedule.name not in ("constant", "inverse_sqrt", "warmup_stable_decay"):
         facts["num_training_steps"] = schedule.total_steps
+    if schedule.floor:
+        facts["floor"] = schedule.floor
+    if schedule.name == "cosine_with_restarts":
+        facts["cycles"] = schedule.cycles
+    if schedule.name == "polynomial":
+        facts["power"] = schedule.power
     if schedule.name == "warmup_stable_decay":
         facts["num_decay_steps"] = schedule.decay_steps
         facts["decay_type"] = DECAYS[schedule.decay_shape]

@@ -93,7 +93,10 @@ def test_wrong_type(shardwright: Shardwright, override: str, message: str) -> No
         ("model.dropout=1.5", "model.dropout=1.5: must be at most 1"),
         ("trainer.adam_beta1=1.0", "trainer.adam_beta1=1.0: must be less than 1"),
         ("trainer.learning_rate=0.0", "trainer.learning_rate=0.0: must be more than 0"),
-        ("trainer.lr_scheduler=cosin", "must be linear, cosine, constant, warmup_stable_decay or"),
+        (
+            "trainer.lr_scheduler=cosin",
+            "must be linear, cosine, cosine_with_restarts, polynomial, constant, warmup_stable",
+        ),
         ("launcher.nproc_per_node=0", "launcher.nproc_per_node=0: must be at least 1 or auto"),
         ("name=a/b", "name=a/b: must be text of the form"),
         ("data.sequence_length=4096", "is longer than the 1024 positions of the model"),

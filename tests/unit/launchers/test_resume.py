@@ -340,7 +340,7 @@ def at(step: int) -> Progress:
     return Progress(step, samples, 64, step, samples, 64)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "warmup_stable_decay"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "warmup_stable_decay", "polynomial"])
 def test_a_rate_that_rises_again_is_told_with_the_way_to_avoid_it(
     name: str, tmp_path: Path
 ) -> None:
@@ -365,8 +365,16 @@ def test_a_rate_that_rises_again_is_told_with_the_way_to_avoid_it(
     assert resume.rise(before, longer, None, None, Progress()) is None
 
 
-def test_the_way_to_stay_leaves_out_the_shape_of_a_decay(tmp_path: Path) -> None:
-    decays = {"lr_scheduler": "warmup_stable_decay", "decay_shape": "sqrt"}
+@pytest.mark.parametrize(
+    "decays",
+    [
+        {"lr_scheduler": "warmup_stable_decay", "decay_shape": "sqrt"},
+        {"lr_scheduler": "polynomial", "polynomial_power": 3.0, "min_learning_rate_ratio": 0.1},
+    ],
+)
+def test_the_way_to_stay_leaves_out_what_no_constant_rate_reads(
+    decays: dict[str, Any], tmp_path: Path
+) -> None:
     before = finished(tmp_path, max_steps=60, **decays).trainer
     longer = before.model_copy(update={"max_steps": 120})
     told = resume.rise(before, longer, None, None, at(60))
