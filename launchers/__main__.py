@@ -11,7 +11,7 @@ from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 from shardwright.train.process import garbage
 
 COMMANDS = (
-    *("train", "plan", "sweep", "prepare", "resume", "join", "sample", "checkpoints"),
+    *("train", "plan", "inspect", "sweep", "prepare", "resume", "join", "sample", "checkpoints"),
     *("recover", "push"),
     *("status", "runs", "compare", "watch", "report"),
     *("logs", "cancel", "sync", "data", "doctor"),
@@ -32,6 +32,9 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright plan [group=option] [key=value] hardware=h200x8 [--json]
       memory that such a run would take under each strategy, and which of them fit, on hardware
       that need not be there; --states-only: the model states, as DeepSpeed estimates them
+  shardwright inspect [group=option] [key=value] [--samples N] [--json]
+      what such a run would train on: tokens per byte and word, duplicates, what is cut or padded,
+      samples as the model will see them; of a large corpus that is not prepared, an excerpt
   shardwright prepare [--dry-run] [group=option] [key=value]
       put the tokenizer and tokens that such a run would train on into the cache, and start none
   shardwright resume RUN_DIR [--dry-run] [group=option] [key=value]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +16,7 @@ from shardwright.launchers.machine.facts import Machine
 from shardwright.train import program
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import RunConfig, TrainerConfig, accumulation_steps, rank_layout
+from shardwright.train.console import terminal
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
 from shardwright.train.process import exhausted, inherited, signals
 from shardwright.train.run_directory import stop_note
@@ -110,7 +109,7 @@ def _batch_warmup(trainer: TrainerConfig) -> str:
 
 def terminal_width() -> int | None:
     """Return the columns of the terminal that this process prints to; None where it is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return terminal.columns()
 
 
 def _documents(config: RunConfig) -> str:

@@ -62,7 +62,7 @@ def complete(
         words = [word for word in words if word.partition("=")[0].partition(".")[0] not in own]
     if command == "plan" and (offered := _of_hardware(last)):
         return offered
-    if command not in ("train", "sweep", "prepare", "plan"):
+    if command not in ("train", "sweep", "prepare", "plan", "inspect"):
         return []
     settings = [word for word in words[1:] if not word.startswith("--")]
     overrides = [qualify(word) for word in hardware.split(settings)[1]]

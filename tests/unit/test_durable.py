@@ -112,6 +112,7 @@ ELSEWHERE = {
     "train/export/safetensors.py:__init__": STAGED,
     "train/model/origin.py:_publish": STAGED,
     "train/checkpoint/format/hashed.py:create": "it hashes what it writes, and syncs it",
+    "launchers/commands/inspect.py:_inspected": "in a directory that does not stay",
     "launchers/commands/prepare.py:_prepared_here": "in a directory that does not stay",
     "launchers/reporting/pictures.py:write": "it is drawn again in a second",
     "train/console/progress.py:_note": "what it says is out of date in a second",

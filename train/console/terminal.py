@@ -8,6 +8,7 @@ import locale
 import logging
 import os
 import select
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -145,6 +146,11 @@ def _guarded(stream, descriptor: int, *, outlives: bool):  # type: ignore[no-unt
             stream.flush()
             return Terminal(descriptor, stream.encoding, outlives=outlives)
     return stream  # somebody else's, such as a test's
+
+
+def columns() -> int | None:
+    """Return the columns of the terminal that this process prints to; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def outlive() -> None:

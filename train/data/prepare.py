@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from shardwright.train.config import RunConfig, samples_wanted
 from shardwright.train.data.arranged import arranged, share_of_cuts
 from shardwright.train.data.sources.corpus import (
+    Piece,
     corpus_identity,
     named_as,
     named_sets,
@@ -146,6 +147,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Prepared:
         named_sets=tuple(_named_sets(config, entries)),
         skipped=_skipped(entry, *entries.values()),
     )
+    _check_amounts(config, prepared)
     if noted is None:
         _check_sources(config, prepared)
         _check_loss(config, prepared)
@@ -183,7 +185,49 @@ def opened(config: RunConfig, run_dir: Path) -> tuple[Prepared, Entry]:
             "whole; `shardwright resume` prepares them again from the corpus"
         )
     tokenizer = load_tokenizer(config, run_dir / TOKENIZER_FOLDER)
-    return _open(config, tokenizer, entry, noted), entry
+    prepared = _open(config, tokenizer, entry, noted)
+    _check_amounts(config, prepared)
+    return prepared, entry
+
+
+def is_prepared(config: RunConfig, run_dir: Path) -> bool:
+    """Return whether the cache has the tokens that a run would train on.
+
+    A tokenizer that is trained on the corpus is trained for that, and put into ``run_dir``.
+    """
+    from shardwright.train.data.tokens import cache
+    from shardwright.train.data.tokens.tokenizer import ensure_tokenizer
+
+    root, directory = cache.cache_root(config.data), run_dir / TOKENIZER_FOLDER
+    identity = corpus_identity(config.data, root)
+    tokenizer = ensure_tokenizer(config, directory, identity)
+    wanted = _wanted(config, tokenizer, directory, identity)
+    return cache.find(root / "tokens", wanted.name) is not None
+
+
+def prepare_excerpt(
+    config: RunConfig, run_dir: Path, pieces: Iterator[Piece]
+) -> tuple[Prepared, Entry]:
+    """Return what a run would have if its corpus were these pieces, without documents of sets.
+
+    `is_prepared` has put the tokenizer into ``run_dir``; the cache has to be one that is thrown
+    away. What there is may be too little for a batch.
+    """
+    from shardwright.train.data.tokens.cache import build_once, cache_root
+    from shardwright.train.data.tokens.packing import pack
+    from shardwright.train.data.tokens.tokenizer import load_tokenizer
+
+    directory = run_dir / TOKENIZER_FOLDER
+    tokenizer = load_tokenizer(config, directory)
+    wanted = _wanted(config, tokenizer, directory, {})
+    sources = len(source_weights(config.data))
+    packing = replace(wanted.packing, unique=False)  # the pieces are, where that is asked for
+
+    def build(target: Path) -> dict[str, Any]:
+        return pack(pieces, sources, tokenizer.backend_tokenizer, packing, target, all_cores())
+
+    entry = build_once(cache_root(config.data) / "tokens", wanted.name, build)
+    return _open(config, tokenizer, entry, None), entry
 
 
 def summary(prepared: Prepared, *, by_line: bool) -> Iterator[str]:
@@ -388,7 +432,7 @@ def _open(
     entry: Entry,
     noted: Mapping[str, Any] | None,
 ) -> Prepared:
-    """Return what an entry of the cache holds; raise UserError where that is too little."""
+    """Return what an entry of the cache holds."""
     from shardwright.train.data.batches.samples import Mixture
     from shardwright.train.data.tokens.packing import store_name
 
@@ -400,7 +444,7 @@ def _open(
         return tuple(samples_of(store_name(held_out, source)) for source in range(len(weights)))
 
     train, heldout = samples(held_out=False), samples(held_out=True)
-    prepared = Prepared(
+    return Prepared(
         tokenizer,
         train=Mixture(train, weights, config.seed),
         heldout=Mixture(heldout, (1.0,) * len(weights), config.seed),
@@ -413,6 +457,21 @@ def _open(
         skipped=_skipped(entry),
         stages=tuple(_stages(config, entry)),
     )
+
+
+def _check_amounts(config: RunConfig, prepared: Prepared) -> None:
+    """Raise UserError where there is too little for a batch, or for an evaluation."""
+    data, batch = config.data, config.trainer.global_batch_size
+    for number, (stage, mixture) in enumerate(zip(data.stages, prepared.stages, strict=True)):
+        length = stage.sequence_length or data.tokens_per_sample
+        needed = batch * data.tokens_per_sample // length
+        if len(mixture) < needed:
+            raise UserError(
+                f"data.stages[{number}] is too small for one batch: it has {len(mixture):,} "
+                f"samples of {length:,} tokens, and trainer.global_batch_size={batch} needs "
+                f"{needed:,}; give more text, shorten its samples, raise its weights or lower the "
+                "batch"
+            )
     training, held_out = prepared.training, prepared.held_out
     counts = _counts(config, training, prepared.samples_per_epoch)
     if problem := _too_small(config, training, prepared.samples_per_epoch):
@@ -424,7 +483,6 @@ def _open(
             f"data.sequence_length={data.sequence_length} ({counts}); raise data.eval_fraction, "
             "give more documents (each .txt file is one), or set it to 0 to evaluate on nothing"
         )
-    return prepared
 
 
 def _skipped(*entries: Entry) -> Skipped:
@@ -436,29 +494,16 @@ def _skipped(*entries: Entry) -> Skipped:
 
 
 def _stages(config: RunConfig, entry: Entry) -> Iterator[Mixture]:
-    """Yield what each stage trains on; raise UserError where that is too little for a batch.
-
-    All are views of the same tokens.
-    """
+    """Yield what each stage trains on; all are views of the same tokens."""
     from shardwright.train.data.batches.samples import Mixture
     from shardwright.train.data.tokens.packing import store_name
 
-    data, batch = config.data, config.trainer.global_batch_size
-    for number, stage in enumerate(data.stages):
-        length = stage.sequence_length or data.tokens_per_sample
+    data = config.data
+    for stage in data.stages:
         weights = stage.weights or source_weights(data)
-        samples_of = arranged(config, entry, length)
+        samples_of = arranged(config, entry, stage.sequence_length or data.tokens_per_sample)
         sources = [samples_of(store_name(False, source)) for source in range(len(weights))]
-        mixture = Mixture(sources, tuple(weights), config.seed)
-        needed = batch * data.tokens_per_sample // length
-        if len(mixture) < needed:
-            raise UserError(
-                f"data.stages[{number}] is too small for one batch: it has {len(mixture):,} "
-                f"samples of {length:,} tokens, and trainer.global_batch_size={batch} needs "
-                f"{needed:,}; give more text, shorten its samples, raise its weights or lower the "
-                "batch"
-            )
-        yield mixture
+        yield Mixture(sources, tuple(weights), config.seed)
 
 
 def _named_entries(

@@ -39,6 +39,8 @@ BEHIND_HYDRA = {"train", "prepare", "plan"}  # whose own page their --help shows
         ("shardwright data clean --o", ["--older-than"]),
         ("shardwright data show runs/", []),
         ("shardwright data show --js", ["--json"]),
+        ("shardwright inspect --he", ["--held-out", "--help"]),
+        ("shardwright inspect model=gpt2_s", "shardwright model=gpt2_s"),
         ("shardwright data nothing --", ["--help"]),
         ("shardwright nothing --", []),
         ("shardwright --help --", []),

@@ -102,6 +102,10 @@ class Source(ABC, Generic[Settings]):
         """
         return None
 
+    def stored_bytes(self) -> int:
+        """Return the bytes of the files with its ids."""
+        raise NotImplementedError("it has texts")
+
     @abstractmethod
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
         """Return, in plain values, what changes when any document does, or their order.

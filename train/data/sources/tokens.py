@@ -14,6 +14,7 @@ from shardwright.train.data.sources.files.formats import TABLES, is_note
 from shardwright.train.data.sources.files.paths import check_overlap, expand
 from shardwright.train.data.sources.files.pieces import Text
 from shardwright.train.data.sources.files.reading import identity
+from shardwright.train.data.sources.shards import size_of
 from shardwright.train.data.sources.source import Reading, Source, code
 from shardwright.train.errors import UserError
 from shardwright.train.paths import absolute
@@ -65,6 +66,9 @@ class TokenFiles(Source[TokensData]):
             )
             for pattern in self.data.paths
         )
+
+    def stored_bytes(self) -> int:
+        return sum(size_of(path) for pattern in self.data.paths for path in self._files(pattern))
 
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
         paths = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from shardwright.train.data.tokens.store import TokenStore
 AT_ONCE = 2**20
 """Ends, or tokens, that are read together."""
 BAR_WIDTH = 40
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -63,6 +64,37 @@ def lengths_of(stores: Iterable[TokenStore], between: Between | None) -> Lengths
         for ends in ends_of(store, between):
             found.add(np.diff(ends, prepend=last))
             last = int(ends[-1])
+    return found
+
+
+class Longest(NamedTuple):
+    """A document, or line, of a store."""
+
+    tokens: int
+    """Its frame included."""
+    number: int
+    """Which one of its store's, from 0."""
+    start: int
+    """Of its tokens in the store."""
+
+
+def longest_of(
+    stores: Mapping[Key, TokenStore], between: Between | None, count: int
+) -> list[tuple[Key, Longest]]:
+    """Return the longest documents of stores, the longest first, of equal ones the first first.
+
+    Those of stores of which it is not known where they end are left out.
+    """
+    found: list[tuple[Key, Longest]] = []
+    for key, store in stores.items():
+        number = last = 0
+        for ends in ends_of(store, between) if is_told(store, between) else ():
+            lengths = np.diff(ends, prepend=last)
+            for place in np.argsort(-lengths, kind="stable")[:count].tolist():
+                start = int(ends[place] - lengths[place])
+                found.append((key, Longest(int(lengths[place]), number + place, start)))
+            found = sorted(found, key=lambda one: -one[1].tokens)[:count]
+            number, last = number + len(ends), int(ends[-1])
     return found
 
 
