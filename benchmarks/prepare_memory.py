@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 import sys
 import tarfile
 import tempfile
@@ -27,6 +26,7 @@ from benchmarks import frozen
 from benchmarks.prepare import (
     VOCABULARY,
     measure,
+    measured_in,
     overrides,
     scratch,
     trained_tokenizer,
@@ -34,9 +34,8 @@ from benchmarks.prepare import (
 )
 from benchmarks.report import Figures
 from benchmarks.train_gpu import versions
-from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
-from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.errors import FAILED
 
 MB = 10**6
 Documents = list[str]
@@ -251,23 +250,15 @@ def run(options: argparse.Namespace, directory: Path, here: Machine) -> Figures:
 
 def main(argv: list[str]) -> int:
     options = parse(argv)
-    here = machine.detect({**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    try:
-        with tempfile.TemporaryDirectory(
-            prefix="shardwright-benchmark-", dir=options.directory.resolve()
-        ) as place:
-            results = run(options, Path(place), here)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    print("largest process, largest size over smallest:", json.dumps(results["growth"]))
-    figures = [
-        each
-        for part in ("kinds", "long")
-        for found in results[part].values()
-        for each in found.values()
-    ]
-    return FAILED if any("error" in each for each in figures) else 0
+
+    def all_of_it(directory: Path, here: Machine) -> int:
+        results = run(options, directory, here)
+        print("largest process, largest size over smallest:", json.dumps(results["growth"]))
+        every = [*results["kinds"].values(), *results["long"].values()]
+        failed = any("error" in figures for found in every for figures in found.values())
+        return FAILED if failed else 0
+
+    return measured_in(options.directory, all_of_it)
 
 
 if __name__ == "__main__":

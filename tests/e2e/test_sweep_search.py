@@ -6,10 +6,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from shardwright.launchers.ranks.child import descendants
 from shardwright.launchers.sweep import directory, objectives, space
 from shardwright.launchers.sweep.study import LEFT_OUT, Study
 from shardwright.train.run_directory import pruned
-from tests.e2e import cli
+from tests.e2e import cli, sweeps
 
 RATE = "trainer.learning_rate"
 GOOD = (1e-3,)
@@ -70,8 +68,7 @@ def trials(sweep_dir: Path) -> list[Any]:
 
 def values(sweep_dir: Path, number: int) -> list[tuple[int, float]]:
     """Return the held-out losses of a point."""
-    path = sweep_dir / str(number) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = sweeps.logged(sweep_dir / str(number))
     known = {*objectives.OF_EVALUATIONS, *objectives.OF_TRAINING, *objectives.NOT_COMPARED}
     for line in lines:  # a metric by which points can be compared is known as one
         unknown = {key for key in line if key.partition("/")[0] not in known}
@@ -79,15 +76,8 @@ def values(sweep_dir: Path, number: int) -> list[tuple[int, float]]:
     return [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
 
 
-def kill(process: subprocess.Popen[str], cwd: Path) -> None:
-    """Kill a sweep and all that descends from it at once: no part hears of another's end."""
-    process.send_signal(signal.SIGSTOP)
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for pid in cli.processes(cwd):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-    process.wait()
-    cli.wait_until(lambda: not list(cli.processes(cwd)))
+def has_evaluations(sweep_dir: Path, number: int, count: int) -> bool:
+    return len(values(sweep_dir, number)) >= count
 
 
 def test_a_search_that_is_killed_keeps_its_study_and_a_pruned_run_says_so(
@@ -95,11 +85,7 @@ def test_a_search_that_is_killed_keeps_its_study_and_a_pruned_run_says_so(
 ) -> None:
     named = [*searched(tmp_path, GOOD, BAD[:1], seed=4), *words(tiny), "sweep_dir=a"]
     sweep_dir = tmp_path / "a"
-    process = cli.start("sweep", *named, cwd=tmp_path)
-    second = sweep_dir / "1" / "metrics.jsonl"
-    cli.wait_until(lambda: second.exists() or process.poll() is not None)
-    assert process.poll() is None, process.communicate()
-    kill(process, tmp_path)
+    sweeps.cut(named, tmp_path, (sweep_dir / "1" / "metrics.jsonl").exists)
     before = trials(sweep_dir)
     assert before[0].state.name == "COMPLETE"
     assert [trial.params[RATE] for trial in before] == [GOOD[0], BAD[0]]
@@ -137,12 +123,9 @@ def test_killed_twice_at_random_a_search_ends_as_one_that_was_left_alone(
 
     sweep_dir, draws = tmp_path / "killed", random.Random(SEED)
     for point in (0, 1):
-        process = cli.start("sweep", *named, "sweep_dir=killed", cwd=tmp_path)
         enough = draws.randint(1, 2)
-        while len(values(sweep_dir, point)) < enough:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        kill(process, tmp_path)
+        has_enough = partial(has_evaluations, sweep_dir, point, enough)
+        sweeps.cut([*named, "sweep_dir=killed"], tmp_path, has_enough)
     ended = cli.shardwright("sweep", *named, "sweep_dir=killed", cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
