@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shardwright.train.checkpoint.format import damage
+from shardwright.train.durable import write_text
 from shardwright.train.errors import UserError
-from shardwright.train.model import generation, remote_code
+from shardwright.train.model import generation, older, remote_code
 from shardwright.train.process import exhausted
 
 CONFIG = "config.json"
@@ -59,7 +61,7 @@ def config_texts(model: PreTrainedModel, code: Mapping[str, Path]) -> dict[str, 
 
     That is config.json, generation_config.json where it generates, and the files of its code.
     """
-    texts = {CONFIG: finished_config(model).to_json_string().encode()}
+    texts = {CONFIG: older.config_text(finished_config(model)).encode()}
     if model.can_generate() and model.generation_config is not None:
         text = model.generation_config.to_json_string(keys_to_pop=["compile_config"])
         texts[GENERATION_CONFIG] = text.encode()
@@ -94,7 +96,7 @@ def writers(
     """Return what writes everything of a model directory but its weights and its card."""
 
     def write_config(directory: Path) -> None:
-        finished_config(model).to_json_file(directory / CONFIG)
+        write_text(directory / CONFIG, older.config_text(finished_config(model)))
 
     def write_code(directory: Path) -> None:
         for name, path in code.items():
@@ -109,7 +111,7 @@ def writers(
         CONFIG: write_config,
         "the model's code": write_code,
         GENERATION_CONFIG: write_generation,
-        "the tokenizer": tokenizer.save_pretrained,
+        "the tokenizer": partial(older.save_tokenizer, tokenizer),
     }
 
 

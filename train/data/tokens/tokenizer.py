@@ -481,9 +481,11 @@ def _hub_has(settings: PretrainedTokenizer) -> bool:
 
 def _publish(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Save under a temporary name, then rename; where another rank was first, keep its copy."""
+    from shardwright.train.model import older
+
     temporary = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
     try:
-        tokenizer.save_pretrained(temporary)
+        older.save_tokenizer(tokenizer, temporary)
         for path in temporary.iterdir():
             flush(path)
         temporary.rename(directory)
