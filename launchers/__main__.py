@@ -14,7 +14,7 @@ COMMANDS = (
     *("train", "plan", "inspect", "sweep", "prepare", "resume", "join", "sample", "checkpoints"),
     *("recover", "push"),
     *("status", "runs", "compare", "watch", "report"),
-    *("logs", "cancel", "sync", "data", "doctor"),
+    *("logs", "diagnose", "cancel", "sync", "data", "doctor"),
     *("rank", "relay", "requeue"),
 )
 """Each is a module, imported when it is asked for: its `main` is the command."""
@@ -62,6 +62,9 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       the progress of what runs elsewhere, until it has ended
   shardwright logs RUN_DIR [--rank N] [--follow]
       what a run shows on its terminal, or its job or one of its ranks prints
+  shardwright diagnose RUN_DIR [--json]
+      where each rank of a run is, and which one the others wait for, whether it lives, hangs or
+      is dead
   shardwright cancel RUN_DIR [--now]
       stop a run after a checkpoint, wherever it runs; --now: at once
   shardwright report RUN_DIR|SWEEP_DIR... [--out FILE.html] [--png DIR]

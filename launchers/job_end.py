@@ -37,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     if stopped is None and code == 0:
         print(messages.finish(run_dir))
         return 0
-    if stopped is None and (failures or not (signals or code == RESUMABLE)):
+    hang = messages.hang_of(failures)
+    if stopped is None and hang is None and (failures or not (signals or code == RESUMABLE)):
         child_code = 128 - code if code > 128 else code  # srun's word for a signal, and Python's
         print(messages.failure(child_code, failures, run_dir, None, config=config))
         outcome = messages.exit_code(child_code, failures, None)
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str]) -> int:
             print(resumes.TAKEN_BACK)
         return outcome
 
-    print(f"\n{stopped}" if stopped else f"\nstopped by {' '.join(signals) or 'a signal'}")
+    if hang is not None:
+        print(messages.failure(code, failures, run_dir, None, config=config))
+    else:
+        print(f"\n{stopped}" if stopped else f"\nstopped by {' '.join(signals) or 'a signal'}")
     ended = "TERM" in signals and not (signals[0] == "USR1" and _is_past_its_limit())
     reason = why_not_continued(launcher, is_ended=ended, is_cancelled=slurm.is_cancelled(run_dir))
     if reason is None:

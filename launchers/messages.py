@@ -17,7 +17,7 @@ from shardwright.train import program
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import RunConfig, TrainerConfig, accumulation_steps, rank_layout
 from shardwright.train.console import terminal
-from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged
+from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, Hang
 from shardwright.train.process import exhausted, inherited, signals
 from shardwright.train.run_directory import stop_note
 from shardwright.train.run_directory.failures import RankFailure
@@ -229,9 +229,9 @@ def exit_code(child_code: int, failures: Sequence[RankFailure], stopped_by: int 
     """
     if child_code == 0:
         return 0
-    if child_code == RESUMABLE:
-        return RESUMABLE
     first = failures[0].kind if failures else None
+    if child_code == RESUMABLE or hang_of(failures) is not None:
+        return RESUMABLE
     if first == "UserError" or (child_code == BAD_INPUT and not failures):
         return BAD_INPUT
     if stopped_by is not None:
@@ -255,6 +255,9 @@ def failure(
     """
     code = exit_code(child_code, failures, stopped_by)
     logs = run_dir / LOGS
+    if (hang := hang_of(failures)) is not None:
+        left = "" if config is None else _left_by(run_dir)
+        return f"the run hung, and was ended to be resumed:\n{hang.message}\n{left}  logs: {logs}"
     if code == RESUMABLE:
         return f"the ranks have stopped; {_resume_hint(run_dir)}"
     if stopped_by is not None and code != BAD_INPUT:
@@ -295,6 +298,12 @@ def failure(
     others = ", ".join(map(str, sorted(reported)))
     after = f"  ranks that failed after it: {others}\n" if others else ""
     return f"{why}\n{after}{left}  logs are in {logs}"
+
+
+def hang_of(failures: Sequence[RankFailure]) -> RankFailure | None:
+    """Return what was said of a hang, by which all else that ranks report came about. Pure."""
+    is_first = bool(failures) and failures[0].kind == Hang.__name__
+    return failures[0] if is_first else None
 
 
 def _text_of(log: Path) -> str:

@@ -15,7 +15,7 @@ from shardwright.train import config as run_config
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import BatchSizes, Progress, RunConfig, batch_sizes, total_steps
 from shardwright.train.data.prepare import noted_samples_wanted
-from shardwright.train.errors import Diverged
+from shardwright.train.errors import Diverged, Hang
 from shardwright.train.run_directory import final, owner, stop_note
 from shardwright.train.run_directory import pruned as pruned_note
 from shardwright.train.run_directory.failures import RankFailure, rank_failures
@@ -251,6 +251,9 @@ def state_of(
         failed = failures[0]
         if failed.kind == Diverged.__name__:
             return State(f"failed: {failed.message}", True, "failed")
+        if failed.kind == Hang.__name__:
+            where = f"waiting for rank {failed.rank} on {failed.host}"
+            return State(f"failed: it hung, {where}, and was ended", True, "failed")
         what = failed.explanation or f"{failed.kind}: {failed.message}"
         what = what.partition("\n")[0]
         text = f"failed: rank {failed.rank} on {failed.host}, {what}"

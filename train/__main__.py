@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
 
 def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
     from shardwright.train.console import progress
-    from shardwright.train.process import exhausted, logs
+    from shardwright.train.diagnosis import watcher
+    from shardwright.train.process import collectives, exhausted, heartbeat, logs
     from shardwright.train.run_directory.failures import note_failure
 
     try:
@@ -79,6 +80,14 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             report.of_what_fails(),
             progress.shown_on(console) if rank.index == 0 else nullcontext(),
             watch_for_stop(run_dir) if rank.index == 0 else nullcontext(),
+            heartbeat.beating(run_dir, rank, collectives.recorded),
+            watcher.watched(
+                run_dir,
+                rank,
+                ranks_here=_ranks_here(settings),
+                hang_timeout_seconds=settings.trainer.hang_timeout_seconds,
+                grace_seconds=settings.launcher.grace_seconds,
+            ),
         ):
             # The launcher has said so; what follows are signs of life.
             progress.begin(
@@ -161,6 +170,11 @@ class _FailureReport:
         if not is_told:
             what = explanation or f"{type(error).__name__}: {error}"
             print(f"rank {self.rank.index} failed: {what}", file=self.console)
+
+
+def _ranks_here(settings: RunConfig) -> int:
+    """Return how many ranks this node has; DeepSpeed's command does not say so."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", settings.launcher.ranks_per_node))
 
 
 def _starting(ranks: int) -> str:

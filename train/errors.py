@@ -15,6 +15,13 @@ class Diverged(FloatingPointError):
     """
 
 
+class Hang(RuntimeError):
+    """Ranks stand still: the message says which one is waited for, and where it is.
+
+    Entry points exit with ``RESUMABLE``: nothing of the run itself need be wrong.
+    """
+
+
 # Exit codes that scripts rely on (0 is success).
 FAILED = 1
 BAD_INPUT = 2

@@ -46,8 +46,9 @@ from shardwright.train.model import compilation, document_attention, flops, gene
 from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
 from shardwright.train.model.weights import InitialValues, drawn
-from shardwright.train.process import signals
+from shardwright.train.process import heartbeat, signals
 from shardwright.train.process.agreement import check, from_all_patiently, together
+from shardwright.train.process.heartbeat import Phase
 from shardwright.train.process.provenance import write_provenance
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory import final, history
@@ -68,12 +69,14 @@ def run(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Path |
         trainer.train()
         check()
         trainer.save_if_not_saved()
+        heartbeat.now(Phase.ENDING)
         model_dir = finish(trainer, rank, console)
         trainer.end_tracking("done")
         return model_dir
     except signals.Stop:
-        pass  # ends here, as the trainer must outlive no traceback
+        heartbeat.now(Phase.ENDING)  # ends here, as the trainer must outlive no traceback
     except BaseException:
+        heartbeat.now(Phase.ENDING)
         if trainer is not None:
             trainer.end_tracking("failed")
         raise

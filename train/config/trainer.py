@@ -24,6 +24,11 @@ DEFAULT_MICRO_BATCH_SIZE = 8
 """Samples that one rank passes through the model at once, at most, where nobody says."""
 
 
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+"""After which a collective raises an error where a rank has not come."""
+LEAST_HANG_SECONDS = 2.0
+
+
 class Amount(Section):
     """How much is trained, and in which portions."""
 
@@ -93,6 +98,13 @@ class TrainerConfig(OptimizerFields, Amount):
     """Have Python look for garbage every N steps, on all ranks at the same one, as all wait for one
     that stops; null lets each look when it happens to."""
 
+    hang_timeout_seconds: PositiveFloat | Literal["auto"] | None = "auto"
+    """End the run, to be resumed, once a rank has not moved for so long, and say which one and
+    where. auto is 20 times its longest step and 120 s at least; 600 s for a batch of an evaluation;
+    1,800 s for the first step and for a checkpoint, or 10 times the longest of those. A number
+    holds for all of these, but a checkpoint may take 10 times the longest. A compilation gets
+    1,800 s, and the start as long as it takes. null never ends it."""
+
     @property
     def samples_per_pass(self) -> int:
         """``micro_batch_size``, once the launcher has resolved it."""
@@ -137,6 +149,15 @@ class TrainerConfig(OptimizerFields, Amount):
                 f"early_stopping_threshold={self.early_stopping_threshold:g} is read with "
                 "early_stopping_patience only, which is null; set early_stopping_patience to a "
                 "number of evaluations or leave early_stopping_threshold out"
+            )
+        if isinstance(self.hang_timeout_seconds, float | int) and not (
+            LEAST_HANG_SECONDS <= self.hang_timeout_seconds <= COLLECTIVE_TIMEOUT_SECONDS
+        ):
+            raise ValueError(
+                f"hang_timeout_seconds={self.hang_timeout_seconds:g} is not between "
+                f"{LEAST_HANG_SECONDS:g} and {COLLECTIVE_TIMEOUT_SECONDS:g}: a watcher looks every "
+                "half a second, and a collective ends by itself, with an error, after "
+                f"{COLLECTIVE_TIMEOUT_SECONDS:g} s; choose one between, auto, or null for none"
             )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(

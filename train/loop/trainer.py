@@ -31,8 +31,9 @@ from shardwright.train.model import host_checks
 from shardwright.train.model.head_loss import IGNORED, HeadLoss
 from shardwright.train.model.labelled_head import LabelledHead, positions_of
 from shardwright.train.optimizer import build as optimizer
-from shardwright.train.process import numerics, signals
+from shardwright.train.process import heartbeat, numerics, signals
 from shardwright.train.process.agreement import check, from_all
+from shardwright.train.process.heartbeat import Phase
 from shardwright.train.strategy import finite
 from shardwright.train.strategy.loss_scale import keep_beside_gradients, loss_scale_is_exhausted
 
@@ -191,6 +192,7 @@ class Trainer(transformers.Trainer):
         """
         if self.control.should_training_stop:  # by the evaluation that a stop had cut short
             return [], None
+        heartbeat.step_begins(self.state.global_step + 1)
         self._next_micro_batches = epoch_iterator, num_batches
         ahead, self._ahead = self._ahead or self._look_ahead(), None
         if not ahead.batches:
@@ -210,7 +212,8 @@ class Trainer(transformers.Trainer):
     def _look_ahead(self) -> Ahead:
         """Fetch the next step's micro-batches and begin to tell the other ranks of them."""
         iterator, count = self._next_micro_batches
-        batches = list(itertools.islice(iterator, count))
+        with heartbeat.at(Phase.DATA):
+            batches = list(itertools.islice(iterator, count))
         if batches and not self._is_data_checked:
             self._check_data(batches)
         labels, tokens = counted(batches, IGNORED)
@@ -324,6 +327,7 @@ class Trainer(transformers.Trainer):
         """
         if not model.training:
             model.train()
+        heartbeat.now(Phase.COMPUTE)
         inputs = self._prepare_inputs(inputs)
         with host_checks.batches_have_documents("position_ids" in inputs):
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -465,8 +469,9 @@ class Trainer(transformers.Trainer):
         of_sets, sets = list(sampler.sets()), dataset.sets
         sums = torch.zeros((len(sets), 6), dtype=torch.float64, device=self.args.device)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), heartbeat.at(Phase.EVALUATION):
                 for number, batch in enumerate(progress.over(dataloader, **shown)):
+                    heartbeat.moved()
                     if number % BATCHES_BETWEEN_CHECKS == 0:
                         check()
                     loss, *counted = self._predicted(model, batch)
@@ -590,6 +595,7 @@ class Trainer(transformers.Trainer):
         The numbers of the next one are on their way from here on, so that they are there when the
         optimizer is done.
         """
+        heartbeat.now(Phase.OPTIMIZER)
         norm = self._norm(math.inf) if grad_norm is None else grad_norm
         if hasattr(norm, "full_tensor"):  # a DTensor holds only this rank's part
             norm = norm.full_tensor()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwright.train.errors import UserError
 from shardwright.train.model.blocks import blocks, blocks_or_none
+from shardwright.train.process import heartbeat
 from shardwright.train.units import counted
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * VARIANTS)
+    heartbeat.while_compiling()
     for block in blocks(model):
         block.compile()
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from shardwright.train.config import RunConfig
+from shardwright.train.config.trainer import COLLECTIVE_TIMEOUT_SECONDS
 from shardwright.train.errors import UserError
 from shardwright.train.process import cores, inherited, numerics, signals
 from shardwright.train.process.leave import leave_process_group
@@ -19,7 +20,6 @@ from shardwright.train.process.open_files import raise_open_file_limit
 from shardwright.train.process.rank import Rank, device_index
 from shardwright.train.run_directory.failures import has_failure
 
-COLLECTIVE_TIMEOUT_SECONDS = 1800
 LAST_WRITE_SECONDS = 600
 """How long a run that has failed waits for a checkpoint that it was writing."""
 _to_finish: list[Callable[[float], object]] = []

@@ -14,11 +14,16 @@ from shardwright.train.run_directory.names import FAILURES, LOGS, failure
 
 
 def note_failure(
-    run_dir: Path, rank: int, error: BaseException, explanation: str | None = None
+    run_dir: Path,
+    rank: int,
+    error: BaseException,
+    explanation: str | None = None,
+    host: str | None = None,
 ) -> bool:
     """Write logs/rank-<rank>.error.json, from which the launcher tells who failed first.
 
-    ``explanation`` says to a person what the traceback does not. Returns whether this is the first
+    ``explanation`` says to a person what the traceback does not; ``host`` is where the rank runs,
+    unless it is here. Returns whether this is the first
     rank to say this: what all ranks find out is told once.
     """
     path = failure_file(run_dir, rank)
@@ -26,7 +31,7 @@ def note_failure(
     note = {
         "time": noted_at,
         "rank": rank,
-        "host": socket.gethostname(),
+        "host": host or socket.gethostname(),
         "kind": type(error).__name__,
         "message": str(error),
         "explanation": explanation,

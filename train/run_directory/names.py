@@ -49,6 +49,7 @@ TORCHRUN_LOG = "torchrun.log"
 TORCHRUN_LOGS = "torchrun*.log"
 JOB_LOGS = "job-*.log"
 FAILURES = "rank-*.error.json"
+WATCHER_LOG = "watcher.log"
 ALL_LOGS = "*.log"
 
 
@@ -70,6 +71,32 @@ def torchrun_log(host: str) -> str:
 def job_log(job: str, task: str | None = None) -> str:
     """Return what the log of a job is called, or of a task of an array's."""
     return f"job-{job}.log" if task is None else f"job-{job}_{task}.log"
+
+
+# --- where its ranks are --------------------------------------------------------------------------
+
+HEARTBEATS = "heartbeats"
+DIAGNOSIS = "diagnosis"
+"""A folder for each time that the ranks were looked into, and who asks for that."""
+DIAGNOSIS_REQUEST = "request.json"
+VERDICT = "verdict.txt"
+RANK_BEATS = "rank-*.json"
+NODE_BEATS = "node-*.json"
+
+
+def rank_beat(rank: int) -> str:
+    """Return what a rank calls the note by which its heartbeat is found."""
+    return f"rank-{rank}.json"
+
+
+def node_beats(host: str) -> str:
+    """Return what the file with all heartbeats of a node is called, and a node's report."""
+    return f"node-{host}.json"
+
+
+def stacks(rank: int) -> str:
+    """Return what the file with the stacks of a rank is called."""
+    return f"rank-{rank}.stacks.txt"
 
 
 # --- what a launcher leaves -----------------------------------------------------------------------

@@ -14,8 +14,9 @@ from shardwright.train.console import progress
 from shardwright.train.loop.saving.background import Background
 from shardwright.train.loop.saving.peers import Peers, SaveFailed
 from shardwright.train.loop.saving.save import Draft, draft, peers_of, write
-from shardwright.train.process import signals
+from shardwright.train.process import heartbeat, signals
 from shardwright.train.process.agreement import from_all
+from shardwright.train.process.heartbeat import Phase
 from shardwright.train.strategy.state.host_memory import HostMemory
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class Saver(TrainerCallback):
         Raises SaveFailed where an earlier one or this one fails and the config says to stop, and
         Diverged as `save_last` and `save_before_stop` do, where there is nothing finite to save.
         """
+        with heartbeat.at(Phase.SAVE):
+            self._save()
+
+    def _save(self) -> None:
         self._wait_for_the_previous()
         if not self.in_background:
             self._write_now(is_last=False)
@@ -95,7 +100,8 @@ class Saver(TrainerCallback):
             return
         in_flight, self._in_flight = self._in_flight, None
         try:
-            in_flight.wait()
+            with heartbeat.at(Phase.SAVE):
+                in_flight.wait()
         except SaveFailed as failure:
             self._failed(failure, self._step, is_last=False)
         else:
@@ -125,7 +131,10 @@ class Saver(TrainerCallback):
         peers = self._all_peers()
         started = time.monotonic()
         name = f"writing checkpoint-{self._trainer.state.global_step}"
-        with progress.phase(name, kind="writing a checkpoint", comes_again=True):
+        with (
+            progress.phase(name, kind="writing a checkpoint", comes_again=True),
+            heartbeat.at(Phase.SAVE),
+        ):
             self._draft_and_write(peers, started, is_last=is_last)
 
     def _draft_and_write(self, peers: Peers, started: float, *, is_last: bool) -> None:

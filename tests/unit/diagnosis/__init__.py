@@ -1,0 +1,1 @@
+"""What is told of ranks that stand still; without ranks."""
