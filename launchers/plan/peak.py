@@ -1,14 +1,15 @@
 """The most that a rank has alive in a step: its states, what a trace keeps, what engines add to it.
 
 Of the moments of a step the one with most counts: the forward pass with its loss, the backward
-pass, and its end, when the last gradients are reduced. The optimizer's step needs less.
+pass, its end, when the last gradients are reduced, and the optimizer's step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from shardwright.launchers.plan.states import Held, States, states
+from shardwright.launchers.plan.temporaries import temporaries
 from shardwright.train.config import FsdpStrategy, RunConfig, ZeroStrategy, rank_layout
 from shardwright.train.config.precision import DTYPES
 from shardwright.train.plan.facts import ModelFacts, Traced
@@ -24,16 +25,19 @@ class Peak:
     activations: int
     """Kept by the forward pass for the backward pass."""
     working: int
-    """What else the two passes need at that moment: of one block, the head or the loss."""
+    """What else the two passes need at that moment, of one block."""
     gathered: int
     """Sharded weights that are whole for their use, and the next ones."""
     reducing: int
     """Gradients on their way to their shards."""
+    loss: int = 0
+    """Of the head and the loss: logits, and their gradients."""
+    updating: int = 0
+    """Temporaries of the optimizer's step."""
 
     @property
     def device(self) -> int:
-        passing = self.activations + self.working + self.gathered + self.reducing
-        return self.states.device.total + passing
+        return self.states.device.total + sum(getattr(self, name) for name in _PASSING)
 
     @property
     def host(self) -> int:
@@ -46,8 +50,10 @@ class Peak:
     def by_category(self) -> dict[str, int]:
         """Return the device's bytes by what they are for."""
         of_states = {each.name: getattr(self.states.device, each.name) for each in fields(States)}
-        names = ("activations", "working", "gathered", "reducing")
-        return {**of_states, **{name: getattr(self, name) for name in names}}
+        return {**of_states, **{name: getattr(self, name) for name in _PASSING}}
+
+
+_PASSING = ("activations", "working", "loss", "gathered", "reducing", "updating")
 
 
 def uses_autocast(config: RunConfig) -> bool:
@@ -69,13 +75,28 @@ def peak(config: RunConfig, model: ModelFacts, traced: Traced) -> Peak:
     elif isinstance(config.strategy, ZeroStrategy):
         passing = _of_zero(config, model)
     gathered = passing.gathered
-    kept = min(traced.kept, traced.backward)
+    forward = _divided(traced, traced.forward, of_loss=traced.forward_of_loss)
+    backward = _divided(traced, traced.backward, of_loss=traced.backward_of_loss)
     moments = [
-        Peak(held, traced.kept, traced.forward - traced.kept, gathered, 0),
-        Peak(held, kept, traced.backward - kept, gathered, passing.in_backward),
+        replace(forward, states=held, gathered=gathered),
+        replace(backward, states=held, gathered=gathered, reducing=passing.in_backward),
         Peak(held, 0, 0, gathered, passing.at_its_end),
+        Peak(held, 0, 0, 0, 0, updating=temporaries(config, model)),
     ]
     return max(moments, key=lambda moment: moment.device)
+
+
+def _divided(traced: Traced, whole: int, *, of_loss: int) -> Peak:
+    """Return what a pass has alive by what it is for.
+
+    ``of_loss`` is what it has at the most while head and loss are at work: where that is all, the
+    most is theirs, and else what they have kept.
+    """
+    blocks = min(traced.kept_by_blocks or traced.kept, whole)
+    if 0 < whole <= of_loss:
+        return Peak(Held(), blocks, 0, 0, 0, loss=whole - blocks)
+    kept = min(traced.kept, whole)
+    return Peak(Held(), blocks, whole - max(kept, blocks), 0, 0, loss=max(0, kept - blocks))
 
 
 @dataclass(frozen=True)

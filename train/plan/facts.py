@@ -75,6 +75,12 @@ class Traced:
     """The same where gradients stay as they come, and counted with them."""
     flops: int
     """Of both passes, what is computed again included."""
+    kept_by_blocks: int = 0
+    """Of what is kept, what is there before the head begins."""
+    forward_of_loss: int = 0
+    """At the most while the head and the loss are computed."""
+    backward_of_loss: int = 0
+    """At the most in their backward pass."""
 
     def continued(self, deeper: Traced, steps: float) -> Traced:
         """Return what a model has that is so many steps deeper than this one; one is ``deeper``.

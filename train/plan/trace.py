@@ -154,6 +154,10 @@ class _Step:
         """Most bytes alive where gradients stay as they come."""
         self._backward = 0
         """Most bytes alive in the backward pass so far."""
+        self._before_head, self._of_blocks = 0, 0
+        """Bytes alive when the head begins, and the most until then."""
+        self._backward_of_loss = 0
+        """Most bytes alive until the gradient of the head's input is there."""
 
     def run(self, batch: dict[str, Any], labels: torch.Tensor) -> Traced:
         model, live = self._model, self._live
@@ -163,18 +167,35 @@ class _Step:
         with live:
             live.take_in([batch["input_ids"], labels])
             live.begin()
+            if model.base_model is not model:
+                at_head = model.base_model.register_forward_hook(self._begin_head)
             loss = self._forward(batch, labels)
+            if model.base_model is not model:
+                at_head.remove()
             forward, kept = live.peak, live.now()
             live.begin()
             loss.backward()
             self._look()
         return Traced(
             kept=kept,
-            forward=forward,
+            forward=max(forward, self._of_blocks),
             backward=self._backward,
             backward_growing=self._growing,
             flops=self._flops(batch, labels),
+            kept_by_blocks=min(kept, self._before_head),
+            forward_of_loss=forward if self._before_head else 0,
+            backward_of_loss=self._backward_of_loss,
         )
+
+    def _begin_head(self, body: Any, given: Any, found: Any) -> None:
+        """Tell what comes now, the head and the loss, from what the blocks have had."""
+        self._of_blocks, self._before_head = self._live.peak, self._live.now()
+        self._live.begin()
+        found[0].register_hook(self._end_head)
+
+    def _end_head(self, gradient: torch.Tensor) -> None:
+        self._look()
+        self._backward_of_loss = self._backward
 
     def _flops(self, batch: dict[str, Any], labels: torch.Tensor) -> int:
         """Return the arithmetic of both passes, of a second run.
