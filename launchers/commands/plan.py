@@ -7,28 +7,28 @@ import dataclasses
 import json
 import os
 import sys
-import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shardwright.launchers import columns, messages
+from shardwright.launchers.commands import plan_table
 from shardwright.launchers.composition.compose import Job, command_line, compose, plain, resolved
 from shardwright.launchers.machine import facts as machine
-from shardwright.launchers.plan import child, hardware
+from shardwright.launchers.plan import child, hardware, scan
 from shardwright.launchers.plan.candidates import (
-    Candidate,
-    candidates,
-    nodes_needed,
+    Asked,
+    candidates_of_each,
     on_hardware,
     usable_bytes,
 )
 from shardwright.launchers.plan.deepspeed_estimates import Estimate, estimates
 from shardwright.launchers.plan.hardware import GIB, Hardware
+from shardwright.launchers.plan.scan import Plan, Row
+from shardwright.launchers.plan.speed import as_json as pace_as_json
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import FAILED, UserError
-from shardwright.train.units import counted
 
 FLAGS = ("--states-only", "--json")
 
@@ -40,23 +40,26 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     flags = {argument for argument in arguments if argument in FLAGS}
     words, others = hardware.split([a for a in arguments if a not in FLAGS])
-    supposed = hardware.chosen(words, _config_dir(others))
-    jobs = compose(others)
+    scan.check_number([*words, *others])
+    combinations = scan.combined(words)
+    supposed = [hardware.chosen(each, _config_dir(others)) for each in combinations]
+    jobs = compose([*others, *(["-m"] if scan.has_lists(others) else [])])
     if not jobs:
         return 0  # a question that Hydra has answered
-    if len(jobs) > 1:
-        raise UserError("-m starts several runs, and a plan is of one; leave -m out")
     as_json = "--json" in flags
     if "--states-only" in flags:
+        if len(jobs) > 1 or len(supposed) > 1:
+            raise UserError("--states-only is of one run; give one value for each setting")
         config = resolved(jobs[0], machine.detect(os.environ), time.strftime("%Y%m%d-%H%M%S"))
-        _states_only(config, supposed, as_json=as_json)
+        _states_only(config, supposed[0], as_json=as_json)
         return 0
-    if supposed is None:
+    on = [(words, each) for words, each in zip(combinations, supposed, strict=True) if each]
+    if not on:
         raise UserError(
             f"on which hardware? Add {hardware.GROUP}=NAME, such as h200x8 for a node of 8; there "
             f"are {', '.join(hardware.options())}"
         )
-    return _compared(jobs[0], supposed, as_json=as_json)
+    return _compared(jobs, on, as_json=as_json)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,8 +68,9 @@ def parser() -> argparse.ArgumentParser:
         prog="shardwright plan",
         usage="%(prog)s [--states-only] [--json] [--config-dir DIR] "
         f"[{hardware.GROUP}=NAME] [group=option] [key=value] ...",
-        description="Predict what each rank of a run would hold, under each strategy, on hardware "
-        "that need not be here; nothing is started.",
+        description="Predict what each rank of a run would hold and how fast it would be, under "
+        "each strategy, on hardware that need not be here; nothing is started. Of several values "
+        "(trainer.micro_batch_size=1,2 hardware=h200x8,h200x16) all combinations are compared.",
         epilog=f"{hardware.GROUP}=h200x8x4 is 4 nodes of 8 devices each; there are "
         f"{', '.join(hardware.options())}. Exit codes: 0 it fits, 1 it fits nowhere, 2 bad input.",
     )
@@ -95,131 +99,72 @@ def _config_dir(arguments: Sequence[str]) -> Path | None:
     return Path(options.config_dir) if options.config_dir else None
 
 
-# --- strategies side by side ----------------------------------------------------------------------
+# --- side by side ---------------------------------------------------------------------------------
 
 
-def _compared(job: Job, supposed: Hardware, *, as_json: bool) -> int:
-    tree = on_hardware(plain(job.tree), supposed)
-    is_chosen = any(word.startswith(("strategy=", "strategy.")) for word in job.arguments)
-    found = candidates(tree, supposed, job.choices["strategy"] if is_chosen else None)
-    fitting = [each for each in found if each.fits(supposed)]
+def _compared(
+    jobs: Sequence[Job], on: Sequence[tuple[tuple[str, ...], Hardware]], *, as_json: bool
+) -> int:
+    # Composition has added what makes Hydra take a key that an option does not list.
+    written = [[word.lstrip("+") for word in job.arguments] for job in jobs]
+    asked, places = [], []
+    for job, words_of_job, own in zip(jobs, written, scan.differing(written), strict=True):
+        is_chosen = any(word.startswith(("strategy=", "strategy.")) for word in words_of_job)
+        for words, supposed in on:
+            tree = on_hardware(plain(job.tree), supposed)
+            strategy = job.choices["strategy"] if is_chosen else None
+            asked.append(Asked(tree, supposed, strategy))
+            places.append((supposed, words, own))
+    found = candidates_of_each(asked)
+    plans = [Plan(*place, tuple(each)) for place, each in zip(places, found, strict=True)]
     if as_json:
-        print(json.dumps(_as_json(found, supposed)))
+        print(json.dumps(_as_json(plans)))
     else:
-        print("\n".join(_lines(found, supposed, messages.terminal_width())))
-    if fitting:
+        print("\n".join(plan_table.lines(plans, messages.terminal_width())))
+    if any(row.fits for row in scan.rows(plans)):
         return 0
-    print(messages.error_text(_nothing_fits(found, supposed)), file=sys.stderr)
+    print(messages.error_text(plan_table.nothing_fits(plans)), file=sys.stderr)
     return FAILED
 
 
-def _as_json(found: Sequence[Candidate], supposed: Hardware) -> dict[str, Any]:
+def _as_json(plans: Sequence[Plan]) -> dict[str, Any]:
+    best = next((row for row in scan.rows(plans) if row.fits), None)
     return {
-        "ranks": supposed.ranks,
-        "usable_bytes": usable_bytes(supposed),
-        "strategies": {
-            each.strategy: {"problem": each.problem}
-            if each.peak is None
-            else {
-                "fits": each.fits(supposed),
-                "device_bytes": each.peak.device,
-                "host_bytes_of_node": each.peak.host * supposed.devices,
-                "disk_bytes_of_node": each.peak.disk * supposed.devices,
-                "by_category": each.peak.by_category(),
-                "overrides": _overrides(each, supposed),
-            }
-            for each in found
+        "plans": [_plan_as_json(plan) for plan in plans],
+        "fastest": best
+        and {
+            "plan": plans.index(best.plan),
+            "strategy": best.candidate.strategy,
+            "overrides": plan_table.overrides(best),
         },
     }
 
 
-def _lines(found: Sequence[Candidate], supposed: Hardware, width: int | None) -> Iterator[str]:
-    config = next(each.config for each in found if each.config is not None)
-    yield (
-        f"{supposed.nodes} x {supposed.devices} ranks of {usable_bytes(supposed) / GIB:,.1f} GiB "
-        f"usable, {supposed.host_memory_gib:,.0f} GiB a host"
-    )
-    yield (
-        f"{counted(config.trainer.samples_per_pass, 'sample')} of "
-        f"{config.data.tokens_per_sample:,} tokens a micro-batch; GiB:\n"
-    )
-    yield from columns.table(_of_candidates([e for e in found if e.peak], supposed), width)
-    for problem in dict.fromkeys(each.problem for each in found if each.config is None):
-        names = ", ".join(each.strategy for each in found if each.problem == problem)
-        yield "\n" + textwrap.fill(f"not {names}: {problem}", (width or 100) - 1)
-    if fitting := [each for each in found if each.fits(supposed)]:
-        yield "\nthe first that fits, least divided:"
-        yield f"  {' '.join(_overrides(fitting[0], supposed))}"
-
-
-def _of_candidates(found: Sequence[Candidate], supposed: Hardware) -> list[columns.Column]:
-    peaks = [each.peak for each in found if each.peak is not None]
-
-    def sizes(name: str, sizes: Sequence[int], rank: int | None = None) -> columns.Column:
-        cells = tuple(f"{size / GIB:,.1f}" if size else columns.NOTHING for size in sizes)
-        return columns.Column(name, cells, rank=rank)
-
-    return [
-        columns.Column("strategy", tuple(each.strategy for each in found), is_text=True),
-        columns.Column(
-            "fits", tuple("yes" if e.fits(supposed) else "no" for e in found), is_text=True
-        ),
-        sizes("a device", [p.device for p in peaks]),
-        sizes("weights", [p.states.device.weights for p in peaks], 3),
-        sizes("optimizer", [p.states.device.optimizer for p in peaks], 3),
-        sizes("gradients", [p.states.device.gradients + p.reducing for p in peaks], 2),
-        sizes("activations", [p.activations + p.working for p in peaks]),
-        sizes(
-            "buffers",
-            [p.states.device.buckets + p.states.device.kept_whole + p.gathered for p in peaks],
-            1,
-        ),
-        sizes("a host", [p.host * supposed.devices for p in peaks]),
-        sizes("disk", [p.disk * supposed.devices for p in peaks]),
-    ]
-
-
-def _overrides(candidate: Candidate, supposed: Hardware) -> list[str]:
-    """Return what is to be added to a run's command line. Pure."""
-    assert candidate.config is not None
-    nodes = ["launcher.head_address=HOST", f"launcher.nodes={supposed.nodes}"]
-    return [
-        f"strategy={candidate.strategy}",
-        f"trainer.micro_batch_size={candidate.config.trainer.micro_batch_size}",
-        f"launcher.device={supposed.device}",
-        f"launcher.nproc_per_node={supposed.devices}",
-        *(nodes if supposed.nodes > 1 else []),
-    ]
-
-
-def _nothing_fits(found: Sequence[Candidate], supposed: Hardware) -> str:
-    """Say what would be needed. Pure."""
-    least = min(
-        (each for each in found if each.peak is not None),
-        key=lambda each: each.peak.device if each.peak is not None else 0,
-    )
-    assert least.peak is not None
-    assert least.config is not None
-    text = (
-        f"nothing fits: the least of a device, strategy={least.strategy}, is "
-        f"{least.peak.device / GIB:,.1f} GiB of {usable_bytes(supposed) / GIB:,.1f}, with "
-        f"{least.peak.host * supposed.devices / GIB:,.1f} GiB of a host's "
-        f"{supposed.host_memory_gib:,.0f}"
-    )
-    enough = {
-        each.strategy: nodes
-        for each in found
-        if (nodes := nodes_needed(each, supposed)) is not None
+def _plan_as_json(plan: Plan) -> dict[str, Any]:
+    supposed = plan.hardware
+    return {
+        "hardware": list(plan.hardware_words),
+        "settings": list(plan.settings),
+        "ranks": supposed.ranks,
+        "usable_bytes": usable_bytes(supposed),
+        "allocator_reserve_bytes": supposed.memory_bytes - usable_bytes(supposed),
+        "strategies": {each.strategy: _row_as_json(Row(plan, each)) for each in plan.found},
     }
-    if enough:
-        name = min(enough, key=lambda strategy: enough[strategy])
-        text += f"; strategy={name} fits {enough[name]} such node(s)"
-    smaller = []
-    if least.config.trainer.samples_per_pass > 1:
-        smaller.append("trainer.micro_batch_size=1")
-    if least.config.trainer.checkpoint_activations_every_blocks is None:
-        smaller.append("trainer.checkpoint_activations_every_blocks=1")
-    return text + (f"; less takes {' with '.join(smaller)}" if smaller else "")
+
+
+def _row_as_json(row: Row) -> dict[str, Any]:
+    peak, pace, devices = row.candidate.peak, row.candidate.pace, row.plan.hardware.devices
+    if peak is None or pace is None:
+        return {"problem": row.candidate.problem}
+    return {
+        "fits": row.fits,
+        "device_bytes": peak.device,
+        "host_bytes_of_node": peak.host * devices,
+        "disk_bytes_of_node": peak.disk * devices,
+        "by_category": peak.by_category(),
+        **pace_as_json(pace),
+        "overrides": plan_table.overrides(row),
+    }
 
 
 # --- DeepSpeed's own estimate ---------------------------------------------------------------------

@@ -5,7 +5,8 @@ Reads the options of conf/strategy/, and starts the child that traces the model 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,15 @@ from shardwright.launchers.plan import child
 from shardwright.launchers.plan.hardware import CONF, MIB, Hardware
 from shardwright.launchers.plan.peak import Peak, peak, uses_autocast
 from shardwright.launchers.plan.speed import Pace, lacking, pace
-from shardwright.train.config import RunConfig, accumulation_steps, from_tree, rank_layout
+from shardwright.train.config import (
+    FsdpStrategy,
+    RunConfig,
+    accumulation_steps,
+    from_tree,
+    rank_layout,
+)
+from shardwright.train.config.optimizers import OptimizerFields
+from shardwright.train.config.trainer import Amount
 from shardwright.train.errors import UserError
 from shardwright.train.plan.facts import ModelFacts, Traced
 
@@ -86,32 +95,82 @@ def strategies() -> list[str]:
 
 
 def candidates(tree: Mapping[str, Any], hardware: Hardware, own: str | None) -> list[Candidate]:
-    """Return a run for each strategy, with its peak where there is such a run.
+    """Return a run for each strategy, with its peak and its pace where there is such a run.
 
     ``tree`` is a composed config on this hardware, as `on_hardware` gives it; ``own`` names the
     option that its strategy is of, where no other is to be looked at. Raises UserError where there
     is no such run at all.
     """
-    names = strategies() if own is None else [own]
-    found = [_candidate(tree, hardware, name, is_own=own is not None) for name in names]
-    configs = [each.config for each in found if each.config is not None]
+    return candidates_of_each([Asked(tree, hardware, own)])[0]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `candidates` is asked."""
+
+    tree: Mapping[str, Any]
+    hardware: Hardware
+    own: str | None
+
+
+def candidates_of_each(asked: Sequence[Asked]) -> list[list[Candidate]]:
+    """Return the same for several runs. What they have in common is traced once.
+
+    Raises UserError where none of them is a run.
+    """
+    found = [
+        [
+            _candidate(each.tree, each.hardware, name, is_own=each.own is not None)
+            for name in (strategies() if each.own is None else [each.own])
+        ]
+        for each in asked
+    ]
+    configs = [c.config for each in found for c in each if c.config is not None]
     if not configs:
-        raise UserError("\n".join(dict.fromkeys(each.problem for each in found)))
-    autocasts = sorted({uses_autocast(config) for config in configs})
-    model, traces = child.looked_at(_as_traced(configs[0]), autocasts)
-    by_autocast = dict(zip(autocasts, traces, strict=True))
-    return [_planned(each, model, by_autocast, hardware) for each in found]
+        raise UserError("\n".join(dict.fromkeys(c.problem for each in found for c in each)))
+    first: dict[str, RunConfig] = {}
+    autocasts: dict[str, set[bool]] = {}
+    for config in configs:
+        key = _what_is_traced(config)
+        first.setdefault(key, config)
+        autocasts.setdefault(key, set()).add(uses_autocast(config))
+    looked = child.looked_at_each(
+        [(_as_traced(config), sorted(autocasts[key])) for key, config in first.items()]
+    )
+    known = {
+        key: (model, dict(zip(sorted(autocasts[key]), traces, strict=True)))
+        for key, (model, traces) in zip(first, looked, strict=True)
+    }
+    return [
+        [_planned(c, known, one.hardware) for c in each]
+        for one, each in zip(asked, found, strict=True)
+    ]
+
+
+def _what_is_traced(config: RunConfig) -> str:
+    """Return all that the child's answer depends on, but for autocast, as text. Pure."""
+    tree = config.model_dump(mode="json")
+    fields = {*Amount.model_fields, *OptimizerFields.model_fields} - {"micro_batch_size"}
+    trainer = {key: value for key, value in tree["trainer"].items() if key not in fields}
+    strategy = config.strategy if isinstance(config.strategy, FsdpStrategy) else _FSDP
+    units = {name: getattr(strategy, name) for name in _UNIT_FIELDS}
+    sections = {name: tree[name] for name in ("model", "objective", "data", "precision")}
+    return json.dumps([sections, trainer, units, config.launcher.device], sort_keys=True)
+
+
+_FSDP = FsdpStrategy(kind="fsdp")
+_UNIT_FIELDS = ("wrap", "block_class", "min_unit_parameters")
 
 
 def _planned(
     candidate: Candidate,
-    model: ModelFacts,
-    by_autocast: Mapping[bool, Traced],
+    known: Mapping[str, tuple[ModelFacts, Mapping[bool, Traced]]],
     hardware: Hardware,
 ) -> Candidate:
     config = candidate.config
     if config is None:
         return candidate
+    model, by_autocast = known[_what_is_traced(config)]
     traced = by_autocast[uses_autocast(config)]
     return replace(
         candidate,

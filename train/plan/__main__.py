@@ -1,6 +1,6 @@
 """Say what a run's model is made of: `python -m shardwright.train.plan`, configs in, facts out.
 
-One JSON object on stdin, one on stdout. Nothing is trained, and no tensor has values.
+One JSON object on each line of stdin, one on stdout. Nothing is trained, and no tensor has values.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from shardwright.train.errors import UserError
 
 
 def main() -> int:
-    """Answer the request; what is wrong with it is an answer, too."""
-    asked = json.load(sys.stdin)
-    # Libraries print to stdout as they like; what is read there is the answer alone.
+    """Answer each request; what is wrong with it is an answer, too."""
+    # Libraries print to stdout as they like; what is read there is the answers alone.
     answer_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    try:
-        answer = _answer(asked)
-    except UserError as error:
-        answer = {"error": str(error)}
     with os.fdopen(answer_to, "w", encoding="utf-8") as out:
-        json.dump(answer, out)
+        for line in sys.stdin:
+            try:
+                answer = _answer(json.loads(line))
+            except UserError as error:
+                answer = {"error": str(error)}
+            print(json.dumps(answer), file=out, flush=True)
     return 0
 
 
