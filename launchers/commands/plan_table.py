@@ -32,7 +32,7 @@ def lines(plans: Sequence[Plan], width: int | None) -> Iterator[str]:
         yield f"and {left:,} more, slower or too large; --json has all"
     for problem, names in _problems(plans).items():
         yield "\n" + textwrap.fill(f"not {', '.join(names)}: {problem}", (width or 100) - 1)
-    yield from _to_copy(found)
+    yield from _to_copy(found, width)
 
 
 def overrides(row: Row) -> list[str]:
@@ -101,7 +101,7 @@ def _columns(plans: Sequence[Plan], shown: Sequence[Row]) -> list[Column]:
         paced("to the end", lambda p: _or_nothing(p.run_seconds, duration), 12),
         paced(
             "GPU-hours" if on_gpus else "rank-hours",
-            lambda pace: _or_nothing(pace.device_hours, lambda hours: f"{hours:,.1f}"),
+            lambda pace: _or_nothing(pace.device_hours, _hours),
             9,
         ),
         *_of_memory(shown),
@@ -166,6 +166,10 @@ def seconds(of: float) -> str:
     return f"{of:,.0f}" if of >= 100 else f"{of:#.3g}"
 
 
+def _hours(of: float) -> str:
+    return f"{of:,.0f}" if of >= 100 else f"{of:,.1f}"
+
+
 def _or_nothing(value: float | None, shown: Callable[[float], str]) -> str:
     return NOTHING if value is None else shown(value)
 
@@ -185,13 +189,14 @@ def _problems(plans: Sequence[Plan]) -> dict[str, list[str]]:
     return found
 
 
-def _to_copy(found: Sequence[Row]) -> Iterator[str]:
+def _to_copy(found: Sequence[Row], width: int | None) -> Iterator[str]:
     fitting = [row for row in found if row.fits]
     if not fitting:
         return
     fastest = fitting[0]
     assert fastest.candidate.pace is not None
-    yield f"\nthe fastest that fits: {_step(fastest.candidate.pace)}"
+    told = f"the fastest that fits: {_step(fastest.candidate.pace)}"
+    yield "\n" + textwrap.fill(told, (width or 200) - 1)
     yield f"  {' '.join(overrides(fastest))}"
     least = min(fitting, key=lambda row: row.device_bytes)
     if least is not fastest:

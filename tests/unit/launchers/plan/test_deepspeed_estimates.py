@@ -89,7 +89,7 @@ def test_states_only_counts_a_model_by_itself(shardwright: Shardwright) -> None:
 def test_what_is_wrong_is_said(shardwright: Shardwright) -> None:
     for words, message in (
         (["hardware=h20"], "unknown hardware h20: did you mean h200?"),
-        (["-m", "seed=1,2"], "-m starts several runs, and a plan is of one"),
+        (["-m", "seed=1,2"], "--states-only is of one run"),
         (["trainer.max_stepz=1"], "unknown key trainer.max_stepz"),
         (["data.sequence_length=4096", "model=gpt2_tiny"], "data.sequence_length=4096"),
         (
