@@ -32,7 +32,8 @@ def checkpoint(config: RunConfig, model: ModelFacts, hardware: Hardware) -> Chec
     """Return what a run's checkpoint takes. Pure.
 
     DDP and FSDP write master weights and moments once, equally divided among all ranks (torch
-    2.13, distributed/checkpoint/default_planner.py, which deduplicates); moments of 8 bits in fp32.
+    2.13, distributed/checkpoint/default_planner.py, which deduplicates what ranks have alike, but
+    not a weight that goes by two names); moments of 8 bits in fp32.
     DeepSpeed's ranks write what they update; below stage 3 the first one also the weights of
     compute, at stage 0 everything (deepspeed 0.19.8, runtime/engine.py, save_checkpoint). The disks
     of all nodes take their ranks' parts at their speed, and no rank is faster than it hashes; in a
@@ -61,7 +62,8 @@ def _bytes_of_ranks(config: RunConfig, model: ModelFacts) -> tuple[float, float]
         moments = 2 * DTYPES["fp32"].size_bytes
     states = (master + moments) * model.count
     if not isinstance(strategy, ZeroStrategy):
-        return states / ranks, states / ranks
+        written = states + master * model.repeated_elements
+        return written / ranks, written / ranks
     compute = precision.computes_in.size_bytes * model.count
     if strategy.stage == 0:
         return (states if compute == master * model.count else states + compute), 0

@@ -43,6 +43,8 @@ class ModelFacts:
     """Elements of each unit that FSDP gathers by itself; the rest is its root."""
     fp8_elements: int = 0
     """Of the matrices whose products precision=fp8 has in fp8."""
+    repeated_elements: int = 0
+    """Of parameters that go by two names, as a tied head does: once for each further name."""
     flops_per_token: int | None = None
     """What MFU takes a token to cost; None where it is not known."""
 

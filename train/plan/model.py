@@ -61,12 +61,14 @@ def facts_of(model: PreTrainedModel, config: RunConfig) -> ModelFacts:
     )
     has_blocks = bool(blocks_or_none(model))
     in_fp8 = [layer for layer in fp8.linear_layers(model) if fp8.fits(layer)] if has_blocks else []
+    by_any_name = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False))
     return ModelFacts(
         parameters,
         max(own),
         tuple(_units(model, config)),
-        sum(layer.weight.numel() for layer in in_fp8),
-        flops_per_token(model, config),
+        fp8_elements=sum(layer.weight.numel() for layer in in_fp8),
+        repeated_elements=by_any_name - sum(parameter.elements for parameter in parameters),
+        flops_per_token=flops_per_token(model, config),
     )
 
 

@@ -121,7 +121,7 @@ def test_on_cpus_nothing_is_hidden() -> None:
 
 def test_offloaded_states_are_updated_by_the_hosts_memory() -> None:
     found = of("strategy=fsdp_offload")
-    assert found.parts.update == pytest.approx(28 * COUNT / 8 / (614e9 / 8))
+    assert found.parts.update == pytest.approx(28 * COUNT / 8 / (563e9 / 8))
     # Two micro-batches, each with shards there twice and gradients back, over 64 GB/s.
     assert found.copy_seconds == pytest.approx(2 * 3 * 4 * COUNT / 8 / 64e9)
     nvme = of("strategy=zero3_nvme", "strategy.nvme_path=/tmp")
