@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from shardwright.launchers.machine.facts import Machine, resolve
 from shardwright.launchers.plan.child import looked_at_each
 from shardwright.train.config import RunConfig
 from tests.unit.launchers.composed import composed
 
 
+@pytest.mark.slow
 def test_each_question_has_its_own_answer() -> None:
     def run(samples: int, *overrides: str) -> RunConfig:
         batch = (f"trainer.micro_batch_size={samples}", "trainer.global_batch_size=4")
