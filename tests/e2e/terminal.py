@@ -14,12 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import pyte
 
 CTRL_C = b"\x03"
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]")
+_LONGEST_LINE = 4096
 _WIDEST, _LONGEST = 2000, 3000
 """Columns and rows of the screen that is read: nothing wraps, nothing is scrolled away."""
 
@@ -38,10 +40,20 @@ class Seen:
     @property
     def lines(self) -> list[str]:
         """What stands on the screen in the end."""
-        screen = pyte.Screen(_WIDEST, _LONGEST)
-        screen.set_mode(pyte.modes.LNM)  # a pipe's newline returns the carriage, too
-        pyte.Stream(screen).feed(self.text)
-        return [line.rstrip() for line in screen.display[: max(screen.buffer) + 1]]
+        return list(_rendered(self.text))
+
+
+@lru_cache(maxsize=8)
+def _rendered(text: str) -> tuple[str, ...]:
+    """Return the lines that a text leaves on a screen that holds all of it. Pure."""
+    screen = pyte.Screen(_WIDEST, _LONGEST)
+    screen.set_mode(pyte.modes.LNM)  # a pipe's newline returns the carriage, too
+    pyte.Stream(screen).feed(text)
+    # Its `display` would look at all of the columns that it has: seconds.
+    rows = [screen.buffer[y] for y in range(max(screen.buffer, default=-1) + 1)]
+    return tuple(
+        "".join(row[x].data for x in range(max(row, default=-1) + 1)).rstrip() for row in rows
+    )
 
 
 _SIZE = ("COLUMNS", "LINES")
@@ -95,14 +107,17 @@ def see(
             except OSError:  # what a terminal answers once nobody has its other side
                 chunk = b""
             now = time.monotonic()
-            before = data.decode(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
+            end = data[-_LONGEST_LINE:].decode(errors="replace")
+            before = end.replace("\r", "\n").strip().rpartition("\n")[2]
             seen.silences.append((now - last, before))
             last = now
             if not chunk:
                 break
             data += chunk
+            if not interrupt_at or seen.interrupted_at:
+                continue
             text = _CONTROL.sub("", data.decode(errors="replace"))
-            if interrupt_at and not seen.interrupted_at and (m := re.search(interrupt_at, text)):
+            if m := re.search(interrupt_at, text):
                 seen.interrupted_at = m[0]
                 if size:
                     os.write(reading, CTRL_C)

@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from tests.unit.launchers.run_directories import a_trained_run
 
 shardwright = pytest.fixture(make_shardwright)
 
+STEPS = 80
+"""A tenth of a second each: who watches has to have started meanwhile."""
 RUN = """
 import json, sys, time
 from pathlib import Path
@@ -77,27 +80,37 @@ def watched(tmp_path: Path, what: str, **options: object) -> Seen:
     )
 
 
+def watched_by_several(
+    tmp_path: Path, what: str, sizes: Sequence[tuple[int, int] | None]
+) -> list[Seen]:
+    """Return what those see who watch at the same time, each in a terminal of its own size."""
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda size: watched(tmp_path, what, size=size), sizes))
+
+
 def text_of(seen: Seen) -> list[str]:
     """Return the lines that have a text: a screen has others where something was taken away."""
     return [text for text in seen.lines if text]
 
 
-@pytest.mark.parametrize("size", [(80, 24), (160, 50), (30, 8)])
-def test_a_run_is_watched_until_it_is_done(tmp_path: Path, size: tuple[int, int]) -> None:
-    with running(tmp_path / "run", 60):
-        seen = watched(tmp_path, "run", size=size)
-    assert seen.code == 0
-    logged = [text for text in seen.lines if text.startswith("logged ")]
-    assert logged == [f"logged {n}" for n in range(61 - len(logged), 61)], "each once, in order"
-    assert text_of(seen)[-2:] == ["the last line", f"{tmp_path / 'run'}: done"]
-    drawn = re.findall(r"[^\r\n\x1b]*step \d+/60[^\r\n\x1b]*", seen.text)
-    assert drawn
-    assert max(map(len, drawn)) < size[0]
-    if size[0] >= 80:
-        assert "loss 8." in drawn[-1]
-        assert "1,234 tokens/s  MFU 41.7%" in drawn[-1]
-    if size[0] == 160:
-        assert re.search(r"\d+% █+.*step .*MFU 41.7%  2.0 GB  \d+ s left", drawn[-1])
+def test_a_run_is_watched_until_it_is_done(tmp_path: Path) -> None:
+    sizes = ((80, 24), (160, 50), (30, 8))
+    with running(tmp_path / "run", STEPS):
+        every = watched_by_several(tmp_path, "run", sizes)
+    for (columns, _), seen in zip(sizes, every, strict=True):
+        assert seen.code == 0
+        logged = [text for text in seen.lines if text.startswith("logged ")]
+        expected = [f"logged {n}" for n in range(STEPS + 1 - len(logged), STEPS + 1)]
+        assert logged == expected, "each once, in order"
+        assert text_of(seen)[-2:] == ["the last line", f"{tmp_path / 'run'}: done"]
+        drawn = re.findall(rf"[^\r\n\x1b]*step \d+/{STEPS}[^\r\n\x1b]*", seen.text)
+        assert drawn
+        assert max(map(len, drawn)) < columns
+        if columns >= 80:
+            assert "loss 8." in drawn[-1]
+            assert "1,234 tokens/s  MFU 41.7%" in drawn[-1]
+        if columns == 160:
+            assert re.search(r"\d+% █+.*step .*MFU 41.7%  2.0 GB  \d+ s left", drawn[-1])
 
 
 def test_ctrl_c_ends_the_watching_alone(tmp_path: Path) -> None:
@@ -145,28 +158,26 @@ with directory.claimed(where):
         ends = "failed" if number == 1 else "done"
         directory.write_state(where, PointState(number, ends, 1, 1, why="it was a test"))
 """
-    for size in ((80, 24), None):
-        process = subprocess.Popen(
-            [sys.executable, "-c", owner, str(sweep.directory)],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        seen = watched(tmp_path, "sweep", size=size)
-        process.communicate()
-        assert process.returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-c", owner, str(sweep.directory)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    drawn, told = watched_by_several(tmp_path, "sweep", ((80, 24), None))
+    process.communicate()
+    assert process.returncode == 0
+    for seen in (drawn, told):
         assert seen.code == 1
         assert f"{sweep.directory}: 2 done, 1 failed" in seen.lines
-        if size is None:
-            assert "point 1  seed=1: failed: it was a test" in seen.lines
-        else:
-            head = next(text for text in seen.lines if text.startswith("lr: 3 points"))
-            assert head.startswith("lr: 3 points, 2 done, 1 failed")
-            assert len([text for text in seen.lines if text.startswith("lr: ")]) == 1, "in place"
-            assert any(text.split() == ["1", "seed=1", "-", "failed:"] for text in seen.lines) or (
-                "failed: it was a test" in seen.text
-            )
+    assert "point 1  seed=1: failed: it was a test" in told.lines
+    head = next(text for text in drawn.lines if text.startswith("lr: 3 points"))
+    assert head.startswith("lr: 3 points, 2 done, 1 failed")
+    assert len([text for text in drawn.lines if text.startswith("lr: ")]) == 1, "in place"
+    assert any(text.split() == ["1", "seed=1", "-", "failed:"] for text in drawn.lines) or (
+        "failed: it was a test" in drawn.text
+    )
 
 
 @pytest.mark.parametrize(
