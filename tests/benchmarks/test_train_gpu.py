@@ -183,7 +183,7 @@ def assert_same_learning(figures: Figures) -> None:
 
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     arguments = ["--variant", "single", "--steps", "2", "--warmup-steps", "1"]
-    arguments += ["--model", "kantaibert"]
+    arguments += ["--model", "kantaibert", "gpt2_small"]
     results = ran(tmp_path, *arguments)
 
     assert results["hardware"]["device"].startswith("CPU")
