@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from shardwright.launchers.composition.compose import CONF, compose
 from shardwright.launchers.composition.errors import qualify
 from shardwright.launchers.plan import hardware
+from shardwright.launchers.plan.kept import HERE
 from shardwright.launchers.sweep import definition
 
 PROGRAM_FLAGS = ("--help", "--version")
@@ -72,7 +73,11 @@ def complete(
 def _of_hardware(word: str) -> list[str]:
     """Return the options and keys of hardware that a word begins, where it begins any. Pure."""
     if word.startswith(group := f"{hardware.GROUP}="):
-        return [found for name in hardware.options() if (found := group + name).startswith(word)]
+        return [
+            found
+            for name in [*hardware.options(), HERE]
+            if (found := group + name).startswith(word)
+        ]
     if word.startswith(group := f"{hardware.GROUP}."):
         keys = (f"{group}{key}=" for key in hardware.known_keys())
         return [key for key in keys if key.startswith(word)]

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     if config is not None:
         print("\nranks\n", flush=True)
         with progress.phase("measuring across ranks", console=sys.stderr):
-            among_ranks = list(judge_ranks(_measured(config, here)))
+            among_ranks = list(judge_ranks(measured(config, here)))
         print(text(among_ranks))
         findings += among_ranks
     return FAILED if any(finding.state == "wrong" for finding in findings) else 0
@@ -93,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
+def measured(
+    config: RunConfig, here: Machine, *, with_speeds: bool = False
+) -> list[dict[str, Any]]:
     """Start the ranks of a config and return what each has measured.
 
     Raises UserError, which names the logs, where they do not come to an end.
@@ -105,7 +107,7 @@ def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
         config,
         directory,
         module=RANKS_MODULE,
-        arguments=[str(written)],
+        arguments=[str(written), *(["speeds"] if with_speeds else [])],
         machine=here,
     )
     environment = rank_environment(config, here, os.environ)
@@ -123,9 +125,9 @@ def _measured(config: RunConfig, here: Machine) -> list[dict[str, Any]]:
     if ended.code != 0:
         failures = rank_failures(directory)
         raise UserError(messages.failure(ended.code, failures, directory, ended.stopped_by))
-    measured = json.loads(written.read_text())
+    found: list[dict[str, Any]] = json.loads(written.read_text())
     directories.take_back(made)
-    return measured
+    return found
 
 
 def asked_for(overrides: Sequence[str], here: Machine, directory: Path) -> RunConfig:

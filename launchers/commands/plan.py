@@ -9,12 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from shardwright.launchers import columns, messages
-from shardwright.launchers.commands import plan_table
-from shardwright.launchers.composition.compose import Job, command_line, compose, plain, resolved
+from shardwright.launchers.commands import measured, plan_table
+from shardwright.launchers.composition.compose import Job, compose, config_dir, plain, resolved
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.plan import child, hardware, scan
 from shardwright.launchers.plan.candidates import (
@@ -30,7 +29,7 @@ from shardwright.launchers.plan.speed import as_json as pace_as_json
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import FAILED, UserError
 
-FLAGS = ("--states-only", "--json")
+FLAGS = ("--states-only", "--json", measured.AGAIN)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,7 +41,11 @@ def main(arguments: Sequence[str]) -> int:
     words, others = hardware.split([a for a in arguments if a not in FLAGS])
     scan.check_number([*words, *others])
     combinations = scan.combined(words)
-    supposed = [hardware.chosen(each, _config_dir(others)) for each in combinations]
+    here = machine.detect(os.environ)
+    supposed = [
+        measured.chosen(each, config_dir(others), here, again=measured.AGAIN in flags)
+        for each in combinations
+    ]
     jobs = compose([*others, *(["-m"] if scan.has_lists(others) else [])])
     if not jobs:
         return 0  # a question that Hydra has answered
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     if "--states-only" in flags:
         if len(jobs) > 1 or len(supposed) > 1:
             raise UserError("--states-only is of one run; give one value for each setting")
-        config = resolved(jobs[0], machine.detect(os.environ), time.strftime("%Y%m%d-%H%M%S"))
+        config = resolved(jobs[0], here, time.strftime("%Y%m%d-%H%M%S"))
         _states_only(config, supposed[0], as_json=as_json)
         return 0
     on = [(words, each) for words, each in zip(combinations, supposed, strict=True) if each]
@@ -66,13 +69,14 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of `shardwright plan`, whose other flags are Hydra's own."""
     found = argparse.ArgumentParser(
         prog="shardwright plan",
-        usage="%(prog)s [--states-only] [--json] [--config-dir DIR] "
+        usage="%(prog)s [--states-only] [--json] [--measure] [--config-dir DIR] "
         f"[{hardware.GROUP}=NAME] [group=option] [key=value] ...",
         description="Predict what each rank of a run would hold and how fast it would be, under "
         "each strategy, on hardware that need not be here; nothing is started. Of several values "
         "(trainer.micro_batch_size=1,2 hardware=h200x8,h200x16) all combinations are compared.",
         epilog=f"{hardware.GROUP}=h200x8x4 is 4 nodes of 8 devices each; there are "
-        f"{', '.join(hardware.options())}. Exit codes: 0 it fits, 1 it fits nowhere, 2 bad input.",
+        f"{', '.join(hardware.options())}, and here. Exit codes: 0 it fits, 1 it fits nowhere, "
+        "2 bad input.",
     )
     found.add_argument(
         "words",
@@ -85,18 +89,16 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the model states alone, as DeepSpeed's own estimators count them",
     )
+    found.add_argument(
+        measured.AGAIN,
+        action="store_true",
+        help=f"with {hardware.GROUP}=here: measure this machine once more",
+    )
     found.add_argument("--json", action="store_true", help="print one JSON object instead")
     found.add_argument(
         "--config-dir", "-cd", metavar="DIR", help="a folder with options of your own, as for train"
     )
     return found
-
-
-def _config_dir(arguments: Sequence[str]) -> Path | None:
-    options, _ = command_line().parse_known_intermixed_args(
-        [argument for argument in arguments if argument.startswith(("--config-dir", "-cd"))]
-    )
-    return Path(options.config_dir) if options.config_dir else None
 
 
 # --- side by side ---------------------------------------------------------------------------------

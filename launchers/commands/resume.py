@@ -247,7 +247,7 @@ def changed(
     """
     tree: dict[str, Any] = before.model_dump(mode="json", by_alias=True)
     # Left to itself it is what it was where the ranks still divide the batch so, else smaller.
-    tree["trainer"]["micro_batch_size"] = "auto"
+    tree["trainer"]["micro_batch_size"] = None
     tree |= options
     for key, value in _parsed(overrides):
         if key in options:
@@ -265,6 +265,12 @@ def changed(
     if open_keys := list(_missing(tree)):
         raise UserError(f"{open_keys[0]} is not set; give it with {open_keys[0]}=VALUE")
     after = from_tree(tree)
+    if left := after.left_to_the_plan:
+        raise UserError(
+            f"{left[0]}=auto: what is planned is chosen once, before a run begins, and a resumed "
+            f"run keeps what it has; give a value, such as one that `shardwright plan` shows, or "
+            "leave it out"
+        )
     if problems := list(refused(before, after)):
         raise UserError("\n".join(problems))
     return after

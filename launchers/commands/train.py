@@ -10,12 +10,23 @@ import time
 from collections.abc import Sequence
 
 from shardwright.launchers import launch, messages, preflight
+from shardwright.launchers.commands import measured
 from shardwright.launchers.commands.dry_run import show
-from shardwright.launchers.composition.compose import Job, command_line, compose, quoted, resolved
+from shardwright.launchers.composition.compose import (
+    Job,
+    command_line,
+    compose,
+    config_dir,
+    quoted,
+    resolved,
+)
+from shardwright.launchers.composition.settled import settled
 from shardwright.launchers.kinds.launcher import Queue
 from shardwright.launchers.machine import directories
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.plan import hardware
+from shardwright.launchers.plan.hardware import Hardware
 from shardwright.launchers.registry import launcher_of
 from shardwright.train import program
 from shardwright.train.config import RunConfig
@@ -30,8 +41,11 @@ SWEEP_EXISTS = (
 def main(arguments: Sequence[str]) -> int:
     """Start what the arguments ask for, or with --dry-run show it; return the exit code."""
     dry_run = "--dry-run" in arguments
-    jobs = compose([argument for argument in arguments if argument != "--dry-run"])
+    said, others = hardware.split([a for a in arguments if a != "--dry-run"])
+    jobs = compose(others)
     here = machine.detect(os.environ)
+    known = measured.chosen(said, config_dir(others), here)
+    jobs = _settled(jobs, here, known, as_comment=dry_run)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     configs = [resolved(job, here, stamp) for job in jobs]
     queue = _queue_of(configs)
@@ -51,6 +65,17 @@ def main(arguments: Sequence[str]) -> int:
             choices = [job.choices for job in jobs]
             return queue.new_runs(configs, choices, here, is_generated=is_generated)
         return _one_after_the_other(jobs, configs, here, is_generated=is_generated)
+
+
+def _settled(
+    jobs: Sequence[Job], here: Machine, said: Hardware | None, *, as_comment: bool
+) -> list[Job]:
+    """Return runs with the plan's choice in place of each `auto`; say what was chosen and why."""
+    found = [settled(job, here, said) for job in jobs]
+    for each in found:
+        for line in each.reason:
+            print(f"# {line}" if as_comment else line)
+    return [each.job for each in found]
 
 
 def _queue_of(configs: Sequence[RunConfig]) -> Queue | None:

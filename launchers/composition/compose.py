@@ -50,6 +50,14 @@ class Job:
         return self.tree.get("run_dir") is None and self.tree.get("sweep_dir") is None
 
 
+def config_dir(arguments: Sequence[str]) -> Path | None:
+    """Return where the user keeps options of their own; None where the arguments do not say."""
+    options, _ = command_line().parse_known_intermixed_args(
+        [argument for argument in arguments if argument.startswith(("--config-dir", "-cd"))]
+    )
+    return Path(options.config_dir) if options.config_dir else None
+
+
 UNUSED_FLAGS = (
     *("--config-name", "--config-path", "--experimental-rerun", "--run", "--version"),
     "--shell-completion",

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -60,8 +60,12 @@ class Machine:
 
     memory_bytes: int | None = None
     """Of the host, swap included, within its control group's limit; None where it is not known."""
+    ram_bytes: int | None = None
+    """The same without swap."""
     gpu_memory_bytes: int | None = None
     """Of the largest GPU."""
+    gpu_names: tuple[str, ...] = ()
+    """As CUDA calls them, one for each that this process may use; none where nobody says."""
     has_varlen: bool = True
     """Whether the installed torch attends in rows of several lengths by one kernel."""
     has_flash_attn: bool = False
@@ -73,8 +77,11 @@ class Machine:
 
 def detect(environment: Mapping[str, str]) -> Machine:
     """Look at this machine, within what the environment lets a process see of it."""
+    asked, seen = environment.get("CUDA_VISIBLE_DEVICES"), _gpus()
+    names_of = [(gpu.uuid, gpu.name) for gpu in seen]
     return Machine(
-        compute_capabilities=visible(_gpus(), environment.get("CUDA_VISIBLE_DEVICES")),
+        compute_capabilities=visible([(gpu.uuid, gpu.capability) for gpu in seen], asked),
+        gpu_names=tuple(name for name in visible(names_of, asked) if name),
         cores=len(os.sched_getaffinity(0)),
         has_loopback="lo" in (name for _, name in socket.if_nameindex()),
         torch_has_cuda=not importlib.metadata.version("torch").endswith("+cpu"),
@@ -83,6 +90,7 @@ def detect(environment: Mapping[str, str]) -> Machine:
         free_port=_free_port(),
         cuda_visible_devices=environment.get("CUDA_VISIBLE_DEVICES", ""),
         memory_bytes=_memory_bytes(),
+        ram_bytes=_memory_bytes(with_swap=False),
         gpu_memory_bytes=_gpu_memory_bytes(),
         has_varlen=_version("torch") >= documents.VARLEN_TORCH,
         has_flash_attn=importlib.util.find_spec("flash_attn") is not None,
@@ -90,16 +98,19 @@ def detect(environment: Mapping[str, str]) -> Machine:
     )
 
 
+T = TypeVar("T")
+
+
 def visible(
-    gpus: list[tuple[str, float | None]], cuda_visible_devices: str | None
-) -> tuple[float | None, ...]:
-    """Return the compute capabilities of the (UUID, capability) GPUs that CUDA would show.
+    gpus: Sequence[tuple[str, T | None]], cuda_visible_devices: str | None
+) -> tuple[T | None, ...]:
+    """Return what is known of the GPUs that CUDA would show, given each with its UUID.
 
     As in CUDA, the list of indices or UUID prefixes ends at the first that does not exist.
     """
     if cuda_visible_devices is None:
         return tuple(capability for _, capability in gpus)
-    chosen = []
+    chosen: list[T | None] = []
     for name in cuda_visible_devices.split(","):
         name = name.strip()
         if name.isdecimal() and int(name) < len(gpus):
@@ -119,9 +130,10 @@ def resolve(
     run_dir: str,
     largest_micro_batch: int = DEFAULT_MICRO_BATCH_SIZE,
 ) -> RunConfig:
-    """Return the config with every `auto` and relative path replaced by what it comes to here.
+    """Return the config with what is left open, and every relative path, as it comes to here.
 
-    ``largest_micro_batch`` bounds trainer.micro_batch_size=auto. Raises UserError where the values
+    What a plan has to choose is left as it is. ``largest_micro_batch`` bounds
+    trainer.micro_batch_size=null. Raises UserError where the values
     contradict each other then.
     """
     tree = config.model_dump(mode="json")
@@ -149,7 +161,7 @@ def resolve(
         positions = _positions(config.model, tree["model"].get("name"))
         data["sequence_length"] = min(DEFAULT_SEQUENCE_LENGTH, positions or DEFAULT_SEQUENCE_LENGTH)
     data |= _documents(config, machine, launcher["device"], model.get("name"))
-    if tree["trainer"]["micro_batch_size"] == "auto":
+    if tree["trainer"]["micro_batch_size"] is None:
         # Only now it is certain how many ranks there may be. Where they cannot share the batch,
         # that is said below, with all else that is wrong.
         with contextlib.suppress(ValidationError, UserError):
@@ -322,22 +334,28 @@ def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machin
     return problems
 
 
-def _gpus() -> list[tuple[str, float | None]]:
-    query = ["nvidia-smi", "--query-gpu=uuid,compute_cap", "--format=csv,noheader"]
+class _Gpu(NamedTuple):
+    uuid: str
+    capability: float | None = None
+    name: str | None = None
+
+
+def _gpus() -> list[_Gpu]:
+    query = ["nvidia-smi", "--query-gpu=uuid,compute_cap,name", "--format=csv,noheader"]
     try:
         output = subprocess.run(
             query, capture_output=True, text=True, timeout=30, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         devices = [p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdecimal()]
-        return [("", None)] * len(devices)
-    gpus: list[tuple[str, float | None]] = []
+        return [_Gpu("")] * len(devices)
+    gpus: list[_Gpu] = []
     for line in output.splitlines():
-        uuid, _, capability = (part.strip() for part in line.partition(","))
+        uuid, capability, name = (part.strip() for part in [*line.split(",", 2), "", ""][:3])
         try:
-            gpus.append((uuid, float(capability)))
+            gpus.append(_Gpu(uuid, float(capability), name or None))
         except ValueError:
-            gpus.append((uuid, None))
+            gpus.append(_Gpu(uuid, None, name or None))
     return gpus
 
 
@@ -352,7 +370,7 @@ def _gpu_memory_bytes() -> int | None:
         return None
 
 
-def _memory_bytes() -> int | None:
+def _memory_bytes(*, with_swap: bool = True) -> int | None:
     found: list[int] = []
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # "max" is none
@@ -361,7 +379,7 @@ def _memory_bytes() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         pairs = (line.split(":") for line in lines)
         sizes = {name: int(size.split()[0]) * 1024 for name, size in pairs}
-        swap = sizes["SwapTotal"]
+        swap = sizes["SwapTotal"] if with_swap else 0
         found = [limit + swap for limit in found] + [sizes["MemTotal"] + swap]
     return min(found, default=None)
 

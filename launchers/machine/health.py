@@ -435,7 +435,7 @@ def disk(directory: Path, probe_bytes: int = PROBE_BYTES) -> Iterator[Finding]:
         )
         return
     try:
-        written, read, skew = _timed(place, probe_bytes)
+        written, read, skew = timed(place, probe_bytes)
     except OSError as error:
         yield Finding(
             "disk",
@@ -481,7 +481,7 @@ def clock(skew_seconds: float, is_synchronised: bool | None) -> Iterator[Finding
         yield Finding("clock", "ok", "agrees with the file system's")
 
 
-def _timed(place: Path, size: int) -> tuple[float, float, float]:
+def timed(place: Path, size: int) -> tuple[float, float, float]:
     """Return bytes per second written (fsync included) and read, and the clocks' difference."""
     block = os.urandom(4 * MIB)
     with tempfile.NamedTemporaryFile(dir=place, prefix=".shardwright-doctor-") as file:

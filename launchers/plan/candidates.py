@@ -89,7 +89,7 @@ def option_values(name: str) -> dict[str, Any]:
 
 def strategies() -> list[str]:
     """Return the options of conf/strategy/ in the order in which they take less of a device."""
-    there_are = {path.stem for path in STRATEGIES.glob("*.yaml")}
+    there_are = {path.stem for path in STRATEGIES.glob("*.yaml")} - {"auto"}
     order = ["single", "ddp", "zero0", "zero1", "zero2", "fsdp_grad_op", "fsdp", "zero3"]
     return [name for name in order if name in there_are] + sorted(there_are - set(order))
 
@@ -135,7 +135,7 @@ def candidates_of_each(asked: Sequence[Asked]) -> list[list[Candidate]]:
         first.setdefault(key, config)
         autocasts.setdefault(key, set()).add(uses_autocast(config))
     looked = child.looked_at_each(
-        [(_as_traced(config), sorted(autocasts[key])) for key, config in first.items()]
+        [(as_traced(config), sorted(autocasts[key])) for key, config in first.items()]
     )
     known = {
         key: (model, dict(zip(sorted(autocasts[key]), traces, strict=True)))
@@ -220,7 +220,7 @@ def _on(config: RunConfig, hardware: Hardware) -> RunConfig:
     return resolved
 
 
-def _as_traced(config: RunConfig) -> RunConfig:
+def as_traced(config: RunConfig) -> RunConfig:
     """Return a config as the child traces it: on a CPU, by attention that is one kernel there too.
 
     A fused kernel of a GPU drops attention weights without keeping them; those of CPUs cannot.
@@ -248,7 +248,10 @@ def nodes_needed(candidate: Candidate, hardware: Hardware) -> int | None:
         tree = on_hardware(candidate.config.model_dump(mode="json"), larger)
         per_rank = candidate.config.trainer.samples_per_pass
         tree["trainer"] |= {"global_batch_size": per_rank * larger.ranks}
-        config = from_tree(tree)
+        try:
+            config = from_tree(tree)
+        except UserError:  # one rank only, or no such number of them
+            return None
         found = peak(config, candidate.traced[0], candidate.traced[1])
         if replace(candidate, config=config, peak=found).fits(larger):
             return nodes

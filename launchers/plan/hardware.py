@@ -135,12 +135,17 @@ def chosen(words: Sequence[str], config_dir: Path | None = None) -> Hardware | N
         raise UserError(f"{GROUP}={named[-1]}: cannot read {path} ({error})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{GROUP}={named[-1]}: {path} is not a mapping of keys to values")
-    tree |= sizes
+    return with_keys(tree | sizes, words)
+
+
+def with_keys(tree: Mapping[str, Any], words: Sequence[str]) -> Hardware:
+    """Return hardware with what words of a command line say of single keys."""
+    found = dict(tree)
     for word in words:
         key, _, value = word.partition("=")
         if key != GROUP:
-            _set(tree, key.split(".")[1:], _value(word, value))
-    return from_tree(tree)
+            _set(found, key.split(".")[1:], _value(word, value))
+    return from_tree(found)
 
 
 def from_tree(tree: Mapping[str, Any]) -> Hardware:
@@ -229,8 +234,9 @@ def _unknown_key(key: str, value: Any) -> str:
 def of_device(name: str) -> Hardware | None:
     """Return the project's option for a device by its name as CUDA gives it; None without one."""
     option = devices.option_of(name)
-    return None if option is None else _shipped(option)
+    return None if option is None else shipped(option)
 
 
-def _shipped(option: str) -> Hardware:
+def shipped(option: str) -> Hardware:
+    """Return an option of the project's own."""
     return from_tree(yaml.safe_load((CONF / f"{option}.yaml").read_text(encoding="utf-8")))

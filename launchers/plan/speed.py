@@ -208,7 +208,7 @@ def _peak(hardware: Hardware, dtype: str) -> float:
 
 def _recomputed_share(config: RunConfig) -> float:
     """Return which part of the blocks' products is computed again."""
-    every = config.trainer.checkpoint_activations_every_blocks
+    every = config.trainer.recomputed_every_blocks
     return 0.0 if every is None or config.trainer.recompute == "selective" else 1 / every
 
 

@@ -307,7 +307,7 @@ class _Of:
         trainer = self.config.trainer
         if not trainer.offload_activations:
             return ()
-        blocks = len(self.model.units) // (trainer.checkpoint_activations_every_blocks or 1)
+        blocks = len(self.model.units) // (trainer.recomputed_every_blocks or 1)
         width = getattr(self.config.model, "hidden_size", 0)
         tokens = trainer.samples_per_pass * self.config.data.tokens_per_sample
         size = self.compute * blocks * tokens * width * self.passes

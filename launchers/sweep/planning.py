@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from shardwright.launchers import preflight
 from shardwright.launchers.composition.compose import Job, compose, plain, quoted, resolved
+from shardwright.launchers.composition.settled import settled
 from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.sweep import decisions, directory, grid
@@ -137,6 +138,7 @@ class Composer:
             tree = OmegaConf.merge(job.tree, _tree(self.words))
             assert isinstance(tree, DictConfig)
             job = dataclasses.replace(job, tree=tree)
+        job = settled(job, self.here).job
         config = resolved(job, self.here, self.stamp)
         if not run_dir.exists():
             preflight.check(config, self.here)

@@ -24,7 +24,7 @@ def measure_as_a_node_of_its_own(run_dir: Path) -> list[doctor.Measured]:
     try:
         config = run_config.load(run_dir)
         with join(config, rank):
-            return doctor.measure(config)
+            return doctor.measure(config, with_speeds=True)
     finally:
         socket.gethostname = name
 
@@ -41,6 +41,12 @@ def test_every_node_measures_its_link_to_the_next(
         (1, "node1", "node0"),
     ]
     assert all(m.link_bytes_per_second and m.link_bytes_per_second > 0 for m in first)
+    for measured in first:
+        speeds = measured.speeds
+        assert speeds is not None
+        assert set(speeds.training) == {"fp32", "bf16"}
+        assert min([*speeds.training.values(), speeds.memory]) > 0
+        assert speeds.host_link is None, "there is no device behind one"
 
 
 def test_a_wrong_value_stops_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_load_names_a_damaged_file(tmp_path: Path) -> None:
         ({"data__sequence_length": None}, "data.sequence_length=null: must be a whole number"),
         ({"strategy__stage": 4}, "strategy.stage=4: must be 0, 1, 2 or 3"),
         ({"strategy": "zero2"}, "strategy=zero2: strategy is a section, not a value"),
-        ({"strategy": {}}, "strategy.kind is not set (there are single, ddp, zero, fsdp)"),
+        ({"strategy": {}}, "strategy.kind is not set (there are single, ddp, zero, fsdp, auto)"),
         ({"launcher__nproc_per_node": 1.5}, "nproc_per_node=1.5: must be a whole number or auto"),
         ({"tracking__mode": "of"}, "tracking.mode=of: must be auto, online, offline or disabled"),
         ({"trainer__learning_rate": float("inf")}, "trainer.learning_rate=Infinity: must be a fin"),

@@ -53,6 +53,16 @@ class LauncherSection(Section):
         """The fields that are paths, made absolute before config.yaml is written."""
         return ()
 
+    @property
+    def asked_gpus(self) -> str | None:
+        """Which GPUs a job asks for, as its cluster calls them; None where it takes any."""
+        return None
+
+    @property
+    def asked_memory(self) -> str | None:
+        """Host memory of each node that a job asks for, with its unit, or all; None: no word."""
+        return None
+
     def gpus_of_node(self, here: int) -> int:
         """Return the GPUs that a node of the run has, where this machine has ``here``."""
         return here
@@ -435,6 +445,14 @@ class SlurmLauncher(SeveralRanks):
     @property
     def paths(self) -> tuple[str, ...]:
         return ("site",)
+
+    @property
+    def asked_gpus(self) -> str | None:
+        return self.gpu_type
+
+    @property
+    def asked_memory(self) -> str | None:
+        return self.memory_per_node
 
     def gpus_of_node(self, here: int) -> int:
         return self.gpus_per_node

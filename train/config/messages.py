@@ -129,6 +129,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         for section in get_args(get_args(ModelConfig)[0])
     },
     "strategy": {
+        "auto": ("auto",),
         "single": ("single",),
         "ddp": ("ddp",),
         "zero": (

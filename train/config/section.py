@@ -34,9 +34,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def unresolved(key: str, value: str = "a number") -> UserError:
+def unresolved(key: str, value: str = "a number", *, left: str = "auto") -> UserError:
     """Return the error for a config.yaml that was written by hand and leaves a value open."""
     return UserError(
-        f"{key}=auto is replaced by `shardwright train` before it writes config.yaml, but this "
+        f"{key}={left} is replaced by `shardwright train` before it writes config.yaml, but this "
         f"config did not go through it; write {value} for {key}"
     )

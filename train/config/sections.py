@@ -41,3 +41,15 @@ class Sections(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: TrackingConfig
     launcher: LauncherConfig
+
+    @property
+    def left_to_the_plan(self) -> tuple[str, ...]:
+        """The settings that say auto where a plan has to choose, as they are typed."""
+        values = {
+            "strategy": self.strategy.kind,
+            "trainer.micro_batch_size": self.trainer.micro_batch_size,
+            "trainer.checkpoint_activations_every_blocks": (
+                self.trainer.checkpoint_activations_every_blocks
+            ),
+        }
+        return tuple(name for name, value in values.items() if value == "auto")

@@ -271,6 +271,17 @@ class FsdpStrategy(_Strategy):
         return {part: Placed(True, "cpu" if self.offload else "none") for part in PARTS}
 
 
+class AutoStrategy(_Strategy):
+    """What the plan finds to be fastest where the run is to run; no run has it in config.yaml."""
+
+    kind: Literal["auto"]
+
+    @property
+    def description(self) -> str:
+        return "what the plan chooses"
+
+
 StrategyConfig = Annotated[
-    SingleStrategy | DdpStrategy | ZeroStrategy | FsdpStrategy, Field(discriminator="kind")
+    SingleStrategy | DdpStrategy | ZeroStrategy | FsdpStrategy | AutoStrategy,
+    Field(discriminator="kind"),
 ]

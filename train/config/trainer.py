@@ -47,9 +47,10 @@ class Amount(Section):
     of a step over all ranks, which are smaller meanwhile. null is a constant batch."""
     batch_warmup_samples: NonNegativeInt = 0
     """Samples trained on while the batch grows, counted from the beginning of the run."""
-    micro_batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Samples in one forward pass of one rank; accumulation steps follow from it. auto is the
-    largest divisor, up to 8, of a rank's part of global_batch_size."""
+    micro_batch_size: PositiveInt | Literal["auto"] | None = None
+    """Samples in one forward pass of one rank; accumulation steps follow from it. null is the
+    largest divisor, up to 8, of a rank's part of global_batch_size; auto is the one, of all that
+    divide it, with which the plan finds the run to be fastest where it is to run."""
     eval_micro_batch_size: PositiveInt | None = None
     """Samples in one forward pass of one rank in evaluation; null is micro_batch_size."""
 
@@ -71,9 +72,10 @@ class TrainerConfig(OptimizerFields, Amount):
     early_stopping_threshold: NonNegativeFloat = 0.0
     """What counts as an improvement: more than this, in the metric's own unit."""
 
-    checkpoint_activations_every_blocks: PositiveInt | None = None
+    checkpoint_activations_every_blocks: PositiveInt | Literal["auto"] | None = None
     """Recompute activations in the backward pass, of every n-th transformer block: 1 of all (least
-    memory, about a third more time), 2 of every second; null keeps all of them."""
+    memory, about a third more time), 2 of every second; null keeps all of them. auto is one of
+    these, as the plan finds the run to be fastest."""
     recompute: Literal["full", "selective"] = "full"
     """What of these blocks is recomputed: full is all of it, selective what is cheap, and what
     products of matrices and attention give is kept (more memory than full, less time)."""
@@ -108,9 +110,17 @@ class TrainerConfig(OptimizerFields, Amount):
     @property
     def samples_per_pass(self) -> int:
         """``micro_batch_size``, once the launcher has resolved it."""
-        if self.micro_batch_size == "auto":
-            raise unresolved("trainer.micro_batch_size")
+        if not isinstance(self.micro_batch_size, int):
+            left = "null" if self.micro_batch_size is None else self.micro_batch_size
+            raise unresolved("trainer.micro_batch_size", left=left)
         return self.micro_batch_size
+
+    @property
+    def recomputed_every_blocks(self) -> int | None:
+        """``checkpoint_activations_every_blocks``, once the launcher has resolved it."""
+        if self.checkpoint_activations_every_blocks == "auto":
+            raise unresolved("trainer.checkpoint_activations_every_blocks", "a number or null")
+        return self.checkpoint_activations_every_blocks
 
     @property
     def eval_samples_per_pass(self) -> int:

@@ -1,4 +1,4 @@
-"""One of the ranks that `shardwright doctor` starts, with the arguments DIRECTORY REPORT.
+"""One of the ranks that `shardwright doctor` starts, with the arguments DIRECTORY REPORT [speeds].
 
 DIRECTORY holds the config.yaml that says how many ranks there are and on what they run; the first
 rank writes what all of them measured to the file REPORT.
@@ -12,10 +12,8 @@ import json
 import logging
 import os
 import socket
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from shardwright.train.config import RunConfig, load
+from shardwright.train.diagnosis.speeds import REPEATS, Speeds, seconds, speeds
 from shardwright.train.durable import write_text
 from shardwright.train.errors import BAD_INPUT, FAILED, UserError
 from shardwright.train.process import inherited
@@ -30,7 +29,8 @@ from shardwright.train.process.arguments import decoded
 
 logger = logging.getLogger(__name__)
 
-REPEATS = 5
+WITH_SPEEDS = "speeds"
+"""A third argument, of ranks that are to measure them."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Measured:
     next_node: str | None = None
     """On the first rank of a node: the node to which ``link_bytes_per_second`` was measured."""
     link_bytes_per_second: float | None = None
+    speeds: Speeds | None = None
+    """What a plan wants to know besides; None where nobody asks."""
 
 
 def main(argv: list[str]) -> int:
@@ -61,14 +63,15 @@ def main(argv: list[str]) -> int:
     from shardwright.train.run_directory.failures import note_failure
     from shardwright.train.strategy.group import join
 
-    directory, report = (Path(decoded(argument)) for argument in argv)
+    directory, report = (Path(decoded(argument)) for argument in argv[:2])
+    wanted = [decoded(argument) for argument in argv[2:]]
     rank = rank_from_environment()
     inherited.forget_engine(os.environ)
     config = load(directory)
     logs.open_rank_log(directory, rank, nodes=config.launcher.nodes)
     try:
         with join(config, rank):
-            found = measure(config)
+            found = measure(config, with_speeds=WITH_SPEEDS in wanted)
             if rank.index == 0:
                 ranks = [dataclasses.asdict(measured) for measured in found]
                 write_text(report, json.dumps(ranks, indent=1))
@@ -79,7 +82,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def measure(config: RunConfig) -> list[Measured]:
+def measure(config: RunConfig, *, with_speeds: bool = False) -> list[Measured]:
     """Return what each rank measured, in their order. Collective.
 
     Raises RuntimeError where a collective gives a wrong result.
@@ -88,6 +91,8 @@ def measure(config: RunConfig) -> list[Measured]:
 
     on_gpu = config.launcher.device == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    if dist.is_initialized():
+        dist.barrier()
     mine = Measured(
         rank=dist.get_rank() if dist.is_initialized() else 0,
         host=socket.gethostname(),
@@ -95,6 +100,7 @@ def measure(config: RunConfig) -> list[Measured]:
         clock=0.0,
         # All at once: what a training does, and what shows a node whose cores are taken.
         matmul_flops=_matmul_flops(device),
+        speeds=speeds(device) if with_speeds else None,
     )
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [dataclasses.replace(mine, clock=time.time())]
@@ -117,7 +123,7 @@ def measure(config: RunConfig) -> list[Measured]:
 def _matmul_flops(device: torch.device) -> float:
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
     a = torch.randn(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / _seconds(lambda: a @ a, device)
+    return 2 * size**3 / seconds(lambda: a @ a, device)
 
 
 def _all_reduce(elements: int, device: torch.device) -> float:
@@ -129,9 +135,9 @@ def _all_reduce(elements: int, device: torch.device) -> float:
         tensor.fill_(dist.get_rank() + 1)
         dist.all_reduce(tensor)
 
-    seconds = _seconds(once, device)
+    spent = seconds(once, device)
     _expect(tensor, ranks * (ranks + 1) / 2, "all-reduce")
-    return 2 * (ranks - 1) / ranks * tensor.nbytes / seconds
+    return 2 * (ranks - 1) / ranks * tensor.nbytes / spent
 
 
 def _all_gather(elements: int, device: torch.device) -> float:
@@ -139,15 +145,15 @@ def _all_gather(elements: int, device: torch.device) -> float:
     ranks = dist.get_world_size()
     mine = torch.full((elements // ranks,), float(dist.get_rank()), device=device)
     whole = [torch.empty_like(mine) for _ in range(ranks)]
-    seconds = _seconds(lambda: dist.all_gather(whole, mine), device)
+    spent = seconds(lambda: dist.all_gather(whole, mine), device)
     for rank, part in enumerate(whole):
         _expect(part, rank, "all-gather")
-    return (ranks - 1) / ranks * sum(part.nbytes for part in whole) / seconds
+    return (ranks - 1) / ranks * sum(part.nbytes for part in whole) / spent
 
 
 def _small_all_reduce(device: torch.device) -> float:
     tensor = torch.zeros(1, device=device)
-    return _seconds(lambda: dist.all_reduce(tensor), device, repeats=50)
+    return seconds(lambda: dist.all_reduce(tensor), device, repeats=50)
 
 
 def _link(hosts: list[str], elements: int, device: torch.device) -> tuple[str | None, float | None]:
@@ -162,8 +168,8 @@ def _link(hosts: list[str], elements: int, device: torch.device) -> tuple[str | 
     for i, sender in enumerate(firsts if len(nodes) > 1 else []):
         j = (i + 1) % len(nodes)
         if dist.get_rank() == sender:
-            seconds = _seconds(functools.partial(_send_and_hear, tensor, firsts[j]), device)
-            found = nodes[j], tensor.nbytes / seconds
+            spent = seconds(functools.partial(_send_and_hear, tensor, firsts[j]), device)
+            found = nodes[j], tensor.nbytes / spent
         elif dist.get_rank() == firsts[j]:
             for _ in range(REPEATS + 1):
                 dist.recv(tensor, sender)
@@ -175,18 +181,6 @@ def _link(hosts: list[str], elements: int, device: torch.device) -> tuple[str | 
 def _send_and_hear(tensor: torch.Tensor, to: int) -> None:
     dist.send(tensor, to)
     dist.recv(tensor[:1], to)  # four bytes that say that all has arrived
-
-
-def _seconds(do: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Return the median time of one call, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        do()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
 
 
 def _expect(tensor: torch.Tensor, value: float, what: str) -> None:

@@ -99,7 +99,7 @@ def build(
     if getattr(section, "fused_gelu", False):
         activations.fuse(model)
     fp8.convert(model, config)
-    if (every_blocks := config.trainer.checkpoint_activations_every_blocks) is not None:
+    if (every_blocks := config.trainer.recomputed_every_blocks) is not None:
         offload = config.trainer.offload_activations
         activation_checkpointing.enable(
             model, every_blocks, offload=offload, parts=config.trainer.recompute

@@ -33,7 +33,9 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     from shardwright.train.plan.model import facts_of, planned
 
     config = from_tree(asked["config"])
-    answer: dict[str, Any] = {"facts": facts_of(planned(config), config).as_json()}
+    answer: dict[str, Any] = {}
+    if asked.get("facts", True):
+        answer["facts"] = facts_of(planned(config), config).as_json()
     if asked["autocasts"]:
         from shardwright.train.plan.trace import traced
 

@@ -99,5 +99,14 @@ class Traced:
             }
         )
 
+    def no_less_than(self, larger: Traced, share: float) -> Traced:
+        """Return the most of each that this one has, and a share of what another has."""
+        return Traced(
+            **{
+                each.name: max(getattr(self, each.name), int(share * getattr(larger, each.name)))
+                for each in fields(Traced)
+            }
+        )
+
     def as_json(self) -> dict[str, int]:
         return asdict(self)

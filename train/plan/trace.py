@@ -64,7 +64,7 @@ def depths(config: RunConfig) -> list[int]:
     """
     whole = getattr(config.model, "num_hidden_layers", None)
     assert whole is not None, "of a pretrained model the whole is traced"
-    every = config.trainer.checkpoint_activations_every_blocks or 1
+    every = config.trainer.recomputed_every_blocks or 1
     period = math.lcm(every, getattr(config.model, "global_attention_every_layers", 1))
     first = whole % period + 2 * period
     return [whole] if whole <= first + period else [first, first + period]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from shardwright.train.config import RunConfig, rank_layout
+from shardwright.train.config.section import unresolved
 from shardwright.train.strategy.engine import Engine
 from shardwright.train.strategy.fsdp.engine import Fsdp
 from shardwright.train.strategy.replicated import Replicated
@@ -28,6 +29,8 @@ def engine_of(config: RunConfig, world_size: int | None = None) -> Engine:
     ``world_size`` is the number of ranks that are there; without it the launcher's, which whoever
     starts ranks by hand need not follow. Raises UserError where they cannot be laid out.
     """
+    if config.strategy.kind not in _ENGINES:
+        raise unresolved("strategy.kind", f"one of {', '.join(_ENGINES)}")
     ranks = config.launcher.world_size if world_size is None else world_size
     return _ENGINES[config.strategy.kind](config, rank_layout(config.strategy, ranks))
 

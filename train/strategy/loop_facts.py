@@ -118,7 +118,7 @@ def _optimizer(trainer: Training) -> dict[str, Any]:
 
 
 def _recomputed(config: RunConfig) -> dict[str, Any]:
-    every_blocks = config.trainer.checkpoint_activations_every_blocks
+    every_blocks = config.trainer.recomputed_every_blocks
     facts: dict[str, Any] = {
         "checkpoint_activations_every_blocks": every_blocks,
         "recompute": None if every_blocks is None else config.trainer.recompute,

@@ -21,16 +21,16 @@ from shardwright.train.strategy import engine_settings
 from tests.unit.launchers.configs import TREE, config
 
 
-@pytest.mark.parametrize("micro_batch_size", [4, "auto"])
+@pytest.mark.parametrize("micro_batch_size", [4, None])
 def test_what_is_resolved_is_validated_once(
-    micro_batch_size: int | str, monkeypatch: pytest.MonkeyPatch
+    micro_batch_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = {"max_steps": 10, "global_batch_size": 64, "micro_batch_size": micro_batch_size}
     asked = config(trainer=trainer)
     counted = mock.Mock(side_effect=run.contradictions)
     monkeypatch.setattr(run, "contradictions", counted)
     resolved = resolve(asked, Machine(compute_capabilities=(9.0,) * 8), "/runs/a")
-    assert resolved.trainer.micro_batch_size == (8 if micro_batch_size == "auto" else 4)
+    assert resolved.trainer.micro_batch_size == (8 if micro_batch_size is None else 4)
     assert counted.call_count == 1
 
 

@@ -60,7 +60,7 @@ def test_lines_that_were_padded_may_be_laid_end_to_end() -> None:
         (4, [], 8),
         (3, ["trainer.global_batch_size=48"], 16),
         (4, ["trainer.micro_batch_size=2"], 2),
-        (1, ["trainer.micro_batch_size=auto"], 8),
+        (1, ["trainer.micro_batch_size=null"], 8),
     ],
 )
 def test_the_micro_batch_stays_or_shrinks_with_the_ranks(

@@ -185,7 +185,7 @@ def _activations_contradictions(config: Sections) -> Iterator[str]:
     every = trainer.checkpoint_activations_every_blocks
     hooks_every_layer = config.strategy.hooks_every_layer
     layers = getattr(config.model, "num_hidden_layers", None)
-    if every is not None and layers is not None and every > layers:
+    if isinstance(every, int) and layers is not None and every > layers:
         yield (
             f"trainer.checkpoint_activations_every_blocks={every} is more than "
             f"model.num_hidden_layers={layers}; set it to at most {layers}"
@@ -295,7 +295,7 @@ def _length_contradictions(config: Sections, stage: str, length: int) -> Iterato
             f"trainer.global_batch_size={batch} x data.sequence_length={unit} tokens in every "
             f"stage; set trainer.global_batch_size to a multiple of {multiple}, or another length"
         )
-    if micro != "auto" and micro * unit < length:
+    if isinstance(micro, int) and micro * unit < length:
         yield (
             f"{stage}.sequence_length={length} is more than a micro-batch has, "
             f"trainer.micro_batch_size={micro} x data.sequence_length={unit} tokens; set "
@@ -333,7 +333,7 @@ def _fp8_contradictions(config: Sections) -> Iterator[str]:
             "a llama model"
         )
     batch, length = config.trainer.micro_batch_size, config.data.sequence_length
-    if batch == "auto" or length == "auto":
+    if not isinstance(batch, int) or length == "auto":
         return
     tokens = batch * length
     multiple = FP8_RECIPES[recipe].token_multiple
@@ -366,7 +366,8 @@ def _engine_contradictions(config: Sections) -> Iterator[str]:
                 layout = rank_layout(config.strategy, world_size)
             except UserError as error:
                 yield str(error)
-        yield from engines[config.strategy.kind].contradictions(config, layout)
+        if config.strategy.kind != "auto":
+            yield from engines[config.strategy.kind].contradictions(config, layout)
         if world_size is not None:
             # However they shard, that many ranks share the batch: whoever has to choose another
             # number is told of it too.
@@ -375,7 +376,7 @@ def _engine_contradictions(config: Sections) -> Iterator[str]:
 
 def _batch_contradictions(config: Sections, layout: RankLayout) -> Iterator[str]:
     try:
-        if config.trainer.micro_batch_size == "auto":
+        if not isinstance(config.trainer.micro_batch_size, int):
             largest_micro_batch(config.trainer.global_batch_size, [layout])
         else:
             accumulation_steps(config.trainer, layout)
