@@ -9,16 +9,20 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardwright.launchers import columns, messages
 from shardwright.launchers.commands import measured, plan_table
+from shardwright.launchers.composition import settled
 from shardwright.launchers.composition.compose import Job, compose, config_dir, plain, resolved
 from shardwright.launchers.machine import facts as machine
-from shardwright.launchers.plan import child, hardware, scan
+from shardwright.launchers.plan import automatic, child, hardware, scan
+from shardwright.launchers.plan.automatic import ways
 from shardwright.launchers.plan.candidates import (
     Asked,
+    Candidate,
     candidates_of_each,
+    machine_of,
     on_hardware,
     usable_bytes,
 )
@@ -26,7 +30,7 @@ from shardwright.launchers.plan.deepspeed_estimates import Estimate, estimates
 from shardwright.launchers.plan.hardware import GIB, Hardware
 from shardwright.launchers.plan.scan import Plan, Row
 from shardwright.launchers.plan.speed import as_json as pace_as_json
-from shardwright.train.config import RunConfig
+from shardwright.train.config import RunConfig, from_tree
 from shardwright.train.errors import FAILED, UserError
 
 FLAGS = ("--states-only", "--json", measured.AGAIN)
@@ -110,23 +114,77 @@ def _compared(
     # Composition has added what makes Hydra take a key that an option does not list.
     written = [[word.lstrip("+") for word in job.arguments] for job in jobs]
     asked, places = [], []
+    chosen: list[Chosen] = []
     for job, words_of_job, own in zip(jobs, written, scan.differing(written), strict=True):
         is_chosen = any(word.startswith(("strategy=", "strategy.")) for word in words_of_job)
         for words, supposed in on:
             tree = on_hardware(plain(job.tree), supposed)
+            if from_tree(tree).left_to_the_plan:
+                chosen.append(_chosen(tree, supposed, words, own))
+                continue
             strategy = job.choices["strategy"] if is_chosen else None
             asked.append(Asked(tree, supposed, strategy))
             places.append((supposed, words, own))
-    found = candidates_of_each(asked)
+    found = candidates_of_each(asked) if asked else []
     plans = [Plan(*place, tuple(each)) for place, each in zip(places, found, strict=True)]
+    plans += [plan for each in chosen for plan in each.plans]
     if as_json:
-        print(json.dumps(_as_json(plans)))
+        auto = {"auto": [list(each.words) for each in chosen]} if chosen else {}
+        print(json.dumps(_as_json(plans) | auto))
     else:
         print("\n".join(plan_table.lines(plans, messages.terminal_width())))
+        for each in chosen:
+            print("\n" + "\n".join(each.reason), end="\n" if each.reason else "")
     if any(row.fits for row in scan.rows(plans)):
         return 0
     print(messages.error_text(plan_table.nothing_fits(plans)), file=sys.stderr)
     return FAILED
+
+
+class Chosen(NamedTuple):
+    """What `auto` comes to on one hardware, beside the best of each strategy."""
+
+    plans: list[Plan]
+    words: tuple[str, ...]
+    """Nothing where nothing fits."""
+    reason: tuple[str, ...]
+
+
+def _chosen(
+    tree: dict[str, Any], supposed: Hardware, words: tuple[str, ...], own: tuple[str, ...]
+) -> Chosen:
+    left = from_tree(tree).left_to_the_plan
+    with child.Looking() as look:
+        found = ways(tree, supposed, machine_of(supposed), look)
+        best = found.best_of_each()
+        way = found.chosen()
+        smaller = None if way is None else found.smaller_than(way)
+    kept_words = [word for word in own if not word.startswith(tuple(f"{key}=" for key in left))]
+    problems = [
+        Candidate(name, None, problem)
+        for name, problem in found.problems.items()
+        if name not in {each.strategy for each in best}
+    ]
+    plans = []
+    for each in best:
+        assert each.config is not None
+        settings = [*kept_words, *settings_of(left, each.config)]
+        plans.append(Plan(supposed, words, tuple(settings), (each, *problems)))
+        problems = []
+    if way is None:
+        return Chosen(plans, (), ())
+    reason = tuple(settled.reasons(found, way, smaller, left, " ".join(words)))
+    return Chosen(plans, settled.words(left, way), reason)
+
+
+def settings_of(left: Sequence[str], config: RunConfig) -> list[str]:
+    """Return what a run has of the settings of the trainer that were left to the plan. Pure."""
+    blocks = config.trainer.recomputed_every_blocks
+    values = {
+        automatic.MICRO_BATCH: config.trainer.samples_per_pass,
+        automatic.EVERY_BLOCKS: "null" if blocks is None else blocks,
+    }
+    return [f"{key}={value}" for key, value in values.items() if key in left]
 
 
 def _as_json(plans: Sequence[Plan]) -> dict[str, Any]:

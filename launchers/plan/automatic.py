@@ -146,6 +146,18 @@ class Ways:
         """Return the fastest that fits; None where none does."""
         return choose(list(self.configs), self.fits)
 
+    def best_of_each(self) -> list[Candidate]:
+        """Return of each strategy the fastest that fits, else what takes least of a device."""
+        by_strategy: dict[str, list[Way]] = {}
+        for way in self.configs:
+            by_strategy.setdefault(way.strategy, []).append(way)
+        return [
+            self.candidate(
+                choose(own, self.fits) or min(own, key=lambda each: self.at_least(each).device)
+            )
+            for own in by_strategy.values()
+        ]
+
     def smaller_than(self, way: Way) -> Way | None:
         """Return the fastest that takes noticeably less of a device; None without one."""
         return next_smaller(

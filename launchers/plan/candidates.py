@@ -212,9 +212,13 @@ def on_hardware(tree: Mapping[str, Any], hardware: Hardware) -> dict[str, Any]:
     return {**tree, "launcher": launcher}
 
 
+def machine_of(hardware: Hardware) -> Machine:
+    """Return a machine that has what its hardware has, and nothing old. Pure."""
+    return Machine(compute_capabilities=(9.0,) * hardware.devices, cores=64)
+
+
 def _on(config: RunConfig, hardware: Hardware) -> RunConfig:
-    supposed = Machine(compute_capabilities=(9.0,) * hardware.devices, cores=64)
-    resolved = machine.resolve(config, supposed, "plan")
+    resolved = machine.resolve(config, machine_of(hardware), "plan")
     layout = rank_layout(resolved.strategy, resolved.launcher.world_size)
     accumulation_steps(resolved.trainer, layout)  # raises where the batch is not to be had
     return resolved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from shardwright.launchers.commands import resume
 from shardwright.launchers.composition import settled
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
-from shardwright.launchers.plan import kept
+from shardwright.launchers.plan import child, kept
 from shardwright.train.config import RunConfig, from_tree
 from shardwright.train.errors import UserError
 from shardwright.train.strategy import engine_of
@@ -267,3 +268,29 @@ def test_a_resumed_run_keeps_what_it_has(override: str) -> None:
     options = {"strategy": {"kind": "auto"}} if override == "strategy=auto" else {}
     with pytest.raises(UserError, match=f"{override}: what is planned is chosen once"):
         resume.changed(resolved("torchrun", nproc_per_node=1), [override], options)
+
+
+def test_a_plan_compares_the_best_of_each_strategy_and_says_what_auto_is(
+    shardwright: Shardwright, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "Looking", MadeUp)
+    words = ("plan", *RUN, *ALL, "precision=bf16", "hardware=h200x8")
+    outcome = shardwright(*words)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "micro  recompute  strategy" in outcome.out
+    (line,) = (line for line in outcome.out.splitlines() if line.startswith("auto: "))
+    assert line.endswith(
+        "trainer.micro_batch_size=16 trainer.checkpoint_activations_every_blocks=null"
+    )
+    found = json.loads(shardwright(*words, "--json").out)
+    (chosen,) = found["auto"]
+    assert f"auto: {' '.join(chosen)}" == line
+    rows = {name: row for plan in found["plans"] for name, row in plan["strategies"].items()}
+    assert chosen[0] == "strategy=ddp"
+    assert rows["ddp"]["fits"]
+    assert "only you can give" in rows["zero3_nvme"]["problem"]
+
+    small = shardwright(*words, "hardware.memory_mib=700", "hardware.host_memory_gib=1")
+    assert small.code == 1
+    assert "auto: " not in small.out
+    assert "nothing fits: the least of a device, strategy=" in small.err
