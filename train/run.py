@@ -38,6 +38,7 @@ from shardwright.train.loop.callbacks.full_batch import FullBatch
 from shardwright.train.loop.callbacks.held_out import HeldOut
 from shardwright.train.loop.callbacks.metrics import Metrics
 from shardwright.train.loop.callbacks.progress import Progress
+from shardwright.train.loop.callbacks.statistics import Statistics
 from shardwright.train.loop.callbacks.tracking import Tracking
 from shardwright.train.loop.resuming import Resumed
 from shardwright.train.loop.trainer import Trainer
@@ -225,8 +226,10 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
     trainer.tracking = Tracking(config, trainer.run_dir, console) if rank.index == 0 else None
     device_name = flops.device_name(trainer.args.device)
     metrics = Metrics(trainer, flops.cost(trainer.model, config, device_name, rank.world_size))
+    statistics_every = config.trainer.debug.statistics_every_steps
     for callback in [
         EngineReady(trainer, console),
+        *([Statistics(trainer, metrics, statistics_every)] if statistics_every else []),
         metrics,
         Progress(
             console,

@@ -154,6 +154,42 @@ def test_load_names_a_damaged_file(tmp_path: Path) -> None:
         ({"trainer__lr": 1.0}, "unknown key trainer.lr: use trainer.learning_rate"),
         ({"trainer__keep_checkpoints": 3}, "trainer.keep_checkpoints: use checkpoint.keep_last"),
         ({"trainer__early_stopping_threshold": 0.1}, "is read with early_stopping_patience only"),
+        (
+            {"trainer__debug": {"largest_magnitude": 1e4}},
+            "largest_magnitude=10000 is read with numerics=watch only, which is off",
+        ),
+        (
+            {
+                "trainer__debug": {
+                    "numerics": "watch",
+                    "largest_magnitude": 1.0,
+                    "smallest_magnitude": 2.0,
+                }
+            },
+            "smallest_magnitude=2 is more than largest_magnitude=1, so that nothing is within both",
+        ),
+        (
+            {"trainer__compile": True, "trainer__debug": {"numerics": "watch"}},
+            "compile=true and debug.numerics=watch contradict each other: compiled blocks have no "
+            "modules to look into; set compile=false, or auto, which then compiles nothing",
+        ),
+        (
+            {"trainer__compile": True, "trainer__debug": {"trace_batches": [3]}},
+            "compile=true and debug.trace_batches contradict each other",
+        ),
+        (
+            {
+                "strategy": {
+                    "kind": "zero",
+                    "stage": 3,
+                    "offload_optimizer": "nvme",
+                    "nvme_path": "/disk",
+                },
+                "trainer__debug": {"statistics_every_steps": 5},
+            },
+            "trainer.debug.statistics_every_steps=5 reads all master weights and gradients, which "
+            "strategy=zero keeps on a disk",
+        ),
         ({"checkpoint__best_metric": "loss"}, "must be eval_loss, eval_perplexity or eval_masked"),
         (
             {"strategy__bucket_size_bytes": 1},
@@ -165,6 +201,13 @@ def test_wrong_values_are_named_with_the_remedy(values: dict[str, Any], message:
     text = problem(**values)
     assert message in text
     assert "\n" not in text
+
+
+def test_an_unquoted_off_is_off() -> None:
+    assert yaml.safe_load("numerics: off") == {"numerics": False}
+    tree = changed(trainer__debug={"numerics": False, "trace_batches": [3, 4]})
+    debug = from_tree(tree).trainer.debug
+    assert (debug.numerics, debug.trace_batches) == ("off", (3, 4))
 
 
 def test_each_problem_has_a_line_of_its_own() -> None:

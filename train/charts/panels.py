@@ -41,6 +41,13 @@ _KNOWN = (
         is_noisy=False,
     ),
 )
+_OF_MODULES = {
+    "weight_norm": "Norm of the weights",
+    "gradient_norm": "Norm of the gradients, not clipped",
+    "update_norm": "Norm of the updates",
+    "gradient_zeros": "Share of gradients that are zero",
+}
+"""Of trainer.debug.statistics_every_steps: of the model, and behind a slash of each module."""
 _NAMES = {"loss": "training", EVAL_LOSS: "held out"}
 
 
@@ -65,6 +72,14 @@ def panels(metrics: Iterable[str], *, one_run: bool) -> list[Panel]:
     if one_run and {"loss", EVAL_LOSS} <= found:
         shown = [p for p in shown if p.name not in ("loss", EVAL_LOSS)]
         shown.insert(0, Panel("loss", "Loss", ("loss", EVAL_LOSS)))
+    for whole, title in _OF_MODULES.items():
+        if whole in found:
+            shown.append(Panel(whole, title, (whole,)))
+        names = sets.pop(whole, [])
+        if one_run and names:
+            # Several runs have too many of them to be compared.
+            shown.append(Panel(f"{whole}_of_modules", f"{title}, of each module", tuple(names)))
+        found -= set(names)
     for whole, names in sets.items():
         shown += _of_sets(Panel(whole, _words(whole), ()), names, together=one_run)
     taken = {metric for panel in shown for metric in panel.metrics}

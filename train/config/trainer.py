@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from shardwright.train.config.debug import Debug
 from shardwright.train.config.optimizers import OptimizerFields
 from shardwright.train.config.rank_layout import RankLayout
 from shardwright.train.config.section import (
@@ -99,6 +100,8 @@ class TrainerConfig(OptimizerFields, Amount):
     collect_garbage_every_steps: PositiveInt | None = 50
     """Have Python look for garbage every N steps, on all ranks at the same one, as all wait for one
     that stops; null lets each look when it happens to."""
+    debug: Debug = Debug()
+    """What is looked at of the arithmetic itself, to find where it fails."""
 
     hang_timeout_seconds: PositiveFloat | Literal["auto"] | None = "auto"
     """End the run, to be resumed, once a rank has not moved for so long, and say which one and
@@ -168,6 +171,12 @@ class TrainerConfig(OptimizerFields, Amount):
                 f"{LEAST_HANG_SECONDS:g} and {COLLECTIVE_TIMEOUT_SECONDS:g}: a watcher looks every "
                 "half a second, and a collective ends by itself, with an error, after "
                 f"{COLLECTIVE_TIMEOUT_SECONDS:g} s; choose one between, auto, or null for none"
+            )
+        if self.compile is True and self.debug.looks_into_modules:
+            asked = "numerics=watch" if self.debug.numerics == "watch" else "trace_batches"
+            raise ValueError(
+                f"compile=true and debug.{asked} contradict each other: compiled blocks have no "
+                "modules to look into; set compile=false, or auto, which then compiles nothing"
             )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwright.train.checkpoint.format import layout
-from shardwright.train.run_directory.names import CHECKPOINTS
+from shardwright.train.loop.numerics.records import Finding, earliest
+from shardwright.train.run_directory.names import CHECKPOINTS, DIAGNOSIS
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Found:
     loss: float
     norm: float
     weights_are_sound: bool
+    watched: Finding | None = None
+    """What trainer.debug.numerics=watch has found on it."""
 
 
 def diagnosis(found: Sequence[Found]) -> str:
@@ -33,6 +36,8 @@ def diagnosis(found: Sequence[Found]) -> str:
         return text
     if damaged:
         return f"its update{_on(damaged, len(found))} left {_DAMAGED}"
+    if any(seen.watched for seen in found) and all(math.isfinite(seen.norm) for seen in found):
+        return "trainer.debug.numerics=watch has seen a module past what it may give"
     norm = next((seen.norm for seen in found if not math.isfinite(seen.norm)), math.nan)
     return f"the gradient norm is {'inf' if math.isinf(norm) else 'NaN'}, and the loss is finite"
 
@@ -56,7 +61,7 @@ def message(
 
     ``began_at`` is the step of the checkpoint from which the run was resumed.
     """
-    text = f"training has diverged at step {step:,}: {diagnosis(found)}. "
+    text = f"training has diverged at step {step:,}: {diagnosis(found)}{_place(run_dir, found)}. "
     remedy = (
         f"lower trainer.learning_rate (it is {learning_rate:g}) or trainer.max_grad_norm, or warm "
         "up for longer, and "
@@ -73,6 +78,13 @@ def message(
         )
     resume = resume_command(run_dir)
     return f"{text}{remedy}resume with: {resume} trainer.learning_rate={learning_rate / 10:g}"
+
+
+def _place(run_dir: Path, found: Sequence[Found]) -> str:
+    """Return the module with which it began, in a phrase; how to find it where nobody watched."""
+    if (first := earliest(seen.watched for seen in found)) is None:
+        return ""
+    return f"; {first.said()} ({run_dir / DIAGNOSIS / first.report} has the ranges before it)"
 
 
 def resume_command(run_dir: Path) -> str:

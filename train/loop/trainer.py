@@ -25,6 +25,7 @@ from shardwright.train.loop.ahead import Ahead, counted, is_interrupted
 from shardwright.train.loop.callbacks.garbage import GarbageCollection
 from shardwright.train.loop.callbacks.handler import Callbacks
 from shardwright.train.loop.callbacks.schedule import EveryStepCounts
+from shardwright.train.loop.numerics.watch import Watch
 from shardwright.train.loop.saving.saver import Saver
 from shardwright.train.model import build as models
 from shardwright.train.model import host_checks
@@ -35,10 +36,14 @@ from shardwright.train.process import heartbeat, numerics, signals
 from shardwright.train.process.agreement import check, from_all
 from shardwright.train.process.heartbeat import Phase
 from shardwright.train.strategy import finite
-from shardwright.train.strategy.loss_scale import keep_beside_gradients, loss_scale_is_exhausted
+from shardwright.train.strategy.loss_scale import (
+    keep_beside_gradients,
+    loss_scale_is_exhausted,
+    loss_scale_state,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from accelerate.utils import KwargsHandler
 
@@ -63,6 +68,9 @@ class Trainer(transformers.Trainer):
     model: transformers.PreTrainedModel
     model_wrapped: Any
     """The live engine: DDP's or DeepSpeed's wrapper, or the model itself."""
+    before_clipping: Callable[[], object] | None = None
+    """Called in each step once its gradients are reduced, where the engine leaves that to us."""
+    _is_on_several_meshes = False
 
     def __init__(
         self,
@@ -110,13 +118,13 @@ class Trainer(transformers.Trainer):
         assert fuses != "auto", "decided by the model, `models.fitted`"
         self.head_loss = HeadLoss(model) if fuses else None
         self.gate = finite.Gate(args.device)
+        self.watch = Watch(self.config.trainer.debug, self.run_dir, args.process_index)
         self._ahead: Ahead | None = None
         """The next step, where all ranks are being told of it."""
         self._next_micro_batches: tuple[Iterator, int] = iter(()), 0
         """Where the next step's come from, and how many it has."""
         self._parameters: list[torch.nn.Parameter] = []
         """Those of the live engine; to find them takes as long as a small step."""
-        self._is_on_several_meshes = False
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
         self.tracking: Tracking | None = None
@@ -198,6 +206,8 @@ class Trainer(transformers.Trainer):
         if not ahead.batches:
             return [], None
         agreed = ahead.agreed()
+        if agreed.alarms:
+            raise self._diverged(self.state.global_step)
         if agreed.losses_not_finite or agreed.norms_not_finite:
             assert ahead.judged is not None
             raise self._diverged(ahead.judged.step)
@@ -223,6 +233,7 @@ class Trainer(transformers.Trainer):
             tokens=tokens,
             stops=signals.asked() is not None,
             judged=self.gate.newest_known(),
+            alarm=self.watch.finding is not None,
         )
 
     def _with_positions(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -270,14 +281,15 @@ class Trainer(transformers.Trainer):
         """
         seen = self.gate.last()
         counts = [number for numbers in seen for number in numbers.not_finite]
-        verdict = torch.tensor([*counts, 0], device=self.args.device)
+        alarm = int(self.watch.finding is not None)
+        verdict = torch.tensor([*counts, alarm, 0], device=self.args.device)
         if weights:
             verdict[-1] += ~self._weights_are_sound()
-        *counts, damaged = self.accelerator.reduce(verdict, "sum").tolist()
+        *counts, alarms, damaged = self.accelerator.reduce(verdict, "sum").tolist()
         for index, numbers in enumerate(seen):
             if any(counts[2 * index : 2 * index + 2]):
                 raise self._diverged(numbers.step)
-        if damaged:
+        if alarms or damaged:
             raise self._diverged(self.state.global_step)
 
     def _weights_are_sound(self) -> torch.Tensor:
@@ -292,7 +304,8 @@ class Trainer(transformers.Trainer):
         seen = {numbers.step: numbers for numbers in self.gate.last()}
         numbers = seen.get(step, finite.Numbers(step, 0.0, 0.0))
         sound = bool(self._weights_are_sound())
-        found = from_all(divergence.Found(numbers.loss, numbers.norm, sound))
+        watched = self.watch.finding
+        found = from_all(divergence.Found(numbers.loss, numbers.norm, sound, watched))
         text = divergence.message(
             self.run_dir,
             step,
@@ -329,14 +342,16 @@ class Trainer(transformers.Trainer):
             model.train()
         heartbeat.now(Phase.COMPUTE)
         inputs = self._prepare_inputs(inputs)
-        with host_checks.batches_have_documents("position_ids" in inputs):
-            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        if self.is_deepspeed_enabled:
-            self.accelerator.backward(loss, scale_wrt_gas=False)
-        elif self.accelerator.scaler is not None:
-            self.accelerator.backward(loss)
-        else:
-            loss.backward()
+        with self.watch.micro_batch(self.state.global_step + 1, self._loss_scale()):
+            with host_checks.batches_have_documents("position_ids" in inputs):
+                loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.watch.saw_loss(loss)
+            if self.is_deepspeed_enabled:
+                self.accelerator.backward(loss, scale_wrt_gas=False)
+            elif self.accelerator.scaler is not None:
+                self.accelerator.backward(loss)
+            else:
+                loss.backward()
         loss = loss.detach()
         self.gate.add_loss(loss)
         # What is logged can be compared with that of held-out samples, and from model to model.
@@ -345,6 +360,10 @@ class Trainer(transformers.Trainer):
         # As the Trainer scales a loss whose gradients the engine averages over all ranks but those
         # that divide matrices (transformers 5.23, training_step).
         return self._label_loss * (self.layout.world_size // self.layout.tensor)
+
+    def _loss_scale(self) -> float | None:
+        """Return what losses are multiplied by, where somebody watches; None where none are."""
+        return loss_scale_state(self).get("scale") if self.watch.is_needed else None
 
     # --- loss and evaluation ------------------------------------------------------------------
 
@@ -610,6 +629,8 @@ class Trainer(transformers.Trainer):
         """Return the gradients' norm, and have none larger than allowed; DeepSpeed has done so."""
         if self.is_deepspeed_enabled:
             return self.model_wrapped.get_global_grad_norm()
+        if self.before_clipping is not None:
+            self.before_clipping()
         if self.accelerator.scaler is None and not self._is_on_several_meshes:
             return torch.nn.utils.clip_grad_norm_(self._parameters, largest)
         return self.accelerator.clip_grad_norm_(self._parameters, largest)

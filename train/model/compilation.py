@@ -40,6 +40,8 @@ def settled(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, str |
         return config, None
     problem = _hindrance(config.launcher.device)
     if wanted == "auto":
+        if problem is None and config.trainer.debug.looks_into_modules:
+            problem = "trainer.debug looks into their modules; figures may differ in the last bits"
         if problem is None and not blocks_or_none(model):
             problem = f"{type(model).__name__} has no list of equal blocks"
         if problem is None and config.strategy.hooks_every_layer:

@@ -13,26 +13,41 @@ from shardwright.train.durable import write_text
 from shardwright.train.run_directory.names import METRICS
 
 TAIL_BYTES = 2**16
-"""Of metrics.jsonl; a line has some 250."""
+"""Of metrics.jsonl; a line has some 250, or one of statistics 70 for each number of a module."""
+MOST_TAIL_BYTES = 2**25
+"""Of what is searched for a loss: lines of statistics may lie behind it."""
 
 
 def tail(path: Path) -> list[dict[str, Any]]:
-    """Return the last lines of a file of JSON lines; one that is being written is left out."""
+    """Return the last lines of a file of JSON lines; one that is being written is left out.
+
+    They go back to a line with a loss, where there is one that is not far.
+    """
+    length = TAIL_BYTES
+    while True:
+        lines, is_whole = _last(path, length)
+        if is_whole or length >= MOST_TAIL_BYTES or any("loss" in line for line in lines):
+            return lines
+        length *= 8
+
+
+def _last(path: Path, length: int) -> tuple[list[dict[str, Any]], bool]:
+    """Return the lines in the last bytes of a file, and whether that is all of it."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
+            file.seek(max(0, size - length))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
-        return []
+        return [], True
     lines = []
-    for line in text.splitlines()[size > TAIL_BYTES :]:
+    for line in text.splitlines()[size > length :]:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
         lines += [entry] if isinstance(entry, dict) else []
-    return lines
+    return lines, size <= length
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,31 @@ def stacks(rank: int) -> str:
     return f"rank-{rank}.stacks.txt"
 
 
+# --- what its modules compute, in diagnosis/ --------------------------------------------------------
+
+FINDINGS = "numerics-step-*-rank-*.json"
+
+
+def numerics_report(step: int, rank: int) -> str:
+    """Return what the ranges before the first bad tensor of a rank's step are called."""
+    return f"numerics-step-{step}-rank-{rank}.txt"
+
+
+def numerics_finding(step: int, rank: int) -> str:
+    """Return what the same for programs is called, which FINDINGS matches."""
+    return f"numerics-step-{step}-rank-{rank}.json"
+
+
+def trace(step: int, rank: int, micro_batch: int) -> str:
+    """Return what the ranges of a step of trainer.debug.trace_batches are called."""
+    return f"ranges-step-{step}-rank-{rank}-micro-batch-{micro_batch}.txt"
+
+
+def fingerprints(rank: int) -> str:
+    """Return what all tensors of a rank's steps are called, a line for each micro-batch."""
+    return f"fingerprints-rank-{rank}.jsonl"
+
+
 # --- what a launcher leaves -----------------------------------------------------------------------
 
 ACCELERATE_YAML = "accelerate.yaml"

@@ -9,7 +9,7 @@ from shardwright.train.config import RankLayout, RunConfig
 from shardwright.train.strategy.training import Stateful
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -108,6 +108,20 @@ class Engine(Stateful, ABC):
         consecutive elements as they lie, on any device. Over all ranks each element of each
         parameter comes once; tied ones come under their first name. There is no communication.
         """
+
+    @abstractmethod
+    def own_gradients(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """Yield the reduced gradients as `own_weights` does the weights, where there are any.
+
+        To be called within `before_update` only. Where losses are scaled, they are too.
+        """
+
+    def before_update(self, trainer: Training, act: Callable[[], object]) -> None:
+        """Have ``act`` called in each step, once gradients are reduced and before they are clipped.
+
+        To be called once the engine is complete.
+        """
+        trainer.before_clipping = act
 
     @abstractmethod
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:

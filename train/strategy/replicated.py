@@ -119,5 +119,10 @@ class Replicated(DistributedEngine):
         held = [(name, 0, parameter) for name, parameter in trainer.model.named_parameters()]
         return divided(held, trainer.args.process_index, trainer.args.world_size)
 
+    def own_gradients(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
+        named = trainer.model.named_parameters()
+        held = [(name, 0, p.grad) for name, p in named if p.grad is not None]
+        return divided(held, trainer.args.process_index, trainer.args.world_size)
+
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
         return trainer.model.parameters()

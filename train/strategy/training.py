@@ -9,6 +9,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -81,6 +82,8 @@ class Training(Protocol):
     """Tokens trained on by all ranks, padding left out."""
     auxiliary_loss: torch.Tensor | None
     """This rank's part of the model's auxiliary losses since the last logged step."""
+    before_clipping: Callable[[], object] | None
+    """Called in each step once its gradients are reduced, where the engine leaves that to us."""
     _tr_loss: Any
     _globalstep_last_logged: int
 

@@ -39,3 +39,17 @@ def test_of_several_runs_each_metric_has_a_chart() -> None:
 def test_there_is_a_chart_for_what_is_logged_alone() -> None:
     assert panels([], one_run=True) == []
     assert [panel.title for panel in panels(["loss"], one_run=True)] == ["Training loss"]
+
+
+def test_statistics_of_modules_share_a_chart_and_those_of_several_runs_are_of_the_model() -> None:
+    modules = [f"update_norm/transformer.h.{n}.mlp" for n in range(12)]
+    logged = ["loss", "update_norm", "weight_norm", *modules]
+    found = panels(logged, one_run=True)
+    assert [(panel.title, len(panel.metrics)) for panel in found] == [
+        ("Training loss", 1),
+        ("Norm of the weights", 1),
+        ("Norm of the updates", 1),
+        ("Norm of the updates, of each module", 12),
+    ]
+    found = panels(logged, one_run=False)
+    assert [panel.metrics for panel in found] == [("loss",), ("weight_norm",), ("update_norm",)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from omegaconf import MissingMandatoryValue
+from pydantic import BaseModel
 
 from shardwright.launchers.composition.compose import CONF
 from shardwright.launchers.composition.quickly import NOT_OF_A_RUN
@@ -83,6 +84,8 @@ def test_option_composes_and_lists_every_key_with_its_default(option: Path) -> N
         if not field.is_required():
             default = field.get_default(call_default_factory=True)
             default = list(default) if isinstance(default, tuple) else default
+            if isinstance(default, BaseModel):
+                default = default.model_dump(mode="json")
             assert_same_unless_chosen(option, name, values[name], default)
 
 

@@ -290,10 +290,22 @@ def test_metrics_are_read_from_the_end_without_the_line_that_is_being_written(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(9000)) + '{"step": 90')
-    assert tail(path)[-1] == {"step": 8999}
+    lines = "".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(9000))
+    path.write_text(lines + '{"step": 90')
+    assert tail(path)[-1] == {"step": 8999, "loss": 1.0}
     assert 0 < len(tail(path)) < 9000
     assert tail(tmp_path / "none.jsonl") == []
+
+
+def test_a_loss_is_found_behind_long_lines_of_statistics(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    modules = {f"weight_norm/model.layers.{n}.self_attn.q_proj": 1.0 for n in range(2000)}
+    statistics = "".join(json.dumps({"step": n, **modules}) + "\n" for n in range(10))
+    lines = "".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(300_000))
+    path.write_text(lines + statistics)
+    found = tail(path)
+    assert found[-11]["loss"] == 1.0
+    assert len(found) < 200_000, "and not all of the file is read"
 
 
 def test_all_are_those_here_and_those_in_the_queue(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     yield from _best_metric_contradictions(config)
     yield from optimizers.contradictions(config)
     yield from _activations_contradictions(config)
+    yield from _statistics_contradictions(config)
     yield from _attention_contradictions(config)
     yield from _document_contradictions(config)
     yield from _stage_contradictions(config)
@@ -212,6 +213,16 @@ def _activations_contradictions(config: Sections) -> Iterator[str]:
         yield (
             "trainer.offload_activations=true copies between GPU and host within each block, which "
             "trainer.compile=true cannot trace; set one of them to false"
+        )
+
+
+def _statistics_contradictions(config: Sections) -> Iterator[str]:
+    every = config.trainer.debug.statistics_every_steps
+    if every is not None and config.strategy.uses_nvme:
+        yield (
+            f"trainer.debug.statistics_every_steps={every} reads all master weights and gradients, "
+            f"which strategy={config.strategy.kind} keeps on a disk (offload_optimizer or "
+            "offload_parameters=nvme); set it to null, or offload to cpu"
         )
 
 

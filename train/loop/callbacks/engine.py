@@ -38,6 +38,7 @@ class EngineReady(TrainerCallback):
         else:
             part = trainer.layout.data_parallel_rank(args.process_index)
             random_numbers.begin(trainer.config.seed, 0, part)
+        trainer.watch.attach(trainer.model)
         facts = verify.verify(trainer.engine, trainer)
         facts |= isolation.check(trainer)
         if state.is_world_process_zero:

@@ -89,19 +89,24 @@ class Metrics(TrainerCallback):
         if state.is_world_process_zero:
             # Trackers are called after this one and read the same dictionary.
             logs.update({k: v for k, v in taken.items() if k not in logs})
-            line = {
-                "step": state.global_step,
-                "samples": trainer.samples_seen,
-                "tokens": trainer.tokens_seen,
-                "time": time.time(),
-                **taken,
-            }
-            # JSON has no NaN.
-            finite = {k: v if math.isfinite(v) else None for k, v in line.items()}
-            self._append(json.dumps(finite, allow_nan=False) + "\n")
+            self.write(taken)
         # Both are the same on every rank, so all of them look closer.
         if not all(math.isfinite(taken.get(name, 0.0)) for name in ("loss", "grad_norm")):
             trainer.check_finite()
+
+    def write(self, values: dict[str, float]) -> None:
+        """Add a line for this step."""
+        trainer = self.trainer
+        line = {
+            "step": trainer.state.global_step,
+            "samples": trainer.samples_seen,
+            "tokens": trainer.tokens_seen,
+            "time": time.time(),
+            **values,
+        }
+        # JSON has no NaN.
+        finite = {k: v if math.isfinite(v) else None for k, v in line.items()}
+        self._append(json.dumps(finite, allow_nan=False) + "\n")
 
     def _count(self) -> int:
         """Return the tokens of the seconds counted since the last time, and add up both."""

@@ -16,7 +16,7 @@ from shardwright.train.strategy.fsdp.sharding import held, sharded, sharded_as
 from shardwright.train.strategy.state.engine import DistributedEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import torch
     from transformers import PreTrainedModel
@@ -63,12 +63,19 @@ class Fsdp(DistributedEngine):
                 module.reshard()
 
     def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
-        rank = trainer.args.process_index
-        held_here = []
-        parameters: dict[str, Any] = dict(trainer.model.named_parameters())
-        for name, parameter in parameters.items():
-            start, _ = held(parameter)
-            held_here.append((name, start, parameter.to_local()))
+        return self._own(trainer, dict(trainer.model.named_parameters()))
+
+    def own_gradients(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
+        named = trainer.model.named_parameters()
+        return self._own(trainer, {name: p.grad for name, p in named if p.grad is not None})
+
+    def _own(
+        self, trainer: Training, tensors: Mapping[str, Any]
+    ) -> Iterator[tuple[str, int, torch.Tensor]]:
+        rank, held_here = trainer.args.process_index, []
+        for name, tensor in tensors.items():
+            start, _ = held(tensor)
+            held_here.append((name, start, tensor.to_local()))
         return divided(held_here, self.layout.replica_rank(rank), self.layout.replicas)
 
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy
 from shardwright.train.strategy.engine import Engine, divided
-from shardwright.train.strategy.zero import facts, masters, nvme
+from shardwright.train.strategy.zero import facts, gradients, masters, nvme
 from shardwright.train.strategy.zero.adam import deepspeed_cpu_adam
 from shardwright.train.strategy.zero.masters import (
     Piece,
@@ -22,7 +22,7 @@ from shardwright.train.strategy.zero.partition import partitioned
 from shardwright.train.strategy.zero.settings import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
     from transformers import PreTrainedModel
@@ -142,6 +142,16 @@ class Zero(Engine):
             for flat, pieces in self._partitions(engine):
                 for name, start, length, place in pieces:
                     yield name, start, flat[place : place + length]
+
+    def own_gradients(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
+        named = trainer.model_wrapped.module.named_parameters()
+        if self.strategy.stage == 0:
+            on_all = [(name, 0, p.grad) for name, p in named if p.grad is not None]
+            return divided(on_all, trainer.args.process_index, trainer.args.world_size)
+        return gradients.own(trainer.model_wrapped)
+
+    def before_update(self, trainer: Training, act: Callable[[], object]) -> None:
+        gradients.before_update(trainer.model_wrapped, act)
 
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
         engine = trainer.model_wrapped
