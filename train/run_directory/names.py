@@ -99,7 +99,7 @@ def stacks(rank: int) -> str:
     return f"rank-{rank}.stacks.txt"
 
 
-# --- what its modules compute, in diagnosis/ --------------------------------------------------------
+# --- what its modules compute, in diagnosis/ -----------------------------------------------------
 
 FINDINGS = "numerics-step-*-rank-*.json"
 
