@@ -26,6 +26,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "adafactor", "learning_rate": 0.1},
     "muon": {"optimizer": "muon", "learning_rate": 3e-3},
     "adamw_8bit": {"optimizer": "adamw_8bit"},
+    "lion": {"optimizer": "lion", "learning_rate": 5e-4},
+    "sgd": {"optimizer": "sgd", "learning_rate": 0.3},
 }
 
 

@@ -35,11 +35,19 @@ pytestmark = pytest.mark.distributed
 
 COLD_COMPILER_SECONDS = 1200
 """DeepSpeed's operator is compiled by the first test on a machine, which may be a busy one."""
-CLASSES = {"adafactor": "Adafactor", "muon": "MuonWithAdamW", "adamw_8bit": "AdamW8bit"}
+CLASSES = {
+    "adafactor": "Adafactor",
+    "muon": "MuonWithAdamW",
+    "adamw_8bit": "AdamW8bit",
+    "lion": "Lion",
+    "sgd": "SGD",
+}
 TAKEN = {
     "adafactor": ("ddp", "zero0"),
     "muon": ("ddp", "fsdp", "zero0"),
     "adamw_8bit": ("ddp", "fsdp", "zero0"),
+    "lion": ("zero2", "fsdp"),
+    "sgd": ("zero3", "fsdp"),
 }
 # Compiled for each strategy anew.
 EIGHT_BIT = {"ddp": [needs_torchao, pytest.mark.slow]}

@@ -108,6 +108,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     ("optimizer", "name", "precision"),
     [
         *(("muon", "ddp", {}), ("muon", "fsdp", {}), ("adafactor", "ddp", {})),
+        *(("lion", "zero2", {}), ("sgd", "fsdp", {})),
         pytest.param("adamw_8bit", "ddp", {}, marks=needs_torchao),
         pytest.param("adamw_8bit", "zero0", {}, marks=needs_torchao),
         *(

@@ -30,7 +30,7 @@ NAN, INF = math.nan, math.inf
 # --- the gate ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd"])
 def test_no_optimizer_steps_while_the_gate_is_closed(name: str) -> None:
     if name == "adamw_8bit":
         pytest.importorskip("torchao.optim")

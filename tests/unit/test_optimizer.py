@@ -42,7 +42,7 @@ def names_in(group: dict[str, Any], model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) in ids}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd"])
 @pytest.mark.parametrize("make", [gpt2, roberta])
 def test_each_parameter_is_in_one_group_and_biases_and_norms_do_not_decay(
     make: Any, name: str
@@ -115,7 +115,7 @@ def test_muon_and_adamw_together_are_torchs_own_one_by_one() -> None:
         torch.testing.assert_close(parameter, named[name], rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize("name", ["adafactor", "muon", "lion", "sgd"])
 def test_a_loaded_state_goes_on_bit_for_bit(name: str) -> None:
     model = roberta()
     optimizer = built(model, optimizer=name)

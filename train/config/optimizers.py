@@ -18,7 +18,7 @@ from shardwright.train.config.section import (
     Section,
 )
 
-OptimizerName = Literal["adamw", "adafactor", "muon", "adamw_8bit"]
+OptimizerName = Literal["adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,17 @@ OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
         takes_sharded_bf16=False,
         package="torchao",
         is_compiled=True,
+    ),
+    "lion": OptimizerFacts(
+        description="Lion, the sign of a mean gradient (arXiv 2302.06675): the extra `lion`; takes "
+        "a third to a tenth of AdamW's rates, and as many times its weight decay",
+        moments=1,
+        package="lion_pytorch",
+    ),
+    "sgd": OptimizerFacts(
+        description="torch's SGD with momentum; its weight decay is added to the gradient, and "
+        "moves through the momentum with it",
+        moments=1,
     ),
 }
 
@@ -162,6 +173,14 @@ class OptimizerFields(Section):
     """Root mean squared gradients below this count as this."""
     adafactor_epsilon2: PositiveFloat = 1e-3
     """RMS of a tensor below this count as this, so that zeros can grow."""
+    lion_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the mean gradient in the one whose sign is taken."""
+    lion_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the mean gradient in a step."""
+    sgd_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the sum of gradients in a step."""
+    sgd_nesterov: bool = False
+    """Look one step of the momentum ahead; needs a momentum."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 does not clip."""
 
@@ -177,6 +196,11 @@ class OptimizerFields(Section):
                 )
         if self.lr_scheduler == "range_test":
             self._check_range_test()
+        if self.sgd_nesterov and not self.sgd_momentum:
+            raise ValueError(
+                "sgd_nesterov=true looks ahead along a momentum, but sgd_momentum=0; raise it or "
+                "leave sgd_nesterov=false"
+            )
         for name, field in type(self).model_fields.items():
             owner = next((o for o in OPTIMIZERS if name.startswith(f"{o}_")), None)
             value = getattr(self, name)

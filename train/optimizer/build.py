@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from shardwright.train.config import RunConfig
 from shardwright.train.config.optimizers import OptimizerName
-from shardwright.train.optimizer import adafactor, adamw, eight_bit, muon
+from shardwright.train.optimizer import adafactor, adamw, eight_bit, lion, muon, sgd
 from shardwright.train.optimizer.kind import AdamwOf, Kind
 
 KINDS: dict[OptimizerName, Kind] = {
@@ -18,6 +18,8 @@ KINDS: dict[OptimizerName, Kind] = {
     "muon": muon.KIND,
     "adafactor": adafactor.KIND,
     "adamw_8bit": eight_bit.KIND,
+    "lion": lion.KIND,
+    "sgd": sgd.KIND,
 }
 
 

@@ -17,8 +17,8 @@ TRAINER_ARGUMENTS = rows(
         "learning_rate": "trainer.learning_rate",
         "lr_scheduler_type": "trainer.lr_scheduler",
         "lr_scheduler_kwargs": (
-            "trainer.lr_scheduler, trainer.warmup_steps, trainer.decay_fraction and "
-            "trainer.decay_shape"
+            "trainer.min_learning_rate_ratio, trainer.cosine_cycles, trainer.polynomial_power, "
+            "trainer.decay_fraction and trainer.decay_shape"
         ),
         "warmup_steps": "trainer.warmup_steps or, for a share of the run, trainer.warmup_fraction",
         "warmup_ratio": "trainer.warmup_fraction",
