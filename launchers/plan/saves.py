@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from shardwright.launchers.machine.memory import moments_bytes
 from shardwright.launchers.plan.hardware import GIGA, Hardware
 from shardwright.train.config import RunConfig, ZeroStrategy, rank_layout
+from shardwright.train.config.optimizers import OPTIMIZERS
 from shardwright.train.config.precision import DTYPES
 from shardwright.train.plan.facts import ModelFacts
 
@@ -58,7 +59,7 @@ def _bytes_of_ranks(config: RunConfig, model: ModelFacts) -> tuple[float, float]
     precision, strategy, ranks = config.precision, config.strategy, config.launcher.world_size
     master = DTYPES[precision.master_dtype].size_bytes
     moments = moments_bytes(config.trainer, DTYPES[precision.moments_dtype].size_bytes)
-    if config.trainer.optimizer == "adamw_8bit":
+    if OPTIMIZERS[config.trainer.optimizer].quantises:
         moments = 2 * DTYPES["fp32"].size_bytes
     states = (master + moments) * model.count
     if not isinstance(strategy, ZeroStrategy):

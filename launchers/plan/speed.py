@@ -20,6 +20,7 @@ from shardwright.train.config import (
     samples_wanted,
     total_steps,
 )
+from shardwright.train.config.optimizers import OPTIMIZERS
 from shardwright.train.config.precision import DTYPES
 from shardwright.train.plan.facts import ModelFacts, Traced
 
@@ -223,25 +224,25 @@ def update_seconds(config: RunConfig, model: ModelFacts, hardware: Hardware) -> 
 
     AdamW reads gradients, and reads and writes master weights and moments, each once (torch 2.13,
     native/cuda/fused_adamw_impl.cu); clipping reads gradients for their norm, and reads and writes
-    them; copies for compute are written. Adafactor takes about ten passes over fp32 (optim/
-    _adafactor.py). Offloaded, all ranks of a node share the host's memory. Muon's iterations are
-    products of bf16, each matrix's done by one rank: for one of s x l, s no more than l, an
-    iteration has 2 s^2 (2 l + s) (Jordan 2024, "Muon"), the busiest rank no more than a fair share
-    and one matrix.
+    them; copies for compute are written. Others say how often they go over fp32. Offloaded, all
+    ranks of a node share the host's memory. Muon's iterations are products of bf16, each matrix's
+    done by one rank: for one of s x l, s no more than l, an iteration has 2 s^2 (2 l + s) (Jordan
+    2024, "Muon"), the busiest rank no more than a fair share and one matrix.
     """
     precision, strategy, trainer = config.precision, config.strategy, config.trainer
     part = model.count / rank_layout(strategy, config.launcher.world_size).shards
     master = DTYPES[precision.master_dtype].size_bytes
     moments = moments_bytes(trainer, DTYPES[precision.moments_dtype].size_bytes)
+    optimizer = OPTIMIZERS[trainer.optimizer]
     passes = 2.0 * (master + moments) + master
-    if trainer.optimizer == "adafactor":
-        passes = 10.0 * master
+    if optimizer.passes is not None:
+        passes = float(optimizer.passes * master)
     if trainer.max_grad_norm:
         passes += 3 * master
     if strategy.computes_with_copies and precision.compute_dtype != precision.master_dtype:
         passes += precision.computes_in.size_bytes
     seconds = part * passes / _update_bandwidth(config, hardware)
-    if trainer.optimizer == "muon":
+    if optimizer.works_on_whole_matrices:
         seconds += _muon_seconds(config, model, hardware)
     return seconds
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from shardwright.train.config import FsdpStrategy, RunConfig, ZeroStrategy, rank_layout
+from shardwright.train.config.optimizers import OPTIMIZERS
 from shardwright.train.config.precision import DTYPES
 from shardwright.train.plan.facts import ModelFacts
 
-OF_8_BITS = 8
-"""Bytes of each element of the largest parameter: both moments in fp32, assumed of torchao 0.18's
-compiled step, which may not make them."""
+QUANTISED = 8
+"""Bytes of each element of the largest parameter, where moments are quantised: both in fp32,
+assumed of torchao 0.18's compiled step, which may not make them."""
 
 
 def temporaries(config: RunConfig, model: ModelFacts) -> int:
@@ -20,7 +21,7 @@ def temporaries(config: RunConfig, model: ModelFacts) -> int:
       parameters; on a CPU one after the other, while that of the one before is still there.
     - Muon's iteration (optim/_muon.py) has up to 12 bytes for each element of one matrix, in bf16;
       several ranks send rows of it, and of what came of it, 2 bytes each.
-    - adamw_8bit: see above.
+    - Of quantised moments: see above.
 
     DeepSpeed 0.19.8 lays the gradients of a group, at stage 3 of a sub-group, end to end once more
     for the update, cast where they are of another dtype than the master weights: stage_1_and_2.py
@@ -40,16 +41,14 @@ def _of_optimizer(config: RunConfig, model: ModelFacts) -> int:
     master = DTYPES[config.precision.master_dtype].size_bytes
     shards = rank_layout(config.strategy, config.launcher.world_size).shards
     *_, second, largest = (0, *sorted(p.elements for p in model.parameters))
-    match config.trainer.optimizer:
-        case "adafactor":
-            everything = config.launcher.device == "cuda"
-            return master * (model.count if everything else largest + second)
-        case "muon":
-            matrix = max((p.elements for p in model.parameters if p.is_hidden_matrix), default=0)
-            return matrix * (12 if config.launcher.world_size == 1 else 16)
-        case "adamw_8bit":
-            return OF_8_BITS * -(-largest // shards)
-    return 0
+    facts = OPTIMIZERS[config.trainer.optimizer]
+    if facts.holds_all_updates:
+        everything = config.launcher.device == "cuda"
+        return master * (model.count if everything else largest + second)
+    if facts.works_on_whole_matrices:
+        matrix = max((p.elements for p in model.parameters if p.is_hidden_matrix), default=0)
+        return matrix * (12 if config.launcher.world_size == 1 else 16)
+    return QUANTISED * -(-largest // shards) if facts.quantises else 0
 
 
 def _of_zero(config: RunConfig, model: ModelFacts, strategy: ZeroStrategy) -> int:

@@ -20,6 +20,7 @@ from shardwright.train.config import (
     accumulation_steps,
     rank_layout,
 )
+from shardwright.train.config.optimizers import OPTIMIZERS
 from shardwright.train.config.precision import DTYPES
 from shardwright.train.plan.facts import ModelFacts, Parameter
 from shardwright.train.strategy.zero.settings import settings as zero_settings
@@ -290,7 +291,7 @@ class _Of:
         Source: train/optimizer/dealing.py: in bf16, in rounds of one matrix a rank; where all ranks
         hold all, what came of it is broadcast.
         """
-        if self.config.trainer.optimizer != "muon":
+        if not OPTIMIZERS[self.config.trainer.optimizer].works_on_whole_matrices:
             return
         sizes = [p.elements for p in self._parameters if p.is_hidden_matrix]
         ranks = self.config.launcher.world_size

@@ -50,6 +50,17 @@ class OptimizerFacts:
     """What has to be installed for it besides."""
     is_compiled: bool = False
     """Whether its first step needs a C++ compiler."""
+    works_on_whole_matrices: bool = False
+    """Whether one rank at a time works on a whole matrix of the hidden layers."""
+    holds_all_updates: bool = False
+    """Whether its step on a GPU holds the updates of all parameters at once."""
+    passes: int | None = None
+    """How often its step goes over the master weights; None is once over all that it keeps."""
+
+    @property
+    def quantises(self) -> bool:
+        """Whether moments are kept in fewer bits than its step, and a checkpoint, has them in."""
+        return self.moments_bytes is not None
 
 
 OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
@@ -61,6 +72,7 @@ OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
         runs_adamw=True,
         why_not_flat="makes each matrix orthogonal",
         is_for_gpus=True,
+        works_on_whole_matrices=True,
     ),
     "adafactor": OptimizerFacts(
         description="torch's Adafactor: a row and a column of second moments for a matrix, no "
@@ -70,6 +82,8 @@ OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
         # torch 2.13's takes the norm of each column in place, which a sharded tensor cannot.
         takes_sharded=False,
         why_fp32_masters="its averages come to change by less than bf16 can represent",
+        holds_all_updates=True,
+        passes=10,  # torch 2.13, optim/_adafactor.py
     ),
     "adamw_8bit": OptimizerFacts(
         description="torchao's AdamW, whose moments take a quarter of the memory: the extra "
