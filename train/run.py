@@ -223,6 +223,7 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
     """Have a trainer told, measured, evaluated, stopped and tracked as its config asks for."""
     config = trainer.config
     trainer.saver.console = console if rank.index == 0 else None
+    trainer.profiler.say = lambda text: progress.write(text, console)
     trainer.tracking = Tracking(config, trainer.run_dir, console) if rank.index == 0 else None
     device_name = flops.device_name(trainer.args.device)
     metrics = Metrics(trainer, flops.cost(trainer.model, config, device_name, rank.world_size))

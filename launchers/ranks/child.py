@@ -22,18 +22,20 @@ from typing import IO
 from shardwright.train.console import terminal
 from shardwright.train.process import inherited, signals
 from shardwright.train.process.open_files import raise_open_file_limit
-from shardwright.train.run_directory import stop_request
+from shardwright.train.run_directory import profile_request, stop_request
 
 ASKS_TO_STOP = (
     signal.SIGTERM,
     signal.SIGINT,
     signal.SIGHUP,
     signal.SIGUSR1,
-    signal.SIGUSR2,
 )
 STOP = signal.SIGUSR1
 """What ranks are told, whatever this process was. The launchers between have no use for it, so the
 child has it blocked from birth: it cannot kill them, and a rank gets it once it listens."""
+PROFILE = signals.PROFILE
+"""What asks for a profile of a run; blocked from birth likewise, as it would kill a launcher."""
+HANDLED = (*ASKS_TO_STOP, PROFILE)
 GRACE_SECONDS = 30.0
 """From the signal to SIGKILL: as SLURM, Kubernetes and torchrun have it where nobody says more."""
 LEFTOVER_SECONDS = 5.0
@@ -70,6 +72,7 @@ def run(
     Of its own it does not hand on what says who a rank is or which engine runs, unless
     ``inherit_all``.
 
+    PROFILE has the run asked for a profile, or where ``run_dir`` is not known its ranks here.
     Each of ASKS_TO_STOP has the ranks told STOP; those that have not ended ``grace_seconds`` later
     are killed, and after a second SIGINT at once; 0 is for those that do not watch for STOP. When
     the child has ended, all that descends from it is ended too; when this process is killed, the
@@ -83,7 +86,7 @@ def run(
     """
     raise_open_file_limit()
     # Blocked until the child is there to be told, and before anything that takes time.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     before = set(descendants(os.getpid()))
     shown = None
     request = _Request(grace_seconds, run_dir, is_elsewhere, at_ctrl_c)
@@ -98,7 +101,7 @@ def run(
             child = _start(argv, {**inherited_here, **environment}, stderr_file, is_elsewhere, mask)
             request.child = child.pid
             shown = None if child.stdout is None else _shown(child.stdout)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask - set(ASKS_TO_STOP))
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask - set(HANDLED))
             code = _wait(child, request)
         finally:
             _end_left_over(left_over, request)
@@ -144,10 +147,11 @@ def _noting_signals(request: _Request, mask: set[int | signal.Signals]) -> Itera
     """Have what asks to stop noted by a request; after a run that was stopped, leave it blocked."""
     handled = [n for n in ASKS_TO_STOP if signal.getsignal(n) != signal.SIG_IGN or n == STOP]
     handlers = {number: signal.signal(number, request.note) for number in handled}
+    handlers[PROFILE] = signal.signal(PROFILE, request.pass_on_profile)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_STOP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if not request.signals:
@@ -247,6 +251,20 @@ class _Request:
         self.deadline = min(self.deadline, time.monotonic() + left)
         self.tell()
 
+    def pass_on_profile(self, number: int, frame: FrameType | None) -> None:
+        """Ask for a profile: through the run's directory, or the ranks here, one of which will do.
+
+        A rank that has not begun to listen has PROFILE blocked.
+        """
+        del number, frame
+        if self.run_dir is not None:
+            profile_request.request(self.run_dir, f"SIGUSR2 on {socket.gethostname()}")
+            return
+        for pid in filter(_is_rank, descendants(os.getpid())):
+            if _has_in_mask(pid, ("SigBlk", "SigCgt"), PROFILE):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, PROFILE)
+
     def hear(self) -> None:
         """Take a STOP that somebody sent to a launcher in between as one to this process."""
         if self.signals or self.child is None:
@@ -307,14 +325,14 @@ def listens(pid: int) -> bool:
     return _has_in_mask(pid, ("SigBlk", "SigIgn", "SigCgt"))
 
 
-def _has_in_mask(pid: int, names: tuple[str, ...]) -> bool:
-    """Return whether one of these masks in /proc/PID/status has STOP in it."""
+def _has_in_mask(pid: int, names: tuple[str, ...], number: int = STOP) -> bool:
+    """Return whether one of these masks in /proc/PID/status has a signal in it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
     masks = (line.split()[1] for line in status.splitlines() if line.startswith(names))
-    return any(int(mask, 16) >> (STOP - 1) & 1 for mask in masks)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
 _PENDING = ("SigPnd", "ShdPnd")
@@ -400,10 +418,10 @@ def _child_setup(parent: int, mask: set[int | signal.Signals]) -> Callable[[], N
                 os._exit(1)
         # A terminal sends its Ctrl-C to the child too as long as that has no session of its own.
         # Once unblocked it would run this process's handler in the child; to ignore it drops it.
-        for number in ASKS_TO_STOP:
-            if number != STOP and callable(signal.getsignal(number)):
+        for number in HANDLED:
+            if number not in (STOP, PROFILE) and callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_IGN)
                 signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask | {STOP})
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask | {STOP, PROFILE})
 
     return set_up

@@ -118,6 +118,8 @@ class Conductor:
 
         handled = [n for n in child.ASKS_TO_STOP if signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, note) for number in handled}
+        # It asks one run for a profile.
+        before[child.PROFILE] = signal.signal(child.PROFILE, lambda number, frame: None)
         try:
             yield
         finally:

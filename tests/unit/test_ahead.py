@@ -39,9 +39,14 @@ def test_labels_and_tokens_are_counted_without_padding() -> None:
 )
 def test_alone_a_rank_agrees_with_itself(judged: Numbers | None, not_finite: list[int]) -> None:
     ahead = Ahead([], labels=5, tokens=7, stops=True, judged=judged)
-    assert list(ahead.agreed()) == [5, 7, 1, *not_finite, 0]
+    assert list(ahead.agreed()) == [5, 7, 1, *not_finite, 0, 0]
     watched = Ahead([], labels=5, tokens=7, stops=False, judged=judged, alarm=True)
     assert watched.agreed().alarms == 1
+
+
+def test_who_was_asked_for_a_profile_tells_all() -> None:
+    ahead = Ahead([], labels=5, tokens=7, stops=False, judged=None, profile=True)
+    assert ahead.agreed().profiles == 1
 
 
 def test_nothing_is_agreed_before_what_takes_long_or_ends_the_run() -> None:

@@ -21,7 +21,7 @@ class Run:
     """Stands for a trainer whose steps take what a test says, of 100 tokens each."""
 
     def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch, step: int = 0) -> None:
-        self.now = 1000.0
+        self.now, self.profiled = 1000.0, set[int]()
         monkeypatch.setattr(metrics.time, "monotonic", lambda: self.now)
         self.trainer: Any = SimpleNamespace(
             tokens_seen=100 * step,
@@ -29,6 +29,7 @@ class Run:
             run_dir=run_dir,
             _globalstep_last_logged=step,
             auxiliary_loss=None,
+            profiler=SimpleNamespace(disturbs=lambda step: step in self.profiled),
             args=SimpleNamespace(device=torch.device("cpu")),
             accelerator=SimpleNamespace(gather=lambda tensor: tensor),
             resumed=SimpleNamespace(step=step) if step else None,
@@ -82,6 +83,24 @@ def test_the_first_line_of_a_start_leaves_its_first_step_out(
     run.step(2)
     run.step(2)
     assert run.log()["tokens_per_second"] == pytest.approx(200 / 4)
+
+
+def test_steps_that_are_profiled_count_for_no_speed_and_are_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, monkeypatch)
+    run.profiled = {3, 4}
+    for seconds in (300, 2, 90, 40, 2):
+        run.step(seconds)
+    logged = run.log()
+    assert logged["tokens_per_second"] == pytest.approx(200 / 4)
+    assert logged["profiled_steps"] == 2
+    run.step(2)
+    assert "profiled_steps" not in run.log()
+    run.profiled = {7}
+    run.step(60)
+    assert "tokens_per_second" not in run.log()
+    assert run.metrics.summary() == "trained 7 steps in 8 min, 50 tokens/s while training"
 
 
 def test_no_step_has_no_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

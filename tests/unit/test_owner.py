@@ -187,7 +187,7 @@ def owner_of(run_dir: Path) -> Owner:
 @pytest.fixture
 def _signals_as_before() -> Iterator[None]:
     """Undo what a rank does to signals as it starts: it is this process here."""
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.HANDLED}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

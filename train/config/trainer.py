@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from shardwright.train.config.debug import Debug
 from shardwright.train.config.optimizers import OptimizerFields
+from shardwright.train.config.profile import Profile
 from shardwright.train.config.rank_layout import RankLayout
 from shardwright.train.config.section import (
     NonNegativeFloat,
@@ -102,6 +103,8 @@ class TrainerConfig(OptimizerFields, Amount):
     that stops; null lets each look when it happens to."""
     debug: Debug = Debug()
     """What is looked at of the arithmetic itself, to find where it fails."""
+    profile: Profile = Profile()
+    """Steps that torch's profiler looks into, and on which ranks."""
 
     hang_timeout_seconds: PositiveFloat | Literal["auto"] | None = "auto"
     """End the run, to be resumed, once a rank has not moved for so long, and say which one and
@@ -177,6 +180,11 @@ class TrainerConfig(OptimizerFields, Amount):
             raise ValueError(
                 f"compile=true and debug.{asked} contradict each other: compiled blocks have no "
                 "modules to look into; set compile=false, or auto, which then compiles nothing"
+            )
+        if self.max_steps is not None and (self.profile.at_step or 0) > self.max_steps:
+            raise ValueError(
+                f"profile.at_step={self.profile.at_step} is behind the last step, "
+                f"max_steps={self.max_steps}; profile an earlier step or train for more"
             )
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(

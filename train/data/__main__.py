@@ -140,7 +140,7 @@ def _work(
     tells: bool = False,
 ) -> int:
     """Do the work in a process that ends with its parent; return its exit code."""
-    for number in signals.SIGNALS:  # a terminal sends its Ctrl-C to both
+    for number in signals.HANDLED:  # a terminal sends its Ctrl-C to both
         signal.signal(number, signal.SIG_IGN)
     if not end_with(parent):
         return FAILED

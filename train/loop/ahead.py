@@ -28,6 +28,8 @@ class Agreed(NamedTuple):
     """Of the step `Ahead.judged`."""
     alarms: int
     """How many ranks have seen a module in the step before whose numbers end the run."""
+    profiles: int
+    """How many were asked for a profile."""
 
 
 class Ahead:
@@ -46,15 +48,18 @@ class Ahead:
         stops: bool,
         judged: Numbers | None,
         alarm: bool = False,
+        profile: bool = False,
     ) -> None:
         """Begin to tell the others. Collective, and does not wait.
 
-        ``judged`` is what this rank has seen of the newest step of which anything is known, and
-        ``alarm`` whether it has watched a module fail.
+        ``judged`` is what this rank has seen of the newest step of which anything is known,
+        ``alarm`` whether it has watched a module fail, ``profile`` whether it was asked for one.
         """
         self.batches, self.judged = batches, judged
         not_finite = judged.not_finite if judged is not None else [0, 0]
-        self._sums = torch.tensor([labels, tokens, int(stops), *not_finite, int(alarm)])
+        self._sums = torch.tensor(
+            [labels, tokens, int(stops), *not_finite, int(alarm), int(profile)]
+        )
         self._work: Any = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._work = dist.all_reduce(self._sums, async_op=True)

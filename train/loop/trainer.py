@@ -26,6 +26,7 @@ from shardwright.train.loop.callbacks.garbage import GarbageCollection
 from shardwright.train.loop.callbacks.handler import Callbacks
 from shardwright.train.loop.callbacks.schedule import EveryStepCounts
 from shardwright.train.loop.numerics.watch import Watch
+from shardwright.train.loop.profiling.profiler import Profiler
 from shardwright.train.loop.saving.saver import Saver
 from shardwright.train.model import build as models
 from shardwright.train.model import host_checks
@@ -119,6 +120,7 @@ class Trainer(transformers.Trainer):
         self.head_loss = HeadLoss(model) if fuses else None
         self.gate = finite.Gate(args.device)
         self.watch = Watch(self.config.trainer.debug, self.run_dir, args.process_index)
+        self.profiler = Profiler(self.config.trainer, self.run_dir, args)
         self._ahead: Ahead | None = None
         """The next step, where all ranks are being told of it."""
         self._next_micro_batches: tuple[Iterator, int] = iter(()), 0
@@ -150,7 +152,7 @@ class Trainer(transformers.Trainer):
         )
         self.remove_callback(transformers.PrinterCallback)
         # The schedule advances before what saves and logs.
-        for callback in (self.garbage, EveryStepCounts(self), self.saver):
+        for callback in (self.profiler, self.garbage, EveryStepCounts(self), self.saver):
             self.add_callback(callback)
 
     @property
@@ -201,6 +203,7 @@ class Trainer(transformers.Trainer):
         if self.control.should_training_stop:  # by the evaluation that a stop had cut short
             return [], None
         heartbeat.step_begins(self.state.global_step + 1)
+        self.profiler.step_begins(self.state.global_step + 1)
         self._next_micro_batches = epoch_iterator, num_batches
         ahead, self._ahead = self._ahead or self._look_ahead(), None
         if not ahead.batches:
@@ -213,6 +216,8 @@ class Trainer(transformers.Trainer):
             raise self._diverged(ahead.judged.step)
         if agreed.stops:
             raise signals.Stop
+        step, last_step = self.state.global_step + 1, self.state.max_steps
+        self.profiler.agreed(step, last_step, is_asked=agreed.profiles > 0)
         self.gate.begin()
         self.tokens_seen += agreed.tokens
         batches = [self._with_positions(batch) for batch in ahead.batches]
@@ -222,7 +227,7 @@ class Trainer(transformers.Trainer):
     def _look_ahead(self) -> Ahead:
         """Fetch the next step's micro-batches and begin to tell the other ranks of them."""
         iterator, count = self._next_micro_batches
-        with heartbeat.at(Phase.DATA):
+        with heartbeat.at(Phase.DATA), self.profiler.data():
             batches = list(itertools.islice(iterator, count))
         if batches and not self._is_data_checked:
             self._check_data(batches)
@@ -234,6 +239,7 @@ class Trainer(transformers.Trainer):
             stops=signals.asked() is not None,
             judged=self.gate.newest_known(),
             alarm=self.watch.finding is not None,
+            profile=self.profiler.take_request(),
         )
 
     def _with_positions(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

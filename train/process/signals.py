@@ -1,4 +1,4 @@
-"""Stop cleanly when told to: a signal leaves a note, and all ranks agree on where they stop."""
+"""What signals ask of a rank: each leaves a note, and all ranks agree on what comes of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from types import FrameType
 
 from shardwright.train.errors import FAILED
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 """What asks a rank to stop. SIGUSR1 is the one that no launcher between acts on by itself."""
+PROFILE = signal.SIGUSR2
+"""What asks a rank to have its next steps profiled; no launcher between acts on it, either."""
+HANDLED = (*SIGNALS, PROFILE)
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -44,13 +47,17 @@ _requester: str | None = None
 _at_once = False
 _heard = False
 """Whether the next signal is only to say that another rank was asked."""
+_profile = False
+"""Whether a profile is asked for that nobody has taken on yet."""
 
 
 # --- one process --------------------------------------------------------------------------------
 
 
 def install() -> None:
-    """Have SIGNALS ask for a clean stop from now on; whoever started this process may block them.
+    """Have SIGNALS ask for a clean stop from now on, and PROFILE for a profile.
+
+    Whoever started this process may block them.
 
     A second SIGINT kills, any other second signal changes nothing. What nohup ignores stays so.
     Below torchrun a second SIGINT changes nothing either: it passes its own one on, to ranks that
@@ -63,7 +70,8 @@ def install() -> None:
         may_be_ignored = number in (signal.SIGHUP, signal.SIGINT)
         if not (may_be_ignored and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, _note)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.signal(PROFILE, _note_profile)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -79,6 +87,24 @@ def _note(number: int, frame: FrameType | None) -> None:
         _request = _Request(_requester or by_whom(number), time.monotonic())
         if _at_once:
             raise Stop
+
+
+def _note_profile(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    request_profile()
+
+
+def request_profile() -> None:
+    """Ask for a profile of the next steps; from any thread."""
+    global _profile
+    _profile = True
+
+
+def take_profile_request() -> bool:
+    """Return whether a profile was asked for since the last time."""
+    global _profile
+    taken, _profile = _profile, False
+    return taken
 
 
 def request_stop(by: str) -> None:
@@ -131,7 +157,10 @@ def unless(has_failed: Callable[[], bool]) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        if os.read(reading, 1):
+        asks = {bytes([PROFILE])}
+        while (first := os.read(reading, 1)) in asks:
+            pass  # which waits for the first step
+        if first:
             while not over.wait(SECONDS_BETWEEN_LOOKS):
                 if has_failed():
                     os.write(2, b"told to stop, and another rank has failed: not waiting for it\n")
@@ -164,6 +193,8 @@ def hear(thread: int) -> None:
 def ignore() -> None:
     """Ignore signals from now on: all is done but for the exit, whose code they would change."""
     _set_all(signal.SIG_IGN)
+    if signal.getsignal(PROFILE) == _note_profile:
+        signal.signal(PROFILE, signal.SIG_IGN)
 
 
 def _set_all(handler: signal.Handlers) -> None:

@@ -1,4 +1,4 @@
-"""Watch for a request to stop while a run continues."""
+"""Watch for a request to stop, or for a profile, while a run continues."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shardwright.train.console.reports import STOP
 from shardwright.train.process import signals
+from shardwright.train.run_directory.names import PROFILE_REQUEST
 from shardwright.train.run_directory.stop_request import FILE, KILL, lines_of
 
 
@@ -26,13 +27,14 @@ def watch_for_stop(run_dir: Path) -> Iterator[None]:
     for up to a minute NFS takes a file for missing that was so, but tells whoever opens one what is
     in it now.
     """
-    path = run_dir / FILE
+    path, profile = run_dir / FILE, run_dir / PROFILE_REQUEST
     with suppress(OSError):  # a full disk: this node's own signals are left
         path.write_bytes(b"")
+        profile.write_bytes(b"")
     over = threading.Event()
 
     def listen() -> None:
-        is_asked = False
+        is_asked, profiles = False, 0
         while not over.wait(signals.SECONDS_BETWEEN_LOOKS):
             lines = lines_of(path)
             if KILL in lines:
@@ -41,6 +43,9 @@ def watch_for_stop(run_dir: Path) -> Iterator[None]:
             if lines and not is_asked:
                 is_asked = True
                 signals.request_stop(lines[0])
+            if (count := len(lines_of(profile))) > profiles:
+                signals.request_profile()
+            profiles = count
 
     listener = threading.Thread(target=listen, name="stop request", daemon=True)
     listener.start()
@@ -51,6 +56,7 @@ def watch_for_stop(run_dir: Path) -> Iterator[None]:
         listener.join()
         with suppress(OSError):
             path.unlink(missing_ok=True)
+            profile.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ PROVENANCE = "provenance.json"
 ENGINE_JSON = "engine.json"
 OWNER = "owner.json"
 STOP_REQUEST = "stop-request"
+PROFILE_REQUEST = "profile-request"
 STOPPED = "stopped.json"
 PRUNED = "pruned.json"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -122,6 +123,16 @@ def trace(step: int, rank: int, micro_batch: int) -> str:
 def fingerprints(rank: int) -> str:
     """Return what all tensors of a rank's steps are called, a line for each micro-batch."""
     return f"fingerprints-rank-{rank}.jsonl"
+
+
+# --- profile/ -------------------------------------------------------------------------------------
+
+PROFILES = "profile"
+
+
+def profile_of(step: int, rank: int) -> str:
+    """Return how the names begin of what is written of a rank's steps from one on."""
+    return f"step-{step}-rank-{rank}"
 
 
 # --- what a launcher leaves -----------------------------------------------------------------------

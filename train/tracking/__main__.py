@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
     With --once alone, as a person asks, the exit code tells of that.
     """
-    for number in signals.SIGNALS:  # its stdin says when to end
+    for number in signals.HANDLED:  # its stdin says when to end
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(
         prog="python -m shardwright.train.tracking", description=__doc__

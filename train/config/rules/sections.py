@@ -28,6 +28,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     yield from optimizers.contradictions(config)
     yield from _activations_contradictions(config)
     yield from _statistics_contradictions(config)
+    yield from _profile_contradictions(config)
     yield from _attention_contradictions(config)
     yield from _document_contradictions(config)
     yield from _stage_contradictions(config)
@@ -223,6 +224,18 @@ def _statistics_contradictions(config: Sections) -> Iterator[str]:
             f"trainer.debug.statistics_every_steps={every} reads all master weights and gradients, "
             f"which strategy={config.strategy.kind} keeps on a disk (offload_optimizer or "
             "offload_parameters=nvme); set it to null, or offload to cpu"
+        )
+
+
+def _profile_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why a rank that is to be profiled is never there."""
+    if not config.launcher.knows_ranks:
+        return
+    most = max(config.launcher.world_sizes)
+    if missing := [rank for rank in config.trainer.profile.ranks if rank >= most]:
+        yield (
+            f"trainer.profile.ranks={list(config.trainer.profile.ranks)} names rank {missing[0]}, "
+            f"but there are {most} rank(s), counted from 0; name others, or start more"
         )
 
 

@@ -144,7 +144,7 @@ def _obey_the_rank_alone(worker: int) -> None:
     torchrun and schedulers signal whole process groups, in which the workers are.
     """
     del worker
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.HANDLED)
 
     def wait() -> None:
         while signal.sigwaitinfo(signals.SIGNALS).si_pid != os.getppid():

@@ -38,24 +38,31 @@ class Metrics(TrainerCallback):
         self._whole_tokens = 0
         self._resumed_at = 0.0
         self._tokens_logged = 0
+        self._tokens_before_step = 0
+        self._profiled_steps = 0
         self._logged_step = 0
 
     # Evaluation and saves are left out of the throughput: the clock runs from the end of one
     # interruption to the beginning of the next. So is the first step of each start, in which a
-    # model is compiled, libraries choose their kernels and memory is first taken.
+    # model is compiled, libraries choose their kernels and memory is first taken, and so are steps
+    # that a profile makes slower, which are counted apart.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tokens_logged = self.trainer.tokens_seen
+        self._tokens_logged = self._tokens_before_step = self.trainer.tokens_seen
         self._logged_step = self.trainer._globalstep_last_logged
         self._began_at = self._resumed_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
-        if self._is_warm:
-            self._training_seconds += now - self._resumed_at
-        else:
+        if not self._is_warm:
             self._is_warm = True
             self._tokens_logged = self.trainer.tokens_seen
+        elif self.trainer.profiler.disturbs(state.global_step):
+            self._profiled_steps += 1
+            self._tokens_logged += self.trainer.tokens_seen - self._tokens_before_step
+        else:
+            self._training_seconds += now - self._resumed_at
+        self._tokens_before_step = self.trainer.tokens_seen
         self._resumed_at = now
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -79,7 +86,10 @@ class Metrics(TrainerCallback):
                 taken["tokens_per_second"] = tokens / max(self._training_seconds, 1e-9)
                 if self._cost is not None:
                     taken["mfu"] = self._cost.mfu(taken["tokens_per_second"])
-            taken["peak_memory_bytes"] = self._peak_memory_bytes()
+            if self._profiled_steps:
+                taken["profiled_steps"] = self._profiled_steps
+                self._profiled_steps = 0
+            taken |= self._memory()
             if trainer.auxiliary_loss is not None:
                 total = trainer.accelerator.reduce(trainer.auxiliary_loss, "sum").item()
                 taken["auxiliary_loss"] = total / max(state.global_step - self._logged_step, 1)
@@ -138,14 +148,19 @@ class Metrics(TrainerCallback):
         except OSError as error:  # as with checkpoints: a full disk must not end the run
             logger.warning("a line of metrics.jsonl is lost (%s): %s", error, line.rstrip())
 
-    def _peak_memory_bytes(self) -> int:
-        """Return the highest peak of any rank: the GPU allocator's, or on a CPU the process's."""
-        if self.trainer.args.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
+    def _memory(self) -> dict[str, int]:
+        """Return the most that any rank has: of a GPU's allocator, or on a CPU of the process."""
+        device = self.trainer.args.device
+        if device.type == "cuda":
+            mine = {
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+                "allocated_memory_bytes": torch.cuda.memory_allocated(),
+                "reserved_memory_bytes": torch.cuda.memory_reserved(),
+            }
         else:
-            peak = peak_resident_bytes()
-        mine = torch.tensor([peak], device=self.trainer.args.device)
-        return int(self.trainer.accelerator.gather(mine).max())
+            mine = {"peak_memory_bytes": peak_resident_bytes()}
+        of_all = self.trainer.accelerator.gather(torch.tensor([list(mine.values())], device=device))
+        return dict(zip(mine, of_all.view(-1, len(mine)).amax(0).tolist(), strict=True))
 
 
 def _is_speed(key: str) -> bool:

@@ -1,0 +1,1 @@
+"""What a step of the training is spent on, as torch's profiler sees it."""
