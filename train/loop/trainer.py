@@ -71,6 +71,8 @@ class Trainer(transformers.Trainer):
     """The live engine: DDP's or DeepSpeed's wrapper, or the model itself."""
     before_clipping: Callable[[], object] | None = None
     """Called in each step once its gradients are reduced, where the engine leaves that to us."""
+    tracking: Tracking | None = None
+    """On rank 0, what hands metrics on."""
     _is_on_several_meshes = False
 
     def __init__(
@@ -129,8 +131,6 @@ class Trainer(transformers.Trainer):
         """Those of the live engine; to find them takes as long as a small step."""
         # The loss is ours: the model needs neither labels nor their number.
         self.model_accepts_loss_kwargs = False
-        self.tracking: Tracking | None = None
-        """On rank 0, what hands metrics on."""
         self._auxiliary_coefficient = models.auxiliary_coefficient(model)
         self.auxiliary_loss: torch.Tensor | None = None
         """This rank's part of the model's auxiliary losses since the last logged step, each the
