@@ -32,6 +32,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright plan [group=option] [key=value] hardware=h200x8 [--json]
       memory that such a run would take under each strategy, and which of them fit, on hardware
       that need not be there; --states-only: the model states, as DeepSpeed estimates them
+  shardwright plan RUN_DIR [--json]
+      what a run was planned to take of memory and time, and what it has taken
   shardwright inspect [group=option] [key=value] [--samples N] [--json]
       what such a run would train on: tokens per byte and word, duplicates, what is cut or padded,
       samples as the model will see them; of a large corpus that is not prepared, an excerpt

@@ -47,6 +47,7 @@ from shardwright.train.model import compilation, document_attention, flops, gene
 from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
 from shardwright.train.model.weights import InitialValues, drawn
+from shardwright.train.plan.comparison import Comparison
 from shardwright.train.process import heartbeat, signals
 from shardwright.train.process.agreement import check, from_all_patiently, together
 from shardwright.train.process.heartbeat import Phase
@@ -238,6 +239,7 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
             summary=metrics.summary,
             samples_at=trainer.samples_at,
         ),
+        Comparison(trainer, metrics, lambda text: progress.write(text, console)),
         *([FullBatch(trainer)] if config.trainer.batch_warmup_samples else []),
         *([Compilation(trainer, console)] if config.trainer.compile else []),
         HeldOut(trainer, console),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from shardwright.launchers import columns, messages
-from shardwright.launchers.commands import measured, plan_table
+from shardwright.launchers.commands import measured, plan_of_run, plan_table
 from shardwright.launchers.composition import settled
 from shardwright.launchers.composition.compose import Job, compose, config_dir, plain, resolved
 from shardwright.launchers.machine import facts as machine
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         parser().print_help()
         return 0
+    if (run_dir := plan_of_run.asked_for(arguments)) is not None:
+        return plan_of_run.show(run_dir, as_json="--json" in arguments)
     flags = {argument for argument in arguments if argument in FLAGS}
     words, others = hardware.split([a for a in arguments if a not in FLAGS])
     scan.check_number([*words, *others])
@@ -74,10 +76,12 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="shardwright plan",
         usage="%(prog)s [--states-only] [--json] [--measure] [--config-dir DIR] "
-        f"[{hardware.GROUP}=NAME] [group=option] [key=value] ...",
+        f"[{hardware.GROUP}=NAME] [group=option] [key=value] ...\n"
+        "       %(prog)s RUN_DIR [--json]",
         description="Predict what each rank of a run would hold and how fast it would be, under "
         "each strategy, on hardware that need not be here; nothing is started. Of several values "
-        "(trainer.micro_batch_size=1,2 hardware=h200x8,h200x16) all combinations are compared.",
+        "(trainer.micro_batch_size=1,2 hardware=h200x8,h200x16) all combinations are compared. "
+        "Of a run that exists: what it was planned to take, and what it has taken.",
         epilog=f"{hardware.GROUP}=h200x8x4 is 4 nodes of 8 devices each; there are "
         f"{', '.join(hardware.options())}, and here. Exit codes: 0 it fits, 1 it fits nowhere, "
         "2 bad input.",

@@ -69,21 +69,30 @@ def peak(config: RunConfig, model: ModelFacts, traced: Traced) -> Peak:
     ``traced`` is of this run's micro-batch, with or without autocast as `uses_autocast` says.
     """
     held = states(config, model)
-    passing = _Passing()
-    if isinstance(config.strategy, FsdpStrategy):
-        passing = _of_fsdp(config, model)
-    elif isinstance(config.strategy, ZeroStrategy):
-        passing = _of_zero(config, model)
-    gathered = passing.gathered
-    forward = _divided(traced, traced.forward, of_loss=traced.forward_of_loss)
-    backward = _divided(traced, traced.backward, of_loss=traced.backward_of_loss)
-    moments = [
-        replace(forward, states=held, gathered=gathered),
-        replace(backward, states=held, gathered=gathered, reducing=passing.in_backward),
-        Peak(held, 0, 0, gathered, passing.at_its_end),
-        Peak(held, 0, 0, 0, 0, updating=temporaries(config, model)),
-    ]
-    return max(moments, key=lambda moment: moment.device)
+    match config.strategy:
+        case FsdpStrategy():
+            moments = _of_fsdp(config, model, traced)
+        case ZeroStrategy():
+            moments = _of_zero(config, model, traced)
+        case _:
+            moments = [_in_forward(traced), _in_backward(traced)]
+    moments.append(replace(_NOTHING, updating=temporaries(config, model)))
+    return replace(max(moments, key=lambda moment: moment.device), states=held)
+
+
+_NOTHING = Peak(Held(), 0, 0, 0, 0)
+
+
+def _in_forward(traced: Traced, gathered: int = 0) -> Peak:
+    found = _divided(traced, traced.forward, of_loss=traced.forward_of_loss)
+    return replace(found, gathered=gathered)
+
+
+def _in_backward(traced: Traced, gathered: int = 0, reducing: int = 0, gone: int = 0) -> Peak:
+    """``gone`` is what blocks have kept and is no longer there."""
+    found = _divided(traced, traced.backward, of_loss=traced.backward_of_loss)
+    kept = max(found.activations - gone, 0)
+    return replace(found, activations=kept, gathered=gathered, reducing=reducing)
 
 
 def _divided(traced: Traced, whole: int, *, of_loss: int) -> Peak:
@@ -99,44 +108,57 @@ def _divided(traced: Traced, whole: int, *, of_loss: int) -> Peak:
     return Peak(Held(), blocks, whole - max(kept, blocks), 0, 0, loss=max(0, kept - blocks))
 
 
-@dataclass(frozen=True)
-class _Passing:
-    """Bytes that an engine adds for a while."""
+def _of_fsdp(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]:
+    """Return the moments in which FSDP has most.
 
-    gathered: int = 0
-    in_backward: int = 0
-    """Gradients, while there are activations."""
-    at_its_end: int = 0
-    """Gradients, when the last of them are reduced and activations are gone."""
-
-
-def _of_fsdp(config: RunConfig, model: ModelFacts) -> _Passing:
-    """Return what is gathered and on its way in the backward pass.
-
-    Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param_group.py: the root stays gathered
-    from its first use to the end of the backward pass, a unit for its own passes, with those that
-    are gathered ahead of them; without resharding after forward all are there in between. A unit's
-    gradients are copied into what is reduced, which stays until those of the next unit are.
+    Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param_group.py. The root stays gathered
+    from its first use to the end of the backward pass, a unit for its own passes. In the forward
+    pass the flat result of a gathering stays until the next unit's is copied out of its own
+    (wait_for_unshard): at the loss that of the last unit. A head that is a unit stays itself, and
+    without resharding after forward all do. In the backward pass a unit and those gathered ahead of
+    it are there, and what was reduced of the unit before until its own gradients are to be
+    (post_backward, reduce_scatter_states): gradients that are held whole make room for that. What
+    the root has of gradients, the head's where it is tied, waits for the end.
     """
     strategy = config.strategy
     assert isinstance(strategy, FsdpStrategy)
     compute = config.precision.computes_in.size_bytes
-    root = model.count - sum(model.units)
-    largest = sorted(model.units, reverse=True)
-    at_once = (
-        largest if not strategy.reshard_after_forward else largest[: 1 + strategy.prefetch_units]
-    )
-    unit = largest[0] if largest else root
     reduced = DTYPES[config.precision.reduce_dtype].size_bytes
-    return _Passing(
-        gathered=compute * (root + sum(at_once)),
-        in_backward=reduced * unit,
-        at_its_end=(compute + reduced) * max(root, unit),
-    )
+    shards = rank_layout(strategy, config.launcher.world_size).shards
+    units = sorted(model.units, reverse=True)
+    root = model.count - sum(units)
+    unit, last = (units[0], model.units[-1]) if units else (root, root)
+    has_head = bool(units) and not getattr(config.model, "tie_word_embeddings", True)
+    largest = max(parameter.elements for parameter in model.parameters)
+    of_head = 0 if has_head else compute * (largest if largest <= root else root)
+    between = sum(units) // strategy.reshard_ranks if strategy.reshard_ranks else 0
+    at_loss, at_once = (last if has_head else 0), sum(units[: 1 + strategy.prefetch_units])
+    if not strategy.reshard_after_forward:
+        at_loss = at_once = sum(units)
+    gathered = compute * (root + between + at_once)
+    # Blocks are alike: what one has kept is gone when the next one's backward pass begins. Of what
+    # is computed again that is hardly more than its own input.
+    kept = traced.kept_by_blocks or max(min(traced.kept, traced.backward) - of_head, 0)
+    gone = kept // max(len(units), 1)
+    if config.trainer.checkpoint_activations_every_blocks is not None:
+        gone = 0
+    before = reduced * unit if strategy.reduce_each_micro_batch else 0
+    of_unit = compute * unit + before + reduced * unit // shards
+    of_root = (compute + reduced) * root + reduced * root // shards
+    of_loss = traced.forward_of_loss or traced.forward
+    loss = _divided(traced, of_loss, of_loss=traced.forward_of_loss)
+    return [
+        replace(loss, gathered=compute * (root + between + at_loss + last)),
+        *([_in_forward(traced, gathered)] if traced.forward > of_loss else []),
+        _in_backward(traced, gathered, of_head),
+        _in_backward(traced, gathered, of_head + before, gone),
+        replace(_NOTHING, activations=kept - gone, gathered=gathered, reducing=of_head + of_unit),
+        replace(_NOTHING, reducing=max(of_root, 2 * compute * root + before)),
+    ]
 
 
-def _of_zero(config: RunConfig, model: ModelFacts) -> _Passing:
-    """Return what is gathered and on its way in the backward pass.
+def _of_zero(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]:
+    """Return the moments in which DeepSpeed has most.
 
     Source: deepspeed 0.19.8. Stages 1 and 2 copy gradients into a bucket that is there during the
     backward pass (stage_1_and_2.py, setup_buckets), in the dtype of compute, two with overlap. What
@@ -159,9 +181,18 @@ def _of_zero(config: RunConfig, model: ModelFacts) -> _Passing:
         small = section["stage3_param_persistence_threshold"]
         large = sum(p.elements for p in model.parameters if p.elements > small)
         output = -(-at_once // layout.shards)
-        return _Passing(compute * min(large, most), at_its_end=reduced * (at_once + output))
+        gathered = compute * min(large, most)
+        return [
+            _in_forward(traced, gathered),
+            _in_backward(traced, gathered),
+            replace(_NOTHING, gathered=gathered, reducing=reduced * (at_once + output)),
+        ]
     cast = (compute + reduced) * at_once if compute != reduced else 0
-    if strategy.stage != 2 or not strategy.contiguous_gradients:
-        return _Passing(at_its_end=cast)
-    buckets = compute * bucket * (1 + strategy.overlaps_communication)
-    return _Passing(in_backward=buckets, at_its_end=buckets + cast)
+    buckets = 0
+    if strategy.stage == 2 and strategy.contiguous_gradients:
+        buckets = compute * bucket * (1 + strategy.overlaps_communication)
+    return [
+        _in_forward(traced),
+        _in_backward(traced, reducing=buckets),
+        replace(_NOTHING, reducing=buckets + cast),
+    ]

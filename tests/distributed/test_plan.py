@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.live_engine import held_and_peak
 from shardwright.launchers.plan.peak import peak, uses_autocast
 from shardwright.train.config import load
 from shardwright.train.plan.model import facts_of, planned
 from shardwright.train.plan.trace import traced
-from tests.distributed.memory import held_and_peak
 from tests.fixtures import Freeze, RanksOf, TreeOf
 
 pytestmark = pytest.mark.distributed

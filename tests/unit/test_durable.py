@@ -116,6 +116,7 @@ ELSEWHERE = {
     "launchers/commands/prepare.py:_prepared_here": "in a directory that does not stay",
     "launchers/reporting/pictures.py:write": "it is drawn again in a second",
     "train/console/progress.py:_note": "what it says is out of date in a second",
+    "train/plan/comparison.py:begun": "a setting of the kernel's",
     "train/process/stop_request.py:watch_for_stop": "others have it open, and write into it",
     "train/tracking/tensorboard.py:__init__": "TensorBoard's own file, which grows",
 }

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback
@@ -25,6 +25,14 @@ logger = logging.getLogger(__name__)
 _KEPT = ("loss", "grad_norm", "learning_rate", "stopped_early")
 
 
+class Speed(NamedTuple):
+    """What the timed steps of a start took: without its first, evaluations and saves left out."""
+
+    steps: int
+    seconds: float
+    tokens: int
+
+
 class Metrics(TrainerCallback):
     """Adds throughput and memory to what the Trainer logs, and writes it down."""
 
@@ -36,6 +44,9 @@ class Metrics(TrainerCallback):
         self._began_at = 0.0
         self._whole_seconds = 0.0
         self._whole_tokens = 0
+        self._whole_steps = 0
+        self.peak_bytes, self.reserved_bytes = 0, 0
+        """Of the rank with most, of what has been logged; on a CPU nothing is reserved."""
         self._resumed_at = 0.0
         self._tokens_logged = 0
         self._tokens_before_step = 0
@@ -62,6 +73,7 @@ class Metrics(TrainerCallback):
             self._tokens_logged += self.trainer.tokens_seen - self._tokens_before_step
         else:
             self._training_seconds += now - self._resumed_at
+            self._whole_steps += 1
         self._tokens_before_step = self.trainer.tokens_seen
         self._resumed_at = now
 
@@ -89,7 +101,11 @@ class Metrics(TrainerCallback):
             if self._profiled_steps:
                 taken["profiled_steps"] = self._profiled_steps
                 self._profiled_steps = 0
-            taken |= self._memory()
+            memory = self._memory()
+            taken |= memory
+            self.peak_bytes = memory["peak_memory_bytes"]
+            reserved = memory.get("reserved_memory_bytes", 0)
+            self.reserved_bytes = max(self.reserved_bytes, reserved)
             if trainer.auxiliary_loss is not None:
                 total = trainer.accelerator.reduce(trainer.auxiliary_loss, "sum").item()
                 taken["auxiliary_loss"] = total / max(state.global_step - self._logged_step, 1)
@@ -126,19 +142,23 @@ class Metrics(TrainerCallback):
         self._whole_seconds += self._training_seconds
         return tokens
 
-    def summary(self) -> str | None:
-        """Return what this start has trained, in words; None where that was no step."""
+    def speed(self) -> Speed:
+        """Return what this start has taken so far; to be asked for where a step has been logged."""
         self._count()
         self._training_seconds = 0.0
+        return Speed(self._whole_steps, self._whole_seconds, self._whole_tokens)
+
+    def summary(self) -> str | None:
+        """Return what this start has trained, in words; None where that was no step."""
+        speed = self.speed()
         began = self.trainer.resumed.step if self.trainer.resumed else 0
         steps = self.trainer.state.global_step - began
         if not steps:
             return None
         seconds = time.monotonic() - self._began_at
         text = f"trained {counted(steps, 'step')} in {duration(seconds)}"
-        if self._whole_tokens:
-            speed = self._whole_tokens / max(self._whole_seconds, 1e-9)
-            text += f", {speed:,.0f} tokens/s while training"
+        if speed.tokens:
+            text += f", {speed.tokens / max(speed.seconds, 1e-9):,.0f} tokens/s while training"
         return text
 
     def _append(self, line: str) -> None:
