@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shardwright.launchers.commands import plan
+from shardwright.launchers.commands import plan, plan_table
 from shardwright.launchers.plan import child
 from shardwright.launchers.plan.candidates import option_values, strategies
 from shardwright.launchers.plan.hardware import GIB
@@ -186,6 +186,24 @@ def test_where_nothing_fits_it_says_what_would_be_needed(shardwright: Shardwrigh
     assert "strategy=zero3 fits 8 such node(s)" in " ".join(outcome.err.split())
     assert "trainer.micro_batch_size=1" in outcome.err
     assert "trainer.checkpoint_activations_every_blocks=1" in outcome.err
+
+
+def test_where_no_combination_fits_the_least_is_named(shardwright: Shardwright) -> None:
+    words = ("model=llama_8b", "precision=bf16", "trainer.micro_batch_size=1,2", "strategy=ddp")
+    outcome = shardwright("plan", *words, "hardware=rtx_4090x4")
+    assert outcome.code == 1
+    err = " ".join(outcome.err.split())
+    assert "the least of a device, strategy=ddp trainer.micro_batch_size=1, is" in err
+
+
+def test_a_long_table_is_cut(shardwright: Shardwright) -> None:
+    words = (*RUN, "hardware=h200x8,h200x16", "hardware.network_gb_per_second=25,50")
+    text = shardwright("plan", *words).out
+    rows = [line for line in text.splitlines() if line.startswith("h200x") and ":" not in line]
+    assert len(rows) == plan_table.MOST_ROWS
+    found = json.loads(shardwright("plan", *words, "--json").out)["plans"]
+    all_rows = sum("fits" in row for plan in found for row in plan["strategies"].values())
+    assert f"and {all_rows - len(rows)} more, slower or too large; --json has all" in text
 
 
 def test_no_number_of_nodes_helps_ddp(shardwright: Shardwright) -> None:
