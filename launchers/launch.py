@@ -25,6 +25,7 @@ from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE
 from shardwright.train.process import signals
 from shardwright.train.program import package_environment
 from shardwright.train.run_directory import owner, pruned, stop_note, stopped_preparing
+from shardwright.train.run_directory.choice import Choice
 from shardwright.train.run_directory.failures import rank_failures
 from shardwright.train.run_directory.names import LOGS, RUN_LOG, TORCHRUN_LOG, torchrun_log
 from shardwright.train.run_directory.owner import Claim
@@ -32,11 +33,17 @@ from shardwright.train.units import counted
 
 
 def new_run(
-    config: RunConfig, choices: Mapping[str, str], here: Machine, *, is_generated: bool = False
+    config: RunConfig,
+    choices: Mapping[str, str],
+    here: Machine,
+    *,
+    is_generated: bool = False,
+    chosen: Choice | None = None,
 ) -> int:
     """Create the run directory, prepare the data, run the ranks; return the exit code.
 
-    A directory's name that ``is_generated`` is another one where that is taken.
+    A directory's name that ``is_generated`` is another one where that is taken. ``chosen`` is what
+    a plan has chosen for the run.
     """
     assert config.run_dir is not None, "resolved"
 
@@ -47,6 +54,7 @@ def new_run(
             config,
             is_generated=is_generated,
             claim=lambda run_dir: claims.append(stack.enter_context(claimed(run_dir))),
+            chosen=chosen,
         )
         run_dir = Path(str(config.run_dir))
         environment = rank_environment(config, here, os.environ)

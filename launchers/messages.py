@@ -19,7 +19,7 @@ from shardwright.train.config import RunConfig, TrainerConfig, accumulation_step
 from shardwright.train.console import terminal
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, Hang
 from shardwright.train.process import exhausted, inherited, signals
-from shardwright.train.run_directory import stop_note
+from shardwright.train.run_directory import choice, stop_note
 from shardwright.train.run_directory.failures import RankFailure
 from shardwright.train.run_directory.names import (
     CHECKPOINTS,
@@ -345,11 +345,24 @@ def _unreported_death(
         if config is not None:
             needs_less = ", or ".join(exhausted.smaller(config, on_gpu=False))
             text += f"\n  less is needed with {needs_less}"
+            text += _beside_the_plan(config)
         return text
     # What ranks wrote there before their own logs were open comes before torchrun's comments.
     said = re.split(r"^[EWI]\d{4} .*torch/distributed/", torchrun_log, flags=re.MULTILINE)[0]
     last_lines = "\n".join(said.rstrip().splitlines()[-TRACEBACK_LINES:])
     return f"{text}:\n{textwrap.indent(last_lines, '    ')}" if last_lines else text
+
+
+def _beside_the_plan(config: RunConfig) -> str:
+    """Return what a plan that chose how to train expected of a rank, below what it came to."""
+    run_dir = Path(str(config.run_dir))
+    chosen = choice.read(run_dir, config)
+    if chosen is None:
+        return ""
+    taken = exhausted.Taken(None, 0 if config.launcher.device == "cuda" else None)
+    command = program.command("resume", str(run_dir))
+    said = exhausted.beside_the_plan(chosen, taken, command, on_gpu=False)
+    return "\n" + textwrap.indent(said, "  ")
 
 
 def _why_nodes_did_not_meet(torchrun_log: str) -> str | None:

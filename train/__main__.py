@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
+from shardwright.train import program
 from shardwright.train.console import terminal
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, UserError
 from shardwright.train.process import inherited, memory, signals
@@ -162,6 +163,9 @@ class _FailureReport:
 
         logger.exception("rank %d failed", self.rank.index)
         explanation = exhausted.explained(error, self.settings)
+        beside = _beside_the_plan(error, self.run_dir, self.settings)
+        if explanation is not None and beside is not None:
+            explanation += f"\n{beside}"
         try:
             is_told = not note_failure(self.run_dir, self.rank.index, error, explanation)
             is_told |= owner.is_launched()  # whoever has started it tells all
@@ -170,6 +174,26 @@ class _FailureReport:
         if not is_told:
             what = explanation or f"{type(error).__name__}: {error}"
             print(f"rank {self.rank.index} failed: {what}", file=self.console)
+
+
+def _beside_the_plan(error: Exception, run_dir: Path, settings: RunConfig) -> str | None:
+    """Return what a plan that chose how to train expected, where memory has run out for it."""
+    from shardwright.train.process import exhausted
+    from shardwright.train.run_directory import choice
+
+    on_gpu = exhausted.is_of_gpu(error)
+    chosen = choice.read(run_dir, settings)
+    if on_gpu is None or chosen is None:
+        return None
+    taken = exhausted.Taken(resident=memory.peak_resident_bytes() or None)
+    if settings.launcher.device == "cuda":
+        import torch
+
+        taken = exhausted.Taken(
+            taken.resident, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        )
+    command = program.command("resume", str(run_dir))
+    return exhausted.beside_the_plan(chosen, taken, command, on_gpu=on_gpu)
 
 
 def _ranks_here(settings: RunConfig) -> int:

@@ -20,7 +20,7 @@ from shardwright.launchers.composition.compose import (
     quoted,
     resolved,
 )
-from shardwright.launchers.composition.settled import settled
+from shardwright.launchers.composition.settled import Settled, settled
 from shardwright.launchers.kinds.launcher import Queue
 from shardwright.launchers.machine import directories
 from shardwright.launchers.machine import facts as machine
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     jobs = compose(others)
     here = machine.detect(os.environ)
     known = measured.chosen(said, config_dir(others), here)
-    jobs = _settled(jobs, here, known, as_comment=dry_run)
+    plans = _settled(jobs, here, known, as_comment=dry_run)
+    jobs, chosen = [each.job for each in plans], [each.choice for each in plans]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     configs = [resolved(job, here, stamp) for job in jobs]
     queue = _queue_of(configs)
@@ -63,19 +64,19 @@ def main(arguments: Sequence[str]) -> int:
             is_generated = False  # the runs in it are nobody else's
         if queue is not None:
             choices = [job.choices for job in jobs]
-            return queue.new_runs(configs, choices, here, is_generated=is_generated)
-        return _one_after_the_other(jobs, configs, here, is_generated=is_generated)
+            return queue.new_runs(configs, choices, here, is_generated=is_generated, chosen=chosen)
+        return _one_after_the_other(plans, configs, here, is_generated=is_generated)
 
 
 def _settled(
     jobs: Sequence[Job], here: Machine, said: Hardware | None, *, as_comment: bool
-) -> list[Job]:
+) -> list[Settled]:
     """Return runs with the plan's choice in place of each `auto`; say what was chosen and why."""
     found = [settled(job, here, said) for job in jobs]
     for each in found:
         for line in each.reason:
             print(f"# {line}" if as_comment else line)
-    return [each.job for each in found]
+    return found
 
 
 def _queue_of(configs: Sequence[RunConfig]) -> Queue | None:
@@ -117,14 +118,16 @@ def _check(configs: Sequence[RunConfig], here: Machine) -> None:
 
 
 def _one_after_the_other(
-    jobs: Sequence[Job], configs: Sequence[RunConfig], here: Machine, *, is_generated: bool
+    plans: Sequence[Settled], configs: Sequence[RunConfig], here: Machine, *, is_generated: bool
 ) -> int:
     """Run all, whatever comes of each, until one is told to stop; return the first bad code."""
-    worst = 0
-    for number, (job, config) in enumerate(zip(jobs, configs, strict=True), 1):
+    worst, jobs = 0, [each.job for each in plans]
+    for number, (plan, config) in enumerate(zip(plans, configs, strict=True), 1):
         is_stopped = True
         try:
-            code = launch.new_run(config, job.choices, here, is_generated=is_generated)
+            code = launch.new_run(
+                config, plan.job.choices, here, is_generated=is_generated, chosen=plan.choice
+            )
             is_stopped = code == RESUMABLE or code > 128
         except UserError as error:
             if len(configs) == 1:

@@ -19,6 +19,7 @@ from shardwright.launchers.plan.choice import Way
 from shardwright.launchers.plan.hardware import GIB, GROUP, Hardware
 from shardwright.train.config import from_tree
 from shardwright.train.errors import UserError
+from shardwright.train.run_directory.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,8 @@ class Settled:
     job: Job
     reason: tuple[str, ...] = ()
     """Lines; none where nothing was left open."""
-    chosen: tuple[str, ...] = ()
-    """What `auto` came to, as it is typed."""
-    smaller: tuple[str, ...] = ()
-    """What to type where that turns out to be too much; nothing where there is nothing smaller."""
+    choice: Choice | None = None
+    """What `auto` came to; None where nothing was left open."""
 
 
 def settled(job: Job, here: Machine, said: Hardware | None = None) -> Settled:
@@ -62,11 +61,21 @@ def settled(job: Job, here: Machine, said: Hardware | None = None) -> Settled:
             raise UserError(nothing_fits(found, left))
         smaller = found.smaller_than(way)
         reason = tuple(reasons(found, way, smaller, left, known))
-    return Settled(
-        _with(job, left, way),
-        reason,
-        words(left, way),
-        () if smaller is None else words(left, smaller),
+        choice = _choice(found, way, smaller, left)
+    return Settled(_with(job, left, way), reason, choice)
+
+
+def _choice(found: Ways, way: Way, smaller: Way | None, left: tuple[str, ...]) -> Choice:
+    planned = found.peak(way)
+    choice = Choice(words(left, way), planned.device, planned.host)
+    if smaller is None:
+        return choice
+    less = found.peak(smaller)
+    return replace(
+        choice,
+        smaller=words(left, smaller),
+        smaller_device_bytes=less.device,
+        smaller_host_bytes=less.host,
     )
 
 

@@ -14,6 +14,7 @@ from shardwright.train import program
 from shardwright.train.config import RunConfig
 from shardwright.train.config.launcher import LauncherSection
 from shardwright.train.program import IMPORTS, PACKAGES, package_environment
+from shardwright.train.run_directory.choice import Choice
 
 NODE_CACHE = Path(tempfile.gettempdir()) / f"shardwright-{os.getuid()}"
 UNKNOWN = Machine()
@@ -50,6 +51,7 @@ class Queue(Protocol):
         here: Machine,
         *,
         is_generated: bool = False,
+        chosen: Sequence[Choice | None] = (),
     ) -> int:
         """Make the directories of runs and hand them over; return the exit code."""
 

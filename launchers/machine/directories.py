@@ -12,14 +12,21 @@ from shardwright.launchers.machine import names
 from shardwright.train.config import RunConfig, to_yaml
 from shardwright.train.durable import write_text
 from shardwright.train.errors import UserError
+from shardwright.train.run_directory import choice
+from shardwright.train.run_directory.choice import Choice
 from shardwright.train.run_directory.names import LOGS, RUN_CONFIG
 
 
 def create(
-    config: RunConfig, run_dir: Path, *, claim: Callable[[], object] = lambda: None
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    claim: Callable[[], object] = lambda: None,
+    chosen: Choice | None = None,
 ) -> list[Path]:
     """Make ``run_dir`` with config.yaml and logs/; return the directories made, outermost first.
 
+    What a plan has ``chosen`` for the run is written down beside them.
     ``claim`` is called before there is a config.yaml, from which on others take it for a run's.
     Raises UserError, and leaves nothing, where that cannot be done.
     """
@@ -30,6 +37,8 @@ def create(
         made.append(run_dir)
         (run_dir / LOGS).mkdir()
         claim()
+        if chosen is not None:
+            choice.note(run_dir, config, chosen)
         write_text(run_dir / RUN_CONFIG, to_yaml(config))
     except BaseException as error:
         is_mine = run_dir in made
@@ -50,7 +59,11 @@ class Taken(UserError):
 
 
 def create_named(
-    config: RunConfig, *, is_generated: bool, claim: Callable[[Path], object] = lambda run_dir: None
+    config: RunConfig,
+    *,
+    is_generated: bool,
+    claim: Callable[[Path], object] = lambda run_dir: None,
+    chosen: Choice | None = None,
 ) -> tuple[RunConfig, list[Path]]:
     """Make a run's directory as `create` does; return its config and the directories made.
 
@@ -60,7 +73,8 @@ def create_named(
     while True:
         run_dir = Path(str(config.run_dir))
         try:
-            return config, create(config, run_dir, claim=functools.partial(claim, run_dir))
+            made = create(config, run_dir, claim=functools.partial(claim, run_dir), chosen=chosen)
+            return config, made
         except Taken:
             if not is_generated:
                 raise

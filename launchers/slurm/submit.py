@@ -23,6 +23,7 @@ from shardwright.train.console import terminal
 from shardwright.train.durable import write_text
 from shardwright.train.errors import BAD_INPUT, FAILED, UserError
 from shardwright.train.run_directory import stop_note
+from shardwright.train.run_directory.choice import Choice
 from shardwright.train.run_directory.names import LOGS, job_log
 
 NAME = "SLURM"
@@ -54,24 +55,27 @@ def new_runs(
     here: Machine,
     *,
     is_generated: bool = False,
+    chosen: Sequence[Choice | None] = (),
 ) -> int:
     """Create the directories of runs and submit them; return the exit code.
 
-    A directory's name that ``is_generated`` is another one where that is taken. Raises UserError,
-    and leaves nothing, where SLURM refuses.
+    ``chosen`` is what a plan has chosen for each. A directory's name that ``is_generated`` is
+    another one where that is taken. Raises UserError, and leaves nothing, where SLURM refuses.
     """
     terminal.outlive()
-    array = array_of(configs)
+    array, plans = array_of(configs), chosen or [None] * len(configs)
     if array is None and len(configs) > 1:
-        return _each_by_itself(configs, choices, here)
+        return _each_by_itself(configs, choices, here, plans)
     made: list[list[Path]] = []
     if array is None:
-        config, own = directories.create_named(configs[0], is_generated=is_generated)
+        config, own = directories.create_named(
+            configs[0], is_generated=is_generated, chosen=plans[0]
+        )
         configs, made = [config], [own]
     home = script.job_directory(configs[0], array)
     try:
-        for config in configs[len(made) :]:
-            made.append(directories.create(config, Path(str(config.run_dir))))
+        for config, planned in list(zip(configs, plans, strict=True))[len(made) :]:
+            made.append(directories.create(config, Path(str(config.run_dir)), chosen=planned))
         job = _submit(configs[0], home, array)
     except BaseException:
         for name in (script.NAME, script.SITE):
@@ -91,13 +95,16 @@ def new_runs(
 
 
 def _each_by_itself(
-    configs: Sequence[RunConfig], choices: Sequence[Mapping[str, str]], here: Machine
+    configs: Sequence[RunConfig],
+    choices: Sequence[Mapping[str, str]],
+    here: Machine,
+    plans: Sequence[Choice | None],
 ) -> int:
     """Submit every run, whatever comes of the others; return the first exit code that is not 0."""
     worst = 0
-    for config, chosen in zip(configs, choices, strict=True):
+    for config, own, planned in zip(configs, choices, plans, strict=True):
         try:
-            code = new_runs([config], [chosen], here)
+            code = new_runs([config], [own], here, chosen=[planned])
         except UserError as error:
             text = f"{config.run_dir} was not submitted: {error}"
             print(messages.error_text(text), file=sys.stderr)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shardwright.train.config import load
+from shardwright.train.run_directory import choice
 from tests.e2e.cli import losses, shardwright
 
 Tiny = Callable[[str], tuple[str, ...]]
@@ -29,6 +30,11 @@ def test_what_the_plan_chose_is_trained_and_kept(tiny: Tiny, tmp_path: Path) -> 
     assert chosen in ended.stdout
     assert "16 samples = 8 x 1 x 2 rank(s)" in ended.stdout
     assert len(losses(run_dir)) == 4
+    noted = choice.read(run_dir, config)
+    assert noted is not None
+    assert noted.words == ("strategy=ddp", "trainer.micro_batch_size=8")
+    assert "trainer.micro_batch_size=4" in noted.smaller
+    assert 0 < noted.smaller_device_bytes < noted.device_bytes
 
     resumed = shardwright("resume", "run", "trainer.max_steps=6", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from shardwright.train.config import RunConfig
+from shardwright.train.run_directory.choice import Choice
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 ROOM_OF_A_RUN = (
@@ -34,12 +36,9 @@ def explained(
     for cause in _chain(error):
         if full := _full_disk(cause, room):
             return full
-        if type(cause).__name__ == "OutOfMemoryError":  # torch's, of the device
-            what, on_gpu = "the GPU's memory", True
-        elif isinstance(cause, MemoryError) or _is_of_host_memory(cause):
-            what, on_gpu = "host memory", False
-        else:
+        if (on_gpu := _is_of_gpu(cause)) is None:
             continue
+        what = "the GPU's memory" if on_gpu else "host memory"
         said = str(cause).strip().splitlines()
         wanted = smaller(config, on_gpu=on_gpu) if config is not None else remedies
         return "\n".join(
@@ -49,6 +48,66 @@ def explained(
             ]
         )
     return None
+
+
+def is_of_gpu(error: BaseException) -> bool | None:
+    """Whether a GPU's memory has run out, or the host's; None where neither has. Pure."""
+    found = (_is_of_gpu(cause) for cause in _chain(error))
+    return next((each for each in found if each is not None), None)
+
+
+def _is_of_gpu(cause: BaseException) -> bool | None:
+    if type(cause).__name__ == "OutOfMemoryError":  # torch's, of the device
+        return True
+    return False if isinstance(cause, MemoryError) or _is_of_host_memory(cause) else None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Bytes that a rank has had at the most when memory ran out."""
+
+    resident: int | None
+    """Of the host."""
+    allocated: int | None = None
+    """Of its GPU, in tensors."""
+    reserved: int | None = None
+    """What the GPU's allocator took for them."""
+
+
+def beside_the_plan(choice: Choice, taken: Taken, command: str, *, on_gpu: bool) -> str:
+    """Return what was planned of a choice and what it took, and what to choose instead. Pure.
+
+    ``command`` is what resumes the run. Ranks on CPUs have their tensors in host memory.
+    """
+    has_gpu = taken.allocated is not None
+
+    def planned(device: int, host: int) -> str:
+        if has_gpu and on_gpu:
+            return f"{gib(device)} in tensors of a GPU"
+        return f"{gib(host if has_gpu else device + host)} in tensors of a rank in host memory"
+
+    was = "what a rank had is not known"
+    if has_gpu and on_gpu:
+        reserved = f", {gib(taken.reserved)} with what is reserved" if taken.reserved else ""
+        was = f"it had {gib(taken.allocated or 0)}{reserved}"
+    elif taken.resident is not None:
+        was = f"the rank had {gib(taken.resident)} with its libraries"
+    lines = [
+        f"the plan that chose {' '.join(choice.words)} expected "
+        f"{planned(choice.device_bytes, choice.host_bytes)}; {was}"
+    ]
+    if choice.smaller:
+        expected = planned(choice.smaller_device_bytes, choice.smaller_host_bytes)
+        lines.append(f"the next smaller choice, {expected}:")
+        lines.append(f"  {command} {' '.join(choice.smaller)}")
+    return "\n".join(lines)
+
+
+def gib(size_bytes: int) -> str:
+    """Return bytes as plans have them."""
+    if size_bytes < 2**27:
+        return f"{size_bytes / 2**20:,.0f} MiB"
+    return f"{size_bytes / 2**30:,.1f} GiB"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
