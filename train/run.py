@@ -227,7 +227,9 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
     trainer.profiler.say = lambda text: progress.write(text, console)
     trainer.tracking = Tracking(config, trainer.run_dir, console) if rank.index == 0 else None
     device_name = flops.device_name(trainer.args.device)
-    metrics = Metrics(trainer, flops.cost(trainer.model, config, device_name, rank.world_size))
+    metrics = Metrics(
+        trainer, flops.cost(trainer.model, config, device_name, rank.world_size), console
+    )
     statistics_every = config.trainer.debug.statistics_every_steps
     for callback in [
         EngineReady(trainer, console),

@@ -20,6 +20,7 @@ from shardwright.train.checkpoint.format import layout
 from shardwright.train.run_directory import stop_note
 from tests.faults.killable import WORLD_SIZE, AtEvent, start
 from tests.fixtures import TreeOf
+from tests.logged import metrics
 
 pytestmark = pytest.mark.distributed
 
@@ -124,13 +125,6 @@ def undisturbed(
         return undisturbed_runs[strategy]
 
     return run
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all that is logged, but for what takes time or memory."""
-    measured = {"time", "tokens_per_second", "peak_memory_bytes"}
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def stopped(run_dir: Path, when: AtEvent) -> stop_note.Stopped:

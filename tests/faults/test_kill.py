@@ -19,6 +19,7 @@ from shardwright.train.checkpoint.format import layout
 from tests.e2e.cli import finish, processes, start_python, wait_for
 from tests.faults.killable import WORLD_SIZE, AtEvent, AtTime, Kill, events, start
 from tests.fixtures import TreeOf
+from tests.logged import metrics
 from tests.strategies import STRATEGIES
 
 pytestmark = pytest.mark.distributed
@@ -144,13 +145,6 @@ def assert_ended_alike(run_dir: Path, uninterrupted: Path) -> None:
     assert names(run_dir / "final", "*") == names(uninterrupted / "final", "*")
     assert not any(layout.what_is_wrong(path) for path in (run_dir / "checkpoints").iterdir())
     assert names(run_dir / "checkpoints", "**/*") == names(uninterrupted / "checkpoints", "**/*")
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all that is logged, but for what takes time or memory."""
-    measured = {"time", "tokens_per_second", "peak_memory_bytes"}
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def names(directory: Path, pattern: str) -> list[str]:

@@ -32,6 +32,7 @@ class Run:
             profiler=SimpleNamespace(disturbs=lambda step: step in self.profiled),
             args=SimpleNamespace(device=torch.device("cpu")),
             accelerator=SimpleNamespace(gather=lambda tensor: tensor),
+            step_times=SimpleNamespace(of_ranks=None),
             resumed=SimpleNamespace(step=step) if step else None,
             state=SimpleNamespace(global_step=step, is_world_process_zero=True),
         )

@@ -48,6 +48,9 @@ _OF_MODULES = {
     "gradient_zeros": "Share of gradients that are zero",
 }
 """Of trainer.debug.statistics_every_steps: of the model, and behind a slash of each module."""
+OF_RANKS = "_most_rank"
+"""What ends the names of metrics that are a rank's number, of which there is no chart."""
+_OF_TIMES = ("compute_seconds", "wait_seconds", "data_seconds")
 _NAMES = {"loss": "training", EVAL_LOSS: "held out"}
 
 
@@ -57,7 +60,7 @@ def panels(metrics: Iterable[str], *, one_run: bool) -> list[Panel]:
     Those of one run have its losses in one chart, and all of its held-out sets in another; of
     several, each has a chart of its own, in which the runs are compared.
     """
-    found = set(metrics)
+    found = {name for name in metrics if not name.endswith(OF_RANKS)}
     sets: dict[str, list[str]] = {}
     for name in sorted(found):
         whole, slash, _ = name.partition("/")
@@ -90,7 +93,8 @@ def _of_sets(panel: Panel, names: list[str], *, together: bool) -> list[Panel]:
     if not names:
         return []
     if together:
-        title = f"{panel.title} of each set"
+        what = "of a step, of the ranks" if panel.name in _OF_TIMES else "of each set"
+        title = f"{panel.title} {what}"
         return [replace(panel, name=f"{panel.name}_of_sets", title=title, metrics=tuple(names))]
     return [
         replace(

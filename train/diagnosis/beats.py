@@ -33,7 +33,11 @@ class Beat:
     still_seconds: float
     longest_step_seconds: float
     longest_save_seconds: float
-    state: str
+    compute_seconds: float = 0.0
+    """Of a step between the last two log lines, as are the next two; 0 before."""
+    wait_seconds: float = 0.0
+    data_seconds: float = 0.0
+    state: str = GONE
     """Of its process, a letter as /proc has it."""
 
     @property
@@ -82,6 +86,9 @@ class LiveRank:
             still_seconds=max(0, time.monotonic_ns() - moved_at_ns) / 1e9,
             longest_step_seconds=fields[Field.LONGEST_STEP_NS] / 1e9,
             longest_save_seconds=fields[Field.LONGEST_SAVE_NS] / 1e9,
+            compute_seconds=fields[Field.COMPUTE_MICROSECONDS] / 1e6,
+            wait_seconds=fields[Field.WAIT_MICROSECONDS] / 1e6,
+            data_seconds=fields[Field.DATA_MICROSECONDS] / 1e6,
             state=self.state(),
         )
 

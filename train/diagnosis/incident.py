@@ -1,4 +1,4 @@
-"""RUN_DIR/diagnosis: who asks ranks to show themselves, and what they have shown, by files."""
+"""By files of a run directory: who asks ranks to show themselves, and what they have shown."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Request:
 
 def prepare(run_dir: Path) -> None:
     """Make the file by which watchers are asked: NFS takes long to tell of one that is new."""
-    folder = run_dir / names.DIAGNOSIS
+    folder = run_dir / names.HEARTBEATS
     folder.mkdir(exist_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     os.close(os.open(folder / names.DIAGNOSIS_REQUEST, flags, 0o644))
@@ -42,12 +42,11 @@ def prepare(run_dir: Path) -> None:
 
 def publish(run_dir: Path, request: Request) -> Path:
     """Ask the watchers of all nodes; return the folder in which they answer. Raises OSError."""
-    folder = run_dir / names.DIAGNOSIS
-    answers = folder / request.id
+    answers = run_dir / names.DIAGNOSIS / request.id
     answers.mkdir(parents=True, exist_ok=True)
     data = json.dumps(asdict(request)).encode()
     # In place: who has opened it before reads what is in it now.
-    path = folder / names.DIAGNOSIS_REQUEST
+    path = run_dir / names.HEARTBEATS / names.DIAGNOSIS_REQUEST
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         os.pwrite(descriptor, data, 0)
@@ -61,7 +60,7 @@ def asked(run_dir: Path) -> Request | None:
     """Return the last request; None where there is none, or it is being written."""
     with suppress(OSError, ValueError, TypeError):
         return Request(
-            **json.loads((run_dir / names.DIAGNOSIS / names.DIAGNOSIS_REQUEST).read_text())
+            **json.loads((run_dir / names.HEARTBEATS / names.DIAGNOSIS_REQUEST).read_text())
         )
     return None
 

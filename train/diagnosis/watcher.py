@@ -95,7 +95,7 @@ def watched(
     if rank.index == 0:
         with suppress(OSError):
             incident.prepare(run_dir)
-    with suppress(OSError), (run_dir / names.LOGS / names.WATCHER_LOG).open("ab") as log:
+    with suppress(OSError), log_of(run_dir).open("ab") as log:
         subprocess.Popen(
             [sys.executable, "-m", __name__, json.dumps(asdict(settings))],
             env={**inherited, **package_environment(inherited)},
@@ -105,6 +105,11 @@ def watched(
             start_new_session=True,
         )
     yield
+
+
+def log_of(run_dir: Path) -> Path:
+    """Return where the watcher of this node says what it does."""
+    return run_dir / names.LOGS / names.watcher_log(socket.gethostname())
 
 
 def main(argv: Sequence[str]) -> int:
@@ -117,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
 
     def end(number: int, frame: FrameType | None) -> None:
         del frame
-        watcher.write_down()
+        watcher.close()
         os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
@@ -164,7 +169,7 @@ class Watcher:
                 self.write_down()
             self._serve(incident.asked(self.run_dir))
             if self.is_over():
-                self.write_down()
+                self.close()
                 return
             if self._overdue():
                 self._open()
@@ -179,6 +184,15 @@ class Watcher:
     def write_down(self) -> None:
         with suppress(OSError):  # a file server that is away for a while
             beats.write_node(self.run_dir, self.host, self.beats)
+
+    def close(self) -> None:
+        """Write down how the ranks have ended; a log that says nothing goes."""
+        self._look()
+        self.write_down()
+        log = log_of(self.run_dir)
+        with suppress(OSError):
+            if log.stat().st_size == 0:
+                log.unlink()
 
     def _pairs(self) -> list[tuple[LiveRank, Beat]]:
         return list(zip(self.ranks, self.beats, strict=True))
@@ -267,8 +281,7 @@ class Watcher:
 
     def _end(self) -> None:
         report.end(self.ranks, END_SECONDS)
-        self._look()
-        self.write_down()
+        self.close()
         os._exit(0)
 
 

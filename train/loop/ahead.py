@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,19 +50,28 @@ class Ahead:
         judged: Numbers | None,
         alarm: bool = False,
         profile: bool = False,
+        times: Sequence[int] = (),
     ) -> None:
         """Begin to tell the others. Collective, and does not wait.
 
         ``judged`` is what this rank has seen of the newest step of which anything is known,
-        ``alarm`` whether it has watched a module fail, ``profile`` whether it was asked for one.
+        ``alarm`` whether it has watched a module fail, ``profile`` whether it was asked for one,
+        ``times`` what its steps were spent on: of all ranks or of none.
         """
         self.batches, self.judged = batches, judged
         not_finite = judged.not_finite if judged is not None else [0, 0]
-        self._sums = torch.tensor(
-            [labels, tokens, int(stops), *not_finite, int(alarm), int(profile)]
-        )
+        ranks, rank = 1, 0
+        if dist.is_initialized():
+            ranks, rank = dist.get_world_size(), dist.get_rank()
+        # Each rank's in a place of its own: added to the zeros of all others, they are gathered.
+        places = [0] * (len(times) * ranks)
+        places[rank * len(times) : (rank + 1) * len(times)] = times
+        flags = [int(alarm), int(profile)]
+        self._sums = torch.tensor([labels, tokens, int(stops), *not_finite, *flags, *places])
+        self.times: list[int] = []
+        """Those of all ranks, one behind another, once it is agreed."""
         self._work: Any = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if ranks > 1:
             self._work = dist.all_reduce(self._sums, async_op=True)
 
     def agreed(self) -> Agreed:
@@ -69,7 +79,9 @@ class Ahead:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return Agreed(*self._sums.tolist())
+        sums = self._sums.tolist()
+        self.times = sums[len(Agreed._fields) :]
+        return Agreed(*sums[: len(Agreed._fields)])
 
 
 def is_interrupted(trainer: TrainerConfig, step: int, last_step: int) -> bool:
@@ -79,6 +91,11 @@ def is_interrupted(trainer: TrainerConfig, step: int, last_step: int) -> bool:
     """
     cadences = (trainer.eval_every_steps, trainer.save_every_steps)
     return step >= last_step or any(every and step % every == 0 for every in cadences)
+
+
+def is_logged(trainer: TrainerConfig, step: int) -> bool:
+    """Return whether a step is one whose losses are logged. Pure."""
+    return step == 1 or step % trainer.log_every_steps == 0
 
 
 def counted(batches: list[Batch], ignored: int) -> tuple[int, int]:

@@ -20,8 +20,8 @@ from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
 from shardwright.train.data.batches.collator import PADDING
 from shardwright.train.errors import Diverged, UserError
-from shardwright.train.loop import divergence, evaluation, lean
-from shardwright.train.loop.ahead import Ahead, counted, is_interrupted
+from shardwright.train.loop import divergence, evaluation, lean, step_times
+from shardwright.train.loop.ahead import Ahead, counted, is_interrupted, is_logged
 from shardwright.train.loop.callbacks.garbage import GarbageCollection
 from shardwright.train.loop.callbacks.handler import Callbacks
 from shardwright.train.loop.callbacks.schedule import EveryStepCounts
@@ -146,13 +146,21 @@ class Trainer(transformers.Trainer):
         self._replace_callbacks()
 
     def _replace_callbacks(self) -> None:
+        self.step_times = step_times.StepTimes()
         before = self.callback_handler
         self.callback_handler = Callbacks(
             before.callbacks, self.model, self.processing_class, self.optimizer, self.lr_scheduler
         )
         self.remove_callback(transformers.PrinterCallback)
         # The schedule advances before what saves and logs.
-        for callback in (self.profiler, self.garbage, EveryStepCounts(self), self.saver):
+        callbacks = (
+            self.step_times,
+            self.profiler,
+            self.garbage,
+            EveryStepCounts(self),
+            self.saver,
+        )
+        for callback in callbacks:
             self.add_callback(callback)
 
     @property
@@ -202,10 +210,12 @@ class Trainer(transformers.Trainer):
         """
         if self.control.should_training_stop:  # by the evaluation that a stop had cut short
             return [], None
-        heartbeat.step_begins(self.state.global_step + 1)
-        self.profiler.step_begins(self.state.global_step + 1)
+        step = self.state.global_step + 1
+        heartbeat.step_begins(step)
+        self.profiler.step_begins(step)
+        self.step_times.begin()
         self._next_micro_batches = epoch_iterator, num_batches
-        ahead, self._ahead = self._ahead or self._look_ahead(), None
+        ahead, self._ahead = self._ahead or self._look_ahead(step), None
         if not ahead.batches:
             return [], None
         agreed = ahead.agreed()
@@ -216,18 +226,18 @@ class Trainer(transformers.Trainer):
             raise self._diverged(ahead.judged.step)
         if agreed.stops:
             raise signals.Stop
-        step, last_step = self.state.global_step + 1, self.state.max_steps
-        self.profiler.agreed(step, last_step, is_asked=agreed.profiles > 0)
+        self.profiler.agreed(step, self.state.max_steps, is_asked=agreed.profiles > 0)
+        self.step_times.agree(ahead.times)
         self.gate.begin()
         self.tokens_seen += agreed.tokens
         batches = [self._with_positions(batch) for batch in ahead.batches]
         # Filled on the device, as a copy would make the host wait for what is computed there.
         return batches, torch.full((), max(agreed.labels, 1), dtype=torch.int64, device=device)
 
-    def _look_ahead(self) -> Ahead:
-        """Fetch the next step's micro-batches and begin to tell the other ranks of them."""
+    def _look_ahead(self, step: int) -> Ahead:
+        """Fetch the micro-batches of a step to come and begin to tell the other ranks of them."""
         iterator, count = self._next_micro_batches
-        with heartbeat.at(Phase.DATA), self.profiler.data():
+        with self.step_times.waiting_for_data(), self.profiler.data():
             batches = list(itertools.islice(iterator, count))
         if batches and not self._is_data_checked:
             self._check_data(batches)
@@ -240,6 +250,7 @@ class Trainer(transformers.Trainer):
             judged=self.gate.newest_known(),
             alarm=self.watch.finding is not None,
             profile=self.profiler.take_request(),
+            times=self.step_times.take() if is_logged(self.config.trainer, step) else (),
         )
 
     def _with_positions(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -358,6 +369,7 @@ class Trainer(transformers.Trainer):
                 self.accelerator.backward(loss)
             else:
                 loss.backward()
+                self.step_times.backward_ends()
         loss = loss.detach()
         self.gate.add_loss(loss)
         # What is logged can be compared with that of held-out samples, and from model to model.
@@ -565,6 +577,7 @@ class Trainer(transformers.Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)
+        self.step_times.watch(model)
         if not self.is_deepspeed_enabled:
             parameters = list(model.parameters())
 
@@ -628,7 +641,7 @@ class Trainer(transformers.Trainer):
         step = self.state.global_step + 1
         self.gate.conclude(step)
         if not is_interrupted(self.config.trainer, step, self.state.max_steps):
-            self._ahead = self._look_ahead()
+            self._ahead = self._look_ahead(step + 1)
         return norm
 
     def _norm(self, largest: float) -> Any:

@@ -84,6 +84,10 @@ class Field(enum.IntEnum):
     ANSWERED = 7
     ENDS = 8
     """Not 0 where the rank is to end, by the watcher's verdict."""
+    COMPUTE_MICROSECONDS = 9
+    """Of a step between the last two log lines, as are the next two."""
+    WAIT_MICROSECONDS = 10
+    DATA_MICROSECONDS = 11
 
 
 class Page:
@@ -190,6 +194,14 @@ def step_begins(step: int) -> None:
     _heart.step_began_ns = began_ns
     fields[Field.STEP] = step
     now(Phase.AGREEMENT)
+
+
+def note_times(compute: int, wait: int, data: int) -> None:
+    """Note how many microseconds of a step this rank computes, and waits for others and data."""
+    if _fields is not None:
+        _fields[Field.COMPUTE_MICROSECONDS] = compute
+        _fields[Field.WAIT_MICROSECONDS] = wait
+        _fields[Field.DATA_MICROSECONDS] = data
 
 
 def while_compiling() -> None:

@@ -53,7 +53,6 @@ TORCHRUN_LOG = "torchrun.log"
 TORCHRUN_LOGS = "torchrun*.log"
 JOB_LOGS = "job-*.log"
 FAILURES = "rank-*.error.json"
-WATCHER_LOG = "watcher.log"
 ALL_LOGS = "*.log"
 
 
@@ -65,6 +64,11 @@ def rank_log(rank: int) -> str:
 def failure(rank: int) -> str:
     """Return what a rank calls the note of its failure, which FAILURES matches."""
     return f"rank-{rank}.error.json"
+
+
+def watcher_log(host: str) -> str:
+    """Return what the log of the watcher of a node's ranks is called, where it has any lines."""
+    return f"watcher-{host}.log"
 
 
 def torchrun_log(host: str) -> str:
@@ -80,9 +84,10 @@ def job_log(job: str, task: str | None = None) -> str:
 # --- where its ranks are --------------------------------------------------------------------------
 
 HEARTBEATS = "heartbeats"
-DIAGNOSIS = "diagnosis"
-"""A folder for each time that the ranks were looked into, and who asks for that."""
 DIAGNOSIS_REQUEST = "request.json"
+"""In there: who asks the watchers of all nodes for what their ranks show."""
+DIAGNOSIS = "diagnosis"
+"""A folder for each time that ranks have shown themselves."""
 VERDICT = "verdict.txt"
 RANK_BEATS = "rank-*.json"
 NODE_BEATS = "node-*.json"

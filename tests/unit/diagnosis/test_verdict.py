@@ -65,7 +65,7 @@ def report(
     text: str = LOADER,
     children: Mapping[str, str] | None = None,
 ) -> Report:
-    found = Beat(rank, f"node{rank // 2}", 100 + rank, 9, 13, phase, 61.0, 1.0, 0.0, state)
+    found = Beat(rank, f"node{rank // 2}", 100 + rank, 9, 13, phase, 61.0, 1.0, 0.0, state=state)
     return Report(found, text, children or {}, collectives)
 
 

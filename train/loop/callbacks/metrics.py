@@ -6,13 +6,15 @@ import json
 import logging
 import math
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
 from transformers import TrainerCallback
 
+from shardwright.train.console import progress
+from shardwright.train.loop import stragglers
 from shardwright.train.process.memory import peak_resident_bytes
-from shardwright.train.run_directory.names import METRICS
+from shardwright.train.run_directory.names import HEARTBEATS, METRICS, rank_beat
 from shardwright.train.units import counted, duration
 
 if TYPE_CHECKING:
@@ -36,9 +38,12 @@ class Speed(NamedTuple):
 class Metrics(TrainerCallback):
     """Adds throughput and memory to what the Trainer logs, and writes it down."""
 
-    def __init__(self, trainer: Trainer, cost: Cost | None = None) -> None:
+    def __init__(
+        self, trainer: Trainer, cost: Cost | None = None, console: TextIO | None = None
+    ) -> None:
         """``cost`` makes MFU of the speed, where it is known."""
-        self.trainer, self._cost = trainer, cost
+        self.trainer, self._cost, self._console = trainer, cost, console
+        self._stragglers = stragglers.Watch(self._host_of)
         self._training_seconds = 0.0
         self._is_warm = False
         self._began_at = 0.0
@@ -110,6 +115,9 @@ class Metrics(TrainerCallback):
                 total = trainer.accelerator.reduce(trainer.auxiliary_loss, "sum").item()
                 taken["auxiliary_loss"] = total / max(state.global_step - self._logged_step, 1)
                 trainer.auxiliary_loss = torch.zeros_like(trainer.auxiliary_loss)
+            if (times := trainer.step_times.of_ranks) is not None:
+                taken.update(stragglers.metrics(times))
+                self._say(self._stragglers.look(times))
             self._logged_step = state.global_step
             self._training_seconds = 0.0
         if state.is_world_process_zero:
@@ -160,6 +168,20 @@ class Metrics(TrainerCallback):
         if speed.tokens:
             text += f", {speed.tokens / max(speed.seconds, 1e-9):,.0f} tokens/s while training"
         return text
+
+    def _say(self, warnings: list[str]) -> None:
+        for text in warnings if self.trainer.is_world_process_zero() else ():
+            logger.warning("%s", text)
+            if self._console is not None:
+                progress.write(text, self._console)
+
+    def _host_of(self, rank: int) -> str | None:
+        """Return the node of a rank, as that has announced itself."""
+        try:
+            note = json.loads((self.trainer.run_dir / HEARTBEATS / rank_beat(rank)).read_text())
+            return str(note["host"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def _append(self, line: str) -> None:
         try:
