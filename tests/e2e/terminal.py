@@ -60,21 +60,13 @@ _SIZE = ("COLUMNS", "LINES")
 """Which are believed before the terminal is asked; what one test leaves is no other's size."""
 
 
-def see(
+def _started(
     arguments: Sequence[str],
-    *,
     cwd: Path,
     environment: Mapping[str, str],
-    size: tuple[int, int] | None = (80, 24),
-    interrupt_at: str | None = None,
-    timeout_seconds: float = 280,
-) -> Seen:
-    """Run a command to its end in a terminal of columns and rows, or behind a pipe where None.
-
-    Ctrl-C is pressed once, as soon as ``interrupt_at``, a pattern, matches what is shown: the
-    terminal sends SIGINT to all its foreground processes. A command that takes longer than
-    ``timeout_seconds`` is killed.
-    """
+    size: tuple[int, int] | None,
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a command in a session of its own; return it and where what it prints is read."""
     reading, writing = pty.openpty() if size else os.pipe()
     if size:
         columns, rows = size
@@ -95,6 +87,25 @@ def see(
         preexec_fn=take_the_terminal,
     )
     os.close(writing)
+    return process, reading
+
+
+def see(
+    arguments: Sequence[str],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str],
+    size: tuple[int, int] | None = (80, 24),
+    interrupt_at: str | None = None,
+    timeout_seconds: float = 280,
+) -> Seen:
+    """Run a command to its end in a terminal of columns and rows, or behind a pipe where None.
+
+    Ctrl-C is pressed once, as soon as ``interrupt_at``, a pattern, matches what is shown: the
+    terminal sends SIGINT to all its foreground processes. A command that takes longer than
+    ``timeout_seconds`` is killed.
+    """
+    process, reading = _started(arguments, cwd, environment, size)
     seen, data = Seen(), b""
     began = last = time.monotonic()
     try:
