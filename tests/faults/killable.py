@@ -24,6 +24,8 @@ from tests.distributed.pool import free_port
 
 WORLD_SIZE = 2
 TIMEOUT_SECONDS = 120
+GRACE_SECONDS = 30.0
+"""As torchrun has it."""
 _WATCHED = re.compile(r"checkpoints\b|\.?final\b|\.tokenizer-|metrics\.|\.$")
 
 
@@ -69,9 +71,12 @@ class Ended:
     """What all ranks printed on the terminal."""
 
 
-def start(run_dir: Path, kill: Kill | None = None) -> Ended:
+def start(
+    run_dir: Path, kill: Kill | None = None, *, grace_seconds: float = GRACE_SECONDS
+) -> Ended:
     """Start the ranks of a run, kill them as asked, and wait until all have ended.
 
+    Those that are left have ``grace_seconds`` once one has failed, and are killed then.
     Each rank that ends by itself leaves its events beside the run directory.
     """
     # Read when torch and its like are imported.
@@ -92,7 +97,7 @@ def start(run_dir: Path, kill: Kill | None = None) -> Ended:
     try:
         if isinstance(kill, AtTime):
             _kill_from_outside(kill, run_dir, processes)
-        _wait_as_torchrun_does(processes)
+        _wait_as_torchrun_does(processes, grace_seconds)
     finally:
         for process in processes:
             process.kill()
@@ -121,7 +126,7 @@ def _kill_from_outside(kill: AtTime, run_dir: Path, processes: list[Any]) -> Non
         process.kill()
 
 
-def _wait_as_torchrun_does(processes: list[Any]) -> None:
+def _wait_as_torchrun_does(processes: list[Any], grace_seconds: float) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     left = list(processes)
     while left:
@@ -130,8 +135,9 @@ def _wait_as_torchrun_does(processes: list[Any]) -> None:
             time.sleep(0.1)  # it looks every so often
             for process in left:
                 process.terminate()
+            ends_at = time.monotonic() + grace_seconds
             for process in left:
-                process.join(30)
+                process.join(max(0.0, ends_at - time.monotonic()))
             return
         assert time.monotonic() < deadline, "the ranks hang"
         left = [p for p in left if p.is_alive()]

@@ -305,7 +305,8 @@ def test_a_whole_run_refuses_code_in_a_tensor_that_a_rank_reads(
         file.write(data)
     path.write_bytes(pickle.dumps(metadata))
     seal(checkpoint)
-    ended = start(run_dir)
+    # The other one waits for it in a collective, and hears of nothing.
+    ended = start(run_dir, grace_seconds=2)
     assert 2 in ended.exit_codes, ended
     assert f"{checkpoint} cannot be resumed: " in ended.console
     assert f"{info.relative_path} at {info.offset} is refused: " in ended.console
