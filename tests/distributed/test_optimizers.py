@@ -49,8 +49,8 @@ TAKEN = {
     "lion": ("zero2", "fsdp"),
     "sgd": ("zero3", "fsdp"),
 }
-# Compiled for each strategy anew.
-EIGHT_BIT = {"ddp": [needs_torchao, pytest.mark.slow]}
+# Compiled for each strategy anew. FSDP's curve is that of the next test as well.
+EIGHT_BIT = dict.fromkeys(("ddp", "fsdp"), [needs_torchao, pytest.mark.slow])
 CASES = [
     pytest.param(
         name, strategy, marks=EIGHT_BIT.get(strategy, needs_torchao) if name == "adamw_8bit" else ()

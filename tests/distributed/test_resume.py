@@ -109,11 +109,10 @@ def test_a_resumed_run_ends_with_the_same_bits(
     [
         *(("muon", "ddp", {}), ("muon", "fsdp", {}), ("adafactor", "ddp", {})),
         *(("lion", "zero2", {}), ("sgd", "fsdp", {})),
-        pytest.param("adamw_8bit", "ddp", {}, marks=needs_torchao),
         pytest.param("adamw_8bit", "zero0", {}, marks=needs_torchao),
         *(
             pytest.param("adamw_8bit", *case, marks=[needs_torchao, pytest.mark.slow])
-            for case in (("fsdp", {}), ("ddp", PURE_BF16))
+            for case in (("ddp", {}), ("fsdp", {}), ("ddp", PURE_BF16))
         ),
     ],
 )
