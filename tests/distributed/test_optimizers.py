@@ -50,7 +50,7 @@ TAKEN = {
     "sgd": ("zero3", "fsdp"),
 }
 # Compiled for each strategy anew. FSDP's curve is that of the next test as well.
-EIGHT_BIT = dict.fromkeys(("ddp", "fsdp"), [needs_torchao, pytest.mark.slow])
+EIGHT_BIT = {strategy: [needs_torchao, pytest.mark.slow] for strategy in ("ddp", "fsdp")}
 CASES = [
     pytest.param(
         name, strategy, marks=EIGHT_BIT.get(strategy, needs_torchao) if name == "adamw_8bit" else ()
