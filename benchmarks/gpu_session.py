@@ -204,8 +204,10 @@ class Tables:
             # What hangs must not take it all; what compiles may take its time.
             limit = min(MOST_TIMES * max(wanted, ESTIMATES[model]), self.session.left)
             figures = train_gpu.measure(self.plan, config, run_dir, variant, limit)
+            is_new = (model, variant) not in self.took and variant not in train_gpu.PEERS
+            planned = planned_beside(run_dir) if is_new and "error" not in figures else {}
         self.took[model, variant] = time.monotonic() - began
-        return {"took_seconds": round(self.took[model, variant], 1), **figures}
+        return {"took_seconds": round(self.took[model, variant], 1), **figures, **planned}
 
     def write(self) -> None:
         """Write the tables of what there is."""
@@ -233,6 +235,26 @@ class Tables:
                 found["peak_bf16_flops"] = peak_bf16_flops(run["device"])
         found["ratio"] = overall_ratio(found["models"])
         return found
+
+
+def planned_beside(run_dir: Path) -> dict[str, Any]:
+    """Return what a plan says of a run that has ended, beside what the run has measured itself.
+
+    A plan is no more than a figure of its row: where it cannot be made, that is the figure.
+    """
+    from shardwright.launchers.plan import of_run
+    from shardwright.train.errors import UserError
+    from shardwright.train.run_directory.plan import differences
+
+    try:
+        starts, problem = of_run.starts(run_dir)
+    except UserError as error:
+        return {"plan_problem": str(error)}
+    found = {
+        each.name: {"planned": each.planned, "measured": each.measured, "off": each.missed}
+        for each in differences(starts[-1])
+    }
+    return {"plan": found, **({} if problem is None else {"plan_problem": problem})}
 
 
 # --- the session --------------------------------------------------------------------------------

@@ -23,11 +23,16 @@ from benchmarks.gpu_session import (
     install,
     order,
     outcomes,
+    planned_beside,
     pytest_command,
 )
 from benchmarks.train_gpu import MODELS, VARIANTS, Plan, freeze
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.ranks.child import descendants
+from shardwright.train.config import load
+from shardwright.train.run_directory import plan
+from shardwright.train.run_directory.plan import Measured, Planned, settings_of
+from tests.fixtures import Freeze, TreeOf
 
 ROOT = Path(__file__).parents[2]
 ONE_H200 = Machine(compute_capabilities=(9.0,), cores=16)
@@ -92,12 +97,15 @@ def test_each_row_is_written_as_it_comes_and_what_fails_is_no_end(
 
     monkeypatch.setattr(train_gpu, "measure", measure)
     monkeypatch.setattr(train_gpu, "prepare", lambda run_dir: None)
+    peak = {"peak_bytes": {"planned": 9, "measured": 10, "off": -0.1}}
+    monkeypatch.setattr(gpu_session, "planned_beside", lambda run_dir: {"plan": peak})
     tables = Tables(Session(500.0, tmp_path), plan_on(ONE_H200), is_tiny=False)
     for variant in ("stock", "single", "no.such_field=1"):
         tables.row("gpt2_small", variant)
     stock, single, unknown = rows(tmp_path)
     assert stock["error"].startswith("killed after 60 s")
     assert single["tokens_per_second"] == 100
+    assert (single["plan"], "plan" in stock) == (peak, False)
     assert "unknown key no.such_field" in unknown["error"]
     assert in_words(stock).endswith("train_gpu gpt2_small stock: failed: killed after 60 s")
     assert limits[0] == 150, "two and a half times what it is expected to take"
@@ -105,6 +113,27 @@ def test_each_row_is_written_as_it_comes_and_what_fails_is_no_end(
     assert found["hardware"]["device"] == "NVIDIA H200"
     assert found["models"]["gpt2_small"]["variants"]["single"]["tokens_per_second"] == 100
     assert "stock failed" in (tmp_path / gpu_session.PAGE).read_text()
+
+
+def test_a_row_has_what_was_planned_beside_what_was_measured(
+    tiny_tree: TreeOf, frozen_run: Freeze
+) -> None:
+    run_dir = frozen_run(tiny_tree("clm"))
+    planned = Planned(110, 0, 0, {}, 40, 20, 30, step_seconds=0.9)
+    measured = Measured("cuda", 100, parameters_bytes=40, steps=2, seconds=2.0, tokens=64)
+    plan.note(run_dir, settings_of(load(run_dir)), planned=planned, measured=measured)
+    found = planned_beside(run_dir)["plan"]
+    assert found["peak_bytes"] == {
+        "planned": 110,
+        "measured": 100,
+        "off": pytest.approx(0.1),
+    }
+    assert found["step_seconds"]["off"] == pytest.approx(-0.1)
+    assert "gradients_bytes" not in found, "nobody has measured them"
+
+
+def test_a_plan_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    assert "plan_problem" in planned_beside(tmp_path)
 
 
 def test_outcomes_are_read_of_a_log_that_ends_anywhere() -> None:
