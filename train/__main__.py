@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,15 +103,26 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
             # Inside of the group: to leave it may take until peers are ended for this very report.
             with join(settings, rank), report.of_what_fails():
                 progress.now("importing libraries")
-                from shardwright.train.run import run
-
-                final = run(run_dir, settings, rank, console)
+                final = _story(run_dir)(run_dir, settings, rank, console)
                 progress.begin("ending the ranks", comes_again=True)
     except _Reported as failed:
         return failed.exit_code
     if final is None and not signals.is_restarted_on_failure():
         return RESUMABLE
     return 0
+
+
+def _story(run_dir: Path) -> Callable[[Path, RunConfig, Rank, TextIO], Path | None]:
+    """Return what a rank does in a directory: train a run, or make steps of one again."""
+    from shardwright.train.run_directory import replays
+
+    if replays.asked(run_dir) is not None:
+        from shardwright.train.replay import replay
+
+        return replay
+    from shardwright.train.run import run
+
+    return run
 
 
 class _Reported(Exception):

@@ -53,7 +53,7 @@ from shardwright.train.process.agreement import check, from_all_patiently, toget
 from shardwright.train.process.heartbeat import Phase
 from shardwright.train.process.provenance import write_provenance
 from shardwright.train.process.rank import Rank
-from shardwright.train.run_directory import final, history
+from shardwright.train.run_directory import final, history, replays
 from shardwright.train.run_directory import metrics as run_directory_metrics
 from shardwright.train.run_directory.names import TOKENIZER_FOLDER
 from shardwright.train.sampling import sample
@@ -126,6 +126,7 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
     config, layout = engine.config, engine.layout
     check()
     steps, schedule = _length(config, prepared, resumed)
+    steps = replays.last_step(run_dir, steps)
     if resumed is not None:
         resuming.untie(model, resumed)
         values = resuming.values(model, resumed)

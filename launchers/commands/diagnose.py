@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +20,7 @@ from shardwright.train.diagnosis import beats, incident, report, verdict
 from shardwright.train.diagnosis.beats import GONE, Beat
 from shardwright.train.diagnosis.report import Report
 from shardwright.train.diagnosis.verdict import Verdict
-from shardwright.train.errors import UserError
+from shardwright.train.errors import FAILED, UserError
 from shardwright.train.paths import absolute
 from shardwright.train.process import heartbeat
 from shardwright.train.run_directory import names
@@ -53,9 +55,44 @@ def main(arguments: Sequence[str]) -> int:
     found = runs.runs_in(run_dir)
     if found != [run_dir]:
         raise UserError(f"{run_dir} holds {len(found)} runs; give one of them, such as {found[0]}")
+    if options.other is not None:
+        return compare((run_dir, Path(absolute(options.other))), options.scratch)
+    if options.replay is not None:
+        return replays(run_dir, options.replay, options.scratch)
     seen = look(run_dir)
     print(as_json(run_dir, seen) if options.json else said(run_dir, seen, _width()))
     return 0
+
+
+def replays(run_dir: Path, step: int, scratch: Path | None) -> int:
+    """Make a step again and say which module failed in it; return 0 where that is known."""
+    from shardwright.launchers.diagnosing import replay
+    from shardwright.launchers.machine import facts
+
+    prepared = replay.prepare(run_dir, step, scratch)
+    print(f"replaying in {prepared.directory}", flush=True)
+    came = replay.run(prepared, facts.detect(os.environ))
+    if came is None:
+        print(f"the replay failed; see {prepared.directory / names.LOGS}", file=sys.stderr)
+        return FAILED
+    found = replay.finding(prepared.directory)
+    for text in replay.said(prepared, run_dir, came, found):
+        print("\n".join(messages.aligned({"": text}, 0, _width())))
+    if found is not None:
+        print(f"  ranges: {prepared.directory / names.DIAGNOSIS / found.report}")
+    return 0
+
+
+def compare(compared: tuple[Path, Path], scratch: Path | None) -> int:
+    """Say where two runs part; return 0 where that could be found out."""
+    from shardwright.launchers.diagnosing import comparison
+    from shardwright.launchers.machine import facts
+
+    def say(text: str) -> None:
+        print("\n".join(messages.aligned({"": text}, 0, _width())), flush=True)
+
+    is_known = comparison.compare(compared, facts.detect(os.environ), scratch, say)
+    return 0 if is_known else FAILED
 
 
 def _width() -> int | None:
@@ -217,5 +254,23 @@ def parser() -> argparse.ArgumentParser:
         f"RUN_DIR/{names.DIAGNOSIS}. A run that lives is not disturbed.",
     )
     found.add_argument("run_dir", metavar="RUN_DIR")
+    found.add_argument(
+        "other",
+        nargs="?",
+        metavar="OTHER_RUN_DIR",
+        help="another run: instead, find the first step and the first module where both part, by "
+        "what they logged and by making that step again",
+    )
     found.add_argument("--json", action="store_true", help="for programs")
+    found.add_argument(
+        "--replay",
+        type=int,
+        metavar="STEP",
+        help="instead, make the steps up to this one again, from the newest checkpoint before it, "
+        "on this machine and in a directory of their own, and name the first module that gave what "
+        "is not finite",
+    )
+    found.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="where that directory is made; default: /tmp"
+    )
     return found

@@ -13,6 +13,7 @@ from shardwright.train.config import load
 from shardwright.train.errors import Diverged
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.process.rank import Rank, rank_from_environment
+from shardwright.train.replay import again
 from shardwright.train.run import assemble
 from shardwright.train.strategy.group import join
 
@@ -60,6 +61,22 @@ def trained_with_a_planted_nan(
     rank = rank_from_environment()
     with join(load(run_dir), rank):
         return _train(run_dir, rank, (module, direction, step, micro_batch), on_rank)
+
+
+def replayed_with_a_planted_nan(
+    directory: Path, module: str, direction: str, step: int, on_rank: int, micro_batch: int = 1
+) -> None:
+    """Do what a rank of a replay does, where the same goes wrong again."""
+    rank = rank_from_environment()
+    with join(load(directory), rank):
+        _replay(directory, rank, (module, direction, step, micro_batch), on_rank)
+
+
+def _replay(directory: Path, rank: Rank, planted: tuple[Any, ...], on_rank: int) -> None:
+    trainer = assemble(directory, load(directory), rank, io.StringIO())
+    if rank.index == on_rank:
+        plant(trainer, *planted)
+    again(trainer)
 
 
 def _train(run_dir: Path, rank: Rank, planted: tuple[Any, ...], on_rank: int) -> dict[str, Any]:

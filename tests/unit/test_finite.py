@@ -223,7 +223,8 @@ def said(run_dir: Path, step: int, began_at: int | None = None) -> str:
 def test_the_message_names_the_checkpoint_and_the_command(tmp_path: Path) -> None:
     run_dir = tmp_path / "a run"
     assert said(run_dir, 3) == (
-        "training has diverged at step 3: the loss is NaN. Nothing had been saved; lower "
+        "training has diverged at step 3: the loss is NaN. The module in which it began: "
+        f"shardwright diagnose '{run_dir}' --replay 3. Nothing had been saved; lower "
         "trainer.learning_rate (it is 0.001) or trainer.max_grad_norm, or warm up for longer, and "
         "start a new run with `shardwright train`"
     )
@@ -231,7 +232,8 @@ def test_the_message_names_the_checkpoint_and_the_command(tmp_path: Path) -> Non
         write_checkpoint(run_dir / "checkpoints", step, finite=True)
     write_checkpoint(run_dir / "checkpoints", 15, finite=False)
     assert said(run_dir, 12, began_at=5) == (
-        "training has diverged at step 12: the loss is NaN. checkpoint-10 is the newest checkpoint,"
+        "training has diverged at step 12: the loss is NaN. The module in which it began: "
+        f"shardwright diagnose '{run_dir}' --replay 12. checkpoint-10 is the newest checkpoint,"
         " and its weights are finite; lower trainer.learning_rate (it is 0.001) or "
         "trainer.max_grad_norm, or warm up for longer, and resume with: shardwright resume "
         f"'{run_dir}' trainer.learning_rate=0.0001"

@@ -61,7 +61,8 @@ def message(
 
     ``began_at`` is the step of the checkpoint from which the run was resumed.
     """
-    text = f"training has diverged at step {step:,}: {diagnosis(found)}{_place(run_dir, found)}. "
+    place = _place(run_dir, step, found)
+    text = f"training has diverged at step {step:,}: {diagnosis(found)}{place}. "
     remedy = (
         f"lower trainer.learning_rate (it is {learning_rate:g}) or trainer.max_grad_norm, or warm "
         "up for longer, and "
@@ -80,11 +81,17 @@ def message(
     return f"{text}{remedy}resume with: {resume} trainer.learning_rate={learning_rate / 10:g}"
 
 
-def _place(run_dir: Path, found: Sequence[Found]) -> str:
+def _place(run_dir: Path, step: int, found: Sequence[Found]) -> str:
     """Return the module with which it began, in a phrase; how to find it where nobody watched."""
     if (first := earliest(seen.watched for seen in found)) is None:
-        return ""
+        if all(math.isfinite(seen.loss) and math.isfinite(seen.norm) for seen in found):
+            return ""  # no module has given it, but the update
+        return f". The module in which it began: {diagnose_command(run_dir)} --replay {step}"
     return f"; {first.said()} ({run_dir / DIAGNOSIS / first.report} has the ranges before it)"
+
+
+def diagnose_command(run_dir: Path) -> str:
+    return f"shardwright diagnose {shlex.quote(str(run_dir))}"
 
 
 def resume_command(run_dir: Path) -> str:

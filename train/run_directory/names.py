@@ -110,6 +110,9 @@ def stacks(rank: int) -> str:
 
 # --- what its modules compute, in diagnosis/ -----------------------------------------------------
 
+REPLAY = "replay.json"
+"""In a directory that is no run: which steps of one are to be made again in it."""
+REPLAYED = "replayed.json"
 FINDINGS = "numerics-step-*-rank-*.json"
 
 
@@ -131,6 +134,11 @@ def trace(step: int, rank: int, micro_batch: int) -> str:
 def fingerprints(rank: int) -> str:
     """Return what all tensors of a rank's steps are called, a line for each micro-batch."""
     return f"fingerprints-rank-{rank}.jsonl"
+
+
+def fingerprints_of_all() -> str:
+    """Return what matches those of all ranks."""
+    return "fingerprints-rank-*.jsonl"
 
 
 # --- profile/ -------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What went wrong in a run, found out by making its steps again."""
