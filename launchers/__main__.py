@@ -67,6 +67,8 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright diagnose RUN_DIR [--json]
       where each rank of a run is, and which one the others wait for, whether it lives, hangs or
       is dead
+  shardwright diagnose RUN_DIR --replay STEP | RUN_DIR OTHER_RUN_DIR
+      make a step again and name the module that gave NaN; or where two runs part
   shardwright cancel RUN_DIR [--now]
       stop a run after a checkpoint, wherever it runs; --now: at once
   shardwright report RUN_DIR|SWEEP_DIR... [--out FILE.html] [--png DIR]

@@ -9,6 +9,7 @@ from shardwright.launchers.diagnosing import parting, replay
 from shardwright.launchers.machine.facts import Machine
 from shardwright.train import config as run_config
 from shardwright.train.errors import UserError
+from shardwright.train.run_directory import names
 
 
 def compare(
@@ -63,7 +64,7 @@ def _by_modules(
     for run_dir, each in zip(runs, prepared, strict=True):
         say(f"Replaying {run_dir} from {start}, in {each.directory}.")
         if replay.run(each, here) is None:
-            say(f"The replay failed; see {each.directory / 'logs'}.")
+            say(f"The replay failed; see {each.directory / names.LOGS}.")
             return False
     say(by_modules(prepared[0], prepared[1]))
     return True

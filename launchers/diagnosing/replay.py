@@ -86,7 +86,7 @@ def prepare(
     if first:
         link = directory / names.CHECKPOINTS / saved[first].name
         link.symlink_to(saved[first].resolve(), target_is_directory=True)
-    replays.ask(directory, Replay(step, fingerprints))
+    replays.request(directory, Replay(step, fingerprints))
     return Prepared(directory, config, first, step)
 
 

@@ -30,7 +30,7 @@ class Replayed:
     """Why they ended there, where that was not to be."""
 
 
-def ask(directory: Path, wanted: Replay) -> None:
+def request(directory: Path, wanted: Replay) -> None:
     """Have the ranks that start in a directory replay steps, save nothing and make no final/."""
     write_text(directory / REPLAY, json.dumps(asdict(wanted)) + "\n")
 

@@ -16,7 +16,7 @@ from shardwright.train.config import from_tree, to_yaml
 from shardwright.train.errors import UserError
 from shardwright.train.loop.numerics.records import Place, Seen, Traced
 from tests.checkpoints import write_checkpoint
-from tests.unit.test_config import TREE
+from tests.unit.trees import TREE
 
 
 def run_of(directory: Path, losses: dict[int, float], **trainer: Any) -> Path:

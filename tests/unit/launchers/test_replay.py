@@ -17,7 +17,7 @@ from shardwright.train.loop.numerics.records import Finding
 from shardwright.train.run_directory import replays
 from shardwright.train.run_directory.replays import Replayed
 from tests.checkpoints import write_checkpoint
-from tests.unit.test_config import TREE
+from tests.unit.trees import TREE
 
 FINDING = Finding(3, 2, 1, "forward", "h.1.mlp", "MLP", "its output", "is NaN", 40, "report.txt")
 
