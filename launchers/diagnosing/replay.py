@@ -114,6 +114,7 @@ def replayed(config: RunConfig, directory: Path) -> RunConfig:
         "early_stopping_patience": None,
         "early_stopping_threshold": 0.0,
         "debug": {**debug, "numerics": "watch"},
+        "profile": {},
     }
     launcher = config.launcher
     if launcher.nodes > 1 or (launcher.is_elsewhere and not launcher.is_job):
