@@ -104,7 +104,7 @@ def replayed(config: RunConfig, directory: Path) -> RunConfig:
     tree["run_dir"] = str(directory)
     tree["tracking"] = {"kind": "none"}
     tree["checkpoint"] |= {"keep_every_steps": None, "keep_best": 0, "export": "last"}
-    looks_only = {"trace_batches": [], "statistics_every_steps": None}
+    looks_only: dict[str, Any] = {"trace_batches": [], "statistics_every_steps": None}
     debug = {**tree["trainer"]["debug"], **looks_only}
     tree["trainer"] |= {
         # As it says, auto compiles nothing that is looked into.
