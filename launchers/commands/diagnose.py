@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import socket
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -199,6 +200,7 @@ def said(run_dir: Path, found: Found, width: int | None) -> str:
     lines = [f"{run_dir}: {found.state.partition(chr(10))[0]}"]
     if found.beats:
         lines += ["", *table(found.beats, width)]
+        lines += by_node(found.beats, width)
     if found.verdict is None:
         what = "every rank has ended" if all(b.is_ended for b in found.beats) else "ranks move"
         lines += ["", what]
@@ -225,6 +227,33 @@ def table(seen: Sequence[Beat], width: int | None) -> list[str]:
         for name, *cells in zip(head, *rows, strict=True)
     ]
     return columns.table(found, width)
+
+
+def by_node(seen: Sequence[Beat], width: int | None) -> list[str]:
+    """Return what steps were spent on between the last two log lines, by node. Pure."""
+    nodes: dict[str, list[Beat]] = {}
+    for beat in seen:
+        if beat.compute_seconds:
+            nodes.setdefault(beat.host, []).append(beat)
+    if not nodes:
+        return []
+    head = ("node", "ranks", "computes", "waits for others", "waits for data", "slowest")
+    rows = []
+    for host, there in sorted(nodes.items()):
+        medians = [
+            statistics.median(getattr(beat, name) for beat in there)
+            for name in ("compute_seconds", "wait_seconds", "data_seconds")
+        ]
+        slowest = max(there, key=lambda beat: beat.compute_seconds + beat.data_seconds)
+        took = 1000 * (slowest.compute_seconds + slowest.data_seconds)
+        parts = [f"{1000 * seconds:,.0f} ms" for seconds in medians]
+        rows.append((host, str(len(there)), *parts, f"rank {slowest.rank}, {took:,.0f} ms"))
+    found = [
+        Column(name, tuple(cells), is_text=name in ("node", "slowest"), rank=rank)
+        for rank, (name, *cells) in enumerate(zip(head, *rows, strict=True))
+    ]
+    found[0] = replace(found[0], rank=None, least=8)
+    return ["", "of each step, by the median rank of a node", *columns.table(found, width)]
 
 
 def as_json(run_dir: Path, found: Found) -> str:

@@ -62,9 +62,9 @@ def fresh(tiny_tree: TreeOf, tmp_path: Path) -> Callable[..., Path]:
         ),
         pytest.param(
             hanging.different_collectives,
-            r"The ranks are in different collectives: as number \d+ of group 0, rank 0 calls "
-            r"broadcast, at faults/hanging.py:\d+ in differ, and rank 1 calls all_reduce of "
-            r"3, at faults/hanging.py:\d+ in differ\.",
+            r"The ranks are in different collectives: as number \d+ of group 0, rank 0 on node \S+ "
+            r"calls broadcast, at faults/hanging.py:\d+ in differ, and rank 1 on node \S+ "
+            r"calls all_reduce of 3, at faults/hanging.py:\d+ in differ\.",
             marks=pytest.mark.faults,
             id="different",
         ),

@@ -93,6 +93,21 @@ class LiveRank:
         )
 
 
+def of_lost(announced: Announcement) -> Beat:
+    """Return what is known of a rank that has ended before anybody had seen its heartbeat."""
+    return Beat(
+        rank=announced.rank,
+        host=announced.host,
+        pid=announced.pid,
+        count=0,
+        step=0,
+        phase=Phase.STARTING,
+        still_seconds=max(0.0, time.time() - announced.time),
+        longest_step_seconds=0.0,
+        longest_save_seconds=0.0,
+    )
+
+
 def announced(run_dir: Path, ranks: Iterable[int] | None = None) -> list[Announcement]:
     """Return where the heartbeats of ranks are found, of all where none are named."""
     folder = run_dir / HEARTBEATS

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.train.diagnosis.beats import GONE, STOPPED, Beat, LiveRank
+from shardwright.train.process.heartbeat import ANSWER_SECONDS as HEARTBEAT_SECONDS
 from shardwright.train.process.heartbeat import STACKS, Field
 
 ANSWER_SECONDS = 5.0
@@ -159,8 +160,9 @@ def _by_py_spy(pid: int) -> str:
 
 def end(ranks: Sequence[LiveRank], seconds: float) -> None:
     """Have ranks end by themselves with the code of a run to be resumed; kill what does not."""
+    ends_at_ns = time.monotonic_ns() + int(2e9 * HEARTBEAT_SECONDS)
     for rank in ranks:
-        rank.page.fields[Field.ENDS] = 1
+        rank.page.fields[Field.ENDS] = ends_at_ns
     until = time.monotonic() + seconds
     while any(rank.state() not in (GONE, STOPPED) for rank in ranks) and time.monotonic() < until:
         time.sleep(0.05)

@@ -12,6 +12,9 @@ _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<n
 _MEETING = ("meeting.py", "wait_for")
 """Where a rank waits for others without a collective: file and function."""
 
+_TIMED = ("waits.py", "counted")
+"""What a wait of torch's is wrapped in, which is nobody's place."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -36,7 +39,7 @@ def main_thread(text: str) -> list[Frame]:
             frames = []
         elif found := _FRAME.match(line):
             frames.append(Frame(found["file"], found["line"], found["name"]))
-    return frames
+    return [frame for frame in frames if (Path(frame.file).name, frame.name) != _TIMED]
 
 
 def place(frames: Sequence[Frame]) -> str | None:

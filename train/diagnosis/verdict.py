@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def of(reports: Sequence[Report], silent_nodes: Mapping[str, float] | None = Non
     sentences = [_of_culprit(by_rank[rank]) for rank in culprits]
     for wait in waits:
         if wait.differs:
-            sentences.append(_of_difference(wait))
+            sentences.append(_of_difference(wait, by_rank))
     waiting = [rank for rank in by_rank if rank not in culprits]
     sentences += _of_waiting(by_rank, waiting, waits)
     for host, seconds in (silent_nodes or {}).items():
@@ -161,9 +161,7 @@ def _of_culprit(report: Report) -> str:
     beat = report.beat
     where = f"rank {beat.rank} on node {beat.host}"
     since = duration(beat.still_seconds)
-    doing = f"{Phase(beat.phase).said} of step {beat.step}"
-    if beat.phase == Phase.STARTING:
-        doing = "starting"
+    doing = _doing(beat)
     if beat.state == GONE:
         return f"{_capital(where)} is gone: process {beat.pid} was {doing}."
     text = f"{_capital(where)} never came: for {since} it has been {doing}"
@@ -186,13 +184,14 @@ def _of_culprit(report: Report) -> str:
     return text + "."
 
 
-def _of_difference(wait: _Wait) -> str:
+def _of_difference(wait: _Wait, reports: Mapping[int, Report]) -> str:
     """Say which ranks have called what as one and the same collective of a group."""
     kinds: dict[str, list[int]] = {}
     for rank, entry in wait.called_by.items():
         kinds.setdefault(_kind(entry), []).append(rank)
     parts = [
-        f"{ranks_said(ranks)} {_verb(ranks, 'calls', 'call')} {kind}"
+        f"{ranks_said(ranks)} on {_nodes(reports[rank].beat.host for rank in ranks)} "
+        f"{_verb(ranks, 'calls', 'call')} {kind}"
         f"{_from(wait.called_by[ranks[0]])}"
         for kind, ranks in kinds.items()
     ]
@@ -223,11 +222,16 @@ def _of_waiting(
             continue
         beat = reports[rank].beat
         place = stacks.place(_frames(reports[rank])) or f"in state {beat.state}"
-        said = f"{Phase(beat.phase).said} of step {beat.step}, {place}{_last_called(reports[rank])}"
+        said = f"{_doing(beat)}, {place}{_last_called(reports[rank])}"
         by_place.setdefault(said, []).append(rank)
     for said, there in by_place.items():
         sentences.append(f"{_capital(ranks_said(there))} {_verb(there, 'is', 'are')} {said}.")
     return sentences
+
+
+def _doing(beat: Beat) -> str:
+    phase = Phase(beat.phase)
+    return phase.said if phase is Phase.STARTING else f"{phase.said} of step {beat.step}"
 
 
 def _last_called(report: Report) -> str:
@@ -269,6 +273,11 @@ def ranks_said(ranks: Sequence[int]) -> str:
             parts.append([rank, rank])
     said = [str(a) if a == b else f"{a} and {b}" if b == a + 1 else f"{a} to {b}" for a, b in parts]
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(said)}"
+
+
+def _nodes(hosts: Iterable[str]) -> str:
+    names = sorted(set(hosts))
+    return f"node{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 def _capital(text: str) -> str:

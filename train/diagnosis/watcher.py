@@ -27,6 +27,7 @@ from shardwright.train.diagnosis.incident import Request
 from shardwright.train.diagnosis.patience import Patience, Setting
 from shardwright.train.durable import write_text
 from shardwright.train.errors import Hang
+from shardwright.train.process.heartbeat import Announcement, process
 from shardwright.train.process.rank import Rank
 from shardwright.train.program import package_environment
 from shardwright.train.run_directory import names
@@ -143,6 +144,7 @@ class Watcher:
         self.host = socket.gethostname()
         self.patience = Patience(settings.hang_timeout_seconds, settings.grace_seconds)
         self.ranks: list[LiveRank] = []
+        self._lost: list[Announcement] = []
         self.beats: list[Beat] = []
         self._moved: dict[int, tuple[tuple[int, bool], float]] = {}
         """Of each rank, how often it had moved and whether it is gone, and when that was so first
@@ -195,7 +197,7 @@ class Watcher:
                 log.unlink()
 
     def _pairs(self) -> list[tuple[LiveRank, Beat]]:
-        return list(zip(self.ranks, self.beats, strict=True))
+        return list(zip(self.ranks, self.beats, strict=False))
 
     def _find(self) -> None:
         """Look for ranks of this node that are not known yet, first where they should be."""
@@ -206,9 +208,18 @@ class Watcher:
         if not found:
             found = beats.alive_here(self.run_dir, self.host)
         self.ranks += [rank for rank in found if rank.announced.pid not in known]
+        # Ranks that have ended before they were found; a new start announces itself in their place.
+        there = {rank.announced.rank for rank in self.ranks}
+        expected = range(first, first + settings.ranks_here)
+        self._lost = [
+            each
+            for each in beats.announced(self.run_dir, expected)
+            if each.host == self.host and each.rank not in there and not any(process(each.pid))
+        ]
 
     def _look(self) -> None:
         self.beats = [rank.beat() for rank in self.ranks]
+        self.beats += [beats.of_lost(each) for each in self._lost]
         for beat in self.beats:
             seen = beat.count, beat.is_gone
             if beat.pid not in self._moved or self._moved[beat.pid][0] != seen:
@@ -235,7 +246,11 @@ class Watcher:
             self._answered = request.id
             answers = self.run_dir / names.DIAGNOSIS / request.id
             with suppress(OSError):
-                incident.answer(answers, self.host, report.collect(self.ranks))
+                incident.answer(answers, self.host, self._collected())
+
+    def _collected(self) -> list[report.Report]:
+        lost = [report.Report(beats.of_lost(each)) for each in self._lost]
+        return report.collect(self.ranks) + lost
 
     def _open(self) -> None:
         """Have all ranks show themselves, say who hangs, and end the run if it still does."""
@@ -248,7 +263,7 @@ class Watcher:
             self._serve(current)
             return
         self._answered = request.id
-        incident.answer(answers, self.host, report.collect(self.ranks))
+        incident.answer(answers, self.host, self._collected())
         now = time.time()
         last = {node.host: now - node.time for node in beats.nodes(self.run_dir)}
         found = incident.wait_for(answers, list(last), COLLECT_SECONDS)

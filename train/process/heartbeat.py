@@ -83,7 +83,7 @@ class Field(enum.IntEnum):
     """How often the watcher has asked for this rank's collectives."""
     ANSWERED = 7
     ENDS = 8
-    """Not 0 where the rank is to end, by the watcher's verdict."""
+    """When the rank is to end by the watcher's verdict, on the monotonic clock; 0: it is not."""
     COMPUTE_MICROSECONDS = 9
     """Of a step between the last two log lines, as are the next two."""
     WAIT_MICROSECONDS = 10
@@ -282,7 +282,9 @@ def _announce(run_dir: Path, rank: Rank, heart: _Heart) -> None:
 def _answer(heart: _Heart, over: threading.Event, collectives: Callable[[], bytes]) -> None:
     fields = heart.page.fields
     while not over.wait(ANSWER_SECONDS):
-        if fields[Field.ENDS]:
+        if ends_at_ns := fields[Field.ENDS]:
+            # All at once: a peer that is gone is an error to those that are left.
+            time.sleep(max(0, ends_at_ns - time.monotonic_ns()) / 1e9)
             os._exit(RESUMABLE)
         if (asked := fields[Field.ASKED]) != fields[Field.ANSWERED]:
             found = collectives()

@@ -105,11 +105,11 @@ def test_of_two_groups_who_waits_in_one_is_not_waited_for_in_the_other() -> None
 def test_ranks_in_different_collectives() -> None:
     found = verdict.of([report(0, calls(57)), report(1, calls(57, "broadcast"))])
     assert found.culprits == ()
-    assert "as number 57 of group 0, rank 0 calls all_reduce of 5" in found.text
-    assert "and rank 1 calls broadcast" in found.text
+    assert "as number 57 of group 0, rank 0 on node node0 calls all_reduce of 5" in found.text
+    assert "and rank 1 on node node0 calls broadcast" in found.text
     found = verdict.of([report(0, calls(57)), report(1, calls(57, sizes=[[7]]))])
-    assert "rank 0 calls all_reduce of 5" in found.text
-    assert "rank 1 calls all_reduce of 7" in found.text
+    assert "rank 0 on node node0 calls all_reduce of 5" in found.text
+    assert "rank 1 on node node0 calls all_reduce of 7" in found.text
 
 
 def test_a_stopped_process_cannot_show_itself() -> None:
