@@ -6,20 +6,19 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardwright.launchers import messages, preflight
 from shardwright.launchers.composition.compose import compose, plain
 from shardwright.launchers.composition.errors import refuse_dashes
-from shardwright.launchers.machine import directories, health, names
+from shardwright.launchers.machine import among_ranks, directories, health, names, nccl
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
-from shardwright.launchers.machine.health import CLOCK_SKEW_SECONDS, Finding
+from shardwright.launchers.machine.health import Finding
 from shardwright.launchers.ranks import child
 from shardwright.launchers.ranks.command import rank_command
 from shardwright.launchers.ranks.environment import rank_environment
@@ -29,11 +28,9 @@ from shardwright.train.console import progress
 from shardwright.train.durable import write_text
 from shardwright.train.errors import FAILED, UserError
 from shardwright.train.paths import absolute
+from shardwright.train.process import nccl_log
 from shardwright.train.run_directory.failures import rank_failures
 from shardwright.train.run_directory.names import LOGS, TORCHRUN_LOG
-
-SLOW_SHARE = 0.85
-"""A node below this share of the median holds up all others noticeably."""
 
 DEFAULTS = (
     *("model=gpt2_tiny", "objective=clm", "data=stdlib", "strategy=ddp", "precision=fp32"),
@@ -42,7 +39,7 @@ DEFAULTS = (
 """A run that is never trained, on which the launcher's overrides are composed."""
 
 RANKS_MODULE = "shardwright.train.diagnosis.doctor"
-"""What the ranks run, on whose measurements `judge_ranks` decides."""
+"""What the ranks run, on whose measurements `among_ranks.judge` decides."""
 
 _MARKS = {"ok": "ok", "note": "note", "wrong": "WRONG"}
 
@@ -68,9 +65,15 @@ def main(arguments: Sequence[str]) -> int:
     if config is not None:
         print("\nranks\n", flush=True)
         with progress.phase("measuring across ranks", console=sys.stderr):
-            among_ranks = list(judge_ranks(measured(config, here)))
-        print(text(among_ranks))
-        findings += among_ranks
+            found = measured(config, here)
+        judged = list(among_ranks.judge(found.ranks))
+        if config.launcher.device == "cuda" and config.launcher.world_size > 1:
+            said = nccl.read(found.nccl_logs)
+            judged += nccl.judge(said, config.launcher.nodes)
+            if said.topology:
+                print("\n".join(["topology, as NCCL sees it", *said.topology, ""]))
+        print(text(judged))
+        findings += judged
     return FAILED if any(finding.state == "wrong" for finding in findings) else 0
 
 
@@ -80,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
         prog="shardwright doctor",
         description="Look for what stops or slows training: versions, GPUs, compilers, memory, "
         "disk, clock, names, ports. With overrides (launcher=torchrun launcher.nproc_per_node=8) "
-        "it starts the ranks too and measures matrix products and collectives across them.",
+        "it starts the ranks too, measures matrix products, collectives and every pair of nodes, "
+        "and shows what NCCL found and chose.",
         epilog="Exit codes: 0, 1 where something is wrong, 2 on bad input.",
     )
     found.add_argument(
@@ -93,9 +97,14 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def measured(
-    config: RunConfig, here: Machine, *, with_speeds: bool = False
-) -> list[dict[str, Any]]:
+class Measured(NamedTuple):
+    """What ranks have measured, each a `Measured` of train/diagnosis, and NCCL's logs of it."""
+
+    ranks: list[dict[str, Any]]
+    nccl_logs: list[str]
+
+
+def measured(config: RunConfig, here: Machine, *, with_speeds: bool = False) -> Measured:
     """Start the ranks of a config and return what each has measured.
 
     Raises UserError, which names the logs, where they do not come to an end.
@@ -125,9 +134,10 @@ def measured(
     if ended.code != 0:
         failures = rank_failures(directory)
         raise UserError(messages.failure(ended.code, failures, directory, ended.stopped_by))
-    found: list[dict[str, Any]] = json.loads(written.read_text())
+    ranks = json.loads(written.read_text())
+    logs = [path.read_text(errors="replace") for path in sorted(directory.glob(nccl_log.FILES))]
     directories.take_back(made)
-    return found
+    return Measured(ranks, logs)
 
 
 def asked_for(overrides: Sequence[str], here: Machine, directory: Path) -> RunConfig:
@@ -168,67 +178,3 @@ def text(findings: Sequence[Finding]) -> str:
     notes = sum(finding.state == "note" for finding in findings)
     ending = f"{wrong} wrong, {notes} worth a look" if wrong or notes else "nothing is wrong"
     return "\n".join([*lines, "", ending])
-
-
-def judge_ranks(measured: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Judge what the ranks measured, each a `Measured`; name the slowest node. Pure."""
-    nodes: dict[str, list[Mapping[str, Any]]] = {}
-    for rank in measured:
-        nodes.setdefault(rank["host"], []).append(rank)
-    devices = ", ".join(dict.fromkeys(rank["device"] for rank in measured))
-    yield Finding("ranks", "ok", f"{len(measured)} on {len(nodes)} node(s), {devices}")
-
-    rates = {h: statistics.median(r["matmul_flops"] for r in ranks) for h, ranks in nodes.items()}
-    yield from _compared("matrix product", rates, 1e9, "GFLOP/s a rank")
-
-    for name, key in (("all-reduce", "all_reduce"), ("all-gather", "all_gather")):
-        values = [rank[f"{key}_bytes_per_second"] for rank in measured]
-        if None not in values:
-            slowest = min(values)
-            yield Finding(name, "ok", f"right, {slowest / 1e9:.2f} GB/s through each rank's link")
-    latencies = [rank["small_all_reduce_seconds"] for rank in measured]
-    if None not in latencies:
-        yield Finding("latency", "ok", f"{1e6 * max(latencies):,.0f} us for an empty all-reduce")
-
-    links = {
-        f"{rank['host']} to {rank['next_node']}": rank["link_bytes_per_second"]
-        for rank in measured
-        if rank["next_node"] is not None
-    }
-    if links:
-        yield from _compared("link", links, 1e9, "GB/s")
-
-    clocks = [rank["clock"] for rank in measured]
-    skew = max(clocks) - min(clocks)
-    if skew > CLOCK_SKEW_SECONDS:
-        last = max(measured, key=lambda rank: rank["clock"])["host"]
-        first = min(measured, key=lambda rank: rank["clock"])["host"]
-        yield Finding(
-            "clocks",
-            "note",
-            f"{last} is {skew:.1f} s ahead of {first}: times in their logs do not agree",
-            "let chrony or ntpd set the clocks of all nodes",
-        )
-    elif len(nodes) > 1:
-        yield Finding("clocks", "ok", f"all nodes agree within {skew:.2f} s")
-
-
-def _compared(topic: str, rates: Mapping[str, float], unit: float, name: str) -> Iterator[Finding]:
-    """Compare nodes, or links between them, with their median."""
-    middle = statistics.median(rates.values())
-    slowest = min(rates, key=lambda key: rates[key])
-    shown = f"{rates[slowest] / unit:,.1f} {name}"
-    if len(rates) == 1:
-        yield Finding(topic, "ok", shown)
-    elif rates[slowest] < SLOW_SHARE * middle:
-        yield Finding(
-            topic,
-            "note",
-            f"{slowest} is the slowest with {shown}, {rates[slowest] / middle:.0%} of the median: "
-            "it holds up all the others",
-            f"see what else runs there, or leave it out (launcher=slurm: --exclude={slowest})"
-            if " to " not in slowest
-            else "look at the cable, the switch and the interface that is used",
-        )
-    else:
-        yield Finding(topic, "ok", f"{shown} on {slowest}, the slowest of {len(rates)}")

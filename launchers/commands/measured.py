@@ -61,7 +61,7 @@ def _measured(here: Machine, device: str) -> Hardware:
     words = ("launcher=torchrun", f"launcher.device={device}", f"launcher.nproc_per_node={ranks}")
     config = doctor.asked_for(words, here, names.free(place))
     with progress.phase(f"measuring this machine on {counted(ranks, 'rank')}", console=sys.stderr):
-        among_ranks = doctor.measured(config, here, with_speeds=True)
+        among_ranks = doctor.measured(config, here, with_speeds=True).ranks
         disk = _disk(Path.cwd())
     found = kept.measured(among_ranks, here, disk)
     path = kept.place(device)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from shardwright.launchers.machine import among_ranks
 from shardwright.train import config as run_config
-from shardwright.train.diagnosis import doctor
+from shardwright.train.diagnosis import doctor, pairs
 from shardwright.train.process.rank import rank_from_environment
 from shardwright.train.strategy.group import join
 from tests.fixtures import Freeze, RanksOf, TreeOf
@@ -29,24 +33,49 @@ def measure_as_a_node_of_its_own(run_dir: Path) -> list[doctor.Measured]:
         socket.gethostname = name
 
 
-def test_every_node_measures_its_link_to_the_next(
+def pairs_with_a_slow_link(run_dir: Path) -> list[doctor.Measured]:
+    """Measure on nodes as above, of which the second and the fourth are slow with each other."""
+
+    def wait(one: str, other: str) -> None:
+        if (one, other) == ("node1", "node3"):
+            time.sleep(0.2)
+
+    measure = pairs.measure
+
+    def with_little(hosts: list[str], elements: int, device: torch.device) -> list[pairs.Pair]:
+        return measure(hosts, 2**12, device, wait)
+
+    with mock.patch.object(pairs, "measure", with_little):
+        return measure_as_a_node_of_its_own(run_dir)
+
+
+def test_every_two_nodes_measure_their_link_and_the_slow_one_is_named(
     tiny_tree: TreeOf,
     frozen_run: Freeze,
     ranks: RanksOf,
 ) -> None:
-    first, second = ranks(2)(measure_as_a_node_of_its_own, frozen_run(tiny_tree("clm")))
-    assert first == second, "all ranks know the same"
-    assert [(m.rank, m.host, m.next_node) for m in first] == [
-        (0, "node0", "node1"),
-        (1, "node1", "node0"),
+    first, *others = ranks(4)(pairs_with_a_slow_link, frozen_run(tiny_tree("clm")))
+    assert all(other == first for other in others), "all ranks know the same"
+    met = [pair.nodes for rank in first for pair in rank.pairs]
+    assert sorted(met) == [
+        (f"node{one}", f"node{other}") for one in range(4) for other in range(one + 1, 4)
     ]
-    assert all(m.link_bytes_per_second and m.link_bytes_per_second > 0 for m in first)
-    for measured in first:
-        speeds = measured.speeds
-        assert speeds is not None
-        assert set(speeds.training) == {"fp32", "bf16"}
-        assert min([*speeds.training.values(), speeds.memory]) > 0
-        assert speeds.host_link is None, "there is no device behind one"
+    found = {f.topic: f for f in among_ranks.judge([dataclasses.asdict(rank) for rank in first])}
+    for topic in ("links", "answers"):
+        assert found[topic].state == "note"
+        assert found[topic].text.startswith("node1 and node3: ")
+
+
+@pytest.mark.parametrize("count", range(10))
+def test_everybody_meets_everybody_once_in_as_few_rounds_as_can_be(count: int) -> None:
+    rounds = pairs.rounds(count)
+    assert sorted(pair for meeting in rounds for pair in meeting) == [
+        (one, other) for one in range(count) for other in range(one + 1, count)
+    ]
+    for meeting in rounds:
+        busy = [node for pair in meeting for node in pair]
+        assert len(set(busy)) == len(busy) == count - count % 2
+    assert len(rounds) == (0 if count < 2 else count - 1 + count % 2)
 
 
 def test_a_wrong_value_stops_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import pytest
 from shardwright.train.loop.profiling.parts import communication_of, steps_of
 from shardwright.train.process import signals
 from shardwright.train.process.rank import rank_from_environment
+from tests import perfetto
+from tests.browser import needs_chromium
 from tests.distributed.curves import lines
 from tests.distributed.jobs import whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
@@ -92,3 +94,24 @@ def test_one_rank_that_was_asked_is_enough_under_every_engine(
         assert sum(step.parts.values()) == pytest.approx(step.seconds)
         assert min(step.parts["compute"], step.parts["communication"] + step.hidden) > 0
     assert not (run_dir / "profile/step-1-rank-1.txt").exists()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_perfetto_reads_the_trace(
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf, tmp_path: Path
+) -> None:
+    run_dir = frozen_run(tree_of(tiny_tree("clm"), at_step=2, steps=2))
+    ranks(2)(whole_run, run_dir)
+    trace = run_dir / "profile/step-2-rank-0.trace.json.gz"
+    with perfetto.loaded(trace, tmp_path / "perfetto") as read:
+        assert not read.rows("select name from stats where severity = 'error' and value > 0")
+        steps = read.rows(
+            "select name, dur from slice where name glob 'ProfilerStep#*' order by ts"
+        )
+        reduced = read.rows("select count(*) as n from slice where name = 'gloo:all_reduce'")
+    ours = steps_of(events_of(trace))
+    assert [step["name"] for step in steps] == ["ProfilerStep#2", "ProfilerStep#3"]
+    for theirs, step in zip(steps, ours, strict=True):
+        assert int(theirs["dur"]) / 1e9 == pytest.approx(step.seconds, rel=1e-6)
+    assert int(reduced[0]["n"]) > 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shardwright.train.process.cores import cores_of
-from shardwright.train.run_directory import stop_note
+from shardwright.train.run_directory import profile_request, stop_note
 from tests.e2e.cli import (
     TINY,
     finish,
@@ -43,15 +43,24 @@ def stopped_by(
     return finish(process)
 
 
-def test_sigusr1_to_the_launcher_stops_the_ranks_below_torchrun(tiny: Tiny, tmp_path: Path) -> None:
-    """Each of which keeps to cores of its own until then."""
+def test_a_launcher_passes_on_what_asks_for_a_profile_and_what_stops(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """To ranks below torchrun, each of which keeps to cores of its own until then."""
     process = start("train", *tiny("clm"), FOR_EVER, "launcher.bind=cores", cwd=tmp_path)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     bound_to = [os.sched_getaffinity(rank_process(tmp_path, rank)) for rank in range(2)]
     assert bound_to == [cores_of(os.sched_getaffinity(0), rank, 2) for rank in range(2)]
+    profiles = tmp_path / "run" / "profile"
+    os.kill(process.pid, signal.SIGUSR2)
+    wait_until(lambda: len(list(profiles.glob("*-rank-0.txt"))) == 1)
+    assert profile_request.request(tmp_path / "run", "another node")
+    wait_until(lambda: len(list(profiles.glob("*-rank-0.txt"))) == 2)
     ended = stopped_by(signal.SIGUSR1, [process.pid], process)
 
     assert ended.returncode == 75
+    assert "profiling steps " in ended.stderr + ended.stdout
+    assert not (tmp_path / "run" / "profile-request").exists()
     where = assert_stopped(ended, tmp_path / "run")
     assert (
         f"stopped at step {where.step} by SIGUSR1; resume with: shardwright resume" in ended.stderr

@@ -43,6 +43,13 @@ CASES = {
         "SIGUSR1",
         0,
     ),
+    "one that asks for a profile stops nothing": (
+        "signals.install(); get(signal.SIGUSR2, signal.SIGUSR2)\n"
+        "with signals.at_once(): print(signals.asked(), signals.take_profile_request())\n"
+        "print(signals.take_profile_request())",
+        "None True\nFalse",
+        0,
+    ),
     "a second ctrl-c kills": (
         "signals.install(); get(signal.SIGINT); print(signals.asked(), flush=True)\n"
         "get(signal.SIGINT); print('alive')",

@@ -7,7 +7,6 @@ rank writes what all of them measured to the file REPORT.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -21,10 +20,12 @@ import torch
 import torch.distributed as dist
 
 from shardwright.train.config import RunConfig, load
-from shardwright.train.diagnosis.speeds import REPEATS, Speeds, seconds, speeds
+from shardwright.train.diagnosis import pairs
+from shardwright.train.diagnosis.pairs import Pair
+from shardwright.train.diagnosis.speeds import Speeds, seconds, speeds
 from shardwright.train.durable import write_text
 from shardwright.train.errors import BAD_INPUT, FAILED, UserError
-from shardwright.train.process import inherited
+from shardwright.train.process import inherited, nccl_log
 from shardwright.train.process.arguments import decoded
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class Measured:
     rank: int
     host: str
     device: str
+    local_rank: int
+    """Which of its node's ranks it is, and so which device it has."""
     clock: float
     """Seconds since 1970, read right after a barrier."""
     matmul_flops: float
@@ -49,9 +52,8 @@ class Measured:
     """Bus bandwidth: what went through each rank's link, whatever the number of ranks."""
     small_all_reduce_seconds: float | None = None
     """Latency: that of four bytes."""
-    next_node: str | None = None
-    """On the first rank of a node: the node to which ``link_bytes_per_second`` was measured."""
-    link_bytes_per_second: float | None = None
+    pairs: tuple[Pair, ...] = ()
+    """On the first rank of a node: with each node whose first rank has a higher number."""
     speeds: Speeds | None = None
     """What a plan wants to know besides; None where nobody asks."""
 
@@ -68,6 +70,9 @@ def main(argv: list[str]) -> int:
     rank = rank_from_environment()
     inherited.forget_engine(os.environ)
     config = load(directory)
+    if config.launcher.device == "cuda":
+        for name, value in nccl_log.variables(directory, os.environ).items():
+            os.environ[name] = value  # before NCCL's first call, which reads them
     logs.open_rank_log(directory, rank, nodes=config.launcher.nodes)
     try:
         with join(config, rank):
@@ -97,6 +102,7 @@ def measure(config: RunConfig, *, with_speeds: bool = False) -> list[Measured]:
         rank=dist.get_rank() if dist.is_initialized() else 0,
         host=socket.gethostname(),
         device=torch.cuda.get_device_name() if on_gpu else "cpu",
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         clock=0.0,
         # All at once: what a training does, and what shows a node whose cores are taken.
         matmul_flops=_matmul_flops(device),
@@ -111,13 +117,9 @@ def measure(config: RunConfig, *, with_speeds: bool = False) -> list[Measured]:
         all_gather_bytes_per_second=_all_gather(elements, device),
         small_all_reduce_seconds=_small_all_reduce(device),
     )
-    next_node, link = _link(from_all(mine.host), elements, device)
+    found = pairs.measure(from_all(mine.host), elements, device)
     dist.barrier()
-    return from_all(
-        dataclasses.replace(
-            mine, clock=time.time(), next_node=next_node, link_bytes_per_second=link
-        )
-    )
+    return from_all(dataclasses.replace(mine, clock=time.time(), pairs=tuple(found)))
 
 
 def _matmul_flops(device: torch.device) -> float:
@@ -154,33 +156,6 @@ def _all_gather(elements: int, device: torch.device) -> float:
 def _small_all_reduce(device: torch.device) -> float:
     tensor = torch.zeros(1, device=device)
     return seconds(lambda: dist.all_reduce(tensor), device, repeats=50)
-
-
-def _link(hosts: list[str], elements: int, device: torch.device) -> tuple[str | None, float | None]:
-    """Send from each node's first rank to the next node's, one pair after the other.
-
-    Returns the next node's name and the bytes per second, on the ranks that sent. Collective.
-    """
-    nodes = list(dict.fromkeys(hosts))
-    firsts = [hosts.index(node) for node in nodes]
-    tensor = torch.zeros(elements, device=device)
-    found: tuple[str | None, float | None] = (None, None)
-    for i, sender in enumerate(firsts if len(nodes) > 1 else []):
-        j = (i + 1) % len(nodes)
-        if dist.get_rank() == sender:
-            spent = seconds(functools.partial(_send_and_hear, tensor, firsts[j]), device)
-            found = nodes[j], tensor.nbytes / spent
-        elif dist.get_rank() == firsts[j]:
-            for _ in range(REPEATS + 1):
-                dist.recv(tensor, sender)
-                dist.send(tensor[:1], sender)
-        dist.barrier()
-    return found
-
-
-def _send_and_hear(tensor: torch.Tensor, to: int) -> None:
-    dist.send(tensor, to)
-    dist.recv(tensor[:1], to)  # four bytes that say that all has arrived
 
 
 def _expect(tensor: torch.Tensor, value: float, what: str) -> None:

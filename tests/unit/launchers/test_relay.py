@@ -33,7 +33,8 @@ directory, rank, seconds = Path(sys.argv[1]), os.environ["RANK"], float(sys.argv
 time.sleep(seconds)  # of imports
 got = []
 signal.signal(signal.SIGUSR1, lambda number, frame: got.append(number))
-signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+signal.signal(signal.SIGUSR2, lambda number, frame: (directory / f"profile-{rank}").touch())
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1, signal.SIGUSR2])
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3)"])
 (directory / f"ready-{rank}").touch()
 while not got:
@@ -83,6 +84,20 @@ def test_the_ranks_get_it_and_their_exit_code_comes_back(
     process.send_signal(number)
     assert process.wait(60) == 75
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in range(2)] == ["0", "0"]
+
+
+def test_what_asks_for_a_profile_gets_to_the_ranks_and_stops_nothing(
+    relay: Relay, tmp_path: Path
+) -> None:
+    process = relay(imports=1.0)
+    wait_for(tmp_path / "began-1")
+    process.send_signal(signal.SIGUSR2)  # which a rank that does not listen yet gets later
+    for rank in range(2):
+        wait_for(tmp_path / f"profile-{rank}")
+        wait_for(tmp_path / f"ready-{rank}")
+    assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75
 
 
 def test_one_to_the_launcher_alone_is_told_to_the_ranks(relay: Relay, tmp_path: Path) -> None:

@@ -108,10 +108,10 @@ def test_the_command_measures_once_and_when_it_is_told_to(
     monkeypatch.setattr(health, "PROBE_BYTES", 2**22)
     asked: list[int] = []
 
-    def of_ranks(config: Any, here: Machine, *, with_speeds: bool) -> list[dict[str, Any]]:
+    def of_ranks(config: Any, here: Machine, *, with_speeds: bool) -> doctor.Measured:
         assert with_speeds
         asked.append(config.launcher.world_size)
-        return [rank("cpu")] * config.launcher.world_size
+        return doctor.Measured([rank("cpu")] * config.launcher.world_size, [])
 
     monkeypatch.setattr(doctor, "measured", of_ranks)
     first = measured.chosen(["hardware=here"], None, CPU)
