@@ -54,7 +54,9 @@ def test_every_two_nodes_measure_their_link_and_the_slow_one_is_named(
     frozen_run: Freeze,
     ranks: RanksOf,
 ) -> None:
-    first, *others = ranks(4)(pairs_with_a_slow_link, frozen_run(tiny_tree("clm")))
+    tree = tiny_tree("clm")
+    tree["launcher"]["nproc_per_node"] = 4
+    first, *others = ranks(4)(pairs_with_a_slow_link, frozen_run(tree))
     assert all(other == first for other in others), "all ranks know the same"
     met = [pair.nodes for rank in first for pair in rank.pairs]
     assert sorted(met) == [
