@@ -39,9 +39,7 @@ def judge(measured: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
 
     pairs = [pair for rank in measured for pair in rank["pairs"]]
     if pairs:
-        speeds = {tuple(pair["nodes"]): pair["bytes_per_second"] for pair in pairs}
-        yield _of_links(speeds)
-        yield _of_answers({tuple(pair["nodes"]): pair["seconds"] for pair in pairs})
+        yield from of_pairs(pairs)
 
     clocks = [rank["clock"] for rank in measured]
     skew = max(clocks) - min(clocks)
@@ -78,6 +76,12 @@ def _of_products(nodes: Mapping[str, Sequence[Mapping[str, Any]]]) -> Finding:
         return Finding(topic, "note", f"{host} is the slowest with {share}", remedy)
     remedy = "see what else runs on it; on a GPU: nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER"
     return Finding(topic, "note", f"{where} is the slowest with {share}", remedy)
+
+
+def of_pairs(pairs: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Judge what pairs of nodes measured, each a `Pair`; name the slow link, or the slow node."""
+    yield _of_links({tuple(pair["nodes"]): pair["bytes_per_second"] for pair in pairs})
+    yield _of_answers({tuple(pair["nodes"]): pair["seconds"] for pair in pairs})
 
 
 def _of_links(speeds: Pairs) -> Finding:

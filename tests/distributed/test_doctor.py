@@ -6,7 +6,7 @@ import dataclasses
 import socket
 import time
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import torch
 from shardwright.launchers.machine import among_ranks
 from shardwright.train import config as run_config
 from shardwright.train.diagnosis import doctor, pairs
+from shardwright.train.process.agreement import from_all
 from shardwright.train.process.rank import rank_from_environment
 from shardwright.train.strategy.group import join
 from tests.fixtures import Freeze, RanksOf, TreeOf
@@ -33,20 +34,17 @@ def measure_as_a_node_of_its_own(run_dir: Path) -> list[doctor.Measured]:
         socket.gethostname = name
 
 
-def pairs_with_a_slow_link(run_dir: Path) -> list[doctor.Measured]:
-    """Measure on nodes as above, of which the second and the fourth are slow with each other."""
+def pairs_with_a_slow_link(run_dir: Path) -> list[dict[str, Any]]:
+    """Measure on four nodes, of which the second and the fourth are slow with each other."""
 
     def wait(one: str, other: str) -> None:
         if (one, other) == ("node1", "node3"):
-            time.sleep(0.2)
+            time.sleep(0.1)
 
-    measure = pairs.measure
-
-    def with_little(hosts: list[str], elements: int, device: torch.device) -> list[pairs.Pair]:
-        return measure(hosts, 2**12, device, wait)
-
-    with mock.patch.object(pairs, "measure", with_little):
-        return measure_as_a_node_of_its_own(run_dir)
+    rank, hosts = rank_from_environment(), [f"node{number}" for number in range(4)]
+    with join(run_config.load(run_dir), rank):
+        found = pairs.measure(hosts, 2**12, torch.device("cpu"), wait)
+        return [pair for of_rank in from_all(found) for pair in map(dataclasses.asdict, of_rank)]
 
 
 def test_every_two_nodes_measure_their_link_and_the_slow_one_is_named(
@@ -58,14 +56,23 @@ def test_every_two_nodes_measure_their_link_and_the_slow_one_is_named(
     tree["launcher"]["nproc_per_node"] = 4
     first, *others = ranks(4)(pairs_with_a_slow_link, frozen_run(tree))
     assert all(other == first for other in others), "all ranks know the same"
-    met = [pair.nodes for rank in first for pair in rank.pairs]
-    assert sorted(met) == [
+    assert sorted(pair["nodes"] for pair in first) == [
         (f"node{one}", f"node{other}") for one in range(4) for other in range(one + 1, 4)
     ]
-    found = {f.topic: f for f in among_ranks.judge([dataclasses.asdict(rank) for rank in first])}
-    for topic in ("links", "answers"):
-        assert found[topic].state == "note"
-        assert found[topic].text.startswith("node1 and node3: ")
+    for found in among_ranks.of_pairs(first):
+        assert found.state == "note"
+        assert found.text.startswith("node1 and node3: ")
+
+
+def test_the_doctors_ranks_measure_pairs(
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    first, second = ranks(2)(measure_as_a_node_of_its_own, frozen_run(tiny_tree("clm")))
+    assert first == second, "all ranks know the same"
+    (pair,) = first[0].pairs
+    assert pair.nodes == ("node0", "node1")
+    assert min(pair.bytes_per_second, pair.seconds) > 0
+    assert first[1].pairs == ()
 
 
 @pytest.mark.parametrize("count", range(10))
