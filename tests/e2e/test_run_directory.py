@@ -170,7 +170,7 @@ def test_final_is_a_model_directory_in_fp32(run: Run) -> None:
     generation = {"generation_config.json"} if run.objective == "clm" else set()
     assert {path.name for path in final.iterdir()} == generation | {
         *("README.md", "loss.svg", "config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     }
     assert {t.dtype for t in load_file(final / "model.safetensors").values()} == {torch.float32}
     config = json.loads((final / "config.json").read_text())
