@@ -101,7 +101,6 @@ ALIASES = {
     "seq_len": "data.sequence_length",
     "seq_length": "data.sequence_length",
     "shutdown_timeout": "launcher.grace_seconds",
-    "steps": "trainer.max_steps",
     "sweep": "`shardwright sweep sweep=NAME`: train starts what has one value for each key",
     "tensorboard": "tracking=tensorboard",
     "termination_grace_period_seconds": "launcher.grace_seconds",
