@@ -183,7 +183,7 @@ def stopped(where: Stopped, run_dir: Path, stopped_by: int | None) -> str:
     text = f"\nstopped at step {where.step} by {by}; {_resume_hint(run_dir)}"
     if where.unsaved is not None:
         newest = Path(where.checkpoint).name if where.checkpoint else "no checkpoint"
-        text += f"\n  {newest} is the newest: {where.unsaved}; raise it to keep the last steps"
+        text += f"\n  {newest} is the newest: {where.unsaved}"
     return text
 
 

@@ -39,8 +39,9 @@ from shardwright.train.loop.callbacks.held_out import HeldOut
 from shardwright.train.loop.callbacks.metrics import Metrics
 from shardwright.train.loop.callbacks.progress import Progress
 from shardwright.train.loop.callbacks.statistics import Statistics
-from shardwright.train.loop.callbacks.tracking import Tracking
+from shardwright.train.loop.callbacks.tracking import STOP_SECONDS, Tracking
 from shardwright.train.loop.resuming import Resumed
+from shardwright.train.loop.spikes.rollback import RolledBack
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
 from shardwright.train.model import compilation, document_attention, flops, generation, origin
@@ -51,6 +52,7 @@ from shardwright.train.plan.comparison import Comparison
 from shardwright.train.process import heartbeat, signals
 from shardwright.train.process.agreement import check, from_all_patiently, together
 from shardwright.train.process.heartbeat import Phase
+from shardwright.train.process.leave import forget_training
 from shardwright.train.process.provenance import write_provenance
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory import final, history, replays
@@ -63,11 +65,27 @@ from shardwright.train.strategy import engine_of
 def run(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Path | None:
     """Train what the config of ``run_dir`` says as one of the ranks.
 
-    Returns final/, or None where a rank was told to stop and stopped.json says what came of it.
+    Returns final/, or None where a rank was told to stop and stopped.json says what came of it. A
+    run that goes back from a spike begins again at its checkpoint, as one that is resumed.
     """
+    has_gone_back = False
+    while True:
+        try:
+            return _train_once(run_dir, config, rank, console, has_gone_back=has_gone_back)
+        except RolledBack as spike:
+            if rank.index == 0:
+                progress.write(str(spike), console)
+            forget_training(spike)
+        engine_of(config, rank.world_size).adopt_process_group()
+        has_gone_back = True
+
+
+def _train_once(
+    run_dir: Path, config: RunConfig, rank: Rank, console: TextIO, *, has_gone_back: bool
+) -> Path | None:
     trainer = None
     try:
-        trainer = assemble(run_dir, config, rank, console)
+        trainer = assemble(run_dir, config, rank, console, is_a_start=not has_gone_back)
         trainer.train()
         check()
         trainer.save_if_not_saved()
@@ -77,6 +95,12 @@ def run(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Path |
         return model_dir
     except signals.Stop:
         heartbeat.now(Phase.ENDING)  # ends here, as the trainer must outlive no traceback
+    except RolledBack:
+        heartbeat.now(Phase.STARTING)
+        if trainer is not None:
+            trainer.end_tracking("stopped", seconds=STOP_SECONDS)
+            trainer.engine.clean_up()
+        raise
     except BaseException:
         heartbeat.now(Phase.ENDING)
         if trainer is not None:
@@ -112,8 +136,13 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
     return model_dir
 
 
-def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Trainer:
-    """Build data, model, engine settings and callbacks into a trainer that is ready to train."""
+def assemble(
+    run_dir: Path, config: RunConfig, rank: Rank, console: TextIO, *, is_a_start: bool = True
+) -> Trainer:
+    """Build data, model, engine settings and callbacks into a trainer that is ready to train.
+
+    ``is_a_start`` is false where these ranks have begun already, and have gone back.
+    """
     prepared = _open_data(config, run_dir, rank)
     resumed = resuming.newest(run_dir, rank, lambda text: progress.write(text, console))
     # The model comes before the arguments: while those live, transformers builds whatever it builds
@@ -163,9 +192,12 @@ def assemble(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> T
     # come here from reading weights, each as fast as its disk is.
     restarts = max(from_all_patiently(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
     if rank.index == 0:
-        if restarts:
+        if restarts and is_a_start:
             _note_restart(run_dir, restarts, resumed, rank.world_size)
-        _note_start(trainer, rank, steps, console)
+        if is_a_start:
+            parameters = parameter_count(trainer.model)
+            write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
+        _note_start(trainer, steps, console)
         _rehearse_card(trainer)
     return trainer
 
@@ -252,11 +284,10 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
         trainer.add_callback(callback)
 
 
-def _note_start(trainer: Trainer, rank: Rank, steps: int, console: TextIO) -> None:
-    """Say, and leave in the run's directory, what starts here and from where."""
+def _note_start(trainer: Trainer, steps: int, console: TextIO) -> None:
+    """Say, and leave in the metrics of the run, what starts here and from where."""
     run_dir, resumed = trainer.run_dir, trainer.resumed
     parameters = parameter_count(trainer.model)
-    write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
     progress.write(f"{parameters:,} parameters, {steps:,} steps", console)
     if resumed is None:
         run_directory_metrics.trim_metrics(run_dir)

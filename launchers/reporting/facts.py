@@ -19,11 +19,11 @@ from shardwright.launchers.sweep.directory import Point, PointState, Sweep
 from shardwright.launchers.watching import differences as watched
 from shardwright.train import config as run_config
 from shardwright.train.charts import series
-from shardwright.train.charts.charts import CHECKPOINT, NOT_FINITE
+from shardwright.train.charts.charts import CHECKPOINT, NOT_FINITE, SPIKE
 from shardwright.train.charts.series import Series
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.errors import UserError
-from shardwright.train.run_directory import history
+from shardwright.train.run_directory import history, metrics
 from shardwright.train.run_directory.names import CHECKPOINTS, METRICS, RUN_CONFIG
 
 
@@ -192,7 +192,8 @@ def _marks(run_dir: Path, curves: Mapping[str, Series]) -> Iterator[Mark]:
     longest = max(curves.values(), key=lambda each: len(each.steps), default=None)
     if longest is None or not longest.steps:
         return
-    for mark in (*_restarts(run_dir), *_checkpoints(run_dir), *_not_finite(curves)):
+    spikes = (Mark(SPIKE, each.at_step, each.text) for each in metrics.spikes(run_dir / METRICS))
+    for mark in (*_restarts(run_dir), *_checkpoints(run_dir), *_not_finite(curves), *spikes):
         if mark.step <= longest.steps[-1]:
             place = min(bisect_left(longest.steps, mark.step), len(longest.steps) - 1)
             yield Mark(mark.kind, mark.step, mark.text, longest.tokens[place], longest.times[place])

@@ -349,8 +349,9 @@ def _curves(report: Report) -> Iterator[str]:
     yield "<code>--png DIR</code> draws them as pictures.</p></noscript>"
     yield from _controls(report)
     yield f'<p class="soft">{escape(thinning_told(report.charts))} Triangles are checkpoints that '
-    yield "are kept, dashed lines restarts, red crosses values that are not finite, where the "
-    yield "curve has a gap. On a logarithmic axis what is 0 or less is left out.</p>"
+    yield "are kept, dashed lines restarts, yellow diamonds spikes, red crosses values that are "
+    yield "not finite, where the curve has a gap. On a logarithmic axis what is 0 or less is left "
+    yield "out.</p>"
     yield '<div class="charts">'
     yield from (_figure(chart.panel.name, chart.panel.title) for chart in report.charts)
     yield "</div></section>"
@@ -385,7 +386,8 @@ def _controls(report: Report) -> Iterator[str]:
     yield '<label><input type="checkbox" id="log-x"> log x</label>'
     yield '<label><input type="checkbox" id="log-y"> log y</label>'
     checked = " checked" if state["marks"] else ""
-    yield f'<label><input type="checkbox" id="marks"{checked}> restarts and checkpoints</label>'
+    yield f'<label><input type="checkbox" id="marks"{checked}> '
+    yield "restarts, checkpoints, spikes</label>"
     if report.choices:
         yield '<label>colour is <select id="colour">'
         for number, choice in enumerate(report.choices):

@@ -188,7 +188,9 @@ def test_a_save_that_does_not_fit_into_the_grace_period_is_not_begun(
     where = stopped(run_dir, AtEvent("train.micro_batch", 4, signal=TERM))
     assert (where.step, where.checkpoint) == (3, str(run_dir / "checkpoints/checkpoint-2"))
     assert where.unsaved is not None
-    assert where.unsaved.endswith("0.0 s were left of launcher.grace_seconds=0.001")
+    assert where.unsaved.endswith(
+        "0.0 s were left of launcher.grace_seconds=0.001; raise it to keep the last steps"
+    )
     assert_goes_on_to_the_same_end(run_dir, undisturbed("ddp"))
 
 

@@ -30,8 +30,8 @@ GROUNDS = {"light": "#ffffff", "dark": "#0d1117"}
 _INKS = {"light": ("#1f2328", "#d9dce1", "#8c959f"), "dark": ("#e6e8eb", "#3a4048", "#8b949e")}
 CURVES, RAW, POINTS, TEXTS = "curves", "raw", "points", "texts"
 """The data that a spec refers to by name."""
-RESTART, CHECKPOINT, NOT_FINITE = "restart", "checkpoint", "not finite"
-MARKS = (RESTART, CHECKPOINT, NOT_FINITE)
+RESTART, CHECKPOINT, NOT_FINITE, SPIKE = "restart", "checkpoint", "not finite", "spike"
+MARKS = (RESTART, CHECKPOINT, NOT_FINITE, SPIKE)
 """Likewise: what may be marked on the curves of runs."""
 FONT = "system-ui, 'Liberation Sans', Arial, sans-serif"
 
@@ -185,15 +185,21 @@ def _singled_out(encoding: Spec, pale: float = 0.12) -> Spec:
 
 
 def _marks() -> list[Spec]:
-    """Return the layers of restarts, checkpoints and values that are no numbers."""
+    """Return the layers of restarts, checkpoints, values that are no numbers, and spikes."""
     at = {"x": {"field": "x", "type": "quantitative"}, "tooltip": {"field": "text"}}
     rule = {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.5}
     triangle = {"type": "point", "shape": "triangle-up", "size": 70, "filled": True}
     triangle |= {"yOffset": -5, "opacity": 1}
     cross = {"type": "point", "shape": "cross", "size": 70, "color": "#d1242f", "filled": True}
     cross |= {"yOffset": -5, "opacity": 1}
+    diamond = {**cross, "shape": "diamond", "color": "#bf8700"}
     bottom = {**at, "y": {"value": "height"}}
-    kinds = ((RESTART, rule, at), (CHECKPOINT, triangle, bottom), (NOT_FINITE, cross, bottom))
+    kinds = (
+        (RESTART, rule, at),
+        (CHECKPOINT, triangle, bottom),
+        (NOT_FINITE, cross, bottom),
+        (SPIKE, diamond, bottom),
+    )
     return [
         {"data": {"name": name}, "mark": {"color": "#8b949e", **mark}, "encoding": encoding}
         for name, mark, encoding in kinds

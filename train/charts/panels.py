@@ -24,6 +24,8 @@ class Panel:
 
 
 EVAL_LOSS = "eval_loss"
+MARKED = "spike_"
+"""What begins so is marked on the curves of others."""
 _KNOWN = (
     Panel("loss", "Training loss", ("loss",)),
     Panel("eval_loss", "Held-out loss", (EVAL_LOSS,)),
@@ -60,7 +62,7 @@ def panels(metrics: Iterable[str], *, one_run: bool) -> list[Panel]:
     Those of one run have its losses in one chart, and all of its held-out sets in another; of
     several, each has a chart of its own, in which the runs are compared.
     """
-    found = {name for name in metrics if not name.endswith(OF_RANKS)}
+    found = {name for name in metrics if not (name.endswith(OF_RANKS) or name.startswith(MARKED))}
     sets: dict[str, list[str]] = {}
     for name in sorted(found):
         whole, slash, _ = name.partition("/")

@@ -20,6 +20,7 @@ from shardwright.train.config.section import (
     Section,
     unresolved,
 )
+from shardwright.train.config.spikes import SpikeFields
 from shardwright.train.errors import UserError
 
 DEFAULT_MICRO_BATCH_SIZE = 8
@@ -57,7 +58,7 @@ class Amount(Section):
     """Samples in one forward pass of one rank in evaluation; null is micro_batch_size."""
 
 
-class TrainerConfig(OptimizerFields, Amount):
+class TrainerConfig(SpikeFields, OptimizerFields, Amount):
     """The loop: how much, how fast, and how often something happens besides."""
 
     log_every_steps: PositiveInt = 10
@@ -132,6 +133,16 @@ class TrainerConfig(OptimizerFields, Amount):
     def eval_samples_per_pass(self) -> int:
         """The same in evaluation."""
         return self.eval_micro_batch_size or self.samples_per_pass
+
+    @model_validator(mode="after")
+    def _has_checkpoints_to_go_back_to(self) -> TrainerConfig:
+        if self.on_spike == "rollback" and self.save_every_steps is None:
+            raise ValueError(
+                "on_spike=rollback goes back to a checkpoint, but save_every_steps=null writes "
+                "none before the end; set save_every_steps to a number of steps, or "
+                "on_spike=skip_update"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainerConfig:

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,9 @@ from shardwright.train.errors import UserError
 from shardwright.train.loop import random_numbers
 from shardwright.train.model import streaming
 from shardwright.train.model.weights import InitialValue, InitialValues
-from shardwright.train.process.agreement import from_all_patiently
+from shardwright.train.process.agreement import from_all, from_all_patiently
 from shardwright.train.process.rank import Rank
+from shardwright.train.run_directory import rollbacks
 from shardwright.train.run_directory.names import CHECKPOINTS
 from shardwright.train.strategy.loss_scale import restore_loss_scale
 
@@ -89,7 +90,10 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
             names = layout.to_remove(skipped.problems)
             say(f"{skipped}; skipped" + (f" (remove {names} to use it)" if names else ""))
     if path is not None:
-        return _opened(path)
+        found = _opened(path)
+        # Read by one rank: on a network's file system others may still see an older file.
+        gone_back = from_all(rollbacks.read(run_dir) if rank.index == 0 else None)[0]
+        return replace(found, progress=rollbacks.behind(found.progress, gone_back))
     if passed_over:
         raise UserError(discovery.none_whole(run_dir, passed_over))
     return None

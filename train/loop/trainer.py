@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ from shardwright.train.loop.callbacks.schedule import EveryStepCounts
 from shardwright.train.loop.numerics.watch import Watch
 from shardwright.train.loop.profiling.profiler import Profiler
 from shardwright.train.loop.saving.saver import Saver
+from shardwright.train.loop.spikes.respond import respond
+from shardwright.train.loop.spikes.rollback import RolledBack
+from shardwright.train.loop.spikes.watch import WINDOW, SpikeWatch
 from shardwright.train.model import build as models
 from shardwright.train.model import host_checks
 from shardwright.train.model.head_loss import IGNORED, HeadLoss
@@ -120,7 +124,10 @@ class Trainer(transformers.Trainer):
         fuses = self.config.trainer.fused_loss
         assert fuses != "auto", "decided by the model, `models.fitted`"
         self.head_loss = HeadLoss(model) if fuses else None
-        self.gate = finite.Gate(args.device)
+        self.spikes = SpikeWatch.of(
+            self.config.trainer, args.device, partial(respond, self), resumed
+        )
+        self.gate = finite.Gate(args.device, self.spikes)
         self.watch = Watch(self.config.trainer.debug, self.run_dir, args.process_index)
         self.profiler = Profiler(self.config.trainer, self.run_dir, args)
         self._ahead: Ahead | None = None
@@ -205,8 +212,8 @@ class Trainer(transformers.Trainer):
         """Return one step's micro-batches and the number of labels in them, over all ranks.
 
         There are none where a run is resumed from its last step, as one does that was killed later.
-        Raises, before anything of the step is done, Diverged where one before was not finite and
-        Stop where a rank was told to.
+        Raises, before anything of the step is done, Diverged where one before was not finite,
+        Stop where a rank was told to and RolledBack where the run is to go back.
         """
         if self.control.should_training_stop:  # by the evaluation that a stop had cut short
             return [], None
@@ -226,6 +233,8 @@ class Trainer(transformers.Trainer):
             raise self._diverged(ahead.judged.step)
         if agreed.stops:
             raise signals.Stop
+        if self.spikes is not None:
+            self.spikes.begin(step)
         self.profiler.agreed(step, self.state.max_steps, is_asked=agreed.profiles > 0)
         self.step_times.agree(ahead.times)
         self.gate.begin()
@@ -295,6 +304,7 @@ class Trainer(transformers.Trainer):
         """Raise Diverged, on all ranks alike, where this step was not finite. Collective.
 
         With ``weights`` also where they are not, or too large: an update can overflow on its own.
+        Raises RolledBack where this step was a spike from which the run is to go back.
         """
         seen = self.gate.last()
         counts = [number for numbers in seen for number in numbers.not_finite]
@@ -308,6 +318,8 @@ class Trainer(transformers.Trainer):
                 raise self._diverged(numbers.step)
         if alarms or damaged:
             raise self._diverged(self.state.global_step)
+        if self.spikes is not None:
+            self.spikes.settle()
 
     def _weights_are_sound(self) -> torch.Tensor:
         mine = self.engine.local_weights(self)
@@ -341,7 +353,7 @@ class Trainer(transformers.Trainer):
             if (problem := numerics.refused(error)) is None:
                 raise
             raise UserError(problem) from error
-        except (Diverged, signals.Stop):
+        except (Diverged, RolledBack, signals.Stop):
             # All ranks come here alike; no collective is to be left when they leave the group.
             if self._ahead is not None:
                 self._ahead.agreed()
@@ -363,6 +375,7 @@ class Trainer(transformers.Trainer):
             with host_checks.batches_have_documents("position_ids" in inputs):
                 loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             self.watch.saw_loss(loss)
+            self.gate.add_loss(loss)  # before DeepSpeed updates by it
             if self.is_deepspeed_enabled:
                 self.accelerator.backward(loss, scale_wrt_gas=False)
             elif self.accelerator.scaler is not None:
@@ -371,7 +384,6 @@ class Trainer(transformers.Trainer):
                 loss.backward()
                 self.step_times.backward_ends()
         loss = loss.detach()
-        self.gate.add_loss(loss)
         # What is logged can be compared with that of held-out samples, and from model to model.
         if self._label_loss is None:
             return loss
@@ -664,6 +676,9 @@ class Trainer(transformers.Trainer):
         pass
 
     # --- the end ------------------------------------------------------------------------------
+
+    def own_files(self) -> dict[str, str]:
+        return {} if self.spikes is None else {WINDOW: self.spikes.window.to_json()}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.saver.save()

@@ -94,6 +94,22 @@ def leave_process_group(timeout_seconds: float | None = None, *, has_failed: boo
         )
 
 
+def forget_training(error: BaseException) -> None:
+    """Let go of a training that has ended by an error, and stay in the process group for the next.
+
+    Call it while the error is handled, from a frame that holds nothing of that training; the engine
+    is to adopt the group again afterwards.
+    """
+    _release_frames(error)
+    _release_objects()
+    _release_libraries()
+    for _ in range(MOST_ROUNDS_OF_GC):
+        if gc.collect() == 0:
+            break
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def is_pending() -> bool:
     """Whether a communicator still waits for a peer, so that the interpreter cannot end in order.
 

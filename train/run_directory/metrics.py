@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,25 +63,54 @@ class HeldOut:
 
 def held_out(path: Path) -> HeldOut | None:
     """Return the held-out losses of a metrics.jsonl, of which only lines with one are parsed."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
     found: list[tuple[float, int]] = []
-    at = data.find(_HELD_OUT)
-    while at >= 0:
-        begins, ends = data.rfind(b"\n", 0, at) + 1, data.find(b"\n", at)
-        ends = len(data) if ends < 0 else ends
+    for line in _with(b'"eval_loss":', path):
         with suppress(ValueError, KeyError, TypeError):
-            line = json.loads(data[begins:ends])
             found.append((float(line["eval_loss"]), int(line["step"])))
-        at = data.find(_HELD_OUT, ends)
     if not found:
         return None
     return HeldOut(*min(found), *found[-1])
 
 
-_HELD_OUT = b'"eval_loss":'
+@dataclass(frozen=True)
+class SpikeLine:
+    """What a line of metrics.jsonl says of a spike."""
+
+    at_step: int
+    """Of the line: of the spike, or of the checkpoint to which the run went back."""
+    text: str
+
+
+def spikes(path: Path) -> list[SpikeLine]:
+    """Return the spikes in a metrics.jsonl, of which only lines with one are parsed."""
+    found = []
+    for line in _with(b'"spike":', path):
+        with suppress(ValueError, KeyError, TypeError):
+            step, loss, norm = line["spike_step"], line["spike_loss"], line["spike_grad_norm"]
+            text = f"spike at step {step:,}: loss {loss:.4g}, gradient norm {norm:.4g}"
+            if (skipped := line.get("spike_skipped_samples")) is not None:
+                text += f"; went back to step {line['step']:,}, past {skipped:,} samples"
+            elif line["spike"] == "skip_update":
+                text += "; its update was left out"
+            found.append(SpikeLine(int(line["step"]), text))
+    return found
+
+
+def _with(key: bytes, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a metrics.jsonl that have a key."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return
+    at = data.find(key)
+    while at >= 0:
+        begins, ends = data.rfind(b"\n", 0, at) + 1, data.find(b"\n", at)
+        ends = len(data) if ends < 0 else ends
+        with suppress(ValueError):
+            line = json.loads(data[begins:ends])
+            if isinstance(line, dict):
+                yield line
+        at = data.find(key, ends)
 
 
 def trim_metrics(run_dir: Path, step: int = 0, *, is_evaluated: bool = False) -> None:

@@ -19,6 +19,7 @@ ORIGIN_JSON = "origin.json"
 
 METRICS = "metrics.jsonl"
 HISTORY = "history.jsonl"
+ROLLBACKS = "rollbacks.jsonl"
 PROVENANCE = "provenance.json"
 """Of the first start; in resumes/ it ends the names of those of later ones."""
 ENGINE_JSON = "engine.json"

@@ -90,6 +90,14 @@ class Engine(Stateful, ABC):
         if trainer.accelerator.scaler is None:
             trainer.gate.guard(trainer.innermost_optimizer())
 
+    def skip_by_gate(self, trainer: Training) -> None:
+        """Have each update be left out where `Trainer.gate` is closed, of a finite step too.
+
+        After `complete`, which sees to that where nothing else skips steps.
+        """
+        if (scaler := trainer.accelerator.scaler) is not None:
+            trainer.gate.guard_scaled(trainer.optimizer, scaler)
+
     @abstractmethod
     def read_back(self, trainer: Training) -> dict[str, Any]:
         """Return facts read off the live engine, after it is built.

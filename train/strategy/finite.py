@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Numbers(NamedTuple):
         return [int(not math.isfinite(self.loss)), int(not math.isfinite(self.norm))]
 
 
-class _Travelling:
+class Travelling:
     """The numbers of a step on their way from the device to the host."""
 
     def __init__(self, step: int, numbers: Tensor, into: Tensor | None) -> None:
@@ -40,6 +40,16 @@ class _Travelling:
         return Numbers(self._step, *self._numbers.tolist())
 
 
+class Judge(Protocol):
+    """What may close the gate in a step whose numbers are finite."""
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor | None:
+        """Return on the device whether to close it, from this rank's loss; None: it never does."""
+
+    def conclude(self, step: int) -> None:
+        """Take a step as done."""
+
+
 class Gate:
     """Judges each step on the device; nothing waits there for its verdict.
 
@@ -48,22 +58,29 @@ class Gate:
     the others through its gradients (`poisoned`).
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, spikes: Judge | None = None) -> None:
+        """``spikes`` may close the gate in a step that is finite, too."""
+        self._spikes = spikes
         self.is_closed = torch.zeros((), device=device)
         """1 where this step must not reach the weights, else 0, as torch's optimizers take it."""
         self._loss = torch.zeros((), device=device)
         self._norm = torch.zeros((), device=device)
-        self._concluded: deque[_Travelling] = deque(maxlen=2)
+        self._concluded: deque[Travelling] = deque(maxlen=2)
         self._on_host: Tensor | None = None
         """Where the numbers of two steps arrive, in memory into which a GPU copies by itself."""
         if device.type == "cuda":
             self._on_host = torch.zeros(2, 2, pin_memory=True)
 
-    def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have an optimizer leave the weights alone in a step that `judge` has found bad."""
-        # Where it works, be that host memory: torch would copy it there without waiting for it
-        # (2.13 optim/adam.py, _fused_adam).
-        self.is_closed = self.is_closed.to(optimizer.param_groups[0]["params"][0].device)
+    def guard(
+        self, optimizer: torch.optim.Optimizer, device: torch.device | str | None = None
+    ) -> None:
+        """Have an optimizer leave the weights alone in a step that `judge` has found bad.
+
+        ``device`` is where it works, unless its parameters say so.
+        """
+        # There, be that host memory: torch would copy it there without waiting for it (2.13
+        # optim/adam.py, _fused_adam).
+        self.is_closed = self.is_closed.to(device or optimizer.param_groups[0]["params"][0].device)
         if getattr(optimizer, "_step_supports_amp_scaling", False) or hasattr(
             optimizer, "found_inf"
         ):
@@ -77,6 +94,22 @@ class Gate:
             return None if self.is_closed else step(*arguments, **options)
 
         optimizer.step = guarded  # type: ignore[method-assign]
+
+    def guard_scaled(self, prepared: Any, scaler: torch.amp.GradScaler) -> None:
+        """Have accelerate's wrapper leave out what torch's loss scaler would let through.
+
+        The host decides: of the scaler's own verdict the scale would shrink.
+        """
+        step = prepared.step
+
+        def guarded(*arguments: Any, **options: Any) -> Any:
+            if not self.is_closed:
+                return step(*arguments, **options)
+            prepared._opt_called = True  # as the scheduler's own wrapper notes
+            return scaler.update()
+
+        guarded._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        prepared.step = guarded
 
     def begin(self) -> None:
         """Forget the step before."""
@@ -93,17 +126,21 @@ class Gate:
         the engine skips the step.
         """
         norm = torch.as_tensor(norm, dtype=torch.float32).detach()
+        spikes = self._spikes.judge(self._loss, norm) if self._spikes is not None else None
         if is_bad is not None:
             norm = torch.where(torch.as_tensor(is_bad, device=norm.device), norm, 0.0)
         self._norm.copy_(norm)
-        self.is_closed.copy_(~norm.isfinite())
+        is_closed = ~norm.isfinite()
+        self.is_closed.copy_(is_closed if spikes is None else is_closed.to(spikes.device) | spikes)
 
     def conclude(self, step: int) -> None:
         """Take this step as done; have its numbers travel to the host."""
         numbers = torch.stack([self._loss, self._norm])
         # By turns, as a copy may still be on its way into one of them.
         into = self._on_host[step % 2] if self._on_host is not None else None
-        self._concluded.append(_Travelling(step, numbers, into))
+        self._concluded.append(Travelling(step, numbers, into))
+        if self._spikes is not None:
+            self._spikes.conclude(step)
 
     def newest_known(self) -> Numbers | None:
         """Return the numbers of the newest step that can be had while the device has work left.

@@ -72,6 +72,8 @@ class Training(Protocol):
     model: PreTrainedModel
     model_wrapped: Any
     """The live engine: DDP's or DeepSpeed's wrapper, or the model itself."""
+    optimizer: Any
+    """The wrapper of accelerate or DeepSpeed."""
     lr_scheduler: Any
     gate: Gate
     initial_values: InitialValues
@@ -107,6 +109,9 @@ class Training(Protocol):
 
     def innermost_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer without any wrapper."""
+
+    def own_files(self) -> dict[str, str]:
+        """Return what a checkpoint holds of the loop itself, by names of files; alike on ranks."""
 
     def is_world_process_zero(self) -> bool:
         """Whether this is the first rank."""

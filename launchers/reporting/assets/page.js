@@ -62,7 +62,7 @@
   }
 
   function marks() {
-    const x = xAxis(), shown = { restart: [], checkpoint: [], "not finite": [] };
+    const x = xAxis(), shown = { restart: [], checkpoint: [], "not finite": [], spike: [] };
     if (!state.marks) return shown;
     data.runs.forEach((run, number) => {
       for (const mark of state.hidden.has(number) ? [] : run.marks) {

@@ -86,11 +86,9 @@ def test_a_clean_stop_names_its_step_and_how_to_go_on() -> None:
 
 
 def test_a_stop_without_time_to_save_says_what_it_goes_on_from() -> None:
-    why = "a save takes 40.0 s, and 29.5 s were left of launcher.grace_seconds=30"
+    why = "a save takes 40.0 s, and 29.5 s were left of launcher.grace_seconds=30; raise it"
     where = Stopped(9, 72, "SIGTERM on rank 0", 1.0, "/run/checkpoints/checkpoint-7", 4, why)
-    assert stopped(where, Path("/run"), None).endswith(
-        f"\n  checkpoint-7 is the newest: {why}; raise it to keep the last steps"
-    )
+    assert stopped(where, Path("/run"), None).endswith(f"\n  checkpoint-7 is the newest: {why}")
 
 
 @pytest.mark.parametrize(

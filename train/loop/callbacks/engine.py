@@ -32,6 +32,8 @@ class EngineReady(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer.engine.complete(trainer)
+        if trainer.config.trainer.on_spike == "skip_update":
+            trainer.engine.skip_by_gate(trainer)
         trainer.initial_values = {}  # they may hold the whole model
         if trainer.resumed is not None:
             restore(trainer, trainer.resumed)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from shardwright.train.console import progress
 from shardwright.train.loop import stragglers
 from shardwright.train.process.memory import peak_resident_bytes
+from shardwright.train.run_directory import rollbacks
 from shardwright.train.run_directory.names import HEARTBEATS, METRICS, rank_beat
 from shardwright.train.units import counted, duration
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What the Trainer logs that is written down as it is; its own summary of the whole run is left out.
-_KEPT = ("loss", "grad_norm", "learning_rate", "stopped_early")
+_KEPT = ("loss", "grad_norm", "learning_rate", "stopped_early", "spike")
+_KEPT_BEGINNINGS = ("eval_", "spike_")
 
 
 class Speed(NamedTuple):
@@ -67,6 +70,9 @@ class Metrics(TrainerCallback):
         self._tokens_logged = self._tokens_before_step = self.trainer.tokens_seen
         self._logged_step = self.trainer._globalstep_last_logged
         self._began_at = self._resumed_at = time.monotonic()
+        if state.is_world_process_zero:
+            for each in rollbacks.untold(self.trainer.run_dir):
+                self.write(each.metrics())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()
@@ -93,7 +99,7 @@ class Metrics(TrainerCallback):
         taken = {
             key: value
             for key, value in logs.items()
-            if key in _KEPT or (key.startswith("eval_") and not _is_speed(key))
+            if key in _KEPT or (key.startswith(_KEPT_BEGINNINGS) and not _is_speed(key))
         }
         if not taken:
             return
@@ -128,7 +134,7 @@ class Metrics(TrainerCallback):
         if not all(math.isfinite(taken.get(name, 0.0)) for name in ("loss", "grad_norm")):
             trainer.check_finite()
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, values: Mapping[str, Any]) -> None:
         """Add a line for this step."""
         trainer = self.trainer
         line = {
@@ -139,7 +145,7 @@ class Metrics(TrainerCallback):
             **values,
         }
         # JSON has no NaN.
-        finite = {k: v if math.isfinite(v) else None for k, v in line.items()}
+        finite = {k: None if _is_not_finite(v) else v for k, v in line.items()}
         self._append(json.dumps(finite, allow_nan=False) + "\n")
 
     def _count(self) -> int:
@@ -203,6 +209,10 @@ class Metrics(TrainerCallback):
             mine = {"peak_memory_bytes": peak_resident_bytes()}
         of_all = self.trainer.accelerator.gather(torch.tensor([list(mine.values())], device=device))
         return dict(zip(mine, of_all.view(-1, len(mine)).amax(0).tolist(), strict=True))
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _is_speed(key: str) -> bool:

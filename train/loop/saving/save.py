@@ -83,6 +83,7 @@ def draft(trainer: Training, peers: Peers, into: HostMemory | None = None) -> Dr
         state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
         texts[layout.TRAINER_STATE] = f"{state}\n".encode()
         texts |= config_texts(trainer.model, origin.code_in(trainer.run_dir / MODEL_FOLDER))
+        texts |= {name: text.encode() for name, text in trainer.own_files().items()}
         if scale := loss_scale_state(trainer):
             texts[LOSS_SCALE] = json.dumps(scale).encode()
     return Draft(

@@ -14,6 +14,7 @@ from shardwright.train.console import progress
 from shardwright.train.loop.saving.background import Background
 from shardwright.train.loop.saving.peers import Peers, SaveFailed
 from shardwright.train.loop.saving.save import Draft, draft, peers_of, write
+from shardwright.train.loop.spikes.rollback import RolledBack
 from shardwright.train.process import heartbeat, signals
 from shardwright.train.process.agreement import from_all
 from shardwright.train.process.heartbeat import Phase
@@ -89,9 +90,12 @@ class Saver(TrainerCallback):
         if needed_seconds > left_seconds:
             return (
                 f"a save takes {needed_seconds:.1f} s, and {max(left_seconds, 0):.1f} s were left "
-                f"of launcher.grace_seconds={grace_seconds:g}"
+                f"of launcher.grace_seconds={grace_seconds:g}; raise it to keep the last steps"
             )
-        self._write_now(is_last=True)
+        try:
+            self._write_now(is_last=True)
+        except RolledBack as spike:  # which a resume does, as it is noted
+            return str(spike)
         return None
 
     def wait(self) -> None:

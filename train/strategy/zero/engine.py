@@ -101,6 +101,10 @@ class Zero(Engine):
 
             leave_hooks_alone(trainer.model)
 
+    def skip_by_gate(self, trainer: Training) -> None:
+        device = trainer.args.device if self.strategy.offload_optimizer == "none" else "cpu"
+        masters.judge_before_updates(trainer, device)
+
     def read_back(self, trainer: Training) -> dict[str, Any]:
         return facts.read_back(trainer)
 

@@ -76,6 +76,27 @@ def complete(trainer: Training) -> None:
         engine.optimizer.step = measured
 
 
+def judge_before_updates(trainer: Training, device: torch.device | str) -> None:
+    """Have the gate judge each step before DeepSpeed's own optimizer updates on ``device``.
+
+    deepspeed 0.19 takes the whole step inside of the last backward pass, so that the loop hears of
+    its gradient norm too late. In fp32 at stage 0 `complete` has seen to that.
+    """
+    engine = trainer.model_wrapped
+    if engine.zero_optimization_stage() == 0 and not replicated_masters(engine):
+        return
+    optimizer = trainer.innermost_optimizer()
+    # At stage 3 it has parameters only while it updates a group of them.
+    trainer.gate.guard(optimizer, device)
+    step = optimizer.step
+
+    def judged(*arguments: Any, **options: Any) -> Any:
+        trainer.gate.judge(engine.optimizer._global_grad_norm)
+        return step(*arguments, **options)
+
+    optimizer.step = judged  # type: ignore[method-assign]
+
+
 def _link_masters(zero: Any) -> None:
     """Link each parameter to its own master weight, for DeepSpeed's safe_get and safe_set.
 
