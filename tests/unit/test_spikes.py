@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from shardwright.train.charts.panels import panels
 from shardwright.train.config import Progress, TrainerConfig
 from shardwright.train.errors import UserError
 from shardwright.train.loop.spikes.rollback import exhausted
@@ -23,7 +24,7 @@ from shardwright.train.loop.spikes.threshold import (
     seen_in,
 )
 from shardwright.train.loop.spikes.watch import WINDOW, SpikeWatch, seen_at
-from shardwright.train.run_directory import rollbacks
+from shardwright.train.run_directory import metrics, rollbacks
 from shardwright.train.run_directory.rollbacks import Rollback
 
 CPU = torch.device("cpu")
@@ -194,6 +195,31 @@ def test_a_run_that_may_not_go_back_any_more_says_what_there_is_to_do() -> None:
         "resume with a lower trainer.learning_rate, with a larger trainer.spike_factor where such "
         "steps do no harm, or with trainer.max_rollbacks=6"
     )
+
+
+# --- on curves ------------------------------------------------------------------------------------
+
+
+def test_each_spike_is_told_beside_curves_and_has_none_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    values = {"spike_step": 25, "spike_loss": 7.25, "spike_grad_norm": 0.5}
+    lines = [
+        {"step": 19, "loss": 2.0},
+        {"step": 20, "spike": "rollback", **values, "spike_skipped_samples": 1280},
+        {"step": 25, "spike": "skip_update", **values},
+        {"step": 25, "spike": "warn", **values},
+        {"step": 26, "spike": "of a later version"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = "spike at step 25: loss 7.25, gradient norm 0.5"
+    assert [(each.at_step, each.text) for each in metrics.spikes(path)] == [
+        (20, f"{seen}; went back to step 20, past 1,280 samples"),
+        (25, f"{seen}; its update was left out"),
+        (25, seen),
+    ]
+    assert metrics.spikes(tmp_path / "none.jsonl") == []
+    drawn = panels({"loss", *values, "spike_skipped_samples"}, one_run=True)
+    assert [panel.metrics for panel in drawn] == [("loss",)]
 
 
 # --- bad input ------------------------------------------------------------------------------------
