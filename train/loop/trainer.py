@@ -124,9 +124,7 @@ class Trainer(transformers.Trainer):
         fuses = self.config.trainer.fused_loss
         assert fuses != "auto", "decided by the model, `models.fitted`"
         self.head_loss = HeadLoss(model) if fuses else None
-        self.spikes = SpikeWatch.of(
-            self.config.trainer, args.device, partial(respond, self), resumed
-        )
+        self.spikes = SpikeWatch.of(self, resumed, partial(respond, self))
         self.gate = finite.Gate(args.device, self.spikes)
         self.watch = Watch(self.config.trainer.debug, self.run_dir, args.process_index)
         self.profiler = Profiler(self.config.trainer, self.run_dir, args)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from shardwright.train.config import TrainerConfig
     from shardwright.train.loop.resuming import Resumed
+    from shardwright.train.strategy.training import Training
 
 WINDOW = "spikes.json"
 """In a checkpoint: the recent steps, by which the next ones are judged."""
@@ -58,16 +59,13 @@ class SpikeWatch:
 
     @classmethod
     def of(
-        cls,
-        trainer: TrainerConfig,
-        device: torch.device,
-        found: Callable[[Spike], None],
-        resumed: Resumed | None,
+        cls, trainer: Training, resumed: Resumed | None, found: Callable[[Spike], None]
     ) -> SpikeWatch | None:
         """Return what watches a training, from where it is resumed; None where nothing is to."""
-        if trainer.on_spike == "ignore":
+        settings, checkpoint = trainer.config.trainer, resumed.checkpoint if resumed else None
+        if settings.on_spike == "ignore":
             return None
-        return cls(trainer, device, found, resumed.checkpoint if resumed else None)
+        return cls(settings, trainer.args.device, found, checkpoint)
 
     def begin(self, step: int) -> None:
         """Prepare to judge a step; tell of the spikes that are known without waiting."""
