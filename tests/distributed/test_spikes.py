@@ -156,15 +156,16 @@ BF16, FP16 = {"compute_dtype": "bf16"}, {"compute_dtype": "fp16"}
 @pytest.mark.parametrize(
     ("name", "precision", "trainer"),
     [
-        *((name, {}, {}) for name in ("ddp", "zero0", "zero1", "zero3", "fsdp_hybrid")),
+        *((name, {}, {}) for name in ("ddp", "zero0", "zero1", "zero3")),
         *((name, {}, {}) for name in ("zero2_offload", "zero3_offload", "fsdp_offload")),
         ("zero3_many_groups", {}, {}),
         ("zero0", {}, {"max_grad_norm": 0.0}),
         *((name, BF16, {}) for name in ("ddp", "zero0", "zero1", "zero2", "zero3", "fsdp")),
         *((name, PURE, {}) for name in ("ddp", "fsdp")),
-        *((name, FP16, {}) for name in ("ddp", "zero0", "zero2", "zero3")),
-        ("ddp", {}, {"optimizer": "adafactor"}),
-        ("ddp", FP16, {"optimizer": "adafactor"}),
+        *((name, FP16, {}) for name in ("ddp", "zero0")),
+        # Its norms vary more.
+        ("ddp", {}, {"optimizer": "adafactor", "spike_factor": 30.0}),
+        ("ddp", FP16, {"optimizer": "adafactor", "spike_factor": 30.0}),
         ("fsdp", {}, {"optimizer": "muon"}),
         pytest.param("ddp", {}, {"optimizer": "adamw_8bit"}, marks=needs_torchao),
     ],
