@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from shardwright.train.durable import write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
