@@ -52,9 +52,10 @@ class Job:
 
 def config_dir(arguments: Sequence[str]) -> Path | None:
     """Return where the user keeps options of their own; None where the arguments do not say."""
-    options, _ = command_line().parse_known_intermixed_args(
-        [argument for argument in arguments if argument.startswith(("--config-dir", "-cd"))]
-    )
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # What lacks its value is told where all of it is parsed.
+    parser.add_argument("--config-dir", "-cd", nargs="?")
+    options, _ = parser.parse_known_args(arguments)
     return Path(options.config_dir) if options.config_dir else None
 
 

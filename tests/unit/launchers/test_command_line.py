@@ -118,7 +118,7 @@ def test_unknown_command_names_the_nearest(
 def test_train_help_lists_groups_and_options(shardwright: Shardwright) -> None:
     outcome = shardwright("train", "--help")
     assert outcome.code == 0
-    assert "strategy: ddp, fsdp, fsdp_grad_op, fsdp_hybrid" in outcome.out
+    assert "strategy: auto, ddp, fsdp, fsdp_grad_op, fsdp_hybrid" in outcome.out
     assert "shardwright train experiment=demo" in outcome.out
 
 
