@@ -106,7 +106,7 @@ def _rows(planned: Planned | None, measured: Measured | None) -> Iterator[tuple[
         second = getattr(measured, name, None) or None
         if first is None and second is None:
             continue
-        missed = f"{first / second - 1:+.1%}" if first and second else columns.NOTHING
+        missed = f"{first / second - 1:+z.1%}" if first and second else columns.NOTHING
         cells = [columns.NOTHING if each is None else shown(each) for each in (first, second)]
         yield (_TITLES[name], *cells, missed)
 

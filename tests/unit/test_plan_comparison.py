@@ -228,6 +228,13 @@ def test_on_a_gpu_the_line_has_the_peak_first() -> None:
     assert in_a_line(Start({}, PLANNED)) is None
 
 
+def test_what_rounds_to_nothing_has_no_minus() -> None:
+    planned = Planned(0, 0, 0, {}, parameters_bytes=999, gradients_bytes=0, optimizer_bytes=0)
+    line = in_a_line(Start({}, planned, Measured("cpu", parameters_bytes=1000)))
+    assert line is not None
+    assert "(+0%) of model states" in line
+
+
 def test_the_command_that_is_started_answers(tmp_path: Path) -> None:
     """A real process: of no run at all, whose answer is none."""
     process = comparison.begun(tmp_path)

@@ -230,7 +230,7 @@ STATES = ("parameters_bytes", "gradients_bytes", "optimizer_bytes")
 
 
 def _part(planned: str, measured: str, missed: float) -> str:
-    return f"{planned} and {measured} ({missed:+.0%})"
+    return f"{planned} and {measured} ({missed:+z.0%})"
 
 
 def _seconds(seconds: float) -> str:
