@@ -17,8 +17,13 @@ OF_TRAINING = (
 OF_EVALUATIONS = (*("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_masked_accuracy"),)
 OF_A_SOURCE = "eval_loss/"
 """Begins the name of the held-out loss of one source, where there are several."""
-NOT_COMPARED = ("step", "samples", "tokens", "time")
-"""What else a line of metrics.jsonl has."""
+NOT_COMPARED = (
+    *("step", "samples", "tokens", "time", "profiled_steps"),
+    *("allocated_memory_bytes", "reserved_memory_bytes"),
+    *("compute_seconds", "wait_seconds", "data_seconds"),
+    *("compute_most_rank", "wait_most_rank", "data_most_rank"),
+)
+"""What else a line of metrics.jsonl has; of names with a slash, what stands before it."""
 
 
 def problem(metric: str, config: RunConfig) -> str | None:
@@ -63,7 +68,9 @@ def missing(logged: Mapping[str, Any], objectives: Iterable[Objective]) -> str |
     """
     for each in objectives:
         if each.metric not in logged:
-            there_are = ", ".join(name for name in sorted(logged) if name not in NOT_COMPARED)
+            there_are = ", ".join(
+                name for name in sorted(logged) if name.partition("/")[0] not in NOT_COMPARED
+            )
             return (
                 f"it has not logged {each.metric}, by which sweep.objectives compares; what it has "
                 f"logged is {there_are or 'nothing'}"

@@ -52,6 +52,7 @@ def test_a_metric_that_runs_log_is_taken(metric: str) -> None:
 
 def test_what_a_run_has_not_logged_is_told_with_what_it_has() -> None:
     logged = {"step": 3, "time": 1.0, "loss": 2.0, "eval_loss": None, "eval_loss/a": 1.0}
+    logged |= {"wait_seconds/max": 0.1, "wait_most_rank": 1}
     assert objectives.missing(logged, [Objective(metric="loss")]) is None
     assert objectives.missing(logged, [Objective(metric="eval_loss/b")]) == (
         "it has not logged eval_loss/b, by which sweep.objectives compares; what it has logged is "
