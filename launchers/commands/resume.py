@@ -40,6 +40,7 @@ from shardwright.train.config import (
     unknown_key_message,
 )
 from shardwright.train.config.optimizers import FALLING, READ_BY
+from shardwright.train.config.tree import leaves
 from shardwright.train.console import terminal
 from shardwright.train.data.prepare import noted_samples_wanted
 from shardwright.train.data.sources.corpus import with_sets_located
@@ -298,7 +299,7 @@ def chosen(overrides: Sequence[str], groups: set[str]) -> list[str]:
 
 def refused(before: RunConfig, after: RunConfig) -> Iterator[str]:
     """Yield a message for each setting that differs and may not. Pure."""
-    old, new = _leaves(before.model_dump(mode="json")), _leaves(after.model_dump(mode="json"))
+    old, new = leaves(before.model_dump(mode="json")), leaves(after.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) == new.get(key):
             continue
@@ -335,13 +336,3 @@ def _missing(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + key
         elif isinstance(value, dict):
             yield from _missing(value, f"{prefix}{key}.")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = value
-    return leaves

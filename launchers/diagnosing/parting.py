@@ -12,6 +12,7 @@ from typing import Any
 from shardwright.launchers.diagnosing import lineage
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import RunConfig
+from shardwright.train.config.tree import leaves
 from shardwright.train.loop.numerics.records import Place
 from shardwright.train.run_directory import history, names
 
@@ -64,23 +65,13 @@ def first_step(
 
 def settings(a: RunConfig, b: RunConfig) -> list[str]:
     """Return the settings in which two runs differ and that may part them. Pure."""
-    old, new = _flat(a.model_dump(mode="json")), _flat(b.model_dump(mode="json"))
+    old, new = leaves(a.model_dump(mode="json")), leaves(b.model_dump(mode="json"))
     differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [
         f"{key} ({old.get(key)} and {new.get(key)})"
         for key in differ
         if not any(key == each or key.startswith(f"{each}.") for each in ELSEWHERE)
     ]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def beginning(runs: Sequence[Path], step: int) -> int:
