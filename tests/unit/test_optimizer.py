@@ -215,10 +215,15 @@ def test_the_registries_hold_the_same_optimizers() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_built_is_read_back_as_it_was_asked_for(name: OptimizerName) -> None:
-    if OPTIMIZERS[name].package is not None:
-        pytest.importorskip("torchao.optim")
-    own = {"muon": {"muon_momentum": 0.9, "muon_learning_rate": 0.02}}
-    given: dict[str, Any] = {"learning_rate": 3e-4, "adam_epsilon": 1e-6, **own.get(name, {})}
+    if (package := OPTIMIZERS[name].package) is not None:
+        pytest.importorskip(package)
+    of_adam = {"adam_epsilon": 1e-6} if OPTIMIZERS[name].runs_adamw else {}
+    own = {
+        "muon": {"muon_momentum": 0.9, "muon_learning_rate": 0.02},
+        "lion": {"lion_beta1": 0.8},
+        "sgd": {"sgd_momentum": 0.8, "sgd_nesterov": True},
+    }
+    given: dict[str, Any] = {"learning_rate": 3e-4, **of_adam, **own.get(name, {})}
     optimizer = built(roberta(), optimizer=name, **given)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)  # notes the peak rates
     class_name = type(optimizer).__name__
