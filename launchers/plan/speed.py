@@ -170,12 +170,10 @@ def compute_seconds(
     dtype = product_dtype(config)
     efficiency = hardware.compute_efficiency
     in_fp8 = 0.0
-    if config.precision.fp8_recipe is not None:
+    if products := config.precision.fp8_products:
         tokens = config.trainer.samples_per_pass * config.data.tokens_per_sample
-        products = 3 + _recomputed_share(config)
-        if config.precision.fp8_recipe == "rowwise_with_gw_hp":
-            products -= 1
-        in_fp8 = min(traced.flops, 2 * products * model.fp8_elements * tokens)
+        times = products + _recomputed_share(config)
+        in_fp8 = min(traced.flops, 2 * times * model.fp8_elements * tokens)
     seconds = (traced.flops - in_fp8) / (_peak(hardware, dtype) * efficiency)
     if in_fp8:
         seconds += in_fp8 / (_peak(hardware, "fp8") * efficiency)

@@ -47,12 +47,14 @@ class Fp8Recipe:
     """First that has the products."""
     scales_whole_tensors: bool = False
     """Whether all of a batch is scaled by one number, so that its samples are not independent."""
+    keeps_weight_gradients: bool = False
+    """Whether the products that give the weights' gradients stay in bf16."""
 
 
 FP8_RECIPES = {
     "tensorwise": Fp8Recipe(scales_whole_tensors=True),
     "rowwise": Fp8Recipe(),
-    "rowwise_with_gw_hp": Fp8Recipe(token_multiple=1),
+    "rowwise_with_gw_hp": Fp8Recipe(token_multiple=1, keeps_weight_gradients=True),
 }
 
 
@@ -87,6 +89,13 @@ class PrecisionConfig(Section):
     def scales_whole_tensors(self) -> bool:
         """Whether products have one scale for all of a batch."""
         return self.fp8_recipe is not None and FP8_RECIPES[self.fp8_recipe].scales_whole_tensors
+
+    @property
+    def fp8_products(self) -> int:
+        """How many of a linear layer's three products are in fp8: out, and both gradients."""
+        if self.fp8_recipe is None:
+            return 0
+        return 2 if FP8_RECIPES[self.fp8_recipe].keeps_weight_gradients else 3
 
     @property
     def computes_in(self) -> Dtype:

@@ -303,6 +303,7 @@ class Phase:
                 miniters=0,
                 mininterval=0,
             )
+            self._bar.start_t -= time.monotonic() - self._began
         elif self._shows_start:
             now = time.monotonic()
             if now - _last_lines.get(self._kind, -LIFE_SECONDS) >= LIFE_SECONDS:
