@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-MEASURED = ("time", "tokens_per_second", "peak_memory_bytes")
+MEASURED = ("time", "tokens_per_second", "sent_bytes_per_second", "peak_memory_bytes")
 OF_RANKS = ("/min", "/median", "/max", "_most_rank")
 """How what is told of the times of ranks ends."""
 

@@ -49,6 +49,8 @@ from shardwright.train.model.blocks import check_blocks_are_not_skipped, paramet
 from shardwright.train.model.directory import rehearse
 from shardwright.train.model.weights import InitialValues, drawn
 from shardwright.train.plan.comparison import Comparison
+from shardwright.train.plan.model import facts_of
+from shardwright.train.plan.traffic import traffic
 from shardwright.train.process import heartbeat, signals
 from shardwright.train.process.agreement import check, from_all_patiently, together
 from shardwright.train.process.heartbeat import Phase
@@ -153,6 +155,7 @@ def assemble(
     # Its settings are made of what only the weights know, too.
     engine = engine_of(models.fitted(config, model), rank.world_size)
     config, layout = engine.config, engine.layout
+    sent_bytes = _sent_bytes(model, config, rank)
     check()
     steps, schedule = _length(config, prepared, resumed)
     steps = replays.last_step(run_dir, steps)
@@ -187,7 +190,7 @@ def assemble(
         schedule,
         resumed,
     )
-    _add_callbacks(trainer, rank, console)
+    _add_callbacks(trainer, rank, console, sent_bytes)
     # The most that any node's agent counts: that of a node which has come back begins at 0. Ranks
     # come here from reading weights, each as fast as its disk is.
     restarts = max(from_all_patiently(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
@@ -253,16 +256,22 @@ def _length(
     return steps, schedule
 
 
-def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO) -> None:
+def _sent_bytes(model: PreTrainedModel, config: RunConfig, rank: Rank) -> float:
+    """Return what a rank sends in the collectives of a step, of a model that is not divided yet."""
+    if rank.world_size == 1:
+        return 0.0
+    return traffic(config, facts_of(model, config), rank.world_size).sent_bytes
+
+
+def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO, sent_bytes: float) -> None:
     """Have a trainer told, measured, evaluated, stopped and tracked as its config asks for."""
     config = trainer.config
     trainer.saver.console = console if rank.index == 0 else None
     trainer.profiler.say = lambda text: progress.write(text, console)
     trainer.tracking = Tracking(config, trainer.run_dir, console) if rank.index == 0 else None
     device_name = flops.device_name(trainer.args.device)
-    metrics = Metrics(
-        trainer, flops.cost(trainer.model, config, device_name, rank.world_size), console
-    )
+    cost = flops.cost(trainer.model, config, device_name, rank.world_size)
+    metrics = Metrics(trainer, cost, console, sent_bytes=sent_bytes)
     statistics_every = config.trainer.debug.statistics_every_steps
     for callback in [
         EngineReady(trainer, console),

@@ -8,24 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from shardwright.launchers.plan.hardware import GIGA, Hardware
+from shardwright.train.plan.traffic import CollectiveName, Group, sent_bytes
 
-CollectiveName = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
 MICROSECOND = 1e-6
-
-
-@dataclass(frozen=True)
-class Group:
-    """Ranks that communicate, and how many of them share a node."""
-
-    ranks: int
-    per_node: int
-
-    @property
-    def nodes(self) -> int:
-        return -(-self.ranks // self.per_node)
 
 
 @dataclass(frozen=True)
@@ -85,13 +72,12 @@ def _of_one(
 ) -> Iterator[float]:
     """Yield the time of one collective by each way to do it.
 
-    In a ring of n ranks everything but a rank's own part passes by it, in n - 1 hops; a reduction
-    that all get is a scattered one and a gathering of what came of it (Rajbhandari et al. 2020,
-    "ZeRO", section 7.1). Trees take as many hops as a node's ranks and the logarithm of the nodes.
+    A ring of n ranks has n - 1 hops, twice for a reduction that all get. Trees take as many hops as
+    a node's ranks and the logarithm of the nodes.
     """
     ranks, nodes = group.ranks, group.nodes
     times = 2 if name == "all-reduce" else 1
-    sent = times * size_bytes * (ranks - 1) / ranks
+    sent = sent_bytes(name, group, size_bytes)
     speed = bandwidth(group, hardware)
     if name == "all-to-all":  # each rank sends to each, over its own link to the network
         if nodes > 1:

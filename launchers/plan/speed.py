@@ -10,7 +10,6 @@ from shardwright.launchers.machine.memory import moments_bytes
 from shardwright.launchers.plan import links
 from shardwright.launchers.plan.hardware import GIGA, Hardware
 from shardwright.launchers.plan.saves import Checkpoint, checkpoint
-from shardwright.launchers.plan.traffic import Collective, Copy, Phase, Traffic, traffic
 from shardwright.train.config import (
     FsdpStrategy,
     RunConfig,
@@ -23,6 +22,7 @@ from shardwright.train.config import (
 from shardwright.train.config.optimizers import OPTIMIZERS
 from shardwright.train.config.precision import DTYPES
 from shardwright.train.plan.facts import ModelFacts, Traced
+from shardwright.train.plan.traffic import Collective, Copy, Phase, Traffic, traffic
 
 
 @dataclass(frozen=True)

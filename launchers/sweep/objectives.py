@@ -20,6 +20,7 @@ OF_A_SOURCE = "eval_loss/"
 NOT_COMPARED = (
     *("step", "samples", "tokens", "time", "profiled_steps"),
     *("allocated_memory_bytes", "reserved_memory_bytes"),
+    "sent_bytes_per_second",
     *("compute_seconds", "wait_seconds", "data_seconds"),
     *("compute_most_rank", "wait_most_rank", "data_most_rank"),
 )

@@ -34,6 +34,7 @@ def facts(
 ) -> list[Fact]:
     """Return what is known of a run that trains, in the order in which it is shown."""
     step = last.get("step")
+    sent = last.get("sent_bytes_per_second")
     steps = f"step {step}/{total}" if total else f"step {step}"
     shown = [
         (0, steps if step is not None else None),
@@ -41,6 +42,7 @@ def facts(
         (5, _number("held-out loss", last.get("eval_loss"), ".4f")),
         (4, _after(last.get("tokens_per_second"), ",.0f", "tokens/s")),
         (6, None if last.get("mfu") is None else f"MFU {last['mfu']:.1%}"),
+        (8, None if sent is None else f"{size(sent)}/s sent"),
         (7, None if last.get("peak_memory_bytes") is None else size(last["peak_memory_bytes"])),
         (3, None if left_seconds is None else f"{duration(left_seconds)} left"),
         (1, None if silent is None else f"silent for {duration(silent)}"),

@@ -95,7 +95,7 @@ def reference(references: dict[str, list[float]], spiky: Spiky, ranks: RanksOf) 
 
 def content(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl without what is another each time."""
-    varying = ("time", "tokens_per_second", "peak_memory_bytes")
+    varying = ("time", "tokens_per_second", "sent_bytes_per_second", "peak_memory_bytes")
     timed = ("compute_", "wait_", "data_")  # what each rank's steps were spent on
     return [
         {k: v for k, v in line.items() if k not in varying and not k.startswith(timed)}

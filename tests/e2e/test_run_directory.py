@@ -135,7 +135,7 @@ def test_each_step_is_a_line_of_metrics(run: Run) -> None:
     assert [line["step"] for line in trained] == [1, 2, 3, 4]
     assert [line["step"] for line in evaluated] == [2, 4]
     position = {"step", "samples", "tokens", "time"}
-    speed = {"tokens_per_second", "peak_memory_bytes"}
+    speed = {"tokens_per_second", "sent_bytes_per_second", "peak_memory_bytes"}
     for line in trained:
         # The first step compiles and allocates, and counts for no speed.
         known = speed if line["step"] > 1 else {"peak_memory_bytes"}
@@ -144,6 +144,7 @@ def test_each_step_is_a_line_of_metrics(run: Run) -> None:
         assert len(of_ranks) == (12 if line["step"] >= 3 else 0)
         assert set(line) - of_ranks == position | known | {"loss", "learning_rate", "grad_norm"}
         assert line.get("tokens_per_second", 1) > 0
+        assert line.get("sent_bytes_per_second", 1) > 0
         assert 2**26 < line["peak_memory_bytes"] < 2**34
     more = "eval_masked_accuracy" if run.objective == "mlm" else "eval_bits_per_byte"
     for line in evaluated:

@@ -20,7 +20,13 @@ from shardwright.train.loop.callbacks.metrics import Metrics
 class Run:
     """Stands for a trainer whose steps take what a test says, of 100 tokens each."""
 
-    def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch, step: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        step: int = 0,
+        sent_bytes: float = 0.0,
+    ) -> None:
         self.now, self.profiled = 1000.0, set[int]()
         monkeypatch.setattr(metrics.time, "monotonic", lambda: self.now)
         self.trainer: Any = SimpleNamespace(
@@ -36,7 +42,7 @@ class Run:
             resumed=SimpleNamespace(step=step) if step else None,
             state=SimpleNamespace(global_step=step, is_world_process_zero=True),
         )
-        self.metrics = Metrics(cast(Any, self.trainer))
+        self.metrics = Metrics(cast(Any, self.trainer), sent_bytes=sent_bytes)
         self.tell("on_train_begin")
 
     def tell(self, event: str, **kwargs: Any) -> None:
@@ -102,6 +108,29 @@ def test_steps_that_are_profiled_count_for_no_speed_and_are_marked(
     run.step(60)
     assert "tokens_per_second" not in run.log()
     assert run.metrics.summary() == "trained 7 steps in 8 min, 50 tokens/s while training"
+
+
+def test_what_a_step_sends_over_the_time_of_the_steps_that_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, monkeypatch, sent_bytes=6e6)
+    run.profiled = {4}
+    run.step(300)
+    assert "sent_bytes_per_second" not in run.log()
+    run.step(1)
+    run.evaluate(50)
+    run.step(3)
+    run.step(90)
+    assert run.log()["sent_bytes_per_second"] == pytest.approx(2 * 6e6 / 4)
+    run.step(2)
+    assert run.log()["sent_bytes_per_second"] == pytest.approx(6e6 / 2)
+
+
+def test_one_rank_sends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, monkeypatch)
+    run.step(300)
+    run.step(2)
+    assert "sent_bytes_per_second" not in run.log()
 
 
 def test_no_step_has_no_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

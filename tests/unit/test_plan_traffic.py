@@ -11,11 +11,17 @@ import pytest
 
 from benchmarks.collectives import RUN, STRATEGIES
 from shardwright.launchers.machine.facts import Machine, resolve
-from shardwright.launchers.plan.links import Group
-from shardwright.launchers.plan.traffic import Collective, Traffic, group_of, traffic
 from shardwright.train.config import RankLayout, RunConfig
 from shardwright.train.plan.facts import ModelFacts
 from shardwright.train.plan.model import facts_of, planned
+from shardwright.train.plan.traffic import (
+    Collective,
+    Group,
+    Traffic,
+    group_of,
+    sent_bytes,
+    traffic,
+)
 from tests.unit.launchers.composed import composed
 
 COUNTED = json.loads(
@@ -51,6 +57,20 @@ def _volume(each: Collective) -> float:
     times = 2 if each.name == "all-reduce" else 1
     share = (each.group.ranks - 1) / each.group.ranks
     return times * share * each.size_bytes / item / model().count
+
+
+def test_what_is_sent_of_what_all_have_together() -> None:
+    assert sent_bytes("all-reduce", Group(4, 2), 100) == 150
+    assert sent_bytes("all-gather", Group(4, 2), 100) == 75
+    assert sent_bytes("all-gather", Group(1, 1), 100) == 0
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_of_ddp_sends_its_gradients_by_the_ranks_that_are_there(ranks: int) -> None:
+    config = run("strategy=ddp")
+    found = traffic(config, model(), ranks).sent_bytes
+    assert found == 2 * (ranks - 1) / ranks * 4 * model().count
+    assert traffic(config, model(), 1).sent_bytes == 0
 
 
 def test_who_meets_whom() -> None:

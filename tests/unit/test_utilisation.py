@@ -72,6 +72,8 @@ def test_what_a_bar_tells() -> None:
     assert facts(LOGS) == ["loss 3.1234", "12,346 tokens/s", "MFU 41.2%", "12.3 GB"]
     assert facts(LOGS, least=True) == ["loss 3.1234", "12,346 tokens/s", "MFU 41.2%"]
     assert facts({"loss": 1.0}) == ["loss 1.0000"]
+    sent = facts({"loss": 1.0, "tokens_per_second": 2.0, "sent_bytes_per_second": 3.21e9})
+    assert sent == ["loss 1.0000", "2 tokens/s", "3.2 GB/s sent"]
 
 
 @pytest.mark.parametrize(

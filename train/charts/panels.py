@@ -35,6 +35,13 @@ _KNOWN = (
     Panel("tokens_per_second", "Speed", ("tokens_per_second",), "tokens per second", format="~s"),
     Panel("mfu", "MFU", ("mfu",), "%", 100.0),
     Panel(
+        "sent_bytes_per_second",
+        "Sent by a rank in collectives",
+        ("sent_bytes_per_second",),
+        "GB per second",
+        factor=1e-9,
+    ),
+    Panel(
         "peak_memory_bytes",
         "Peak memory",
         ("peak_memory_bytes",),

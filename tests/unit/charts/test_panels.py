@@ -36,6 +36,12 @@ def test_of_several_runs_each_metric_has_a_chart() -> None:
     assert len({panel.name for panel in found}) == len(found)
 
 
+def test_what_ranks_send_is_drawn_beside_their_speed() -> None:
+    found = panels(("sent_bytes_per_second", "peak_memory_bytes", "mfu"), one_run=True)
+    assert [panel.name for panel in found] == ["mfu", "sent_bytes_per_second", "peak_memory_bytes"]
+    assert (found[1].unit, found[1].factor) == ("GB per second", 1e-9)
+
+
 def test_there_is_a_chart_for_what_is_logged_alone() -> None:
     assert panels([], one_run=True) == []
     assert [panel.title for panel in panels(["loss"], one_run=True)] == ["Training loss"]

@@ -246,6 +246,12 @@ def test_the_facts_of_a_line() -> None:
     assert line.fitted([Fact("preparing data", 0)], 80) == "preparing data"
 
 
+def test_what_collectives_send_is_the_first_to_go() -> None:
+    found = line.facts({**LAST, "sent_bytes_per_second": 1.25e9}, 720, 500.0, None)
+    assert line.fitted(found, 200) == WHOLE.replace("41.2%", "41.2%  1.2 GB/s sent")
+    assert line.fitted(found, len(WHOLE) + 5) == WHOLE
+
+
 @pytest.mark.parametrize(("share", "text"), [(0, "····"), (0.5, "██··"), (1, "████"), (9, "████")])
 def test_a_bar(share: float, text: str) -> None:
     assert line.bar(share, 4) == text

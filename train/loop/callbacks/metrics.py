@@ -42,12 +42,23 @@ class Metrics(TrainerCallback):
     """Adds throughput and memory to what the Trainer logs, and writes it down."""
 
     def __init__(
-        self, trainer: Trainer, cost: Cost | None = None, console: TextIO | None = None
+        self,
+        trainer: Trainer,
+        cost: Cost | None = None,
+        console: TextIO | None = None,
+        *,
+        sent_bytes: float = 0.0,
     ) -> None:
-        """``cost`` makes MFU of the speed, where it is known."""
+        """``cost`` makes MFU of the speed, where it is known.
+
+        ``sent_bytes`` is what a rank sends in the collectives of one step, 0 where it sends none.
+        """
         self.trainer, self._cost, self._console = trainer, cost, console
+        self._sent_bytes = sent_bytes
         self._stragglers = stragglers.Watch(self._host_of)
         self._training_seconds = 0.0
+        self._timed_steps = 0
+        """Those of the training seconds."""
         self._is_warm = False
         self._began_at = 0.0
         self._whole_seconds = 0.0
@@ -84,6 +95,7 @@ class Metrics(TrainerCallback):
             self._tokens_logged += self.trainer.tokens_seen - self._tokens_before_step
         else:
             self._training_seconds += now - self._resumed_at
+            self._timed_steps += 1
             self._whole_steps += 1
         self._tokens_before_step = self.trainer.tokens_seen
         self._resumed_at = now
@@ -106,7 +118,11 @@ class Metrics(TrainerCallback):
         trainer = self.trainer
         if "loss" in taken:
             if tokens := self._count():
-                taken["tokens_per_second"] = tokens / max(self._training_seconds, 1e-9)
+                seconds = max(self._training_seconds, 1e-9)
+                taken["tokens_per_second"] = tokens / seconds
+                if self._sent_bytes:
+                    sent = self._sent_bytes * self._timed_steps
+                    taken["sent_bytes_per_second"] = sent / seconds
                 if self._cost is not None:
                     taken["mfu"] = self._cost.mfu(taken["tokens_per_second"])
             if self._profiled_steps:
@@ -126,6 +142,7 @@ class Metrics(TrainerCallback):
                 self._say(self._stragglers.look(times))
             self._logged_step = state.global_step
             self._training_seconds = 0.0
+            self._timed_steps = 0
         if state.is_world_process_zero:
             # Trackers are called after this one and read the same dictionary.
             logs.update({k: v for k, v in taken.items() if k not in logs})
@@ -160,6 +177,7 @@ class Metrics(TrainerCallback):
         """Return what this start has taken so far; to be asked for where a step has been logged."""
         self._count()
         self._training_seconds = 0.0
+        self._timed_steps = 0
         return Speed(self._whole_steps, self._whole_seconds, self._whole_tokens)
 
     def summary(self) -> str | None:

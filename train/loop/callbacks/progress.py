@@ -124,6 +124,8 @@ def facts(logs: Mapping[str, Any], *, least: bool = False) -> list[str]:
         shown.append(f"{speed:,.0f} tokens/s")
     if (mfu := logs.get("mfu")) is not None:
         shown.append(f"MFU {mfu:.1%}")
+    if (sent := logs.get("sent_bytes_per_second")) is not None:
+        shown.append(f"{size(sent)}/s sent")
     if not least and (memory := logs.get("peak_memory_bytes")) is not None:
         shown.append(size(memory))
     return shown

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shardwright.launchers.plan.hardware import Hardware, chosen
-from shardwright.launchers.plan.links import Group, bandwidth, seconds
+from shardwright.launchers.plan.links import bandwidth, seconds
+from shardwright.train.plan.traffic import Group
 
 MICROSECOND = 1e-6
 

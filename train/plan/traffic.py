@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from shardwright.launchers.plan.links import CollectiveName, Group
 from shardwright.train.config import (
     DdpStrategy,
     FsdpStrategy,
@@ -25,8 +24,21 @@ from shardwright.train.config.precision import DTYPES
 from shardwright.train.plan.facts import ModelFacts, Parameter
 from shardwright.train.strategy.zero.settings import settings as zero_settings
 
+CollectiveName = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
 Phase = Literal["forward", "backward", "update"]
 Link = Literal["host", "disk"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate, and how many of them share a node."""
+
+    ranks: int
+    per_node: int
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // self.per_node)
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,10 @@ class Collective:
     """Micro-batches of the step in which it takes place."""
     is_overlapped: bool = False
     """Whether it runs beside the arithmetic of its phase, but for the first or the last piece."""
+
+    @property
+    def sent_bytes(self) -> float:
+        return sent_bytes(self.name, self.group, self.size_bytes)
 
 
 @dataclass(frozen=True)
@@ -62,10 +78,29 @@ class Traffic:
     collectives: tuple[Collective, ...] = ()
     copies: tuple[Copy, ...] = ()
 
+    @property
+    def sent_bytes(self) -> float:
+        """What a rank sends in all collectives of a step; it receives as much."""
+        return sum(each.sent_bytes for each in self.collectives)
 
-def traffic(config: RunConfig, model: ModelFacts) -> Traffic:
-    """Return what a rank sends and copies in a step. Pure."""
-    find = _Of(config, model)
+
+def sent_bytes(name: CollectiveName, group: Group, size_bytes: float) -> float:
+    """Return what a rank sends in a collective of so many bytes, the larger of in and out. Pure.
+
+    In a ring of n ranks everything but a rank's own part passes by it; a reduction that all get is
+    a scattered one and a gathering of what came of it (Rajbhandari et al. 2020, "ZeRO", section
+    7.1). NCCL's tests call the same, over the time of a collective, the bus bandwidth.
+    """
+    times = 2 if name == "all-reduce" else 1
+    return times * size_bytes * (group.ranks - 1) / group.ranks
+
+
+def traffic(config: RunConfig, model: ModelFacts, world_size: int | None = None) -> Traffic:
+    """Return what a rank sends and copies in a step. Pure.
+
+    ``world_size`` is the number of ranks that are there; without it the launcher's.
+    """
+    find = _Of(config, model, world_size or config.launcher.world_size)
     sent: Iterator[Collective] = iter(())
     copied: tuple[Copy, ...] = ()
     match config.strategy:
@@ -90,9 +125,9 @@ def group_of(layout: RankLayout, ranks_per_node: int, name: Literal["shards", "r
 class _Of:
     """The arithmetic of one run."""
 
-    def __init__(self, config: RunConfig, model: ModelFacts) -> None:
-        self.config, self.model = config, model
-        self.layout = rank_layout(config.strategy, config.launcher.world_size)
+    def __init__(self, config: RunConfig, model: ModelFacts, world_size: int) -> None:
+        self.config, self.model, self.world_size = config, model, world_size
+        self.layout = rank_layout(config.strategy, world_size)
         self.shards = self.group("shards")
         self.passes = accumulation_steps(config.trainer, self.layout)
         self.compute = config.precision.computes_in.size_bytes
@@ -294,7 +329,7 @@ class _Of:
         if not OPTIMIZERS[self.config.trainer.optimizer].works_on_whole_matrices:
             return
         sizes = [p.elements for p in self._parameters if p.is_hidden_matrix]
-        ranks = self.config.launcher.world_size
+        ranks = self.world_size
         rounds = -(-len(sizes) // ranks)
         if self.layout.shards > 1:
             size = 2 * sum(sizes) / self.layout.replicas / self.layout.shards
