@@ -19,7 +19,7 @@ from typing import Any
 from tests.distributed.pool import free_port
 
 WORLD_SIZE = 2
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 240.0
 LONG_SECONDS = 1000.0
 """Longer than any run may hang."""
 Fault = Callable[[int], None]

@@ -150,6 +150,7 @@ def test_a_stopped_rank_is_named_and_the_run_is_resumed(
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(3600)
 def test_healthy_runs_are_left_alone(fresh: Callable[..., Path], tmp_path: Path) -> None:
     """Fifty of them, with evaluations and saves; every fifth compiles its blocks."""
     for number in range(50):
