@@ -39,9 +39,9 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
       samples as the model will see them; of a large corpus that is not prepared, an excerpt
   shardwright prepare [--dry-run] [group=option] [key=value]
       put the tokenizer and tokens that such a run would train on into the cache, and start none
-  shardwright resume RUN_DIR [--dry-run] [group=option] [key=value]
-      continue from the newest whole checkpoint, with other ranks, strategy, precision or
-      more steps if asked
+  shardwright resume RUN_DIR [--step N] [--dry-run] [group=option] [key=value]
+      continue from the newest whole checkpoint, or from that of a step, with other ranks,
+      strategy, precision or more steps if asked
   shardwright join RUN_DIR [--node-rank N]
       on each other node of a run over several: start its ranks there
   shardwright sample RUN_DIR --prompt TEXT

@@ -15,7 +15,7 @@ from shardwright.train.config import RunConfig, why_too_short
 from shardwright.train.data.prepare import noted_samples_wanted, noted_too_small
 from shardwright.train.durable import write_text
 from shardwright.train.errors import UserError
-from shardwright.train.run_directory import history, stop_note
+from shardwright.train.run_directory import history, set_aside, stop_note
 from shardwright.train.run_directory.names import (
     CHECKPOINTS,
     ENGINE_JSON,
@@ -30,15 +30,20 @@ TAKEN_BACK = "nothing was trained: the run is what it was before this resume"
 """Written once the ranks have built what was asked for, just before the first step."""
 
 
-def check(run_dir: Path, config: RunConfig) -> Path | None:
+def check(run_dir: Path, config: RunConfig, step: int | None = None) -> Path | None:
     """Return the checkpoint that the ranks will resume from, None where they start anew.
 
-    Raises UserError where they would refuse it, as far as its manifest and the run's notes tell.
+    That is the newest, or the one of ``step``. Raises UserError where they would refuse it, as far
+    as its manifest and the run's notes tell.
     """
     directory = run_dir / CHECKPOINTS
     whole = layout.whole_checkpoints(directory)
     if problem := noted_too_small(config, run_dir):
         raise UserError(problem)
+    if step is not None:
+        if problem := not_to_choose(run_dir, step, layout.named(directory), whole):
+            raise UserError(problem)
+        whole = [each for each in whole if each[0] == step]
     if not whole:
         _, passed_over = discovery.together([discovery.parts_in(Listing(directory))])
         # Of those set aside, `remove_leftovers` brings back what has no other of its name.
@@ -60,12 +65,46 @@ def check(run_dir: Path, config: RunConfig) -> Path | None:
     return newest
 
 
+def not_to_choose(
+    run_dir: Path,
+    step: int,
+    named: Sequence[tuple[int, Path]],
+    whole: Sequence[tuple[int, Path]],
+) -> str | None:
+    """Say why a run cannot be resumed from the checkpoint of a step, or return None.
+
+    ``named`` is (step, path) of all that it has, ``whole`` of those that are whole.
+    """
+    others = ", ".join(str(at) for at, _ in whole if at != step)
+    choose = f"choose one of {others}" if others else "there is no other"
+    paths = dict(named)
+    if step in paths:
+        problem = layout.what_is_wrong(paths[step])
+        remedy = layout.remedy([problem]) if problem else None
+        return problem and f"{paths[step]} is not whole: {problem}; {remedy}, or {choose}"
+    lies = [path for path, _ in set_aside.found(run_dir) if (path / f"checkpoint-{step}").is_dir()]
+    if lies:
+        return (
+            f"{run_dir} has no checkpoint of step {step} any more: an earlier resume has set it "
+            f"aside in {lies[-1]}; move it back to {run_dir / CHECKPOINTS} to resume from it, or "
+            f"{choose}"
+        )
+    if not whole:
+        return f"{run_dir} has no checkpoint yet; leave --step={step} out to begin anew"
+    return f"{run_dir} has no checkpoint of step {step}; {choose}"
+
+
 def write(
-    run_dir: Path, config: RunConfig, overrides: Sequence[str], checkpoint: Path | None
+    run_dir: Path,
+    config: RunConfig,
+    overrides: Sequence[str],
+    checkpoint: Path | None,
+    asked_step: int | None = None,
 ) -> int:
     """Write resumes/<n>.yaml and a line of history.jsonl; return n.
 
-    Notes of how the start before has failed or stopped are put aside in logs/.
+    Notes of how the start before has failed or stopped are put aside in logs/, and in set-aside/
+    what is newer than the checkpoint that a user has chosen by its ``asked_step``.
     """
     folder = run_dir / RESUMES
     folder.mkdir(exist_ok=True)
@@ -79,8 +118,16 @@ def write(
         "checkpoint": checkpoint.name if checkpoint else None,
         "world_size": config.launcher.world_size,
     }
+    if asked_step is not None:
+        entry["asked_step"] = asked_step
     history.append(run_dir, entry)
     _move(_notes(run_dir), _aside(run_dir, number))
+    if asked_step is not None:
+        try:
+            set_aside.put(run_dir, number, asked_step)
+        except OSError:
+            take_back(run_dir, number)
+            raise
     return number
 
 
@@ -108,6 +155,7 @@ def take_back(run_dir: Path, number: int) -> None:
     """Undo `write`: the run is what it was before; notes of how this start failed are put aside."""
     folder = run_dir / RESUMES
     name = f"{RESUMES}/{number}.yaml"
+    set_aside.bring_back(run_dir, number)
     history.cut(run_dir, lambda entry: entry.get("config") == name)
     refused = run_dir / LOGS / f"refused-resume-{number}"
     attempt = 1

@@ -18,6 +18,7 @@ from shardwright.train.config import CheckpointConfig
 from shardwright.train.console import progress
 from shardwright.train.errors import FAILED, UserError
 from shardwright.train.process.arguments import path as path_of
+from shardwright.train.run_directory import set_aside
 from shardwright.train.run_directory.names import CHECKPOINTS, RUN_CONFIG
 from shardwright.train.units import counted, duration, size
 
@@ -47,6 +48,11 @@ def main(arguments: Sequence[str]) -> int:
     for path in sorted(directory.glob(".checkpoint-*")) if rule is not None else []:
         print(
             f"\n{path.name} is a save in progress, or an interrupted one that the next save deletes"
+        )
+    for aside, count in set_aside.found(directory.parent) if rule is not None else []:
+        print(
+            f"\n{aside}: {counted(count, 'checkpoint')} that a resume has gone back behind; no "
+            "resume uses them, and you may delete them"
         )
     return FAILED if options.verify and any(row.problems for row in rows) else 0
 

@@ -47,7 +47,15 @@ from shardwright.train.data.sources.corpus import with_sets_located
 from shardwright.train.errors import BAD_INPUT, UserError
 from shardwright.train.paths import absolute
 from shardwright.train.process.arguments import path as path_of
-from shardwright.train.run_directory.names import CHECKPOINTS, DATA_JSON
+from shardwright.train.run_directory import set_aside
+from shardwright.train.run_directory.names import (
+    CHECKPOINTS,
+    DATA_JSON,
+    METRICS,
+    ROLLBACKS,
+    RUN_CONFIG,
+    SET_ASIDE,
+)
 
 # What may not change, and what hangs on it. The longest prefix counts; None allows.
 _FIXED: dict[str, str | None] = {
@@ -69,7 +77,7 @@ _FIXED: dict[str, str | None] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Resume from the newest whole checkpoint, or with --dry-run show how; return the exit code."""
+    """Resume from a whole checkpoint, or with --dry-run show how; return the exit code."""
     refuse_dashes(arguments)
     options = parser().parse_intermixed_args(arguments)
     if options.run_dir is None or (
@@ -78,7 +86,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(
             "resume needs the run's directory first: shardwright resume RUN_DIR [key=value]"
         )
-    run_dir = Path(absolute(options.run_dir))
+    run_dir, step = asked(Path(absolute(options.run_dir)), options.step)
+    refuse_a_second_run(options.overrides)
     options.overrides = [*map(with_home_quoted, options.overrides)]
     options.config_dir = options.config_dir and os.path.expanduser(options.config_dir)
     before = run_config.load(run_dir)
@@ -95,16 +104,18 @@ def main(arguments: Sequence[str]) -> int:
         show([config], here)
     preflight.check_machine(config, here)
     if options.dry_run:
-        print(_start(before, config, resumes.check(run_dir, config)))
+        print(
+            _start(before, config, resumes.check(run_dir, config, step), is_chosen=step is not None)
+        )
         return 0
 
     terminal.outlive()
     with launch.claimed(run_dir) as claim:
         # As the ranks do: it may bring back a checkpoint.
         retention.remove_leftovers(run_dir / CHECKPOINTS)
-        newest = resumes.check(run_dir, config)
-        start = _start(before, config, newest)
-        number = resumes.write(run_dir, config, options.overrides, newest)
+        checkpoint = resumes.check(run_dir, config, step)
+        start = _start(before, config, checkpoint, is_chosen=step is not None)
+        number = resumes.write(run_dir, config, options.overrides, checkpoint, step)
         if (queue := launcher_of(config).queue) is None:
             with terminal.kept_in(launch.run_log(run_dir)):
                 environment = rank_environment(config, here, os.environ)
@@ -133,16 +144,25 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of `shardwright resume`."""
     found = argparse.ArgumentParser(
         prog="shardwright resume",
-        usage="%(prog)s RUN_DIR [--dry-run] [--config-dir DIR] [group=option] [key=value] ...",
-        description="Resume a run from its newest whole checkpoint, in its own directory. Ranks, "
-        "strategy, precision, batch, length and cadences may change; what would change what was "
-        "learned (model, tokenizer, data and their order, optimizer) may not.",
+        usage="%(prog)s RUN_DIR|CHECKPOINT [--step N] [--dry-run] [--config-dir DIR] "
+        "[group=option] [key=value] ...",
+        description="Resume a run from its newest whole checkpoint, or from the one that is "
+        "chosen, in its own directory. Ranks, strategy, precision, batch, length and cadences may "
+        "change; what would change what was learned (model, tokenizer, data and their order, "
+        "optimizer) may not.",
         epilog="Examples: shardwright resume runs/a strategy=zero3 launcher.nproc_per_node=4; "
-        "shardwright resume runs/a trainer.max_steps=20000. Exit codes: those of "
-        "`shardwright train`; 2 leaves the run as it was.",
+        "shardwright resume runs/a trainer.max_steps=20000; shardwright resume runs/a --step 500. "
+        "Exit codes: those of `shardwright train`; 2 leaves the run as it was.",
     )
-    found.add_argument("run_dir", nargs="?", metavar="RUN_DIR")
+    found.add_argument("run_dir", nargs="?", metavar="RUN_DIR", help="or one of its checkpoints")
     found.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    found.add_argument(
+        "--step",
+        type=_step,
+        metavar="N",
+        help="the checkpoint to resume from, by its step; newer ones, and what metrics.jsonl says "
+        "of later steps, are set aside in RUN_DIR/set-aside/",
+    )
     found.add_argument(
         "--dry-run",
         action="store_true",
@@ -152,6 +172,56 @@ def parser() -> argparse.ArgumentParser:
         "--config-dir", "-cd", metavar="DIR", help="a folder with options of your own, as for train"
     )
     return found
+
+
+def _step(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"{text} is not the number of a step; a checkpoint's path stands in place of RUN_DIR"
+        )
+    return int(text)
+
+
+def asked(place: Path, step: int | None) -> tuple[Path, int | None]:
+    """Return the run that is meant, and the step of the checkpoint to resume it from.
+
+    That is None where nobody has chosen one. ``place`` is the run's directory or one of its
+    checkpoints. Raises UserError where a checkpoint is of no run, or not of this one any more.
+    """
+    own = layout.step_of(place)
+    if own is None or (place / RUN_CONFIG).is_file():
+        return place, step
+    if place.parent.parent.name == SET_ASIDE:
+        run_dir = place.parent.parent.parent
+        raise UserError(
+            f"{place} was set aside by an earlier resume; to resume from it, move it back to "
+            f"{run_dir / CHECKPOINTS}, and with it what {place.parent} holds of {METRICS} and "
+            f"{ROLLBACKS}"
+        )
+    run_dir = place.parent.parent
+    if place.parent.name != CHECKPOINTS or not (run_dir / RUN_CONFIG).is_file():
+        raise UserError(
+            f"{place} lies in no run: {run_dir} has no {RUN_CONFIG} whose run it could continue; "
+            "give a run directory, or begin a new run from its weights by `shardwright recover` "
+            "and model=pretrained"
+        )
+    if step not in (None, own):
+        raise UserError(
+            f"{place} is the checkpoint of step {own}, and --step={step} asks for another; leave "
+            f"one of them out, or give {run_dir} --step {step}"
+        )
+    return run_dir, own
+
+
+def refuse_a_second_run(overrides: Sequence[str]) -> None:
+    """Raise UserError where a directory stands among the settings to change."""
+    for word in overrides:
+        if "=" not in word and os.path.isdir(os.path.expanduser(word)):
+            raise UserError(
+                f"{word}: resume continues one run, from a checkpoint of its own; give either the "
+                "run's directory, with --step N, or the path of its checkpoint. A new run begins "
+                "from the weights of another with model=pretrained"
+            )
 
 
 def _options(
@@ -173,12 +243,19 @@ def _options(
 # --- from where, and at which rate --------------------------------------------------------------
 
 
-def _start(before: RunConfig, after: RunConfig, checkpoint: Path | None) -> str:
-    """Return from where a run is resumed, and that its learning rate rises again where it does."""
+def _start(before: RunConfig, after: RunConfig, checkpoint: Path | None, *, is_chosen: bool) -> str:
+    """Return from where a run is resumed, and that its learning rate rises again where it does.
+
+    What a resume from a checkpoint that ``is_chosen`` is about to set aside is named.
+    """
     where = checkpoint.name if checkpoint else "the beginning: there is no checkpoint yet"
     rows = {"resumes": f"from {where}"}
     if checkpoint is not None:
         run_dir = checkpoint.parent.parent
+        newer = set_aside.newer(run_dir, layout.step_of(checkpoint) or 0) if is_chosen else []
+        if names := [path.name for path in newer]:
+            aside = set_aside.folder(run_dir, 1 + (resumes.newest_number(run_dir) or 0))
+            rows["set aside"] = f"{', '.join(names)}, in {aside}, for you to delete or bring back"
         risen = rise(
             before.trainer,
             after.trainer,

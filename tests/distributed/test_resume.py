@@ -14,6 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from shardwright.launchers import resumes
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint import discovery
+from shardwright.train.checkpoint.format import layout
 from shardwright.train.checkpoint.read import portable
 from tests.distributed.curves import curve
 from tests.distributed.interrupted import SAVED, STEPS, STRATEGIES, interrupted
@@ -102,6 +106,37 @@ def test_a_resumed_run_ends_with_the_same_bits(
     steps = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").open()]
     assert sorted(set(steps)) == list(range(1, STEPS + 1))
     assert len([s for s in steps if s == 5]) == 1, "a step is in the log twice"
+
+
+def test_a_run_resumed_from_an_older_checkpoint_ends_with_the_same_bits(
+    uninterrupted: Source, tmp_path: Path, ranks: RanksOf
+) -> None:
+    source, run_dir = uninterrupted("zero2", "fp32"), tmp_path / "run"
+    shutil.copytree(source, run_dir)
+    config = run_config.load(run_dir)
+    chosen = resumes.check(run_dir, config, SAVED)
+    resumes.write(run_dir, config, [], chosen, SAVED)
+    damaged = run_dir / f"checkpoints/checkpoint-{SAVED}/rng-1.pt"
+    sound = damaged.read_bytes()
+    damaged.write_bytes(bytes(len(sound)))
+    with pytest.raises(AssertionError, match=rf"hash .* and --step={SAVED} chose it; restore"):
+        ranks(2)(whole_run, run_dir)
+
+    damaged.write_bytes(sound)
+    (said,) = {text for text in ranks(2)(whole_run, run_dir) if text}
+    assert f"resuming from checkpoint-{SAVED}" in said
+    assert consumed(run_dir) == consumed(source)
+    assert curve(run_dir) == curve(source)
+    final = "final/model.safetensors"
+    assert (run_dir / final).read_bytes() == (source / final).read_bytes()
+    aside = run_dir / "set-aside/resume-1"
+    assert (aside / "metrics.jsonl").read_bytes() == (source / "metrics.jsonl").read_bytes()
+    (kept,) = aside.glob("checkpoint-*")
+    assert layout.verify(kept) == []
+
+    # What a restart then takes is what was trained since.
+    newest = discovery.newest_whole(run_dir / "checkpoints")[0]
+    assert newest == run_dir / f"checkpoints/checkpoint-{STEPS}"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,8 @@ from shardwright.train.model.weights import InitialValue, InitialValues
 from shardwright.train.process.agreement import from_all, from_all_patiently
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory import rollbacks
+from shardwright.train.run_directory.history import asked_step
+from shardwright.train.run_directory.history import read as history_of
 from shardwright.train.run_directory.names import CHECKPOINTS
 from shardwright.train.strategy.loss_scale import restore_loss_scale
 
@@ -73,7 +75,8 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
     """Return the newest checkpoint of a run whose every hash is right, or None. Collective.
 
     The ranks share the hashing, and all of them take the same one; on the first, ``say`` hears of
-    what was skipped, and why. Raises UserError where there are checkpoints and none is whole.
+    what was skipped, and why. Raises UserError where there are checkpoints and none is whole, and
+    where the one that its user has chosen is not.
     """
     directory = run_dir / CHECKPOINTS
     if rank.index == 0:
@@ -85,18 +88,34 @@ def newest(run_dir: Path, rank: Rank, say: Callable[[str], None]) -> Resumed | N
             share=(rank.index, rank.world_size),
             advance=shown.advance,
         )
+    # Read by one rank: on a network's file system others may still see an older file.
+    notes = (rollbacks.read(run_dir), history_of(run_dir)) if rank.index == 0 else None
+    gone_back, entries = from_all(notes)[0]
+    if problem := _chosen_is_not_whole(run_dir, asked_step(entries), passed_over):
+        raise UserError(problem)
     if rank.index == 0:
         for skipped in passed_over:
             names = layout.to_remove(skipped.problems)
             say(f"{skipped}; skipped" + (f" (remove {names} to use it)" if names else ""))
     if path is not None:
         found = _opened(path)
-        # Read by one rank: on a network's file system others may still see an older file.
-        gone_back = from_all(rollbacks.read(run_dir) if rank.index == 0 else None)[0]
         return replace(found, progress=rollbacks.behind(found.progress, gone_back))
     if passed_over:
         raise UserError(discovery.none_whole(run_dir, passed_over))
     return None
+
+
+def _chosen_is_not_whole(
+    run_dir: Path, asked: int | None, passed_over: Sequence[discovery.PassedOver]
+) -> str | None:
+    """Say that a resume was to begin from a checkpoint that cannot be used, or return None. Pure.
+
+    What was written since may be skipped as ever.
+    """
+    if asked is None or not passed_over or passed_over[0].step != asked:
+        return None
+    remedy = discovery.remedy(passed_over[:1])
+    return f"{run_dir}: {passed_over[0]}, and --step={asked} chose it; {remedy}, or choose another"
 
 
 def _opened(path: Path) -> Resumed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ def cut(run_dir: Path, begins: Callable[[Mapping[str, Any]], bool]) -> None:
         if found:
             write_text(path, "".join(lines[:number]))
             return
+
+
+def asked_step(entries: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the step from which the last resume was told to begin, None where it was not. Pure."""
+    resumes = [entry for entry in entries if "config" in entry]
+    return resumes[-1].get("asked_step") if resumes else None
 
 
 # --- provenance of each start -------------------------------------------------------------------

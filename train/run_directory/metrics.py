@@ -51,6 +51,11 @@ def _last(path: Path, length: int) -> tuple[list[dict[str, Any]], bool]:
     return lines, size <= length
 
 
+def last_step(path: Path) -> int:
+    """Return the step of the last line of a metrics.jsonl, 0 where there is none."""
+    return next((line["step"] for line in reversed(tail(path)) if "step" in line), 0)
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """A run's losses on held-out documents: the best one and the last."""

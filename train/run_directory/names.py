@@ -38,6 +38,8 @@ TRACKIO_FOLDER = "trackio"
 # --- what comes of it -----------------------------------------------------------------------------
 
 CHECKPOINTS = "checkpoints"
+SET_ASIDE = "set-aside"
+"""A folder for each resume that has gone back: what was newer than its checkpoint."""
 ENGINE_FOLDER = "engine"
 """In a checkpoint: the engine's own files."""
 FINAL = "final"

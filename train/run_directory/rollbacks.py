@@ -54,6 +54,12 @@ def append(run_dir: Path, rollback: Rollback) -> None:
     write_text(run_dir / ROLLBACKS, "".join(lines))
 
 
+def forget_behind(run_dir: Path, step: int) -> None:
+    """Remove the rollbacks to later checkpoints, of a run that begins again at a step."""
+    kept = [each for each in read(run_dir) if each.to_step <= step]
+    write_text(run_dir / ROLLBACKS, "".join(json.dumps(asdict(each)) + "\n" for each in kept))
+
+
 def untold(run_dir: Path) -> list[Rollback]:
     """Return the rollbacks of which metrics.jsonl has no line, oldest first."""
     path = run_dir / METRICS

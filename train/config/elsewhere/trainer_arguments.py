@@ -71,7 +71,7 @@ TRAINER_ARGUMENTS = rows(
         "push_to_hub": _PUSH,
         "hub_model_id": _PUSH,
         "hub_private_repo": "`shardwright push RUN_DIR NAME`: private, but with --public",
-        "resume_from_checkpoint": "`shardwright resume RUN_DIR`, which continues a run",
+        "resume_from_checkpoint": "`shardwright resume RUN_DIR`, with --step N for an older one",
         "enable_jit_checkpoint": "`shardwright cancel RUN_DIR`: a stopped run saves first, always",
         "debug": "`shardwright logs RUN_DIR --rank N`, and `shardwright doctor` before a run",
         "do_train": "`shardwright train`",
