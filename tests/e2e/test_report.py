@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.support.wait import WebDriverWait
 
 from shardwright.launchers.__main__ import main
 from shardwright.train.charts import series, thinning
@@ -24,6 +26,10 @@ SETTINGS = [
     for strategy in ("zero2", "fsdp")
     for rate in (1e-4, 3e-4, 1e-3)
 ]
+SPIKE = {
+    **{"step": 700, "samples": 5_600, "tokens": 5_734_400, "time": reports.BEGUN + 350},
+    **{"spike": "warn", "spike_step": 700, "spike_loss": 9.0, "spike_grad_norm": 40.0},
+}
 LOSSES = [3.4, 3.1, 3.6, 3.5, 3.2, 3.7]
 
 
@@ -94,6 +100,34 @@ def rows(browser: Browser, chart: str) -> list[dict[str, Any]]:
     return found
 
 
+def told_at(browser: Browser, chart: str, x: float, y: float, *, raised: int = 0) -> list[str]:
+    """Return what is told where a pointer comes to a place of a chart, so many pixels above it."""
+    left, top = browser.run(
+        """
+        const [name, x, y] = arguments, { view } = report.views.get(name);
+        const canvas = document.getElementById(`chart-${name}`).querySelector("canvas");
+        const { left, top } = canvas.getBoundingClientRect(), around = view.padding();
+        const [dx, dy] = view.origin();
+        return [left + around.left + dx + view.scale("x")(x),
+          top + around.top + dy + view.scale("y")(y)];
+        """,
+        *(chart, x, y),
+    )
+    told = "const told = document.querySelector('.vg-tooltip.visible'); return told?.innerText"
+    patient = WebDriverWait(browser.driver, 30)
+
+    def move(*place: int) -> None:
+        chain = ActionChains(browser.driver)
+        chain.w3c_actions.pointer_action.move_to_location(*place)
+        chain.perform()
+
+    move(0, 0)
+    patient.until_not(lambda _: browser.run(told))
+    move(round(left), round(top) - raised)
+    patient.until(lambda _: browser.run(told))
+    return [word.strip() for word in browser.run(told).split("\n") if word.strip()]
+
+
 def turn(browser: Browser, control: str, value: str, event: str = "change") -> None:
     browser.run(
         """
@@ -112,7 +146,8 @@ def turn(browser: Browser, control: str, value: str, event: str = "change") -> N
 def test_the_curves_of_a_run_are_drawn_and_follow_the_controls(
     browser: Browser, tmp_path: Path
 ) -> None:
-    run_dir = reports.make_run(tmp_path / "demo", tree(), reports.logged(3_000, sets=("wiki", "b")))
+    lines = [*reports.logged(3_000, sets=("wiki", "b")), SPIKE]
+    run_dir = reports.make_run(tmp_path / "demo", tree(), iter(lines))
     reports.resumed(run_dir, 1_000, "trainer.max_steps=3000")
     shown(browser, report(tmp_path, run_dir))
     names = browser.run("return report.data.charts.map((chart) => chart.name)")
@@ -140,10 +175,19 @@ def test_the_curves_of_a_run_are_drawn_and_follow_the_controls(
 
     scale = "return report.views.get('loss').view.scale(arguments[0]).type"
     assert [browser.run(scale, axis) for axis in "xy"] == ["linear", "linear"]
+    step = 1_200
+    (held_out,) = [row["y"] for row in raw if row["x"] == step]  # of 3 losses others are drawn
+    told = told_at(browser, "loss", step, held_out)
+    assert told == ["curve", "held out", "step", "1,200", "value", f"{held_out:.6g}"]
+    bottom = browser.run("return report.views.get('loss').view.scale('y').domain()[0]")
+    (text,) = told_at(browser, "loss", 700, bottom, raised=5)
+    assert text == "spike at step 700: loss 9, gradient norm 40"
     turn(browser, "log-x", "on")
     turn(browser, "log-y", "on")
     assert [browser.run(scale, axis) for axis in "xy"] == ["log", "log"]
     turn(browser, "x", "tokens")
+    told = told_at(browser, "loss", step * 8_192, held_out)
+    assert told[:3] == ["curve", "held out", "tokens"]
     assert max(r["x"] for r in rows(browser, "loss")) == 3_000 * 8_192
     turn(browser, "x", "times")
     assert max(r["x"] for r in rows(browser, "loss")) == pytest.approx(1_499.5 / 60)
@@ -155,9 +199,8 @@ def test_the_curves_of_a_run_are_drawn_and_follow_the_controls(
     ]
     assert browser.run(marks, "checkpoint") == ["checkpoint-1000"]
     turn(browser, "marks", "off")
-    assert browser.run("return report.views.get('loss').vgSpec.data.map((d) => d.name)")[0] != (
-        "restart"
-    )
+    names = browser.run("return report.views.get('loss').vgSpec.data.map((data) => data.name)")
+    assert not {"restart", "checkpoint", "spike"} & set(names)
     assert browser.said() == []
 
 

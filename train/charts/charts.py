@@ -6,6 +6,7 @@ are values and titles alone, as Vega reads expressions in some of the rest.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,8 +158,6 @@ def curves(
     place = {"x": x.encoded("x"), "y": y.encoded("y")}
     whole = {**place, "detail": {"field": "curve"}, "color": colour(colours, style)}
     layers: list[Spec] = []
-    if marks:
-        layers += _marks()
     if smoothed:
         pale = {"type": "line", "strokeWidth": 1, "opacity": 0.25, "tooltip": None}
         layers.append({"data": {"name": RAW}, "mark": pale, "encoding": whole})
@@ -171,6 +170,8 @@ def curves(
     layers.append({**drawn, **_singled_out(whole)} if single_out else drawn)
     if hovers:
         layers.append(_pointed_at(place, y, colour(colours, style)))
+    if marks:  # above what answers a pointer, which would hide their own answers
+        layers += _marks()
     return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "layer": layers}
 
 
@@ -217,13 +218,20 @@ def _pointed_at(place: Spec, y: Axis, colour: Spec) -> Spec:
             **place,
             "color": colour,
             "opacity": {"condition": {"param": "nearest", "empty": False, "value": 1}, "value": 0},
-            "tooltip": [
-                {"field": "curve", "title": "curve"},
-                {"field": "x", "title": place["x"]["title"], "format": ",.6~r"},
-                {"field": "y", "title": y.title or "value", "format": ".6~g"},
-            ],
+            "tooltip": {"value": {"expr": _told(place["x"]["title"], y.title or "value")}},
         },
     }
+
+
+def _told(along: str, up: str) -> str:
+    """Return an expression of Vega's for what is told of the point in whose cell a pointer is.
+
+    As fields of a tooltip its words would be looked for in the cell (vega-lite 6.4, nearest).
+    """
+    numbers = ((along, "x", ",.6~r"), (up, "y", ".6~g"))
+    told = [f"{json.dumps(name)}: format(datum.datum.{at}, '{f}')" for name, at, f in numbers]
+    told.insert(0, '"curve": datum.datum.curve')
+    return f"datum.datum ? {{{', '.join(told)}}} : null"  # a point itself is not in a cell
 
 
 def scatter(x: Axis, y: Axis, *, style: str, names: Sequence[str] = ()) -> Spec:

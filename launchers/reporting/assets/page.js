@@ -86,7 +86,11 @@
     const isNarrow = document.getElementById(`chart-${chart.name}`).clientWidth < 600;
     spec.layer = spec.layer.filter((layer) => datasets[layer.data.name].length > 0);
     for (const layer of spec.layer) {
-      const { x: atX, y: atY, color } = layer.encoding;
+      const { x: atX, y: atY, color, tooltip } = layer.encoding;
+      if (layer.data.name === "points") {
+        const [before, now] = [atX.title, x.title].map((title) => JSON.stringify(title));
+        tooltip.value.expr = tooltip.value.expr.replace(before, () => now);
+      }
       atX.title = x.title;
       if (atX.axis) Object.assign(atX.axis, { format: x.format });
       if (atX.scale) atX.scale = state.logX ? { type: "log", nice: false } : atX.scale;
