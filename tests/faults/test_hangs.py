@@ -12,15 +12,19 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shardwright.launchers.commands import diagnose
+from shardwright.launchers.ranks.processes import rank_processes
+from shardwright.train.diagnosis import watcher
 from shardwright.train.errors import RESUMABLE
+from shardwright.train.run_directory import history
 from shardwright.train.run_directory.failures import rank_failures
-from tests.e2e.cli import processes
+from tests.e2e import cli
 from tests.faults import hanging
 from tests.faults.hanging import Fault, run, wait_for_step
 from tests.fixtures import TreeOf
@@ -131,6 +135,7 @@ def test_a_stopped_rank_is_named_and_the_run_is_resumed(
         wait_for_step(run_dir, 4)
         assert diagnose.main([str(run_dir), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["verdict"] is None
+        assert len(watchers(run_dir)) == 1
         os.kill(ranks[1].pid, signal.SIGSTOP)
         time.sleep(1)  # until what is in flight is over: the time decides nothing
         assert diagnose.main([str(run_dir), "--json"]) == 0
@@ -150,6 +155,40 @@ def test_a_stopped_rank_is_named_and_the_run_is_resumed(
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_torchrun_starts_a_run_that_hung_again_from_its_last_checkpoint(
+    corpus: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    settings = (
+        *("model=gpt2_tiny", "objective=clm", *cli.TINY, *cli.SAME, "data=text"),
+        *(f"data.paths=['{corpus}']", f"data.cache_dir='{cache_dir}'", "data.sequence_length=32"),
+        *("trainer.global_batch_size=16", "trainer.micro_batch_size=4", "trainer.max_steps=60"),
+        *("trainer.save_every_steps=4", "trainer.log_every_steps=1", "launcher=torchrun"),
+        "launcher.nproc_per_node=2",
+    )
+    alone = cli.shardwright("train", *settings, "run_dir=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+
+    hang = ("trainer.hang_timeout_seconds=15", "launcher.max_restarts=2", "run_dir=run")
+    started = cli.start("train", *settings, *hang, cwd=tmp_path)
+    run_dir = tmp_path / "run"
+    try:
+        wait_for_step(run_dir, 10)
+        os.kill(max(rank_processes(run_dir)), signal.SIGSTOP)
+        ended = cli.finish(started)
+    finally:
+        if started.poll() is None:
+            cli.crash(started)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert cli.losses(run_dir) == cli.losses(tmp_path / "alone")
+    (restart,) = [each for each in history.read(run_dir) if each["by"] == history.BY_TORCHRUN]
+    assert (restart["restart"], restart["world_size"]) == (1, 2)
+    assert f"resuming from {restart['checkpoint']}\n" in ended.stdout
+    assert re.match(r"Rank \d on node \S+ never came: ", said_of(run_dir))
+    assert no_watcher_is_left(run_dir)
+
+
+@pytest.mark.faults
 @pytest.mark.timeout(3600)
 def test_healthy_runs_are_left_alone(fresh: Callable[..., Path], tmp_path: Path) -> None:
     """Fifty of them, with evaluations and saves; every fifth compiles its blocks."""
@@ -161,7 +200,9 @@ def test_healthy_runs_are_left_alone(fresh: Callable[..., Path], tmp_path: Path)
 
 
 def said_of(run_dir: Path) -> str:
-    (verdict,) = run_dir.glob("diagnosis/*/verdict.txt")
+    # On a busy machine a step may take as long as a hang; it ends, and the run is left alone.
+    *before, verdict = sorted(run_dir.glob("diagnosis/*/verdict.txt"))
+    assert {path.read_text() for path in before} <= {"It has moved again meanwhile.\n"}
     return verdict.read_text()
 
 
@@ -173,9 +214,20 @@ def assert_said(run_dir: Path, said: str) -> None:
     assert re.match(said, first.message)
 
 
+def watchers(run_dir: Path) -> list[int]:
+    """Return the processes of this machine that watch the ranks of a run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            words = path.read_bytes().split(b"\0")
+            if watcher.__name__.encode() in words and os.fsencode(run_dir) in words[-2]:
+                found.append(int(path.parent.name))
+    return found
+
+
 def no_watcher_is_left(run_dir: Path) -> bool:
     until = time.monotonic() + 30
-    while left := list(processes(run_dir)):
+    while left := watchers(run_dir):
         assert time.monotonic() < until, left
         time.sleep(0.1)
     return True

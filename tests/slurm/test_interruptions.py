@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
+from shardwright.launchers.ranks.processes import rank_processes
 from shardwright.train.checkpoint.format import layout
 from tests.e2e import cli
 from tests.slurm import runs
@@ -99,6 +102,21 @@ def test_a_job_whose_node_dies_goes_on_from_the_last_checkpoint(
         assert f"resuming from checkpoint-{max(saved)}" in runs.log(run_dir)
     finally:
         cluster.start_node(node)
+
+
+def test_a_job_that_hangs_goes_on_from_the_last_checkpoint(
+    cluster: Cluster, uninterrupted: Path, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
+    hang = ("trainer.save_every_steps=4", "trainer.hang_timeout_seconds=15")
+    job = submitted(cluster, *tiny, *RUN, *hang, cwd=tmp_path)
+    run_dir = tmp_path / "run"
+    runs.wait_for_step(run_dir, 10)
+    os.kill(max(rank_processes(run_dir)), signal.SIGSTOP)
+    assert_goes_on(cluster, job, run_dir, uninterrupted)
+    log = runs.log(run_dir)
+    assert "the run hung, and was ended to be resumed:" in log, log
+    assert re.search(r"Rank \d on node node\d never came: ", log), log
+    assert "is stopped by a signal (state T)" in " ".join(log.split())
 
 
 def assert_goes_on(cluster: Cluster, job: str, run_dir: Path, uninterrupted: Path) -> None:
