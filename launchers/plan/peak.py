@@ -15,6 +15,9 @@ from shardwright.train.config.precision import DTYPES
 from shardwright.train.plan.facts import ModelFacts, Traced
 from shardwright.train.strategy.zero.settings import settings as zero_settings
 
+STAGE_0_BUCKET_ELEMENTS = 500_000_000
+"""deepspeed 0.19.8, engine.py, MEMORY_OPT_ALLREDUCE_SIZE."""
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -162,10 +165,11 @@ def _of_zero(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]
 
     Source: deepspeed 0.19.8. Stages 1 and 2 copy gradients into a bucket that is there during the
     backward pass (stage_1_and_2.py, setup_buckets), in the dtype of compute, two with overlap. What
-    is reduced in another dtype is cast to it and back. Stage 3 keeps gathered what is used again
-    within a distance, and no more than a limit (partitioned_param_coordinator.py,
-    release_sub_module and fetch_sub_module); its reduction takes its input once more, and its
-    output (comm/coalesced_collectives.py).
+    is reduced in another dtype is cast to it and back. Stage 0 lays all gradients end to end once
+    more, 500M elements at a time whatever the bucket (engine.py, allreduce_bucket). Stage 3 keeps
+    gathered what is used again within a distance, and no more than a limit
+    (partitioned_param_coordinator.py, release_sub_module and fetch_sub_module); its reduction takes
+    its input once more, and its output (comm/coalesced_collectives.py).
     """
     strategy = config.strategy
     assert isinstance(strategy, ZeroStrategy)
@@ -187,12 +191,16 @@ def _of_zero(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]
             _in_backward(traced, gathered),
             replace(_NOTHING, gathered=gathered, reducing=reduced * (at_once + output)),
         ]
-    cast = (compute + reduced) * at_once if compute != reduced else 0
+    if strategy.stage == 0:
+        at_once = min(STAGE_0_BUCKET_ELEMENTS, model.count)
+    is_cast = compute != reduced
+    copied = compute * at_once if is_cast or strategy.stage == 0 else 0
+    cast = reduced * at_once if is_cast else 0
     buckets = 0
     if strategy.stage == 2 and strategy.contiguous_gradients:
         buckets = compute * bucket * (1 + strategy.overlaps_communication)
     return [
         _in_forward(traced),
         _in_backward(traced, reducing=buckets),
-        replace(_NOTHING, reducing=buckets + cast),
+        replace(_NOTHING, reducing=buckets + copied + cast),
     ]

@@ -25,8 +25,8 @@ def temporaries(config: RunConfig, model: ModelFacts) -> int:
 
     DeepSpeed 0.19.8 lays the gradients of a group, at stage 3 of a sub-group, end to end once more
     for the update, cast where they are of another dtype than the master weights: stage_1_and_2.py
-    and stage3.py (_prepare_fp32_grad_for_sub_group); stage 0 casts them one by one before
-    (fp16/fused_optimizer.py).
+    and stage3.py (_prepare_fp32_grad_for_sub_group); stage 0 casts each as it lies, and has all
+    casts together (fp16/unfused_optimizer.py, step: the optimizer is none of DeepSpeed's fused).
     """
     strategy = config.strategy
     if isinstance(strategy, FsdpStrategy) and strategy.offload:
@@ -58,10 +58,10 @@ def _of_zero(config: RunConfig, model: ModelFacts, strategy: ZeroStrategy) -> in
     sizes: dict[bool, int] = {}
     for parameter in model.parameters:
         sizes[parameter.decays] = sizes.get(parameter.decays, 0) + parameter.elements
-    group = max(sizes.values())
     if strategy.stage == 0:
         is_cast = precision.compute_dtype != precision.master_dtype
-        return 2 * master * group if is_cast else 0
+        return master * model.count if is_cast else 0
+    group = max(sizes.values())
     part = -(-group // rank_layout(strategy, config.launcher.world_size).shards)
     if strategy.stage == 3:
         part = min(part, strategy.sub_group_elements)

@@ -66,6 +66,13 @@ def test_the_optimizers_step_may_have_most() -> None:
     assert of(BLOCKS).updating == 0, "fused AdamW has none"
 
 
+def test_stage_0_has_all_gradients_once_more_in_each_dtype_while_it_reduces_them() -> None:
+    found = peak(run("strategy=zero0"), MODEL, BLOCKS)
+    assert found.reducing == (2 + 4) * MODEL.count
+    as_computed = peak(run("strategy=zero0", "precision.reduce_dtype=bf16"), MODEL, BLOCKS)
+    assert as_computed.updating == 4 * MODEL.count, "more than the 2 while it reduces"
+
+
 def test_what_each_optimizer_and_engine_needs() -> None:
     decaying = 3 * MATRIX
 
@@ -79,7 +86,7 @@ def test_what_each_optimizer_and_engine_needs() -> None:
     assert eight_bit == 8 * 2 * MATRIX // 4
     on_cpus = bytes_of("strategy=ddp", "trainer.optimizer=adafactor", device="cpux4")
     assert on_cpus == 4 * (2 + 1) * MATRIX
-    assert bytes_of("strategy=zero0") == 2 * 4 * decaying
+    assert bytes_of("strategy=zero0") == 4 * MODEL.count
     assert bytes_of("strategy=zero2") == 4 * decaying // 4
     bf16 = bytes_of("strategy=zero2", "precision.reduce_dtype=bf16")
     assert bf16 == (2 + 4) * decaying // 4
