@@ -14,9 +14,10 @@ from pathlib import Path
 from shardwright.launchers.machine import directories, memory
 from shardwright.launchers.machine.facts import Machine, lacking
 from shardwright.launchers.registry import launcher_of
-from shardwright.train.config import OPTIMIZERS, RunConfig
+from shardwright.train.config import OPTIMIZERS, NamedModel, PretrainedTokenizer, RunConfig
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.errors import UserError
+from shardwright.train.model import user_modules
 from shardwright.train.paths import not_a_directory
 from shardwright.train.strategy import engine_of
 
@@ -136,10 +137,11 @@ def _of_preparations(config: RunConfig) -> Iterator[str]:
 
 
 def _missing_directories(config: RunConfig) -> Iterator[str]:
-    """Yield a message for each name that can only be a path, and leads nowhere."""
+    """Yield a message for each name of a path or a module that leads nowhere."""
     for section, given in (("model", config.model), ("tokenizer", config.tokenizer)):
-        if given.kind == "pretrained":
+        if isinstance(given, NamedModel | PretrainedTokenizer):
             yield from not_a_directory(f"{section}.name", given.name, f"the {section}")
+    yield from user_modules.not_found(config.model.imports)
     yield from source_of(config.data).misplaced()
 
 

@@ -15,6 +15,7 @@ from shardwright.train.checkpoint.format.damage import in_one_line
 from shardwright.train.checkpoint.format.layout import read_manifest
 from shardwright.train.config import (
     BEGINNING,
+    NamedModel,
     RunConfig,
     Schedule,
     samples_wanted,
@@ -47,6 +48,7 @@ from shardwright.train.model import build as models
 from shardwright.train.model import compilation, document_attention, flops, generation, origin
 from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
+from shardwright.train.model.user_modules import import_all
 from shardwright.train.model.weights import InitialValues, drawn
 from shardwright.train.plan.comparison import Comparison
 from shardwright.train.plan.model import facts_of
@@ -145,6 +147,7 @@ def assemble(
 
     ``is_a_start`` is false where these ranks have begun already, and have gone back.
     """
+    import_all(config.model.imports)
     prepared = _open_data(config, run_dir, rank)
     resumed = resuming.newest(run_dir, rank, lambda text: progress.write(text, console))
     # The model comes before the arguments: while those live, transformers builds whatever it builds
@@ -327,10 +330,10 @@ def _build(
 ) -> tuple[PreTrainedModel, InitialValues]:
     """Return the model and its first values, once final/ is known to hold all that it needs.
 
-    What a pretrained one is made of is kept in the run's directory, whose copy is read.
+    What one by name is made of is kept in the run's directory, whose copy is read.
     """
     kept = None
-    if config.model.kind == "pretrained":
+    if isinstance(config.model, NamedModel):
         checkpoint = resumed.checkpoint if resumed else None
         kept = origin.keep(config.model, config.objective.kind, run_dir, checkpoint)
     directory = kept.directory if kept else None
@@ -350,7 +353,7 @@ def _build(
             run_dir / ".rehearsal",
             trusts_code=config.model.trusts_code,
         )
-        if kept is not None and resumed is None:
+        if kept is not None and resumed is None and config.model.kind == "pretrained":
             _tell_of_origin(kept, drawn(values), console)
     return model, values
 

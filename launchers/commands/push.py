@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwright.train.console import progress, terminal
 from shardwright.train.errors import FAILED, UserError
+from shardwright.train.model import user_modules
 from shardwright.train.paths import absolute
 from shardwright.train.process.logs import quiet_libraries
 from shardwright.train.units import size
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     directory = model_directory(Path(absolute(options.directory)))
     chosen = choose(directory)
     with progress.phase(f"checking {directory}", console=sys.stderr):
+        user_modules.import_for(directory, options.imports)
         check(directory, chosen, trusts_code=options.trust_remote_code)
 
     if not options.dry_run:
@@ -130,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run Python code that comes with the model, to check that it loads; read it first",
     )
+    user_modules.add_flag(found)
     found.add_argument(
         "--dry-run",
         action="store_true",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from shardwright.launchers.ranks import child
 from shardwright.train.console import progress, terminal
 from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
+from shardwright.train.model import user_modules
 from shardwright.train.process.arguments import path as path_of
 from shardwright.train.process.logs import quiet_libraries
 from shardwright.train.program import package_environment
@@ -56,6 +57,7 @@ def recover(arguments: Sequence[str]) -> int:
                 config=asked.config,
                 tokenizer=asked.tokenizer,
                 trusts_code=asked.trust_remote_code,
+                imports=tuple(asked.imports),
                 dry_run=asked.dry_run,
             ),
             sys.stdout,
@@ -161,6 +163,7 @@ def _add_what_lies_beside(found: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run Python code that comes with the model; read it first",
     )
+    user_modules.add_flag(found)
 
 
 def _bytes(text: str) -> int:

@@ -52,7 +52,9 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     model_dir = sample.model_directory(options.run_dir).absolute()
     ranks = options.nproc_per_node or max(1, here.gpus)
     trusts_code = options.trust_remote_code
-    overrides = sampling_overrides(model_dir, options.strategy, ranks, trusts_code=trusts_code)
+    overrides = sampling_overrides(
+        model_dir, options.strategy, ranks, trusts_code=trusts_code, imports=options.imports
+    )
     (job,) = compose(overrides)
     with contextlib.ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="shardwright-sample-"))
@@ -86,7 +88,12 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def sampling_overrides(
-    model_dir: Path, strategy: str, ranks: int, *, trusts_code: bool = False
+    model_dir: Path,
+    strategy: str,
+    ranks: int,
+    *,
+    trusts_code: bool = False,
+    imports: Sequence[str] = (),
 ) -> list[str]:
     """Return the overrides of a run that loads a model under a strategy, in the model's dtype."""
     dtype = json.loads((model_dir / "config.json").read_text()).get("dtype")
@@ -100,6 +107,7 @@ def sampling_overrides(
         "tokenizer=pretrained",
         f"tokenizer.name={quoted(str(model_dir))}",
         f"model.trust_remote_code={str(trusts_code).lower()}",
+        f"model.import=[{','.join(imports)}]",
         f"tokenizer.trust_remote_code={str(trusts_code).lower()}",
         f"strategy={strategy}",
         f"precision={half if dtype == 'bfloat16' else 'fp32'}",

@@ -21,7 +21,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def model_name(section: Mapping[str, Any]) -> str:
     """Return the preset whose sizes a model has; of others what they are, such as gpt2-2x32."""
     kind = section["kind"]
-    if kind == "pretrained":
+    if "name" in section:
         return Path(str(section["name"])).name
     of_its_sizes = {
         name: option

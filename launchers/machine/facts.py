@@ -24,8 +24,8 @@ from shardwright.train.config import (
     DEFAULT_SEQUENCE_LENGTH,
     LauncherConfig,
     ModelConfig,
+    NamedModel,
     PrecisionConfig,
-    PretrainedModel,
     RunConfig,
     documents,
     from_tree,
@@ -143,14 +143,17 @@ def resolve(
     if data["cache_dir"] is not None:
         data["cache_dir"] = absolute(data["cache_dir"])
     for section in (tree["model"], tree["tokenizer"]):
-        if section["kind"] == "pretrained":
+        if "name" in section:
             role = "model" if section is tree["model"] else "tokenizer"
             section["name"] = names.pretrained(section["name"], role)
     model = tree["model"]
-    if model["kind"] == "pretrained" and tree["strategy"]["kind"] == "zero":
-        # What its buckets are derived from.
-        found = names.config_json(model["name"], model["revision"], os.environ)
-        model["hidden_size"] = model["hidden_size"] or hidden_size(found or {})
+    if isinstance(config.model, NamedModel):
+        found = _own_config(config.model, model["name"])
+        if tree["strategy"]["kind"] == "zero":
+            # What its buckets are derived from.
+            model["hidden_size"] = model["hidden_size"] or hidden_size(found)
+        if "vocab_size" in model:
+            model["vocab_size"] = model["vocab_size"] or vocabulary(found)
     if tree["strategy"].get("nvme_path") is not None:
         tree["strategy"]["nvme_path"] = absolute(tree["strategy"]["nvme_path"])
     launcher = tree["launcher"]
@@ -199,6 +202,19 @@ def hidden_size(config_json: Mapping[str, Any]) -> int | None:
     return next((size for size in known if isinstance(size, int) and size > 0), None)
 
 
+def vocabulary(config_json: Mapping[str, Any]) -> int | None:
+    """Return the rows of a model's embedding by its config.json; None where it says none. Pure."""
+    text = config_json.get("text_config")
+    rows = (text if isinstance(text, Mapping) else config_json).get("vocab_size")
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
+def _own_config(model: NamedModel, name: str) -> dict[str, Any]:
+    """Return a model's config.json with what the run overrides; nothing where it is not here."""
+    found = names.config_json(name, model.revision, os.environ)
+    return {} if found is None else {**found, **model.overrides}
+
+
 def _documents(
     config: RunConfig, machine: Machine, device: str, name: str | None
 ) -> dict[str, bool]:
@@ -208,9 +224,9 @@ def _documents(
     """
     data, model = config.data, config.model
     found: Mapping[str, Any] = {"model_type": model.kind, "attention_dropout": 0.0}
-    if isinstance(model, PretrainedModel):
+    if isinstance(model, NamedModel):
         # Where that is not here yet the ranks would have to say: left as transformers has it.
-        found = names.config_json(name or model.name, model.revision, os.environ) or {}
+        found = _own_config(model, name or model.name)
     dropout = getattr(model, "attention_dropout", documents.attention_dropout(found))
     kernel = documents.kernel(
         model.attention,
@@ -247,9 +263,9 @@ def _positions(model: ModelConfig, name: str | None) -> int | None:
 
     ``name`` is what that of a pretrained one means here.
     """
-    if not isinstance(model, PretrainedModel) or model.max_sequence_length is not None:
+    if not isinstance(model, NamedModel) or model.max_sequence_length is not None:
         return model.max_sequence_length
-    found = names.config_json(name or model.name, model.revision, os.environ)
+    found = _own_config(model, name or model.name)
     return longest_sample(found) if found else None
 
 

@@ -48,7 +48,11 @@ from shardwright.train.model.first_values import materialize
 from shardwright.train.model.pretrained import check_before_data
 
 CONF = Path(__file__).parents[2] / "conf"
-PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")
+PRESETS = sorted(
+    path.stem
+    for path in (CONF / "model").glob("*.yaml")
+    if path.stem not in ("pretrained", "from_config")
+)
 SHRUNK = (
     "model.vocab_size=300",
     "model.hidden_size=32",

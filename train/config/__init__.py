@@ -20,7 +20,9 @@ from shardwright.train.config.launcher import (
 )
 from shardwright.train.config.messages import known_keys, nearest_key, unknown_key_message
 from shardwright.train.config.model import (
+    ConfigModel,
     ModelConfig,
+    NamedModel,
     PretrainedModel,
     ScratchModel,
 )
@@ -62,6 +64,7 @@ __all__ = [
     "BatchSizes",
     "ByteBpeTokenizer",
     "CheckpointConfig",
+    "ConfigModel",
     "DataConfig",
     "DdpStrategy",
     "DeepspeedLauncher",
@@ -70,6 +73,7 @@ __all__ = [
     "LocalLauncher",
     "MlmObjective",
     "ModelConfig",
+    "NamedModel",
     "ObjectiveConfig",
     "PrecisionConfig",
     "PretrainedModel",

@@ -1,13 +1,13 @@
-"""The section "model": an architecture from scratch, or pretrained weights."""
+"""The section "model": a preset or any architecture from scratch, or pretrained weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr
 
-from shardwright.train.config.section import Fraction, PositiveFloat, PositiveInt, Section
+from shardwright.train.config.section import Fraction, PositiveFloat, PositiveInt, Section, Strings
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
@@ -60,8 +60,22 @@ class ScratchModel(Section):
 
     @property
     def padded_vocab_size(self) -> int:
-        multiple = self.pad_vocab_to_multiple or 1
-        return -(-self.vocab_size // multiple) * multiple
+        return _padded(self, self.vocab_size)
+
+    @property
+    def rows_asked_for(self) -> int | None:
+        """Rows of the embedding; None where the model's own config decides."""
+        return self.padded_vocab_size
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Those of them that tokens may use; None where the model's own config decides."""
+        return self.vocab_size
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """Modules of the user's own that have to be imported first."""
+        return ()
 
     @property
     def max_sequence_length(self) -> int | None:
@@ -238,26 +252,47 @@ class LlamaModel(ScratchModel):
             )
 
 
-class PretrainedModel(Section):
-    """Weights to start from: a hub name or a local directory, any MLM or CLM architecture."""
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
-    options: ClassVar[tuple[str, ...]] = ("pretrained",)
-    kind: Literal["pretrained"]
+
+class NamedModel(Section):
+    """What a model has that brings a config of its own, by a name or a path."""
+
+    options: ClassVar[tuple[str, ...]] = ()
+    """The options of conf/model/ that are of this kind, for messages that name one to choose."""
+    decided_elsewhere: ClassVar[Mapping[str, str]] = {
+        "architectures": "objective",
+        "auto_map": "model.name and model.trust_remote_code",
+        "attn_implementation": "model.attention",
+        "bos_token_id": "the tokenizer",
+        "cls_token_id": "the tokenizer",
+        "dtype": "precision",
+        "eos_token_id": "the tokenizer",
+        "mask_token_id": "the tokenizer",
+        "model_type": "model.name",
+        "pad_token_id": "the tokenizer",
+        "sep_token_id": "the tokenizer",
+        "torch_dtype": "precision",
+        "transformers_version": "the installed transformers",
+        "use_cache": "the loop, which trains without one",
+    }
+    """Keys of a config.json that ``overrides`` may not have, and what decides them."""
+
     name: Annotated[str, Field(min_length=1)]
     """Hub name, model directory, or run directory for its final/."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null is the main branch."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the weights."""
+    """Run Python code that comes with the model."""
+    imports: Annotated[Strings, BeforeValidator(_listed)] = Field(default=(), alias="import")
+    """``model.import``: modules of your own, imported by each rank and by whatever loads the model,
+    before it is looked for; they register its classes with transformers' Auto classes."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the architecture's own config.json with other values, such as {hidden_act: gelu};
+    unknown ones are refused."""
     hidden_size: PositiveInt | None = None
-    """Read from the weights' own config; sizes that are derived from it are known from then on."""
-    rope_theta: PositiveFloat | None = None
-    """Base of the rotary frequencies, of the layers that attend to the whole sequence where others
-    have one of their own; null keeps that of the weights. For longer samples: a larger one."""
-    local_rope_theta: PositiveFloat | None = None
-    """The same of the layers that attend to a window."""
-    max_position_embeddings: PositiveInt | None = None
-    """Longest sequence in tokens, of a model with rotary embeddings; null keeps its own."""
+    """Read from the model's own config; sizes that are derived from it are known from then on."""
     attention: Attention = "auto"
     """auto is sdpa where the architecture has it, else eager; engine.json says which."""
     fused_gelu: bool = True
@@ -271,22 +306,39 @@ class PretrainedModel(Section):
 
     @property
     def other_positions(self) -> bool:
-        """Whether positions are to be told apart otherwise than the weights' own config says."""
-        changed = (self.rope_theta, self.local_rope_theta, self.max_position_embeddings)
-        return any(value is not None for value in changed)
+        """Whether positions are to be told apart otherwise than the model's own config says."""
+        return False
 
-    def found_to_have(self, *, hidden_size: int | None, parameters: int) -> PretrainedModel:
-        """Return it with what only its weights know."""
+    @property
+    def rows_asked_for(self) -> int | None:
+        """Rows of the embedding; None where the model's own config decides."""
+        return None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Those of them that tokens may use; None where the model's own config decides."""
+        return None
+
+    def found_to_have(self, *, hidden_size: int | None, parameters: int) -> Self:
+        """Return it with what only the model itself knows."""
         found = self.model_copy(update={"hidden_size": hidden_size})
         found._parameters = parameters
         return found
 
     def contradictions(self) -> Iterator[str]:
-        yield from ()
+        for key in self.overrides:
+            if (other := self.decided_elsewhere.get(key)) is not None:
+                yield f"model.overrides.{key} is decided by {other}; leave it out"
+        for module in self.imports:
+            if not all(part.isidentifier() for part in module.split(".")):
+                yield (
+                    f"model.import={module} is not the name of a module, as `import` takes it; "
+                    "give one such as my_models, and the directory that holds it in PYTHONPATH"
+                )
 
     @property
     def max_sequence_length(self) -> int | None:
-        return self.max_position_embeddings
+        return None
 
     @property
     def causal(self) -> bool | None:
@@ -297,7 +349,79 @@ class PretrainedModel(Section):
         return self.trust_remote_code
 
 
+class PretrainedModel(NamedModel):
+    """Weights to start from: a hub name or a local directory, any MLM or CLM architecture."""
+
+    options: ClassVar[tuple[str, ...]] = ("pretrained",)
+    decided_elsewhere: ClassVar[Mapping[str, str]] = {
+        **NamedModel.decided_elsewhere,
+        "max_position_embeddings": "model.max_position_embeddings",
+        "rope_theta": "model.rope_theta",
+        "vocab_size": "the weights, which have a row for each token",
+    }
+    kind: Literal["pretrained"]
+    rope_theta: PositiveFloat | None = None
+    """Base of the rotary frequencies, of the layers that attend to the whole sequence where others
+    have one of their own; null keeps that of the weights. For longer samples: a larger one."""
+    local_rope_theta: PositiveFloat | None = None
+    """The same of the layers that attend to a window."""
+    max_position_embeddings: PositiveInt | None = None
+    """Longest sequence in tokens, of a model with rotary embeddings; null keeps its own."""
+
+    @property
+    def other_positions(self) -> bool:
+        changed = (self.rope_theta, self.local_rope_theta, self.max_position_embeddings)
+        return any(value is not None for value in changed)
+
+    @property
+    def max_sequence_length(self) -> int | None:
+        return self.max_position_embeddings
+
+
+class ConfigModel(NamedModel):
+    """Any architecture of transformers, or of your own, from scratch: by its config.json alone."""
+
+    options: ClassVar[tuple[str, ...]] = ("from_config",)
+    decided_elsewhere: ClassVar[Mapping[str, str]] = {
+        **NamedModel.decided_elsewhere,
+        "vocab_size": "model.vocab_size",
+    }
+    kind: Literal["from_config"]
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding; at least the tokenizer's vocabulary. null is that of the config."""
+    pad_vocab_to_multiple: PositiveInt | None = None
+    """Round ``vocab_size`` up to a multiple of this (64 suits tensor cores); null never pads."""
+
+    @property
+    def rows_asked_for(self) -> int | None:
+        return None if self.vocab_size is None else _padded(self, self.vocab_size)
+
+    @property
+    def vocabulary(self) -> int | None:
+        return self.vocab_size
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.vocab_size is None and self.pad_vocab_to_multiple is not None:
+            yield (
+                f"model.pad_vocab_to_multiple={self.pad_vocab_to_multiple} rounds "
+                "model.vocab_size up, which is not known here by the model's config.json; set "
+                "model.vocab_size too"
+            )
+
+
+def _padded(model: ScratchModel | ConfigModel, rows: int) -> int:
+    multiple = model.pad_vocab_to_multiple or 1
+    return -(-rows // multiple) * multiple
+
+
 ModelConfig = Annotated[
-    BertModel | RobertaModel | ModernBertModel | Gpt2Model | LlamaModel | PretrainedModel,
+    BertModel
+    | RobertaModel
+    | ModernBertModel
+    | Gpt2Model
+    | LlamaModel
+    | PretrainedModel
+    | ConfigModel,
     Field(discriminator="kind"),
 ]

@@ -13,11 +13,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from shardwright.train import config
-from shardwright.train.config import RunConfig
+from shardwright.train.config import NamedModel, RunConfig
 from shardwright.train.console import progress, reports, terminal
 from shardwright.train.data.prepare import prepare, prepare_part
 from shardwright.train.data.tokens import cache
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
+from shardwright.train.model.user_modules import import_all
 from shardwright.train.process import exhausted, signals
 from shardwright.train.process.parent import end_with
 from shardwright.train.process.stop_request import stop_with_standard_input, watch_for_stop
@@ -169,7 +170,10 @@ def _prepared(
     shown = (None, None, reports.tell) if tells else (sys.stderr, noted_in)
     try:
         model = settings.model
-        if model.kind == "pretrained" and (model.other_positions or model.attention != "auto"):
+        import_all(model.imports)
+        if isinstance(model, NamedModel) and (
+            model.other_positions or model.attention != "auto" or model.overrides
+        ):
             from shardwright.train.model.pretrained import check_before_data  # which brings torch
 
             check_before_data(model, settings.objective)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardwright.train.config import OPTIMIZERS, RunConfig
+from shardwright.train.config import OPTIMIZERS, RunConfig, ScratchModel
 from shardwright.train.config.positions import GLOBAL, LOCAL, longest_sample, rotary_bases
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.sources.source import code
@@ -193,7 +193,7 @@ def _model_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
 
 def _positions(facts: Facts) -> int | None:
     """Return how many tokens the model takes, None where nothing bounds them or says so."""
-    if facts.run is not None and facts.run.model.kind != "pretrained":
+    if facts.run is not None and isinstance(facts.run.model, ScratchModel):
         return facts.run.model.max_sequence_length
     return longest_sample(facts.config_json)
 

@@ -37,6 +37,7 @@ from shardwright.train.model.directory import (
     on_meta,
     parsed_config,
 )
+from shardwright.train.model.user_modules import import_for
 from shardwright.train.process.memory import peak_resident_bytes, resident_bytes
 from shardwright.train.run_directory.names import TOKENIZER_FOLDER
 from shardwright.train.units import counted, size
@@ -79,6 +80,8 @@ class Options:
     """A directory of a tokenizer, or a tokenizer.json."""
     trusts_code: bool = False
     """Run Python code that the model brings along."""
+    imports: tuple[str, ...] = ()
+    """Modules that register the model's classes, besides those that its run names."""
     dry_run: bool = False
 
 
@@ -95,6 +98,7 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     _check_apart(options.out, chosen.path)
     config_path = _config_path(options, chosen)
     with memory.of_imports():
+        import_for(chosen.run_dir, options.imports)
         model_class = architecture(config_path, trusts_code=options.trusts_code)
     model = on_meta(model_class, config_path, trusts_code=options.trusts_code)
     found = _contents(options, chosen, model)

@@ -13,6 +13,8 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from shardwright.train.config import (
+    ConfigModel,
+    NamedModel,
     PretrainedModel,
     RunConfig,
 )
@@ -27,7 +29,7 @@ from shardwright.train.model import (
 from shardwright.train.model.blocks import parameter_count
 from shardwright.train.model.configs import MODEL_CLASSES, transformers_config
 from shardwright.train.model.generation import generation_config
-from shardwright.train.model.pretrained import check_head, load_pretrained
+from shardwright.train.model.pretrained import check_head, from_config, load_pretrained
 from shardwright.train.model.vocabulary import vocabulary_size
 from shardwright.train.model.weights import InitialValues, initialized
 
@@ -53,9 +55,9 @@ def build(
 ) -> tuple[PreTrainedModel, InitialValues]:
     """Return the run's model, in training mode and without values, and its parameters' fp32 values.
 
-    A pretrained model's config, generation settings and code are those in ``kept``, or with the
-    weights where there is none. Where a run is resumed its weights need not be read, and the values
-    are without meaning then.
+    What a model by name brings, its config, generation settings and code, is read in ``kept``, or
+    where it comes from if there is none. Where a run is resumed its weights need not be read, and
+    the values are without meaning then.
 
     The parameters are on the meta device: `Engine.shard` gives each rank its part of them. From
     scratch, the values are a function of the config and ``config.seed`` alone; pretrained ones are
@@ -75,7 +77,7 @@ def build(
     if section.attention == "flash_attention_2" and config.trainer.deterministic:
         _check_flash_attention_repeats()
     model_config = transformers_config(section, tokenizer, kept)
-    if isinstance(section, PretrainedModel):
+    if isinstance(section, NamedModel):
         check_head(section, model_config, config.objective)
     _check_sizes(config, model_config, tokenizer)
     if isinstance(section, PretrainedModel):
@@ -87,12 +89,14 @@ def build(
             kept,
             reads_weights=reads_weights,
         )
+    elif isinstance(section, ConfigModel):
+        model, values = from_config(section, model_config, config.objective, config.seed)
     else:
         assert section.causal == (config.objective.kind == "clm"), "checked in RunConfig"
         model_class = MODEL_CLASSES[section.kind]
         model, values = initialized(lambda: model_class(model_config), config.seed)
-        if section.causal:
-            model.generation_config = generation_config(model_config)
+    if config.objective.kind == "clm" and not isinstance(section, PretrainedModel):
+        model.generation_config = generation_config(model_config)
     auxiliary_coefficient(model)  # refuses what cannot be given
     # A cache of keys and values is of no use to a forward pass over whole samples.
     model.config.use_cache = False
@@ -143,12 +147,15 @@ def _with_fused_loss(config: RunConfig, model: PreTrainedModel) -> RunConfig:
 def _with_size(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     section = config.model
     found = getattr(model.config.get_text_config(), "hidden_size", None)
-    if not isinstance(section, PretrainedModel):
+    if not isinstance(section, NamedModel):
         return config
     if section.hidden_size not in (None, found):
+        remedy = "leave it out"
+        if isinstance(section, ConfigModel):
+            remedy += ", or set model.overrides.hidden_size"
         raise UserError(
             f"model.hidden_size={section.hidden_size}, but model.name={section.name} has {found}; "
-            "leave it out"
+            f"{remedy}"
         )
     known = section.found_to_have(hidden_size=found, parameters=parameter_count(model))
     return config.model_copy(update={"model": known})

@@ -24,6 +24,7 @@ from transformers import (
 
 from shardwright.train.config.model import (
     BertModel,
+    ConfigModel,
     Gpt2Model,
     LlamaModel,
     ModelConfig,
@@ -32,9 +33,9 @@ from shardwright.train.config.model import (
     RobertaModel,
     ScratchModel,
 )
-from shardwright.train.config.positions import GLOBAL, LOCAL
+from shardwright.train.config.positions import GLOBAL, LOCAL, POSITIONS_START_AFTER_PADDING
 from shardwright.train.errors import UserError
-from shardwright.train.model.pretrained import attention_of, pretrained_config
+from shardwright.train.model.pretrained import attention_of, named_config
 
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "bert": BertForMaskedLM,
@@ -50,12 +51,17 @@ def transformers_config(
 ) -> PreTrainedConfig:
     """Map a model section to transformers' config; special token ids come from the tokenizer.
 
-    A pretrained model keeps its own config, read in ``kept`` where there is that. Raises UserError
-    where that cannot be read, or where RoBERTa gets a tokenizer without a padding token.
+    A model by name has its own config, read in ``kept`` where there is that; from scratch it takes
+    vocabulary and special tokens from the run. Raises UserError where that cannot be read, or where
+    RoBERTa gets a tokenizer without a padding token.
     """
+    config: PreTrainedConfig
     match model:
         case PretrainedModel():
-            return pretrained_config(model, kept)
+            return named_config(model, kept)
+        case ConfigModel():
+            config = named_config(model, kept)
+            _follow_the_run(config, model, tokenizer)
         case BertModel() | RobertaModel():
             if isinstance(model, RobertaModel) and tokenizer.pad_token_id is None:
                 raise UserError(
@@ -63,7 +69,7 @@ def transformers_config(
                     "has none; choose another tokenizer or another model"
                 )
             encoder_class = BertConfig if isinstance(model, BertModel) else RobertaConfig
-            config: PreTrainedConfig = encoder_class(
+            config = encoder_class(
                 type_vocab_size=model.type_vocab_size,
                 hidden_dropout_prob=model.dropout,
                 attention_probs_dropout_prob=model.attention_dropout,
@@ -100,11 +106,7 @@ def transformers_config(
                 **shared,
             )
         case LlamaModel():
-            shared = _shared(model, tokenizer)
-            # The padding row of the embedding gets no gradient, so a token that means something
-            # must not stand in for padding.
-            if shared["pad_token_id"] in (shared["bos_token_id"], shared["eos_token_id"]):
-                shared["pad_token_id"] = None
+            shared = _shared(model, tokenizer) | {"pad_token_id": _padding(tokenizer)}
             config = LlamaConfig(
                 num_key_value_heads=model.num_key_value_heads,
                 head_dim=model.head_dim,
@@ -114,6 +116,39 @@ def transformers_config(
                 **shared,
             )
     return config
+
+
+def _follow_the_run(
+    config: PreTrainedConfig, model: ConfigModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Give a config that was made elsewhere the run's vocabulary and dtype. Raises UserError."""
+    text = config.get_text_config()
+    if text.model_type in POSITIONS_START_AFTER_PADDING and tokenizer.pad_token_id is None:
+        raise UserError(
+            f"model.name={model.name} ({text.model_type}) counts positions from its padding token, "
+            "and the tokenizer has none; choose another tokenizer or another model"
+        )
+    if model.rows_asked_for is not None:
+        text.vocab_size = model.rows_asked_for
+    text.bos_token_id = tokenizer.bos_token_id
+    text.eos_token_id = tokenizer.eos_token_id
+    text.pad_token_id = _padding(tokenizer)
+    for name in ("mask_token_id", "cls_token_id", "sep_token_id"):
+        if hasattr(text, name):
+            setattr(text, name, getattr(tokenizer, name))
+    config.dtype = torch.float32
+    # Of the weights that were published with it, and none of these are.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the padding's id; None where that token means something else too.
+
+    The padding's row of an embedding gets no gradient, as it would then.
+    """
+    pad: int | None = tokenizer.pad_token_id
+    return None if pad in (tokenizer.bos_token_id, tokenizer.eos_token_id) else pad
 
 
 def _of_modernbert(

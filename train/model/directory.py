@@ -199,7 +199,7 @@ def architecture(path: Path, *, trusts_code: bool = False) -> type[PreTrainedMod
     """
     tree = parsed_config(path)
     name = tree["architectures"][0]
-    found = getattr(transformers, name, None)
+    found = _registered(name) or getattr(transformers, name, None)
     key = own_auto_class(tree)
     if key is not None and (trusts_code or found is None):
         if not trusts_code:
@@ -226,6 +226,18 @@ def architecture(path: Path, *, trusts_code: bool = False) -> type[PreTrainedMod
     return found
 
 
+def _registered(name: str) -> type[PreTrainedModel] | None:
+    """Return the class of this name that somebody has registered with transformers' Auto classes.
+
+    transformers 5.23 keeps those apart from its own, and has no public list of either.
+    """
+    for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
+        for found in auto._model_mapping._extra_content.values():
+            if isinstance(found, type) and found.__name__ == name:
+                return found
+    return None
+
+
 def own_auto_class(config_json: Mapping[str, Any]) -> str | None:
     """Return under which automatic class a model's own code stands; None without such. Pure."""
     name = str((config_json.get("architectures") or [""])[0])
@@ -240,6 +252,9 @@ def auto_class(model_class: type[PreTrainedModel], config_json: Mapping[str, Any
     """Return the class whose `from_pretrained` loads a model: `pipeline`'s, where it has one."""
     if model_class.__module__.startswith("transformers_modules."):
         return getattr(transformers, str(own_auto_class(config_json)), model_class)
+    for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
+        if model_class in auto._model_mapping._extra_content.values():
+            return auto
     if model_class.__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return AutoModelForMaskedLM
     if model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

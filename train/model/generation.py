@@ -80,11 +80,12 @@ def _quiet() -> Iterator[None]:
 
 
 def generation_config(config: PreTrainedConfig) -> GenerationConfig:
+    text = config.get_text_config()
     return GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.eos_token_id if config.pad_token_id is None else config.pad_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.eos_token_id if text.pad_token_id is None else text.pad_token_id,
         # Learned positions end here; the pipelines' default length may lie beyond.
-        max_length=config.max_position_embeddings,
+        max_length=getattr(text, "max_position_embeddings", None),
         use_cache=True,
     )

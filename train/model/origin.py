@@ -1,4 +1,4 @@
-"""RUN_DIR/model: what a run keeps of the pretrained model that it begins with.
+"""RUN_DIR/model: what a run keeps of the model that it has by name.
 
 Its config, generation settings and, where they may be run, the files of its code: with a checkpoint
 a resume needs nothing else, wherever the model lay, and whatever lies there today.
@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
-from shardwright.train.config import PretrainedModel
+from shardwright.train.config import NamedModel, PretrainedModel
 from shardwright.train.durable import flush, write_text
 from shardwright.train.errors import UserError
 from shardwright.train.model import generation, remote_code
@@ -40,7 +40,7 @@ class Origin:
     """Generation settings that transformers does not take, which were left out."""
 
 
-def keep(model: PretrainedModel, objective: str, run_dir: Path, checkpoint: Path | None) -> Origin:
+def keep(model: NamedModel, objective: str, run_dir: Path, checkpoint: Path | None) -> Origin:
     """Return what ``run_dir`` keeps of its model, putting it there first if it is not.
 
     ``checkpoint`` is where the run is resumed, None where it begins. Every rank may call it at the
@@ -75,7 +75,7 @@ def code_in(directory: Path) -> dict[str, Path]:
 # --- what is kept -------------------------------------------------------------------------------
 
 
-def _of_checkpoint(checkpoint: Path | None, model: PretrainedModel) -> dict[str, bytes] | None:
+def _of_checkpoint(checkpoint: Path | None, model: NamedModel) -> dict[str, bytes] | None:
     """Return the files out of a checkpoint of a run that kept none; None where they do not do."""
     if checkpoint is None or not (checkpoint / CONFIG).is_file():
         return None
@@ -90,7 +90,7 @@ def _of_checkpoint(checkpoint: Path | None, model: PretrainedModel) -> dict[str,
     return files
 
 
-def _of_source(model: PretrainedModel, objective: str) -> dict[str, bytes]:
+def _of_source(model: NamedModel, objective: str) -> dict[str, bytes]:
     """Return the files out of the model's directory, or from the hub."""
     with loading(model):
         config = AutoConfig.from_pretrained(
@@ -118,18 +118,20 @@ def _of_source(model: PretrainedModel, objective: str) -> dict[str, bytes]:
         tree.pop(remote_code.AUTO_MAP)
         if references:
             tree[remote_code.AUTO_MAP] = references
-    settings, refused = _generation(model, config)
-    title = _title(model, tree)
-    return {
+    files = {
         CONFIG: (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode(),
-        generation.FILE: settings.to_json_string(keys_to_pop=["compile_config"]).encode(),
-        NOTE: (json.dumps({"refused": refused, "title": title}) + "\n").encode(),
         **{name: path.read_bytes() for name, path in code.items()},
     }
+    if isinstance(model, PretrainedModel):  # what is trained from scratch has a title of its own
+        settings, refused = _generation(model, config)
+        note = {"refused": refused, "title": _title(model, tree)}
+        files[NOTE] = (json.dumps(note) + "\n").encode()
+        files[generation.FILE] = settings.to_json_string(keys_to_pop=["compile_config"]).encode()
+    return files
 
 
 def _generation(
-    model: PretrainedModel, config: PreTrainedConfig
+    model: NamedModel, config: PreTrainedConfig
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """Return the settings that transformers takes, and the others. Raises UserError."""
     try:
@@ -148,7 +150,7 @@ def _generation(
         ) from None
 
 
-def _title(model: PretrainedModel, tree: Mapping[str, Any]) -> str | None:
+def _title(model: NamedModel, tree: Mapping[str, Any]) -> str | None:
     """Return what the model's own card calls it; None for one of the hub, whose name says it."""
     directory = Path(model.name)
     if not directory.is_dir():

@@ -1,8 +1,9 @@
-"""A model that brings its own config and weights: what is taken of it, and whether it fits."""
+"""A model that brings its own config, with weights or without: what is taken of it, what fits."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,18 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from shardwright.train.config import (
+    ConfigModel,
+    NamedModel,
     ObjectiveConfig,
     PretrainedModel,
     ScratchModel,
 )
+from shardwright.train.config.section import shown
 from shardwright.train.errors import UserError
 from shardwright.train.model import rotary
+from shardwright.train.model.overrides import overridden, shape_changes
 from shardwright.train.model.streaming import (
     CannotStream,
     loaded_whole,
@@ -39,18 +40,18 @@ from shardwright.train.model.weights import InitialValues, initialized
 logger = logging.getLogger(__name__)
 
 
-def check_before_data(model: PretrainedModel, objective: ObjectiveConfig) -> None:
-    """Raise UserError where a pretrained model lacks the attention or positions asked for.
+def check_before_data(model: NamedModel, objective: ObjectiveConfig) -> None:
+    """Raise UserError where a model by name lacks the attention, positions or keys asked for.
 
     For before its data are prepared: what else is wrong with it, `build` says.
     """
-    if model.other_positions:
-        pretrained_config(model, None)
+    if model.other_positions or model.overrides:
+        named_config(model, None)
     if model.attention not in ("auto", "eager"):
         _check_attention(model, objective)
 
 
-def _check_attention(model: PretrainedModel, objective: ObjectiveConfig) -> None:
+def _check_attention(model: NamedModel, objective: ObjectiveConfig) -> None:
     auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
     trusted = {"trust_remote_code": model.trust_remote_code}
     try:
@@ -68,20 +69,34 @@ def _check_attention(model: PretrainedModel, objective: ObjectiveConfig) -> None
         ) from None
 
 
-def attention_of(model: ScratchModel | PretrainedModel) -> str | None:
+def attention_of(model: ScratchModel | NamedModel) -> str | None:
     """Return what transformers is asked for; of None it makes sdpa or eager itself."""
     return None if model.attention == "auto" else model.attention
 
 
-def pretrained_config(model: PretrainedModel, kept: Path | None) -> PreTrainedConfig:
+def named_config(model: NamedModel, kept: Path | None) -> PreTrainedConfig:
+    """Return a model's own config, read in ``kept`` where there is that, with what is overridden.
+
+    Raises UserError.
+    """
     with loading(model):
         config = AutoConfig.from_pretrained(
             kept or model.name,
             revision=None if kept else model.revision,
             trust_remote_code=model.trust_remote_code,
         )
-    rotary.extend(config, model)
+        config = overridden(config, model, kept)
+    if isinstance(model, PretrainedModel):
+        rotary.extend(config, model)
     return config
+
+
+def from_config(
+    model: ConfigModel, config: PreTrainedConfig, objective: ObjectiveConfig, seed: int
+) -> tuple[PreTrainedModel, InitialValues]:
+    """Return a model of any architecture, initialised as it initialises itself."""
+    with loading(model):
+        return initialized(_builder(model, config, objective), seed)
 
 
 def load_pretrained(
@@ -93,18 +108,11 @@ def load_pretrained(
     *,
     reads_weights: bool,
 ) -> tuple[PreTrainedModel, InitialValues]:
-    auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
-    as_asked: dict[str, Any] = {
-        "trust_remote_code": model.trust_remote_code,
-        "attn_implementation": attention_of(model),
-        "dtype": torch.float32,
-    }
-
-    def build() -> PreTrainedModel:
-        return auto_class.from_config(config, **as_asked)
-
+    build, auto_class = _builder(model, config, objective), _auto_class(objective)
     is_quantised = getattr(config, "quantization_config", None) is not None
     with loading(model):
+        if model.overrides:
+            _check_shapes(model, build, objective, kept)
         if not reads_weights and not is_quantised:
             built, values = initialized(build, seed)
         else:
@@ -117,11 +125,54 @@ def load_pretrained(
                     model.name,
                     reason,
                 )
-                built, values = loaded_whole(auto_class, model, config, as_asked, build, seed)
+                built, values = loaded_whole(
+                    auto_class, model, config, _as_asked(model), build, seed
+                )
         rotary.check(built, model)
         if built.can_generate():
             built.generation_config = pretrained_generation_config(model, kept)
     return built, values
+
+
+def _auto_class(objective: ObjectiveConfig) -> Any:
+    return AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
+
+
+def _as_asked(model: NamedModel) -> dict[str, Any]:
+    return {
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": attention_of(model),
+        "dtype": torch.float32,
+    }
+
+
+def _builder(
+    model: NamedModel, config: PreTrainedConfig, objective: ObjectiveConfig
+) -> Callable[[], PreTrainedModel]:
+    auto_class = _auto_class(objective)
+    return lambda: auto_class.from_config(config, **_as_asked(model))
+
+
+def _check_shapes(
+    model: PretrainedModel,
+    build: Callable[[], PreTrainedModel],
+    objective: ObjectiveConfig,
+    kept: Path | None,
+) -> None:
+    """Raise UserError where the weights would not fit a model with these overrides."""
+    unchanged = model.model_copy(update={"overrides": {}})
+    plain = _builder(unchanged, named_config(unchanged, kept), objective)
+    with torch.device("meta"):
+        before, after = (
+            {name: list(p.shape) for name, p in made().named_parameters()}
+            for made in (plain, build)
+        )
+    if (difference := shape_changes(before, after)) is not None:
+        raise UserError(
+            f"model.overrides={shown(model.overrides)} does not fit the weights of "
+            f"model.name={model.name}: {difference}; leave out what changes shapes, or train from "
+            "scratch with model=from_config"
+        )
 
 
 def pretrained_generation_config(model: PretrainedModel, kept: Path | None) -> GenerationConfig:
@@ -136,17 +187,11 @@ def pretrained_generation_config(model: PretrainedModel, kept: Path | None) -> G
         )
 
 
-def check_head(
-    model: PretrainedModel, config: PreTrainedConfig, objective: ObjectiveConfig
-) -> None:
+def check_head(model: NamedModel, config: PreTrainedConfig, objective: ObjectiveConfig) -> None:
     """Raise UserError where the architecture cannot be trained with the objective."""
     own_code = getattr(config, "auto_map", None) or {}
-    masked = (
-        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "AutoModelForMaskedLM" in own_code
-    )
-    causal = (
-        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own_code
-    )
+    masked = _has_head(AutoModelForMaskedLM, config) or "AutoModelForMaskedLM" in own_code
+    causal = _has_head(AutoModelForCausalLM, config) or "AutoModelForCausalLM" in own_code
     what = f"model.name={model.name} is of the architecture {config.model_type}"
     if config.is_encoder_decoder:
         raise UserError(
@@ -161,3 +206,8 @@ def check_head(
     other = "mlm" if masked else "clm" if causal else None
     remedy = f"choose objective={other} or another model" if other else "choose another model"
     raise UserError(f"{what}, which has no head for objective={objective.kind}; {remedy}")
+
+
+def _has_head(auto_class: Any, config: PreTrainedConfig) -> bool:
+    """Whether transformers, or what has been registered with it, has a model with this head."""
+    return type(config) in auto_class._model_mapping

@@ -22,7 +22,7 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 from shardwright.train.checkpoint.format import damage
 from shardwright.train.checkpoint.read import plain as read_plain
 from shardwright.train.checkpoint.read.names import WRAPPERS, unwrapped
-from shardwright.train.config import PretrainedModel
+from shardwright.train.config import NamedModel, PretrainedModel
 from shardwright.train.errors import UserError
 from shardwright.train.model import remote_code
 from shardwright.train.model.conversion import CannotTrace, Traced, loaded
@@ -43,7 +43,7 @@ class CannotStream(Exception):
 
 
 @contextmanager
-def loading(model: PretrainedModel) -> Iterator[None]:
+def loading(model: NamedModel) -> Iterator[None]:
     """Turn what loading a model raises into a UserError that says what to do.
 
     Where its code is run, this node's processes load it one after the other.
@@ -72,8 +72,9 @@ def loading(model: PretrainedModel) -> Iterator[None]:
                 f"name; without network, run `hf download {model.name} --local-dir DIR` where "
                 "there is one, copy DIR here and set model.name=DIR"
             ) from None
+        own = "model.overrides, " if model.overrides else ""
         raise UserError(
-            f"{what} cannot be loaded: {reason}; correct its config.json and files, or choose "
+            f"{what} cannot be loaded: {reason}; correct {own}its config.json and files, or choose "
             "another model"
         ) from error
 

@@ -30,9 +30,11 @@ def main() -> int:
 
 def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     from shardwright.train.config import from_tree
+    from shardwright.train.model.user_modules import import_all
     from shardwright.train.plan.model import facts_of, planned
 
     config = from_tree(asked["config"])
+    import_all(config.model.imports)
     answer: dict[str, Any] = {}
     if asked.get("facts", True):
         answer["facts"] = facts_of(planned(config), config).as_json()

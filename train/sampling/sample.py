@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from shardwright.train.checkpoint.format.layout import MANIFEST
 from shardwright.train.console import progress, terminal
 from shardwright.train.errors import BAD_INPUT, FAILED, UserError
+from shardwright.train.model import user_modules
 from shardwright.train.process import exhausted
 from shardwright.train.process.arguments import path as path_of
 from shardwright.train.process.logs import quiet_libraries
@@ -265,6 +266,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run Python code that comes with the model; read it first",
     )
+    user_modules.add_flag(found)
     found.add_argument(
         "--strategy",
         help=f"divide the weights among ranks: {', '.join(SHARDED_STRATEGIES)} (default: one "
@@ -298,8 +300,10 @@ def main(argv: list[str] | None = None) -> int:
     assert options.strategy is None, "the launcher starts ranks for that"
     try:
         with progress.shown_on(sys.stderr):
+            model_dir = model_directory(options.run_dir)
+            user_modules.import_for(model_dir, options.imports)
             show(
-                model_directory(options.run_dir),
+                model_dir,
                 options.prompt,
                 sys.stdout,
                 new_tokens=options.new_tokens,

@@ -57,11 +57,13 @@ def generate(engine: Engine, options: argparse.Namespace, out: TextIO) -> None:
     from transformers import AutoTokenizer
 
     from shardwright.train.model import build as models
+    from shardwright.train.model.user_modules import import_for
     from shardwright.train.sampling import sample
 
     config = engine.config
     assert isinstance(config.model, PretrainedModel)
     model_dir = Path(config.model.name)
+    import_for(model_dir, config.model.imports)
     sample.check_code(model_dir, trusts_code=options.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(
         model_dir, trust_remote_code=options.trust_remote_code

@@ -17,4 +17,8 @@ def composed(*overrides: str) -> tuple[dict[str, Any], RunConfig]:
     return tree, from_tree(tree)  # type: ignore[return-value]
 
 
-PRESETS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "pretrained")
+PRESETS = sorted(
+    path.stem
+    for path in (CONF / "model").glob("*.yaml")
+    if path.stem not in ("pretrained", "from_config")
+)

@@ -51,6 +51,7 @@ COMPANIONS = {
         "tokenizer=pretrained",
         "tokenizer.name=some/tokenizer",
     ],
+    "model/from_config": ["model.name=some/model", "model.vocab_size=300"],
     "model/pretrained": ["model.name=some/model", "tokenizer=pretrained", "tokenizer.name=a/b"],
     "objective/mlm": ["model=roberta_tiny"],
     "precision/fp8": ["model=llama_tiny"],

@@ -8,8 +8,8 @@ EXAMPLE_SCRIPTS = rows(
     fields={
         "model_name_or_path": "model=pretrained model.name=...",
         "model_type": "model=NAME, such as model=gpt2_small",
-        "config_overrides": "model.KEY=VALUE for each key, such as model.hidden_size=512",
-        "config_name": "model=NAME, such as model=gpt2_small, and its keys",
+        "config_overrides": "model.overrides, under model=from_config",
+        "config_name": "model=from_config model.name=..., which needs a config.json alone",
         "tokenizer_name": "tokenizer=pretrained tokenizer.name=...",
         "cache_dir": "HF_HOME for what is downloaded, data.cache_dir for what is tokenised",
         "model_revision": "model.revision and tokenizer.revision",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from shardwright.train.config.model import ScratchModel
 from shardwright.train.config.precision import FP8_RECIPES
 from shardwright.train.config.rank_layout import RankLayout, rank_layout
 from shardwright.train.config.rules import fsdp, optimizers, replicated, zero
@@ -59,7 +58,8 @@ def _samples_contradictions(config: Sections) -> Iterator[str]:
     if limit is not None and length != "auto" and length > limit:
         yield (
             f"data.sequence_length={length} is longer than the {limit} positions of "
-            f"the model (model.max_position_embeddings={model.max_position_embeddings}); "
+            "the model (model.max_position_embeddings="
+            f"{getattr(model, 'max_position_embeddings', None)}); "
             "shorten the samples or lengthen the model"
         )
 
@@ -67,13 +67,12 @@ def _samples_contradictions(config: Sections) -> Iterator[str]:
 def _vocabulary_contradictions(config: Sections) -> Iterator[str]:
     """Yield why model and tokenizer cannot share a vocabulary."""
     model, tokenizer = config.model, config.tokenizer
-    if isinstance(model, ScratchModel):
-        wanted = getattr(tokenizer, "vocab_size", None)
-        if wanted is not None and wanted > model.padded_vocab_size:
-            yield (
-                f"tokenizer.vocab_size={wanted} is more than model.vocab_size={model.vocab_size}; "
-                "raise the model's or lower the tokenizer's"
-            )
+    wanted, rows = getattr(tokenizer, "vocab_size", None), model.rows_asked_for
+    if wanted is not None and rows is not None and wanted > rows:
+        yield (
+            f"tokenizer.vocab_size={wanted} is more than model.vocab_size={model.vocabulary}; "
+            "raise the model's or lower the tokenizer's"
+        )
     if model.kind == "pretrained" and tokenizer.kind == "byte_bpe" and tokenizer.vocab_size is None:
         yield (
             "tokenizer.vocab_size=null takes the model's vocabulary, but model=pretrained brings "

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from shardwright.train.config import ByteBpeTokenizer, PretrainedTokenizer, RunConfig, ScratchModel
+from shardwright.train.config import ByteBpeTokenizer, PretrainedTokenizer, RunConfig
 from shardwright.train.console import progress
 from shardwright.train.data.sources.corpus import read_corpus
 from shardwright.train.data.tokens.cache import build_once, cache_root, fingerprint, flush
@@ -205,14 +205,14 @@ def check_fits(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
     """Raise UserError where the tokenizer cannot serve the objective or the model's embedding."""
     special_ids(tokenizer, config)
     _check_unknown(tokenizer, config)
-    if not isinstance(config.model, ScratchModel):
-        # The embedding comes with the weights; whoever loads them compares.
+    rows, wanted = config.model.rows_asked_for, vocabulary_size(tokenizer)
+    if rows is None:
+        # The embedding comes with the weights, or with a config; whoever reads them compares.
         return
-    rows, wanted = config.model.padded_vocab_size, vocabulary_size(tokenizer)
     if wanted > rows:
         raise UserError(
             f"tokenizer={_name(config)} has ids up to {wanted - 1}, but model.vocab_size="
-            f"{config.model.vocab_size} gives the embedding {rows} rows; "
+            f"{config.model.vocabulary} gives the embedding {rows} rows; "
             f"set model.vocab_size={wanted} or choose a smaller tokenizer"
         )
 
@@ -240,8 +240,8 @@ def unused(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Iterator[st
                 "training documents hold no more pairs that occur tokenizer.min_frequency="
                 f"{config.tokenizer.min_frequency} times"
             )
-    if isinstance(config.model, ScratchModel) and found < config.model.vocab_size:
-        rows = config.model.vocab_size
+    rows = config.model.vocabulary
+    if rows is not None and found < rows:
         yield (
             f"model.vocab_size={rows} gives the embedding {rows - found:,} rows that no token "
             f"uses; model.vocab_size={vocabulary_size(tokenizer)} is enough for tokenizer="
@@ -253,8 +253,13 @@ def wanted_vocabulary(config: RunConfig, settings: ByteBpeTokenizer) -> int:
     """Return how many tokens a tokenizer is to be trained to; raise UserError at too few."""
     if settings.vocab_size is not None:
         return settings.vocab_size
-    assert isinstance(config.model, ScratchModel), "RunConfig demands a vocab_size otherwise"
-    wanted, smallest = config.model.vocab_size, 256 + len(settings.special_tokens)
+    wanted, smallest = config.model.vocabulary, 256 + len(settings.special_tokens)
+    if wanted is None:
+        raise UserError(
+            "tokenizer.vocab_size=null takes the model's vocabulary, which the config.json of "
+            f"model.name={getattr(config.model, 'name', None)} does not say here; set "
+            "model.vocab_size or tokenizer.vocab_size"
+        )
     if wanted < smallest:
         raise UserError(
             f"tokenizer.vocab_size=null takes model.vocab_size={wanted}, but 256 bytes "
