@@ -9,7 +9,7 @@ EXAMPLE_SCRIPTS = rows(
         "model_name_or_path": "model=pretrained model.name=...",
         "model_type": "model=NAME, such as model=gpt2_small",
         "config_overrides": "model.overrides, under model=from_config",
-        "config_name": "model=from_config model.name=..., which needs a config.json alone",
+        "config_name": "model=from_config model.name=..., which needs no weights",
         "tokenizer_name": "tokenizer=pretrained tokenizer.name=...",
         "cache_dir": "HF_HOME for what is downloaded, data.cache_dir for what is tokenised",
         "model_revision": "model.revision and tokenizer.revision",
