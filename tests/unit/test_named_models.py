@@ -289,4 +289,4 @@ def test_modules_of_a_run_are_known_by_its_directory(
 
 def test_a_path_is_not_a_module() -> None:
     with pytest.raises(UserError, match=r"model\.import=\./mine\.py is not the name of a module"):
-        run(Path("x"), **{"import": ["./mine.py"]})
+        run(Path("x"), "clm", "from_config", **{"import": ["./mine.py"]})
