@@ -17,7 +17,8 @@
 # export XDG_CACHE_HOME=$SCRATCH/.cache      # where tokenised data go, unless data.cache_dir is set
 
 # --- container ------------------------------------------------------------------------------------
-# Apptainer: a command to run Python in; signals pass through it. Bind what the run reads and writes.
+# Apptainer (container/apptainer.def): a command to run Python in; signals pass through it. Bind what
+# the run reads and writes.
 # inside=(apptainer exec --nv --bind /shared /shared/images/train.sif)
 # python=python3
 # Enroot and pyxis: options of srun.

@@ -68,6 +68,8 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
         with suppress(OSError):
             note_failure(run_dir, rank.index, error, exhausted.explained(error, settings))
         raise
+    if (level := settings.launcher.log_level_of(rank.index)) is not None:
+        logs.keep_from(level)
     if settings.launcher.device == "cpu":
         memory.keep_what_is_freed(os.environ)
     ignored = inherited.said(inherited.forget_engine(os.environ))

@@ -216,7 +216,9 @@ def _compiling(config: RunConfig, model: PreTrainedModel, rank: Rank, console: T
     config, said = compilation.settled(config, model)
     if config.trainer.compile:
         compilation.keep(cache_root(config.data) / "compiled")
-        compilation.compile_blocks(model)
+        compilation.compile_blocks(
+            model, config.trainer.compile_backend, config.trainer.compile_mode
+        )
     if said and rank.index == 0:
         progress.write(said, console)
     return config

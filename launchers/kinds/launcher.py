@@ -106,6 +106,10 @@ class Launcher(Generic[SectionT]):
             wanted |= caches(NODE_CACHE)
             if machine.interface is not None:
                 wanted |= {f"{name}_SOCKET_IFNAME": machine.interface for name in ("GLOO", "NCCL")}
+        if launcher.device == "cuda":
+            # nvidia-smi's order, by which GPUs are counted and told apart before a run; CUDA's own
+            # puts the fastest first.
+            wanted["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         if launcher.device == "cpu":
             wanted["DS_ACCELERATOR"] = "cpu"
             if machine.gpus:

@@ -197,7 +197,10 @@ def _stage_3(config: RunConfig, model: ModelFacts, ranks: int, section: dict[str
     else:
         gradients = replace(gradients, gradients=(reduced + master) * part)
         if strategy.offload_optimizer == "nvme":
-            on_host, on_disk = _sum(on_host, gradients), optimizer
+            # swap_tensor/optimizer_utils.py: buffers of the largest sub-group each.
+            largest = min(part, strategy.sub_group_elements)
+            swapped = States(buckets=strategy.nvme_optimizer_buffer_count * master * largest)
+            on_host, on_disk = _sum(on_host, gradients, swapped), optimizer
         else:
             on_host = _sum(on_host, gradients, optimizer)
     match strategy.offload_parameters:

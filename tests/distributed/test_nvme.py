@@ -58,9 +58,15 @@ def tree(tiny_tree: Callable[[str], Tree], disk: Path) -> Tree:
     return tree
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+FAST_INIT = {"nvme_fast_init": True, "nvme_optimizer_buffer_count": 5}
+
+
+@pytest.mark.parametrize(
+    ("objective", "fields"), [("clm", {}), ("mlm", FAST_INIT)], ids=["clm", "mlm-fast-init"]
+)
 def test_two_ranks_learn_what_one_rank_learns(
     objective: str,
+    fields: dict[str, Any],
     tiny_tree: Callable[[str], Tree],
     disk: Path,
     frozen_run: Callable[[Tree], Path],
@@ -72,7 +78,7 @@ def test_two_ranks_learn_what_one_rank_learns(
     in_memory["launcher"]["nproc_per_node"] = 1
     alone = frozen_run({**tree, **in_memory})
     ranks(1)(whole_run, alone)
-    run_dir = frozen_run({**tree, "strategy": {**NVME, "nvme_path": str(disk)}})
+    run_dir = frozen_run({**tree, "strategy": {**NVME, "nvme_path": str(disk), **fields}})
     ranks(2)(whole_run, run_dir)
     assert len(curve(run_dir)) == 20
     assert curve(run_dir) == pytest.approx(curve(alone), abs=1e-4)

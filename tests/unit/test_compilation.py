@@ -226,6 +226,60 @@ def test_graphs_breaks_and_giving_up_are_counted() -> None:
     assert compilation.found().since(before).given_up > 0
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"compile": False, "compile_mode": "max-autotune-no-cudagraphs"},
+            "compile_mode=max-autotune-no-cudagraphs is read where blocks are compiled only, but "
+            "compile=false; set compile=true or leave compile_mode out",
+        ),
+        (
+            {"compile": False, "compile_backend": "aot_eager"},
+            "compile_backend=aot_eager is read where blocks are compiled only",
+        ),
+        (
+            {"compile_backend": "eager", "compile_mode": "max-autotune-no-cudagraphs"},
+            "compile_mode=max-autotune-no-cudagraphs is one of inductor's, but "
+            "compile_backend=eager; leave one of them out",
+        ),
+    ],
+)
+def test_how_to_compile_is_said_where_it_is_read(
+    config_of: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        config_of("cpu", **fields)
+
+
+def test_a_backend_that_torch_does_not_know_is_an_error_that_names_those_it_does(
+    config_of: Any,
+) -> None:
+    config = config_of("cuda", compile_backend="inductr")
+    with pytest.raises(
+        UserError,
+        match=r"^trainer\.compile_backend=inductr is none of those that torch knows here "
+        r"\(aot_eager, .*inductor.*\); choose one$",
+    ):
+        compilation.settled(config, GPT2LMHeadModel(TINY))
+
+
+def test_another_backend_compiles_without_compilers_and_computes_the_same(
+    config_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: 1 / 0)
+    config = config_of("cpu", compile=True, compile_backend="aot_eager")
+    model, plain = GPT2LMHeadModel(TINY).eval(), GPT2LMHeadModel(TINY).eval()
+    plain.load_state_dict(model.state_dict())
+    assert compilation.settled(config, model) == (config, None)
+    torch._dynamo.reset()
+    before = compilation.found()
+    compilation.compile_blocks(model, "aot_eager")
+    tokens = torch.arange(8)[None]
+    torch.testing.assert_close(model(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+    assert compilation.found().since(before).graphs == 1
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_blocks_of_any_shape_share_their_code() -> None:

@@ -15,6 +15,8 @@ from shardwright.train.config.section import (
     shown,
 )
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+
 
 class LauncherSection(Section):
     """What every launcher has."""
@@ -25,6 +27,11 @@ class LauncherSection(Section):
     """Seconds from a signal to stop until the ranks are killed: SLURM's KillWait, Kubernetes'
     terminationGracePeriodSeconds or the time that --signal gives. A last checkpoint that would not
     fit is not begun."""
+    log_level: LogLevel | None = None
+    """From which level on libraries' messages are kept in a rank's log; null is info, and warning
+    for transformers."""
+    log_level_other_ranks: LogLevel | None = None
+    """The same for all ranks but the first; null is as log_level."""
 
     # What the rest asks of a launcher, whatever its kind.
 
@@ -62,6 +69,11 @@ class LauncherSection(Section):
     def asked_memory(self) -> str | None:
         """Host memory of each node that a job asks for, with its unit, or all; None: no word."""
         return None
+
+    def log_level_of(self, rank: int) -> LogLevel | None:
+        """Return from which level on a rank keeps what libraries say; None: as they come."""
+        own = self.log_level_other_ranks if rank > 0 else None
+        return own if own is not None else self.log_level
 
     def gpus_of_node(self, here: int) -> int:
         """Return the GPUs that a node of the run has, where this machine has ``here``."""

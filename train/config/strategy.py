@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from shardwright.train.config.section import NonNegativeInt, PositiveInt, Section
+from shardwright.train.config.section import NonNegativeInt, PositiveInt, Section, Strings
 from shardwright.train.errors import UserError
 
 
@@ -136,6 +136,12 @@ class ZeroStrategy(_Strategy):
     """Parameter buffers in host memory between disk and GPU."""
     nvme_buffer_elements: PositiveInt = 100_000_000
     """Elements of each; at least those of a rank's part of the largest parameter."""
+    nvme_optimizer_buffer_count: Annotated[int, Field(ge=4)] = 4
+    """Buffers in host memory between disk and optimizer, each of the largest sub-group: AdamW takes
+    four at a time, for weights, two moments and gradients."""
+    nvme_fast_init: bool = False
+    """Bring the first master weights to the disk in pieces as they lie there, where the parameters
+    are on it too: less memory at the start."""
     max_elements_in_cpu: NonNegativeInt = 1_000_000_000
     """Parameter elements kept in host memory when parameters live on nvme."""
     aio: AsyncIo = AsyncIo()
@@ -245,8 +251,8 @@ class FsdpStrategy(_Strategy):
     """Page-lock host memory where offloaded; GPU runs only."""
     wrap: Literal["transformer", "size", "none"] = "transformer"
     """Units: each transformer block; modules of at least min_unit_parameters; the whole model."""
-    block_class: str | None = None
-    """Class to wrap under wrap=transformer; null infers it from the model."""
+    block_class: str | Strings | None = None
+    """Class to wrap under wrap=transformer, or several; null infers it from the model."""
     min_unit_parameters: PositiveInt = 1_000_000
     """Smallest unit under wrap=size."""
     reduce_each_micro_batch: bool = True
@@ -257,6 +263,12 @@ class FsdpStrategy(_Strategy):
     @property
     def description(self) -> str:
         return "FSDP2" + (", offloaded" if self.offload else "")
+
+    @property
+    def block_classes(self) -> tuple[str, ...]:
+        """Those that ``block_class`` names; none where they are inferred."""
+        named = self.block_class or ()
+        return (named,) if isinstance(named, str) else tuple(named)
 
     def shards(self, ranks: int) -> int:
         if ranks % self.replicas:

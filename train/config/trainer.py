@@ -89,6 +89,12 @@ class TrainerConfig(SpikeFields, OptimizerFields, Amount):
     """torch.compile each transformer block. auto does so on GPUs, but under ZeRO stage 3, whose
     hooks divide each block into pieces, and where activations are offloaded; not on CPUs. The
     run's log says into how many graphs."""
+    compile_backend: str = "inductor"
+    """By what blocks are compiled: inductor, or another that torch knows, such as aot_eager, which
+    traces and generates no kernels."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """inductor: how long it looks for kernels. max-autotune-no-cudagraphs times several for each
+    product, which takes minutes once."""
     fused_loss: bool | Literal["auto"] = "auto"
     """Compute the head and the loss together, in pieces, so that there are never all logits at
     once: the same loss with less memory. auto does so for every model whose logits are what its
@@ -133,6 +139,22 @@ class TrainerConfig(SpikeFields, OptimizerFields, Amount):
     def eval_samples_per_pass(self) -> int:
         """The same in evaluation."""
         return self.eval_micro_batch_size or self.samples_per_pass
+
+    @model_validator(mode="after")
+    def _compiles_as_asked(self) -> TrainerConfig:
+        fields = (("compile_backend", "inductor"), ("compile_mode", "default"))
+        for name, usual in fields:
+            if self.compile is False and getattr(self, name) != usual:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is read where blocks are compiled only, but "
+                    f"compile=false; set compile=true or leave {name} out"
+                )
+        if self.compile_mode != "default" and self.compile_backend != "inductor":
+            raise ValueError(
+                f"compile_mode={self.compile_mode} is one of inductor's, but "
+                f"compile_backend={self.compile_backend}; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_checkpoints_to_go_back_to(self) -> TrainerConfig:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Where torch looks for what it has compiled before, by the code, its own version and the machine;
 Triton's kernels are within."""
+INDUCTOR = "inductor"
+"""torch's own compiler, which alone needs others and has modes."""
 VARIANTS = 64
 """Of a block's code, at most: equal blocks share theirs, but a model has blocks of several kinds
 (ModernBERT of three), each in training and in evaluation, each for one shape and then for any.
@@ -38,7 +40,8 @@ def settled(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, str |
         return _with(config, compiles=False), None
     if wanted is False:
         return config, None
-    problem = _hindrance(config.launcher.device)
+    _check_backend(config.trainer.compile_backend)
+    problem = _hindrance(config)
     if wanted == "auto":
         if problem is None and config.trainer.debug.looks_into_modules:
             problem = "trainer.debug looks into their modules; figures may differ in the last bits"
@@ -61,10 +64,13 @@ def _with(config: RunConfig, *, compiles: bool) -> RunConfig:
     return config.model_copy(update={"trainer": trainer})
 
 
-def _hindrance(device: str) -> str | None:
+def _hindrance(config: RunConfig) -> str | None:
     """Return why torch.compile does nothing here, or fails, with the remedy."""
+    backend, device = config.trainer.compile_backend, config.launcher.device
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return "TORCHDYNAMO_DISABLE=1 in the environment switches torch's compiler off; unset it"
+    if backend != INDUCTOR:
+        return None
     if device == "cuda":
         from torch.utils._triton import has_triton
 
@@ -87,6 +93,18 @@ def _hindrance(device: str) -> str | None:
     return _without_headers()
 
 
+def _check_backend(backend: str) -> None:
+    from torch._dynamo import list_backends
+
+    # All of them: eager and aot_eager, which find where a fault comes from, are tagged as such.
+    known = sorted(list_backends(exclude_tags=()))
+    if backend not in known:
+        raise UserError(
+            f"trainer.compile_backend={backend} is none of those that torch knows here "
+            f"({', '.join(known)}); choose one"
+        )
+
+
 def _without_headers() -> str | None:
     # What is compiled on either device is a module of Python's.
     schemes = {sysconfig.get_default_scheme(), "posix_prefix"}
@@ -101,7 +119,7 @@ def _without_headers() -> str | None:
     )
 
 
-def compile_blocks(model: PreTrainedModel) -> None:
+def compile_blocks(model: PreTrainedModel, backend: str = INDUCTOR, mode: str = "default") -> None:
     """torch.compile each block in place: equal blocks compile once, and no name changes.
 
     Their first shape is compiled as it is; with the second torch compiles once more, for any size
@@ -114,7 +132,8 @@ def compile_blocks(model: PreTrainedModel) -> None:
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * VARIANTS)
     heartbeat.while_compiling()
     for block in blocks(model):
-        block.compile()
+        # A mode is inductor's: torch refuses one beside another backend.
+        block.compile(backend=backend, mode=mode if backend == INDUCTOR else None)
 
 
 def leave_hooks_alone(model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from shardwright.train.run_directory.failures import failure_file
 from shardwright.train.run_directory.names import FAILURES, LOGS, RUN_LOG, rank_log
 
 if TYPE_CHECKING:
+    from shardwright.train.config.launcher import LogLevel
     from shardwright.train.process.rank import Rank
 
 
@@ -58,6 +59,15 @@ def open_rank_log(
     if run_log and (rank.index == 0 or nodes == 1):
         console.copies.append(terminal.Lines(logs / RUN_LOG))
     return console
+
+
+def keep_from(level: LogLevel) -> None:
+    """Keep what libraries say from a level on, of transformers too, unless the user names another.
+
+    Before transformers is imported, which reads its own level then.
+    """
+    logging.getLogger().setLevel(level.upper())
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", level)
 
 
 def label(rank: Rank, nodes: int) -> str:

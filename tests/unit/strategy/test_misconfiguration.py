@@ -92,6 +92,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"strategy": {**CPU3, "offload_parameters": "nvme"}}, "strategy.nvme_path is not set"),
     ({"strategy": {**CPU3, "nvme_path": "/disk"}}, "nothing is offloaded to nvme"),
     (
+        {"strategy": {**CPU3, "nvme_fast_init": True}},
+        "strategy.nvme_fast_init=true brings weights from a disk to a disk, but "
+        "strategy.offload_optimizer=cpu and strategy.offload_parameters=none; set both to nvme, or "
+        "nvme_fast_init=false",
+    ),
+    (
+        {"strategy": {**CPU3, "nvme_optimizer_buffer_count": 6}},
+        "strategy.nvme_optimizer_buffer_count=6 is read under strategy.offload_optimizer=nvme "
+        "only, but it is cpu; leave it out",
+    ),
+    (
         {"strategy": {**ZERO2, "offload_optimizer": "gpu"}},
         "offload_optimizer=gpu: must be none, cpu or nvme",
     ),
@@ -120,7 +131,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"strategy": {**FSDP, "wrap": "blocks"}},
         "strategy.wrap=blocks: must be transformer, size or none",
     ),
-    ({"strategy": {**FSDP, "wrap": "size", "block_class": "GPT2Block"}}, "wrap=transformer only"),
+    (
+        {"strategy": {**FSDP, "wrap": "size", "block_class": ["GPT2Block", "GPT2MLP"]}},
+        "strategy.block_class=GPT2Block,GPT2MLP is read under strategy.wrap=transformer only, but "
+        "it is size; set strategy.wrap=transformer or block_class=null",
+    ),
     (
         {"strategy": {**FSDP, "reshard_ranks": 2, "reshard_after_forward": False}},
         "strategy.reshard_ranks=2 says among how many ranks parameters are divided between forward "

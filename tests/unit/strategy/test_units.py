@@ -38,6 +38,13 @@ def test_blocks_are_inferred_or_named(model: GPT2LMHeadModel) -> None:
     assert units(model, wrap="none") == []
 
 
+def test_classes_within_one_another_are_units_inner_ones_first(model: GPT2LMHeadModel) -> None:
+    found = units(model, block_class=["GPT2Block", "GPT2MLP"])
+    assert found == ["GPT2MLP", "GPT2Block"] * 3
+    with pytest.raises(UserError, match="block_class=LlamaMLP is not a class of modules"):
+        units(model, block_class=["GPT2Block", "LlamaMLP"])
+
+
 def test_an_embedding_and_a_head_that_share_nothing_are_units() -> None:
     model = gpt2(tie_word_embeddings=False)
     assert units(model) == ["Embedding", *["GPT2Block"] * 3, "Linear"]

@@ -21,10 +21,11 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
             f"strategy.replicas={strategy.replicas} on {layout.world_size} rank(s) shards nothing; "
             "choose fewer replicas, or strategy=ddp"
         )
-    if strategy.block_class is not None and strategy.wrap != "transformer":
+    if strategy.block_classes and strategy.wrap != "transformer":
         yield (
-            f"strategy.block_class={strategy.block_class} is read under strategy.wrap=transformer "
-            f"only, but it is {strategy.wrap}; set strategy.wrap=transformer or block_class=null"
+            f"strategy.block_class={','.join(strategy.block_classes)} is read under "
+            f"strategy.wrap=transformer only, but it is {strategy.wrap}; set "
+            "strategy.wrap=transformer or block_class=null"
         )
     yield from _reshard_ranks(strategy, layout)
     if strategy.wrap == "none" and not strategy.reshard_after_forward:

@@ -9,6 +9,8 @@ from shardwright.train.config.rules import deepspeed_keys
 from shardwright.train.config.sections import Sections
 from shardwright.train.config.strategy import ZeroStrategy
 
+OPTIMIZER_BUFFERS = "nvme_optimizer_buffer_count"
+
 
 def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]:
     """Yield a message for each value that ZeRO cannot honour. Pure.
@@ -73,6 +75,18 @@ def _offload(strategy: ZeroStrategy) -> Iterator[str]:
         yield (
             f"strategy.nvme_path={strategy.nvme_path} is given, but nothing is offloaded to nvme; "
             "choose strategy=zero3_nvme, or set it to null"
+        )
+    if strategy.nvme_fast_init and {adam, parameters} != {"nvme"}:
+        yield (
+            "strategy.nvme_fast_init=true brings weights from a disk to a disk, but "
+            f"strategy.offload_optimizer={adam} and strategy.offload_parameters={parameters}; set "
+            "both to nvme, or nvme_fast_init=false"
+        )
+    buffers = strategy.nvme_optimizer_buffer_count
+    if adam != "nvme" and buffers != ZeroStrategy.model_fields[OPTIMIZER_BUFFERS].default:
+        yield (
+            f"strategy.{OPTIMIZER_BUFFERS}={buffers} is read under "
+            f"strategy.offload_optimizer=nvme only, but it is {adam}; leave it out"
         )
 
 

@@ -10,7 +10,7 @@ from shardwright.train.config import FsdpStrategy, RunConfig
 from shardwright.train.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ def units(model: PreTrainedModel, config: RunConfig) -> list[Unit]:
                 "strategy.wrap=none"
             )
         return [Unit(module) for module in found]
-    blocks = _blocks(model, strategy.block_class)
+    blocks = _blocks(model, strategy.block_classes)
     wanted = [Unit(block) for block in blocks]
     # Tied, both are needed from the first to the last: they stay with the model, as do its norms,
     # biases and positions, which are too small to be worth a collective of their own.
@@ -57,20 +57,35 @@ def units(model: PreTrainedModel, config: RunConfig) -> list[Unit]:
     return wanted
 
 
-def _blocks(model: PreTrainedModel, block_class: str | None) -> list[nn.Module]:
-    if block_class is None:
+def _blocks(model: PreTrainedModel, block_classes: Sequence[str]) -> list[nn.Module]:
+    if not block_classes:
         from shardwright.train.model.blocks import blocks
 
         return blocks(model)
-    found = [m for m in model.modules() if type(m).__name__ == block_class]
-    if not found or found == [model]:
-        classes = Counter(type(m).__name__ for m in model.modules())
-        repeated = sorted(name for name, count in classes.items() if count > 1)
-        raise UserError(
-            f"strategy.block_class={block_class} is not a class of modules in this "
-            f"model; it repeats {', '.join(repeated)}; choose one, or null to infer it"
-        )
-    return found
+    inner_first = [m for m in _inner_first(model) if m is not model]
+    classes = Counter(type(m).__name__ for m in inner_first)
+    for name in block_classes:
+        if name not in classes:
+            repeated = sorted(name for name, count in classes.items() if count > 1)
+            raise UserError(
+                f"strategy.block_class={name} is not a class of modules in this "
+                f"model; it repeats {', '.join(repeated)}; choose one, or null to infer it"
+            )
+    return [m for m in inner_first if type(m).__name__ in block_classes]
+
+
+def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module behind those within it, these in the order in which it has them."""
+    seen: set[nn.Module] = set()
+
+    def visit(current: nn.Module) -> Iterator[nn.Module]:
+        for child in current.children():
+            yield from visit(child)
+        if current not in seen:
+            seen.add(current)
+            yield current
+
+    return visit(module)
 
 
 def _holder(

@@ -95,7 +95,11 @@ def _zero_section(config: RunConfig, strategy: ZeroStrategy) -> dict[str, Any]:
     if strategy.offload_optimizer != "none":
         section["offload_optimizer"]["pin_memory"] = strategy.pin_memory
         if strategy.offload_optimizer == "nvme":
-            section["offload_optimizer"]["nvme_path"] = swap_directory
+            section["offload_optimizer"] |= {
+                "nvme_path": swap_directory,
+                "buffer_count": strategy.nvme_optimizer_buffer_count,
+                "fast_init": strategy.nvme_fast_init,
+            }
     if strategy.stage == 3:
         section |= {
             "stage3_prefetch_bucket_size": auto(
