@@ -1,15 +1,9 @@
-"""Worker processes that stay alive between tests and are the ranks of one group after another.
-
-Importing torch, transformers and deepspeed costs seconds; a test costs only what it trains.
-"""
+"""Worker processes that stay alive between tests and are the ranks of one group after another."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import gc
 import itertools
-import multiprocessing
 import os
 import socket
 import traceback
@@ -17,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests import forked
 
 TIMEOUT_SECONDS = 240
 _PORTS = itertools.count()
@@ -34,8 +30,9 @@ class Ranks:
     it leaves a thread of a group behind, unless ``threads_may_stay``.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, *, may_use_a_gpu: bool = False) -> None:
         self.world_size = world_size
+        self._may_use_a_gpu = may_use_a_gpu
         self._workers: list[tuple[Any, Connection]] = []
 
     def __call__(
@@ -87,9 +84,7 @@ class Ranks:
         self._workers = []
 
     def _start(self) -> None:
-        # Read when torch and its like are imported, which unpickling a job does.
-        os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-        context = multiprocessing.get_context("spawn")
+        context = forked.anywhere() if self._may_use_a_gpu else forked.on_cpus()
         for _ in range(self.world_size):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there,), daemon=True)
@@ -145,17 +140,4 @@ def _work(pipe: Connection) -> None:
             pipe.send((False, f"{left} gloo threads are left behind") if left else (True, value))
         except Exception:
             pipe.send((False, traceback.format_exc()))
-        _look_away_from_what_stays()
-
-
-def _look_away_from_what_stays() -> None:
-    """Have later collections skip what is alive now, mostly imports: half of a run's time else.
-
-    Caches are what `leave_process_group` has to find again, by `gc.get_objects`.
-    """
-    gc.collect()
-    caches = [found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper]
-    gc.freeze()
-    for cache in caches:
-        ctypes.pythonapi.PyObject_GC_UnTrack(ctypes.py_object(cache))
-        ctypes.pythonapi.PyObject_GC_Track(ctypes.py_object(cache))
+        forked.look_away_from_what_stays()

@@ -6,7 +6,6 @@ They are forked from one process that has imported everything, and run the entry
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import forked
 from tests.distributed.pool import free_port
 
 WORLD_SIZE = 2
@@ -39,10 +39,7 @@ def run(
     during: Callable[[list[Any]], object] = lambda ranks: None,
 ) -> Ended:
     """Start the ranks of a run, do something ``during`` it, and wait until all have ended."""
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.everything"])
+    context = forked.on_cpus()
     port = free_port()
     ranks: list[Any] = []
     try:

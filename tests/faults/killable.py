@@ -7,7 +7,6 @@ are left are ended once one has died.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from tests import forked
 from tests.distributed.pool import free_port
 
 WORLD_SIZE = 2
@@ -79,11 +79,7 @@ def start(
     Those that are left have ``grace_seconds`` once one has failed, and are killed then.
     Each rank that ends by itself leaves its events beside the run directory.
     """
-    # Read when torch and its like are imported.
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.everything"])
+    context = forked.on_cpus()
     console = run_dir.with_name(f"{run_dir.name}.console")
     console.unlink(missing_ok=True)
     port = free_port()

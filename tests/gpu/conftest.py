@@ -16,7 +16,7 @@ from tests.distributed.pool import Ranks
 def rank_on() -> Iterator[Callable[[str], Ranks]]:
     """Return a function from a device to the one rank on it, started once for all tests."""
     pools: dict[str, Ranks] = {}
-    yield lambda device: pools.setdefault(device, Ranks(1))
+    yield lambda device: pools.setdefault(device, Ranks(1, may_use_a_gpu=device != "cpu"))
     for pool in pools.values():
         pool.stop()
 

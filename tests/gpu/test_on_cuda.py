@@ -91,7 +91,7 @@ def new_rank() -> Iterator[Callable[[], Ranks]]:
     made: list[Ranks] = []
 
     def make() -> Ranks:
-        made.append(Ranks(1))
+        made.append(Ranks(1, may_use_a_gpu=torch.cuda.is_available()))
         return made[-1]
 
     yield make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -57,25 +58,49 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@dataclass(frozen=True)
+class Source:
+    """What is asked of a file here; its tree is let go, as thousands of nodes slow what follows."""
+
+    imports: tuple[tuple[str, tuple[str, ...], bool], ...]
+    """What is imported, or what of it from it, and whether as soon as the file itself is."""
+    functions: tuple[tuple[str, int, int], ...]
+    """Each one's name, its first line, and how many it has."""
+
+
+@cache
+def source(path: Path) -> Source:
+    tree = ast.parse(path.read_text())
+    at_once = {id(node) for statement in tree.body for node in _run_at_once(statement)}
+    imports: list[tuple[str, tuple[str, ...], bool]] = []
+    functions = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports.extend((alias.name, (), id(node) in at_once) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            imports.append((name, tuple(a.name for a in node.names), id(node) in at_once))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            functions.append((node.name, node.lineno, lines))
+    return Source(tuple(imports), tuple(functions))
+
+
 def folder(name: str) -> str:
     """Return the name of an imported module as folders have it."""
     inner = name.removeprefix("shardwright.")
     return inner if inner in modules() else name
 
 
-def imported(name: str) -> Iterator[tuple[str, bool]]:
-    """Yield what a module imports, and whether that happens as soon as it is imported itself."""
-    tree = ast.parse(modules()[name].read_text())
-    at_once = {id(node) for statement in tree.body for node in _run_at_once(statement)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((folder(alias.name), id(node) in at_once) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} imports relatively"
-            for alias in node.names:
-                inner = folder(f"{node.module}.{alias.name}")
-                is_module = inner in modules()
-                yield (inner if is_module else folder(str(node.module))), id(node) in at_once
+@cache
+def imported(name: str) -> tuple[tuple[str, bool], ...]:
+    """Return what a module imports, and whether that happens as soon as it is imported itself."""
+    found = []
+    for module, names, is_at_once in source(modules()[name]).imports:
+        assert not module.startswith("."), f"{name} imports relatively"
+        inner = [folder(f"{module}.{part}") for part in names] or [folder(module)]
+        found += [(i if i in modules() else folder(module), is_at_once) for i in inner]
+    return tuple(found)
 
 
 def _run_at_once(statement: ast.stmt) -> Iterator[ast.AST]:
@@ -152,25 +177,18 @@ def test_everything_is_imported_by_the_name_that_it_has_where_it_is_installed() 
         f"{path.relative_to(ROOT)} imports {name}"
         for package in (*PACKAGES, "docs", "tests")
         for path in sorted((ROOT / package).rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([str(node.module)] if isinstance(node, ast.ImportFrom) else _names(node))
+        for name, _, _ in source(path).imports
         if name.partition(".")[0] in ("train", "launchers", "conf", "slurm")
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def _names(node: ast.Import) -> list[str]:
-    return [alias.name for alias in node.names]
-
-
 def test_no_test_imports_from_another() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)} imports {node.module}"
+        f"{path.relative_to(ROOT)} imports {name}"
         for path in sorted((ROOT / "tests").rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom)
-        and any(part.startswith("test_") for part in str(node.module).split("."))
+        for name, parts, _ in source(path).imports
+        if parts and any(part.startswith("test_") for part in name.split("."))
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -180,10 +198,9 @@ def test_no_function_is_longer_than_is_read_at_once(folder: str) -> None:
     paths = sorted((ROOT / folder).rglob("*.py"))
     assert paths
     too_long = [
-        f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines"
+        f"{path.relative_to(ROOT)}:{first_line} {name} has {lines} lines"
         for path in paths
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_LINES
+        for name, first_line, lines in source(path).functions
+        if lines > LONGEST_LINES
     ]
     assert not too_long, f"over {LONGEST_LINES} lines: " + "; ".join(too_long)

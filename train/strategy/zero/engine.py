@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy
 from shardwright.train.strategy.engine import Engine, divided
-from shardwright.train.strategy.zero import facts, gradients, masters, nvme
+from shardwright.train.strategy.zero import facts, gradients, lean, masters, nvme
 from shardwright.train.strategy.zero.adam import deepspeed_cpu_adam
 from shardwright.train.strategy.zero.masters import (
     Piece,
@@ -57,6 +57,7 @@ class Zero(Engine):
     @staticmethod
     def adopt_process_group() -> None:
         """Without it deepspeed 0.19 takes the world size for 1 while ZeRO-3 builds the model."""
+        lean.import_deepspeed()
         import deepspeed
 
         # On a CPU it would compile a shared-memory all-reduce first: a minute, or a crash where
