@@ -9,6 +9,9 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 # On a machine with GPUs the demo takes them all, in bf16; on a CPU it runs as it is written.
 DEVICES := $(if $(filter-out 0,$(GPUS)),precision=bf16 launcher.nproc_per_node=$(GPUS))
 
+# Hundreds of processes would each compile the sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test test-slow test-matrix test-faults test-scale test-slurm lint typecheck format docs setup clean bench
 
 run: .venv/run

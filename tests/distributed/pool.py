@@ -122,10 +122,12 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _work(pipe: Connection) -> None:
+    from shardwright.train.charts import drawing
     from shardwright.train.model import first_values  # which brings torch
     from shardwright.train.process.leave import gloo_worker_count
 
     first_values.DEALT_FROM_ELEMENTS = 1  # tiny models start as large ones do
+    drawing.svg = _drawn_once(drawing.svg)
     while True:
         try:
             function, arguments, environment, threads_may_stay = pipe.recv()
@@ -141,3 +143,18 @@ def _work(pipe: Connection) -> None:
         except Exception:
             pipe.send((False, traceback.format_exc()))
         forked.look_away_from_what_stays()
+
+
+def _drawn_once(svg: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Have every run's card get the picture of the first: each costs a process, of a second.
+
+    What is drawn of which run, the tests of the card and of the command line look at.
+    """
+    drawn = ""
+
+    def draw(spec: Any) -> str:
+        nonlocal drawn
+        drawn = drawn or svg(spec)
+        return drawn
+
+    return draw
