@@ -271,7 +271,7 @@ def test_a_whole_run_refuses_code_beside_the_engines_files(run_of: RunOf, tmp_pa
     sound = (checkpoint / "rng-1.pt").read_bytes()
     (checkpoint / "rng-1.pt").write_bytes(in_zip({"torch": Payload(mark)}))
     seal(checkpoint)
-    ended = start(run_dir)
+    ended = start(run_dir, grace_seconds=10)
     # Which of the ranks ends first is chance: the other one waits for it.
     assert ended.exit_codes[1] == 2
     assert "rng-1.pt is refused" in ended.console
@@ -280,7 +280,7 @@ def test_a_whole_run_refuses_code_beside_the_engines_files(run_of: RunOf, tmp_pa
     (checkpoint / "rng-1.pt").write_bytes(sound)
     (checkpoint / "scheduler.pt").write_bytes(in_zip(Payload(mark)))
     seal(checkpoint)
-    ended = start(run_dir)
+    ended = start(run_dir, grace_seconds=10)
     assert 2 in ended.exit_codes, ended
     assert "scheduler.pt is refused" in ended.console
     assert not mark.exists()
