@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,33 +16,60 @@ import torch.distributed as dist
 
 from shardwright.train.process import leave
 from shardwright.train.process.leave import gloo_worker_count, leave_process_group
+from tests.distributed.pool import free_port
 from tests.fixtures import Freeze, TreeOf
 
 pytestmark = pytest.mark.distributed
 
 TOKENS = torch.arange(8)
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def torchrun(*arguments: str, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
     """Run this file as two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__, *arguments]
-    root = Path(__file__).parents[2]
-    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         command,
-        env=os.environ | environment | {"HF_HUB_OFFLINE": "1"},
-        cwd=root,
+        env=os.environ | ENVIRONMENT,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout_seconds,
     )
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
+def two_ranks(*arguments: str) -> list[str]:
+    """Run this file as two ranks, without torchrun's own seconds; return what each prints.
+
+    Both have to end well.
+    """
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            env=os.environ | ENVIRONMENT | group | {"RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ends = [rank.communicate(timeout=240) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0], ends
+    return [out for out, _ in ends]
 
 
 @pytest.mark.slow  # the shared workers of other tests do so all the time, and count threads
@@ -59,17 +85,13 @@ def test_strategies_follow_each_other_in_the_same_processes() -> None:
 
 
 def test_a_thread_that_used_a_group_of_its_own_leaves_it_too() -> None:
-    for _ in range(3):
-        ended = torchrun("background")
-        assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count("the thread is done: True, gloo threads left: 0") == 2
+    for said in two_ranks("background", *(str(free_port()) for _ in range(3))):
+        assert said.count("the thread is done: True, gloo threads left: 0") == 3
 
 
 def test_a_default_argument_and_a_mesh_that_captured_the_group_let_it_go() -> None:
-    ended = torchrun("capture")
-
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("held after destroy: True, after leaving: False") == 2
+    for said in two_ranks("capture"):
+        assert "held after destroy: True, after leaving: False" in said
 
 
 def test_a_failed_rank_leaves_without_a_peer_that_never_answers() -> None:
@@ -98,8 +120,7 @@ def test_a_failed_rank_reports_and_leaves_though_its_group_never_can(
 
 def test_no_exit_aborts_when_the_workers_are_late_to_drop_their_collectives() -> None:
     for _ in range(3):  # without leaving, most such runs abort
-        ended = torchrun("late")
-        assert ended.returncode == 0, ended.stderr
+        two_ranks("late")
 
 
 @pytest.mark.slow
@@ -287,7 +308,8 @@ if __name__ == "__main__":
         case "capture":
             capture_the_group_in_a_default_argument()
         case "background":
-            leave_while_a_thread_writes()
+            for os.environ["MASTER_PORT"] in sys.argv[2:]:
+                leave_while_a_thread_writes()
         case "late":
             end_while_workers_wait_for_the_gil()
         case "fail":

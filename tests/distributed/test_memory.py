@@ -7,7 +7,7 @@ so 4 bytes. DDP and FSDP have no 16-bit copy of their own: the parameter is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -59,7 +59,7 @@ def weigh(
         tree["strategy"], tree["precision"] = strategy, {"compute_dtype": "bf16"}
         tree["launcher"]["nproc_per_node"] = world_size
         # Two micro-batches a step: between them the gradients are held.
-        tree["trainer"] |= {"max_steps": 4, "micro_batch_size": 8 // world_size}
+        tree["trainer"] |= {"max_steps": 3, "micro_batch_size": 8 // world_size}
         held = ranks(world_size)(bytes_held, frozen_run(tree))
         kinds = ("parameters", "gradients", "optimizer")
         return [[rank[kind] / rank["whole_model"] for kind in kinds] for rank in held]
@@ -67,8 +67,20 @@ def weigh(
     return weigh
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", BYTES_PER_PARAMETER)
+def each_way(ways: Iterable[str]) -> list[Any]:
+    """Return each with two ranks and with four, which two engines take by default."""
+    return [
+        pytest.param(
+            name,
+            world_size,
+            marks=pytest.mark.slow if world_size == 4 and name not in ("zero3", "fsdp") else (),
+        )
+        for name in ways
+        for world_size in (2, 4)
+    ]
+
+
+@pytest.mark.parametrize(("name", "world_size"), each_way(BYTES_PER_PARAMETER))
 def test_each_rank_holds_its_share(
     name: str, world_size: int, weigh: Callable[[dict[str, Any], int], list[list[float]]]
 ) -> None:
@@ -77,8 +89,7 @@ def test_each_rank_holds_its_share(
         assert held == pytest.approx(share(world_size), rel=0.05)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("name", OFFLOADED)
+@pytest.mark.parametrize(("name", "world_size"), each_way(OFFLOADED))
 def test_each_rank_offloads_its_share(
     name: str, world_size: int, weigh: Callable[[dict[str, Any], int], list[list[float]]]
 ) -> None:

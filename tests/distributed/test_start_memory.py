@@ -143,7 +143,7 @@ def check_shares(seen: list[dict[str, int]]) -> None:
     ("strategy", "world_size"),
     [
         ("fsdp", 2),
-        ("fsdp", 4),
+        pytest.param("fsdp", 4, marks=pytest.mark.slow),  # as with two, and as zero3 with four
         ("fsdp_one_unit", 2),
         ("zero3", 2),
         ("zero3", 4),
