@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from shardwright.train.run_directory import history
 from tests.distributed.pool import free_port
 from tests.e2e.cli import SAME, crash, finish, losses, shardwright, start, wait_for, wait_until
 from tests.e2e.endings import assert_stopped
-from tests.e2e.ssh import needs_ssh
+from tests.e2e.ssh import ADDRESSES, needs_ssh
 
 Tiny = Callable[[str], tuple[str, ...]]
 # What reaches a shell on its way would run here, or fall apart.
@@ -87,6 +88,45 @@ def test_a_host_that_is_not_reached_is_a_failure(tiny: Tiny, tmp_path: Path) -> 
     )
     assert ended.returncode == 1
     assert "host=127.0.0.1 was not reachable via ssh" in ended.stderr
+
+
+@needs_ssh
+@pytest.mark.skipif(
+    shutil.which("mpirun.openmpi") is None or shutil.which("ompi_info") is None,
+    reason="needs Open MPI's mpirun (apt-get install openmpi-bin)",
+)
+def test_open_mpi_starts_the_ranks_of_a_hostfile(
+    tiny: Tiny,
+    tmp_path: Path,
+    ssh_port: int,
+    expected: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A rank alone on its node takes all cores, and sums of several threads round otherwise.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    # The plain name may be another MPI's.
+    (bin / "mpirun").symlink_to(str(shutil.which("mpirun.openmpi")))
+    monkeypatch.setenv("PATH", str(bin), prepend=":")
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    cwd = tmp_path / "a b"
+    cwd.mkdir()
+
+    name = "$(touch ran) %h 'q'"
+    ended = shardwright(
+        *("train", *tiny("clm"), *SAME, "launcher=deepspeed", "launcher.nproc_per_node=1"),
+        *("launcher.backend=openmpi", f"launcher.hostfile={hosts}"),
+        *(f"launcher.ssh_port={ssh_port}", f'run_dir="{name}"'),
+        cwd=cwd,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert losses(cwd / name) == pytest.approx(expected, rel=1e-6)
+    assert "step 6/6" in ended.stdout, "mpirun's terminal has no columns for a bar"
+    assert [path.name for path in cwd.iterdir()] == [name], "a name was run"
 
 
 # --- several nodes ------------------------------------------------------------------------------

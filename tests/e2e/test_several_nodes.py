@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.cli import SAME, crash, finish, losses, shardwright, start, wait_until
-from tests.e2e.ssh import ADDRESSES, needs_ssh
 
 Tiny = Callable[[str], tuple[str, ...]]
 TWO_NODES = ("launcher.nodes=2", "launcher.nproc_per_node=1", "launcher.head_address=localhost")
@@ -50,43 +48,6 @@ def test_nodes_of_fixed_ranks_train_as_one_does(
     assert f"shardwright join {run_dir} --node-rank N" in ends[0].stdout
     assert "step 6/6" in ends[0].stdout
     assert (run_dir / "final" / "model.safetensors").is_file()
-
-
-@needs_ssh
-@pytest.mark.skipif(
-    shutil.which("mpirun.openmpi") is None or shutil.which("ompi_info") is None,
-    reason="needs Open MPI's mpirun (apt-get install openmpi-bin)",
-)
-def test_open_mpi_starts_the_ranks_of_a_hostfile(
-    tiny: Tiny,
-    tmp_path: Path,
-    ssh_port: int,
-    expected: list[float],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    bin = tmp_path / "bin"
-    bin.mkdir()
-    # The plain name may be another MPI's.
-    (bin / "mpirun").symlink_to(str(shutil.which("mpirun.openmpi")))
-    monkeypatch.setenv("PATH", str(bin), prepend=":")
-    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
-        monkeypatch.setenv(name, "1")
-    hosts = tmp_path / "hosts"
-    hosts.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    cwd = tmp_path / "a b"
-    cwd.mkdir()
-
-    name = "$(touch ran) %h 'q'"
-    ended = shardwright(
-        *("train", *tiny("clm"), *SAME, "launcher=deepspeed", "launcher.nproc_per_node=1"),
-        *("launcher.backend=openmpi", f"launcher.hostfile={hosts}"),
-        *(f"launcher.ssh_port={ssh_port}", f'run_dir="{name}"'),
-        cwd=cwd,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert losses(cwd / name) == pytest.approx(expected, rel=1e-6)
-    assert "step 6/6" in ended.stdout, "mpirun's terminal has no columns for a bar"
-    assert [path.name for path in cwd.iterdir()] == [name], "a name was run"
 
 
 @pytest.mark.slow
