@@ -127,7 +127,7 @@ def _work(pipe: Connection) -> None:
     from shardwright.train.process.leave import gloo_worker_count
 
     first_values.DEALT_FROM_ELEMENTS = 1  # tiny models start as large ones do
-    drawing.svg = _drawn_once(drawing.svg)
+    drawing.svg = _drawn_once(drawing.svg)  # type: ignore[assignment]
     while True:
         try:
             function, arguments, environment, threads_may_stay = pipe.recv()
