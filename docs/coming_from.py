@@ -20,6 +20,30 @@ Each argument and key that these programs document, and what becomes of it here.
 a key of Shardwright's is expected, a name leads to its row: of `trainer.num_train_epochs=3` it \
 says to use `trainer.max_epochs`.
 
+A config or a command line as a whole:
+
+```bash
+shardwright translate ds_config.json --ranks 8        # prints `shardwright train ...`
+shardwright translate accelerate.yaml --json
+shardwright translate -- torchrun --nproc_per_node 8 run_clm.py --fsdp "full_shard auto_wrap" ...
+shardwright train strategy=deepspeed_file strategy.path=ds_config.json launcher.nproc_per_node=8
+shardwright train strategy=accelerate_file strategy.path=accelerate.yaml
+```
+
+`translate` prints the overrides on stdout, ready to be copied, and on stderr a line for each key: \
+what it became, that `strategy.extra` hands it to DeepSpeed as it is, why it is ignored, or why it is \
+refused. Of a command line the Trainer's own defaults are written out where they are others here \
+(its rate of 5e-5 that falls in a line, three epochs, no decay). `auto` is what the run's own \
+values make of it.
+
+As a strategy, a file is translated while a run is composed, for any command that composes one. A \
+key that is refused, or a value that contradicts one on the command line, is an error that names \
+both. `config.yaml` has the plain values, so that no resume reads the file. Accumulation steps \
+without `train_batch_size` need the number of ranks: give `launcher.nproc_per_node`, or \
+`trainer.global_batch_size`. It is an option of a command line: an experiment cannot choose it.
+
+Each name for itself:
+
 - **field**: what to write instead, keys of a config or options of a group.
 - **command**: what to run instead.
 - **derived**: nothing to write; what it follows from.

@@ -15,6 +15,7 @@ COMMANDS = (
     *("recover", "push"),
     *("status", "runs", "compare", "watch", "report"),
     *("logs", "diagnose", "cancel", "sync", "data", "doctor"),
+    *("translate",),
     *("rank", "relay", "requeue"),
 )
 """Each is a module, imported when it is asked for: its `main` is the command."""
@@ -37,6 +38,9 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright inspect [group=option] [key=value] [--samples N] [--json]
       what such a run would train on: tokens per byte and word, duplicates, what is cut or padded,
       samples as the model will see them; of a large corpus that is not prepared, an excerpt
+  shardwright translate [--json] FILE | -- COMMAND LINE
+      the overrides of a DeepSpeed config, of accelerate's config file, or of a command line of
+      run_clm.py or run_mlm.py, and what became of each of their keys
   shardwright prepare [--dry-run] [group=option] [key=value]
       put the tokenizer and tokens that such a run would train on into the cache, and start none
   shardwright resume RUN_DIR [--step N] [--dry-run] [group=option] [key=value]

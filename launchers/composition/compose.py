@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from shardwright.launchers.composition import errors, quickly
+from shardwright.launchers.composition import engine_file, errors, quickly
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
@@ -81,6 +81,7 @@ def compose(arguments: Sequence[str]) -> list[Job]:
     Raises UserError on whatever does not compose.
     """
     jobs: list[Job] = []
+    arguments = engine_file.replaced(arguments)
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def collect(tree: DictConfig) -> None:
