@@ -24,7 +24,7 @@ BEHIND_HYDRA = {"train", "prepare", "plan"}  # whose own page their --help shows
     ("line", "expected"),
     [
         ("shardwright ", ["train", "sample", "--help", "--version"]),
-        ("shardwright tr", ["train"]),
+        ("shardwright tr", ["train", "translate"]),
         ("shardwright sample runs/", []),
         ("shardwright checkpoints runs/", []),
         ("shardwright checkpoints --ver", ["--verify"]),
