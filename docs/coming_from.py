@@ -32,9 +32,9 @@ shardwright train strategy=accelerate_file strategy.path=accelerate.yaml
 
 `translate` prints the overrides on stdout, ready to be copied, and on stderr a line for each key: \
 what it became, that `strategy.extra` hands it to DeepSpeed as it is, why it is ignored, or why \
-it is refused. Of a command line the Trainer's own defaults are written out where they are others here \
-(its rate of 5e-5 that falls in a line, three epochs, no decay). `auto` is what the run's own \
-values make of it.
+it is refused. Of a command line the Trainer's own defaults are written out where they are \
+others here (its rate of 5e-5 that falls in a line, three epochs, no decay). `auto` is \
+what the run's own values make of it.
 
 As a strategy, a file is translated while a run is composed, for any command that composes one. A \
 key that is refused, or a value that contradicts one on the command line, is an error that names \
