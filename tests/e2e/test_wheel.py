@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -17,24 +16,14 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.cli import ROOT, on_one_rank
+from tests.e2e.wheels import FOLDERS, built
 
-FOLDERS = ("train", "launchers", "conf", "slurm")
 OTHERS = ("tests", "docs", "benchmarks")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(ROOT, tmp_path_factory.mktemp("dist"))
-
-
-def built(source: Path, out: Path) -> Path:
-    """Return a wheel of a checkout or of an archive of it, built as `pip install` does."""
-    # Without a network, where what builds it is there.
-    here = ["--no-build-isolation"] * (importlib.util.find_spec("hatchling") is not None)
-    build = ["wheel", "--quiet", "--no-deps", *here, f"--wheel-dir={out}", str(source)]
-    subprocess.run([sys.executable, "-m", "pip", *build], check=True)
-    (found,) = out.glob("*.whl")
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from tests.e2e.test_wheel import FOLDERS, built
+from tests.e2e.wheels import FOLDERS, built
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "container" / "Dockerfile").read_text()
