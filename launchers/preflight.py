@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shardwright.launchers.machine import directories, memory
 from shardwright.launchers.machine.facts import Machine, lacking
+from shardwright.launchers.machine.names import unusable_checkpoint
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.config import OPTIMIZERS, NamedModel, PretrainedTokenizer, RunConfig
 from shardwright.train.data.sources.registry import source_of
@@ -142,6 +143,8 @@ def _missing_directories(config: RunConfig) -> Iterator[str]:
         if isinstance(given, NamedModel | PretrainedTokenizer):
             yield from not_a_directory(f"{section}.name", given.name, f"the {section}")
     yield from user_modules.not_found(config.model.imports)
+    if config.model.kind == "pretrained" and (why := unusable_checkpoint(config.model.name)):
+        yield why
     yield from source_of(config.data).misplaced()
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import align_special_tokens
 
 from shardwright.train import data
+from shardwright.train.checkpoint.format import layout
 from shardwright.train.checkpoint.format.damage import in_one_line
 from shardwright.train.checkpoint.format.layout import read_manifest
 from shardwright.train.config import (
@@ -45,7 +46,14 @@ from shardwright.train.loop.resuming import Resumed
 from shardwright.train.loop.spikes.rollback import RolledBack
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
-from shardwright.train.model import compilation, document_attention, flops, generation, origin
+from shardwright.train.model import (
+    compilation,
+    document_attention,
+    flops,
+    generation,
+    origin,
+    saved,
+)
 from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
 from shardwright.train.model.user_modules import import_all
@@ -338,6 +346,8 @@ def _build(
     if isinstance(config.model, NamedModel):
         checkpoint = resumed.checkpoint if resumed else None
         kept = origin.keep(config.model, config.objective.kind, run_dir, checkpoint)
+        if resumed is None and saved.is_checkpoint(config.model.name):
+            _check_source(Path(config.model.name), rank)
     directory = kept.directory if kept else None
     model, values = models.build(config, words, directory, reads_weights=resumed is None)
     if config.data.has_bounds:
@@ -358,6 +368,18 @@ def _build(
         if kept is not None and resumed is None and config.model.kind == "pretrained":
             _tell_of_origin(kept, drawn(values), console)
     return model, values
+
+
+def _check_source(checkpoint: Path, rank: Rank) -> None:
+    """Raise UserError where a checkpoint of another run is not as it was written. Collective."""
+    with progress.phase("checking the checkpoint's hashes", unit="B", comes_again=True) as shown:
+        share = rank.index, rank.world_size
+        found = from_all_patiently(layout.verify(checkpoint, share=share, advance=shown.advance))
+    if problems := list(dict.fromkeys(problem for part in found for problem in part)):
+        raise UserError(
+            f"model.name={checkpoint} is not whole: {problems[0]}; {layout.remedy(problems)}, or "
+            "start from another checkpoint of that run"
+        )
 
 
 def _tell_of_origin(kept: origin.Origin, drawn_anew: list[str], console: TextIO) -> None:

@@ -202,8 +202,8 @@ def asked(place: Path, step: int | None) -> tuple[Path, int | None]:
     if place.parent.name != CHECKPOINTS or not (run_dir / RUN_CONFIG).is_file():
         raise UserError(
             f"{place} lies in no run: {run_dir} has no {RUN_CONFIG} whose run it could continue; "
-            "give a run directory, or begin a new run from its weights by `shardwright recover` "
-            "and model=pretrained"
+            "give a run directory. A new run begins from its weights with model=pretrained "
+            f"model.name={place}"
         )
     if step not in (None, own):
         raise UserError(

@@ -157,9 +157,26 @@ def group_options() -> dict[str, list[str]]:
 def plain(tree: DictConfig) -> Any:
     """Return a composed tree as plain values, nothing left to interpolate."""
     try:
-        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        found: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except errors.USER_CAUSED as error:
         raise UserError(errors.explain(error)) from error
+    _with_the_tokenizer_of_its_run(found)
+    return found
+
+
+def _with_the_tokenizer_of_its_run(tree: dict[str, Any]) -> None:
+    """Give a run that starts from another's weights that one's tokenizer, where none is chosen.
+
+    One that is trained anew, as big as the model's vocabulary, has other tokens.
+    """
+    model, tokenizer = tree.get("model"), tree.get("tokenizer")
+    if not isinstance(model, dict) or not isinstance(tokenizer, dict):
+        return
+    is_default = tokenizer.get("kind") == "byte_bpe" and tokenizer.get("vocab_size") is None
+    if not is_default or model.get("kind") != "pretrained" or not os.path.isdir(str(model["name"])):
+        return
+    if (run_dir := names.run_of(Path(absolute(str(model["name"]))))) is not None:
+        tree["tokenizer"] = {"kind": "pretrained", "name": str(run_dir)}
 
 
 def resolved(job: Job, here: Machine, stamp: str) -> RunConfig:

@@ -142,18 +142,20 @@ def resolve(
     data = tree["data"]
     if data["cache_dir"] is not None:
         data["cache_dir"] = absolute(data["cache_dir"])
-    for section in (tree["model"], tree["tokenizer"]):
-        if "name" in section:
-            role = "model" if section is tree["model"] else "tokenizer"
-            section["name"] = names.pretrained(section["name"], role)
-    model = tree["model"]
+    model, tokenizer = tree["model"], tree["tokenizer"]
     if isinstance(config.model, NamedModel):
+        # The very checkpoint: a resume must not look which one is the newest then.
+        model["name"] = names.model(model["name"], model.get("step"))
         found = _own_config(config.model, model["name"])
+        if "step" in model:
+            model["step"] = None
         if tree["strategy"]["kind"] == "zero":
             # What its buckets are derived from.
             model["hidden_size"] = model["hidden_size"] or hidden_size(found)
         if "vocab_size" in model:
             model["vocab_size"] = model["vocab_size"] or vocabulary(found)
+    if tokenizer["kind"] == "pretrained":
+        tokenizer["name"] = names.tokenizer(tokenizer["name"])
     if tree["strategy"].get("nvme_path") is not None:
         tree["strategy"]["nvme_path"] = absolute(tree["strategy"]["nvme_path"])
     launcher = tree["launcher"]

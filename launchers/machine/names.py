@@ -10,11 +10,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardwright.train.checkpoint.format.layout import MANIFEST
+from shardwright.train import config as run_config
+from shardwright.train.checkpoint.format.layout import (
+    MANIFEST,
+    Manifest,
+    NotWhole,
+    check_sizes,
+    remedy,
+    step_of,
+)
+from shardwright.train.checkpoint.listing import Listing
+from shardwright.train.checkpoint.retention import best, saved_in
 from shardwright.train.errors import UserError
 from shardwright.train.paths import absolute, is_path
 from shardwright.train.run_directory import final
-from shardwright.train.run_directory.names import RUN_CONFIG, TOKENIZER_FOLDER
+from shardwright.train.run_directory.names import (
+    CHECKPOINTS,
+    ENGINE_FOLDER,
+    RUN_CONFIG,
+    TOKENIZER_FOLDER,
+)
 
 
 def following(path: Path) -> Path:
@@ -33,37 +48,121 @@ def free(path: Path) -> Path:
     return path
 
 
-def pretrained(name: str, role: str) -> str:
-    """Return the directory that the name of a model or a tokenizer (``role``) means here.
+def tokenizer(name: str) -> str:
+    """Return the directory that the name of a tokenizer means here.
 
-    A run directory means its final/, or its tokenizer/; a name of the hub is returned as it is.
-    Raises UserError where there is no such directory, or it holds none of them.
+    A run directory, or a checkpoint in one, means its tokenizer/; a name of the hub is returned as
+    it is. Raises UserError where there is no such directory, or it holds none.
     """
-    if not os.path.isdir(os.path.expanduser(name)) and not is_path(name):
+    if not _is_here(name):
         return name
-    path, key = Path(absolute(name)), f"{role}.name={name}"
-    own = "config.json" if role == "model" else "tokenizer_config.json"
-    if (path / MANIFEST).is_file():
-        run_dir = path.parent.parent
-        if role == "tokenizer" and (run_dir / TOKENIZER_FOLDER).is_dir():
-            return str(run_dir / TOKENIZER_FOLDER)
-        raise UserError(
-            f"{key} is a checkpoint, in the shards of the engine that trained it; make a model "
-            f"directory with `shardwright recover {shlex.quote(str(path))} OUT`, and give that"
-        )
-    if not (path / RUN_CONFIG).is_file() or (path / own).is_file():
+    path, key = Path(absolute(name)), f"tokenizer.name={name}"
+    run_dir = run_of(path)
+    if run_dir is None or (path / "tokenizer_config.json").is_file():
         return str(path)
-    if role == "tokenizer" and (path / TOKENIZER_FOLDER).is_dir():
-        return str(path / TOKENIZER_FOLDER)
-    if (made := final.of(path)) is not None:
+    if (run_dir / TOKENIZER_FOLDER).is_dir():
+        return str(run_dir / TOKENIZER_FOLDER)
+    if (made := final.of(run_dir)) is not None:
         return str(made)
-    if (earlier := final.earlier(path)) is not None:
-        raise UserError(f"{key}: {final.why_earlier(path, earlier)}")
     raise UserError(
-        f"{key} is a run that has no final/, which is written when it ends; make a model directory "
-        f"of its newest checkpoint with `shardwright recover {shlex.quote(str(path))} OUT`, and "
-        "give that"
+        f"{key} belongs to a run that has no {TOKENIZER_FOLDER}/ yet, which is made before its "
+        "first step; give another tokenizer, or wait for it"
     )
+
+
+def model(name: str, step: int | str | None = None) -> str:
+    """Return the directory that the name of a pretrained model means here.
+
+    A run directory means its final/, or the checkpoint of ``step``: latest, which is also what it
+    means without a final/, best, or a number. A name of the hub is returned as it is. Raises
+    UserError where there is no such directory, or it holds none of them.
+    """
+    key = f"model.name={name}"
+    path = Path(absolute(name)) if _is_here(name) else None
+    run_dir = path and run_of(path)
+    if step is not None and (path is None or run_dir != path):
+        raise UserError(
+            f"model.step={step} chooses among the checkpoints of a run, and {key} is not a run "
+            "directory; leave model.step out, or give the run directory"
+        )
+    if path is None:
+        return name
+    if run_dir != path or (path / "config.json").is_file():
+        return str(path)
+    if step is None and (made := final.of(path)) is not None:
+        return str(made)
+    return str(_checkpoint_of(path, "latest" if step is None else step, key))
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run that a directory is, or whose checkpoint it is; None where it is neither."""
+    for run_dir in (path, path.parent.parent):
+        if (run_dir / RUN_CONFIG).is_file():
+            return run_dir if run_dir == path or (path / MANIFEST).is_file() else None
+    return None
+
+
+def _is_here(name: str) -> bool:
+    return os.path.isdir(os.path.expanduser(name)) or is_path(name)
+
+
+def _checkpoint_of(run_dir: Path, step: int | str, key: str) -> Path:
+    """Return a whole checkpoint of a run. Raises UserError naming what there is."""
+    listing = Listing(run_dir / CHECKPOINTS)
+    whole = [at for at in listing.named if isinstance(listing.found(at), Manifest)]
+    if not whole:
+        wrong = [f"checkpoint-{at} is not whole: {listing.found(at)}" for at in listing.named]
+        raise UserError(
+            f"{key} is a run that has no final/ and no whole checkpoint"
+            f"{f' ({wrong[-1]})' if wrong else ''}: there are no weights to start from; "
+            f"`shardwright resume {shlex.quote(str(run_dir))}` continues it up to one "
+            "(trainer.save_every_steps), or give another run"
+        )
+    if step == "latest":
+        found = whole[-1]
+    elif step == "best":
+        rule = run_config.load(run_dir).checkpoint
+        order = best(saved_in(listing), rule)
+        if not order:
+            raise UserError(
+                f"model.step=best: no checkpoint of {run_dir} was evaluated by {rule.best_metric}, "
+                "so none is the best; set model.step=latest, or a step"
+            )
+        found = order[0]
+    else:
+        found = int(step)
+        if found not in whole:
+            why = "is not whole" if found in listing.named else "is not there"
+            raise UserError(
+                f"model.step={step}: checkpoint-{step} of {run_dir} {why}; it has "
+                f"{', '.join(map(str, whole))}"
+            )
+    return listing.named[found]
+
+
+def unusable_checkpoint(name: str) -> str | None:
+    """Say why a run cannot start from the weights in a checkpoint, or return None.
+
+    To be asked before it starts, and not where it is resumed: then it has checkpoints of its own.
+    """
+    path = Path(name)
+    lies_in_a_run = step_of(path) is not None and (path.parent.parent / RUN_CONFIG).is_file()
+    if not (path / MANIFEST).is_file() and not (lies_in_a_run and path.is_dir()):
+        return None
+    try:
+        manifest = check_sizes(path)
+    except NotWhole as error:
+        return (
+            f"model.name={path} is not whole: {error}; {remedy([str(error)])}, or give another "
+            "checkpoint of that run"
+        )
+    if manifest.parts > 1:
+        return (
+            f"model.name={path} is part {manifest.part + 1} of {manifest.parts}, as each node kept "
+            f"what its ranks wrote; copy what is in their folders {ENGINE_FOLDER} into one, make a "
+            f"model directory of it with `shardwright recover DIR OUT`, and give that"
+        )
+    return None
 
 
 def config_json(

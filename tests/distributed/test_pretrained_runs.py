@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +37,8 @@ from shardwright.train.export.recover import Options, recover
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.sampling.sample import sample
 from tests import own_code
+from tests.distributed.curves import curve
+from tests.distributed.interrupted import interrupted
 from tests.distributed.jobs import trained, whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
@@ -358,3 +361,46 @@ def test_what_the_weights_lack_is_said_on_the_terminal_and_in_the_card(
     assert "| Tokenizer | that of the weights of `small_code`, a `GPT2LMHeadModel` |" in card
     assert "source" not in card
     assert load(run_dir).model.kind == "pretrained"
+
+
+def test_a_run_starts_from_the_checkpoint_of_another_under_any_strategy(
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    run_from: Callable[..., Path],
+    ranks: Pools,
+    tmp_path: Path,
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = STRATEGIES["zero2"]
+    tree["trainer"] |= {"max_steps": 2, "save_every_steps": 2}
+    source = frozen_run(tree)
+    ranks(2)(whole_run, source)
+    checkpoint = source / "checkpoints/checkpoint-2"
+
+    def started(at: Path, strategy: str) -> Path:
+        frozen = run_from(at, STRATEGIES[strategy])
+        tree = yaml.safe_load((frozen / "config.yaml").read_text())
+        tree["tokenizer"]["name"] = str(source / "tokenizer")
+        (frozen / "config.yaml").write_text(yaml.safe_dump(tree))
+        return frozen
+
+    expected, found, other = (
+        started(source / "final", "zero3"),
+        started(checkpoint, "zero3"),
+        started(checkpoint, "fsdp"),
+    )
+    for run_dir in (expected, found, other):
+        ranks(2)(whole_run, run_dir)
+    assert curve(found) == curve(expected), "the weights are those of the whole model, bit for bit"
+    assert curve(other) == pytest.approx(curve(expected), rel=1e-5)
+
+    damaged = checkpoint / "rng-1.pt"
+    damaged.write_bytes(bytes(len(damaged.read_bytes())))
+    with pytest.raises(AssertionError, match=r"model.name=.*-2 is not whole: rng-1.pt has"):
+        ranks(2)(whole_run, started(checkpoint, "zero3"))
+
+    resumed = interrupted(found, tmp_path / "resumed", step=2)
+    shutil.copytree(found / "model", resumed / "model")
+    shutil.move(source, tmp_path / "elsewhere")
+    ranks(2)(whole_run, resumed)
+    assert curve(resumed) == curve(found), "a resume needs nothing of the other run"

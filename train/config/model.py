@@ -7,7 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
-from shardwright.train.config.section import Fraction, PositiveFloat, PositiveInt, Section, Strings
+from shardwright.train.config.section import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Strings,
+)
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
@@ -280,7 +287,8 @@ class NamedModel(Section):
     """Keys of a config.json that ``overrides`` may not have, and what decides them."""
 
     name: Annotated[str, Field(min_length=1)]
-    """Hub name, model directory, or run directory for its final/."""
+    """Hub name, model directory, a checkpoint of a run, or its run directory: its final/, or its
+    newest checkpoint where it has none. config.yaml then names which, and a resume keeps to it."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null is the main branch."""
     trust_remote_code: bool = False
@@ -360,6 +368,9 @@ class PretrainedModel(NamedModel):
         "vocab_size": "the weights, which have a row for each token",
     }
     kind: Literal["pretrained"]
+    step: NonNegativeInt | Literal["latest", "best"] | None = None
+    """Of a run directory, another checkpoint: of this step, the newest, or the best that is left
+    by the checkpoint.best_metric of that run."""
     rope_theta: PositiveFloat | None = None
     """Base of the rotary frequencies, of the layers that attend to the whole sequence where others
     have one of their own; null keeps that of the weights. For longer samples: a larger one."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,15 @@ import torch
 from shardwright.train.checkpoint import discovery, retention
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.checkpoint.format.layout import LOSS_SCALE, TRAINER_STATE
-from shardwright.train.checkpoint.format.lazy import (
-    LazyTensor,
-    PortableState,
-    Unreadable,
-    why_refused,
-)
+from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable, why_refused
 from shardwright.train.checkpoint.read import portable
 from shardwright.train.config import Progress, RankLayout, RunConfig
 from shardwright.train.console import progress
 from shardwright.train.errors import UserError
 from shardwright.train.loop import random_numbers
-from shardwright.train.model import streaming
-from shardwright.train.model.weights import InitialValue, InitialValues
+from shardwright.train.model import saved
+from shardwright.train.model.saved import Saved
+from shardwright.train.model.weights import InitialValues
 from shardwright.train.process.agreement import from_all, from_all_patiently
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory import rollbacks
@@ -134,16 +130,15 @@ def _opened(path: Path) -> Resumed:
     )
 
 
-@contextmanager
-def _refusing(checkpoint: Path) -> Iterator[None]:
+_CANNOT_BE_RESUMED = (
+    "cannot be resumed: {error}. Start a run from the weights of an earlier final/ with "
+    "model=pretrained, or remove it to use an older one"
+)
+
+
+def _refusing(checkpoint: Path) -> AbstractContextManager[None]:
     """Raise UserError where a checkpoint is opened or read in the block and cannot be."""
-    try:
-        yield
-    except Unreadable as error:
-        raise UserError(
-            f"{checkpoint} cannot be resumed: {error}. Start a run from the weights of an earlier "
-            "final/ with model=pretrained, or remove it to use an older one"
-        ) from None
+    return saved.refusing(checkpoint, _CANNOT_BE_RESUMED)
 
 
 def _scheduled_steps(path: Path) -> int:
@@ -174,10 +169,7 @@ def _check_trainer_state(path: Path, step: int) -> None:
 
 def untie(model: PreTrainedModel, resumed: Resumed) -> None:
     """Untie what a run that began with pretrained weights had untied, as they were unequal."""
-    own = resumed.parameters
-    for target, source in list(model.all_tied_weights_keys.items()):
-        if target in own and source in own:
-            streaming.untie(model, target)
+    saved.untie(model, resumed.parameters)
 
 
 def values(model: PreTrainedModel, resumed: Resumed) -> InitialValues:
@@ -185,43 +177,8 @@ def values(model: PreTrainedModel, resumed: Resumed) -> InitialValues:
 
     Raises UserError where the checkpoint holds another model.
     """
-    found = resumed.state.weights
-    persistent = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        saved = resumed.state.buffers.get(name, found.get(name))
-        if name in persistent and saved is not None and saved.shape == tuple(buffer.shape):
-            with _refusing(resumed.checkpoint):
-                buffer.copy_(saved.whole())
-    problems = []
-    for name, parameter in model.named_parameters():
-        if name not in found:
-            problems.append(f"{name} is missing")
-        elif found[name].shape != tuple(parameter.shape):
-            problems.append(f"{name} has shape {found[name].shape}, not {tuple(parameter.shape)}")
-    if problems:
-        raise UserError(
-            f"{resumed.checkpoint} holds another model than the config describes: "
-            f"{'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}"
-        )
-    of = resumed.checkpoint
-    return {name: _Saved(found[name], of) for name, _ in model.named_parameters()}
-
-
-@dataclass(frozen=True)
-class _Saved(InitialValue):
-    """A value in a checkpoint, of which no more is read than is asked for."""
-
-    tensor: LazyTensor
-    checkpoint: Path
-
-    def write(self, out: torch.Tensor, start: int = 0) -> None:
-        flat = out.view(-1)
-        stop = start + flat.numel()
-        with _refusing(self.checkpoint):
-            if self.tensor.dtype == flat.dtype:
-                self.tensor.read(start, stop, flat.view(torch.uint8))
-            else:
-                flat.copy_(self.tensor.read(start, stop))
+    of = Saved(resumed.checkpoint, resumed.state, resumed.parameters, _CANNOT_BE_RESUMED)
+    return saved.first_values(model, of)
 
 
 # --- everything else, once the engine is built --------------------------------------------------
@@ -243,12 +200,12 @@ def restore(trainer: Training, resumed: Resumed) -> None:
     restore_loss_scale(trainer, json.loads(scale.read_text()) if scale.exists() else {})
     rank = trainer.args.process_index
     if (name := rng_file(resumed, trainer.layout, rank)) is not None:
-        saved = _restore_rng(resumed.checkpoint / name)
-        if saved is not None:
-            trainer._tr_loss += saved["unlogged_loss"]
-            trainer._globalstep_last_logged = int(saved["logged_step"])
+        unlogged = _restore_rng(resumed.checkpoint / name)
+        if unlogged is not None:
+            trainer._tr_loss += unlogged["unlogged_loss"]
+            trainer._globalstep_last_logged = int(unlogged["logged_step"])
             if trainer.auxiliary_loss is not None:
-                trainer.auxiliary_loss += saved.get("unlogged_auxiliary_loss", 0.0)
+                trainer.auxiliary_loss += unlogged.get("unlogged_auxiliary_loss", 0.0)
     else:
         part = trainer.layout.data_parallel_rank(rank)
         random_numbers.begin(trainer.config.seed, resumed.step, part)
@@ -284,12 +241,12 @@ def _restore_rng(path: Path) -> dict[str, float] | None:
     None where the checkpoint is an older one.
     """
     try:
-        saved = torch.load(path, weights_only=True)
-        _set_rng(saved)
-        if "unlogged_loss" not in saved:
+        state = torch.load(path, weights_only=True)
+        _set_rng(state)
+        if "unlogged_loss" not in state:
             return None
         names = ("unlogged_loss", "logged_step", "unlogged_auxiliary_loss")
-        return {name: float(saved[name]) for name in names if name in saved}
+        return {name: float(state[name]) for name in names if name in state}
     except Exception as error:
         raise UserError(
             f"{path} is refused: {type(error).__name__}: {why_refused(error)}; remove "

@@ -26,7 +26,7 @@ from shardwright.train.config import (
 )
 from shardwright.train.config.section import shown
 from shardwright.train.errors import UserError
-from shardwright.train.model import rotary
+from shardwright.train.model import rotary, saved
 from shardwright.train.model.overrides import overridden, shape_changes
 from shardwright.train.model.streaming import (
     CannotStream,
@@ -115,6 +115,8 @@ def load_pretrained(
             _check_shapes(model, build, objective, kept)
         if not reads_weights and not is_quantised:
             built, values = initialized(build, seed)
+        elif saved.is_checkpoint(model.name):
+            built, values = saved.of_another_run(build, Path(model.name), seed)
         else:
             try:
                 files = weight_files(model.name, model.revision, config)

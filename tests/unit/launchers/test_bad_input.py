@@ -7,11 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from shardwright.launchers import preflight
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
+from shardwright.train.config import from_tree, to_yaml
+from tests.checkpoints import write_checkpoint
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
+from tests.unit.trees import TREE
 
 shardwright = pytest.fixture(make_shardwright)
 
@@ -265,6 +269,27 @@ def test_a_path_that_leads_nowhere(shardwright: Shardwright, tmp_path: Path, sec
         outcome = shardwright("train", "--dry-run", *given, f"{section}.name=./{name}")
         assert outcome.code == 2
         assert f"{section}.name={tmp_path}/{name} {why}" in outcome.err
+
+
+def test_a_run_starts_from_another_with_its_tokenizer_or_is_told_why_not(
+    shardwright: Shardwright, tmp_path: Path
+) -> None:
+    run = tmp_path / "other"
+    (run / "tokenizer").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(from_tree(TREE)))
+    given = ("model=pretrained", f"model.name={run}", "objective=clm", "launcher.device=cpu")
+    message = refused(shardwright, *given)
+    assert "other is a run that has no final/ and no whole checkpoint: there are no" in message
+    assert f"`shardwright resume {run}` continues it up to one" in message
+    saved = write_checkpoint(run / "checkpoints", 3)
+    (saved / "config.json").write_text("{}")
+    assert "config.json is not in its manifest" in refused(shardwright, *given)
+    (saved / "config.json").unlink()
+    outcome = shardwright("train", "--dry-run", *given, "data.sequence_length=8")
+    assert outcome.code == 0, outcome.err
+    shown = yaml.safe_load(outcome.out.split("# engine settings")[0])
+    assert shown["model"]["name"] == str(saved)
+    assert shown["tokenizer"]["name"] == str(run / "tokenizer")
 
 
 def test_existing_run_directory(shardwright: Shardwright, tmp_path: Path) -> None:

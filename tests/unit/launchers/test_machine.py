@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from huggingface_hub import try_to_load_from_cache
 
 from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine, detect, hidden_size, resolve, visible
-from shardwright.train.config import from_tree, run
+from shardwright.launchers.messages import header
+from shardwright.train.config import from_tree, run, to_yaml
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.errors import UserError
 from shardwright.train.strategy import engine_settings
+from tests.checkpoints import write_checkpoint
 from tests.unit.launchers.configs import TREE, config
 
 
@@ -318,19 +321,74 @@ def pretrained(name: str) -> tuple[str, str]:
 
 def test_a_run_stands_for_its_model_and_its_tokenizer(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    checkpoint = run / "checkpoints" / "checkpoint-3"
-    checkpoint.mkdir(parents=True)
-    for file in (run / "config.yaml", checkpoint / "manifest.json"):
-        file.touch()
-    (run / "tokenizer").mkdir()
-    with pytest.raises(UserError, match=rf"model.name={run} is a run that has no final/.* recover"):
+    (run / "tokenizer").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config()))
+    words = str(run / "tokenizer")
+    with pytest.raises(UserError, match=rf"model.name={run} is a run that has no final/ and no"):
         pretrained(str(run))
-    with pytest.raises(UserError, match=r"model.name=.*-3 is a checkpoint.* `shardwright recover "):
-        pretrained(str(checkpoint))
-    (run / "final-earlier").mkdir()
-    with pytest.raises(UserError, match=r"model.name=.*: .* was resumed after its model was made"):
-        pretrained(str(run))
+    saved = [
+        write_checkpoint(run / "checkpoints", step, metrics={"eval_loss": loss})
+        for step, loss in ((3, 2.0), (6, 1.0), (9, 1.5))
+    ]
+    assert pretrained(str(run)) == (str(saved[2]), words), "the newest"
+    assert pretrained(str(saved[0])) == (str(saved[0]), words)
+    assert names.model(str(run), "best") == str(saved[1])
+    assert names.model(str(run), 3) == str(saved[0])
+    (saved[2] / "rng-0.pt").unlink()
+    assert pretrained(str(run)) == (str(saved[1]), words), "the newest that is whole"
     (run / "final").mkdir()
-    assert pretrained(str(run)) == (str(run / "final"), str(run / "tokenizer"))
+    assert pretrained(str(run)) == (str(run / "final"), words)
+    assert names.model(str(run), "latest") == str(saved[1])
     again = pretrained(str(run / "final"))
     assert again == (str(run / "final"), str(run / "final"))
+
+
+def test_a_checkpoint_to_start_from_is_there_and_whole(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for directory in (run, other):
+        directory.mkdir()
+        (directory / "config.yaml").write_text(to_yaml(config()))
+    whole, damaged = (write_checkpoint(run / "checkpoints", step) for step in (3, 6))
+    (damaged / "rng-0.pt").unlink()
+    for step, message in (
+        (6, "model.step=6: checkpoint-6 of .*run is not whole; it has 3"),
+        (7, "model.step=7: checkpoint-7 of .*run is not there; it has 3"),
+        ("best", "no checkpoint of .* was evaluated by eval_loss, so none is the best; set model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            names.model(str(run), step)
+    with pytest.raises(UserError, match="model.step=3 chooses among .* is not a run directory; le"):
+        names.model(str(whole), 3)
+    with pytest.raises(UserError, match="model.step=best chooses among the checkpoints of a run"):
+        names.model("gpt2", "best")
+    assert names.unusable_checkpoint(str(whole)) is None
+    assert names.unusable_checkpoint("gpt2") is None
+    said = names.unusable_checkpoint(str(damaged))
+    assert said
+    assert "-6 is not whole: rng-0.pt is missing; restore it from a copy, or give" in said
+    part = write_checkpoint(other / "checkpoints", 3, part=0, parts=2)
+    said = names.unusable_checkpoint(str(part))
+    assert said
+    assert "is part 1 of 2, as each node kept what its ranks wrote" in said
+    (damaged / "manifest.json").unlink()
+    said = names.unusable_checkpoint(str(damaged))
+    assert said
+    assert "-6 is not whole: it has no manifest; restore it" in said
+    with pytest.raises(UserError, match="tokenizer.name=.* a run that has no tokenizer/ yet"):
+        names.tokenizer(str(run))
+
+
+def test_a_resume_does_not_look_at_the_other_run_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "tokenizer").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config()))
+    first = write_checkpoint(run / "checkpoints", 3)
+    section = {"kind": "pretrained", "name": str(run)}
+    found = resolve(config(model=section, tokenizer=section), Machine(cores=2), "/runs/a")
+    write_checkpoint(run / "checkpoints", 6)
+    for _ in range(2):
+        found = resolve(found, Machine(cores=2), "/runs/a")
+        assert found.model.name == str(first)  # type: ignore[union-attr]
+        assert found.model.step is None  # type: ignore[union-attr]
+        assert f"  weights   {first}\n" in header(found, {}, Machine(), {})
+        shutil.rmtree(run, ignore_errors=True)

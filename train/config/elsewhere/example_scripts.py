@@ -6,7 +6,7 @@ from shardwright.train.config.elsewhere.row import rows
 
 EXAMPLE_SCRIPTS = rows(
     fields={
-        "model_name_or_path": "model=pretrained model.name=...",
+        "model_name_or_path": "model=pretrained model.name=..., a run directory too",
         "model_type": "model=NAME, such as model=gpt2_small",
         "config_overrides": "model.overrides, under model=from_config",
         "config_name": "model=from_config model.name=..., which needs no weights",

@@ -1,0 +1,116 @@
+"""What a checkpoint holds as the first values of a model: no rank reads more than it is to hold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable
+from shardwright.train.checkpoint.read import portable
+from shardwright.train.errors import UserError
+from shardwright.train.model import streaming
+from shardwright.train.model.weights import InitialValue, InitialValues, initialized
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The weights of a checkpoint."""
+
+    checkpoint: Path
+    state: PortableState
+    parameters: Collection[str]
+    """The first name of each, as its manifest says."""
+    remedy: str
+    """What else to do where it cannot be read."""
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Raise UserError where it is opened or read in the block and cannot be."""
+        with refusing(self.checkpoint, self.remedy):
+            yield
+
+
+@contextmanager
+def refusing(checkpoint: Path, remedy: str) -> Iterator[None]:
+    """Raise UserError where a checkpoint is opened or read in the block and cannot be."""
+    try:
+        yield
+    except Unreadable as error:
+        raise UserError(f"{checkpoint} {remedy.format(error=error)}") from None
+
+
+def is_checkpoint(name: str) -> bool:
+    """Return whether the name of a model is a checkpoint of a run, in an engine's own files."""
+    return (Path(name) / layout.MANIFEST).is_file()
+
+
+def untie(model: PreTrainedModel, parameters: Collection[str]) -> None:
+    """Untie what a checkpoint has as parameters of their own, as they were unequal."""
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in parameters and source in parameters:
+            streaming.untie(model, target)
+
+
+def first_values(model: torch.nn.Module, saved: Saved) -> InitialValues:
+    """Return each parameter's master weight as its first value; set the persistent buffers.
+
+    Raises UserError where the checkpoint holds another model.
+    """
+    found = saved.state.weights
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        kept = saved.state.buffers.get(name, found.get(name))
+        if name in persistent and kept is not None and kept.shape == tuple(buffer.shape):
+            with saved.refusing():
+                buffer.copy_(kept.whole())
+    problems = []
+    for name, parameter in model.named_parameters():
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif found[name].shape != tuple(parameter.shape):
+            problems.append(f"{name} has shape {found[name].shape}, not {tuple(parameter.shape)}")
+    if problems:
+        raise UserError(
+            f"{saved.checkpoint} holds another model than the config describes: "
+            f"{'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}"
+        )
+    return {name: SavedValue(found[name], saved) for name, _ in model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class SavedValue(InitialValue):
+    """A value in a checkpoint, of which no more is read than is asked for."""
+
+    tensor: LazyTensor
+    of: Saved
+
+    def write(self, out: torch.Tensor, start: int = 0) -> None:
+        flat = out.view(-1)
+        stop = start + flat.numel()
+        with self.of.refusing():
+            if self.tensor.dtype == flat.dtype:
+                self.tensor.read(start, stop, flat.view(torch.uint8))
+            else:
+                flat.copy_(self.tensor.read(start, stop))
+
+
+def of_another_run(
+    build: Callable[[], PreTrainedModel], checkpoint: Path, seed: int
+) -> tuple[PreTrainedModel, InitialValues]:
+    """Return a model on the meta device, and its values in the checkpoint of another run."""
+    remedy = "cannot be read: {error}; give another checkpoint of that run, or its final/"
+    with refusing(checkpoint, remedy):
+        state = portable.read(checkpoint)
+    manifest = layout.read_manifest(checkpoint)
+    model, _ = initialized(build, seed)
+    untie(model, {parameter.name for parameter in manifest.parameters})
+    return model, first_values(model, Saved(checkpoint, state, (), remedy))
