@@ -129,7 +129,7 @@ def stock_trainer(
         adam_beta2=trainer.adam_beta2,
         adam_epsilon=trainer.adam_epsilon,
         max_grad_norm=trainer.max_grad_norm,
-        logging_steps=trainer.log_every_steps,
+        logging_steps=trainer.log_every_steps or 10,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -12,7 +12,7 @@ from shardwright.train.process import garbage
 
 COMMANDS = (
     *("train", "plan", "inspect", "sweep", "prepare", "resume", "join", "sample", "checkpoints"),
-    *("recover", "push"),
+    *("recover", "evaluate", "push"),
     *("status", "runs", "compare", "watch", "report"),
     *("logs", "diagnose", "cancel", "sync", "data", "doctor"),
     *("translate",),
@@ -56,6 +56,9 @@ Pretrain masked and causal language models, from a laptop's CPU to many GPUs.
   shardwright recover CHECKPOINT_OR_RUN OUT [--dtype bf16] [--step N] [--dry-run]
       make a Hugging Face model directory of whole weights out of any sharded checkpoint, in
       bounded memory; --help lists more flags
+  shardwright evaluate RUN_DIR|CHECKPOINT|MODEL_DIR [--step N] [--json] [key=value]
+      held-out loss, perplexity and accuracy, by set, without training: what the run itself
+      measures, under its strategy and ranks or others
   shardwright push DIR REPO [--public] [--dry-run]
       upload a model directory with its card to a hub, private unless asked otherwise
   shardwright status RUN_DIR|all

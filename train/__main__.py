@@ -115,9 +115,13 @@ def _run(run_dir: Path, settings: RunConfig, rank: Rank) -> int:
 
 
 def _story(run_dir: Path) -> Callable[[Path, RunConfig, Rank, TextIO], Path | None]:
-    """Return what a rank does in a directory: train a run, or make steps of one again."""
-    from shardwright.train.run_directory import replays
+    """Return what a rank does in a directory: train a run, make steps of one again, or evaluate."""
+    from shardwright.train.run_directory import evaluations, replays
 
+    if evaluations.asked(run_dir) is not None:
+        from shardwright.train.evaluate import evaluate
+
+        return evaluate
     if replays.asked(run_dir) is not None:
         from shardwright.train.replay import replay
 

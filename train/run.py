@@ -24,6 +24,7 @@ from shardwright.train.config import (
     total_steps,
     why_too_short,
 )
+from shardwright.train.config import rhythm as rhythm_of
 from shardwright.train.console import progress
 from shardwright.train.data.batches.loader import eval_loader, train_loader
 from shardwright.train.data.tokens import tokenizer
@@ -175,8 +176,11 @@ def assemble(
         values = resuming.values(model, resumed)
         if early_stopping.is_due(config, resuming.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/
-    args = training_arguments(engine, run_dir, total_steps=steps, schedule=schedule)
-    args.eval_on_start = resumed is not None and resuming.lacks_evaluation(resumed, config, steps)
+    rhythm = rhythm_of(config, prepared.samples_per_epoch)
+    args = training_arguments(engine, run_dir, total_steps=steps, schedule=schedule, rhythm=rhythm)
+    args.eval_on_start = resumed is not None and resuming.lacks_evaluation(
+        resumed, config, rhythm.evaluate, steps
+    )
     progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
     model = engine.shard(model, values)
     bounds = document_attention.bounds_of(model, config)
@@ -199,6 +203,7 @@ def assemble(
         else None,
         values,
         schedule,
+        rhythm,
         resumed,
     )
     _add_callbacks(trainer, rank, console, sent_bytes)

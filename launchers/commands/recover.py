@@ -103,7 +103,7 @@ def _add_what_is_read(found: argparse.ArgumentParser) -> None:
     )
     found.add_argument(
         "--step",
-        type=_step,
+        type=step,
         metavar="N|latest|best",
         help="which checkpoint of a run: that of a step, the newest that is whole (default), or "
         "the best by the run's checkpoint.best_metric",
@@ -177,7 +177,8 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _step(text: str) -> int | str:
+def step(text: str) -> int | str:
+    """Return which checkpoint a flag asks for: a step, latest or best."""
     if text in ("latest", "best"):
         return text
     if not text.isdecimal():

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,20 @@ _FIXED: dict[str, str | None] = {
 }
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What of a run's settings may not change."""
+
+    fixed: Mapping[str, str | None]
+    by: str
+    remedy: str
+
+
+_BY_A_RESUME = Kept(
+    _FIXED, "a resumed run", "leave it out, or start a new run with `shardwright train`"
+)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Resume from a whole checkpoint, or with --dry-run show how; return the exit code."""
     refuse_dashes(arguments)
@@ -92,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     options.config_dir = options.config_dir and os.path.expanduser(options.config_dir)
     before = run_config.load(run_dir)
     submit.check_no_job(run_dir)
-    choices, trees = _options(options.overrides, options.config_dir)
+    choices, trees = options_chosen(options.overrides, options.config_dir)
     here = machine.detect(os.environ)
     after = with_wandb_mode(
         changed(before, options.overrides, trees), options.overrides, here.wandb_mode
@@ -224,7 +239,7 @@ def refuse_a_second_run(overrides: Sequence[str]) -> None:
             )
 
 
-def _options(
+def options_chosen(
     overrides: Sequence[str], config_dir: str | None
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the option that the overrides choose of each group, and its tree."""
@@ -316,12 +331,16 @@ def rise(
 
 
 def changed(
-    before: RunConfig, overrides: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+    before: RunConfig,
+    overrides: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]],
+    kept: Kept | None = None,
 ) -> RunConfig:
     """Return a run's config with overrides on top. Pure.
 
-    ``options`` are the trees of the groups for which the overrides choose an option. Raises
-    UserError where an override does not parse, asks for what is unknown or may not change.
+    ``options`` are the trees of the groups for which the overrides choose an option, ``kept`` what
+    may not change; None is what a resume keeps. Raises UserError where an override does not parse,
+    asks for what is unknown or may not change.
     """
     tree: dict[str, Any] = before.model_dump(mode="json", by_alias=True)
     # Left to itself it is what it was where the ranks still divide the batch so, else smaller.
@@ -349,7 +368,7 @@ def changed(
             f"run keeps what it has; give a value, such as one that `shardwright plan` shows, or "
             "leave it out"
         )
-    if problems := list(refused(before, after)):
+    if problems := list(refused(before, after, kept or _BY_A_RESUME)):
         raise UserError("\n".join(problems))
     return after
 
@@ -374,18 +393,18 @@ def chosen(overrides: Sequence[str], groups: set[str]) -> list[str]:
     return [f"{key}={value}" for key, value in _parsed(overrides) if key in groups]
 
 
-def refused(before: RunConfig, after: RunConfig) -> Iterator[str]:
+def refused(before: RunConfig, after: RunConfig, kept: Kept) -> Iterator[str]:
     """Yield a message for each setting that differs and may not. Pure."""
     old, new = leaves(before.model_dump(mode="json")), leaves(after.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) == new.get(key):
             continue
-        prefixes = [p for p in _FIXED if key == p or key.startswith(f"{p}.")]
-        reason = _FIXED[max(prefixes, key=len)] if prefixes else None
+        prefixes = [p for p in kept.fixed if key == p or key.startswith(f"{p}.")]
+        reason = kept.fixed[max(prefixes, key=len)] if prefixes else None
         if reason is not None:
             yield (
-                f"{key}={new.get(key)} was {old.get(key)}, and a resumed run keeps it: {reason}; "
-                "leave it out, or start a new run with `shardwright train`"
+                f"{key}={new.get(key)} was {old.get(key)}, and {kept.by} keeps it: {reason}; "
+                f"{kept.remedy}"
             )
 
 

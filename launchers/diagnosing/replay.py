@@ -31,6 +31,8 @@ from shardwright.train.run_directory.replays import Replay, Replayed
 
 COPIED = (names.DATA_JSON, names.TOKENIZER_FOLDER, names.MODEL_FOLDER, names.ORIGIN_JSON)
 """What a run's ranks read besides its config and its checkpoints."""
+UNITS = ("steps", "tokens", "epochs")
+"""By which an evaluation or a save may come."""
 COMPARED = ("loss", "grad_norm", "learning_rate")
 """What each logged step must give again, bit for bit."""
 
@@ -109,27 +111,35 @@ def replayed(config: RunConfig, directory: Path) -> RunConfig:
     tree["trainer"] |= {
         # As it says, auto compiles nothing that is looked into.
         "compile": "auto" if config.trainer.compile is True else config.trainer.compile,
-        "eval_every_steps": None,
-        "save_every_steps": None,
+        **{f"{kind}_every_{unit}": None for kind in ("eval", "save") for unit in UNITS},
         "early_stopping_patience": None,
         "early_stopping_threshold": 0.0,
         "debug": {**debug, "numerics": "watch"},
         "profile": {},
     }
+    remedy = "resume a copy of the run there with trainer.debug.numerics=watch"
+    tree["launcher"] = launcher_here(config, "a replay", remedy) or tree["launcher"]
+    return from_tree(tree)
+
+
+def launcher_here(config: RunConfig, what: str, remedy: str) -> dict[str, Any] | None:
+    """Return the launcher that starts the ranks of a job on this node; None where the run's does.
+
+    Pure. Raises UserError, with a remedy, where they cannot all be here.
+    """
     launcher = config.launcher
     if launcher.nodes > 1 or (launcher.is_elsewhere and not launcher.is_job):
         raise UserError(
-            f"the run has {launcher.world_size} ranks on {launcher.nodes} nodes, and a replay "
-            "starts all of them on this one; resume a copy of the run there with "
-            "trainer.debug.numerics=watch"
+            f"the run has {launcher.world_size} ranks on {launcher.nodes} nodes, and {what} "
+            f"starts all of them on this one; {remedy}"
         )
-    if launcher.is_job:
-        tree["launcher"] = {
-            "kind": "torchrun",
-            "device": launcher.device,
-            "nproc_per_node": launcher.ranks_per_node,
-        }
-    return from_tree(tree)
+    if not launcher.is_job:
+        return None
+    return {
+        "kind": "torchrun",
+        "device": launcher.device,
+        "nproc_per_node": launcher.ranks_per_node,
+    }
 
 
 def run(prepared: Prepared, here: Machine) -> Replayed | None:

@@ -13,6 +13,7 @@ from shardwright.launchers.plan.saves import Checkpoint, checkpoint
 from shardwright.train.config import (
     FsdpStrategy,
     RunConfig,
+    TrainerConfig,
     ZeroStrategy,
     accumulation_steps,
     rank_layout,
@@ -150,8 +151,17 @@ def pace(config: RunConfig, model: ModelFacts, traced: Traced, hardware: Hardwar
         steps=steps,
         ranks=config.launcher.world_size,
         checkpoint=checkpoint(config, model, hardware),
-        saves=0 if steps is None else -(-steps // (config.trainer.save_every_steps or steps)),
+        saves=0 if steps is None else _saves(config.trainer, steps, steps * tokens),
     )
+
+
+def _saves(trainer: TrainerConfig, steps: int, tokens: int) -> int:
+    """Return how many checkpoints a run writes; 1 where its epochs are not known. Pure."""
+    if trainer.save_every_tokens is not None:
+        return -(-tokens // trainer.save_every_tokens)
+    if trainer.save_every_epochs is not None:
+        return math.ceil((trainer.max_epochs or 0) / trainer.save_every_epochs) or 1
+    return -(-steps // (trainer.save_every_steps or steps))
 
 
 # --- arithmetic -----------------------------------------------------------------------------------

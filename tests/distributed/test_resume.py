@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,42 @@ def test_a_resumed_run_ends_with_the_same_bits(
     steps = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").open()]
     assert sorted(set(steps)) == list(range(1, STEPS + 1))
     assert len([s for s in steps if s == 5]) == 1, "a step is in the log twice"
+
+
+def test_what_comes_by_tokens_and_epochs_keeps_its_rhythm_over_a_resume(
+    tiny_tree: TreeOf, frozen_run: Freeze, tmp_path: Path, ranks: RanksOf
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"] = STRATEGIES["zero2"]
+    per_sample = tree["data"]["sequence_length"]
+    tree["trainer"] |= {"max_steps": STEPS, "batch_warmup_from": 5, "batch_warmup_samples": 50}
+    # After 5, 11, 19, 29, 41 and 55 samples.
+    tree["trainer"] |= {"log_every_steps": None, "log_every_tokens": 12 * per_sample}
+    tree["trainer"] |= {"eval_every_tokens": 20 * per_sample}
+    source = frozen_run(tree)
+    ranks(2)(whole_run, source)
+    assert [line["step"] for line in lines_of(source, "loss")] == [1, 3, 4, 5, 6]
+    assert [line["step"] for line in lines_of(source, "eval_loss")] == [4, 5, 6]
+    assert [path.name for path in (source / "checkpoints").iterdir()] == [f"checkpoint-{STEPS}"]
+
+    tree["trainer"] |= {"save_every_epochs": math.floor(29e6 / per_epoch(source)) / 1e6}
+    saving = frozen_run(tree)
+    ranks(2)(whole_run, saving)
+    resumed = interrupted(saving, tmp_path / "resumed", step=4)
+    ranks(2)(whole_run, resumed)
+    assert curve(resumed) == curve(saving) == curve(source)
+    assert curve(resumed, "eval_loss") == curve(saving, "eval_loss") == curve(source, "eval_loss")
+
+
+def per_epoch(run_dir: Path) -> int:
+    """Return how many training samples a run has."""
+    training = json.loads((run_dir / "data.json").read_text())["training"]
+    return int(training["samples_per_epoch"])
+
+
+def lines_of(run_dir: Path, key: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    return [line for line in found if key in line]
 
 
 def test_a_run_resumed_from_an_older_checkpoint_ends_with_the_same_bits(

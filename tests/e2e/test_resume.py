@@ -59,6 +59,13 @@ def test_a_run_goes_on_with_another_engine_and_more_steps(tmp_path: Path) -> Non
     rows = [line.split() for line in listed.stdout.splitlines() if "hashes checked" in line]
     assert [row[:3] for row in rows] == [["4", "zero2", "2"], ["6", "fsdp", "1"]]
 
+    alone = cli.finish(cli.start("evaluate", "run", "--step", "6", "--json", cwd=tmp_path))
+    assert alone.returncode == 0, alone.stderr
+    measured = json.loads(alone.stdout)
+    evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert measured["metrics"]["eval_loss"] == evaluations[6]
+    assert measured["weights"] == str(run_dir / "checkpoints/checkpoint-6")
+
     behind = cli.finish(cli.start("resume", "run", "trainer.max_steps=3", cwd=tmp_path))
     assert behind.returncode == 2
     assert "the run is to have 3 steps and has 6 already" in behind.stderr

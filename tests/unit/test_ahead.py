@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from shardwright.train.loop.ahead import Ahead, counted, is_interrupted
+from shardwright.train.config import rhythm
+from shardwright.train.loop.ahead import Ahead, counted
 from shardwright.train.loop.callbacks.garbage import GarbageCollection
 from shardwright.train.loop.callbacks.handler import Callbacks
 from shardwright.train.strategy.finite import Numbers
@@ -52,9 +53,9 @@ def test_who_was_asked_for_a_profile_tells_all() -> None:
 def test_nothing_is_agreed_before_what_takes_long_or_ends_the_run() -> None:
     """A signal may come meanwhile."""
     cadences = {"save_every_steps": 4, "eval_every_steps": 6}
-    trainer = config(trainer={**TREE["trainer"], **cadences}).trainer
-    assert [step for step in range(1, 14) if is_interrupted(trainer, step, 13)] == [4, 6, 8, 12, 13]
-    assert not is_interrupted(config().trainer, 4, 13)
+    when = rhythm(config(trainer={**TREE["trainer"], **cadences}), 100)
+    assert [step for step in range(1, 14) if when.is_interrupted(step, 13)] == [4, 6, 8, 12, 13]
+    assert not rhythm(config(), 100).is_interrupted(4, 13)
 
 
 # --- what else comes with each step ---------------------------------------------------------------

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from shardwright.train.config import TrainerConfig
+from shardwright.train.config import Rhythm, TrainerConfig
+from shardwright.train.config.cadence import Cadence
+from shardwright.train.config.profile import Profile
 from shardwright.train.errors import UserError
 from shardwright.train.loop.profiling.parts import (
     DATA,
@@ -163,11 +165,12 @@ def trainer(**settings: Any) -> TrainerConfig:
 
 
 def test_an_evaluation_or_a_save_ends_a_profile() -> None:
-    assert last_of(trainer(), 10, 100) == 12
-    assert last_of(trainer(eval_every_steps=11), 10, 100) == 11
-    assert last_of(trainer(save_every_steps=10), 10, 100) == 10
-    assert last_of(trainer(profile={"steps": 1}), 10, 100) == 10
-    assert last_of(trainer(), 99, 100) == 100, "no more steps than there are"
+    three, never = Profile(), Rhythm()
+    assert last_of(three, never, 10, 100) == 12
+    assert last_of(three, Rhythm(evaluate=Cadence(11)), 10, 100) == 11
+    assert last_of(three, Rhythm(save=Cadence(10)), 10, 100) == 10
+    assert last_of(Profile(steps=1), never, 10, 100) == 10
+    assert last_of(three, never, 99, 100) == 100, "no more steps than there are"
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from shardwright.train.charts.panels import panels
+from shardwright.train.config import rhythm
 from shardwright.train.loop import step_times, stragglers
-from shardwright.train.loop.ahead import Ahead, is_logged
+from shardwright.train.loop.ahead import Ahead
 from shardwright.train.loop.stragglers import LOGS, Watch
 from tests.unit.strategy.configs import config
 from tests.unit.trees import TREE
@@ -77,8 +78,8 @@ def test_starvation_is_named_as_such() -> None:
 
 
 def test_times_are_gathered_at_logged_steps_alone() -> None:
-    trainer = config(trainer={**TREE["trainer"], "log_every_steps": 5}).trainer
-    assert [step for step in range(1, 12) if is_logged(trainer, step)] == [1, 5, 10]
+    when = rhythm(config(trainer={**TREE["trainer"], "log_every_steps": 5}), 100)
+    assert [step for step in range(1, 12) if when.is_logged(step)] == [1, 5, 10]
     ahead = Ahead([], labels=5, tokens=7, stops=False, judged=None, times=[3, 2, 1])
     assert list(ahead.agreed())[:2] == [5, 7]
     assert ahead.times == [3, 2, 1]

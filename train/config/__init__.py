@@ -5,6 +5,7 @@ own ``config.yaml``.
 """
 
 from shardwright.train.config.batches import BatchSizes, batch_sizes
+from shardwright.train.config.cadence import Rhythm, rhythm
 from shardwright.train.config.checkpoint import CheckpointConfig
 from shardwright.train.config.data import (
     DEFAULT_SEQUENCE_LENGTH,
@@ -80,6 +81,7 @@ __all__ = [
     "PretrainedTokenizer",
     "Progress",
     "RankLayout",
+    "Rhythm",
     "RunConfig",
     "Schedule",
     "ScratchModel",
@@ -96,6 +98,7 @@ __all__ = [
     "load",
     "nearest_key",
     "rank_layout",
+    "rhythm",
     "samples_wanted",
     "schedule_of",
     "to_yaml",

@@ -30,6 +30,8 @@ DEFAULT_MICRO_BATCH_SIZE = 8
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 """After which a collective raises an error where a rank has not come."""
 LEAST_HANG_SECONDS = 2.0
+CADENCES = ("log", "eval", "save")
+"""What happens every so often, by steps, tokens or epochs."""
 
 
 class Amount(Section):
@@ -61,14 +63,30 @@ class Amount(Section):
 class TrainerConfig(SpikeFields, OptimizerFields, Amount):
     """The loop: how much, how fast, and how often something happens besides."""
 
-    log_every_steps: PositiveInt = 10
-    """Log the losses every N steps, to metrics.jsonl and the terminal; step 1 is always logged."""
+    log_every_steps: PositiveInt | None = None
+    """Log the losses every N steps, to metrics.jsonl and the terminal; step 1 is always logged.
+    null is 10, where neither tokens nor epochs are given: of these three one at the most."""
+    log_every_tokens: PositiveInt | None = None
+    """The same by tokens that the run has consumed over all ranks (samples times
+    data.sequence_length, padding counted): after the step that comes to a multiple."""
+    log_every_epochs: PositiveFloat | None = None
+    """The same by passes over the training samples; 0.5 is twice in each."""
     eval_every_steps: PositiveInt | None = None
-    """Evaluate every N steps; null evaluates once, at the end."""
+    """Evaluate every N steps, and at the end; null evaluates once, at the end, where neither tokens
+    nor epochs are given: of these three one at the most."""
+    eval_every_tokens: PositiveInt | None = None
+    """The same by tokens, as log_every_tokens counts them."""
+    eval_every_epochs: PositiveFloat | None = None
+    """The same by passes over the training samples; 1 is once after each."""
     eval_max_samples: PositiveInt | None = None
     """Evaluate on this many held-out samples, the first ones; null takes all."""
     save_every_steps: PositiveInt | None = None
-    """Write a checkpoint every N steps; null writes one, at the end."""
+    """Write a checkpoint every N steps, and at the end; null writes one, at the end, where neither
+    tokens nor epochs are given: of these three one at the most."""
+    save_every_tokens: PositiveInt | None = None
+    """The same by tokens, as log_every_tokens counts them."""
+    save_every_epochs: PositiveFloat | None = None
+    """The same by passes over the training samples; 1 is once after each."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after this many evaluations in a row without an improvement of checkpoint.best_metric;
     null never stops early."""
@@ -140,6 +158,23 @@ class TrainerConfig(SpikeFields, OptimizerFields, Amount):
         """The same in evaluation."""
         return self.eval_micro_batch_size or self.samples_per_pass
 
+    def cadence(self, kind: str) -> dict[str, float]:
+        """Return the fields that say how often something of `CADENCES` happens, none or one."""
+        names = [f"{kind}_every_{unit}" for unit in ("steps", "tokens", "epochs")]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _one_cadence_of_a_kind(self) -> TrainerConfig:
+        for kind in CADENCES:
+            given = self.cadence(kind)
+            if len(given) > 1:
+                found = " and ".join(f"{name}={value}" for name, value in given.items())
+                raise ValueError(
+                    f"{found} say twice how often; give one of {kind}_every_steps, "
+                    f"{kind}_every_tokens and {kind}_every_epochs, and set the others to null"
+                )
+        return self
+
     @model_validator(mode="after")
     def _compiles_as_asked(self) -> TrainerConfig:
         fields = (("compile_backend", "inductor"), ("compile_mode", "default"))
@@ -158,7 +193,7 @@ class TrainerConfig(SpikeFields, OptimizerFields, Amount):
 
     @model_validator(mode="after")
     def _has_checkpoints_to_go_back_to(self) -> TrainerConfig:
-        if self.on_spike == "rollback" and self.save_every_steps is None:
+        if self.on_spike == "rollback" and not self.cadence("save"):
             raise ValueError(
                 "on_spike=rollback goes back to a checkpoint, but save_every_steps=null writes "
                 "none before the end; set save_every_steps to a number of steps, or "

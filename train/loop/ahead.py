@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from shardwright.train.config import TrainerConfig
 from shardwright.train.data.batches.collator import PADDING
 
 if TYPE_CHECKING:
@@ -82,20 +81,6 @@ class Ahead:
         sums = self._sums.tolist()
         self.times = sums[len(Agreed._fields) :]
         return Agreed(*sums[: len(Agreed._fields)])
-
-
-def is_interrupted(trainer: TrainerConfig, step: int, last_step: int) -> bool:
-    """Return whether something long comes between a step and the next: the run may end there. Pure.
-
-    What is agreed before it is old after it: a signal may have come meanwhile.
-    """
-    cadences = (trainer.eval_every_steps, trainer.save_every_steps)
-    return step >= last_step or any(every and step % every == 0 for every in cadences)
-
-
-def is_logged(trainer: TrainerConfig, step: int) -> bool:
-    """Return whether a step is one whose losses are logged. Pure."""
-    return step == 1 or step % trainer.log_every_steps == 0
 
 
 def counted(batches: list[Batch], ignored: int) -> tuple[int, int]:

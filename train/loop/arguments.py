@@ -7,13 +7,13 @@ from pathlib import Path
 import torch.distributed as dist
 import transformers
 
-from shardwright.train.config import Schedule, accumulation_steps
+from shardwright.train.config import Rhythm, Schedule, accumulation_steps
 from shardwright.train.optimizer.schedule import as_transformers
 from shardwright.train.strategy.engine import Engine
 
 
 def training_arguments(
-    engine: Engine, run_dir: Path, *, total_steps: int, schedule: Schedule
+    engine: Engine, run_dir: Path, *, total_steps: int, schedule: Schedule, rhythm: Rhythm
 ) -> transformers.TrainingArguments:
     """Derive `TrainingArguments`, under which transformers knows the engine that is to come.
 
@@ -40,15 +40,16 @@ def training_arguments(
         max_grad_norm=trainer.max_grad_norm,
         fp16=precision.compute_dtype == "fp16",
         tf32=None,  # `process.numerics` has set it
-        logging_strategy="steps",
-        logging_steps=trainer.log_every_steps,
+        # By tokens and epochs `callbacks.recurring` does it.
+        logging_strategy="steps" if rhythm.log.steps else "no",
+        logging_steps=rhythm.log.steps or 500,
         logging_first_step=True,
         # The Trainer would otherwise write the mean of earlier losses where one is NaN.
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if trainer.eval_every_steps else "no",
-        eval_steps=trainer.eval_every_steps,
-        save_strategy="steps" if trainer.save_every_steps else "no",
-        save_steps=trainer.save_every_steps or 500,
+        eval_strategy="steps" if rhythm.evaluate.steps else "no",
+        eval_steps=rhythm.evaluate.steps,
+        save_strategy="steps" if rhythm.save.steps else "no",
+        save_steps=rhythm.save.steps or 500,
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,

@@ -35,7 +35,7 @@ def total(sets: Sequence[HeldOutSet], sums: Sequence[Sums]) -> Sums:
 
     They are those of its corpus; where that holds out nothing, of the user's own documents.
     """
-    return sum((of for of, is_its in zip(sums, _of_run(sets), strict=True) if is_its), NOTHING)
+    return sum((of for of, is_its in zip(sums, of_run(sets), strict=True) if is_its), NOTHING)
 
 
 def metrics(
@@ -52,8 +52,8 @@ def metrics(
     yield "perplexity", math.exp(min(mean, 700.0))
     if masked:
         yield "masked_accuracy", whole.correct / max(whole.labels, 1)
-    of_run = [each for each, is_its in zip(sets, _of_run(sets), strict=True) if is_its]
-    if not masked and (bits := bits_per_byte(mean, of_run)) is not None:
+    its = [each for each, is_its in zip(sets, of_run(sets), strict=True) if is_its]
+    if not masked and (bits := bits_per_byte(mean, its)) is not None:
         yield "bits_per_byte", bits
     for each, of in zip(sets, sums, strict=True):
         if each.name is None or not of.labels:
@@ -77,7 +77,7 @@ def bits_per_byte(mean: float, sets: Sequence[HeldOutSet]) -> float | None:
     return mean * sum(each.tokens for each in sets) / (sum(known) * math.log(2))
 
 
-def _of_run(sets: Sequence[HeldOutSet]) -> list[bool]:
+def of_run(sets: Sequence[HeldOutSet]) -> list[bool]:
     """Return for each set whether the run's own loss is of it."""
     has_own = any(each.is_own and len(each.samples) for each in sets)
     return [each.is_own or not has_own for each in sets]

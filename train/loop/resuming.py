@@ -19,6 +19,7 @@ from shardwright.train.checkpoint.format.layout import LOSS_SCALE, TRAINER_STATE
 from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable, why_refused
 from shardwright.train.checkpoint.read import portable
 from shardwright.train.config import Progress, RankLayout, RunConfig
+from shardwright.train.config.cadence import Cadence
 from shardwright.train.console import progress
 from shardwright.train.errors import UserError
 from shardwright.train.loop import random_numbers
@@ -270,15 +271,17 @@ def history(resumed: Resumed) -> list[dict[str, Any]]:
     return json.loads((resumed.checkpoint / TRAINER_STATE).read_text())["log_history"]
 
 
-def lacks_evaluation(resumed: Resumed, config: RunConfig, total_steps: int) -> bool:
+def lacks_evaluation(
+    resumed: Resumed, config: RunConfig, cadence: Cadence, total_steps: int
+) -> bool:
     """Return whether the evaluation at a checkpoint's step was cut short by a stop.
 
     Where any step is evaluated, the last one is too.
     """
-    every = config.trainer.eval_every_steps
-    if every is None or not config.data.is_evaluated:
+    if not cadence or not config.data.is_evaluated:
         return False
-    if resumed.step % every and resumed.step != total_steps:
+    began = resumed.samples - round(resumed.progress.batch_size or 0)
+    if resumed.step != total_steps and not cadence.is_due(resumed.step, began, resumed.samples):
         return False
     return not is_evaluated(resumed)
 

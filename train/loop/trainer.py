@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,16 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from shardwright.train.checkpoint.format.layout import TRAINER_STATE
-from shardwright.train.config import MlmObjective, Schedule, batch_sizes
+from shardwright.train.config import MlmObjective, Rhythm, Schedule, batch_sizes
 from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
 from shardwright.train.data.batches.collator import PADDING
 from shardwright.train.errors import Diverged, UserError
 from shardwright.train.loop import divergence, evaluation, lean, step_times
-from shardwright.train.loop.ahead import Ahead, counted, is_interrupted, is_logged
+from shardwright.train.loop.ahead import Ahead, counted
 from shardwright.train.loop.callbacks.garbage import GarbageCollection
 from shardwright.train.loop.callbacks.handler import Callbacks
+from shardwright.train.loop.callbacks.recurring import Recurring
 from shardwright.train.loop.callbacks.schedule import EveryStepCounts
 from shardwright.train.loop.numerics.watch import Watch
 from shardwright.train.loop.profiling.profiler import Profiler
@@ -77,6 +79,8 @@ class Trainer(transformers.Trainer):
     """Called in each step once its gradients are reduced, where the engine leaves that to us."""
     tracking: Tracking | None = None
     """On rank 0, what hands metrics on."""
+    weights_of_step = 0
+    """Where nothing is trained, the step of the weights that are evaluated."""
     _is_on_several_meshes = False
 
     def __init__(
@@ -89,10 +93,13 @@ class Trainer(transformers.Trainer):
         eval_loader: DataLoader | None,
         values: InitialValues,
         schedule: Schedule,
+        rhythm: Rhythm,
         resumed: Resumed | None = None,
     ) -> None:
+        """``rhythm`` says by positions; where the steps stand among them this training knows."""
         self.engine, self.config, self.layout = engine, engine.config, engine.layout
         self.schedule = schedule
+        self.rhythm = replace(rhythm, samples_at=self.samples_at)
         self.resumed = resumed
         """The checkpoint from which the run is resumed; None where it begins."""
         self.initial_values = values
@@ -127,7 +134,7 @@ class Trainer(transformers.Trainer):
         self.spikes = SpikeWatch.of(self, resumed, partial(respond, self))
         self.gate = finite.Gate(args.device, self.spikes)
         self.watch = Watch(self.config.trainer.debug, self.run_dir, args.process_index)
-        self.profiler = Profiler(self.config.trainer, self.run_dir, args)
+        self.profiler = Profiler(self.config.trainer, self.rhythm, self.run_dir, args)
         self._ahead: Ahead | None = None
         """The next step, where all ranks are being told of it."""
         self._next_micro_batches: tuple[Iterator, int] = iter(()), 0
@@ -163,6 +170,7 @@ class Trainer(transformers.Trainer):
             self.profiler,
             self.garbage,
             EveryStepCounts(self),
+            Recurring(self.rhythm),
             self.saver,
         )
         for callback in callbacks:
@@ -257,7 +265,7 @@ class Trainer(transformers.Trainer):
             judged=self.gate.newest_known(),
             alarm=self.watch.finding is not None,
             profile=self.profiler.take_request(),
-            times=self.step_times.take() if is_logged(self.config.trainer, step) else (),
+            times=self.step_times.take() if self.rhythm.is_logged(step) else (),
         )
 
     def _with_positions(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -503,7 +511,7 @@ class Trainer(transformers.Trainer):
         number of forward passes, as sharded engines need. Raises Stop where a rank was told to.
         """
         shown: dict[str, Any] = {
-            "name": f"evaluating step {self.state.global_step}",
+            "name": f"evaluating step {self.state.global_step or self.weights_of_step}",
             "kind": "evaluating",
             "total": len(dataloader),
             "unit": "batch",
@@ -547,8 +555,9 @@ class Trainer(transformers.Trainer):
         with self.garbage.left_to_python():
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         at_start = skip_scheduler
-        every, step = self.config.trainer.save_every_steps, self.state.global_step
-        if at_start and (step == self.state.max_steps or (every and step % every == 0)):
+        step = self.state.global_step
+        is_saved = step == self.state.max_steps or self.rhythm.is_due(self.rhythm.save, step)
+        if at_start and step and is_saved:
             self.saver.save()  # a manifest carries what was evaluated at its step
         return metrics
 
@@ -650,7 +659,7 @@ class Trainer(transformers.Trainer):
         self.gate.judge(norm, is_bad=loss_scale_is_exhausted(self))
         step = self.state.global_step + 1
         self.gate.conclude(step)
-        if not is_interrupted(self.config.trainer, step, self.state.max_steps):
+        if not self.rhythm.is_interrupted(step, self.state.max_steps):
             self._ahead = self._look_ahead(step + 1)
         return norm
 

@@ -144,6 +144,14 @@ def fingerprints_of_all() -> str:
     return "fingerprints-rank-*.jsonl"
 
 
+# --- evaluated by itself --------------------------------------------------------------------------
+
+EVALUATION = "evaluation.json"
+"""In a directory that is no run: what its ranks are to measure."""
+EVALUATED = "evaluated.json"
+EVALUATIONS = "evaluations.jsonl"
+"""In a run: what was measured of it by itself, where that was to be kept."""
+
 # --- profile/ -------------------------------------------------------------------------------------
 
 PROFILES = "profile"

@@ -6,6 +6,7 @@ from shardwright.train.config.elsewhere.row import rows
 
 _CHECKPOINTING = "trainer.checkpoint_activations_every_blocks (1: every block, 2: every second)"
 _PUSH = "`shardwright push RUN_DIR NAME` when the run is done"
+_OTHERS = "{0}_every_tokens or {0}_every_epochs"
 _ACCUMULATION = "trainer.global_batch_size: the accumulation steps follow from it"
 
 TRAINER_ARGUMENTS = rows(
@@ -49,16 +50,16 @@ TRAINER_ARGUMENTS = rows(
         "use_liger_kernel": "trainer.fused_loss, which is on by itself",
         "auto_find_batch_size": "trainer.micro_batch_size=auto",
         "logging_steps": "trainer.log_every_steps",
-        "logging_strategy": "trainer.log_every_steps",
+        "logging_strategy": f"trainer.log_every_steps, {_OTHERS.format('log')} (epoch: 1)",
         "report_to": "tracking=none, tensorboard, wandb, mlflow or trackio",
         "run_name": "name",
         "project": "tracking.project",
-        "eval_strategy": "trainer.eval_every_steps",
+        "eval_strategy": f"trainer.eval_every_steps, {_OTHERS.format('eval')} (epoch: 1)",
         "eval_steps": "trainer.eval_every_steps",
         "per_device_eval_batch_size": "trainer.eval_micro_batch_size",
         "metric_for_best_model": "checkpoint.best_metric",
         "load_best_model_at_end": "checkpoint.export=best",
-        "save_strategy": "trainer.save_every_steps",
+        "save_strategy": f"trainer.save_every_steps, {_OTHERS.format('save')} (epoch: 1)",
         "save_steps": "trainer.save_every_steps",
         "save_total_limit": "checkpoint.keep_last",
         "save_on_each_node": "strategy.node_local_checkpoints, under ZeRO",
@@ -79,6 +80,7 @@ TRAINER_ARGUMENTS = rows(
         "enable_jit_checkpoint": "`shardwright cancel RUN_DIR`: a stopped run saves first, always",
         "debug": "`shardwright logs RUN_DIR --rank N`, and `shardwright doctor` before a run",
         "do_train": "`shardwright train`",
+        "do_eval": "`shardwright evaluate`; a run that trains evaluates by itself",
     },
     derived={
         "optim_target_modules": "each optimizer has all parameters that it is for",
@@ -109,7 +111,6 @@ TRAINER_ARGUMENTS = rows(
         "ddp_broadcast_buffers": "no model here has buffers that change",
         "ddp_static_graph": "DDP looks at each step's graph, as is its default",
         "ddp_backend": "NCCL for GPUs, gloo for CPUs",
-        "do_eval": "it is evaluated where there is held-out data",
         "local_rank": "launchers number the ranks",
         "logging_dir": "TensorBoard's files lie in run_dir",
         "include_tokens_per_second": "each logged step has tokens per second",
@@ -123,8 +124,8 @@ TRAINER_ARGUMENTS = rows(
         "trackio_space_id": "`trackio sync` uploads what tracking=trackio has written",
         "trackio_bucket_id": "`trackio sync` uploads what tracking=trackio has written",
         "trackio_static_space_id": "`trackio sync` uploads what tracking=trackio has written",
-        "eval_delay": "trainer.eval_every_steps counts from the first step",
-        "eval_on_start": "`shardwright train` trains first",
+        "eval_delay": "trainer.eval_every_steps, _tokens and _epochs count from the first step",
+        "eval_on_start": "`shardwright evaluate` measures what a run starts from",
         "save_only_model": "a checkpoint that cannot be resumed is none",
         "hub_token": "the hub's own login is used: `hf auth login`, or HF_TOKEN",
         "hub_strategy": "a finished run is pushed, not one that is under way",

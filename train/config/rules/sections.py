@@ -10,7 +10,7 @@ from shardwright.train.config.rank_layout import RankLayout, rank_layout
 from shardwright.train.config.rules import fsdp, optimizers, replicated, zero
 from shardwright.train.config.section import shown
 from shardwright.train.config.sections import Sections
-from shardwright.train.config.trainer import accumulation_steps, largest_micro_batch
+from shardwright.train.config.trainer import CADENCES, accumulation_steps, largest_micro_batch
 from shardwright.train.errors import UserError
 
 
@@ -20,6 +20,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     yield from config.model.contradictions()
     yield from _vocabulary_contradictions(config)
     yield from _evaluation_contradictions(config)
+    yield from _epochs_contradictions(config)
     yield from _keep_every_contradictions(config)
     yield from _keep_best_contradictions(config)
     yield from _export_contradictions(config)
@@ -81,18 +82,39 @@ def _vocabulary_contradictions(config: Sections) -> Iterator[str]:
 
 
 def _evaluation_contradictions(config: Sections) -> Iterator[str]:
-    if config.trainer.eval_every_steps is not None and not config.data.is_evaluated:
-        yield (
-            f"trainer.eval_every_steps={config.trainer.eval_every_steps} needs held-out documents, "
-            f"but data.eval_fraction={config.data.eval_fraction} holds out none; raise it, give "
-            "data.eval_paths or set trainer.eval_every_steps=null"
-        )
+    for name, value in config.trainer.cadence("eval").items():
+        if not config.data.is_evaluated:
+            yield (
+                f"trainer.{name}={value} needs held-out documents, but "
+                f"data.eval_fraction={config.data.eval_fraction} holds out none; raise it, give "
+                f"data.eval_paths or set trainer.{name}=null"
+            )
+
+
+def _epochs_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why there are no epochs by which something could happen."""
+    for kind in CADENCES:
+        every = getattr(config.trainer, f"{kind}_every_epochs")
+        if every is not None and config.data.stages:
+            yield (
+                f"trainer.{kind}_every_epochs={every} counts passes over the training samples, and "
+                "each of data.stages has samples of its own; give "
+                f"trainer.{kind}_every_tokens or trainer.{kind}_every_steps"
+            )
 
 
 def _keep_every_contradictions(config: Sections) -> Iterator[str]:
     """Yield why the checkpoints that are to be kept for good are not those that are written."""
     save_every, keep_every = config.trainer.save_every_steps, config.checkpoint.keep_every_steps
-    if keep_every is not None and save_every is None:
+    by_others = {k: v for k, v in config.trainer.cadence("save").items() if save_every is None}
+    if keep_every is not None and by_others:
+        ((name, value),) = by_others.items()
+        yield (
+            f"checkpoint.keep_every_steps={keep_every} keeps checkpoints by their step, and "
+            f"trainer.{name}={value} writes them at steps that are no multiples of it; set "
+            f"trainer.save_every_steps, or checkpoint.keep_every_steps=null"
+        )
+    elif keep_every is not None and save_every is None:
         yield (
             f"checkpoint.keep_every_steps={keep_every} keeps some checkpoints permanently, but "
             "trainer.save_every_steps=null writes one, at the end; set "
@@ -122,7 +144,7 @@ def _keep_best_contradictions(config: Sections) -> Iterator[str]:
     trainer, best = config.trainer, config.checkpoint.keep_best
     save_every, eval_every = trainer.save_every_steps, trainer.eval_every_steps
     readers = _readers_of_the_metric(config)
-    if readers and eval_every is None:
+    if readers and not trainer.cadence("eval"):
         lacking = "trainer.eval_every_steps=null"
         if not config.data.is_evaluated:
             lacking += " and data.eval_fraction=0, which holds out none"
@@ -130,7 +152,7 @@ def _keep_best_contradictions(config: Sections) -> Iterator[str]:
             f"{' and '.join(readers)} needs evaluations during training, but {lacking}; set "
             f"trainer.eval_every_steps{'' if config.data.is_evaluated else ' and the fraction'}"
         )
-    if best and save_every is None:
+    if best and not trainer.cadence("save"):
         yield (
             f"checkpoint.keep_best={best} chooses among checkpoints, but "
             "trainer.save_every_steps=null writes one, at the end; set trainer.save_every_steps "

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from shardwright.train.config import TrainerConfig
+from shardwright.train.config import Rhythm, TrainerConfig
+from shardwright.train.config.profile import Profile
 from shardwright.train.durable import write_text
-from shardwright.train.loop.ahead import is_interrupted
 from shardwright.train.loop.profiling.parts import (
     DATA,
     STEP,
@@ -45,12 +45,13 @@ class Profiler(TrainerCallback):
     def __init__(
         self,
         config: TrainerConfig,
+        rhythm: Rhythm,
         run_dir: Path,
         args: TrainingArguments,
         say: Callable[[str], object] = logger.info,
     ) -> None:
         """``say`` tells a person, on the first rank."""
-        self._trainer, self._config = config, config.profile
+        self._rhythm, self._config = rhythm, config.profile
         self._folder, self.say = run_dir / PROFILES, say
         self._rank, self._device = args.process_index, args.device
         self._steps = range(0)
@@ -86,7 +87,7 @@ class Profiler(TrainerCallback):
         if self._is_under_way or not (is_asked or step == self._config.at_step):
             return
         self._is_under_way = True
-        last = last_of(self._trainer, step, last_step)
+        last = last_of(self._config, self._rhythm, step, last_step)
         self._steps = range(step, last + 1)
         if self._rank == 0:
             ranks = ", ".join(map(str, self._config.ranks))
@@ -167,10 +168,10 @@ class Profiler(TrainerCallback):
         logger.info("a profile is in %s*", beginning)
 
 
-def last_of(trainer: TrainerConfig, first: int, last_step: int) -> int:
+def last_of(profile: Profile, rhythm: Rhythm, first: int, last_step: int) -> int:
     """Return the last step of a profile that begins at a step. Pure.
 
     An evaluation or a save behind a step ends it: it would be most of the trace.
     """
-    steps = range(first, min(first + trainer.profile.steps - 1, last_step) + 1)
-    return next((s for s in steps if is_interrupted(trainer, s, last_step)), steps[-1])
+    steps = range(first, min(first + profile.steps - 1, last_step) + 1)
+    return next((s for s in steps if rhythm.is_interrupted(s, last_step)), steps[-1])

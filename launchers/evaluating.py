@@ -1,0 +1,194 @@
+"""Evaluate by itself: what is measured, in a directory of its own; the run's is read alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardwright.launchers import launch, messages
+from shardwright.launchers.diagnosing.replay import UNITS, launcher_here
+from shardwright.launchers.machine import names
+from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.ranks import child
+from shardwright.launchers.ranks.command import rank_command
+from shardwright.launchers.ranks.environment import rank_environment
+from shardwright.launchers.registry import launcher_of
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.config import RunConfig, ScratchModel, to_yaml
+from shardwright.train.console import progress
+from shardwright.train.durable import write_text
+from shardwright.train.errors import BAD_INPUT, RESUMABLE, UserError
+from shardwright.train.run_directory import evaluations
+from shardwright.train.run_directory.evaluations import Evaluated
+from shardwright.train.run_directory.failures import rank_failures
+from shardwright.train.run_directory.names import (
+    DATA_JSON,
+    FINAL,
+    FINAL_EARLIER,
+    LOGS,
+    RUN_CONFIG,
+    TOKENIZER_FOLDER,
+    TORCHRUN_LOG,
+)
+
+TRAINS_NOTHING: dict[str, Any] = {
+    **{"max_steps": 1, "max_epochs": None, "max_tokens": None},
+    **{"warmup_steps": 0, "warmup_fraction": 0.0},
+    **{"batch_warmup_from": None, "batch_warmup_samples": 0},
+    **{"early_stopping_patience": None, "early_stopping_threshold": 0.0},
+    **{"on_spike": "ignore", "debug": {}, "profile": {}},
+    **{f"{kind}_every_{unit}": None for kind in ("eval", "save") for unit in UNITS},
+}
+"""Of the section "trainer", where no step is made."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be evaluated."""
+
+    weights: Path
+    """A checkpoint, or a model directory."""
+    run_dir: Path | None
+    """The run that it belongs to."""
+    step: int
+    """0 where it is not known."""
+
+
+def target(place: Path, step: int | str | None) -> Target:
+    """Return what a path means: a run's final/ or newest checkpoint, a checkpoint, a model.
+
+    Raises UserError where it is none of them.
+    """
+    if not place.is_dir():
+        raise UserError(
+            f"{place} is not a directory; give a run, one of its checkpoints, or a model directory"
+        )
+    weights = Path(names.model(str(place), step))
+    if why := names.unusable_checkpoint(str(weights)):
+        raise UserError(why.removeprefix("model.name="))
+    if (weights / layout.MANIFEST).is_file():
+        return Target(weights, names.run_of(weights), layout.read_manifest(weights).step)
+    if not (weights / "config.json").is_file():
+        raise UserError(
+            f"{place} holds no run, no checkpoint of one and no model: there is neither a "
+            f"{RUN_CONFIG} nor a {layout.MANIFEST} nor a config.json"
+        )
+    run_dir = weights.parent if weights.name in (FINAL, FINAL_EARLIER) else None
+    if run_dir is not None and not (run_dir / RUN_CONFIG).is_file():
+        run_dir = None
+    return Target(weights, run_dir, 0)
+
+
+def config_of_run(config: RunConfig, weights: Path, directory: Path) -> dict[str, Any]:
+    """Return the tree by which a run's weights are evaluated: its own, but that it trains nothing.
+
+    Pure. Raises UserError where its ranks cannot all be here, and where nothing is held out.
+    """
+    if not config.data.is_evaluated:
+        raise UserError(
+            "the run holds out no documents (data.eval_fraction=0); give some to evaluate on with "
+            "data.eval_paths='{NAME: PATH}'"
+        )
+    tree: dict[str, Any] = config.model_dump(mode="json", by_alias=True)
+    tree |= {"run_dir": str(directory), "sweep_dir": None, "tracking": {"kind": "none"}}
+    before = config.model
+    of_weights: dict[str, Any] = {
+        "kind": "pretrained",
+        "name": str(weights),
+        "attention": before.attention,
+    }
+    if isinstance(before, ScratchModel):
+        of_weights["fused_gelu"] = getattr(before, "fused_gelu", False)
+        if tree["tokenizer"].get("vocab_size", 0) is None:  # it is there, and not trained again
+            tree["tokenizer"]["vocab_size"] = before.vocab_size
+        tree["model"] = of_weights
+    else:  # its config.json says already how it tells positions apart
+        own = {"rope_theta": None, "local_rope_theta": None, "max_position_embeddings": None}
+        tree["model"] |= {**of_weights, **own}
+    tree["objective"]["prompts"] = []
+    tree["data"]["stages"] = []
+    tree["trainer"] |= TRAINS_NOTHING
+    tree["checkpoint"] |= {"keep_every_steps": None, "keep_best": 0, "export": "last"}
+    tree["checkpoint"]["best_metric"] = "eval_loss"
+    remedy = "give launcher=torchrun launcher.nproc_per_node=N, and a strategy that fits so many"
+    tree["launcher"] = launcher_here(config, "an evaluation", remedy) or tree["launcher"]
+    return tree
+
+
+def lay_out(directory: Path, config: RunConfig, of: Target, *, has_own_data: bool) -> None:
+    """Write what the ranks read; ``has_own_data`` says that the run's tokens are those wanted."""
+    write_text(directory / RUN_CONFIG, to_yaml(config))
+    (directory / LOGS).mkdir()
+    if of.run_dir is not None:
+        shutil.copytree(of.run_dir / TOKENIZER_FOLDER, directory / TOKENIZER_FOLDER)
+        if has_own_data and (of.run_dir / DATA_JSON).exists():
+            shutil.copy2(of.run_dir / DATA_JSON, directory / DATA_JSON)
+    evaluations.request(directory, of.step)
+
+
+@contextmanager
+def directory_of(of: Target) -> Iterator[Path]:
+    """Give a directory for the ranks of an evaluation; it stays where they have failed in it."""
+    name = of.run_dir.name if of.run_dir is not None else of.weights.name
+    directory = Path(tempfile.mkdtemp(prefix=f"{name}-evaluate-"))
+    try:
+        yield directory
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def run(directory: Path, config: RunConfig, here: Machine) -> Evaluated | int:
+    """Prepare what is not prepared, start the ranks and wait; return what they have measured.
+
+    Or an exit code, where they have not: it is told why. Raises UserError where they refuse.
+    """
+    with _stdout_for_the_result():
+        if not (directory / DATA_JSON).exists() and (code := launch.prepare(config, None)):
+            return code
+        environment = {
+            **rank_environment(config, here, os.environ),
+            progress.BEGAN: f"{time.time()}",
+        }
+        launcher = launcher_of(config)
+        for name, text in launcher.files(environment, here).items():
+            write_text(directory / name, text)
+        ended = child.run(
+            rank_command(config, directory, machine=here),
+            environment,
+            stderr_file=directory / LOGS / TORCHRUN_LOG if launcher.has_pages else None,
+            grace_seconds=0,  # they have nothing to save
+            run_dir=directory,
+        )
+    if (found := evaluations.outcome(directory)) is not None:
+        return found
+    failures = rank_failures(directory)
+    code = messages.exit_code(ended.code, failures, ended.stopped_by)
+    if code == BAD_INPUT and failures:
+        raise UserError(failures[0].message)
+    if code in (0, RESUMABLE) or ended.stopped_by is not None:
+        return 128 + (ended.stopped_by or 2)
+    print(messages.failure(ended.code, failures, directory, None, config=config), file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _stdout_for_the_result() -> Iterator[None]:
+    """Have what ranks print go to stderr, so that stdout holds what was measured and no more."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,0 +1,89 @@
+"""An evaluation by itself gives the very number that the run has logged at that step."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shardwright.launchers import evaluating
+from shardwright.launchers.commands import evaluate as command
+from shardwright.launchers.machine import facts as machine
+from shardwright.train import config as run_config
+from shardwright.train.evaluate import evaluate
+from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.run_directory import evaluations
+from shardwright.train.strategy.group import join
+from tests.distributed.curves import lines
+from tests.distributed.jobs import whole_run
+from tests.fixtures import Freeze, RanksOf, TreeOf
+from tests.strategies import STRATEGIES
+
+pytestmark = pytest.mark.distributed
+
+
+def evaluated(directory: Path) -> None:
+    """Do what `shardwright rank` does in the directory of an evaluation."""
+    rank, config = rank_from_environment(), run_config.load(directory)
+    with join(config, rank):
+        evaluate(directory, config, rank, io.StringIO())
+
+
+def measured(place: Path, step: int | None, ranks: RanksOf, *overrides: str) -> dict[str, float]:
+    """Return the metrics of an evaluation, of as many ranks as its config asks for."""
+    of, here = evaluating.target(place, step), machine.Machine(cores=2)
+    with evaluating.directory_of(of) as directory:
+        config, has_own_data = command._config(of, overrides, None, here, directory)
+        assert has_own_data
+        evaluating.lay_out(directory, config, of, has_own_data=has_own_data)
+        ranks(config.launcher.world_size)(evaluated, directory)
+        found = evaluations.outcome(directory)
+        assert found is not None
+        assert not (directory / "checkpoints").exists()
+        shutil.rmtree(directory)
+    return dict(found.metrics)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "objective"),
+    [
+        *(("zero2", "clm"), ("fsdp", "mlm")),
+        *(
+            pytest.param(name, "clm", marks=pytest.mark.slow)
+            for name in ("ddp", "zero1", "zero3", "fsdp_offload")
+        ),
+    ],
+)
+def test_a_checkpoint_is_measured_as_the_run_has_measured_it(
+    strategy: str,
+    objective: str,
+    tiny_tree: TreeOf,
+    frozen_run: Freeze,
+    ranks: RanksOf,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "prose").mkdir()
+    for number in range(8):
+        text = f"Of all things that are {number}, some are more than others. " * 9
+        (tmp_path / f"prose/{number}.txt").write_text(text)
+    tree = tiny_tree(objective)
+    tree["data"]["eval_paths"] = {"prose": str(tmp_path / "prose")}
+    tree["strategy"], tree["precision"] = STRATEGIES[strategy], {"compute_dtype": "bf16"}
+    tree["trainer"] |= {"max_steps": 4, "save_every_steps": 2, "eval_every_steps": 2}
+    run_dir = frozen_run(tree)
+    ranks(2)(whole_run, run_dir)
+    logged = {line["step"]: line for line in lines(run_dir) if "eval_loss" in line}
+    before = sorted(run_dir.rglob("*"))
+    for step in (2, 4):
+        found = measured(run_dir, step, ranks)
+        assert found == {name: logged[step][name] for name in logged[step] if name in found}
+        assert {"eval_loss", "eval_perplexity", "eval_loss/prose"} <= found.keys()
+        assert ("eval_masked_accuracy" in found) == (objective == "mlm")
+    assert sorted(run_dir.rglob("*")) == before, "nothing is written into the run"
+
+    final = measured(run_dir / "final", None, ranks)
+    assert final == pytest.approx(found, rel=1e-6)
+    alone = measured(run_dir, 4, ranks, "strategy=single", "launcher=local", "precision=bf16")
+    assert alone == pytest.approx(found, rel=2e-3), "other sums, in other orders"

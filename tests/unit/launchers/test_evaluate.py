@@ -1,0 +1,110 @@
+"""`shardwright evaluate`: what is meant, what may change, and how what was measured is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from shardwright.launchers import evaluating
+from shardwright.launchers.commands import evaluate
+from shardwright.launchers.evaluating import Target
+from shardwright.launchers.machine.facts import Machine
+from shardwright.train.errors import UserError
+from shardwright.train.run_directory import evaluations
+from shardwright.train.run_directory.evaluations import Evaluated
+from tests.unit.launchers.ended_runs import checkpoint, contents, finished, make_ended_run, run
+from tests.unit.launchers.fakes import Shardwright, make_shardwright
+
+shardwright = pytest.fixture(make_shardwright)
+run_dir = pytest.fixture(make_ended_run)
+
+
+def test_a_path_means_a_run_or_its_checkpoint_or_a_model(run_dir: Path, tmp_path: Path) -> None:
+    first, newest = checkpoint(run_dir, 20), run_dir / "checkpoints/checkpoint-60"
+    assert evaluating.target(run_dir, None) == Target(newest, run_dir, 60)
+    assert evaluating.target(run_dir, 20) == Target(first, run_dir, 20)
+    assert evaluating.target(first, None) == Target(first, run_dir, 20)
+    for directory in (run_dir / "final", tmp_path / "model"):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+    assert evaluating.target(run_dir, None) == Target(run_dir / "final", run_dir, 0)
+    assert evaluating.target(tmp_path / "model", None) == Target(tmp_path / "model", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{run}/nowhere"], "nowhere is not a directory; give a run, one of its checkpoints, or a"),
+        (["{run}/logs"], "logs holds no run, no checkpoint of one and no model: there is neither"),
+        (["{run}", "--step", "7"], "model.step=7: checkpoint-7 of .* is not there; it has 60"),
+        (["{run}", "--step", "last"], "last is neither a step, nor latest, nor best"),
+        (
+            ["{run}", "model.hidden_size=48"],
+            "48 was .*, and an evaluation keeps it: the weights have",
+        ),
+        (["{run}", "data.eval_fraction=0"], "holds out no documents .* data.eval_paths='{{NAME"),
+        (["data.x=1"], "evaluate needs a run, a checkpoint or a model directory first"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    words: list[str], message: str, run_dir: Path, shardwright: Shardwright
+) -> None:
+    before = contents(run_dir)
+    outcome = shardwright("evaluate", *(word.format(run=run_dir) for word in words))
+    assert outcome.code == 2
+    assert re.search(message.format(), " ".join(outcome.err.split())), outcome.err
+    assert contents(run_dir) == before
+
+
+def test_a_model_of_no_run_has_no_place_for_a_record(
+    tmp_path: Path, shardwright: Shardwright
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    outcome = shardwright("evaluate", str(tmp_path), "--record")
+    assert outcome.code == 2
+    assert "--record appends to the evaluations.jsonl of a run, and" in outcome.err
+
+
+def test_the_ranks_train_nothing_and_see_what_the_run_sees(run_dir: Path, tmp_path: Path) -> None:
+    before = finished(run_dir)
+    of, here = evaluating.target(run_dir, None), Machine(cores=2)
+    words = ["data.eval_paths={more: /texts}", "trainer.eval_max_samples=5"]
+    after, has_own_data = evaluate._config(of, words, None, here, tmp_path)
+    assert has_own_data
+    assert after.model.kind == "pretrained"
+    assert after.model.name == str(of.weights)
+    assert after.model.fused_gelu is before.model.fused_gelu  # type: ignore[union-attr]
+    assert after.run_dir == str(tmp_path)
+    assert (after.trainer.max_steps, after.trainer.save_every_steps) == (1, None)
+    assert after.trainer.eval_max_samples == 5
+    assert after.trainer.eval_samples_per_pass == before.trainer.eval_samples_per_pass
+    assert after.data.eval_paths == {"more": "/texts"}
+    _, has_own_data = evaluate._config(of, ["data.max_documents=9"], None, here, tmp_path)
+    assert not has_own_data, "other documents are held out"
+
+
+def test_ranks_of_several_nodes_are_not_all_here() -> None:
+    several = {"kind": "torchrun", "nodes": 2, "nproc_per_node": 2, "head_address": "a"}
+    config = run(launcher={**several, "head_port": 1}, strategy={"kind": "ddp"})
+    with pytest.raises(UserError, match="4 ranks on 2 nodes, and an evaluation starts all of them"):
+        evaluating.config_of_run(config, Path("/w"), Path("/d"))
+
+
+def test_what_was_measured_is_shown_by_set(run_dir: Path) -> None:
+    metrics = {"eval_loss": 1.5, "eval_perplexity": 4.48, "eval_loss/code": 2.0}
+    metrics |= {"eval_bits_per_byte": 0.7, "eval_bits_per_byte/code": 0.9}
+    of = evaluating.target(run_dir, None)
+    entry = evaluate.facts(of, finished(run_dir), ["seed=2"], Evaluated(metrics, 12, {"code": 3}))
+    assert entry["step"] == 60
+    lines = [line.split() for line in evaluate.shown(entry, 80).splitlines()]
+    assert lines[0] == [f"{of.weights}:", "single", "on", "1", "rank"]
+    assert lines[1] == ["set", "samples", "loss", "perplexity", "bits/byte"]
+    assert lines[2] == ["all", "of", "the", "corpus", "12", "1.5000", "4.4817", "0.7000"]
+    assert lines[3] == ["code", "3", "2.0000", "7.3891", "0.9000"]
+    evaluations.record(run_dir, entry)
+    evaluations.record(run_dir, entry)
+    kept = (run_dir / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == [entry, entry]
