@@ -82,6 +82,7 @@ class Trainer(transformers.Trainer):
     weights_of_step = 0
     """Where nothing is trained, the step of the weights that are evaluated."""
     _is_on_several_meshes = False
+    _is_data_checked = False
 
     def __init__(
         self,
@@ -96,17 +97,14 @@ class Trainer(transformers.Trainer):
         rhythm: Rhythm,
         resumed: Resumed | None = None,
     ) -> None:
-        """``rhythm`` says by positions; where the steps stand among them this training knows."""
         self.engine, self.config, self.layout = engine, engine.config, engine.layout
-        self.schedule = schedule
-        self.rhythm = replace(rhythm, samples_at=self.samples_at)
+        self.schedule, self.rhythm = schedule, replace(rhythm, samples_at=self.samples_at)
         self.resumed = resumed
         """The checkpoint from which the run is resumed; None where it begins."""
         self.initial_values = values
         """The model's first values in fp32, until the engine is complete."""
         assert args.output_dir is not None
         self.run_dir = Path(args.output_dir)
-        self._is_data_checked = False
         self._train_loader, self._eval_loader = train_loader, eval_loader
         self.saved_step = resumed.step if resumed else None
         """Step of the newest whole checkpoint of this training."""
