@@ -22,7 +22,7 @@ from shardwright.launchers.ranks.command import rank_command
 from shardwright.launchers.ranks.environment import rank_environment
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.checkpoint.format import layout
-from shardwright.train.config import RunConfig, ScratchModel, to_yaml
+from shardwright.train.config import RunConfig, to_yaml
 from shardwright.train.console import progress
 from shardwright.train.durable import write_text
 from shardwright.train.errors import BAD_INPUT, RESUMABLE, UserError
@@ -100,19 +100,17 @@ def config_of_run(config: RunConfig, weights: Path, directory: Path) -> dict[str
     tree: dict[str, Any] = config.model_dump(mode="json", by_alias=True)
     tree |= {"run_dir": str(directory), "sweep_dir": None, "tracking": {"kind": "none"}}
     before = config.model
-    of_weights: dict[str, Any] = {
+    # Its config.json says what was overridden, and how it tells positions apart.
+    tree["model"] = {
         "kind": "pretrained",
         "name": str(weights),
         "attention": before.attention,
+        "fused_gelu": getattr(before, "fused_gelu", False),
+        "trust_remote_code": before.trusts_code,
+        "import": list(before.imports),
     }
-    if isinstance(before, ScratchModel):
-        of_weights["fused_gelu"] = getattr(before, "fused_gelu", False)
-        if tree["tokenizer"].get("vocab_size", 0) is None:  # it is there, and not trained again
-            tree["tokenizer"]["vocab_size"] = before.vocab_size
-        tree["model"] = of_weights
-    else:  # its config.json says already how it tells positions apart
-        own = {"rope_theta": None, "local_rope_theta": None, "max_position_embeddings": None}
-        tree["model"] |= {**of_weights, **own}
+    if tree["tokenizer"].get("vocab_size", 0) is None:  # it is there, and not trained again
+        tree["tokenizer"]["vocab_size"] = before.vocabulary
     tree["objective"]["prompts"] = []
     tree["data"]["stages"] = []
     tree["trainer"] |= TRAINS_NOTHING
