@@ -126,6 +126,12 @@ def parser() -> argparse.ArgumentParser:
         help="visible to everyone; by default a new model is private",
     )
     found.add_argument("--revision", help="branch to commit to, created if it is missing")
+    found.add_argument(
+        "--tag",
+        action="append",
+        default=[],
+        help="name for what is uploaded, such as v1.0, that stays with it; may be repeated",
+    )
     found.add_argument("--message", help="of the commit (default: Upload NAME)")
     found.add_argument(
         "--trust-remote-code",
@@ -319,6 +325,9 @@ def _upload(directory: Path, files: Sequence[Path], readme: str, options: Any) -
     if revision not in (None, "main"):
         api.create_branch(repo, branch=revision, exist_ok=True)
 
+    if not created:
+        _check_tags(api, repo, options.tag)
+
     names = {path.name for path in files}
     # What stays of an older model could be loaded in place of this one.
     stale = [
@@ -340,8 +349,21 @@ def _upload(directory: Path, files: Sequence[Path], readme: str, options: Any) -
         commit_message=options.message or f"Upload {directory.name}",
         revision=revision,
     )
+    for tag in options.tag:
+        api.create_tag(repo, tag=tag, revision=commit.oid)
     visibility = "public" if options.public else "private"
-    return f"done\n  {visibility:<8}  {api.endpoint}/{repo}\n  commit    {commit.oid}"
+    tags = "".join(f"\n  tag       {tag}" for tag in options.tag)
+    return f"done\n  {visibility:<8}  {api.endpoint}/{repo}\n  commit    {commit.oid}{tags}"
+
+
+def _check_tags(api: HfApi, repo: str, tags: Sequence[str]) -> None:
+    """Raise UserError where a tag is taken, before anything is sent: tags do not move."""
+    taken = {each.name for each in api.list_repo_refs(repo).tags} if tags else set()
+    if found := sorted(taken.intersection(tags)):
+        raise UserError(
+            f"{repo} has a tag {found[0]} already, which stays with what it names; choose another "
+            f"--tag, or delete it at {api.endpoint}/{repo}/tree/{found[0]}"
+        )
 
 
 def _who(api: HfApi) -> dict[str, Any]:

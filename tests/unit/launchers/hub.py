@@ -25,6 +25,8 @@ class Repository:
     private: bool
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     messages: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    """The commit of each."""
 
 
 @dataclass
@@ -86,6 +88,15 @@ class Hub:
                 return 200, entries
             case ["branch", branch]:
                 repository.branches.setdefault(branch, dict(repository.branches["main"]))
+                return 200, {}
+            case ["refs"]:
+                refs = [
+                    {"name": name, "ref": f"refs/tags/{name}", "targetCommit": commit}
+                    for name, commit in repository.tags.items()
+                ]
+                return 200, {"branches": [], "converts": [], "tags": refs}
+            case ["tag", commit]:
+                repository.tags[json.loads(body)["tag"]] = commit
                 return 200, {}
             case ["preupload", _]:
                 files = [

@@ -130,6 +130,24 @@ def test_a_second_push_takes_away_the_weights_of_the_first(
     assert "deletes   model-00001-of-00002.safetensors: weights of an older model" in outcome.out
 
 
+def test_a_tag_names_the_commit_and_never_another_one(
+    shardwright: Shardwright, model: Path, hub: Hub
+) -> None:
+    asked = ("push", str(model), "small", "--tag", "v1", "--tag", "paper")
+    outcome = shardwright(*asked)
+    assert outcome.code == 0, outcome.err
+    assert hub.repositories["ada/small"].tags == {"v1": "c" * 40, "paper": "c" * 40}
+    assert outcome.out.endswith("\n  tag       v1\n  tag       paper\n")
+    sent = len(hub.repositories["ada/small"].messages)
+    outcome = shardwright(*asked)
+    assert outcome.code == 2
+    assert (
+        "ada/small has a tag paper already, which stays with what it names; choose another --tag"
+        in outcome.err
+    )
+    assert len(hub.repositories["ada/small"].messages) == sent, "nothing is sent"
+
+
 def test_the_final_of_a_run_is_meant_by_the_run(
     shardwright: Shardwright, model: Path, tmp_path: Path
 ) -> None:
