@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from shardwright.launchers.translating import source
-from shardwright.launchers.translating.translation import Translation, table
+from shardwright.launchers.translating.translation import Translation, table, width_of
 from shardwright.train import program
 from shardwright.train.errors import UserError
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(_as_json(found), indent=2, default=str))
         return 0
-    for text in table(found.entries):
+    for text in table(found.entries, width_of(sys.stderr)):
         print(text, file=sys.stderr)
     if refused := len(found.refused):
         print(f"{refused} of {len(found.entries)} refused, not in the command:", file=sys.stderr)

@@ -14,7 +14,13 @@ from typing import Any
 import yaml
 
 from shardwright.launchers.translating.source import Kind, of_file
-from shardwright.launchers.translating.translation import Entry, Translation, table, word_of
+from shardwright.launchers.translating.translation import (
+    Entry,
+    Translation,
+    table,
+    width_of,
+    word_of,
+)
 from shardwright.train.config.section import shown
 from shardwright.train.errors import UserError
 
@@ -42,7 +48,7 @@ def replaced(arguments: Sequence[str]) -> list[str]:
     _check(found, given, path)
     if path not in _shown:
         _shown.add(path)
-        for line in table(found.entries):
+        for line in table(found.entries, width_of(sys.stderr)):
             print(line, file=sys.stderr)
     own = [a for a in arguments if _key(a) not in ("strategy", PATH)]
     told = {_key(argument) for argument in own}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from shardwright.train.config import known_keys
 from shardwright.train.config.elsewhere.row import Row
@@ -126,14 +128,26 @@ def _written(value: Any) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def table(entries: list[Entry]) -> Iterator[str]:
-    """Yield the lines of a table: key, value, what became of it."""
-    rows = [
-        (entry.key, shown(entry.value), f"{_SAYS[entry.outcome]}{entry.text}") for entry in entries
-    ]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+def table(entries: Sequence[Entry], width: int | None = None) -> Iterator[str]:
+    """Yield the lines of a table: key, value, what became of it.
+
+    Where that is wider than a terminal of ``width``, the last is below the others.
+    """
+    rows = [(each.key, shown(each.value), f"{_SAYS[each.outcome]}{each.text}") for each in entries]
+    keys, values = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
+    lines = [f"{key:<{keys}}  {value:<{values}}  {text}".rstrip() for key, value, text in rows]
+    if width is None or all(len(line) <= width for line in lines):
+        yield from lines
+        return
     for key, value, text in rows:
-        yield f"{key:<{min(widths[0], 44)}}  {value:<{min(widths[1], 24)}}  {text}".rstrip()
+        yield from textwrap.wrap(f"{key}: {value}", width, subsequent_indent="  ")
+        for line in textwrap.wrap(text, width - 4, break_on_hyphens=False):
+            yield f"    {line}"
+
+
+def width_of(stream: TextIO) -> int | None:
+    """Return how wide a terminal is; None where nobody reads it on one."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 _SAYS = {"set": "", "extra": "as it is: ", "ignored": "ignored: ", "refused": "refused: "}

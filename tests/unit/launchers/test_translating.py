@@ -18,7 +18,7 @@ from shardwright.launchers.machine.facts import Machine, resolve
 from shardwright.launchers.translating import accelerate_yaml, deepspeed_json, source
 from shardwright.launchers.translating.starting import Started
 from shardwright.launchers.translating.trainer_line import translate as translate_flags
-from shardwright.launchers.translating.translation import Translation
+from shardwright.launchers.translating.translation import Translation, table
 from shardwright.train.config import from_tree, rank_layout, to_yaml
 from shardwright.train.config.elsewhere.deepspeed_json import DEEPSPEED_JSON
 from shardwright.train.config.elsewhere.example_scripts import EXAMPLE_SCRIPTS
@@ -99,6 +99,15 @@ def test_a_file_of_deepspeed_becomes_a_run() -> None:
     )
     assert told[f"{zero}.memory_efficient_linear"].startswith("extra: strategy.extra.zero_optim")
     assert found.refused == []
+
+
+def test_a_table_fits_its_terminal() -> None:
+    entries = deepspeed_json.translate(DOCUMENTED, RANKS).entries
+    assert len(list(table(entries))) == len(entries)
+    narrow = list(table(entries, 80))
+    assert max(map(len, narrow)) <= 80
+    assert narrow[:2] == ["zero_optimization.stage: 2", "    strategy=zero2"]
+    assert len(list(table(entries, 400))) == len(entries)
 
 
 # --- the engine's own values are those of the file ------------------------------------------------
