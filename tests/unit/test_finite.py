@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +31,15 @@ NAN, INF = math.nan, math.inf
 # --- the gate ------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """The gate stands before what torchao compiles, for each shape, in half a minute of a core."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd"])
-def test_no_optimizer_steps_while_the_gate_is_closed(name: str) -> None:
+def test_no_optimizer_steps_while_the_gate_is_closed(name: str, uncompiled: None) -> None:
     if name == "adamw_8bit":
         pytest.importorskip("torchao.optim")
     model, gate = gpt2(), Gate(CPU)
