@@ -28,6 +28,10 @@ _OF_THE_TRAINER = {
 that say the same."""
 
 
+_CADENCES = {"eval": "eval", "save": "save", "logging": "log"}
+"""How flags call what comes every so often, and what it is called here."""
+
+
 def arguments(words: Sequence[str]) -> dict[str, Any]:
     """Return the flags of a script, as values. Raises UserError for a word that is none's."""
     found: dict[str, Any] = {}
@@ -184,16 +188,17 @@ class _Line:
 
     def _when(self, name: str, value: Any) -> None:
         if value == "epoch":
-            self._found.refuses(name, value, "it goes by steps here: give the number of steps")
+            key = _CADENCES[name.removesuffix("_strategy")]
+            self._found.sets(name, value, **{f"trainer__{key}_every_epochs": 1})
         else:
             self._found.ignores(name, value, "how often says the number of steps")
 
     def _every(self, name: str, value: Any) -> None:
         kind = name.removesuffix("_steps")
-        key = {"eval": "eval", "save": "save", "logging": "log"}[kind]
+        key = _CADENCES[kind]
         strategy = self._flags.get(f"{kind}_strategy", "no" if kind == "eval" else "steps")
-        if strategy == "no":
-            self._found.ignores(name, value, f"{kind}_strategy is no")
+        if strategy in ("no", "epoch"):
+            self._found.ignores(name, value, f"{kind}_strategy is {strategy}")
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             self._found.sets(name, value, **{f"trainer__{key}_every_steps": value})
         else:

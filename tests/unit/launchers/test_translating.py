@@ -348,6 +348,16 @@ def test_what_the_trainer_does_by_itself_is_said() -> None:
     assert outcomes(found)["seed"] == "set: seed=42 (the Trainer's default)"
 
 
+def test_what_comes_with_each_epoch_does_so_here() -> None:
+    line = "python run_clm.py --model_type gpt2 --train_file a.txt --eval_strategy epoch "
+    line += "--save_strategy epoch --logging_strategy epoch --save_steps 7 --save_total_limit 2"
+    found = source.of_line(shlex.split(line))
+    assert not found.refused
+    _, run = composed(*found.words())
+    for kind in ("log", "eval", "save"):
+        assert run.trainer.cadence(kind) == {f"{kind}_every_epochs": 1}
+
+
 SAMPLES: dict[str, Any] = {
     "eval_strategy": "steps", "save_strategy": "steps", "logging_strategy": "steps",
     "lr_scheduler_type": "cosine", "optim": "adamw_torch", "report_to": "none",
