@@ -161,7 +161,10 @@ def _of_a_model(weights: Path) -> list[str]:
     ]
 
 
-_NOT_OF_THE_CORPUS = {"eval_paths", "names", "cache_dir", "document_attention", "unpad", "stages"}
+_NOT_OF_THE_CORPUS = {
+    *("eval_paths", "eval_split", "names", "cache_dir"),
+    *("document_attention", "unpad", "stages"),
+}
 
 
 def _corpus(config: RunConfig) -> dict[str, Any]:

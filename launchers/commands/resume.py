@@ -65,6 +65,7 @@ _FIXED: dict[str, str | None] = {
     "data": "the position in the data would mean another sample",
     "data.cache_dir": None,
     "data.eval_paths": None,
+    "data.eval_split": None,
     "data.names": None,
     "data.document_attention": "the model has learned from what a token sees by it",
     "data.unpad": None,

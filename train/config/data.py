@@ -229,13 +229,37 @@ class HubData(DataSection):
     config: str | None = None
     """Which of its configurations; null is its default."""
     split: str = "train"
-    """Split to read; held-out documents are taken from it too."""
+    """Split to read; data.eval_fraction of it is held out."""
+    eval_split: str | None = None
+    """Another split, such as validation, which is held out whole: every evaluation tells its loss
+    as eval_loss/SPLIT. null: none."""
     streaming: bool = True
     """Read over the network while tokenising, instead of downloading the data set first."""
     text_field: str = "text"
     """Column that holds the text."""
     revision: str | None = None
     """Branch, tag or commit; null is the main branch."""
+
+    @property
+    def is_evaluated(self) -> bool:
+        return super().is_evaluated or self.eval_split is not None
+
+    @model_validator(mode="after")
+    def _another_split_is_held_out(self) -> HubData:
+        if self.eval_split is None:
+            return self
+        if self.eval_split == self.split:
+            raise ValueError(
+                f"eval_split={self.eval_split} is the split that is trained on; give another, or "
+                "leave it out and hold out a part of it with eval_fraction"
+            )
+        _check_names("eval_split", [self.eval_split])
+        if self.eval_split in self.eval_paths:
+            raise ValueError(
+                f"eval_paths has the name {self.eval_split}, by which evaluations call "
+                "eval_split; call the set otherwise"
+            )
+        return self
 
 
 class KantData(DataSection):

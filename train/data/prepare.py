@@ -20,6 +20,7 @@ from shardwright.train.data.sources.corpus import (
     corpus_identity,
     named_as,
     named_sets,
+    place_of,
     read_corpus,
     shards_of,
     source_weights,
@@ -520,7 +521,7 @@ def _named_entries(
     entries = {}
     for name, data in named_sets(config.data).items():
         of_set = known.get(name, {})
-        was = of_set.get("tokens") if of_set.get("path") == data.paths[0] else None
+        was = of_set.get("tokens") if of_set.get("path") == place_of(data) else None
         with named_as(name):
             entry = cache.take(parent, was, run_dir) if was else None
             if entry is None:
@@ -552,9 +553,10 @@ def _named_sets(config: RunConfig, entries: Mapping[str, Entry]) -> Iterator[Hel
 
 def _noted_sets(config: RunConfig, entries: Mapping[str, Entry]) -> dict[str, Any]:
     """Return what data.json tells of the sets of data.eval_paths."""
+    sets = named_sets(config.data)
     return {
         name: {
-            "path": config.data.eval_paths[name],
+            "path": place_of(sets[name]),
             "tokens": entry.path.name,
             "documents": entry.details["heldout_documents"],
         }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -279,3 +280,57 @@ def test_a_limit_holds_for_the_corpus_as_one_and_for_each_set() -> None:
     assert [p.samples for p in portions(sets, None)] == [10, 10, 10]
     assert [p.samples for p in portions(sets, 14)] == [10, 4, 10]
     assert [p.samples for p in portions(sets, 7)] == [7, 0, 7]
+
+
+# --- a split of the hub -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(tmp_path: Path, sentences: Callable[..., str]) -> dict[str, Any]:
+    """Return the section of a data set that has a split to evaluate."""
+    texts = {
+        name: [sentences(30, seed=first + i) for i in range(count)]
+        for name, first, count in (("train", 0, 40), ("validation", 500, 12))
+    }
+    parts = {name: datasets.Dataset.from_dict({"text": text}) for name, text in texts.items()}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    return {"kind": "hub", "name": str(tmp_path / "saved"), "eval_split": "validation"}
+
+
+def test_a_split_of_the_hub_is_held_out_whole(
+    split: dict[str, Any], run_dir: Path, make_config: MakeConfig
+) -> None:
+    config = make_config(data={**split, "eval_fraction": 0.0})
+    assert config.data.is_evaluated
+    for _ in range(2):  # once it is made, and once it is there
+        prepared = prepare(config, run_dir)
+        (of_split,) = [each for each in prepared.held_out_sets if len(each.samples)]
+        assert (of_split.name, of_split.is_own) == ("validation", False)
+    noted = json.loads((run_dir / "data.json").read_text())
+    assert noted["eval_paths"]["validation"]["path"] == "validation"
+    assert noted["eval_paths"]["validation"]["documents"] == 12
+    assert prepared.training.documents == 40, "nothing of it is trained on"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"eval_split": "train"}, "eval_split=train is the split that is trained on; give another"),
+        ({"eval_split": "test[:5]"}, "eval_split has the name 'test\\[:5\\]', by which metrics"),
+        ({"eval_paths": {"validation": "x"}}, "eval_paths has the name validation, by which eval"),
+    ],
+)
+def test_what_a_split_cannot_be(
+    changed: dict[str, Any], message: str, make_config: MakeConfig
+) -> None:
+    data = {"kind": "hub", "name": "org/set", "eval_split": "validation", **changed}
+    with pytest.raises(UserError, match=message):
+        make_config(data=data)
+
+
+def test_a_split_that_is_not_there_is_named(
+    split: dict[str, Any], run_dir: Path, make_config: MakeConfig
+) -> None:
+    config = make_config(data={**split, "eval_split": "dev"})
+    with pytest.raises(UserError, match=r"^data.eval_split=dev: .* no such split .it has: train,"):
+        prepare(config, run_dir)

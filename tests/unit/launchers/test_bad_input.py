@@ -66,7 +66,7 @@ def refused(shardwright: Shardwright, *arguments: str) -> str:
         ("learning_rate=1", "did you mean trainer.learning_rate?"),
         ("rampup_batch_size=8", "use trainer.batch_warmup_from and trainer.batch_warmup_samples"),
         ("batch_size=8", "use trainer.global_batch_size (all ranks) or trainer.micro_batch_size"),
-        ("resume_from_checkpoint=x", "`shardwright resume RUN_DIR`, which continues a run"),
+        ("resume_from_checkpoint=x", "use `shardwright resume RUN_DIR`, with --step N"),
     ],
 )
 def test_unknown_key(shardwright: Shardwright, override: str, message: str) -> None:

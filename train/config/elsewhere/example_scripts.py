@@ -16,7 +16,7 @@ EXAMPLE_SCRIPTS = rows(
         "trust_remote_code": "model.trust_remote_code and tokenizer.trust_remote_code",
         "dtype": "precision=fp32, bf16 or fp16",
         "torch_dtype": "precision=fp32, bf16 or fp16",
-        "dataset_name": "data=hub data.name=...",
+        "dataset_name": "data=hub data.name=..., and data.eval_split=validation where it has one",
         "dataset_config_name": "data=hub data.config=...",
         "train_file": "data=text data.paths=[...]",
         "validation_file": (

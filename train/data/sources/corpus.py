@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardwright.train.config import DataConfig
-from shardwright.train.config.data import DataSection, TextData
+from shardwright.train.config.data import DataSection, HubData, TextData
 from shardwright.train.data.sources import filtering
 from shardwright.train.data.sources.files.pieces import Text
 from shardwright.train.data.sources.registry import source_of
@@ -51,24 +51,42 @@ def located(data: DataConfig) -> DataConfig:
 
 def with_sets_located(data: DataConfig) -> DataConfig:
     """Return the section with the paths of the user's own held-out documents absolute."""
-    paths = {name: source_of(of).located().paths[0] for name, of in named_sets(data).items()}
+    paths = {
+        name: source_of(of).located().paths[0]
+        for name, of in named_sets(data).items()
+        if isinstance(of, TextData)
+    }
     return data.model_copy(update={"eval_paths": paths})
 
 
-def named_sets(data: DataConfig) -> dict[str, TextData]:
+def named_sets(data: DataConfig) -> dict[str, TextData | HubData]:
     """Return for each of the user's own held-out sets a section that reads it, whole. Pure."""
-    shared = {name: getattr(data, name) for name in DataSection.model_fields}
-    shared |= {"eval_paths": {}, "max_documents": None, "eval_fraction": ALL, "filter": None}
+    whole: dict[str, Any] = {
+        "eval_paths": {},
+        "max_documents": None,
+        "eval_fraction": ALL,
+        "filter": None,
+    }
+    found: dict[str, TextData | HubData] = {}
+    if isinstance(data, HubData) and data.eval_split is not None:
+        of_split = {**whole, "split": data.eval_split, "eval_split": None, "stages": ()}
+        found[data.eval_split] = data.model_copy(update=of_split)
+    shared = {name: getattr(data, name) for name in DataSection.model_fields} | whole
     if isinstance(data, TextData):
         own = ("text_field", "on_bad_document", "max_document_bytes")
         shared |= {name: getattr(data, name) for name in own}
     else:
         shared["text_field"] = getattr(data, "text_field", "text")
-    return {
+    return found | {
         # Not validated: no corpus of a run's own may be held out as a whole.
         name: TextData.model_construct(kind="text", paths=(path,), **shared)
         for name, path in data.eval_paths.items()
     }
+
+
+def place_of(of_set: TextData | HubData) -> str:
+    """Return where a held-out set is read, as data.json notes it. Pure."""
+    return of_set.split if isinstance(of_set, HubData) else of_set.paths[0]
 
 
 @contextmanager
@@ -79,7 +97,10 @@ def named_as(name: str) -> Iterator[None]:
         yield
     except UserError as error:
         text = str(error)
-        text = text.replace("data.paths", key) if "data.paths" in text else f"{key}: {text}"
+        if "data.split" in text:  # of a set of the hub
+            text = text.replace("data.split", "data.eval_split")
+        else:
+            text = text.replace("data.paths", key) if "data.paths" in text else f"{key}: {text}"
         raise UserError(text) from None
 
 
