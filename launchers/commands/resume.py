@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from shardwright.launchers import launch, messages, preflight, resumes
 from shardwright.launchers.commands.dry_run import show
+from shardwright.launchers.composition import engine_file
 from shardwright.launchers.composition.compose import CONF, compose, group_options
 from shardwright.launchers.composition.errors import (
     is_free_form,
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     run_dir, step = asked(Path(absolute(options.run_dir)), options.step)
     refuse_a_second_run(options.overrides)
-    options.overrides = [*map(with_home_quoted, options.overrides)]
+    options.overrides = engine_file.replaced([*map(with_home_quoted, options.overrides)])
     options.config_dir = options.config_dir and os.path.expanduser(options.config_dir)
     before = run_config.load(run_dir)
     submit.check_no_job(run_dir)

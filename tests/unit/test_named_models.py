@@ -23,15 +23,17 @@ from transformers import (
 )
 
 from shardwright.launchers.machine.facts import Machine, resolve
-from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.config import ConfigModel, RunConfig, from_tree
 from shardwright.train.data.tokens.tokenizer import wanted_vocabulary
 from shardwright.train.errors import UserError
 from shardwright.train.model.build import build, fitted
 from shardwright.train.model.directory import rehearse
+from shardwright.train.model.origin import keep
 from shardwright.train.model.user_modules import import_all, import_for, not_found
 from shardwright.train.plan.facts import Traced
 from shardwright.train.plan.model import facts_of, planned, stand_in
 from shardwright.train.plan.trace import traced
+from tests import own_code
 from tests.unit.trees import TREE, ZERO3
 
 SMALL: dict[str, Any] = {
@@ -169,6 +171,24 @@ def test_a_quantised_models_config_trains_in_full(tmp_path: Path) -> None:
     write(tmp_path, config)
     assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
     assert not hasattr(built(run(tmp_path)).config, "quantization_config")
+
+
+def test_code_that_comes_with_a_config_is_kept_and_run_where_trusted(tmp_path: Path) -> None:
+    source, run_dir = own_code.write(tmp_path / "own"), tmp_path / "run"
+    (source / "model.safetensors").unlink()
+    run_dir.mkdir()
+    with pytest.raises(UserError, match=r"set model\.trust_remote_code=true"):
+        built(run(source))
+    config = run(source, trust_remote_code=True, overrides={"layers": 3}, vocab_size=400)
+    assert isinstance(config.model, ConfigModel)
+    kept = keep(config.model, "clm", run_dir, None).directory
+    for path in source.iterdir():
+        path.unlink()
+    names = {path.name for path in kept.iterdir()}
+    assert names == {"config.json", *own_code.FILES}
+    model: Any = build(config, stand_in(), kept)[0]
+    assert (type(model).__name__, len(model.layers)) == ("OwnForCausalLM", 3)
+    assert model.get_input_embeddings().weight.shape[0] == 400
 
 
 # --- pretrained -----------------------------------------------------------------------------------

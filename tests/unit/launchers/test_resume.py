@@ -393,3 +393,15 @@ def test_a_resume_takes_options_of_a_folder_of_ones_own(
     without = shardwright("resume", str(run_dir), "precision=odd", "--dry-run")
     assert without.code == 2
     assert "precision=odd: there is no such option" in without.err
+
+
+def test_a_resume_takes_the_engine_of_a_file(
+    run_dir: Path, shardwright: Shardwright, tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}}')
+    words = ("strategy=deepspeed_file", f"strategy.path={path}")
+    outcome = shardwright("resume", str(run_dir), *words, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "overlap_communication: true" in outcome.out
+    assert "zero_optimization.stage" in outcome.err

@@ -66,7 +66,7 @@ ACCELERATE_LAUNCH = rows(
         "mpirun_hostfile": "launcher.hostfile, under launcher=deepspeed",
     },
     commands={
-        "config_file": "`shardwright train` and its words, or a config of your own in --config-dir",
+        "config_file": "`shardwright translate FILE`, which prints the words of `shardwright train`",
         "machine_rank": "`shardwright join RUN_DIR` on each other node",
         "tee": "`shardwright logs RUN_DIR --rank N`",
         "log_dir": "`shardwright logs RUN_DIR --rank N`",
