@@ -66,7 +66,7 @@ ACCELERATE_LAUNCH = rows(
         "mpirun_hostfile": "launcher.hostfile, under launcher=deepspeed",
     },
     commands={
-        "config_file": "`shardwright translate FILE`, which prints the words of `shardwright train`",
+        "config_file": "`shardwright translate FILE`, which prints the words to train with",
         "machine_rank": "`shardwright join RUN_DIR` on each other node",
         "tee": "`shardwright logs RUN_DIR --rank N`",
         "log_dir": "`shardwright logs RUN_DIR --rank N`",
