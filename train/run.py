@@ -31,7 +31,7 @@ from shardwright.train.data.tokens import tokenizer
 from shardwright.train.data.tokens.cache import cache_root
 from shardwright.train.errors import UserError
 from shardwright.train.export.card import model_card
-from shardwright.train.export.final import best_checkpoint, export
+from shardwright.train.export.final import best_checkpoint, export, exports_average, of_average
 from shardwright.train.loop import resuming, stopping
 from shardwright.train.loop.arguments import training_arguments
 from shardwright.train.loop.callbacks import early_stopping
@@ -128,9 +128,14 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
     best = best_checkpoint(trainer, console)
     manifest = read_manifest(best) if best else None
     evaluation = manifest.metrics if manifest else trainer.last_evaluation()
+    averaged = None
+    if exports_average(trainer):
+        averaged = of_average(trainer)
+        if trainer.average is not None and not trainer.average.replaces_weights:
+            evaluation = trainer.average_evaluation_of_this_step()
     model_dir = export(
         trainer,
-        lambda: model_card(trainer, evaluation, manifest),
+        lambda: model_card(trainer, evaluation, manifest, averaged=averaged),
         best,
         say=lambda text: progress.write(text, console),
     )

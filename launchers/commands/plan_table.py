@@ -129,7 +129,12 @@ def _of_memory(shown: Sequence[Row]) -> list[Column]:
         sizes("loss", lambda p: p.loss, 5),
         sizes(
             "buffers",
-            lambda p: p.states.device.buckets + p.states.device.kept_whole + p.gathered,
+            lambda p: (
+                p.states.device.buckets
+                + p.states.device.kept_whole
+                + p.states.device.average
+                + p.gathered
+            ),
             1,
         ),
         of_node("a host", lambda p: p.host, 7),

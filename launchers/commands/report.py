@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from shardwright.launchers.messages import error_text
-from shardwright.launchers.reporting import curves, facts, page, pictures
+from shardwright.launchers.reporting import curves, facts, page, pictures, range_tests
 from shardwright.launchers.reporting.facts import Run, Standing
 from shardwright.launchers.reporting.importance import importance
 from shardwright.launchers.reporting.page import Report, Swept
 from shardwright.launchers.reporting.payload import payload
-from shardwright.launchers.reporting.sweep_charts import sweep_charts
+from shardwright.launchers.reporting.range_tests import Tested
+from shardwright.launchers.reporting.sweep_charts import SweepChart, sweep_charts
 from shardwright.train import program
 from shardwright.train.charts import drawing
 from shardwright.train.durable import write_text
@@ -37,9 +38,12 @@ def main(arguments: Sequence[str]) -> int:
         write_text(out, page.page(report, library))
         print(f"{out}: {counted(len(report.runs), 'run')}, {size(out.stat().st_size)}")
         if options.png:
-            of_sweeps = [chart for swept in report.sweeps for chart in swept.charts]
             specs = pictures.pictures(
-                report.charts, report.choices, of_sweeps, report.runs, report.payload["state"]
+                report.charts,
+                report.choices,
+                _whole_charts(report.sweeps, report.range_tests),
+                report.runs,
+                report.payload["state"],
             )
             written = pictures.write(Path(absolute(options.png)), specs)
             print(f"{absolute(options.png)}: {counted(len(written), 'picture')}")
@@ -91,7 +95,7 @@ def _report(paths: Sequence[Path], again: str) -> Report:
     choices = curves.choices(runs, standings)
     several = len(standings) > 1
     sweeps = [_swept(s, f"{i}_" if several else "") for i, s in enumerate(standings)]
-    of_sweeps = [chart for swept in sweeps for chart in swept.charts]
+    tests = range_tests.tested(runs)
     return Report(
         title=_title(paths, runs, standings),
         made=made,
@@ -100,8 +104,15 @@ def _report(paths: Sequence[Path], again: str) -> Report:
         charts=shown,
         choices=choices,
         sweeps=sweeps,
-        payload=payload(runs, shown, choices, of_sweeps),
+        range_tests=tests,
+        payload=payload(runs, shown, choices, _whole_charts(sweeps, tests)),
     )
+
+
+def _whole_charts(sweeps: Sequence[Swept], tests: Sequence[Tested]) -> list[SweepChart]:
+    """Return the charts that no control of the page changes."""
+    of_sweeps = [chart for swept in sweeps for chart in swept.charts]
+    return [*of_sweeps, *([range_tests.chart(tests)] if tests else [])]
 
 
 def _title(paths: Sequence[Path], runs: Sequence[Run], standings: Sequence[Standing]) -> str:

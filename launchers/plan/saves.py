@@ -41,8 +41,12 @@ def checkpoint(config: RunConfig, model: ModelFacts, hardware: Hardware) -> Chec
     checkpoint that is written beside training, only the copy to the host's memory stalls it.
     """
     parts = _bytes_of_ranks(config, model)
-    largest = parts[0]
     ranks = config.launcher.world_size
+    averages = OPTIMIZERS[config.trainer.optimizer].averages_itself
+    if averages or config.trainer.average_weights is not None:
+        own = DTYPES["fp32"].size_bytes * model.count / ranks
+        parts = parts[0] + own, parts[1] + own
+    largest = parts[0]
     size = largest + (ranks - 1) * parts[1]
     per_node = largest + (min(ranks, hardware.devices) - 1) * parts[1]
     seconds = max(

@@ -38,6 +38,8 @@ class States:
     """Where they lie beside the weights."""
     moments: int = 0
     """The optimizer's."""
+    average: int = 0
+    """That of the weights."""
 
     @property
     def total(self) -> int:
@@ -64,10 +66,29 @@ def states(config: RunConfig, model: ModelFacts) -> Held:
     """
     match config.strategy:
         case ZeroStrategy():
-            return _zero_0(config, model) if config.strategy.stage == 0 else _zero(config, model)
+            held = _zero_0(config, model) if config.strategy.stage == 0 else _zero(config, model)
         case FsdpStrategy():
-            return _fsdp(config, model)
-    return _replicated(config, model)
+            held = _fsdp(config, model)
+        case _:
+            held = _replicated(config, model)
+    return _with_average(held, config, model)
+
+
+def _with_average(held: Held, config: RunConfig, model: ModelFacts) -> Held:
+    """Add the average of the weights: in fp32, an equal part of a rank, where the masters are.
+
+    Source: train/strategy/state/average.py.
+    """
+    if config.trainer.average_weights is None:
+        return held
+    part = -(-model.count // config.launcher.world_size) * DTYPES["fp32"].size_bytes
+    strategy = config.strategy
+    is_on_host = getattr(strategy, "offload_optimizer", "none") != "none" or getattr(
+        strategy, "offload", False
+    )
+    if is_on_host:
+        return replace(held, host=_sum(held.host, States(average=part)))
+    return replace(held, device=_sum(held.device, States(average=part)))
 
 
 def _bytes(config: RunConfig) -> tuple[int, int, int, int]:

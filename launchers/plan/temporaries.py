@@ -44,7 +44,7 @@ def _of_optimizer(config: RunConfig, model: ModelFacts) -> int:
     facts = OPTIMIZERS[config.trainer.optimizer]
     if facts.holds_all_updates:
         everything = config.launcher.device == "cuda"
-        return master * (model.count if everything else largest + second)
+        return master * (-(-model.count // shards) if everything else largest + second)
     if facts.works_on_whole_matrices:
         matrix = max((p.elements for p in model.parameters if p.is_hidden_matrix), default=0)
         return matrix * (12 if config.launcher.world_size == 1 else 16)

@@ -15,11 +15,12 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from shardwright.launchers.reporting import differences
+from shardwright.launchers.reporting import differences, range_tests
 from shardwright.launchers.reporting.curves import Chart, Choice
 from shardwright.launchers.reporting.facts import Run, Standing, Trial
 from shardwright.launchers.reporting.importance import Importance
 from shardwright.launchers.reporting.payload import SMOOTHING
+from shardwright.launchers.reporting.range_tests import Tested
 from shardwright.launchers.reporting.sweep_charts import SweepChart
 from shardwright.train.charts.panels import EVAL_LOSS
 from shardwright.train.units import counted
@@ -56,6 +57,7 @@ class Report:
     charts: Sequence[Chart]
     choices: Sequence[Choice]
     sweeps: Sequence[Swept]
+    range_tests: Sequence[Tested]
     payload: Mapping[str, Any]
 
 
@@ -121,6 +123,7 @@ def _body(report: Report) -> Iterator[str]:
     others = [number for number in range(len(report.runs)) if number not in in_sweeps]
     if others:
         yield from _runs(report, others)
+    yield from _range_tests(report.range_tests)
     yield from _curves(report)
     yield from _events(report.runs)
     yield from _configs(report.runs)
@@ -338,6 +341,19 @@ def _figure(
 
 
 # --- curves ---------------------------------------------------------------------------------------
+
+
+def _range_tests(tests: Sequence[Tested]) -> Iterator[str]:
+    if not tests:
+        return
+    yield "<section><h2>Range test</h2>"
+    yield from (f"<p>{escape(text)}</p>" for text in range_tests.told(tests))
+    yield '<p class="soft">The rate rises by the same factor each step. Where the loss falls '
+    yield "fastest is a rate to train with; where it rises is one that is too high. What was "
+    yield 'logged lies pale behind the smoothed loss.</p><div class="charts">'
+    chart = range_tests.chart(tests)
+    yield _figure(chart.name, chart.title, whole=True, height=chart.height)
+    yield "</div></section>"
 
 
 def _curves(report: Report) -> Iterator[str]:

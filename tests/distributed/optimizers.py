@@ -27,6 +27,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon", "learning_rate": 3e-3},
     "adamw_8bit": {"optimizer": "adamw_8bit"},
     "lion": {"optimizer": "lion", "learning_rate": 5e-4},
+    "schedule_free": {
+        "optimizer": "schedule_free",
+        "lr_scheduler": "constant",
+        "warmup_steps": 3,
+        "learning_rate": 3e-3,
+    },
     "sgd": {"optimizer": "sgd", "learning_rate": 0.3},
 }
 

@@ -13,7 +13,7 @@ from shardwright.train.config import RunConfig, load
 from shardwright.train.data.batches.collator import Collator
 from shardwright.train.data.batches.sampler import SampleKey, sample_at
 from shardwright.train.errors import Diverged
-from shardwright.train.model.head_loss import IGNORED
+from shardwright.train.model.loss_terms import IGNORED
 from shardwright.train.process import signals
 from shardwright.train.process.rank import Rank, rank_from_environment
 from shardwright.train.run import assemble, run

@@ -40,6 +40,7 @@ CLASSES = {
     "muon": "MuonWithAdamW",
     "adamw_8bit": "AdamW8bit",
     "lion": "Lion",
+    "schedule_free": "ScheduleFree",
     "sgd": "SGD",
 }
 TAKEN = {
@@ -47,14 +48,23 @@ TAKEN = {
     "muon": ("ddp", "fsdp", "zero0"),
     "adamw_8bit": ("ddp", "fsdp", "zero0"),
     "lion": ("zero2", "fsdp"),
+    "schedule_free": ("ddp", "zero0", "zero2", "zero3", "zero3_many_groups", "fsdp"),
     "sgd": ("zero3", "fsdp"),
 }
+# By default where DeepSpeed steps groups one by one.
+SLOW = [("schedule_free", name) for name in TAKEN["schedule_free"] if name != "zero3"]
 # Compiled for each strategy anew. FSDP's curve is that of the next test as well.
 EIGHT_BIT = {strategy: [needs_torchao, pytest.mark.slow] for strategy in ("ddp", "fsdp")}
+
+
+def marks_of(name: str, strategy: str) -> Any:
+    if name == "adamw_8bit":
+        return EIGHT_BIT.get(strategy, needs_torchao)
+    return pytest.mark.slow if (name, strategy) in SLOW else ()
+
+
 CASES = [
-    pytest.param(
-        name, strategy, marks=EIGHT_BIT.get(strategy, needs_torchao) if name == "adamw_8bit" else ()
-    )
+    pytest.param(name, strategy, marks=marks_of(name, strategy))
     for name, strategies in TAKEN.items()
     for strategy in strategies
 ]

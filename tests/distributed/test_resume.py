@@ -23,7 +23,12 @@ from shardwright.train.checkpoint.read import portable
 from tests.distributed.curves import curve
 from tests.distributed.interrupted import SAVED, STEPS, STRATEGIES, interrupted
 from tests.distributed.jobs import restored_and_saved, whole_run
-from tests.distributed.optimizers import COMPILED_FOR_DTENSORS, PURE_BF16, needs_torchao
+from tests.distributed.optimizers import (
+    COMPILED_FOR_DTENSORS,
+    OPTIMIZERS,
+    PURE_BF16,
+    needs_torchao,
+)
 from tests.fixtures import Freeze, RanksOf, TreeOf
 
 pytestmark = pytest.mark.distributed
@@ -181,6 +186,11 @@ def test_a_run_resumed_from_an_older_checkpoint_ends_with_the_same_bits(
     [
         *(("muon", "ddp", {}), ("muon", "fsdp", {}), ("adafactor", "ddp", {})),
         *(("lion", "zero2", {}), ("sgd", "fsdp", {})),
+        ("schedule_free", "zero2", {}),
+        *(
+            pytest.param("schedule_free", name, precision, marks=pytest.mark.slow)
+            for name, precision in (("ddp", {}), ("zero3", {"compute_dtype": "bf16"}), ("fsdp", {}))
+        ),
         pytest.param("adamw_8bit", "zero0", {}, marks=needs_torchao),
         *(
             pytest.param("adamw_8bit", *case, marks=[needs_torchao, pytest.mark.slow])
@@ -199,7 +209,7 @@ def test_every_optimizer_goes_on_with_the_same_bits(
 ) -> None:
     tree = tiny_tree("mlm")
     tree["strategy"], tree["precision"] = STRATEGIES[name], precision
-    tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED, "optimizer": optimizer}
+    tree["trainer"] |= {"max_steps": STEPS, "save_every_steps": SAVED, **OPTIMIZERS[optimizer]}
     source = frozen_run(tree)
     may_stay = (optimizer, name) == COMPILED_FOR_DTENSORS
     ranks(2)(whole_run, source, threads_may_stay=may_stay)

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from shardwright.train.config import PrecisionConfig
-from shardwright.train.model.head_loss import IGNORED, loss_and_right, summed_loss
+from shardwright.train.model.head_loss import loss_and_right, summed_loss
+from shardwright.train.model.loss_terms import IGNORED
 
 POSITIONS, FEATURES, VOCABULARY = 1000, 128, 3001
 

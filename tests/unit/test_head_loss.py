@@ -23,7 +23,6 @@ from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import head_loss
 from shardwright.train.model.build import fitted
 from shardwright.train.model.head_loss import (
-    IGNORED,
     HeadLoss,
     is_in,
     loss_and_right,
@@ -32,6 +31,7 @@ from shardwright.train.model.head_loss import (
     why_not,
 )
 from shardwright.train.model.labelled_head import LabelledHead, positions_of
+from shardwright.train.model.loss_terms import IGNORED, NONE, LossTerms, summed
 from tests.unit.heads import CAUSAL, GPT2, MASKED, SIZES, VOCABULARY, ids_and_labels
 from tests.unit.optimizers import config
 
@@ -246,12 +246,24 @@ def layer(dtype: torch.dtype, *, bias: bool = True) -> tuple[Tensor, Tensor, Ten
     return hidden, weight, shift, labels
 
 
-def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def plain(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    terms: LossTerms = NONE,
+) -> Tensor:
     logits = linear(hidden, weight, bias)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return cross_entropy(logits.to(wide), labels, ignore_index=IGNORED, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    options: dict[str, Any] = {"ignore_index": IGNORED, "label_smoothing": terms.label_smoothing}
+    loss = cross_entropy(logits, labels, reduction="sum", **options)
+    norms = logits.logsumexp(-1)[labels != IGNORED]
+    return loss + terms.z_loss * (norms**2).sum()
 
 
+@pytest.mark.parametrize(
+    "terms", [NONE, LossTerms(label_smoothing=0.2), LossTerms(z_loss=0.05), LossTerms(0.1, 0.02)]
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
@@ -264,18 +276,42 @@ def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -
     ],
 )
 def test_gradients_are_as_exact_as_their_dtype(
-    dtype: torch.dtype, tolerance: float, bias: bool
+    dtype: torch.dtype, tolerance: float, bias: bool, terms: LossTerms
 ) -> None:
     inputs = layer(dtype, bias=bias)
     leaves = [x for x in inputs[:3] if x is not None]
     scale = 2.0**9 if dtype == torch.float16 else 1.0
-    losses = [function(*inputs) for function in (plain, summed_loss)]
+    losses = [function(*inputs, terms) for function in (plain, summed_loss)]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
     assert losses[1].dtype == torch.promote_types(dtype, torch.float32)
     expected, found = (torch.autograd.grad(loss * scale / 23, leaves) for loss in losses)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("terms", [LossTerms(label_smoothing=0.2), LossTerms(z_loss=0.05)])
+def test_a_loss_of_logits_minimises_the_same(terms: LossTerms) -> None:
+    hidden, weight, bias, labels = layer(torch.float32)
+    found = summed(linear(hidden, weight, bias), labels, terms)
+    torch.testing.assert_close(found, plain(hidden, weight, bias, labels, terms))
+    assert abs(float(found) - float(plain(hidden, weight, bias, labels))) > 0.05
+
+
+def test_predictions_are_counted_with_the_plain_loss() -> None:
+    """What is evaluated is the cross entropy, whatever training minimises besides."""
+    torch.manual_seed(0)
+    model = CAUSAL["gpt2"]().eval()
+    ids, labels = ids_and_labels(IGNORED, 0.5)
+    head = HeadLoss(model, LossTerms(0.1, 0.1))
+    with torch.no_grad():
+        with head.of(labels.flatten(), counts=True):
+            evaluated = head.check(model(input_ids=ids).logits)
+        with head.of(labels.flatten()):
+            trained = head.check(model(input_ids=ids).logits)
+        logits = model(input_ids=ids).logits
+    assert float(evaluated) == pytest.approx(float(summed(logits.flatten(0, 1), labels.flatten())))
+    assert abs(float(trained) - float(evaluated)) > 0.1
 
 
 def test_gradients_in_fp16_are_scaled_before_they_are_rounded() -> None:

@@ -6,10 +6,11 @@ import copy
 import sys
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from schedulefree import AdamWScheduleFree
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -37,12 +38,20 @@ def roberta() -> PreTrainedModel:
     return RobertaForMaskedLM(sizes)
 
 
+def only(name: str) -> dict[str, Any]:
+    """Return an optimizer and what it cannot do without."""
+    averages = OPTIMIZERS[cast("OptimizerName", name)].averages_itself
+    return {"optimizer": name, **({"lr_scheduler": "constant"} if averages else {})}
+
+
 def names_in(group: dict[str, Any], model: nn.Module) -> set[str]:
     ids = {id(p) for p in group["params"]}
     return {name for name, p in model.named_parameters() if id(p) in ids}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd", "schedule_free"]
+)
 @pytest.mark.parametrize("make", [gpt2, roberta])
 def test_each_parameter_is_in_one_group_and_biases_and_norms_do_not_decay(
     make: Any, name: str
@@ -50,7 +59,7 @@ def test_each_parameter_is_in_one_group_and_biases_and_norms_do_not_decay(
     if name == "adamw_8bit":
         pytest.importorskip("torchao.optim")
     model = make()
-    groups = built(model, optimizer=name, weight_decay=0.1).param_groups
+    groups = built(model, **only(name), weight_decay=0.1).param_groups
     found = [n for group in groups for n in names_in(group, model)]
     assert sorted(found) == sorted(n for n, _ in model.named_parameters())
     for group in groups:
@@ -115,15 +124,15 @@ def test_muon_and_adamw_together_are_torchs_own_one_by_one() -> None:
         torch.testing.assert_close(parameter, named[name], rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon", "lion", "sgd"])
+@pytest.mark.parametrize("name", ["adafactor", "muon", "lion", "sgd", "schedule_free"])
 def test_a_loaded_state_goes_on_bit_for_bit(name: str) -> None:
     model = roberta()
-    optimizer = built(model, optimizer=name)
+    optimizer = built(model, **only(name))
     for seed in range(2):
         give_gradients(model, seed)
         optimizer.step()
     other = copy.deepcopy(model)
-    resumed = built(other, optimizer=name)
+    resumed = built(other, **only(name))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for stepped, with_optimizer in ((model, optimizer), (other, resumed)):
         give_gradients(stepped, 2)
@@ -175,6 +184,78 @@ def test_original_scale_is_refused_where_matrices_are_stored_the_other_way_round
     built(roberta(), optimizer="muon", muon_learning_rate_scale="original")
 
 
+def test_schedule_free_is_its_librarys_own_also_where_groups_are_stepped_one_by_one() -> None:
+    """As stage 3 does, with the parameters of one group at a time; and so is what is learned."""
+    ours, theirs = roberta(), roberta()
+    optimizer = built(ours, optimizer="schedule_free", lr_scheduler="constant", weight_decay=0.1)
+    decay, named = decayed(theirs), dict(theirs.named_parameters())
+    expected = AdamWScheduleFree(
+        [
+            {"params": [p for n, p in named.items() if n in decay], "weight_decay": 0.1},
+            {"params": [p for n, p in named.items() if n not in decay], "weight_decay": 0.0},
+        ],
+        lr=6e-4,
+        betas=(0.9, 0.95),
+    )
+    expected.train()
+    held = [group["params"] for group in optimizer.param_groups]
+    for seed in range(4):
+        rate = 6e-4 * min(1.0, (seed + 1) / 3)  # a warm-up
+        for group in [*optimizer.param_groups, *expected.param_groups]:
+            group["lr"] = rate
+        for model in (ours, theirs):
+            give_gradients(model, seed)
+        expected.step()
+        for stepped in range(len(held)):
+            for number, group in enumerate(optimizer.param_groups):
+                group["params"] = held[number] if number == stepped else []
+            optimizer.step()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=1e-6, atol=1e-7, msg=name)
+    learned = KINDS["schedule_free"].learned
+    assert learned is not None
+    trainer = config(optimizer="schedule_free", lr_scheduler="constant").trainer
+    made = {
+        name: learned.of(trainer)(p.detach(), optimizer.state[p][learned.moment])
+        for name, p in ours.named_parameters()
+    }
+    expected.eval()
+    for name, parameter in named.items():
+        torch.testing.assert_close(made[name], parameter.detach(), rtol=1e-6, atol=1e-7, msg=name)
+    assert not torch.equal(made["lm_head.bias"], ours.get_parameter("lm_head.bias"))
+
+
+def test_schedule_free_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(UserError, match="needs the package schedulefree, .* `pip install sched"):
+        built(gpt2(), optimizer="schedule_free", lr_scheduler="constant")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"lr_scheduler": "cosine"},
+            "needs no schedule, of which its average takes the place, but lr_scheduler=cosine; "
+            "set lr_scheduler=constant",
+        ),
+        (
+            {"lr_scheduler": "constant", "adam_beta1": 0.0},
+            "adam_beta1=0 has optimizer=schedule_free take gradients at its fast weights",
+        ),
+        (
+            {"lr_scheduler": "constant", "average_weights": "ema"},
+            "keeps an average of the weights itself, which is what is evaluated and exported, but "
+            "trainer.average_weights=ema; set it to null",
+        ),
+    ],
+)
+def test_what_schedule_free_does_not_go_with_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match="schedule_free") as refused:
+        config(optimizer="schedule_free", **values)
+    assert said in str(refused.value)
+
+
 def test_adafactor_leaves_rows_without_a_gradient_alone() -> None:
     model = gpt2()
     optimizer = built(model, optimizer="adafactor", weight_decay=0.0)
@@ -218,9 +299,10 @@ def test_what_is_built_is_read_back_as_it_was_asked_for(name: OptimizerName) -> 
     if (package := OPTIMIZERS[name].package) is not None:
         pytest.importorskip(package)
     of_adam = {"adam_epsilon": 1e-6} if OPTIMIZERS[name].runs_adamw else {}
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "muon": {"muon_momentum": 0.9, "muon_learning_rate": 0.02},
         "lion": {"lion_beta1": 0.8},
+        "schedule_free": {"lr_scheduler": "constant"},
         "sgd": {"sgd_momentum": 0.8, "sgd_nesterov": True},
     }
     given: dict[str, Any] = {"learning_rate": 3e-4, **of_adam, **own.get(name, {})}

@@ -29,9 +29,11 @@ MARKED = "spike_"
 _KNOWN = (
     Panel("loss", "Training loss", ("loss",)),
     Panel("eval_loss", "Held-out loss", (EVAL_LOSS,)),
+    Panel("eval_average_loss", "Held-out loss of the average", ("eval_average_loss",)),
     Panel("eval_bits_per_byte", "Held-out bits per byte", ("eval_bits_per_byte",)),
     Panel("learning_rate", "Learning rate", ("learning_rate",), format="~e", is_noisy=False),
     Panel("grad_norm", "Gradient norm", ("grad_norm",)),
+    Panel("gradient_noise_scale", "Gradient noise scale", ("gradient_noise_scale",), "samples"),
     Panel("tokens_per_second", "Speed", ("tokens_per_second",), "tokens per second", format="~s"),
     Panel("mfu", "MFU", ("mfu",), "%", 100.0),
     Panel(

@@ -29,8 +29,9 @@ class CheckpointConfig(Section):
     best_metric: Literal["eval_loss", "eval_perplexity", "eval_masked_accuracy"] = "eval_loss"
     """What "best" means to keep_best and to early stopping: low loss or perplexity, high accuracy
     (of masked tokens)."""
-    export: Literal["last", "best"] = "last"
-    """Whose weights final/ gets: the last step's, or the best checkpoint's that is kept."""
+    export: Literal["last", "best", "average"] = "last"
+    """Whose weights final/ gets: the last step's, the best checkpoint's that is kept, or the
+    average that trainer.average_weights keeps."""
 
     @property
     def higher_is_better(self) -> bool:

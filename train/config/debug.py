@@ -36,6 +36,12 @@ class Debug(Section):
     module, and its share of gradients that are zero, into metrics.jsonl. Such a step keeps a copy
     of this rank's part of the master weights; null measures none."""
 
+    noise_scale: bool = False
+    """Log the gradient noise scale: the batch, in samples, up to which a larger one saves steps
+    (arXiv 1812.06162), as gradient_noise_scale with the two estimates that it is the quotient of,
+    over the steps since the last logged one. It takes the norm of a smaller batch's gradient: of
+    each rank under ddp, else of a step's first micro-batch."""
+
     @property
     def looks_into_modules(self) -> bool:
         """Whether hooks of modules have work, which compiled code would not call."""

@@ -6,10 +6,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from shardwright.train.config.section import Fraction, Section, Strings
+from shardwright.train.config.section import Fraction, NonNegativeFloat, Section, Strings
 
 
-class MlmObjective(Section):
+class LossFields(Section):
+    """What training minimises besides the cross entropy of the labels, and is disturbed by."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a label's probability that all tokens of the vocabulary get alike."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared logarithm of the softmax's denominator, which keeps logits small (PaLM
+    trains with 1e-4)."""
+    neftune_noise_alpha: NonNegativeFloat = 0.0
+    """Add noise to the input embeddings in training, even in +-alpha / sqrt(length x width) (arXiv
+    2310.05914 takes 5 to 15); 0 adds none."""
+
+
+class MlmObjective(LossFields):
     """Masked language modelling."""
 
     kind: Literal["mlm"]
@@ -38,7 +51,7 @@ class MlmObjective(Section):
         return self
 
 
-class ClmObjective(Section):
+class ClmObjective(LossFields):
     """Causal language modelling: predict the next token."""
 
     kind: Literal["clm"]

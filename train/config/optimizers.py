@@ -18,7 +18,7 @@ from shardwright.train.config.section import (
     Section,
 )
 
-OptimizerName = Literal["adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd"]
+OptimizerName = Literal["adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd", "schedule_free"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class OptimizerFacts:
     """Whether AdamW updates some of the parameters, so that the fields adam_... are read."""
     why_not_flat: str | None = None
     """What it does that ZeRO's flat partitions of many parameters do not allow."""
+    why_not_deepspeeds: str | None = None
+    """Why DeepSpeed's own of the name, which does allow that, is not taken in its place."""
     takes_sharded: bool = True
     """Whether it works on FSDP's sharded tensors."""
     is_for_gpus: bool = False
@@ -54,6 +56,9 @@ class OptimizerFacts:
     """Whether one rank at a time works on a whole matrix of the hidden layers."""
     holds_all_updates: bool = False
     """Whether its step on a GPU holds the updates of all parameters at once."""
+    averages_itself: bool = False
+    """Whether what it has learned is an average that it keeps, and not the weights that it
+    trains."""
     passes: int | None = None
     """How often its step goes over the master weights; None is once over all that it keeps."""
 
@@ -71,6 +76,9 @@ OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
         moments=1,
         runs_adamw=True,
         why_not_flat="makes each matrix orthogonal",
+        why_not_deepspeeds="0.19.8 clips and logs the norm of the updates, not of the gradients "
+        "(runtime/zero/stage3.py, step: _apply_muon_to_accumulated_grads before "
+        "_get_norm_groups; stage_1_and_2.py, get_flat_partition)",
         is_for_gpus=True,
         works_on_whole_matrices=True,
     ),
@@ -103,6 +111,19 @@ OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
         "a third to a tenth of AdamW's rates, and as many times its weight decay",
         moments=1,
         package="lion_pytorch",
+    ),
+    "schedule_free": OptimizerFacts(
+        description="Meta's schedule-free AdamW (arXiv 2405.15682): the extra `schedulefree`; an "
+        "average of the weights, which is what is evaluated and exported, takes the place of a "
+        "schedule, so `trainer.lr_scheduler=constant`; one to ten times AdamW's rates",
+        moments=2,
+        runs_adamw=True,
+        package="schedulefree",
+        # Of all tensors at once (1.4.1, adamw_schedulefree.py, step): denominators, and 26 reads
+        # and writes.
+        holds_all_updates=True,
+        averages_itself=True,
+        passes=26,
     ),
     "sgd": OptimizerFacts(
         description="torch's SGD with momentum; its weight decay is added to the gradient, and "
@@ -165,7 +186,8 @@ class OptimizerFields(Section):
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled decay, times the learning rate; biases and norms are spared."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """adamw, adamw_8bit, and what muon leaves to AdamW: decay of the mean gradient in a step."""
+    """adamw, adamw_8bit, and what muon leaves to AdamW: decay of the mean gradient in a step. Of
+    schedule_free, where between its average (1) and its fast weights (0) gradients are taken."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """The same of the mean squared gradient."""
     adam_epsilon: PositiveFloat = 1e-8
@@ -210,6 +232,17 @@ class OptimizerFields(Section):
                 )
         if self.lr_scheduler == "range_test":
             self._check_range_test()
+        if OPTIMIZERS[self.optimizer].averages_itself and self.lr_scheduler != "constant":
+            raise ValueError(
+                f"optimizer={self.optimizer} needs no schedule, of which its average takes the "
+                f"place, but lr_scheduler={self.lr_scheduler}; set lr_scheduler=constant, with "
+                "warmup_steps where it is to warm up"
+            )
+        if OPTIMIZERS[self.optimizer].averages_itself and not self.adam_beta1:
+            raise ValueError(
+                f"adam_beta1=0 has optimizer={self.optimizer} take gradients at its fast weights, "
+                "from which no average can be told; set it above 0, such as 0.9"
+            )
         if self.sgd_nesterov and not self.sgd_momentum:
             raise ValueError(
                 "sgd_nesterov=true looks ahead along a momentum, but sgd_momentum=0; raise it or "

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from shardwright.train.config.averages import AverageFields
 from shardwright.train.config.debug import Debug
 from shardwright.train.config.optimizers import OptimizerFields
 from shardwright.train.config.profile import Profile
@@ -60,7 +61,7 @@ class Amount(Section):
     """Samples in one forward pass of one rank in evaluation; null is micro_batch_size."""
 
 
-class TrainerConfig(SpikeFields, OptimizerFields, Amount):
+class TrainerConfig(AverageFields, SpikeFields, OptimizerFields, Amount):
     """The loop: how much, how fast, and how often something happens besides."""
 
     log_every_steps: PositiveInt | None = None
@@ -248,6 +249,17 @@ class TrainerConfig(SpikeFields, OptimizerFields, Amount):
             raise ValueError(
                 f"compile=true and debug.{asked} contradict each other: compiled blocks have no "
                 "modules to look into; set compile=false, or auto, which then compiles nothing"
+            )
+        if (
+            self.max_steps is not None
+            and self.average_weights is not None
+            and self.first_averaged_step > self.max_steps
+        ):
+            raise ValueError(
+                f"average_weights={self.average_weights} takes weights from step "
+                f"{self.first_averaged_step} on (average_start_step={self.average_start_step}, "
+                f"average_every_steps={self.average_every_steps}), behind the last one, "
+                f"max_steps={self.max_steps}; begin earlier or train for more"
             )
         if self.max_steps is not None and (self.profile.at_step or 0) > self.max_steps:
             raise ValueError(

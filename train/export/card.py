@@ -31,6 +31,7 @@ from shardwright.train.run_directory.names import (
     RESUMES,
     TOKENIZER_FOLDER,
 )
+from shardwright.train.units import counted
 
 if TYPE_CHECKING:
     from shardwright.train.loop.trainer import Trainer
@@ -59,9 +60,10 @@ def model_card(
     evaluation: Mapping[str, Any],
     checkpoint: Manifest | None = None,
     *,
+    averaged: str | None = None,
     draws: bool = True,
 ) -> Card:
-    """Return the card of a training's result.
+    """Return the card of a training's result; ``averaged`` as in `Facts`.
 
     ``checkpoint`` holds the weights, or the live engine where there is none; ``evaluation`` is
     theirs. One that only shows that it can be made need not draw its picture.
@@ -79,6 +81,7 @@ def model_card(
             tokens=trainer.tokens_seen if checkpoint is None else checkpoint.tokens,
             world_size=trainer.args.world_size if checkpoint is None else checkpoint.world_size,
             metrics=evaluation,
+            averaged=averaged,
             generation=_generation(trainer),
             **_of_run(trainer.config, trainer.run_dir, until_step=step),
         ),
@@ -101,6 +104,7 @@ def recovered_card(
     dtype: str,
     parameters: int | None = None,
     generation: Mapping[str, Any] | None = None,
+    averaged: str | None = None,
 ) -> Card:
     """Return the card of a model that was taken out of a checkpoint; write it with `Card.write`.
 
@@ -109,7 +113,8 @@ def recovered_card(
     run"); no absolute path goes into a card. ``step`` is None where no file says it. ``run_dir``
     is the run that the checkpoint lies in, None for a foreign one; its files are read where they
     are there. ``dtype`` is that of the weights as written: fp32, bf16 or fp16. ``parameters`` is
-    their number, tied ones once, ``generation`` the generation settings beside them.
+    their number, tied ones once, ``generation`` the generation settings beside them,
+    ``averaged`` as in `Facts`.
     """
     step = manifest.step if manifest is not None else step
     of_run: dict[str, Any] = {}
@@ -126,11 +131,27 @@ def recovered_card(
             samples=manifest.samples if manifest else None,
             tokens=manifest.tokens if manifest else None,
             world_size=manifest.world_size if manifest else None,
-            metrics=manifest.metrics if manifest else {},
+            metrics=_evaluated(manifest, averaged),
+            averaged=averaged,
             generation=generation or {},
             **of_run,
         )
     )
+
+
+def _evaluated(manifest: Manifest | None, averaged: str | None) -> Mapping[str, float]:
+    """Return what was evaluated of the weights that are taken out of a checkpoint."""
+    if manifest is None:
+        return {}
+    of_average = manifest.average is not None and manifest.average.replaces_weights
+    return manifest.metrics if of_average == (averaged is not None) else {}
+
+
+def average_in_words(kind: str, taken: int) -> str:
+    """Return what an average of the weights is, as a card says it. Pure."""
+    kinds = {"ema": "an exponential moving average", "uniform": "the plain mean"}
+    what = kinds.get(kind, f"the average that trainer.optimizer={kind} keeps")
+    return f"{what} of the weights of {counted(taken, 'step')}"
 
 
 def _of_run(config: RunConfig, run_dir: Path, *, until_step: int | None) -> dict[str, Any]:

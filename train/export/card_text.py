@@ -51,6 +51,8 @@ class Facts:
     world_size: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What was evaluated with these very weights."""
+    averaged: str | None = None
+    """Of what steps' weights they are an average, in a phrase; None for those of a single step."""
     run: RunConfig | None = None
     base_model: str | None = None
     """Name on a hub of the weights that the training began with; None for local ones or none."""
@@ -149,6 +151,8 @@ def _introduction(facts: Facts) -> str:
                 f" These had no weights of the head: its {count} ({names}{more}) started from "
                 "random values."
             )
+    if facts.averaged is not None:
+        how += f" These weights are {facts.averaged}."
     if facts.origin is not None:
         how = f"Recovered with Shardwright from {facts.origin}. {how}"
     return f"# {_name(facts)}\n\n{how}"
@@ -512,7 +516,7 @@ def _task(facts: Facts) -> str | None:
 def _measured(facts: Facts) -> dict[str, float]:
     """Return what was evaluated with these weights; of a step without a note, what was logged."""
     metrics = facts.metrics
-    if not metrics:
+    if not metrics and facts.averaged is None:
         logged = {p.step: p.eval_loss for p in facts.curve.points if p.eval_loss is not None}
         metrics = {"eval_loss": logged[facts.step]} if facts.step in logged else {}
     return {

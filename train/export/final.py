@@ -27,7 +27,7 @@ from shardwright.train.console import progress
 from shardwright.train.durable import begin_directory, publish_directory, temporary_of
 from shardwright.train.export import parts
 from shardwright.train.export import safetensors as whole
-from shardwright.train.export.card import README, Card
+from shardwright.train.export.card import README, Card, average_in_words
 from shardwright.train.model import origin
 from shardwright.train.model.conversion import CannotTrace, placed
 from shardwright.train.model.directory import (
@@ -147,7 +147,13 @@ def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
     Collective; says on rank 0 what was chosen, and what was not and why.
     """
     rule, place = trainer.config.checkpoint, (trainer.args.process_index, trainer.args.world_size)
-    if rule.export == "last":
+    if (
+        rule.export != "best"
+        and trainer.is_world_process_zero()
+        and (rule.export == "average" or exports_average(trainer))
+    ):
+        progress.write(_said_of_average(trainer), console)
+    if rule.export != "best":
         return None
     best, passed_over = best_whole(
         trainer.run_dir / CHECKPOINTS, rule, gather=from_all_patiently, share=place
@@ -163,6 +169,23 @@ def best_checkpoint(trainer: Trainer, console: TextIO) -> Path | None:
         progress.write("\n".join(map(str, [*passed_over, text])), console)
     is_last = best is not None and step_of(best) == trainer.state.global_step
     return None if is_last else best
+
+
+def _said_of_average(trainer: Trainer) -> str:
+    """Return what is said where final/ is to get the average of the weights."""
+    if exports_average(trainer):
+        return f"final/ gets {of_average(trainer)}"
+    return (
+        "warning: the average of the weights begins at step "
+        f"{trainer.config.trainer.first_averaged_step} and the run has ended at "
+        f"{trainer.state.global_step}; final/ gets the last weights"
+    )
+
+
+def of_average(trainer: Trainer) -> str:
+    """Return what the average of the weights is, in words."""
+    assert trainer.average is not None
+    return average_in_words(trainer.average.kind, trainer.average.taken)
 
 
 def _begin(trainer: Trainer, final: Path, max_shard_bytes: int) -> whole.Plan | None:
@@ -228,17 +251,34 @@ def _write_tensors(
             shown.advance(written_bytes)
 
         if checkpoint is not None:
-            weights = portable.read(checkpoint).weights
+            state = portable.read(checkpoint)
+            weights = state.ema if exports_average(trainer) else state.weights
             found = {name: weights[name] for name, _ in trainer.model.named_parameters()}
             whole.stream(found, writer, _BUDGET, advance, place)
         else:
-            parts.write(trainer, writer, others, advance)
+            parts.write(trainer, _own(trainer), writer, others, advance)
         if place[0] == 0:
             for name, buffer in _buffers(trainer.model).items():
                 writer.write(name, buffer.cpu())
         writer.flush()
     check()
     return writer
+
+
+def exports_average(trainer: Trainer) -> bool:
+    """Return whether final/ gets the average of the weights."""
+    average, rule = trainer.average, trainer.config.checkpoint.export
+    if average is None or not average.taken:
+        return False
+    return average.replaces_weights or rule == "average"
+
+
+def _own(trainer: Trainer) -> parts.Parts:
+    """Return this rank's part of the weights that final/ gets, where they are in memory."""
+    if exports_average(trainer):
+        assert trainer.average is not None
+        return trainer.average.own_weights()
+    return trainer.engine.own_weights(trainer)
 
 
 @contextmanager

@@ -19,10 +19,18 @@ SLICE_ELEMENTS = 2**22
 """What is in host memory at once of weights that lie elsewhere, or in another dtype."""
 
 
+Parts = Iterator[tuple[str, int, torch.Tensor]]
+"""A parameter's name, the first element's place in it, and consecutive elements."""
+
+
 def write(
-    trainer: Trainer, writer: Writer, others: Meeting, advance: Callable[[int], object]
+    trainer: Trainer,
+    own: Parts,
+    writer: Writer,
+    others: Meeting,
+    advance: Callable[[int], object],
 ) -> None:
-    """Write what this rank holds of the weights; ``advance`` hears of each slice's bytes.
+    """Write this rank's ``own`` part of the weights; ``advance`` hears of each slice's bytes.
 
     Where each node has a disk of its own, ranks of the other nodes send theirs to one on the first,
     as that is where the model is to be. Raises what `Writer.write` does, and what other ranks have
@@ -37,9 +45,9 @@ def write(
     rank, count = trainer.args.process_index, trainer.args.world_size
     if rank >= node_size:
         others.wait_for(f"send/{rank}")
-        _send(_slices(trainer), rank % node_size)
+        _send(_slices(own), rank % node_size)
         return
-    for part in _slices(trainer):
+    for part in _slices(own):
         write_one(*part)
     for sender in range(rank + node_size, count, node_size):
         # Until then it waits where no limit is set: each before it has its own part to write.
@@ -60,22 +68,22 @@ def _ranks_at_the_disk(trainer: Trainer) -> int:
     return trainer.args.world_size
 
 
-def _slices(trainer: Trainer) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Yield this rank's part on the CPU in fp32: parameter, first element, values."""
-    for name, start, values in trainer.engine.own_weights(trainer):
+def _slices(own: Parts) -> Parts:
+    """Yield this rank's part on the CPU in fp32."""
+    for name, start, values in own:
         for begin in range(0, values.numel(), SLICE_ELEMENTS):
             part = values.detach()[begin : begin + SLICE_ELEMENTS]
             yield name, start + begin, part.to("cpu", torch.float32)
 
 
-def _send(slices: Iterator[tuple[str, int, torch.Tensor]], to: int) -> None:
+def _send(slices: Parts, to: int) -> None:
     for name, start, values in slices:
         dist.send_object_list([(name, start, values.numel())], to)
         dist.send(values.contiguous(), to)
     dist.send_object_list([None], to)
 
 
-def _received(sender: int) -> Iterator[tuple[str, int, torch.Tensor]]:
+def _received(sender: int) -> Parts:
     while True:
         found: list[Any] = [None]
         dist.recv_object_list(found, sender)

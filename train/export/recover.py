@@ -25,7 +25,7 @@ from shardwright.train.console import progress
 from shardwright.train.durable import atomic_directory, temporary_of
 from shardwright.train.errors import UserError
 from shardwright.train.export import safetensors as whole
-from shardwright.train.export.card import Card, recovered_card
+from shardwright.train.export.card import Card, average_in_words, recovered_card
 from shardwright.train.export.contents import DTYPES, Contents, contents
 from shardwright.train.model import generation, remote_code
 from shardwright.train.model.directory import (
@@ -156,7 +156,7 @@ def _contents(options: Options, chosen: Chosen, model: PreTrainedModel) -> Conte
         model,
         state,
         DTYPES[options.dtype],
-        ema=options.ema,
+        ema=_takes_average(options, chosen),
         allow_upcast=options.allow_upcast,
     )
 
@@ -358,8 +358,23 @@ def _beside_the_weights(
         options.dtype,
         found.parameters,
         settings,
+        _averaged(options, chosen),
     )
     return _Beside(config, code, tokenizer, generation_text, card)
+
+
+def _takes_average(options: Options, chosen: Chosen) -> bool:
+    """Whether it is asked for, or is what the run has learned."""
+    kept = chosen.manifest.average if chosen.manifest is not None else None
+    return options.ema or (kept is not None and kept.replaces_weights)
+
+
+def _averaged(options: Options, chosen: Chosen) -> str | None:
+    """Return what a card says of an average; None of weights that are none."""
+    kept = chosen.manifest.average if chosen.manifest is not None else None
+    if not _takes_average(options, chosen):
+        return None
+    return "a moving average" if kept is None else average_in_words(kept.kind, kept.taken)
 
 
 @contextmanager
@@ -420,7 +435,7 @@ def _summary(
     """Return what is read and what is, or would be, written. Pure."""
     files = counted(len(plan.files), "file")
     step = f", step {chosen.step}" if chosen.step is not None else ""
-    average = "moving average, " if options.ema else ""
+    average = "average of the weights, " if _takes_average(options, chosen) else ""
     rows = {
         "from": f"{chosen.path}",
         "": f"{chosen.state.origin or 'checkpoint'}{step}",

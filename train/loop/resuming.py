@@ -18,6 +18,7 @@ from shardwright.train.checkpoint.format import layout
 from shardwright.train.checkpoint.format.layout import LOSS_SCALE, TRAINER_STATE
 from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable, why_refused
 from shardwright.train.checkpoint.read import portable
+from shardwright.train.checkpoint.read.average import file_of
 from shardwright.train.config import Progress, RankLayout, RunConfig
 from shardwright.train.config.cadence import Cadence
 from shardwright.train.console import progress
@@ -52,6 +53,8 @@ class Resumed:
     state: PortableState
     parameters: frozenset[str] = frozenset()
     """The first name of each, as its manifest says."""
+    average: layout.AverageEntry | None = None
+    """The average of the weights that it holds beside them."""
 
     @property
     def step(self) -> int:
@@ -128,6 +131,7 @@ def _opened(path: Path) -> Resumed:
         world_size=manifest.world_size,
         state=state,
         parameters=frozenset(parameter.name for parameter in manifest.parameters),
+        average=manifest.average,
     )
 
 
@@ -196,6 +200,9 @@ def restore(trainer: Training, resumed: Resumed) -> None:
     """
     with _refusing(resumed.checkpoint):
         trainer.engine.restore_optimizer(trainer, resumed.state)
+        if trainer.average is not None and (kept := resumed.average) is not None:
+            own_file = resumed.checkpoint / file_of(trainer.args.process_index)
+            trainer.average.restore(resumed.state, own_file, kept.kind, kept.taken)
     _restore_schedule(trainer, resumed.progress.scheduled_steps)
     scale = resumed.checkpoint / LOSS_SCALE
     restore_loss_scale(trainer, json.loads(scale.read_text()) if scale.exists() else {})

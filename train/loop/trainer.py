@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -24,10 +23,12 @@ from shardwright.train.data.batches.collator import PADDING
 from shardwright.train.errors import Diverged, UserError
 from shardwright.train.loop import divergence, evaluation, lean, step_times
 from shardwright.train.loop.ahead import Ahead, counted
+from shardwright.train.loop.callbacks.averages import Averages
 from shardwright.train.loop.callbacks.garbage import GarbageCollection
 from shardwright.train.loop.callbacks.handler import Callbacks
 from shardwright.train.loop.callbacks.recurring import Recurring
 from shardwright.train.loop.callbacks.schedule import EveryStepCounts
+from shardwright.train.loop.noise_scale import NoiseScale
 from shardwright.train.loop.numerics.watch import Watch
 from shardwright.train.loop.profiling.profiler import Profiler
 from shardwright.train.loop.saving.saver import Saver
@@ -35,9 +36,10 @@ from shardwright.train.loop.spikes.respond import respond
 from shardwright.train.loop.spikes.rollback import RolledBack
 from shardwright.train.loop.spikes.watch import WINDOW, SpikeWatch
 from shardwright.train.model import build as models
-from shardwright.train.model import host_checks
-from shardwright.train.model.head_loss import IGNORED, HeadLoss
+from shardwright.train.model import host_checks, neftune
+from shardwright.train.model.head_loss import HeadLoss
 from shardwright.train.model.labelled_head import LabelledHead, positions_of
+from shardwright.train.model.loss_terms import IGNORED, NONE, LossTerms, summed
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.process import heartbeat, numerics, signals
 from shardwright.train.process.agreement import check, from_all
@@ -48,6 +50,7 @@ from shardwright.train.strategy.loss_scale import (
     loss_scale_is_exhausted,
     loss_scale_state,
 )
+from shardwright.train.strategy.state.average import Average, Learned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,6 +80,8 @@ class Trainer(transformers.Trainer):
     """The live engine: DDP's or DeepSpeed's wrapper, or the model itself."""
     before_clipping: Callable[[], object] | None = None
     """Called in each step once its gradients are reduced, where the engine leaves that to us."""
+    see_local_gradients: Callable[[torch.Tensor], object] | None = None
+    """Called with what a rank hands to be averaged, where the engine shows that."""
     tracking: Tracking | None = None
     """On rank 0, what hands metrics on."""
     weights_of_step = 0
@@ -121,14 +126,7 @@ class Trainer(transformers.Trainer):
         if engine.places_model:
             where = next(model.parameters()).device
             keep_beside_gradients(self.accelerator.scaler, where)
-        self.labelled_head: LabelledHead | None = None
-        objective = self.config.objective
-        if isinstance(objective, MlmObjective) and objective.head_on_labels_only:
-            self.labelled_head = LabelledHead(model)
-        host_checks.take_padding_as_known(model)
-        fuses = self.config.trainer.fused_loss
-        assert fuses != "auto", "decided by the model, `models.fitted`"
-        self.head_loss = HeadLoss(model) if fuses else None
+        self._prepare_model(model)
         self.spikes = SpikeWatch.of(self, resumed, partial(respond, self))
         self.gate = finite.Gate(args.device, self.spikes)
         self.watch = Watch(self.config.trainer.debug, self.run_dir, args.process_index)
@@ -151,9 +149,38 @@ class Trainer(transformers.Trainer):
         """How many batches of the last evaluation, over all ranks, were not finite; of how many."""
         self._label_loss: torch.Tensor | None = None
         """Of a micro-batch, without the auxiliary one."""
+        self.average = self._average()
+        """The average of the weights, where one is kept."""
+        self.noise_scale = NoiseScale(self) if self.config.trainer.debug.noise_scale else None
+        if self.noise_scale is not None and self.noise_scale.sees_buckets:
+            self.see_local_gradients = self.noise_scale.add_local
+        self._is_first_micro_batch = True
         self.garbage = GarbageCollection(self.config.trainer.collect_garbage_every_steps)
         self.saver = Saver(self)
         self._replace_callbacks()
+
+    def _prepare_model(self, model: transformers.PreTrainedModel) -> None:
+        """Have the model's head and embeddings do what the objective asks for."""
+        self.labelled_head: LabelledHead | None = None
+        objective, data = self.config.objective, self.config.data
+        if isinstance(objective, MlmObjective) and objective.head_on_labels_only:
+            self.labelled_head = LabelledHead(model)
+        if objective.neftune_noise_alpha:
+            sample_length = data.tokens_per_sample if data.is_unpadded else None
+            neftune.enable(model, objective.neftune_noise_alpha, sample_length)
+        host_checks.take_padding_as_known(model)
+        fuses = self.config.trainer.fused_loss
+        assert fuses != "auto", "decided by the model, `models.fitted`"
+        self._terms = LossTerms.of(objective)
+        self.head_loss = HeadLoss(model, self._terms) if fuses else None
+
+    def _average(self) -> Average | Learned | None:
+        trainer, own = self.config.trainer, partial(self.engine.own_weights, self)
+        if (learned := optimizer.KINDS[trainer.optimizer].learned) is not None:
+            moments = partial(self.engine.own_moments, self, learned.moment)
+            made_of = learned.of(trainer)
+            return Learned(trainer.optimizer, own, moments, made_of)
+        return None if trainer.average_weights is None else Average(trainer, own)
 
     def _replace_callbacks(self) -> None:
         self.step_times = step_times.StepTimes()
@@ -169,6 +196,7 @@ class Trainer(transformers.Trainer):
             self.garbage,
             EveryStepCounts(self),
             Recurring(self.rhythm),
+            *([Averages(self.average)] if self.average is not None else []),
             self.saver,
         )
         for callback in callbacks:
@@ -242,6 +270,7 @@ class Trainer(transformers.Trainer):
         self.profiler.agreed(step, self.state.max_steps, is_asked=agreed.profiles > 0)
         self.step_times.agree(ahead.times)
         self.gate.begin()
+        self._is_first_micro_batch = True
         self.tokens_seen += agreed.tokens
         batches = [self._with_positions(batch) for batch in ahead.batches]
         # Filled on the device, as a copy would make the host wait for what is computed there.
@@ -387,6 +416,10 @@ class Trainer(transformers.Trainer):
             else:
                 loss.backward()
                 self.step_times.backward_ends()
+        if self._is_first_micro_batch and self.noise_scale is not None:
+            self._is_first_micro_batch = False
+            if not self.noise_scale.sees_buckets:
+                self.noise_scale.micro_batch_ends(self._parameters)
         loss = loss.detach()
         # What is logged can be compared with that of held-out samples, and from model to model.
         if self._label_loss is None:
@@ -403,9 +436,14 @@ class Trainer(transformers.Trainer):
 
     @staticmethod
     def loss(
-        outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+        outputs: Any,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | None = None,
+        terms: LossTerms = NONE,
     ) -> torch.Tensor:
         """Return summed cross entropy over ``num_items_in_batch`` labels of the whole step.
+
+        With what ``terms`` add of each of them.
 
         Every rank divides by the same global number, so that neither accumulation nor the world
         size changes what a label weighs. ``logits`` (batch, sequence, vocabulary), ``labels``
@@ -414,12 +452,7 @@ class Trainer(transformers.Trainer):
         """
         total: torch.Tensor = outputs.logits
         if total.dim() > 0:
-            total = cross_entropy(
-                total.flatten(0, -2).float(),
-                labels.flatten().to(total.device),
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
+            total = summed(total.flatten(0, -2), labels.flatten().to(total.device), terms)
         count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / count
 
@@ -432,7 +465,7 @@ class Trainer(transformers.Trainer):
         step's labels: over all micro-batches and ranks the shares add up to 1.
         """
         self._check_head(outputs.logits, labels)
-        loss = self.loss(outputs, labels, num_items_in_batch)
+        loss = self.loss(outputs, labels, num_items_in_batch, self._terms)
         if self.auxiliary_loss is not None:
             self._label_loss = loss.detach()
             share = labels.ne(IGNORED).sum().to(loss.device) / num_items_in_batch
@@ -492,7 +525,7 @@ class Trainer(transformers.Trainer):
             if self.head_loss is not None:
                 return [logits, self.head_loss.right, kept.sum(), samples]
         logits = logits.flatten(0, -2)
-        loss = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        loss = summed(logits, labels)
         return [loss, (logits.argmax(-1).eq(labels) & kept).sum(), kept.sum(), samples]
 
     def evaluation_loop(
@@ -508,8 +541,42 @@ class Trainer(transformers.Trainer):
         Of each held-out set six sums are kept and reduced, never logits. Every rank makes the same
         number of forward passes, as sharded engines need. Raises Stop where a rank was told to.
         """
+        dataset: Any = dataloader.dataset
+        average = self.average if self.average is not None and self.average.taken else None
+        replaced = average is not None and average.replaces_weights
+        with self._average_shown() if replaced else nullcontext():
+            reduced = self._held_out_sums(dataloader, "evaluating")
+        whole = evaluation.total(dataset.sets, reduced)
+        self.held_out_batches_not_finite = int(whole.not_finite), int(whole.batches)
+        masked = self.config.objective.kind == "mlm"
+        measured = dict(evaluation.metrics(dataset.sets, reduced, masked=masked))
+        if self.config.trainer.average_evaluated and average is not None:
+            with self._average_shown():
+                of_average = self._held_out_sums(dataloader, "evaluating the average of")
+            found = evaluation.metrics(dataset.sets, of_average, masked=masked)
+            measured |= {f"average_{name}": value for name, value in found}
+        return EvalLoopOutput(
+            predictions=(),  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in measured.items()},
+            num_samples=int(sum(row.samples for row in reduced)),
+        )
+
+    @contextmanager
+    def _average_shown(self) -> Iterator[None]:
+        """Have forward passes in the block take the average of the weights. Collective."""
+        assert self.average is not None
+        copies = [(n, start, v.detach().clone()) for n, start, v in self.engine.own_weights(self)]
+        try:
+            self.engine.show(self, list(self.average.own_weights()))
+            yield
+        finally:
+            self.engine.show(self, copies)
+
+    def _held_out_sums(self, dataloader: DataLoader, what: str) -> list[evaluation.Sums]:
+        """Return what all ranks together find of each held-out set. Collective."""
         shown: dict[str, Any] = {
-            "name": f"evaluating step {self.state.global_step or self.weights_of_step}",
+            "name": f"{what} step {self.state.global_step or self.weights_of_step}",
             "kind": "evaluating",
             "total": len(dataloader),
             "unit": "batch",
@@ -535,17 +602,7 @@ class Trainer(transformers.Trainer):
         finally:
             model.train()
             self.engine.after_evaluation(self)
-        reduced = [evaluation.Sums(*row) for row in self.accelerator.reduce(sums, "sum").tolist()]
-        whole = evaluation.total(sets, reduced)
-        self.held_out_batches_not_finite = int(whole.not_finite), int(whole.batches)
-        masked = self.config.objective.kind == "mlm"
-        measured = evaluation.metrics(sets, reduced, masked=masked)
-        return EvalLoopOutput(
-            predictions=(),  # type: ignore[arg-type]
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in measured},
-            num_samples=int(sum(row.samples for row in reduced)),
-        )
+        return [evaluation.Sums(*row) for row in self.accelerator.reduce(sums, "sum").tolist()]
 
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
@@ -656,6 +713,8 @@ class Trainer(transformers.Trainer):
             norm = norm.full_tensor()
         self.gate.judge(norm, is_bad=loss_scale_is_exhausted(self))
         step = self.state.global_step + 1
+        if self.noise_scale is not None:
+            self.noise_scale.step_ends(norm, self.samples_at(step) - self.samples_at(step - 1))
         self.gate.conclude(step)
         if not self.rhythm.is_interrupted(step, self.state.max_steps):
             self._ahead = self._look_ahead(step + 1)
@@ -707,9 +766,19 @@ class Trainer(transformers.Trainer):
 
     def evaluation_of_this_step(self) -> dict[str, float]:
         """Return the metrics that were evaluated at this very step, none where it was not."""
+        entry = self._evaluated_entry()
+        return {name: entry[name] for name in METRICS if name in entry}
+
+    def average_evaluation_of_this_step(self) -> dict[str, float]:
+        """Return the same of the average of the weights."""
+        entry = self._evaluated_entry()
+        of_average = {name: name.replace("eval_", "eval_average_", 1) for name in METRICS}
+        return {name: entry[theirs] for name, theirs in of_average.items() if theirs in entry}
+
+    def _evaluated_entry(self) -> dict[str, float]:
         for entry in reversed(self.state.log_history):
             if "eval_loss" in entry and entry["step"] == self.state.global_step:
-                return {name: entry[name] for name in METRICS if name in entry}
+                return entry
         return {}
 
 

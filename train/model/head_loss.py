@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardwright.train.errors import UserError
+from shardwright.train.model.loss_terms import IGNORED, NONE, LossTerms
 
-IGNORED = -100
-"""Label of a position that is not predicted."""
 FEWEST_ROWS = 64
 """Positions of a piece, at least, and what several pieces are multiples of: what products like."""
 STRIDE_MULTIPLE = 64
@@ -39,6 +38,7 @@ class _Asked:
 
     labels: Tensor
     counts: bool
+    terms: LossTerms
     loss: Tensor | None = None
     version: int = 0
     """How often the loss had been written to when it was given."""
@@ -52,8 +52,10 @@ class HeadLoss:
     is one of which `why_not` finds that it can.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, terms: LossTerms = NONE) -> None:
+        """``terms`` are minimised besides, where predictions are not counted."""
         head: Any = _output_embedding(model)
+        self._terms = terms
         self._asked: _Asked | None = None
         known = weakref.ref(head)  # it is to be freed with the model, not as part of a cycle
 
@@ -74,7 +76,7 @@ class HeadLoss:
         ``labels`` (positions,) are those of what the head sees, `IGNORED` where there is none. With
         ``counts`` those are counted, too, that the model takes for the most likely.
         """
-        self._asked = _Asked(labels, counts)
+        self._asked = _Asked(labels, counts, self._terms)
         try:
             yield
         finally:
@@ -202,18 +204,23 @@ def _answer(asked: _Asked, hidden: Tensor, layer: nn.Linear) -> Tensor:
     if asked.counts:
         loss, asked.right = loss_and_right(hidden, layer.weight, layer.bias, asked.labels)
     else:
-        loss = summed_loss(hidden, layer.weight, layer.bias, asked.labels)
+        loss = summed_loss(hidden, layer.weight, layer.bias, asked.labels, asked.terms)
     asked.loss, asked.version = loss.detach(), loss._version
     return loss
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def summed_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: LossTerms = NONE
+) -> Tensor:
     """Return the summed cross entropy of a linear layer's logits, never all of them at once.
+
+    With what ``terms`` add of each label.
 
     ``hidden`` (positions, features), ``labels`` (positions,). It computes in the dtype of autocast,
     where that is on, and otherwise in that of ``hidden``; from the softmax on in fp32.
     """
-    total: Tensor = _SummedLoss.apply(hidden, weight, bias, labels, _dtype_of_compute(hidden))
+    dtype = _dtype_of_compute(hidden)
+    total: Tensor = _SummedLoss.apply(hidden, weight, bias, labels, dtype, terms)
     return total
 
 
@@ -247,13 +254,14 @@ class _SummedLoss(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         dtype: torch.dtype,
+        terms: LossTerms,
     ) -> Tensor:
-        ctx.dtype = dtype
+        ctx.dtype, ctx.terms = dtype, terms
         wanted = ctx.needs_input_grad[:3]
         if not any(wanted) or dtype == torch.float16:
             ctx.save_for_backward(hidden, weight, bias, labels)
-            return _in_pieces(hidden, weight, bias, labels, dtype).loss
-        made = _in_pieces(hidden, weight, bias, labels, dtype, wanted=wanted)
+            return _in_pieces(hidden, weight, bias, labels, dtype, terms).loss
+        made = _in_pieces(hidden, weight, bias, labels, dtype, terms, wanted=wanted)
         ctx.save_for_backward(*made.gradients)
         return made.loss
 
@@ -262,11 +270,13 @@ class _SummedLoss(torch.autograd.Function):
         if ctx.dtype == torch.float16:
             wanted = ctx.needs_input_grad[:3]
             hidden, weight, bias, labels = ctx.saved_tensors
-            made = _in_pieces(hidden, weight, bias, labels, ctx.dtype, wanted=wanted, scale=scale)
-            return (*made.gradients, None, None)
+            made = _in_pieces(
+                *(hidden, weight, bias, labels, ctx.dtype, ctx.terms), wanted=wanted, scale=scale
+            )
+            return (*made.gradients, None, None, None)
         # In place: they are this function's own, and torch lets nobody come for them twice.
         gradients = [None if g is None else g.mul_(scale) for g in ctx.saved_tensors]
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
 
 
 @dataclass
@@ -282,6 +292,7 @@ def _in_pieces(
     bias: Tensor | None,
     labels: Tensor,
     dtype: torch.dtype,
+    terms: LossTerms = NONE,
     *,
     wanted: tuple[bool, ...] = (False, False, False),
     scale: Tensor | None = None,
@@ -308,13 +319,16 @@ def _in_pieces(
             if look is not None:
                 look(logits, labels[here])
             log_p = torch.log_softmax(logits, -1, dtype=wide)
-            del logits
             label = labels[here].clamp(min=0)[:, None]
-            total -= log_p.gather(1, label).where(is_label, 0).sum()
+            of_label, norm = log_p.gather(1, label), None
+            if terms.z_loss:
+                norm = logits.gather(1, label).to(wide) - of_label
+            del logits
+            of_labels = _of_labels(of_label, norm, log_p[:, : len(matrix)], terms)
+            total += of_labels.where(is_label, 0).sum()
             if not any(wanted):
                 continue
-            slope = log_p.exp_()
-            slope.scatter_(1, label, slope.gather(1, label) - 1)
+            slope = _slope(log_p, label, norm, len(matrix), terms)
             slope = (slope if scale is None else slope.mul_(scale)).to(dtype)
             slope = slope[:, : len(matrix)]
             if of_hidden is not None:
@@ -324,6 +338,33 @@ def _in_pieces(
             if of_bias is not None:
                 _add_product(of_bias, slope.T, is_label.squeeze(1).to(dtype))
     return _Made(total, (of_hidden, _as(weight, of_weight), _as(bias, of_bias)))
+
+
+def _of_labels(of_label: Tensor, norm: Tensor | None, log_p: Tensor, terms: LossTerms) -> Tensor:
+    """Return what is minimised of each label (positions, 1).
+
+    ``norm`` is the logarithm of the softmax's denominator, where that counts.
+    """
+    found = -of_label
+    if terms.label_smoothing:
+        of_all = log_p.sum(1, keepdim=True) / log_p.shape[1]
+        found = (1 - terms.label_smoothing) * found - terms.label_smoothing * of_all
+    if norm is not None:
+        found = found + terms.z_loss * norm.square()
+    return found
+
+
+def _slope(
+    log_p: Tensor, label: Tensor, norm: Tensor | None, tokens: int, terms: LossTerms
+) -> Tensor:
+    """Return the gradient of the same by the logits, in place of their ``log_p``."""
+    slope = log_p.exp_()
+    if norm is not None:
+        slope.mul_(1 + 2 * terms.z_loss * norm)
+    if terms.label_smoothing:
+        slope[:, :tokens] -= terms.label_smoothing / tokens
+    slope.scatter_(1, label, slope.gather(1, label) - (1 - terms.label_smoothing))
+    return slope
 
 
 def rows_of_a_piece(positions: int, features: int) -> int:

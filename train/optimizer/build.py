@@ -10,7 +10,15 @@ from transformers import PreTrainedModel
 
 from shardwright.train.config import RunConfig
 from shardwright.train.config.optimizers import OptimizerName
-from shardwright.train.optimizer import adafactor, adamw, eight_bit, lion, muon, sgd
+from shardwright.train.optimizer import (
+    adafactor,
+    adamw,
+    eight_bit,
+    lion,
+    muon,
+    schedule_free,
+    sgd,
+)
 from shardwright.train.optimizer.kind import AdamwOf, Kind
 
 KINDS: dict[OptimizerName, Kind] = {
@@ -19,6 +27,7 @@ KINDS: dict[OptimizerName, Kind] = {
     "adafactor": adafactor.KIND,
     "adamw_8bit": eight_bit.KIND,
     "lion": lion.KIND,
+    "schedule_free": schedule_free.KIND,
     "sgd": sgd.KIND,
 }
 

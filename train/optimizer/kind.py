@@ -47,6 +47,16 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What an optimizer has learned, where that is not the weights that it trains."""
+
+    moment: str
+    """The one of its tensors that this takes besides the weights."""
+    of: Callable[[TrainerConfig], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+    """Returns what makes it in fp32 of the same elements of weights and moment."""
+
+
+@dataclass(frozen=True)
 class Kind:
     """One choice of trainer.optimizer."""
 
@@ -56,3 +66,5 @@ class Kind:
     """By name; where there are several, the ``algorithm`` of a parameter group says which."""
     build: Callable[[RunConfig, PreTrainedModel, Collection[str], AdamwOf], torch.optim.Optimizer]
     """Takes what `shardwright.train.optimizer.build.build` takes."""
+    learned: Learned | None = None
+    """None where that are the weights."""

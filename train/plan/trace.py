@@ -24,6 +24,7 @@ from shardwright.train.model import build as models
 from shardwright.train.model import document_attention, host_checks
 from shardwright.train.model.head_loss import HeadLoss
 from shardwright.train.model.labelled_head import LabelledHead
+from shardwright.train.model.loss_terms import LossTerms
 from shardwright.train.plan.facts import Traced
 from shardwright.train.plan.live import LiveBytes
 from shardwright.train.plan.model import stand_in
@@ -146,7 +147,8 @@ class _Step:
         if isinstance(config.objective, MlmObjective) and config.objective.head_on_labels_only:
             self._labelled, self._share = LabelledHead(model), config.objective.masking_rate
         host_checks.take_padding_as_known(model)
-        self._fused = HeadLoss(model) if config.trainer.fused_loss else None
+        self._terms = LossTerms.of(config.objective)
+        self._fused = HeadLoss(model, self._terms) if config.trainer.fused_loss else None
         self._live = LiveBytes()
         self._gradients = 0
         """Bytes of gradients that backward has given so far."""
@@ -228,7 +230,7 @@ class _Step:
             stack.enter_context(host_checks.batches_have_documents("position_ids" in batch))
             with torch.autocast("cpu", dtype, enabled=self._autocast and dtype != torch.float32):
                 outputs = self._model(**batch)
-        return Trainer.loss(outputs, labels)
+        return Trainer.loss(outputs, labels, terms=self._terms)
 
     @contextmanager
     def _at_labels(self, labels: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -108,6 +108,16 @@ class Engine(Stateful, ABC):
     def after_evaluation(self, trainer: Training) -> None:
         """Bring back the state between two steps, after forward passes without a backward."""
 
+    def show(self, trainer: Training, parts: Sequence[tuple[str, int, torch.Tensor]]) -> None:
+        """Have forward passes take other values of the weights: ``parts`` of them on each rank.
+
+        Collective. They are cut as `own_weights` cuts the weights, a copy of which brings back what
+        is trained, to the same bits. Master weights beside those of forward passes are left alone.
+        """
+        from shardwright.train.strategy.shown import show_whole
+
+        show_whole(dict(trainer.model.named_parameters()), parts)
+
     @abstractmethod
     def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
         """Yield what this rank is to write of the master weights, to be read only.
@@ -115,6 +125,15 @@ class Engine(Stateful, ABC):
         That is a parameter's name, the place of the first element in the flattened parameter, and
         consecutive elements as they lie, on any device. Over all ranks each element of each
         parameter comes once; tied ones come under their first name. There is no communication.
+        """
+
+    @abstractmethod
+    def own_moments(
+        self, trainer: Training, moment: str
+    ) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """Yield one of the optimizer's tensors as `own_weights` does the weights.
+
+        Those of parameters alone that it has stepped.
         """
 
     @abstractmethod

@@ -36,6 +36,7 @@ def expected(config: RunConfig, layout: RankLayout, schedule: Schedule) -> dict[
         "optimizer": _expected_optimizer(config),
         "schedule": _facts_of(schedule),
         "fused_loss": trainer.fused_loss,
+        "neftune_noise_alpha": config.objective.neftune_noise_alpha,
         **_recomputed(config),
         **_blocks_run_as(config),
         **rotary.expected(config.model),
@@ -47,7 +48,13 @@ def read_back(trainer: Training) -> dict[str, Any]:
     """Return facts read off the live loop."""
     import torch
 
-    from shardwright.train.model import activation_checkpointing, activations, fp8, head_loss
+    from shardwright.train.model import (
+        activation_checkpointing,
+        activations,
+        fp8,
+        head_loss,
+        neftune,
+    )
 
     args = trainer.args
     layout = rank_layout(trainer.config.strategy, args.world_size)
@@ -62,6 +69,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
         "optimizer": _optimizer(trainer),
         "schedule": _facts_of(_live_schedule(trainer)),
         "fused_loss": head_loss.is_in(trainer.model),
+        "neftune_noise_alpha": neftune.read_back(trainer.model),
         **activation_checkpointing.read_back(trainer.model),
         **_how_blocks_run(trainer),
         "unfused_gelus": activations.unfused(trainer.model),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shardwright.train.config import RankLayout, RunConfig, Schedule
     from shardwright.train.model.weights import InitialValues
     from shardwright.train.strategy.finite import Gate
+    from shardwright.train.strategy.state.average import Average, Learned
     from shardwright.train.strategy.state.host_memory import HostMemory
 
 
@@ -82,6 +83,10 @@ class Training(Protocol):
     """Step of the newest whole checkpoint of this training."""
     tokens_seen: int
     """Tokens trained on by all ranks, padding left out."""
+    see_local_gradients: Callable[[torch.Tensor], object] | None
+    """Called with what a rank hands to be averaged, where the engine shows that."""
+    average: Average | Learned | None
+    """The average of the weights, where one is kept."""
     auxiliary_loss: torch.Tensor | None
     """This rank's part of the model's auxiliary losses since the last logged step."""
     before_clipping: Callable[[], object] | None

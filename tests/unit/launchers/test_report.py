@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -248,6 +249,45 @@ def test_runs_and_sweeps_share_a_page_and_no_name_of_a_chart(here: Path) -> None
     assert len({run["label"] for run in data["runs"]}) == len(data["runs"]) == 3
     names = [chart["name"] for chart in (*data["charts"], *data["sweepCharts"])]
     assert len(set(names)) == len(names)
+
+
+def range_tested(steps: int = 120) -> list[dict[str, Any]]:
+    """Return what a range test logs: the loss falls fastest at a rate of 1e-3, rises from 1e-2."""
+    lines = []
+    for step, line in enumerate(reports.logged(steps, every=steps + 1), start=1):
+        exponent = -5 + 4 * step / steps  # from 1e-5 to 1e-1
+        noise = 0.1 * math.sin(step * 2.4)
+        loss = 8 - 2 / (1 + math.exp(-6 * (exponent + 3))) + max(0.0, exponent + 2) * 3 + noise
+        lines.append({**line, "loss": loss, "learning_rate": 10**exponent})
+    return lines
+
+
+def test_a_range_test_has_its_loss_over_its_rate(here: Path) -> None:
+    tested = tree(lr_scheduler="range_test", min_learning_rate_ratio=1e-4)
+    reports.make_run(here / "tested", tested, iter(range_tested()))
+    reports.make_run(here / "plain", tree(), reports.logged(5))
+    assert main(["report", "tested", "plain", "--out", "page.html", "--png", "pictures"]) == 0
+    (chart,) = data_of(here / "page.html")["sweepCharts"]
+    spec = chart["specs"]["light"]
+    assert chart["name"] == "loss_over_learning_rate"
+    (curve,) = (layer for layer in spec["layer"] if layer["data"]["name"] == "curves")
+    assert curve["encoding"]["x"]["scale"]["type"] == "log"
+    raw = spec["datasets"]["raw"]
+    assert [(row["x"], row["y"]) for row in raw] == [
+        (line["learning_rate"], line["loss"]) for line in range_tested()
+    ]
+    assert (here / "pictures/loss_over_learning_rate.png").is_file()
+    told = str(_Text(here / "page.html"))
+    found = re.search(r"The smoothed loss falls fastest at (\S+) and is lowest at (\S+)\.", told)
+    assert found is not None
+    assert 7e-4 < float(found[1]) < 1.5e-3
+    assert 5e-3 < float(found[2]) < 2e-2
+
+
+def test_other_runs_have_no_range_test(here: Path) -> None:
+    reports.make_run(here / "plain", tree(), reports.logged(5))
+    assert main(["report", "plain"]) == 0
+    assert "Range test" not in str(_Text(here / "report-plain.html"))
 
 
 # --- what is decided ------------------------------------------------------------------------------

@@ -105,6 +105,17 @@ class ScheduleEntry(_Part):
     """The batch that the run began with."""
 
 
+class AverageEntry(_Part):
+    """The average of the weights that is kept beside them."""
+
+    kind: str
+    """As trainer.average_weights calls it, or trainer.optimizer, where that keeps its own."""
+    taken: int = Field(ge=1)
+    """How often weights were taken."""
+    replaces_weights: bool = False
+    """Whether it, and not the weights, is what the run has learned."""
+
+
 class ParameterEntry(_Part):
     name: str
     """By which the model has it first; tied ones have no entry of their own."""
@@ -125,6 +136,8 @@ class Manifest(_Part):
     """Samples of a step of the run that wrote it; older ones do not say it."""
     schedule: ScheduleEntry | None = None
     """Likewise."""
+    average: AverageEntry | None = None
+    """None where no average was kept, or none had begun."""
     metrics: dict[str, float] = {}
     """What was evaluated at this step: eval_loss and so on."""
     finite: bool | None = None

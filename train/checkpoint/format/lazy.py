@@ -386,7 +386,7 @@ class PortableState:
     buffers: Mapping[str, LazyTensor] = field(default_factory=dict)
     """Persistent buffers, where the files tell them from weights; else they are among those."""
     ema: Mapping[str, LazyTensor] = field(default_factory=dict)
-    """An exponential moving average of the weights, where the checkpoint keeps one."""
+    """An average of the weights, where the checkpoint keeps one."""
     origin: str = ""
     """What wrote it, in a phrase for people, such as "DeepSpeed ZeRO stage 2, 4 ranks"."""
     step: int | None = None

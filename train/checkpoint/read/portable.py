@@ -11,6 +11,7 @@ from typing import TypeVar
 from shardwright.train.checkpoint.format.layout import TRAINER_STATE
 from shardwright.train.checkpoint.format.lazy import PortableState, Unreadable
 from shardwright.train.checkpoint.read import dcp
+from shardwright.train.checkpoint.read.average import Averages
 from shardwright.train.checkpoint.read.names import unwrapped
 from shardwright.train.checkpoint.read.registry import READERS
 from shardwright.train.run_directory.names import ENGINE_FOLDER
@@ -26,9 +27,19 @@ def read(checkpoint: Path, section: str | None = None) -> PortableState:
     several mappings in them holds the weights. Raises Unreadable naming what was looked for.
     """
     state = _plainly_named(_read(checkpoint, section))
+    if not state.ema and (averages := _averages(checkpoint, state)):
+        state = replace(state, ema=averages)
     if state.step is not None:
         return state
     return replace(state, step=_step(checkpoint, state))
+
+
+def _averages(checkpoint: Path, state: PortableState) -> Averages | None:
+    """Return the average that this program keeps beside the weights, None where there is none."""
+    for place in (checkpoint / ENGINE_FOLDER, checkpoint):
+        if found := Averages(place, lambda name: state.weights[name].shape):
+            return found
+    return None
 
 
 def _read(checkpoint: Path, section: str | None) -> PortableState:

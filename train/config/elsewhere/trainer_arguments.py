@@ -47,6 +47,8 @@ TRAINER_ARGUMENTS = rows(
         "torch_compile_mode": "trainer.compile_mode",
         "log_level": "launcher.log_level",
         "log_level_replica": "launcher.log_level_other_ranks",
+        "label_smoothing_factor": "objective.label_smoothing",
+        "neftune_noise_alpha": "objective.neftune_noise_alpha",
         "use_liger_kernel": "trainer.fused_loss, which is on by itself",
         "auto_find_batch_size": "trainer.micro_batch_size=auto",
         "logging_steps": "trainer.log_every_steps",
@@ -118,9 +120,7 @@ TRAINER_ARGUMENTS = rows(
         "overwrite_output_dir": "no run overwrites another; give run_dir=... a new name",
     },
     left_out={
-        "label_smoothing_factor": "pretraining takes the plain cross-entropy",
         "liger_kernel_config": "the fused loss here is the project's own",
-        "neftune_noise_alpha": "it is for fine-tuning on instructions",
         "torch_empty_cache_steps": "the allocator's segments expand and need no emptying",
         "trackio_space_id": "`trackio sync` uploads what tracking=trackio has written",
         "trackio_bucket_id": "`trackio sync` uploads what tracking=trackio has written",

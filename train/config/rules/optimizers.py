@@ -21,11 +21,14 @@ def contradictions(config: Sections) -> Iterator[str]:
         )
     if facts.why_not_flat and isinstance(strategy, ZeroStrategy) and strategy.stage > 0:
         others = "fsdp, ddp or zero0" if facts.takes_sharded else "ddp or zero0"
+        reason = facts.why_not_deepspeeds
+        own = f", and DeepSpeed's own {reason}" if reason else ""
         yield (
             f"trainer.optimizer={name} {facts.why_not_flat}, but strategy.stage={strategy.stage} "
-            f"flattens the parameters into one-dimensional partitions; choose strategy={others}, "
-            "or trainer.optimizer=adamw"
+            f"flattens the parameters into one-dimensional partitions{own}; choose strategy="
+            f"{others}, or trainer.optimizer=adamw"
         )
+    yield from _average_contradictions(config)
     if not isinstance(strategy, FsdpStrategy):
         return
     if not facts.takes_sharded:
@@ -44,4 +47,28 @@ def contradictions(config: Sections) -> Iterator[str]:
         yield (
             f"trainer.optimizer={name} under strategy=fsdp needs precision.master_dtype=fp32, "
             f"but it is {masters}; choose precision=bf16 or strategy=ddp"
+        )
+
+
+def _average_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why an optimizer that keeps an average of its own cannot."""
+    name, strategy, kind = config.trainer.optimizer, config.strategy, config.trainer.average_weights
+    if not OPTIMIZERS[name].averages_itself:
+        return
+    if kind is not None:
+        yield (
+            f"trainer.optimizer={name} keeps an average of the weights itself, which is what is "
+            f"evaluated and exported, but trainer.average_weights={kind}; set it to null"
+        )
+    if strategy.uses_nvme:
+        yield (
+            f"trainer.optimizer={name} has its average between weights and moments, which "
+            f"strategy={strategy.kind} keeps on a disk (offload_optimizer or "
+            "offload_parameters=nvme); offload to cpu, or choose trainer.optimizer=adamw"
+        )
+    if getattr(strategy, "node_local_checkpoints", False):
+        yield (
+            f"trainer.optimizer={name} writes its average divided among all ranks alike, but with "
+            "strategy.node_local_checkpoints=true a node can read only what its own ranks wrote; "
+            "set it to false, or choose trainer.optimizer=adamw"
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from shardwright.train.config.precision import FP8_RECIPES
 from shardwright.train.config.rank_layout import RankLayout, rank_layout
-from shardwright.train.config.rules import fsdp, optimizers, replicated, zero
+from shardwright.train.config.rules import fsdp, noise_scale, optimizers, replicated, zero
 from shardwright.train.config.section import shown
 from shardwright.train.config.sections import Sections
 from shardwright.train.config.trainer import CADENCES, accumulation_steps, largest_micro_batch
@@ -24,6 +24,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     yield from _keep_every_contradictions(config)
     yield from _keep_best_contradictions(config)
     yield from _export_contradictions(config)
+    yield from _average_contradictions(config)
     yield from _best_metric_contradictions(config)
     yield from optimizers.contradictions(config)
     yield from _activations_contradictions(config)
@@ -183,6 +184,34 @@ def _export_contradictions(config: Sections) -> Iterator[str]:
             "checkpoint.export=best reads a whole checkpoint, but "
             "strategy.node_local_checkpoints=true leaves it on several nodes' disks; set one of "
             "them to the other value"
+        )
+
+
+def _average_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why no average of the weights can be kept, or made into final/."""
+    kind, strategy = config.trainer.average_weights, config.strategy
+    if config.checkpoint.export == "average" and kind is None:
+        yield (
+            "checkpoint.export=average takes the average of the weights, but "
+            "trainer.average_weights=null keeps none; set trainer.average_weights=ema or uniform"
+        )
+    if config.trainer.average_evaluated and not config.data.is_evaluated:
+        yield (
+            "trainer.average_evaluated=true needs held-out documents, but data.eval_fraction="
+            f"{config.data.eval_fraction} holds out none; raise it, give data.eval_paths or set "
+            "trainer.average_evaluated=false"
+        )
+    if kind is not None and strategy.uses_nvme:
+        yield (
+            f"trainer.average_weights={kind} reads all master weights after each step, which "
+            f"strategy={strategy.kind} keeps on a disk (offload_optimizer or "
+            "offload_parameters=nvme); set it to null, or offload to cpu"
+        )
+    if kind is not None and getattr(strategy, "node_local_checkpoints", False):
+        yield (
+            f"trainer.average_weights={kind} divides the average among all ranks alike, but with "
+            "strategy.node_local_checkpoints=true a node can read only what its own ranks wrote; "
+            "set one of them to the other value"
         )
 
 
@@ -413,6 +442,7 @@ def _engine_contradictions(config: Sections) -> Iterator[str]:
                 yield str(error)
         if config.strategy.kind != "auto":
             yield from engines[config.strategy.kind].contradictions(config, layout)
+            yield from noise_scale.contradictions(config, layout)
         if world_size is not None:
             # However they shard, that many ranks share the batch: whoever has to choose another
             # number is told of it too.

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from shardwright.train.console import progress
 from shardwright.train.loop import stragglers
+from shardwright.train.loop.noise_scale import Estimate
 from shardwright.train.process.memory import peak_resident_bytes
 from shardwright.train.run_directory import rollbacks
 from shardwright.train.run_directory.names import HEARTBEATS, METRICS, rank_beat
@@ -137,6 +138,8 @@ class Metrics(TrainerCallback):
                 total = trainer.accelerator.reduce(trainer.auxiliary_loss, "sum").item()
                 taken["auxiliary_loss"] = total / max(state.global_step - self._logged_step, 1)
                 trainer.auxiliary_loss = torch.zeros_like(trainer.auxiliary_loss)
+            if trainer.noise_scale is not None:
+                taken |= _of_noise(trainer.noise_scale.taken())
             if (times := trainer.step_times.of_ranks) is not None:
                 taken.update(stragglers.metrics(times))
                 self._say(self._stragglers.look(times))
@@ -227,6 +230,17 @@ class Metrics(TrainerCallback):
             mine = {"peak_memory_bytes": peak_resident_bytes()}
         of_all = self.trainer.accelerator.gather(torch.tensor([list(mine.values())], device=device))
         return dict(zip(mine, of_all.view(-1, len(mine)).amax(0).tolist(), strict=True))
+
+
+def _of_noise(found: Estimate | None) -> dict[str, float]:
+    """Return what is logged of the gradient noise scale. Pure."""
+    if found is None:
+        return {}
+    measured = {
+        "gradient_square_estimate": found.gradient_square,
+        "gradient_variance_estimate": found.variance,
+    }
+    return measured if found.scale is None else {"gradient_noise_scale": found.scale, **measured}
 
 
 def _is_not_finite(value: Any) -> bool:

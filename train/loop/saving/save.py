@@ -10,9 +10,9 @@ import math
 import random
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from shardwright.train.checkpoint.format import layout
 from shardwright.train.checkpoint.format.hashed import HashedFolder
 from shardwright.train.checkpoint.format.layout import LOSS_SCALE
 from shardwright.train.checkpoint.listing import Listing
+from shardwright.train.checkpoint.read import average as average_files
 from shardwright.train.config import CheckpointConfig
 from shardwright.train.loop.saving.peers import Peers, SaveFailed
 from shardwright.train.model import origin
@@ -48,6 +49,8 @@ class Draft:
     """All but the files."""
     rule: CheckpointConfig
     """What to keep of the older ones."""
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
+    """This rank's part of the average of the weights; empty where there is none."""
 
     @property
     def path(self) -> Path:
@@ -91,6 +94,7 @@ def draft(trainer: Training, peers: Peers, into: HostMemory | None = None) -> Dr
         step=trainer.state.global_step,
         engine=trainer.engine.save_state(trainer, is_first=peers.is_first, into=into),
         texts=texts,
+        average=_average(trainer, copied=into is not None),
         manifest={
             "strategy": trainer.config.strategy.model_dump(mode="json"),
             "world_size": trainer.args.world_size,
@@ -108,6 +112,7 @@ def draft(trainer: Training, peers: Peers, into: HostMemory | None = None) -> Dr
             },
             "finite": True,
             "parameters": _parameters(trainer),
+            **_described_average(trainer),
         },
         rule=trainer.config.checkpoint,
     )
@@ -155,6 +160,9 @@ def _publish(draft: Draft, peers: Peers, folder: HashedFolder) -> None:
 
     def write_part() -> _Written:
         of_engine = draft.engine.write(folder)
+        if draft.average:
+            with folder.create(average_files.file_of(peers.rank)) as stream:
+                torch.save(draft.average, cast("IO[bytes]", stream))
         for name, data in draft.texts.items():
             folder.write(name, data)
         return _Written(of_engine, folder.files)
@@ -218,6 +226,19 @@ def _retain(draft: Draft, peers: Peers, *, written: dict[str, Any]) -> None:
             )
 
     peers.attempt(retain)
+
+
+def _average(trainer: Training, *, copied: bool) -> dict[str, torch.Tensor]:
+    return {} if trainer.average is None else trainer.average.state(copied=copied)
+
+
+def _described_average(trainer: Training) -> dict[str, Any]:
+    """Return what a manifest says of the average of the weights; nothing where there is none."""
+    if trainer.average is None or not trainer.average.taken:
+        return {}
+    average = trainer.average
+    described = {"kind": average.kind, "taken": average.taken}
+    return {"average": {**described, "replaces_weights": average.replaces_weights}}
 
 
 def _parameters(trainer: Training) -> list[dict[str, Any]]:

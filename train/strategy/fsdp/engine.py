@@ -16,7 +16,7 @@ from shardwright.train.strategy.fsdp.sharding import held, sharded, sharded_as
 from shardwright.train.strategy.state.engine import DistributedEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -62,8 +62,27 @@ class Fsdp(DistributedEngine):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def show(self, trainer: Training, parts: Sequence[tuple[str, int, torch.Tensor]]) -> None:
+        from shardwright.train.strategy.shown import show_sharded
+
+        self.after_evaluation(trainer)
+        parameters: dict[str, Any] = dict(trainer.model.named_parameters())
+        mesh = next(iter(parameters.values())).device_mesh
+        show_sharded(
+            {name: (held(p)[0], p.to_local()) for name, p in parameters.items()},
+            parts,
+            mesh.get_group(0) if self.layout.replicas > 1 else None,
+        )
+
     def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
         return self._own(trainer, dict(trainer.model.named_parameters()))
+
+    def own_moments(
+        self, trainer: Training, moment: str
+    ) -> Iterator[tuple[str, int, torch.Tensor]]:
+        state, named = trainer.torch_optimizer().state, trainer.model.named_parameters()
+        of = {name: state[p][moment] for name, p in named if moment in state.get(p, {})}
+        return self._own(trainer, of)
 
     def own_gradients(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
         named = trainer.model.named_parameters()

@@ -22,7 +22,7 @@ from shardwright.train.strategy.zero.partition import partitioned
 from shardwright.train.strategy.zero.settings import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from transformers import PreTrainedModel
@@ -147,6 +147,37 @@ class Zero(Engine):
             for flat, pieces in self._partitions(engine):
                 for name, start, length, place in pieces:
                     yield name, start, flat[place : place + length]
+
+    def show(self, trainer: Training, parts: Sequence[tuple[str, int, torch.Tensor]]) -> None:
+        engine = trainer.model_wrapped
+        if self.strategy.stage < 3:
+            super().show(trainer, parts)
+            return
+        # As DeepSpeed's own step does, whose optimizer gives partitions other values, too.
+        zero, parameters = engine.optimizer, dict(engine.module.named_parameters())
+        zero._partition_all_parameters()
+        for name, _, values in parts:
+            parameters[name].ds_tensor.data[: values.numel()].copy_(values)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
+
+    def own_moments(
+        self, trainer: Training, moment: str
+    ) -> Iterator[tuple[str, int, torch.Tensor]]:
+        engine, state = trainer.model_wrapped, trainer.innermost_optimizer().state
+        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        if self.strategy.stage == 0:
+            whole = replicated_masters(engine)
+            steps = ((name, whole.get(p, p)) for p, name in names.items())
+            on_all = [(n, 0, state[p][moment]) for n, p in steps if moment in state.get(p, {})]
+            yield from divided(on_all, trainer.args.process_index, trainer.args.world_size)
+            return
+        for flat, pieces in flat_partitions(engine, names):
+            if moment in state.get(flat, {}):
+                found = state[flat][moment].flatten()
+                for name, start, length, place in pieces:
+                    yield name, start, found[place : place + length]
 
     def own_gradients(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
         named = trainer.model_wrapped.module.named_parameters()
