@@ -51,8 +51,8 @@ TAKEN = {
     "schedule_free": ("ddp", "zero0", "zero2", "zero3", "zero3_many_groups", "fsdp"),
     "sgd": ("zero3", "fsdp"),
 }
-# By default where DeepSpeed steps groups one by one.
-SLOW = [("schedule_free", name) for name in TAKEN["schedule_free"] if name != "zero3"]
+# By default a resume of it is a run on ranks.
+SLOW = [("schedule_free", name) for name in TAKEN["schedule_free"]]
 # Compiled for each strategy anew. FSDP's curve is that of the next test as well.
 EIGHT_BIT = {strategy: [needs_torchao, pytest.mark.slow] for strategy in ("ddp", "fsdp")}
 
