@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -60,14 +58,12 @@ class StepTimes(TrainerCallback):
         self._steps += 1
         self._began_ns = None
 
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        began_ns = time.perf_counter_ns()
-        try:
-            with heartbeat.at(heartbeat.Phase.DATA):
-                yield
-        finally:
-            self._data_now_ns += time.perf_counter_ns() - began_ns
+    def waiting_for_data(self) -> _WaitingForData:
+        """Count the block as a wait for data."""
+        return _WaitingForData(self)
+
+    def waited_for_data(self, nanoseconds: int) -> None:
+        self._data_now_ns += nanoseconds
 
     # --- DDP waits in C++, behind the last gradient of a backward pass --------------------------
 
@@ -102,6 +98,23 @@ class StepTimes(TrainerCallback):
         parts = [max(0, part) // steps // 1000 for part in spent_ns]
         heartbeat.note_times(*parts)
         return parts
+
+
+class _WaitingForData:
+    """A block; not of contextlib's, which costs several times as much in each step."""
+
+    __slots__ = ("_began_ns", "_block", "_times")
+
+    def __init__(self, times: StepTimes) -> None:
+        self._times, self._block = times, heartbeat.at(heartbeat.Phase.DATA)
+
+    def __enter__(self) -> None:
+        self._began_ns = time.perf_counter_ns()
+        self._block.__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        self._block.__exit__(*raised)
+        self._times.waited_for_data(time.perf_counter_ns() - self._began_ns)
 
 
 def times_of_ranks(microseconds: list[int]) -> list[Times] | None:

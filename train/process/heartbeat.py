@@ -67,6 +67,10 @@ _SAID = {
 }
 
 
+_APART = frozenset({Phase.SAVE, Phase.EVALUATION, Phase.COMPILE})
+"""What is no part of a step, and may lie within one."""
+
+
 class Field(enum.IntEnum):
     """The numbers of a page, each of eight bytes, which a processor stores as one."""
 
@@ -143,8 +147,8 @@ _fields: Any = None
 # --- where it is ----------------------------------------------------------------------------------
 
 
-def now(phase: Phase) -> None:
-    """Note that this rank has come to a phase."""
+def now(phase: int) -> None:
+    """Note that this rank has come to a `Phase`."""
     fields = _fields
     if fields is not None:
         fields[2] = phase
@@ -160,24 +164,35 @@ def moved() -> None:
         fields[0] += 1
 
 
-@contextmanager
-def at(phase: Phase) -> Iterator[None]:
+def at(phase: Phase) -> _At:
     """Be at a phase inside of the block, and at the one before behind it."""
-    fields = _fields
-    if fields is None:
-        yield
-        return
-    before, began_ns = Phase(fields[Field.PHASE]), time.monotonic_ns()
-    now(phase)
-    try:
-        yield
-    finally:
-        if phase in (Phase.SAVE, Phase.EVALUATION, Phase.COMPILE) and _heart is not None:
+    return _At(phase)
+
+
+class _At:
+    """A block; not of contextlib's, which costs several times as much in each step."""
+
+    __slots__ = ("_before", "_began_ns", "_fields", "_phase")
+
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        self._fields = _fields
+        if self._fields is not None:
+            self._before, self._began_ns = self._fields[2], time.monotonic_ns()
+            now(self._phase)
+
+    def __exit__(self, *raised: object) -> None:
+        fields = self._fields
+        if fields is None:
+            return
+        if self._phase in _APART and _heart is not None:
             _heart.is_plain_step = False
-        if phase is Phase.SAVE:
-            took_ns = time.monotonic_ns() - began_ns
+        if self._phase is Phase.SAVE:
+            took_ns = time.monotonic_ns() - self._began_ns
             fields[Field.LONGEST_SAVE_NS] = max(fields[Field.LONGEST_SAVE_NS], took_ns)
-        now(before)
+        now(self._before)
 
 
 def step_begins(step: int) -> None:

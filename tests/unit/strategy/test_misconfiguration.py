@@ -28,14 +28,6 @@ def trainer(**fields: Any) -> dict[str, Any]:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    (
-        {
-            "strategy": ZERO2,
-            "precision": {"compute_dtype": "fp16"},
-            **trainer(on_spike="skip_update"),
-        },
-        "trainer.on_spike=skip_update with precision.compute_dtype=fp16 under strategy.stage=2",
-    ),
     # keys that an engine would ignore, at each level
     ({"strategy": {**ZERO2, "stge": 2}}, "unknown key strategy.stge: did you mean strategy.stage"),
     ({"strategy": {**ZERO2, "overlap_comm": True}}, "unknown key strategy.overlap_comm"),

@@ -26,19 +26,7 @@ def contradictions(config: Sections, layout: RankLayout | None) -> Iterator[str]
     yield from _cpu_adam(config, strategy)
     yield from _fp8(config, strategy)
     yield from _saves_in_the_background(config, strategy)
-    yield from _skipped_updates(config, strategy)
     yield from deepspeed_keys.problems(strategy.extra)
-
-
-def _skipped_updates(config: Sections, strategy: ZeroStrategy) -> Iterator[str]:
-    """Yield where an update cannot be left out: a test shows that it reaches the weights."""
-    is_skipped = config.trainer.on_spike == "skip_update"
-    if is_skipped and strategy.stage > 0 and config.precision.compute_dtype == "fp16":
-        yield (
-            "trainer.on_spike=skip_update with precision.compute_dtype=fp16 under "
-            f"strategy.stage={strategy.stage}: DeepSpeed's own loss scaling makes the update all "
-            "the same; choose precision=bf16, or trainer.on_spike=rollback"
-        )
 
 
 def _offload(strategy: ZeroStrategy) -> Iterator[str]:
