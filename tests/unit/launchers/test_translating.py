@@ -158,7 +158,7 @@ _FILES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(_FILES)
 def test_the_engine_gets_what_the_file_says(tree: dict[str, Any]) -> None:
     zero = tree["zero_optimization"]
