@@ -286,7 +286,12 @@ def test_an_optimizer_is_known_by_name_in_its_registries_and_its_module_alone(
         Path(str(sys.modules[KINDS[name].build.__module__].__file__)).resolve().relative_to(ROOT)
     )
     registries = {"train/config/optimizers.py", "train/optimizer/build.py"}
-    of_other_programs = {"train/config/messages.py"}  # what they call their settings
+    # What they call their settings.
+    of_other_programs = {
+        "train/config/messages.py",
+        "launchers/translating/deepspeed_json.py",
+        "launchers/translating/trainer_line.py",
+    }
     assert registries <= found <= {*registries, str(module)} | of_other_programs
 
 

@@ -22,11 +22,11 @@ def contradictions(config: Sections) -> Iterator[str]:
     if facts.why_not_flat and isinstance(strategy, ZeroStrategy) and strategy.stage > 0:
         others = "fsdp, ddp or zero0" if facts.takes_sharded else "ddp or zero0"
         reason = facts.why_not_deepspeeds
-        own = f", and DeepSpeed's own {reason}" if reason else ""
+        own = f" (DeepSpeed's own {reason})" if reason else ""
         yield (
-            f"trainer.optimizer={name} {facts.why_not_flat}, but strategy.stage={strategy.stage} "
-            f"flattens the parameters into one-dimensional partitions{own}; choose strategy="
-            f"{others}, or trainer.optimizer=adamw"
+            f"trainer.optimizer={name} {facts.why_not_flat}{own}, but strategy.stage="
+            f"{strategy.stage} flattens the parameters into one-dimensional partitions; choose "
+            f"strategy={others}, or trainer.optimizer=adamw"
         )
     yield from _average_contradictions(config)
     if not isinstance(strategy, FsdpStrategy):
