@@ -104,6 +104,7 @@ def test_a_job_whose_node_dies_goes_on_from_the_last_checkpoint(
         cluster.start_node(node)
 
 
+@pytest.mark.timeout(900)  # with the start of the cluster, and a second start of the run
 def test_a_job_that_hangs_goes_on_from_the_last_checkpoint(
     cluster: Cluster, uninterrupted: Path, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
