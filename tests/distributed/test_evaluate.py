@@ -87,3 +87,18 @@ def test_a_checkpoint_is_measured_as_the_run_has_measured_it(
     assert final == pytest.approx(found, rel=1e-6)
     alone = measured(run_dir, 4, ranks, "strategy=single", "launcher=local", "precision=bf16")
     assert alone == pytest.approx(found, rel=2e-3), "other sums, in other orders"
+
+
+def test_what_an_optimizer_has_averaged_is_measured_and_not_what_it_trains(
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    tree = tiny_tree("clm")
+    tree["strategy"], tree["launcher"]["nproc_per_node"] = {"kind": "single"}, 1
+    tree["trainer"] |= {
+        **{"max_steps": 4, "save_every_steps": 4, "eval_every_steps": 4},
+        **{"optimizer": "schedule_free", "lr_scheduler": "constant", "learning_rate": 0.01},
+    }
+    run_dir = frozen_run(tree)
+    ranks(1)(whole_run, run_dir)
+    (logged,) = (line["eval_loss"] for line in lines(run_dir) if "eval_loss" in line)
+    assert measured(run_dir, 4, ranks)["eval_loss"] == pytest.approx(logged, rel=1e-6)

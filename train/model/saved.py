@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -111,6 +111,10 @@ def of_another_run(
     with refusing(checkpoint, remedy):
         state = portable.read(checkpoint)
     manifest = layout.read_manifest(checkpoint)
+    if manifest.average is not None and manifest.average.replaces_weights:
+        # What is trained is not what was learned, where the optimizer averages by itself.
+        with refusing(checkpoint, remedy):
+            state = replace(state, weights=dict(state.ema))
     model, _ = initialized(build, seed)
     untie(model, {parameter.name for parameter in manifest.parameters})
     return model, first_values(model, Saved(checkpoint, state, (), remedy))
