@@ -228,9 +228,10 @@ def test_options_are_told_from_their_values() -> None:
             name
         )
     for name, section in options("model").items():
-        if name != "pretrained":
+        if name not in ("pretrained", "from_config"):
             assert model_name({**section, "dropout": 0.3, "vocab_size": 99}) == name
-    assert model_name({"kind": "pretrained", "name": "/models/roberta-base"}) == "roberta-base"
+    for kind in ("pretrained", "from_config"):
+        assert model_name({"kind": kind, "name": "/models/roberta-base"}) == "roberta-base"
     small = options("model")["gpt2_small"]
     assert model_name({**small, "num_hidden_layers": 3}) == "gpt2-3x768"
 
