@@ -20,6 +20,7 @@ from shardwright.train.config.precision import DTYPES
 from shardwright.train.errors import UserError
 from shardwright.train.loop.divergence import Found, diagnosis, message
 from shardwright.train.loop.trainer import IGNORED, Trainer
+from shardwright.train.model import loss_terms
 from shardwright.train.strategy.finite import Gate, Numbers, are_sound
 from tests.checkpoints import write_checkpoint
 from tests.unit.optimizers import built, give_gradients, gpt2
@@ -87,7 +88,10 @@ def test_an_infinite_loss_with_finite_gradients_spoils_them_and_keeps_its_value(
     assert gradient.isfinite().all()
 
     trainer: Any = SimpleNamespace(
-        loss=Trainer.loss, auxiliary_loss=None, _check_head=lambda logits, labels: None
+        loss=Trainer.loss,
+        _terms=loss_terms.NONE,
+        auxiliary_loss=None,
+        _check_head=lambda logits, labels: None,
     )
     outputs = SimpleNamespace(logits=logits)
     loss = Trainer._step_loss(trainer, outputs, labels, torch.tensor(1))
