@@ -38,6 +38,9 @@ from shardwright.train.process import exhausted
 CONFIG = "config.json"
 GENERATION_CONFIG = generation.FILE
 
+_WITH_WEIGHTS = "transformers_modules."
+"""How modules are named of which transformers runs code that comes with weights."""
+
 
 def own_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """Return a model's class without the one that `fully_shard` puts before it."""
@@ -229,11 +232,14 @@ def architecture(path: Path, *, trusts_code: bool = False) -> type[PreTrainedMod
 def _registered(name: str) -> type[PreTrainedModel] | None:
     """Return the class of this name that somebody has registered with transformers' Auto classes.
 
-    transformers 5.23 keeps those apart from its own, and has no public list of either.
+    transformers 5.23 keeps those apart from its own, and has no public list of either. Code that
+    came with some weights is there as well once it was run: others have to trust it anew.
     """
     for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
         for found in auto._model_mapping._extra_content.values():
-            if isinstance(found, type) and found.__name__ == name:
+            if not isinstance(found, type) or found.__module__.startswith(_WITH_WEIGHTS):
+                continue
+            if found.__name__ == name:
                 return found
     return None
 
@@ -250,7 +256,7 @@ def own_auto_class(config_json: Mapping[str, Any]) -> str | None:
 
 def auto_class(model_class: type[PreTrainedModel], config_json: Mapping[str, Any]) -> Any:
     """Return the class whose `from_pretrained` loads a model: `pipeline`'s, where it has one."""
-    if model_class.__module__.startswith("transformers_modules."):
+    if model_class.__module__.startswith(_WITH_WEIGHTS):
         return getattr(transformers, str(own_auto_class(config_json)), model_class)
     for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
         if model_class in auto._model_mapping._extra_content.values():
