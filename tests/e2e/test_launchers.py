@@ -132,6 +132,7 @@ def test_open_mpi_starts_the_ranks_of_a_hostfile(
 # --- several nodes ------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)  # two runs of 60 steps, and every rank started three times
 def test_a_node_that_is_killed_comes_back(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
