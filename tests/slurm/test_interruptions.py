@@ -108,7 +108,7 @@ def test_a_job_whose_node_dies_goes_on_from_the_last_checkpoint(
 def test_a_job_that_hangs_goes_on_from_the_last_checkpoint(
     cluster: Cluster, uninterrupted: Path, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
-    hang = ("trainer.save_every_steps=4", "trainer.hang_timeout_seconds=15")
+    hang = ("trainer.save_every_steps=4", "trainer.hang_timeout_seconds=30")
     job = submitted(cluster, *tiny, *RUN, *hang, cwd=tmp_path)
     run_dir = tmp_path / "run"
     runs.wait_for_step(run_dir, 10)
