@@ -17,7 +17,7 @@ from shardwright.launchers.machine.names import unusable_checkpoint
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.config import OPTIMIZERS, NamedModel, PretrainedTokenizer, RunConfig
 from shardwright.train.data.sources.registry import source_of
-from shardwright.train.errors import UserError
+from shardwright.train.errors import UserError, not_installed
 from shardwright.train.model import user_modules
 from shardwright.train.paths import not_a_directory
 from shardwright.train.strategy import engine_of
@@ -163,7 +163,7 @@ def _missing_packages(config: RunConfig) -> list[str]:
         f"trainer.optimizer={optimizer}": (package or "", package is not None),
     }
     return [
-        f"{setting} needs the package {package}, which is not installed; `pip install {package}`"
+        not_installed(setting, package)
         for setting, (package, wanted) in needed.items()
         if wanted and importlib.util.find_spec(package) is None
     ]

@@ -8,6 +8,11 @@ class UserError(ValueError):
     """
 
 
+def not_installed(setting: str, package: str) -> str:
+    """Return the message for a setting whose package is not here, as the index calls it. Pure."""
+    return f"{setting} needs the package {package}, which is not installed; `pip install {package}`"
+
+
 class Diverged(FloatingPointError):
     """Training cannot continue from where it has come to; the message is written for the user.
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from shardwright.train.config import RunConfig
-from shardwright.train.errors import UserError
+from shardwright.train.errors import UserError, not_installed
 from shardwright.train.optimizer.adamw import ADAMW, settings
 from shardwright.train.optimizer.groups import groups_of
 from shardwright.train.optimizer.kind import AdamwOf, Kind
@@ -25,10 +25,7 @@ def _build(
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
-        raise UserError(
-            "trainer.optimizer=adamw_8bit needs the package torchao, which is not installed; "
-            "`pip install torchao`"
-        ) from None
+        raise UserError(not_installed("trainer.optimizer=adamw_8bit", "torchao")) from None
     # torchao compiles its step. torch 2.13 finds compiled code of an earlier process by what does
     # not tell the ranks' local shapes apart (torch/_functorch/_aot_autograd/autograd_cache.py):
     # under FSDP the second run on a machine learned something else.

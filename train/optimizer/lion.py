@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shardwright.train.config import RunConfig, TrainerConfig
-from shardwright.train.errors import UserError
+from shardwright.train.errors import UserError, not_installed
 from shardwright.train.optimizer.groups import groups_of
 from shardwright.train.optimizer.kind import AdamwOf, Algorithm, Kind
 
@@ -24,10 +24,7 @@ def _build(
     try:
         from lion_pytorch import Lion
     except ImportError:
-        raise UserError(
-            "trainer.optimizer=lion needs the package lion-pytorch, which is not installed; "
-            "`pip install lion-pytorch`"
-        ) from None
+        raise UserError(not_installed("trainer.optimizer=lion", "lion-pytorch")) from None
     found: torch.optim.Optimizer = Lion(
         groups_of(model, decayed, config.trainer), **settings(config.trainer)
     )

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shardwright.train.config import RunConfig, TrainerConfig
-from shardwright.train.errors import UserError
+from shardwright.train.errors import UserError, not_installed
 from shardwright.train.optimizer import adamw as adamw_part
 from shardwright.train.optimizer.groups import groups_of
 from shardwright.train.optimizer.kind import AdamwOf, Algorithm, Kind, Learned
@@ -32,10 +32,7 @@ def _build(
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError:
-        raise UserError(
-            "trainer.optimizer=schedule_free needs the package schedulefree, which is not "
-            "installed; `pip install schedulefree`"
-        ) from None
+        raise UserError(not_installed("trainer.optimizer=schedule_free", "schedulefree")) from None
 
     class ScheduleFree(AdamWScheduleFree):
         """Counts steps with each parameter's state, which a checkpoint carries.
