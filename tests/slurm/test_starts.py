@@ -72,6 +72,6 @@ def test_the_doctor_measures_the_ranks_of_a_job(cluster: Cluster, tmp_path: Path
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "2 on 2 node(s), cpu" in ended.stdout
     assert "all-reduce      right," in ended.stdout
-    assert re.search(r"links +ok +[\d.,]+ GB/s between node1 and node2", ended.stdout), ended.stdout
-    assert re.search(r"answers +ok +[\d.,]+ us between node1 and node2", ended.stdout), ended.stdout
+    assert re.search(r"ok +links +[\d.,]+ GB/s between node1 and node2", ended.stdout), ended.stdout
+    assert re.search(r"ok +answers +[\d.,]+ us between node1 and node2", ended.stdout), ended.stdout
     assert list(tmp_path.iterdir()) == []
