@@ -57,10 +57,11 @@ class Torchrun(Launcher[TorchrunLauncher]):
 
     def variables(self) -> Mapping[str, str]:
         wanted = patience(self.section.grace_seconds)
-        if self.section.nodes > 1:
-            # An agent that stays keeps where the ranks met and tells a node that comes back
-            # nothing, which then waits in vain (elastic/rendezvous/dynamic_rendezvous.py, torch
-            # 2.13).
+        if self.section.nodes > 1 or self.section.max_restarts:
+            # An agent that stays keeps the store in which the ranks met: ranks that are started
+            # again find the addresses of those before them there, where nobody listens any more,
+            # and a node that comes back is told nothing (torch 2.13: dynamic_rendezvous.py makes
+            # no store for each round, which rendezvous.py takes for granted).
             wanted["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         return wanted
 

@@ -193,6 +193,16 @@ class TorchrunLauncher(MeetingRanks):
         return self
 
     @model_validator(mode="after")
+    def _ranks_meet_again(self) -> TorchrunLauncher:
+        if self.nodes > 1 and self.rendezvous == "static" and self.max_restarts:
+            raise ValueError(
+                f"max_restarts={self.max_restarts} starts ranks again, but with rendezvous=static "
+                "they would meet where those before them left their addresses; set "
+                "rendezvous=c10d, or max_restarts=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _numa_is_that_of_gpus(self) -> TorchrunLauncher:
         if self.bind == "numa" and self.device == "cpu":
             raise ValueError(

@@ -45,6 +45,17 @@ from tests.unit.launchers.configs import config
         (
             {
                 "kind": "torchrun",
+                "nodes": 2,
+                "max_restarts": 2,
+                "head_address": "a",
+                "rendezvous": "static",
+            },
+            "max_restarts=2 starts ranks again, but with rendezvous=static they would meet where "
+            "those before them left their addresses; set rendezvous=c10d, or max_restarts=0",
+        ),
+        (
+            {
+                "kind": "torchrun",
                 "nproc_per_node": 8,
                 "nodes": 3,
                 "min_nodes": 1,

@@ -259,6 +259,13 @@ def test_environment_on_several_nodes() -> None:
     assert added["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
 
+@pytest.mark.parametrize("max_restarts", [0, 2])
+def test_ranks_that_are_started_again_meet_in_another_store(max_restarts: int) -> None:
+    run = resolved("torchrun", nproc_per_node=2, max_restarts=max_restarts)
+    added = rank_environment(run, Machine(), {})
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE" in added) is bool(max_restarts)
+
+
 def test_cpu_ranks_on_a_machine_with_gpus_see_none() -> None:
     here = Machine(compute_capabilities=(9.0,))
     run = resolved("local", here, device="cpu")
