@@ -191,7 +191,8 @@ def test_they_add_no_collective_and_take_less_than_a_hundredth_of_a_tiny_step(
     tree["model"] |= {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     tree["model"] |= {"intermediate_size": 512, "vocab_size": 2048}
     tree["data"]["eval_fraction"] = 0
-    tree["trainer"] |= {"max_steps": FIRST + STEPS * BLOCKS + 1, "log_every_steps": STEPS}  # no block has the last
+    # No block has the last step, behind which nothing is agreed on.
+    tree["trainer"] |= {"max_steps": FIRST + STEPS * BLOCKS + 1, "log_every_steps": STEPS}
     tree["trainer"] |= {"save_every_steps": 10_000}
     for found in ranks(2)(in_turns, frozen_run(tree)):
         assert found["with"] == found["without"]
