@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import align_special_tokens
@@ -189,6 +189,7 @@ def assemble(
     progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
     model = engine.shard(model, values)
     bounds = document_attention.bounds_of(model, config)
+    of_rank: Any = {"rank": rank.index, "layout": layout, "bounds": bounds}
     trainer = Trainer(
         engine,
         args,
@@ -197,15 +198,12 @@ def assemble(
         train_loader(
             prepared,
             config,
+            **of_rank,
             start_sample=resumed.samples if resumed else 0,
             total_steps=steps - (resumed.step if resumed else 0),
-            rank=rank.index,
-            layout=layout,
-            bounds=bounds,
+            schedule=schedule,
         ),
-        eval_loader(prepared, config, rank=rank.index, layout=layout, bounds=bounds)
-        if prepared.is_evaluated
-        else None,
+        eval_loader(prepared, config, **of_rank) if prepared.is_evaluated else None,
         values,
         schedule,
         rhythm,

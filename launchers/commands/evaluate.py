@@ -46,6 +46,7 @@ _KEPT = Kept(
         "tokenizer": "the model has learned its tokens",
         "objective": "the model was trained with it",
         "objective.prompts": None,
+        "objective.eval_masking_rate": None,
         "run_dir": "an evaluation writes into a directory of its own",
         "sweep_dir": "an evaluation writes into a directory of its own",
     },

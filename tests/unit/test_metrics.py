@@ -35,6 +35,7 @@ class Run:
             run_dir=run_dir,
             _globalstep_last_logged=step,
             auxiliary_loss=None,
+            masking_rate=None,
             noise_scale=None,
             profiler=SimpleNamespace(disturbs=lambda step: step in self.profiled),
             args=SimpleNamespace(device=torch.device("cpu")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -22,12 +23,26 @@ class LossFields(Section):
     2310.05914 takes 5 to 15); 0 adds none."""
 
 
+MaskingRate = Annotated[float, Field(gt=0, lt=1)]
+
+
 class MlmObjective(LossFields):
     """Masked language modelling."""
 
     kind: Literal["mlm"]
-    masking_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of tokens to predict."""
+    masking_rate: MaskingRate = 0.15
+    """Share of tokens to predict; with masking_rate_final, where the run begins."""
+    masking_rate_final: MaskingRate | None = None
+    """Share of tokens to predict where the run ends; null keeps masking_rate throughout."""
+    masking_rate_schedule: Literal["linear", "cosine", "step"] = "linear"
+    """How the rate comes from masking_rate to masking_rate_final over the run: by as much in each
+    step, along half a cosine, or at once, at masking_rate_step_at."""
+    masking_rate_step_at: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Under masking_rate_schedule=step, the share of the run after which the rate is the final
+    one."""
+    eval_masking_rate: MaskingRate | None = None
+    """Share of tokens to predict in held-out samples, the same at each evaluation; null takes
+    masking_rate."""
     mask_token_share: Fraction = 0.8
     """Of these, replaced by the mask token."""
     random_token_share: Fraction = 0.1
@@ -49,6 +64,45 @@ class MlmObjective(LossFields):
                 "lower one so that they reach at most 1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _schedule_is_read(self) -> MlmObjective:
+        schedule, step_at = self.masking_rate_schedule, self.masking_rate_step_at
+        if schedule != "linear" and self.masking_rate_final is None:
+            raise ValueError(
+                f"masking_rate_schedule={schedule} leads from masking_rate to masking_rate_final, "
+                "which is null; set masking_rate_final, or leave masking_rate_schedule out"
+            )
+        if step_at != 0.5 and schedule != "step":
+            raise ValueError(
+                f"masking_rate_step_at={step_at:g} is read with masking_rate_schedule=step only, "
+                f"which is {schedule}; set masking_rate_schedule=step or leave "
+                "masking_rate_step_at out"
+            )
+        return self
+
+    def masking_rate_at(self, progress: float) -> float:
+        """Return the rate in a step before which a share ``progress`` of the run is done. Pure."""
+        first, last = self.masking_rate, self.masking_rate_final
+        if last is None:
+            return first
+        if self.masking_rate_schedule == "step":
+            return first if progress < self.masking_rate_step_at else last
+        done = min(1.0, max(0.0, progress))
+        if self.masking_rate_schedule == "cosine":
+            done = 0.5 * (1.0 - math.cos(math.pi * done))
+        return first + (last - first) * done
+
+    @property
+    def largest_masking_rate(self) -> float:
+        """Of all steps of a run."""
+        return max(self.masking_rate, self.masking_rate_final or 0.0)
+
+    def as_evaluated(self) -> MlmObjective:
+        """Return the objective by which held-out samples are masked, whatever the step. Pure."""
+        rate = self.eval_masking_rate or self.masking_rate
+        constant = {"masking_rate_final": None, "masking_rate_schedule": "linear"}
+        return self.model_copy(update={"masking_rate": rate, **constant})
 
 
 class ClmObjective(LossFields):

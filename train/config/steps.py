@@ -148,6 +148,14 @@ class Schedule:
         """Return where the schedule is, in its own steps."""
         return self.samples(step) / self.samples_per_step if self.by_samples else step
 
+    def progress(self, step: int) -> float:
+        """Return which share of the run is done after so many steps that it has counted."""
+        return min(1.0, max(0.0, self.position(step) / max(1, self.total_steps)))
+
+    def progress_after(self, steps: int) -> float:
+        """Return the same, of steps since the run was started or resumed."""
+        return self.progress(self.first_step + steps)
+
     def __call__(self, step: int) -> float:
         # torch 2.13 asks for step 0 when it is built, also where a run is resumed.
         return self.share(max(0, self.position(step)))

@@ -243,7 +243,14 @@ def _objective(run: RunConfig) -> str:
     if run.objective.kind == "clm":
         return "causal: the next token"
     unit = "whole words" if run.objective.whole_word else "tokens"
-    return f"masked: {run.objective.masking_rate:.0%} of the {unit}"
+    first, last = run.objective.masking_rate, run.objective.masking_rate_final
+    if last is None:
+        return f"masked: {first:.0%} of the {unit}"
+    schedule = run.objective.masking_rate_schedule
+    how = "at once" if schedule == "step" else f"along a {schedule} schedule"
+    if schedule == "step":
+        how += f" after {run.objective.masking_rate_step_at:.0%} of the run"
+    return f"masked: {first:.0%} of the {unit} where training began, {last:.0%} in the end, {how}"
 
 
 def _use(facts: Facts) -> str:

@@ -213,6 +213,16 @@ class Trainer(transformers.Trainer):
         return batch_sizes(self.config.trainer).after(samples, step - first)
 
     @property
+    def masking_rate(self) -> float | None:
+        """Share of tokens that were to be predicted in the last step; None where it is constant."""
+        objective = self.config.objective
+        if not isinstance(objective, MlmObjective) or objective.masking_rate_final is None:
+            return None
+        first = self.resumed.step if self.resumed is not None else 0
+        done = self.schedule.progress_after(self.state.global_step - 1 - first)
+        return objective.masking_rate_at(done)
+
+    @property
     def batch_size(self) -> int:
         """Samples of the last step, over all ranks."""
         step, resumed = self.state.global_step, self.resumed

@@ -145,7 +145,7 @@ class _Step:
         self._config, self._model, self._autocast = config, model, autocast
         self._labelled, self._share = None, 1.0
         if isinstance(config.objective, MlmObjective) and config.objective.head_on_labels_only:
-            self._labelled, self._share = LabelledHead(model), config.objective.masking_rate
+            self._labelled, self._share = LabelledHead(model), config.objective.largest_masking_rate
         host_checks.take_padding_as_known(model)
         self._terms = LossTerms.of(config.objective)
         self._fused = HeadLoss(model, self._terms) if config.trainer.fused_loss else None

@@ -39,9 +39,9 @@ class Masking:
     def __call__(self, window: Window, key: SampleKey) -> tuple[Ids, Ids]:
         """Return a sample's tokens with some masked, and labels for those alone.
 
-        Of the tokens ``masking_rate`` is chosen in expectation (a short one may have none), each
+        Of the tokens the step's rate is chosen in expectation (a short one may have none), each
         on its own or, with ``whole_word``, all of a word together. A pure function of the window,
-        the seed, the epoch and the sample's index.
+        the seed, the epoch, the sample's index and how much of the run was done before its step.
         """
         draws = np.random.Generator(
             np.random.Philox(key=[self.seed, 0], counter=[0, key.stage, key.epoch, key.sample])
@@ -49,7 +49,8 @@ class Masking:
         tokens = window.tokens
         # A word that the window's edge cuts counts as one from the edge on.
         units = np.arange(len(tokens)) if window.word_starts is None else _words(window.word_starts)
-        chosen = draws.random(len(tokens))[units] < self.objective.masking_rate
+        rate = self.objective.masking_rate_at(key.progress)
+        chosen = draws.random(len(tokens))[units] < rate
         chosen &= ~np.isin(tokens, self.special)
         fate = draws.random(len(tokens))
         others = self.ordinary[draws.integers(len(self.ordinary), size=len(tokens))]

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shardwright.train.config import RankLayout, RunConfig, accumulation_steps, batch_sizes
+from shardwright.train.config import (
+    MlmObjective,
+    RankLayout,
+    RunConfig,
+    Schedule,
+    accumulation_steps,
+    batch_sizes,
+)
 from shardwright.train.data.batches.collator import Collator, CollatorOfStages, Masking
 from shardwright.train.data.batches.held_out import HeldOutSet, portions
 from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
@@ -39,11 +46,13 @@ def train_loader(
     start_sample: int = 0,
     total_steps: int,
     bounds: DocumentBounds | None = None,
+    schedule: Schedule | None = None,
 ) -> Batches:
     """Return the micro-batches of one rank, from the ``start_sample``-th sample of the run on.
 
     It has ``total_steps`` x accumulation steps of them and runs through as many epochs as it takes.
-    ``bounds`` tell the model of documents, where it is to be told.
+    ``bounds`` tell the model of documents, where it is to be told. ``schedule`` says how much of
+    the run each step has before it; without one, all are masked as its first.
     """
     trainer = config.trainer
     batches = TrainBatches(
@@ -56,6 +65,7 @@ def train_loader(
         steps=total_steps,
         start_sample=start_sample,
         stages=stages_of(config.data, [len(mixture) for mixture in prepared.stages]),
+        progress_after=schedule.progress_after if schedule and _follows_the_run(config) else None,
     )
     dataset = _MixtureDataset(prepared.stages or (prepared.train,))
     collate = collator(prepared, config, config.seed, bounds)
@@ -64,6 +74,12 @@ def train_loader(
     lengths = batches.stages.lengths
     of_stages = tuple(replace(collate, sequence_length=length) for length in lengths)
     return _loader(config, dataset, batches, CollatorOfStages(of_stages))
+
+
+def _follows_the_run(config: RunConfig) -> bool:
+    """Whether samples are masked by how much of the run is done. Pure."""
+    objective = config.objective
+    return isinstance(objective, MlmObjective) and objective.masking_rate_final is not None
 
 
 def eval_loader(
@@ -87,6 +103,8 @@ def eval_loader(
         micro_batch_size=trainer.eval_samples_per_pass,
     )
     dataset = HeldOutDataset(prepared.held_out_sets)
+    if isinstance(config.objective, MlmObjective):
+        config = config.model_copy(update={"objective": config.objective.as_evaluated()})
     collate = collator(prepared, config, EVALUATION_SEED, bounds)
     return _loader(config, dataset, batches, collate)
 

@@ -8,7 +8,7 @@ costs the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -36,6 +36,9 @@ class SampleKey(NamedTuple):
     """Of an evaluation, in which of its sets it is."""
     stage: int = 0
     """Of training, in which stage."""
+    progress: float = 0.0
+    """Of training, which share of the run is done before the sample's step; 0 where that changes
+    nothing."""
 
 
 def permuted(key: tuple[int, ...], size: int, position: int) -> int:
@@ -107,15 +110,20 @@ class TrainBatches:
     """Samples that were consumed before."""
     stages: Stages | None = None
     """None where the run has one stage alone, whose positions are its samples."""
+    progress_after: Callable[[int], float] | None = None
+    """Which share of the run is done after so many of these steps; None where samples need not
+    tell."""
 
     def __len__(self) -> int:
         return self.steps * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         position = self.start_sample
-        for _ in range(self.steps):
+        for step in range(self.steps):
+            progress = 0.0 if self.progress_after is None else self.progress_after(step)
             for within in self.parts(position):
-                yield [self._sample(position, i) for i in within]
+                keys = (self._sample(position, i) for i in within)
+                yield [key._replace(progress=progress) if progress else key for key in keys]
             position += self.batches.at(position)
 
     def parts(self, position: int) -> list[range]:

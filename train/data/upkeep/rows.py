@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shardwright.train.config import RunConfig, accumulation_steps, rank_layout
+from shardwright.train.config import (
+    RunConfig,
+    accumulation_steps,
+    rank_layout,
+    samples_wanted,
+    schedule_of,
+)
 from shardwright.train.data.batches.collator import IGNORED
 from shardwright.train.data.batches.loader import Batches, eval_loader, train_loader
 from shardwright.train.data.batches.sampler import SampleKey
@@ -82,7 +88,18 @@ class Rows:
             loader = eval_loader(self.prepared, config, rank=0, layout=layout)
             batches: Any = loader.batch_sampler
             return loader, replace(batches, data_parallel_size=1)
-        loader = train_loader(self.prepared, config, rank=0, layout=layout, total_steps=ENDLESS)
+        wanted = samples_wanted(
+            config, self.prepared.samples_per_epoch, self.prepared.samples_of_max_tokens
+        )
+        is_known = wanted is not None or config.trainer.max_steps is not None
+        loader = train_loader(
+            self.prepared,
+            config,
+            rank=0,
+            layout=layout,
+            total_steps=ENDLESS,
+            schedule=schedule_of(config.trainer, wanted) if is_known else None,
+        )
         slots = accumulation_steps(config.trainer, layout) * layout.data_parallel_size
         batches = loader.batch_sampler
         return loader, replace(batches, data_parallel_size=1, accumulation_steps=slots)

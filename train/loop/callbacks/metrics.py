@@ -134,6 +134,8 @@ class Metrics(TrainerCallback):
             self.peak_bytes = memory["peak_memory_bytes"]
             reserved = memory.get("reserved_memory_bytes", 0)
             self.reserved_bytes = max(self.reserved_bytes, reserved)
+            if (rate := trainer.masking_rate) is not None:
+                taken["masking_rate"] = rate
             if trainer.auxiliary_loss is not None:
                 total = trainer.accelerator.reduce(trainer.auxiliary_loss, "sum").item()
                 taken["auxiliary_loss"] = total / max(state.global_step - self._logged_step, 1)
