@@ -17,6 +17,7 @@ from shardwright.launchers.machine.names import unusable_checkpoint
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.config import OPTIMIZERS, NamedModel, PretrainedTokenizer, RunConfig
 from shardwright.train.data.sources.registry import source_of
+from shardwright.train.data.tokens import rank_file
 from shardwright.train.errors import UserError, not_installed
 from shardwright.train.model import user_modules
 from shardwright.train.paths import not_a_directory
@@ -140,7 +141,9 @@ def _of_preparations(config: RunConfig) -> Iterator[str]:
 def _missing_directories(config: RunConfig) -> Iterator[str]:
     """Yield a message for each name of a path or a module that leads nowhere."""
     for section, given in (("model", config.model), ("tokenizer", config.tokenizer)):
-        if isinstance(given, NamedModel | PretrainedTokenizer):
+        if isinstance(given, PretrainedTokenizer) and rank_file.is_rank_file(given):
+            yield from rank_file.problems(given)
+        elif isinstance(given, NamedModel | PretrainedTokenizer):
             yield from not_a_directory(f"{section}.name", given.name, f"the {section}")
     yield from user_modules.not_found(config.model.imports)
     if config.model.kind == "pretrained" and (why := unusable_checkpoint(config.model.name)):

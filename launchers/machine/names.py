@@ -21,6 +21,7 @@ from shardwright.train.checkpoint.format.layout import (
 )
 from shardwright.train.checkpoint.listing import Listing
 from shardwright.train.checkpoint.retention import best, saved_in
+from shardwright.train.config.tokenizer import TIKTOKEN
 from shardwright.train.errors import UserError
 from shardwright.train.paths import absolute, is_path
 from shardwright.train.run_directory import final
@@ -49,11 +50,13 @@ def free(path: Path) -> Path:
 
 
 def tokenizer(name: str) -> str:
-    """Return the directory that the name of a tokenizer means here.
+    """Return the directory, or the rank file, that the name of a tokenizer means here.
 
     A run directory, or a checkpoint in one, means its tokenizer/; a name of the hub is returned as
     it is. Raises UserError where there is no such directory, or it holds none.
     """
+    if name.endswith(TIKTOKEN):
+        return absolute(name)
     if not _is_here(name):
         return name
     path, key = Path(absolute(name)), f"tokenizer.name={name}"

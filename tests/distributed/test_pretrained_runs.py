@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from shardwright.train.config import load
-from shardwright.train.data.tokens.tokenizer import train_byte_bpe
+from shardwright.train.data.tokens.training import train_byte_bpe
 from shardwright.train.errors import UserError
 from shardwright.train.export.card import Card
 from shardwright.train.export.final import export

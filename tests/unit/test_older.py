@@ -27,7 +27,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from shardwright.train.config import from_tree
+from shardwright.train.data.tokens.tokenizer import ensure_tokenizer
 from shardwright.train.model import older
+from tests.unit.trees import TREE
 
 OLDER = "transformers==4.57.3"
 SIZES: dict[str, Any] = {
@@ -165,3 +168,42 @@ def test_transformers_4_gives_the_same_logits_and_ids(
     found = json.loads(done.stdout.splitlines()[-1])
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=1e-4, atol=1e-5)
     assert found["ids"] == tokenizer()("def main():").input_ids
+
+
+READ_IDS = """
+import json, sys
+from transformers import AutoTokenizer, __version__
+assert __version__ == "4.57.3"
+loaded = AutoTokenizer.from_pretrained(sys.argv[1])
+text = sys.argv[2].replace("MASK", loaded.mask_token)
+print(json.dumps({"ids": loaded(text).input_ids, "special": loaded.all_special_ids}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_transformers_4_reads_what_was_trained(kind: str, of_older: Path, tmp_path: Path) -> None:
+    text = "Pure reason, and the MASK of 1781: understanding é."
+    (tmp_path / "corpus.txt").write_text(f"{text} {text.lower()}\n" * 50, encoding="utf-8")
+    files = {"kind": "text", "paths": [str(tmp_path / "corpus.txt")], "eval_fraction": 0.0}
+    tree = {
+        "model": {**TREE["model"], "kind": "bert"},
+        "objective": {"kind": "mlm"},
+        "data": {**TREE["data"], **files, "cache_dir": str(tmp_path / "cache")},
+        "tokenizer": {"kind": kind},
+    }
+    saved = tmp_path / "tokenizer"
+    made = ensure_tokenizer(from_tree({**TREE, **tree}), saved, {"corpus": "of the test"})
+    # As in final/, where version 4 chooses a class by the model beside it.
+    (saved / "config.json").write_text(json.dumps({"model_type": "bert"}), "utf-8")
+    done = subprocess.run(
+        [of_older, "-c", READ_IDS, saved, text],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["ids"] == made(text.replace("MASK", str(made.mask_token))).input_ids
+    assert sorted(found["special"]) == sorted(made.all_special_ids)

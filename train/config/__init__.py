@@ -47,7 +47,12 @@ from shardwright.train.config.strategy import (
     StrategyConfig,
     ZeroStrategy,
 )
-from shardwright.train.config.tokenizer import ByteBpeTokenizer, PretrainedTokenizer
+from shardwright.train.config.tokenizer import (
+    ByteBpeTokenizer,
+    PretrainedTokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+)
 from shardwright.train.config.trainer import (
     DEFAULT_MICRO_BATCH_SIZE,
     TrainerConfig,
@@ -89,6 +94,8 @@ __all__ = [
     "StrategyConfig",
     "TorchrunLauncher",
     "TrainerConfig",
+    "UnigramTokenizer",
+    "WordPieceTokenizer",
     "ZeroStrategy",
     "accumulation_steps",
     "batch_sizes",

@@ -230,7 +230,7 @@ def _vocabulary(facts: Facts) -> str | None:
 
 def _tokenizer(facts: Facts, run: RunConfig) -> str:
     if run.tokenizer.kind != "pretrained":
-        return "byte-level BPE, trained on the same documents"
+        return f"{run.tokenizer.described}, trained on the same documents"
     if run.model.kind == "pretrained" and run.tokenizer.name == run.model.name:
         return f"that of {_base(facts)}"
     if is_hub_name(run.tokenizer.name):

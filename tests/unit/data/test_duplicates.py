@@ -39,7 +39,7 @@ from shardwright.train.data.tokens.encoding import Packing
 from shardwright.train.data.tokens.packing import _by_line
 from shardwright.train.data.tokens.shards import Work
 from shardwright.train.data.tokens.store import StoreWriter
-from shardwright.train.data.tokens.tokenizer import train_byte_bpe
+from shardwright.train.data.tokens.training import train_byte_bpe
 from shardwright.train.data.upkeep import show
 
 MakeConfig = Callable[..., RunConfig]

@@ -28,7 +28,7 @@ from shardwright.train.data.sources.corpus import Piece
 from shardwright.train.data.tokens import fast
 from shardwright.train.data.tokens.encoding import Encoder, Packing, Tokens
 from shardwright.train.data.tokens.fast import HOSTILE
-from shardwright.train.data.tokens.tokenizer import train_byte_bpe
+from shardwright.train.data.tokens.training import train_byte_bpe
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 TEXT = [

@@ -30,7 +30,7 @@ from shardwright.train.data.tokens import packing, workers
 from shardwright.train.data.tokens.encoding import Encoder, Packing
 from shardwright.train.data.tokens.packing import BATCH_TEXTS, pack
 from shardwright.train.data.tokens.store import StoreWriter, TokenStore
-from shardwright.train.data.tokens.tokenizer import train_byte_bpe
+from shardwright.train.data.tokens.training import train_byte_bpe
 from shardwright.train.data.tokens.words import word_starts
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")

@@ -35,7 +35,7 @@ from shardwright.train.data.sources.source import Reading
 from shardwright.train.data.tokens import cache, packing, shard_workers, shards
 from shardwright.train.data.tokens.encoding import Packing
 from shardwright.train.data.tokens.shards import Made, Work
-from shardwright.train.data.tokens.tokenizer import train_byte_bpe
+from shardwright.train.data.tokens.training import train_byte_bpe
 from shardwright.train.errors import FAILED, UserError
 from shardwright.train.process import cores
 

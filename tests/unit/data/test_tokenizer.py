@@ -15,16 +15,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shardwright.train.config import RunConfig
 from shardwright.train.data.sources.corpus import is_held_out
-from shardwright.train.data.tokens import tokenizer as tokens_tokenizer
+from shardwright.train.data.tokens import pretrained as tokens_pretrained
 from shardwright.train.data.tokens.tokenizer import (
-    LONGEST_WORD,
     document_frame,
     ensure_tokenizer,
     remove_leftovers,
     special_ids,
-    train_byte_bpe,
-    with_short_words,
 )
+from shardwright.train.data.tokens.training import LONGEST_WORD, train_byte_bpe, with_short_words
 from shardwright.train.errors import UserError
 from shardwright.train.model.vocabulary import vocabulary_size
 
@@ -294,7 +292,7 @@ def test_a_vocabulary_alone_says_which_library_it_needs(
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / name).write_bytes(content)
     config = make_config(tokenizer={"kind": "pretrained", "name": str(tmp_path / "t5")})
-    monkeypatch.setattr(tokens_tokenizer, "_is_installed", lambda _: False)
+    monkeypatch.setattr(tokens_pretrained, "_is_installed", lambda _: False)
     with pytest.raises(UserError) as told:
         tokenizer_of(config, run_dir)
     assert str(told.value) == (
@@ -303,7 +301,7 @@ def test_a_vocabulary_alone_says_which_library_it_needs(
         "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) on a machine that has it"
     )
     # Where it is installed, transformers may still not know whose vocabulary it is.
-    monkeypatch.setattr(tokens_tokenizer, "_is_installed", lambda _: True)
+    monkeypatch.setattr(tokens_pretrained, "_is_installed", lambda _: True)
     with pytest.raises(UserError, match=r"name its class in .*t5/tokenizer_config\.json, such as"):
         tokenizer_of(config, run_dir)
     assert not (run_dir / "tokenizer").exists()
@@ -363,7 +361,7 @@ def test_a_directory_without_a_tokenizer_is_refused(
 def test_training_a_tokenizer_imports_no_torch() -> None:
     code = (
         "import sys; from transformers import PreTrainedTokenizerFast; "
-        "from shardwright.train.data.tokens.tokenizer import train_byte_bpe; "
+        "from shardwright.train.data.tokens.training import train_byte_bpe; "
         f"train_byte_bpe(['text'], 261, 2, {SPECIAL}); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

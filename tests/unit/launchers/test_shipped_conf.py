@@ -60,6 +60,7 @@ COMPANIONS = {
 }
 # What the user adds to an experiment, in this order, as its first line shows.
 OPEN = {
+    "bert_base_wordpiece": ["data.name"],
     "modernbert_base": ["data.name"],
     "modernbert_base_long": ["model.name", "data.name"],
 }

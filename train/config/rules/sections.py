@@ -46,7 +46,7 @@ def _samples_contradictions(config: Sections) -> Iterator[str]:
             f"objective={objective.kind} does not fit model.kind={model.kind}, which is trained "
             f"with objective={fit}; choose objective={fit} or another model"
         )
-    if not config.data.has_text and config.tokenizer.kind == "byte_bpe":
+    if not config.data.has_text and config.tokenizer.kind != "pretrained":
         yield (
             f"data={config.data.kind} has no text to train a tokenizer on, and ids mean nothing "
             "without theirs; set tokenizer=pretrained tokenizer.name=... to the one that made them"
@@ -75,7 +75,8 @@ def _vocabulary_contradictions(config: Sections) -> Iterator[str]:
             f"tokenizer.vocab_size={wanted} is more than model.vocab_size={model.vocabulary}; "
             "raise the model's or lower the tokenizer's"
         )
-    if model.kind == "pretrained" and tokenizer.kind == "byte_bpe" and tokenizer.vocab_size is None:
+    is_trained = tokenizer.kind != "pretrained"
+    if model.kind == "pretrained" and is_trained and wanted is None:
         yield (
             "tokenizer.vocab_size=null takes the model's vocabulary, but model=pretrained brings "
             "its own with its weights; choose tokenizer=pretrained or set tokenizer.vocab_size"

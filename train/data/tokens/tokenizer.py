@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import re
@@ -12,13 +11,16 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from shardwright.train.config import ByteBpeTokenizer, PretrainedTokenizer, RunConfig
-from shardwright.train.console import progress
 from shardwright.train.data.sources.corpus import read_corpus
 from shardwright.train.data.tokens.cache import build_once, cache_root, fingerprint, flush
+from shardwright.train.data.tokens.pretrained import TOKENIZER_CONFIG, pretrained
+from shardwright.train.data.tokens.spelling import Trained
+from shardwright.train.data.tokens.training import LONGEST_IN_WORDPIECE, LONGEST_WORD, train
 from shardwright.train.errors import UserError
 from shardwright.train.model.vocabulary import vocabulary_size
 
@@ -26,12 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-PROBE_TIMEOUT_SECONDS = 20.0
-TRAINING_FORMAT = 2
-TOKENIZER_CONFIG = "tokenizer_config.json"
-LONGEST_WORD = 1000
-"""Characters of a word up to which it trains a tokenizer whole."""
-_MAYBE_LONG = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+TRAINING_FORMAT = 3
 log = logging.getLogger(__name__)
 
 
@@ -56,10 +53,10 @@ def ensure_tokenizer(
     """
     if not directory.exists():
         settings = config.tokenizer
-        if settings.kind == "byte_bpe":
-            tokenizer = _wrap(_trained(config, settings, identity), config, settings)
+        if isinstance(settings, PretrainedTokenizer):
+            tokenizer = pretrained(settings)
         else:
-            tokenizer = _pretrained(settings)
+            tokenizer = _wrap(_trained(config, settings, identity), config, settings)
         check_fits(tokenizer, config)
         for line in unused(tokenizer, config):
             log.warning(line)
@@ -69,7 +66,7 @@ def ensure_tokenizer(
 
 def load_tokenizer(config: RunConfig, directory: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer that a run directory holds."""
-    if config.tokenizer.kind == "byte_bpe":
+    if config.tokenizer.kind != "pretrained":
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(directory)
@@ -104,7 +101,8 @@ def special_ids(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Specia
     if mlm and tokenizer.mask_token_id is None:
         raise UserError(
             f"tokenizer={_name(config)}: it has no mask token, which objective=mlm needs; choose "
-            "a tokenizer of a masked model, tokenizer=byte_bpe or objective=clm"
+            "a tokenizer of a masked model, one that is trained, such as tokenizer=byte_bpe, or "
+            "objective=clm"
         )
     begin, pad = _first_of(first), tokenizer.pad_token_id
     return SpecialIds(
@@ -232,13 +230,14 @@ def _check_unknown(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Non
 def unused(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Iterator[str]:
     """Yield what was asked for and will not be used: tokens, and rows of the embedding. Pure."""
     found = len(set(tokenizer.get_vocab().values()))
-    if config.tokenizer.kind == "byte_bpe":
+    if config.tokenizer.kind != "pretrained":
         wanted = wanted_vocabulary(config, config.tokenizer)
+        few = getattr(config.tokenizer, "min_frequency", None)
+        what = f"pairs that occur tokenizer.min_frequency={few} times" if few else "parts of words"
         if found < wanted:
             yield (
                 f"tokenizer={_name(config)} has {found:,} tokens instead of {wanted:,}: the "
-                "training documents hold no more pairs that occur tokenizer.min_frequency="
-                f"{config.tokenizer.min_frequency} times"
+                f"training documents hold no more {what}"
             )
     rows = config.model.vocabulary
     if rows is not None and found < rows:
@@ -249,11 +248,11 @@ def unused(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Iterator[st
         )
 
 
-def wanted_vocabulary(config: RunConfig, settings: ByteBpeTokenizer) -> int:
+def wanted_vocabulary(config: RunConfig, settings: Trained) -> int:
     """Return how many tokens a tokenizer is to be trained to; raise UserError at too few."""
     if settings.vocab_size is not None:
         return settings.vocab_size
-    wanted, smallest = config.model.vocabulary, 256 + len(settings.special_tokens)
+    wanted, smallest = config.model.vocabulary, settings.smallest_vocabulary
     if wanted is None:
         raise UserError(
             "tokenizer.vocab_size=null takes the model's vocabulary, which the config.json of "
@@ -262,67 +261,35 @@ def wanted_vocabulary(config: RunConfig, settings: ByteBpeTokenizer) -> int:
         )
     if wanted < smallest:
         raise UserError(
-            f"tokenizer.vocab_size=null takes model.vocab_size={wanted}, but 256 bytes "
-            f"and the special tokens need {smallest}; raise model.vocab_size"
+            f"tokenizer.vocab_size=null takes model.vocab_size={wanted}, but "
+            f"{'256 bytes and ' if settings.needs_bytes else ''}the special tokens need "
+            f"{smallest}; raise model.vocab_size"
         )
     return wanted
 
 
-def train_byte_bpe(
-    texts: Iterable[str], vocab_size: int, min_frequency: int, special_tokens: tuple[str, ...]
-) -> Tokenizer:
-    """Train a byte-level BPE: special tokens get the first ids, then come the 256 bytes."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    *others, mask = special_tokens
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        # As in RoBERTa: the mask swallows the space before it, as word tokens hold theirs.
-        special_tokens=[*others, AddedToken(mask, lstrip=True, special=True)],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,  # it knows of no total: its bar is full at 0 of 0
-    )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    shown = [progress.begin("reading text for the tokenizer", unit="character")]
-
-    def read() -> Iterator[str]:
-        for text in texts:
-            yield text
-            shown[0].advance(len(text))
-        shown[0].end()
-        shown.append(progress.begin("training the tokenizer"))
-
-    try:
-        tokenizer.train_from_iterator(read(), trainer)
-    finally:
-        shown[-1].end()
-    return tokenizer
-
-
-def _trained(config: RunConfig, settings: ByteBpeTokenizer, identity: dict[str, Any]) -> Path:
+def _trained(config: RunConfig, settings: Trained, identity: dict[str, Any]) -> Path:
     """Return the cached tokenizer.json, training it where there is none."""
-    import tokenizers
-
     vocab_size = wanted_vocabulary(config, settings)
 
     def build(directory: Path) -> dict[str, Any]:
         texts = (p.text for p in read_corpus(config.data, root) if not p.held_out)
         counts: Counter[str] = Counter()
-        trained = train_byte_bpe(
-            with_short_words(_first_bytes(texts, settings.max_training_bytes), counts),
-            vocab_size,
-            settings.min_frequency,
-            settings.special_tokens,
-        )
+        first = _first_bytes(texts, settings.max_training_bytes)
+        trained = train(settings, first, vocab_size, counts)
         if counts["cut"]:
             log.warning(
                 "the tokenizer was trained with %s words cut that are longer than %s "
                 "characters: text without spaces would take hours; the model is given them whole",
                 f"{counts['cut']:,}",
                 f"{LONGEST_WORD:,}",
+            )
+        if counts["unknown"]:
+            log.warning(
+                "%s words are longer than %s characters, which tokenizer=wordpiece takes for "
+                "unknown ones",
+                f"{counts['unknown']:,}",
+                LONGEST_IN_WORDPIECE,
             )
         trained.save(str(directory / "tokenizer.json"))
         return {"tokens": trained.get_vocab_size()}
@@ -333,7 +300,7 @@ def _trained(config: RunConfig, settings: ByteBpeTokenizer, identity: dict[str, 
         "corpus": identity,
         "vocab_size": vocab_size,
         "settings": settings.model_dump(mode="json", exclude={"vocab_size"}),
-        "tokenizers": tokenizers.__version__,
+        "trained_by": {name: version(name) for name in settings.trained_by},
     }
     return build_once(root / "tokenizers", fingerprint(what), build).path / "tokenizer.json"
 
@@ -349,43 +316,15 @@ def _first_bytes(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
         yield text
 
 
-def with_short_words(texts: Iterable[str], counts: Counter[str]) -> Iterator[str]:
-    """Cut words that are too long to train on; ``counts["cut"]`` counts them.
-
-    The trainer goes through a whole word for each pair that it merges in it (tokenizers 0.23), so
-    its time grows with the square of a word's length.
-    """
-    from tokenizers import pre_tokenizers
-
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    for text in texts:
-        if not _MAYBE_LONG.search(text):
-            yield text
-            continue
-        begin = 0
-        for _, (start, stop) in words.pre_tokenize_str(text):
-            counts["cut"] += stop - start > LONGEST_WORD
-            for cut in range(start + LONGEST_WORD, stop, LONGEST_WORD):
-                yield text[begin:cut]
-                begin = cut
-        yield text[begin:]
-
-
-def _wrap(path: Path, config: RunConfig, settings: ByteBpeTokenizer) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, processors
+def _wrap(path: Path, config: RunConfig, settings: Trained) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer.from_file(str(path))
     begin, pad, end, unknown, mask = settings.special_tokens
     mlm = config.objective.kind == "mlm"
-    if mlm:
-        first, last = settings.special_tokens.index(begin), settings.special_tokens.index(end)
-        tokenizer.post_processor = processors.RobertaProcessing(
-            (end, last), (begin, first), add_prefix_space=False
-        )
-    else:
-        # A prompt is the beginning of a document, and documents are trained on without a frame.
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    if (around := _post_processor(settings, frames=mlm)) is not None:
+        tokenizer.post_processor = around
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=begin,
@@ -404,84 +343,25 @@ def _wrap(path: Path, config: RunConfig, settings: ByteBpeTokenizer) -> PreTrain
     )
 
 
-def _pretrained(settings: PretrainedTokenizer) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
+def _post_processor(settings: Trained, *, frames: bool) -> Any:
+    """Return what is put around a text in use: as around a sample of a masked model, or nothing.
 
-    from shardwright.train.checkpoint.format import damage
-
-    local = Path(settings.name).is_dir()
-    vocabulary = _unconverted(Path(settings.name)) if local else None
-    if vocabulary is not None and not _is_installed(library := _library_of(vocabulary)):
-        raise UserError(
-            f"tokenizer.name={settings.name} holds {vocabulary.name} and no tokenizer.json, which "
-            f"transformers makes of it where {library} is installed: `pip install {library}`, or "
-            "run AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) on a machine that has it"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            settings.name,
-            revision=settings.revision or "main",
-            trust_remote_code=settings.trust_remote_code,
-            local_files_only=local or not _hub_has(settings),
-        )
-    except Exception as error:  # of tokenizers, which raises nothing else, or of the model's code
-        if local and (problem := next(damage.problems(Path(settings.name)), None)):
-            raise UserError(f"tokenizer.name={settings.name}: {problem}") from None
-        if vocabulary is not None:
-            raise UserError(
-                f"tokenizer.name={settings.name} holds {vocabulary.name} and no tokenizer.json, "
-                f"and transformers cannot tell which tokenizer it is; name its class in "
-                f"{Path(settings.name, TOKENIZER_CONFIG)}, such as "
-                '{"tokenizer_class": "T5Tokenizer"}, or give a directory with tokenizer.json'
-            ) from None
-        reason = damage.in_one_line(error)
-        raise UserError(
-            f"tokenizer.name={settings.name}: cannot load it ({reason}); correct the name. Without "
-            "a network give a directory that holds tokenizer.json, or download the tokenizer where "
-            "there is one and copy that machine's HF_HOME directory here"
-        ) from None
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"tokenizer.name={settings.name}: {type(tokenizer).__name__} is not a fast tokenizer "
-            "(there is no tokenizer.json); choose one that is"
-        )
-    return cast("PreTrainedTokenizerFast", tokenizer)
-
-
-def _unconverted(directory: Path) -> Path | None:
-    """Return the vocabulary of a directory that holds nothing else of a tokenizer, if it has one.
-
-    transformers makes a tokenizer of it where the library that reads it is installed.
+    A causal model's prompt is the beginning of a document, and documents are trained on so.
     """
-    others = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
-    if any((directory / name).is_file() for name in others):
-        return None
-    return next((path for path in sorted(directory.glob("*.model")) if path.is_file()), None)
+    from tokenizers import processors
 
-
-def _library_of(vocabulary: Path) -> str:
-    """Return which library reads a vocabulary, by its first line."""
-    with vocabulary.open("rb") as stream:
-        line = stream.readline(1000)
-    # tiktoken's have a token in base64 and its rank on each line; SentencePiece's are binary.
-    return "tiktoken" if re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", line) else "sentencepiece"
-
-
-def _is_installed(library: str) -> bool:
-    return importlib.util.find_spec(library) is not None
-
-
-def _hub_has(settings: PretrainedTokenizer) -> bool:
-    """Whether the hub answers; asked first, as loading tries again for a minute."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.HfApi().model_info(
-            settings.name, revision=settings.revision, timeout=PROBE_TIMEOUT_SECONDS
-        )
-    except Exception:  # the HTTP client's errors share no base class
-        return False
-    return True
+    begin, _, end, *_ = settings.special_tokens
+    first, last = settings.special_tokens.index(begin), settings.special_tokens.index(end)
+    is_bytes = isinstance(settings, ByteBpeTokenizer)
+    if not frames:
+        return processors.ByteLevel(trim_offsets=True) if is_bytes else None
+    if is_bytes:
+        return processors.RobertaProcessing((end, last), (begin, first), add_prefix_space=False)
+    return processors.TemplateProcessing(
+        single=[begin, "$A", end],
+        pair=[begin, "$A", end, "$B:1", f"{end}:1"],
+        special_tokens=[(begin, first), (end, last)],
+    )
 
 
 def _publish(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
