@@ -8,6 +8,7 @@ import importlib.util
 import math
 import netrc
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -37,6 +38,7 @@ from shardwright.train.config.precision import DTYPES, FP8_RECIPES, TF32_COMPUTE
 from shardwright.train.config.tracking import wandb_mode
 from shardwright.train.errors import UserError
 from shardwright.train.paths import absolute
+from shardwright.train.process.cores import usable_cores
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Machine:
     has_varlen: bool = True
     """Whether the installed torch attends in rows of several lengths by one kernel."""
     has_flash_attn: bool = False
+    has_mps: bool = False
+    """Whether it is a Mac with a GPU of Apple's, which its memory belongs to as well."""
 
     @property
     def gpus(self) -> int:
@@ -82,7 +86,7 @@ def detect(environment: Mapping[str, str]) -> Machine:
     return Machine(
         compute_capabilities=visible([(gpu.uuid, gpu.capability) for gpu in seen], asked),
         gpu_names=tuple(name for name in visible(names_of, asked) if name),
-        cores=len(os.sched_getaffinity(0)),
+        cores=len(usable_cores()),
         has_loopback="lo" in (name for _, name in socket.if_nameindex()),
         torch_has_cuda=not importlib.metadata.version("torch").endswith("+cpu"),
         has_wandb_key=has_wandb_key(environment),
@@ -94,6 +98,7 @@ def detect(environment: Mapping[str, str]) -> Machine:
         gpu_memory_bytes=_gpu_memory_bytes(),
         has_varlen=_version("torch") >= documents.VARLEN_TORCH,
         has_flash_attn=importlib.util.find_spec("flash_attn") is not None,
+        has_mps=(platform.system(), platform.machine()) == ("Darwin", "arm64"),
         interface=None if is_reached_by(addresses()) else default_interface(),
     )
 
@@ -190,7 +195,7 @@ def resolve_launcher(launcher: dict[str, Any], config: RunConfig, machine: Machi
     if launcher.get("nodes", 1) > 1 and launcher.get("head_port", 1) is None:
         launcher["head_port"] = machine.free_port
     if launcher.get("nproc_per_node") == "auto":
-        one_rank = launcher["device"] == "cpu" or config.strategy.kind == "single"
+        one_rank = launcher["device"] != "cuda" or config.strategy.kind == "single"
         launcher["nproc_per_node"] = 1 if one_rank else max(1, gpus)
 
 
@@ -315,6 +320,13 @@ def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machin
             )
         return problems
 
+    if device == "mps":
+        if machine.has_mps:
+            return problems
+        return [
+            "launcher.device=mps, but this machine is no Mac with an Apple GPU "
+            f"({platform.system()}, {platform.machine()}); choose launcher.device=cpu or auto"
+        ]
     if not machine.gpus:
         return [
             "launcher.device=cuda, but this machine shows no NVIDIA GPU (CUDA_VISIBLE_DEVICES may "
@@ -399,6 +411,9 @@ def _memory_bytes(*, with_swap: bool = True) -> int | None:
         sizes = {name: int(size.split()[0]) * 1024 for name, size in pairs}
         swap = sizes["SwapTotal"] if with_swap else 0
         found = [limit + swap for limit in found] + [sizes["MemTotal"] + swap]
+    if not found:  # no Linux
+        with contextlib.suppress(OSError, ValueError):
+            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(found, default=None)
 
 

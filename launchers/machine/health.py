@@ -493,7 +493,8 @@ def timed(place: Path, size: int) -> tuple[float, float, float]:
         written = size / (time.monotonic() - began)
         skew = time.time() - os.stat(file.name).st_mtime
         # Out of the page cache, which would be measured instead.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         began = time.monotonic()
         while file.read(len(block)):

@@ -21,6 +21,7 @@ from typing import IO
 
 from shardwright.train.console import terminal
 from shardwright.train.process import inherited, signals
+from shardwright.train.process.cores import keep_to
 from shardwright.train.process.open_files import raise_open_file_limit
 from shardwright.train.run_directory import profile_request, stop_request
 
@@ -127,7 +128,7 @@ def in_background(
     def with_cores() -> None:
         set_up()
         if cores:
-            os.sched_setaffinity(0, cores)
+            keep_to(cores)
 
     with log.open("ab") as output:
         return subprocess.Popen(

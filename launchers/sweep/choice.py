@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from shardwright.launchers.sweep.locally import Slot
 from shardwright.launchers.sweep.places import Display, Place, Task
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import UserError
+from shardwright.train.process.cores import usable_cores
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def slots_of(config: SweepConfig, points: Sequence[RunConfig], here: Machine) ->
         return hosts.slots(config, Path(hostfile), first, ranks)
     on_gpus = any(each.launcher.device != "cpu" for each in points)
     devices = locally.devices_of(here) if on_gpus else []
-    return locally.slots(config, devices, sorted(os.sched_getaffinity(0)), ranks)
+    return locally.slots(config, devices, sorted(usable_cores()), ranks)
 
 
 def ranks_of(points: Sequence[RunConfig]) -> int | None:

@@ -21,8 +21,9 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 class LauncherSection(Section):
     """What every launcher has."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto is cuda where this machine has a GPU; resolved before config.yaml is written."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto is cuda where this machine has an NVIDIA GPU, else cpu; resolved before config.yaml is
+    written. mps is an Apple GPU, for strategy=single (not tried on hardware)."""
     grace_seconds: PositiveFloat = 30.0
     """Seconds from a signal to stop until the ranks are killed: SLURM's KillWait, Kubernetes'
     terminationGracePeriodSeconds or the time that --signal gives. A last checkpoint that would not

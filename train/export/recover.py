@@ -38,6 +38,7 @@ from shardwright.train.model.directory import (
     parsed_config,
 )
 from shardwright.train.model.user_modules import import_for
+from shardwright.train.process.cores import usable_cores
 from shardwright.train.process.memory import peak_resident_bytes, resident_bytes
 from shardwright.train.run_directory.names import TOKENIZER_FOLDER
 from shardwright.train.units import counted, size
@@ -193,7 +194,7 @@ def _budget(max_memory_bytes: int) -> whole.Budget:
             f"--max-memory={max_memory_bytes} bytes are too few; give at least "
             f"{-(-whole.LEAST_MEMORY_BYTES // 2**20)}MiB"
         )
-    return whole.budget(max_memory_bytes, len(os.sched_getaffinity(0)))
+    return whole.budget(max_memory_bytes, len(usable_cores()))
 
 
 def _config_path(options: Options, chosen: Chosen) -> Path:

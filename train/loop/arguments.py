@@ -26,7 +26,7 @@ def training_arguments(
         output_dir=str(run_dir),
         run_name=config.name,
         seed=config.seed,
-        use_cpu=config.launcher.device == "cpu",
+        use_cpu=config.launcher.device == "cpu",  # else transformers takes CUDA, or MPS
         ddp_backend=dist.get_backend() if dist.is_initialized() else None,
         max_steps=total_steps,
         per_device_train_batch_size=trainer.samples_per_pass,

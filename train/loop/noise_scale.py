@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shardwright.train.config import accumulation_steps
+from shardwright.train.process.doubles import device_of_sums, doubled
 
 if TYPE_CHECKING:
     from shardwright.train.strategy.training import Training
@@ -56,8 +57,9 @@ class NoiseScale:
         """Into how many the batch of a step is divided for the small one."""
         # Under DDP each rank has a small batch of its own; elsewhere all have one together.
         self._holders = trainer.args.world_size if self._is_of_ranks else 1
-        self._sums = torch.zeros(4, dtype=torch.float64, device=trainer.args.device)
-        self._small = torch.zeros((), dtype=torch.float64, device=trainer.args.device)
+        device = device_of_sums(trainer.args.device)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._small = torch.zeros((), dtype=torch.float64, device=device)
         """Of this step, this rank's part."""
         self._steps = 0
 
@@ -86,7 +88,7 @@ class NoiseScale:
 
         A step whose gradients are not finite counts as one of nothing.
         """
-        large = torch.as_tensor(norm, device=self._sums.device).detach().double().square()
+        large = doubled(torch.as_tensor(norm).detach()).to(self._sums.device).square()
         small = self._small.clone()
         # What ranks share, each brings its part of.
         mine = large * self._holders / _ranks()
@@ -107,7 +109,7 @@ class NoiseScale:
 
 
 def _square(values: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(values.detach(), dtype=torch.float32).double().square()
+    return doubled(torch.linalg.vector_norm(values.detach(), dtype=torch.float32)).square()
 
 
 def _ranks() -> int:

@@ -43,6 +43,7 @@ from shardwright.train.model.loss_terms import IGNORED, NONE, LossTerms, summed
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.process import heartbeat, numerics, signals
 from shardwright.train.process.agreement import check, from_all
+from shardwright.train.process.doubles import device_of_sums, doubled
 from shardwright.train.process.heartbeat import Phase
 from shardwright.train.strategy import finite
 from shardwright.train.strategy.loss_scale import (
@@ -597,17 +598,18 @@ class Trainer(transformers.Trainer):
         dataset: Any = dataloader.dataset
         sampler: Any = dataloader.batch_sampler
         of_sets, sets = list(sampler.sets()), dataset.sets
-        sums = torch.zeros((len(sets), 6), dtype=torch.float64, device=self.args.device)
+        device = device_of_sums(self.args.device)
+        sums = torch.zeros((len(sets), 6), dtype=torch.float64, device=device)
         try:
             with torch.no_grad(), heartbeat.at(Phase.EVALUATION):
                 for number, batch in enumerate(progress.over(dataloader, **shown)):
                     heartbeat.moved()
                     if number % BATCHES_BETWEEN_CHECKS == 0:
                         check()
-                    loss, *counted = self._predicted(model, batch)
+                    found = torch.stack([doubled(each) for each in self._predicted(model, batch)])
                     of_set = sums[of_sets[number]]
-                    of_set[:4] += torch.stack([loss.double(), *counted])
-                    of_set[4] += ~loss.isfinite()
+                    of_set[:4] += found
+                    of_set[4] += ~found[0].isfinite()
                     of_set[5] += 1
         finally:
             model.train()

@@ -35,8 +35,8 @@ def settled(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, str |
 
     Raises UserError where it is to compile and cannot.
     """
-    wanted = config.trainer.compile
-    if wanted == "auto" and (config.launcher.device == "cpu" or config.trainer.offload_activations):
+    wanted, on_gpu = config.trainer.compile, config.launcher.device == "cuda"
+    if wanted == "auto" and (not on_gpu or config.trainer.offload_activations):
         return _with(config, compiles=False), None
     if wanted is False:
         return config, None

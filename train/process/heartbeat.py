@@ -13,7 +13,6 @@ import mmap
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from shardwright.train.errors import RESUMABLE
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory.names import HEARTBEATS, rank_beat
 
-STACKS = signal.SIGRTMIN + 9 if sys.platform == "linux" else None
+STACKS = signal.SIGRTMIN + 9 if hasattr(os, "memfd_create") else None
 """Has a rank write down its stacks, in C: the interpreter's lock is not needed for it."""
 ANSWER_SECONDS = 0.5
 """Between two looks of a rank at whether it is asked for its collectives."""

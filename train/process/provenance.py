@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from shardwright.train.durable import write_text
+from shardwright.train.process.cores import usable_cores
 from shardwright.train.run_directory import history
 
 _PACKAGES = (
@@ -43,7 +44,7 @@ def write_provenance(run_dir: Path, *, world_size: int, parameters: int) -> None
         "hardware": {
             "host": platform.node(),
             "system": platform.platform(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": len(usable_cores()),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             "cuda": torch.version.cuda,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from shardwright.train.config.precision import FP8_RECIPES
 from shardwright.train.config.rank_layout import RankLayout, rank_layout
-from shardwright.train.config.rules import fsdp, noise_scale, optimizers, replicated, zero
+from shardwright.train.config.rules import fsdp, mps, noise_scale, optimizers, replicated, zero
 from shardwright.train.config.section import shown
 from shardwright.train.config.sections import Sections
 from shardwright.train.config.trainer import CADENCES, accumulation_steps, largest_micro_batch
@@ -34,6 +34,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     yield from _document_contradictions(config)
     yield from _stage_contradictions(config)
     yield from _fp8_contradictions(config)
+    yield from mps.contradictions(config)
     yield from _engine_contradictions(config)
 
 

@@ -24,6 +24,7 @@ from shardwright.train.data.tokens.packing import far
 from shardwright.train.data.tokens.processes import cores_for
 from shardwright.train.data.tokens.shards import Damaged, Made, Work
 from shardwright.train.errors import UserError
+from shardwright.train.process.cores import keep_to
 from shardwright.train.process.parent import end_with
 
 
@@ -212,7 +213,7 @@ def main(descriptor: int, parent: int) -> None:
     connection: Connection = Connection(descriptor)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         work, encoder, cores = connection.recv()
-        os.sched_setaffinity(0, cores)
+        keep_to(cores)
         while True:
             number, shard = connection.recv()
             try:

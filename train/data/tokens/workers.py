@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from shardwright.train.process.cores import keep_to
 from shardwright.train.process.frames import read, write
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def main() -> None:
     sys.stdout = sys.stderr  # nothing else may write there
     try:
         encoder, cores = read(given)
-        os.sched_setaffinity(0, cores)
+        keep_to(cores)
         while True:
             write(answers, encoder.encode(read(given)))
     except (EOFError, BrokenPipeError):

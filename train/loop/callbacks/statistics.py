@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from shardwright.train.loop.numerics import sums
 from shardwright.train.loop.numerics.sums import Sums
+from shardwright.train.process.doubles import device_of_sums
 from shardwright.train.strategy.loss_scale import loss_scale_state
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Statistics(TrainerCallback):
         step, trainer = state.global_step + 1, self._trainer
         if not (step == 1 or step % self._every == 0):
             return
-        self._sums = Sums(self._modules, trainer.args.device)
+        self._sums = Sums(self._modules, device_of_sums(trainer.args.device))
         self._before = [w.detach().clone() for *_, w in trainer.engine.own_weights(trainer)]
 
     def _measure_gradients(self) -> None:

@@ -23,6 +23,7 @@ from shardwright.train.loop.numerics.records import (
     Place,
     Seen,
 )
+from shardwright.train.process.doubles import doubled
 
 DEEPEST = 4
 """Levels of tuples and mappings within an output in which tensors are looked for."""
@@ -86,7 +87,7 @@ class Hooks:
             if values.element_size() == 1:  # fp8, of which torch takes no maximum
                 values = values.float()
             # Both are NaN where any element is. On a CPU norms take twice as long.
-            self._magnitudes.extend(found.double() for found in values.abs().aminmax())
+            self._magnitudes.extend(doubled(found) for found in values.abs().aminmax())
             if self._takes_fingerprints:
                 self._fingerprints.append(fingerprint(values))
         self._places.append(place)

@@ -35,9 +35,12 @@ class Sums:
         """Take in the squares of this rank's part of all weights, gradients or updates."""
         import torch
 
-        for name, _, values in parts:
+        from shardwright.train.process.doubles import device_of_sums
+
+        for name, _, part in parts:
             row = self.table[self._row[module_of(name)]]
-            norm = torch.linalg.vector_norm(values.detach(), dtype=torch.float64)
+            values = part.detach().to(device_of_sums(part.device))
+            norm = torch.linalg.vector_norm(values, dtype=torch.float64)
             row[COLUMNS.index(column)] += norm.square().to(self.table.device)
             if column == GRADIENTS:
                 zeros = values.numel() - torch.count_nonzero(values)
