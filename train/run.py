@@ -253,9 +253,7 @@ def _open_data(config: RunConfig, run_dir: Path, rank: Rank) -> data.Prepared:
     with together():
         prepared = data.prepare(config, run_dir)
     # Not only when the model is trained and is to answer them.
-    sample.check_prompts(
-        config.objective.prompts, prepared.tokenizer, masked=config.objective.kind == "mlm"
-    )
+    sample.check_prompts(config.objective.prompts, prepared.tokenizer, config.objective.kind)
     return prepared
 
 

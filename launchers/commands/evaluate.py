@@ -154,7 +154,7 @@ def _config(
 
 def _of_a_model(weights: Path) -> list[str]:
     """Return the overrides by which a model directory is evaluated that belongs to no run."""
-    objective = "mlm" if sample.is_masked(weights) else "clm"
+    objective = sample.objective_of(weights)
     name = quoted(str(weights))
     return [
         *("model=pretrained", f"model.name={name}", f"objective={objective}"),

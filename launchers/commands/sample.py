@@ -103,7 +103,7 @@ def sampling_overrides(
     return [
         "model=pretrained",
         f"model.name={quoted(str(model_dir))}",
-        f"objective={'mlm' if sample.is_masked(model_dir) else 'clm'}",
+        f"objective={sample.objective_of(model_dir)}",
         "tokenizer=pretrained",
         f"tokenizer.name={quoted(str(model_dir))}",
         f"model.trust_remote_code={str(trusts_code).lower()}",

@@ -251,7 +251,7 @@ def _documents(
     apart, unpadded = data.document_attention, data.unpad
     if apart == "auto":
         is_free = kernel in ("varlen", "flash_attention_2")
-        wanted = config.objective.kind == "mlm" or is_free
+        wanted = config.objective.is_masked or is_free
         apart = data.line_by_line or (can_be_told and wanted)
     if unpadded == "auto":
         # Eager attention weighs each token against each other one, lines of others included.

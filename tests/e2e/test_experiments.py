@@ -110,7 +110,7 @@ def test_experiment_ends_with_a_model(
     assert [step for step, _ in layout.whole_checkpoints(run_dir / "checkpoints")] == [2]
     model = AutoConfig.from_pretrained(run_dir / "final")
     assert model.num_hidden_layers == 2
-    head = "ForMaskedLM" if config.objective.kind == "mlm" else "LMHeadModel"
+    head = "ForMaskedLM" if config.objective.is_masked else "LMHeadModel"
     assert model.architectures[0].endswith(head)
     assert (run_dir / "final" / "model.safetensors").is_file()
 

@@ -455,3 +455,24 @@ def test_the_example_of_a_model_with_code_lets_it_run(tiny_tree: Tree) -> None:
     run = from_tree(tiny_tree("clm"))
     readme = card_of(Facts(config_json=config, dtype="fp32", run=run)).readme
     assert 'pipeline("text-generation", model="PATH_OR_NAME", trust_remote_code=True)' in readme
+
+
+def test_the_objective_is_told(tiny_tree: Tree) -> None:
+    def card(**objective: Any) -> str:
+        tree = tiny_tree("mlm")
+        tree["objective"] = objective
+        return card_of(facts(tree, metrics={"eval_loss": 3.0})).readme
+
+    assert "masked: 30% of the tokens |" in card(kind="mlm", masking_rate=0.3)
+    falls = {"kind": "mlm", "masking_rate": 0.3, "masking_rate_final": 0.15}
+    assert "masked: 30% of the tokens where training began, 15% in the end, along a linear" in card(
+        **falls
+    )
+    at_once = card(**falls, masking_rate_schedule="step", masking_rate_step_at=0.9)
+    assert "15% in the end, at once after 90% of the run" in at_once
+    diffusion = card(kind="diffusion", prompts=["def f("])
+    assert "masked diffusion: in each sample a share of the tokens of its own, from 0.001" in (
+        diffusion
+    )
+    assert "is an estimate of an upper bound of the negative log-likelihood" in diffusion
+    assert "fill(fill.tokenizer.mask_token)" in diffusion

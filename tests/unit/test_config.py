@@ -132,6 +132,11 @@ def test_load_names_a_damaged_file(tmp_path: Path) -> None:
         ({"trainer__warmup_steps": 11}, "warmup_steps=11 is more than max_steps=10"),
         ({"objective": {"kind": "mlm"}}, "objective=mlm does not fit model.kind=llama"),
         (
+            {"objective": {"kind": "diffusion"}},
+            "objective=diffusion does not fit model.kind=llama, which is trained with "
+            "objective=clm; choose objective=clm or another model",
+        ),
+        (
             {"data__line_by_line": True, "data__document_attention": False},
             "data.line_by_line=true makes each line a sample that sees nothing else, but "
             "data.document_attention=false; leave one of them out",

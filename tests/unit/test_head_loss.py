@@ -290,6 +290,52 @@ def test_gradients_are_as_exact_as_their_dtype(
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+def weighted(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    terms: LossTerms,
+    weights: Tensor,
+) -> Tensor:
+    """Return the plain loss of each label by itself, times its weight."""
+    logits = linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    smoothing = terms.label_smoothing
+    total = torch.zeros((), dtype=logits.dtype)
+    for row, label, own in zip(logits, labels, weights, strict=True):
+        if label != IGNORED:
+            loss = cross_entropy(row, label, label_smoothing=smoothing)
+            total = total + own * (loss + terms.z_loss * row.logsumexp(-1) ** 2)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)]
+)
+@pytest.mark.parametrize("terms", [NONE, LossTerms(0.1, 0.02)])
+def test_each_label_counts_by_its_weight(
+    dtype: torch.dtype, tolerance: float, terms: LossTerms
+) -> None:
+    inputs = layer(dtype)
+    leaves = [x for x in inputs[:3] if x is not None]
+    weights = torch.linspace(1.0, 30.0, len(inputs[3]))
+    scale = 2.0**6 if dtype == torch.float16 else 1.0
+    losses = [function(*inputs, terms, weights) for function in (weighted, summed_loss)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    expected, found = (torch.autograd.grad(loss * scale / 23, leaves) for loss in losses)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+    logits = linear(*inputs[:3])
+    by_logits = summed(logits, inputs[3], terms, weights)
+    assert by_logits.item() == pytest.approx(losses[0].item(), rel=1e-6)
+    evaluated, right = loss_and_right(*inputs, weights)
+    of_labels = weighted(*inputs, NONE, weights).item()
+    assert evaluated.item() == pytest.approx(of_labels, rel=1e-6)
+    assert right == loss_and_right(*inputs)[1], "weights change no prediction"
+
+
 @pytest.mark.parametrize("terms", [LossTerms(label_smoothing=0.2), LossTerms(z_loss=0.05)])
 def test_a_loss_of_logits_minimises_the_same(terms: LossTerms) -> None:
     hidden, weight, bias, labels = layer(torch.float32)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from shardwright.train.errors import UserError
 from shardwright.train.loop.trainer import IGNORED, Trainer
 from shardwright.train.model.build import ROUTER_LOGITS, auxiliary_coefficient
-from shardwright.train.model.loss_terms import NONE
+from shardwright.train.model.loss_terms import EQUAL, NONE
 
 
 def test_parts_of_a_batch_add_up_to_the_mean_of_the_whole() -> None:
@@ -48,6 +48,7 @@ def test_an_auxiliary_loss_counts_by_the_share_of_labels_and_is_no_label_loss(
         auxiliary_loss=torch.zeros(()),
         _auxiliary_coefficient=coefficient,
         _terms=NONE,
+        _weighting=EQUAL,
         _check_head=lambda logits, labels: None,
     )
     total = label_loss = torch.zeros(())

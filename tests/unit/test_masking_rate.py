@@ -54,7 +54,7 @@ def test_the_rate_follows_the_run(fields: dict[str, Any], expected: list[float])
     asked = objective(**fields)
     found = [asked.masking_rate_at(quarter / 4) for quarter in range(5)]
     assert found == pytest.approx(expected)
-    assert asked.largest_masking_rate == pytest.approx(max(expected))
+    assert asked.largest_masked_share == pytest.approx(max(expected))
     evaluated = asked.as_evaluated()
     assert {evaluated.masking_rate_at(done) for done in (0.0, 0.5, 1.0)} == {asked.masking_rate}
 

@@ -27,7 +27,12 @@ from shardwright.train.config.model import (
     PretrainedModel,
     ScratchModel,
 )
-from shardwright.train.config.objective import MlmObjective, ObjectiveConfig
+from shardwright.train.config.objective import (
+    DiffusionObjective,
+    MaskedFields,
+    MlmObjective,
+    ObjectiveConfig,
+)
 from shardwright.train.config.optimizers import OPTIMIZERS
 from shardwright.train.config.precision import PrecisionConfig
 from shardwright.train.config.rank_layout import RankLayout, rank_layout
@@ -74,9 +79,11 @@ __all__ = [
     "DataConfig",
     "DdpStrategy",
     "DeepspeedLauncher",
+    "DiffusionObjective",
     "FsdpStrategy",
     "LauncherConfig",
     "LocalLauncher",
+    "MaskedFields",
     "MlmObjective",
     "ModelConfig",
     "NamedModel",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,9 @@ from shardwright.train.config.section import Fraction, NonNegativeFloat, Section
 
 class LossFields(Section):
     """What training minimises besides the cross entropy of the labels, and is disturbed by."""
+
+    is_masked: ClassVar[bool] = False
+    """Whether masked tokens are predicted from all around them, and not the next one."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a label's probability that all tokens of the vocabulary get alike."""
@@ -26,7 +29,26 @@ class LossFields(Section):
 MaskingRate = Annotated[float, Field(gt=0, lt=1)]
 
 
-class MlmObjective(LossFields):
+class MaskedFields(LossFields):
+    """What all objectives of masked tokens have."""
+
+    is_masked: ClassVar[bool] = True
+
+    head_on_labels_only: bool = True
+    """Compute the head where a token is to be predicted alone: the same loss for less work."""
+
+    @property
+    def largest_masked_share(self) -> float:
+        """Of a sample's tokens the share to predict, at most."""
+        raise NotImplementedError
+
+    @property
+    def mean_masked_share(self) -> float:
+        """The same on average over a run."""
+        raise NotImplementedError
+
+
+class MlmObjective(MaskedFields):
     """Masked language modelling."""
 
     kind: Literal["mlm"]
@@ -49,8 +71,6 @@ class MlmObjective(LossFields):
     """Of these, replaced by a random token; the rest stay as they are."""
     whole_word: bool = False
     """Mask all tokens of a word together."""
-    head_on_labels_only: bool = True
-    """Compute the head where a token is to be predicted alone: the same loss for less work."""
     prompts: Strings = ()
     """Sentences with <mask>, filled by the trained model when the run ends."""
 
@@ -94,15 +114,49 @@ class MlmObjective(LossFields):
         return first + (last - first) * done
 
     @property
-    def largest_masking_rate(self) -> float:
-        """Of all steps of a run."""
+    def largest_masked_share(self) -> float:
         return max(self.masking_rate, self.masking_rate_final or 0.0)
+
+    @property
+    def mean_masked_share(self) -> float:
+        first, last = self.masking_rate, self.masking_rate_final
+        if last is None:
+            return first
+        at_first = self.masking_rate_step_at if self.masking_rate_schedule == "step" else 0.5
+        return first * at_first + last * (1.0 - at_first)
 
     def as_evaluated(self) -> MlmObjective:
         """Return the objective by which held-out samples are masked, whatever the step. Pure."""
         rate = self.eval_masking_rate or self.masking_rate
         constant = {"masking_rate_final": None, "masking_rate_schedule": "linear"}
         return self.model_copy(update={"masking_rate": rate, **constant})
+
+
+class DiffusionObjective(MaskedFields):
+    """Masked diffusion: each sample is masked at a rate of its own, from hardly any token to all.
+
+    What is minimised bounds the negative log-likelihood of the text, so that such a model can
+    generate it, token by token in any order (LLaDA, arXiv 2502.09992).
+    """
+
+    kind: Literal["diffusion"]
+    least_masking_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Where the rates of samples begin, which are spread evenly from there to 1; a masked token
+    weighs 1 / rate, and so at most the inverse of this."""
+    prompts: Strings = ()
+    """Texts that the trained model continues when the run ends, or whose <mask> it fills."""
+
+    @property
+    def largest_masked_share(self) -> float:
+        return 1.0
+
+    @property
+    def mean_masked_share(self) -> float:
+        return (1.0 + self.least_masking_rate) / 2
+
+    def masking_rate_of(self, place: float) -> float:
+        """Return the rate at a place in [0, 1) among all of them. Pure."""
+        return 1.0 - (1.0 - self.least_masking_rate) * place
 
 
 class ClmObjective(LossFields):
@@ -113,4 +167,6 @@ class ClmObjective(LossFields):
     """Texts that the trained model continues when the run ends."""
 
 
-ObjectiveConfig = Annotated[MlmObjective | ClmObjective, Field(discriminator="kind")]
+ObjectiveConfig = Annotated[
+    MlmObjective | ClmObjective | DiffusionObjective, Field(discriminator="kind")
+]

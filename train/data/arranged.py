@@ -37,7 +37,7 @@ def arranged(
     from shardwright.train.data.tokens.fitting import Rows
     from shardwright.train.data.tokens.store import TokenStore
 
-    length, causal = length or config.data.tokens_per_sample, config.objective.kind == "clm"
+    length, causal = length or config.data.tokens_per_sample, not config.objective.is_masked
     if config.data.packing == "concatenate":
         return lambda name: Samples(TokenStore(entry.path, name), length, causal)
     rows = _rows(config, entry).path
@@ -58,7 +58,7 @@ def share_of_cuts(
     from shardwright.train.data.tokens.fitting import Share, share_of
     from shardwright.train.data.tokens.store import TokenStore
 
-    length, causal = config.data.tokens_per_sample, config.objective.kind == "clm"
+    length, causal = config.data.tokens_per_sample, not config.objective.is_masked
     if config.data.line_by_line:
         return None
     if config.data.packing == "best_fit":
@@ -77,7 +77,7 @@ def _rows(config: RunConfig, entry: Entry) -> Entry:
     from shardwright.train.data.tokens.cache import build_once, cache_root, fingerprint
     from shardwright.train.data.tokens.store import TokenStore
 
-    length, causal = config.data.tokens_per_sample, config.objective.kind == "clm"
+    length, causal = config.data.tokens_per_sample, not config.objective.is_masked
     room = room_of(length, causal=causal)
     what = {
         "format": fitting.FORMAT,

@@ -242,6 +242,12 @@ def _tokenizer(facts: Facts, run: RunConfig) -> str:
 def _objective(run: RunConfig) -> str:
     if run.objective.kind == "clm":
         return "causal: the next token"
+    if run.objective.kind == "diffusion":
+        least = run.objective.least_masking_rate
+        return (
+            f"masked diffusion: in each sample a share of the tokens of its own, from {least:.2g} "
+            "to all of them"
+        )
     unit = "whole words" if run.objective.whole_word else "tokens"
     first, last = run.objective.masking_rate, run.objective.masking_rate_final
     if last is None:
@@ -261,6 +267,9 @@ def _use(facts: Facts) -> str:
     prompts = facts.run.objective.prompts if facts.run is not None else ()
     prompts = tuple(prompt for prompt in prompts if "```" not in prompt)
     lines = ["from transformers import pipeline", ""]
+    is_diffusion = facts.run is not None and facts.run.objective.kind == "diffusion"
+    if is_diffusion:  # the pipeline fills one mask
+        prompts = ()
     if task == "fill-mask":
         lines += [f'fill = pipeline("fill-mask", model="{MODEL_PLACEHOLDER}"{trusted})']
         prompt = json.dumps(prompts[0], ensure_ascii=False) if prompts else None
@@ -441,6 +450,17 @@ def _limits(facts: Facts) -> Iterator[str]:
             "A base model: it continues text. It is not tuned to follow instructions or to hold "
             "a conversation, and nothing prevents false or harmful statements."
         )
+    elif run is not None and run.objective.kind == "diffusion":
+        yield (
+            "A base model of masked diffusion: it fills any masks of a text, and writes by filling "
+            "masks only. It is not tuned to follow instructions, and nothing prevents false or "
+            "harmful statements."
+        )
+        if _measured(facts):
+            yield (
+                "Its loss on held-out documents is an estimate of an upper bound of the negative "
+                "log-likelihood of a token, and the perplexity that of such a bound."
+            )
     elif task == "fill-mask":
         yield "A masked model: it fills single masks and gives representations; it does not write."
     if run is None:
@@ -511,7 +531,7 @@ def _name(facts: Facts) -> str:
 def _task(facts: Facts) -> str | None:
     """Return the hub's name of what the model does; None for an architecture of another kind."""
     if facts.run is not None:
-        return "text-generation" if facts.run.objective.kind == "clm" else "fill-mask"
+        return "fill-mask" if facts.run.objective.is_masked else "text-generation"
     names = [str(name) for name in facts.config_json.get("architectures") or []]
     if any(name.endswith("ForMaskedLM") for name in names):
         return "fill-mask"

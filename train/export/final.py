@@ -131,7 +131,7 @@ def _write_beside_weights(
 
 
 def _check_loads(trainer: Trainer, directory: Path, failed: dict[str, Exception]) -> None:
-    causal = trainer.config.objective.kind == "clm"
+    causal = not trainer.config.objective.is_masked
     auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     try:
         check_loads(directory, auto_class, trusts_code=trainer.config.model.trusts_code)

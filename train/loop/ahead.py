@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from shardwright.train.data.batches.collator import PADDING
+from shardwright.train.data.batches.collator import PADDING, PREDICTABLE
 
 if TYPE_CHECKING:
     from shardwright.train.strategy.finite import Numbers
@@ -84,10 +84,16 @@ class Ahead:
 
 
 def counted(batches: list[Batch], ignored: int) -> tuple[int, int]:
-    """Return how many labels and how many tokens, padding left out, are in micro-batches."""
+    """Return how many labels and how many tokens, padding left out, are in micro-batches.
+
+    Where labels have weights, instead of labels how many tokens there could be labels of.
+    """
     labels = tokens = 0
     for batch in batches:
-        labels += int((batch["labels"].numpy() != ignored).sum())
+        if PREDICTABLE in batch:
+            labels += int(batch[PREDICTABLE])
+        else:
+            labels += int((batch["labels"].numpy() != ignored).sum())
         if "attention_mask" in batch:
             tokens += int(batch["attention_mask"].numpy().sum())
         else:

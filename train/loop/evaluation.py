@@ -17,6 +17,7 @@ class Sums(NamedTuple):
     correct: float
     """Labels that were predicted right."""
     labels: float
+    """Or, where they have weights, the tokens of which there could be labels."""
     samples: float
     """Those that have a label."""
     not_finite: float
@@ -43,8 +44,8 @@ def metrics(
 ) -> Iterator[tuple[str, float]]:
     """Yield name and value of what was measured, of all and of each set that has a name. Pure.
 
-    Bits per byte are told of causal models alone: what a masked one predicts, it has seen the
-    surroundings of, so that it is no code of the text.
+    Bits per byte are not told of ``masked`` models: what one predicts, it has seen the surroundings
+    of, so that it is no code of the text. What masked diffusion minimises bounds one from above.
     """
     whole = total(sets, sums)
     mean = whole.loss / max(whole.labels, 1)

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from shardwright.train.checkpoint.format.layout import TRAINER_STATE
-from shardwright.train.config import MlmObjective, Rhythm, Schedule, batch_sizes
+from shardwright.train.config import MaskedFields, MlmObjective, Rhythm, Schedule, batch_sizes
 from shardwright.train.console import progress
 from shardwright.train.data.batches import first_batch
-from shardwright.train.data.batches.collator import PADDING
+from shardwright.train.data.batches.collator import LABEL_WEIGHTS, PADDING, PREDICTABLE
 from shardwright.train.errors import Diverged, UserError
 from shardwright.train.loop import divergence, evaluation, lean, step_times
 from shardwright.train.loop.ahead import Ahead, counted
@@ -39,7 +39,14 @@ from shardwright.train.model import build as models
 from shardwright.train.model import host_checks, neftune
 from shardwright.train.model.head_loss import HeadLoss
 from shardwright.train.model.labelled_head import LabelledHead, positions_of
-from shardwright.train.model.loss_terms import IGNORED, NONE, LossTerms, summed
+from shardwright.train.model.loss_terms import (
+    EQUAL,
+    IGNORED,
+    NONE,
+    LossTerms,
+    Weighting,
+    summed,
+)
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.process import heartbeat, numerics, signals
 from shardwright.train.process.agreement import check, from_all
@@ -164,7 +171,9 @@ class Trainer(transformers.Trainer):
         """Have the model's head and embeddings do what the objective asks for."""
         self.labelled_head: LabelledHead | None = None
         objective, data = self.config.objective, self.config.data
-        if isinstance(objective, MlmObjective) and objective.head_on_labels_only:
+        self._weighting = EQUAL
+        """Of the batch that the model is given."""
+        if isinstance(objective, MaskedFields) and objective.head_on_labels_only:
             self.labelled_head = LabelledHead(model)
         if objective.neftune_noise_alpha:
             sample_length = data.tokens_per_sample if data.is_unpadded else None
@@ -451,10 +460,11 @@ class Trainer(transformers.Trainer):
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | None = None,
         terms: LossTerms = NONE,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return summed cross entropy over ``num_items_in_batch`` labels of the whole step.
 
-        With what ``terms`` add of each of them.
+        With what ``terms`` add of each of them, times each one's own of ``weights``.
 
         Every rank divides by the same global number, so that neither accumulation nor the world
         size changes what a label weighs. ``logits`` (batch, sequence, vocabulary), ``labels``
@@ -463,7 +473,7 @@ class Trainer(transformers.Trainer):
         """
         total: torch.Tensor = outputs.logits
         if total.dim() > 0:
-            total = summed(total.flatten(0, -2), labels.flatten().to(total.device), terms)
+            total = summed(total.flatten(0, -2), labels.flatten().to(total.device), terms, weights)
         count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / count
 
@@ -473,13 +483,16 @@ class Trainer(transformers.Trainer):
         """Return what a micro-batch adds to the loss of the step, the model's auxiliary one too.
 
         That one is a mean over the tokens of the micro-batch, and so counts by its share of the
-        step's labels: over all micro-batches and ranks the shares add up to 1.
+        step's labels, or of what these are weighted by: over all micro-batches and ranks the
+        shares add up to 1.
         """
         self._check_head(outputs.logits, labels)
-        loss = self.loss(outputs, labels, num_items_in_batch, self._terms)
+        weights, tokens = self._weighting
+        loss = self.loss(outputs, labels, num_items_in_batch, self._terms, weights)
         if self.auxiliary_loss is not None:
             self._label_loss = loss.detach()
-            share = labels.ne(IGNORED).sum().to(loss.device) / num_items_in_batch
+            counted = labels.ne(IGNORED).sum().to(loss.device) if tokens is None else tokens
+            share = counted / num_items_in_batch
             if outputs.aux_loss is None:
                 raise UserError(
                     f"{type(outputs).__name__} of this model returns no auxiliary loss, which "
@@ -499,21 +512,26 @@ class Trainer(transformers.Trainer):
 
     @contextmanager
     def _at_labels(
-        self, batch: dict[str, torch.Tensor], *, counts: bool = False
-    ) -> Iterator[dict[str, torch.Tensor]]:
+        self, batch: dict[str, Any], *, counts: bool = False
+    ) -> Iterator[dict[str, Any]]:
         """Have the head do in the block no more than it has to for a batch, and give that batch.
 
-        Its labels are those of what the head then sees, flat.
+        Its labels, and what they count for, are those of what the head then sees, flat.
         """
         batch = dict(batch)
         batch["labels"] = batch["labels"].flatten()
+        weights, tokens = batch.pop(LABEL_WEIGHTS, None), batch.pop(PREDICTABLE, None)
+        weights = None if weights is None else weights.flatten()
         with ExitStack() as block:
             if self.labelled_head is not None:
                 positions = batch.pop(POSITIONS)
                 batch["labels"] = batch["labels"][positions]
+                weights = None if weights is None else weights[positions]
                 block.enter_context(self.labelled_head.at(positions))
             if self.head_loss is not None:
-                block.enter_context(self.head_loss.of(batch["labels"], counts=counts))
+                asked = self.head_loss.of(batch["labels"], counts=counts, weights=weights)
+                block.enter_context(asked)
+            self._weighting = Weighting(weights, tokens)
             yield batch
 
     def _check_head(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -524,20 +542,21 @@ class Trainer(transformers.Trainer):
             self.labelled_head.check(logits, labels)
 
     def _predicted(self, model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return the summed loss of a batch, and how many labels are predicted right, how many
-        there are, and how many samples have any."""
+        """Return the summed loss of a batch, and how many labels are predicted right, by how many
+        tokens the loss is divided, and how many samples have a label."""
         batch = self._prepare_inputs(self._with_positions(batch))
         samples = batch["labels"].ne(IGNORED).any(-1).sum()
         with self._at_labels(batch, counts=True) as batch:
             labels = batch.pop("labels")
-            kept = labels.ne(IGNORED)
+            kept, (weights, tokens) = labels.ne(IGNORED), self._weighting
+            count = kept.sum() if tokens is None else torch.full_like(samples, tokens)
             logits = model(**batch).logits
             self._check_head(logits, labels)
             if self.head_loss is not None:
-                return [logits, self.head_loss.right, kept.sum(), samples]
+                return [logits, self.head_loss.right, count, samples]
         logits = logits.flatten(0, -2)
-        loss = summed(logits, labels)
-        return [loss, (logits.argmax(-1).eq(labels) & kept).sum(), kept.sum(), samples]
+        loss = summed(logits, labels, weights=weights)
+        return [loss, (logits.argmax(-1).eq(labels) & kept).sum(), count, samples]
 
     def evaluation_loop(
         self,

@@ -32,6 +32,7 @@ from shardwright.train.model.generation import generation_config
 from shardwright.train.model.pretrained import check_head, from_config, load_pretrained
 from shardwright.train.model.vocabulary import vocabulary_size
 from shardwright.train.model.weights import InitialValues, initialized
+from shardwright.train.run_directory.names import OBJECTIVE_KEY
 
 ROUTER_LOGITS = "output_router_logits"
 """The argument of a forward pass by which mixture-of-experts models give their auxiliary loss."""
@@ -92,11 +93,12 @@ def build(
     elif isinstance(section, ConfigModel):
         model, values = from_config(section, model_config, config.objective, config.seed)
     else:
-        assert section.causal == (config.objective.kind == "clm"), "checked in RunConfig"
+        assert section.causal != config.objective.is_masked, "checked in RunConfig"
         model_class = MODEL_CLASSES[section.kind]
         model, values = initialized(lambda: model_class(model_config), config.seed)
-    if config.objective.kind == "clm" and not isinstance(section, PretrainedModel):
+    if not config.objective.is_masked and not isinstance(section, PretrainedModel):
         model.generation_config = generation_config(model_config)
+    _note_objective(model, config.objective.kind)
     auxiliary_coefficient(model)  # refuses what cannot be given
     # A cache of keys and values is of no use to a forward pass over whole samples.
     model.config.use_cache = False
@@ -109,6 +111,13 @@ def build(
             model, every_blocks, offload=offload, parts=config.trainer.recompute
         )
     return model.train(), values
+
+
+def _note_objective(model: PreTrainedModel, objective: str) -> None:
+    """Have config.json say of a masked model that diffusion has trained it, and of no other."""
+    vars(model.config).pop(OBJECTIVE_KEY, None)
+    if objective == "diffusion":
+        setattr(model.config, OBJECTIVE_KEY, objective)
 
 
 def _check_flash_attention_repeats() -> None:

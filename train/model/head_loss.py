@@ -39,6 +39,7 @@ class _Asked:
     labels: Tensor
     counts: bool
     terms: LossTerms
+    weights: Tensor | None
     loss: Tensor | None = None
     version: int = 0
     """How often the loss had been written to when it was given."""
@@ -70,13 +71,16 @@ class HeadLoss:
         head.forward = forward
 
     @contextmanager
-    def of(self, labels: Tensor, *, counts: bool = False) -> Iterator[None]:
+    def of(
+        self, labels: Tensor, *, counts: bool = False, weights: Tensor | None = None
+    ) -> Iterator[None]:
         """Let forward passes in the block give the summed loss of ``labels`` in place of logits.
 
         ``labels`` (positions,) are those of what the head sees, `IGNORED` where there is none. With
-        ``counts`` those are counted, too, that the model takes for the most likely.
+        ``counts`` those are counted, too, that the model takes for the most likely. Each label
+        counts by its own of ``weights`` (positions,), where they are given.
         """
-        self._asked = _Asked(labels, counts, self._terms)
+        self._asked = _Asked(labels, counts, self._terms, weights)
         try:
             yield
         finally:
@@ -201,32 +205,42 @@ def _answer(asked: _Asked, hidden: Tensor, layer: nn.Linear) -> Tensor:
     hidden = hidden.flatten(0, -2)
     if len(hidden) != len(asked.labels):
         raise refusal(f"its head sees {len(hidden)} positions of {len(asked.labels)} labels")
+    head = (hidden, layer.weight, layer.bias, asked.labels)
     if asked.counts:
-        loss, asked.right = loss_and_right(hidden, layer.weight, layer.bias, asked.labels)
+        loss, asked.right = loss_and_right(*head, asked.weights)
     else:
-        loss = summed_loss(hidden, layer.weight, layer.bias, asked.labels, asked.terms)
+        loss = summed_loss(*head, asked.terms, asked.weights)
     asked.loss, asked.version = loss.detach(), loss._version
     return loss
 
 
 def summed_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: LossTerms = NONE
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    terms: LossTerms = NONE,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the summed cross entropy of a linear layer's logits, never all of them at once.
 
-    With what ``terms`` add of each label.
+    With what ``terms`` add of each label, all of it times the label's own of ``weights``.
 
     ``hidden`` (positions, features), ``labels`` (positions,). It computes in the dtype of autocast,
     where that is on, and otherwise in that of ``hidden``; from the softmax on in fp32.
     """
     dtype = _dtype_of_compute(hidden)
-    total: Tensor = _SummedLoss.apply(hidden, weight, bias, labels, dtype, terms)
+    total: Tensor = _SummedLoss.apply(hidden, weight, bias, labels, dtype, terms, weights)
     return total
 
 
 @torch.no_grad()
 def loss_and_right(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the same sum, and of how many labels the most likely token is the right one."""
     right = torch.zeros((), dtype=torch.long, device=hidden.device)
@@ -235,7 +249,8 @@ def loss_and_right(
         right.add_(logits.argmax(-1).eq(labels).sum())  # which an ignored one never is
 
     dtype = _dtype_of_compute(hidden)
-    return _in_pieces(hidden, weight, bias, labels, dtype, look=count).loss, right
+    made = _in_pieces(hidden, weight, bias, labels, dtype, weights=weights, look=count)
+    return made.loss, right
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -255,13 +270,15 @@ class _SummedLoss(torch.autograd.Function):
         labels: Tensor,
         dtype: torch.dtype,
         terms: LossTerms,
+        weights: Tensor | None,
     ) -> Tensor:
         ctx.dtype, ctx.terms = dtype, terms
         wanted = ctx.needs_input_grad[:3]
+        head = (hidden, weight, bias, labels)
         if not any(wanted) or dtype == torch.float16:
-            ctx.save_for_backward(hidden, weight, bias, labels)
-            return _in_pieces(hidden, weight, bias, labels, dtype, terms).loss
-        made = _in_pieces(hidden, weight, bias, labels, dtype, terms, wanted=wanted)
+            ctx.save_for_backward(*head, weights)
+            return _in_pieces(*head, dtype, terms, weights=weights).loss
+        made = _in_pieces(*head, dtype, terms, weights=weights, wanted=wanted)
         ctx.save_for_backward(*made.gradients)
         return made.loss
 
@@ -269,14 +286,13 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.dtype == torch.float16:
             wanted = ctx.needs_input_grad[:3]
-            hidden, weight, bias, labels = ctx.saved_tensors
-            made = _in_pieces(
-                *(hidden, weight, bias, labels, ctx.dtype, ctx.terms), wanted=wanted, scale=scale
-            )
-            return (*made.gradients, None, None, None)
+            hidden, weight, bias, labels, weights = ctx.saved_tensors
+            head = (hidden, weight, bias, labels, ctx.dtype, ctx.terms)
+            made = _in_pieces(*head, weights=weights, wanted=wanted, scale=scale)
+            return (*made.gradients, None, None, None, None)
         # In place: they are this function's own, and torch lets nobody come for them twice.
         gradients = [None if g is None else g.mul_(scale) for g in ctx.saved_tensors]
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 @dataclass
@@ -294,6 +310,7 @@ def _in_pieces(
     dtype: torch.dtype,
     terms: LossTerms = NONE,
     *,
+    weights: Tensor | None = None,
     wanted: tuple[bool, ...] = (False, False, False),
     scale: Tensor | None = None,
     look: Callable[[Tensor, Tensor], None] | None = None,
@@ -325,10 +342,14 @@ def _in_pieces(
                 norm = logits.gather(1, label).to(wide) - of_label
             del logits
             of_labels = _of_labels(of_label, norm, log_p[:, : len(matrix)], terms)
+            counts = None if weights is None else weights[here, None].to(wide)
+            if counts is not None:
+                of_labels = of_labels * counts
             total += of_labels.where(is_label, 0).sum()
             if not any(wanted):
                 continue
             slope = _slope(log_p, label, norm, len(matrix), terms)
+            slope = slope if counts is None else slope.mul_(counts)
             slope = (slope if scale is None else slope.mul_(scale)).to(dtype)
             slope = slope[:, : len(matrix)]
             if of_hidden is not None:

@@ -1,8 +1,9 @@
-"""What training adds to the cross entropy of a label: smoothing, and the size of the logits."""
+"""What is made of the cross entropy of a label: smoothing, the size of the logits, weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,20 +35,39 @@ class LossTerms:
 NONE = LossTerms()
 
 
-def summed(logits: Tensor, labels: Tensor, terms: LossTerms = NONE) -> Tensor:
+class Weighting(NamedTuple):
+    """What the labels of a batch count for."""
+
+    weights: Tensor | None = None
+    """By which what is minimised of each label is multiplied, of their shape; None is 1 of each."""
+    tokens: int | None = None
+    """By how many tokens the sum is to be divided; None by as many as there are labels."""
+
+
+EQUAL = Weighting()
+
+
+def summed(
+    logits: Tensor, labels: Tensor, terms: LossTerms = NONE, weights: Tensor | None = None
+) -> Tensor:
     """Return the sum over the labels of what is minimised, in fp32.
 
     ``logits`` (positions, vocabulary), ``labels`` (positions,), `IGNORED` where there is none.
+    With ``weights`` (positions,) each label counts by its own.
     """
     logits = logits.float()
     total = cross_entropy(
         logits,
         labels,
         ignore_index=IGNORED,
-        reduction="sum",
+        reduction="sum" if weights is None else "none",
         label_smoothing=terms.label_smoothing,
     )
+    if weights is not None:
+        total = (total * weights).sum()  # of ignored labels it is 0
     if terms.z_loss:
         squares = torch.logsumexp(logits, -1).square()
+        if weights is not None:
+            squares = squares * weights
         total = total + terms.z_loss * squares.where(labels.ne(IGNORED), 0).sum()
     return total

@@ -52,7 +52,7 @@ def check_before_data(model: NamedModel, objective: ObjectiveConfig) -> None:
 
 
 def _check_attention(model: NamedModel, objective: ObjectiveConfig) -> None:
-    auto_class = AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
+    auto_class = AutoModelForCausalLM if not objective.is_masked else AutoModelForMaskedLM
     trusted = {"trust_remote_code": model.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(model.name, revision=model.revision, **trusted)
@@ -137,7 +137,7 @@ def load_pretrained(
 
 
 def _auto_class(objective: ObjectiveConfig) -> Any:
-    return AutoModelForCausalLM if objective.kind == "clm" else AutoModelForMaskedLM
+    return AutoModelForCausalLM if not objective.is_masked else AutoModelForMaskedLM
 
 
 def _as_asked(model: NamedModel) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def check_head(model: NamedModel, config: PreTrainedConfig, objective: Objective
     if masked and causal:
         # Encoders such as BERT can be switched to a decoder; only a flag in the config tells.
         masked, causal = not config.is_decoder, bool(config.is_decoder)
-    if causal if objective.kind == "clm" else masked:
+    if masked if objective.is_masked else causal:
         return
     other = "mlm" if masked else "clm" if causal else None
     remedy = f"choose objective={other} or another model" if other else "choose another model"

@@ -15,7 +15,11 @@ from transformers.utils import HF_MODULES_CACHE
 FLAG = "--trust-remote-code"
 AUTO_MAP = "auto_map"
 """Names the classes of such a model in its config.json: {"AutoConfig": "module.Class", ...}."""
-AUTO_CLASSES = {"clm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
+AUTO_CLASSES = {
+    "clm": "AutoModelForCausalLM",
+    "mlm": "AutoModelForMaskedLM",
+    "diffusion": "AutoModelForMaskedLM",
+}
 """Under which an objective's class stands there."""
 
 

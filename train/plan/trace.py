@@ -18,7 +18,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from shardwright.train.config import MlmObjective, RunConfig, ScratchModel
+from shardwright.train.config import MaskedFields, RunConfig, ScratchModel
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import build as models
 from shardwright.train.model import document_attention, host_checks
@@ -143,9 +143,12 @@ class _Step:
 
     def __init__(self, config: RunConfig, model: PreTrainedModel, autocast: bool) -> None:
         self._config, self._model, self._autocast = config, model, autocast
-        self._labelled, self._share = None, 1.0
-        if isinstance(config.objective, MlmObjective) and config.objective.head_on_labels_only:
-            self._labelled, self._share = LabelledHead(model), config.objective.largest_masking_rate
+        self._labelled, self._share, self._mean_share = None, 1.0, 1.0
+        """The labelled head, and the share of positions that it sees: at most, and on average."""
+        objective = config.objective
+        if isinstance(objective, MaskedFields) and objective.head_on_labels_only:
+            self._labelled, self._share = LabelledHead(model), objective.largest_masked_share
+            self._mean_share = objective.mean_masked_share
         host_checks.take_padding_as_known(model)
         self._terms = LossTerms.of(config.objective)
         self._fused = HeadLoss(model, self._terms) if config.trainer.fused_loss else None
@@ -204,6 +207,7 @@ class _Step:
 
         Under torch's counter what is computed again stays alive (2.13): its own hooks hold it.
         """
+        self._share = self._mean_share
         with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
             self._forward(batch, labels).backward()
         return int(counter.get_total_flops())

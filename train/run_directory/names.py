@@ -43,6 +43,8 @@ SET_ASIDE = "set-aside"
 ENGINE_FOLDER = "engine"
 """In a checkpoint: the engine's own files."""
 FINAL = "final"
+OBJECTIVE_KEY = "shardwright_objective"
+"""In a model's config.json, how it was trained, where its architecture does not tell."""
 FINAL_EARLIER = "final-earlier"
 """What final/ is called from the first step after it until there is a new one."""
 

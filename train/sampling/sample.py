@@ -20,7 +20,7 @@ from shardwright.train.process import exhausted
 from shardwright.train.process.arguments import path as path_of
 from shardwright.train.process.logs import quiet_libraries
 from shardwright.train.run_directory import final
-from shardwright.train.run_directory.names import FINAL
+from shardwright.train.run_directory.names import FINAL, OBJECTIVE_KEY
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ def sample(
     *,
     new_tokens: int = 40,
     top: int = 5,
+    steps: int | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
     sharded: tuple[PreTrainedModel, torch.device] | None = None,
@@ -47,7 +48,9 @@ def sample(
 
     A causal model gives one continuation of at most ``new_tokens`` tokens (fewer where the model's
     positions end), drawn with temperature 0.7 from the 50 likeliest; a masked one the ``top``
-    likeliest fillings as "token (probability)".
+    likeliest fillings as "token (probability)". One of masked diffusion continues a prompt, drawn
+    alike, or returns it with all masks filled, as `Whole`; within ``steps`` passes, by default one
+    for each mask.
 
     Raises UserError where a prompt does not suit the model, or the directory's model cannot be
     loaded; Python code that comes with one is run with ``trust_remote_code`` only.
@@ -64,25 +67,22 @@ def sample(
         source |= {"model": sharded[0], "tokenizer": str(model_dir)}
         # All continue until all have ended, whatever rounding made of their tokens.
         together = {"synced_gpus": True}
-    if is_masked(model_dir):
+    objective = objective_of(model_dir)
+    _check_steps(steps, objective)
+    if objective != "clm":
         fill = _loaded("fill-mask", model_dir, source)
         assert fill.tokenizer is not None
         if sharded is not None:
             fill.device = sharded[1]
-        check_prompts(prompts, fill.tokenizer, masked=True)
-        top = min(top, fill.model.config.vocab_size)
-        return [
-            [
-                f"{found['token_str'].strip() or repr(found['token_str'])} ({found['score']:.0%})"
-                for found in fill(prompt, top_k=top)
-            ]
-            for prompt in prompts
-        ]
+        check_prompts(prompts, fill.tokenizer, objective)
+        if objective == "diffusion":
+            return [[_unmasked(p, fill, new_tokens, steps, seed)] for p in prompts]
+        return [_fillings(prompt, fill, top) for prompt in prompts]
     generate = _loaded("text-generation", model_dir, source)
     assert generate.tokenizer is not None
     if sharded is not None:
         generate.device = sharded[1]  # offloaded weights are elsewhere
-    check_prompts(prompts, generate.tokenizer, masked=False)
+    check_prompts(prompts, generate.tokenizer, objective)
     completions = []
     for prompt in prompts:
         room = generate.tokenizer.model_max_length - _length(prompt, generate.tokenizer)
@@ -98,6 +98,39 @@ def sample(
         )
         completions.append([generated["generated_text"]])
     return completions
+
+
+def _fillings(prompt: str, fill: Any, top: int) -> list[str]:
+    return [
+        f"{found['token_str'].strip() or repr(found['token_str'])} ({found['score']:.0%})"
+        for found in fill(prompt, top_k=min(top, fill.model.config.vocab_size))
+    ]
+
+
+class Whole(str):
+    """A text that takes the prompt's place, instead of continuing it."""
+
+
+def _unmasked(prompt: str, fill: Any, new_tokens: int, steps: int | None, seed: int) -> str:
+    """Return what masked diffusion makes of a prompt, given the pipeline of its model."""
+    from shardwright.train.sampling import unmasking
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = fill.model(input_ids=ids[None].to(fill.device)).logits[0]
+        return found
+
+    options: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "seed": seed}
+    text, continues = unmasking.completed(prompt, forward, fill.tokenizer, **options)
+    return text if continues else Whole(text)
+
+
+def _check_steps(steps: int | None, objective: str) -> None:
+    """Raise UserError where passes are asked for of a model that has one for each token."""
+    if steps is not None and objective != "diffusion":
+        raise UserError(
+            f"--steps={steps} is for models of objective=diffusion, which fill masks over several "
+            f"passes, and this one is of objective={objective}; leave it out"
+        )
 
 
 def _loaded(task: str, model_dir: Path, source: dict[str, Any]) -> Any:
@@ -148,6 +181,13 @@ def check_code(model_dir: Path, *, trusts_code: bool) -> None:
         )
 
 
+def objective_of(model_dir: Path) -> str:
+    """Return by which objective the model in a Hugging Face directory answers."""
+    if not is_masked(model_dir):
+        return "clm"
+    return str(_config_of(model_dir).get(OBJECTIVE_KEY, "mlm"))
+
+
 def is_masked(model_dir: Path) -> bool:
     """Return whether the model in a Hugging Face directory fills masks."""
     tree = _config_of(model_dir)
@@ -175,17 +215,21 @@ def _config_of(model_dir: Path) -> dict[str, Any]:
 
 
 def check_prompts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, masked: bool
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, objective: str
 ) -> None:
-    """Raise UserError for a prompt that is too long, or for a masked model without one mask."""
+    """Raise UserError for a prompt that is too long, or for a masked model without one mask.
+
+    Of diffusion it may have any number of masks, and is continued where it has none.
+    """
     for prompt in prompts:
         shown = repr(prompt if len(prompt) <= 60 else f"{prompt[:57]}...")
-        if masked and prompt.count(str(tokenizer.mask_token)) != 1:
+        if objective == "mlm" and prompt.count(str(tokenizer.mask_token)) != 1:
             raise UserError(
                 f"prompt {shown} has {prompt.count(str(tokenizer.mask_token))} masks; this model "
                 f"fills exactly one {tokenizer.mask_token}"
             )
-        length, longest = _length(prompt, tokenizer), tokenizer.model_max_length - (not masked)
+        masks = objective != "clm" and str(tokenizer.mask_token) in prompt
+        length, longest = _length(prompt, tokenizer), tokenizer.model_max_length - (not masks)
         if length > longest:
             raise UserError(
                 f"prompt {shown} has {length:,} tokens; this model takes at most {longest:,}, "
@@ -209,8 +253,9 @@ def print_completions(
 ) -> None:
     """Print what `sample` has returned."""
     for prompt, completions in zip(prompts, all_completions, strict=True):
-        if len(completions) > 1:
-            print(f"\n  {prompt}\n    {', '.join(completions)}", file=out)
+        if len(completions) > 1 or isinstance(completions[0], Whole):
+            indented = "\n    ".join(", ".join(completions).splitlines())
+            print(f"\n  {prompt}\n    {indented}", file=out)
         else:
             text = f"{prompt}\u2502{completions[0]}".strip("\n")
             print("\n" + "\n".join(f"  {line}" for line in text.splitlines()), file=out)
@@ -260,6 +305,11 @@ def parser() -> argparse.ArgumentParser:
         "--new-tokens", type=_positive, default=40, help="of a continuation (default 40)"
     )
     found.add_argument("--top", type=_positive, default=5, help="fillings of a mask (default 5)")
+    found.add_argument(
+        "--steps",
+        type=_positive,
+        help="passes in which a model of diffusion fills its masks (default: one for each)",
+    )
     found.add_argument("--seed", type=int, default=0)
     found.add_argument(
         "--trust-remote-code",
@@ -308,6 +358,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stdout,
                 new_tokens=options.new_tokens,
                 top=options.top,
+                steps=options.steps,
                 seed=options.seed,
                 trust_remote_code=options.trust_remote_code,
             )

@@ -68,7 +68,7 @@ def generate(engine: Engine, options: argparse.Namespace, out: TextIO) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         model_dir, trust_remote_code=options.trust_remote_code
     )
-    sample.check_prompts(options.prompt, tokenizer, masked=config.objective.kind == "mlm")
+    sample.check_prompts(options.prompt, tokenizer, config.objective.kind)
     model = engine.serve(*models.build(config, tokenizer))
     model.config.use_cache = True  # switched off for training
     device = torch.device(config.launcher.device)
@@ -80,6 +80,7 @@ def generate(engine: Engine, options: argparse.Namespace, out: TextIO) -> None:
         out,
         new_tokens=options.new_tokens,
         top=options.top,
+        steps=options.steps,
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
         sharded=(model, device),

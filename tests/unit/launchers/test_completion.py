@@ -93,7 +93,7 @@ def test_flags_of_train_are_hydras_and_ours() -> None:
         ("shardwright tra", "train"),
         ("shardwright train strat", "strategy."),
         ("shardwright train strategy=ze", "strategy=zero0 strategy=zero1 strategy=zero2"),
-        ("shardwright train experiment=demo_", "experiment=demo_mlm"),
+        ("shardwright train experiment=demo_m", "experiment=demo_mlm"),
         ("shardwright train strategy=zero3 experiment=demo trainer.max_s", "trainer.max_steps="),
     ],
 )

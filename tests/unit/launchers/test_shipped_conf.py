@@ -53,6 +53,7 @@ COMPANIONS = {
     ],
     "model/from_config": ["model.name=some/model", "model.vocab_size=300"],
     "model/pretrained": ["model.name=some/model", "tokenizer=pretrained", "tokenizer.name=a/b"],
+    "objective/diffusion": ["model=roberta_tiny"],
     "objective/mlm": ["model=roberta_tiny"],
     "precision/fp8": ["model=llama_tiny"],
     "strategy/zero3_nvme": ["strategy.nvme_path=/disk"],

@@ -41,7 +41,7 @@ def contradictions(config: Sections) -> Iterator[str]:
 def _samples_contradictions(config: Sections) -> Iterator[str]:
     """Yield why the model cannot learn from the samples: their kind, or their length."""
     model, objective, length = config.model, config.objective, config.data.sequence_length
-    if model.causal is not None and model.causal != (objective.kind == "clm"):
+    if model.causal is not None and model.causal == objective.is_masked:
         fit = "clm" if model.causal else "mlm"
         yield (
             f"objective={objective.kind} does not fit model.kind={model.kind}, which is trained "

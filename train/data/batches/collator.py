@@ -1,4 +1,4 @@
-"""Samples to a batch of tensors: next-token labels for clm, masked tokens for mlm."""
+"""Samples to a batch of tensors: next-token labels for clm, else masked tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardwright.train.config import MlmObjective
+from shardwright.train.config import DiffusionObjective, MlmObjective
 from shardwright.train.data.batches.sampler import SampleKey
 from shardwright.train.data.batches.samples import Window
 from shardwright.train.data.tokens.tokenizer import SpecialIds
@@ -20,6 +20,11 @@ IGNORED = -100
 
 PADDING = "padding"
 """In a batch, how many of its positions are padding, where no mask says it."""
+
+LABEL_WEIGHTS = "label_weights"
+"""In a batch, by what the loss of each label is multiplied, where labels have weights."""
+PREDICTABLE = "predictable_tokens"
+"""In a batch whose labels have weights, of how many of its tokens there could be labels."""
 
 Ids = NDArray[np.int64]
 
@@ -43,9 +48,7 @@ class Masking:
         on its own or, with ``whole_word``, all of a word together. A pure function of the window,
         the seed, the epoch, the sample's index and how much of the run was done before its step.
         """
-        draws = np.random.Generator(
-            np.random.Philox(key=[self.seed, 0], counter=[0, key.stage, key.epoch, key.sample])
-        )
+        draws = _draws(self.seed, key)
         tokens = window.tokens
         # A word that the window's edge cuts counts as one from the edge on.
         units = np.arange(len(tokens)) if window.word_starts is None else _words(window.word_starts)
@@ -62,6 +65,57 @@ class Masking:
         return ids, np.where(chosen, tokens, IGNORED)
 
 
+GOLDEN = (5.0**0.5 - 1) / 2
+"""Its multiples modulo 1 are spread over [0, 1) as evenly as those of any number (Weyl)."""
+
+
+@dataclass(frozen=True)
+class DiffusionMasking:
+    """What masked diffusion needs to know of objective and tokenizer."""
+
+    objective: DiffusionObjective
+    mask: int
+    special: Ids
+    """Ids that are never masked, shape (s,)."""
+    seed: int
+    is_spread: bool = False
+    """Whether the rates of consecutive samples are spread evenly instead of drawn, for a mean over
+    a few samples that depends less on chance."""
+
+    def rate(self, key: SampleKey) -> float:
+        """Return the share of its tokens that a sample has masked, in expectation."""
+        return self._drawn(key)[0]
+
+    def predictable(self, window: Window) -> int:
+        """Return how many of a sample's tokens could be masked."""
+        return int((~np.isin(window.tokens, self.special)).sum())
+
+    def __call__(self, window: Window, key: SampleKey) -> tuple[Ids, Ids]:
+        """Return a sample's tokens with some masked, and labels for those alone.
+
+        Each is masked on its own, at the sample's rate. A pure function of the window, the seed,
+        the epoch and the sample's index.
+        """
+        rate, draws = self._drawn(key)
+        chosen = draws.random(len(window.tokens)) < rate
+        chosen &= ~np.isin(window.tokens, self.special)
+        ids = np.where(chosen, self.mask, window.tokens)
+        return ids, np.where(chosen, window.tokens, IGNORED)
+
+    def _drawn(self, key: SampleKey) -> tuple[float, np.random.Generator]:
+        draws = _draws(self.seed, key)
+        place = draws.random()
+        if self.is_spread:
+            place = key.sample * GOLDEN % 1.0
+        return self.objective.masking_rate_of(place), draws
+
+
+def _draws(seed: int, key: SampleKey) -> np.random.Generator:
+    """Return the random numbers of an occurrence of a sample."""
+    counter = [0, key.stage, key.epoch, key.sample]
+    return np.random.Generator(np.random.Philox(key=[seed, 0], counter=counter))
+
+
 @dataclass(frozen=True)
 class Collator:
     """Makes ``input_ids`` and ``labels`` (int64, shape (batch, sequence_length)) of samples.
@@ -76,7 +130,7 @@ class Collator:
     sequence_length: int
     padded: bool
     ids: SpecialIds
-    masking: Masking | None
+    masking: Masking | DiffusionMasking | None
     """None for clm."""
     width_multiple: int = 1
     """Of which the length of padded rows is one, but for that of the longest sample there can be.
@@ -91,9 +145,12 @@ class Collator:
     it is then stands under `PADDING`."""
 
     def __call__(self, samples: list[tuple[Window, SampleKey]]) -> dict[str, Any]:
+        batch: dict[str, Any]
         rows = [self._row(window, key) for window, key in samples]
         if self.bounds is not None:
-            return self._told(rows, [window for window, _ in samples], self.bounds)
+            batch = self._told(rows, [window for window, _ in samples], self.bounds)
+            room = [self.sequence_length if self.fills else len(ids) for ids, _ in rows]
+            return batch | self._weights(samples, np.array(room), tuple(batch["labels"].shape))
         shape = (len(rows), self._width([len(ids) for ids, _ in rows]))
         input_ids = np.full(shape, self.ids.pad)
         labels = np.full(shape, IGNORED)
@@ -102,7 +159,7 @@ class Collator:
             input_ids[row, : len(ids)] = ids
             labels[row, : len(ids)] = targets
             attention_mask[row, : len(ids)] = 1
-        batch: dict[str, Any] = {
+        batch = {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
         }
@@ -110,7 +167,25 @@ class Collator:
             batch["attention_mask"] = torch.from_numpy(attention_mask)
         elif self.fills:
             batch[PADDING] = int(attention_mask.size - attention_mask.sum())
-        return batch
+        return batch | self._weights(samples, np.full(len(rows), shape[1]), shape)
+
+    def _weights(
+        self, samples: list[tuple[Window, SampleKey]], lengths: Ids, shape: tuple[int, int]
+    ) -> dict[str, Any]:
+        """Return what the labels of a batch count for, where that is not 1 of each.
+
+        ``lengths`` are how many positions each sample has in a batch of that shape.
+        """
+        masking = self.masking
+        if not isinstance(masking, DiffusionMasking):
+            return {}
+        each = np.array([1.0 / masking.rate(key) for _, key in samples], dtype=np.float32)
+        weights = np.repeat(each, lengths)
+        predictable = sum(masking.predictable(w) for w, key in samples if key.counted)
+        return {
+            LABEL_WEIGHTS: torch.from_numpy(weights).view(shape),
+            PREDICTABLE: predictable,
+        }
 
     def _told(
         self, rows: list[tuple[Ids, Ids]], windows: list[Window], bounds: DocumentBounds

@@ -14,6 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shardwright.train.config import (
+    DiffusionObjective,
+    MaskedFields,
     MlmObjective,
     RankLayout,
     RunConfig,
@@ -21,7 +23,13 @@ from shardwright.train.config import (
     accumulation_steps,
     batch_sizes,
 )
-from shardwright.train.data.batches.collator import Collator, CollatorOfStages, Masking
+from shardwright.train.data.batches.collator import (
+    Collator,
+    CollatorOfStages,
+    DiffusionMasking,
+    Ids,
+    Masking,
+)
 from shardwright.train.data.batches.held_out import HeldOutSet, portions
 from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
 from shardwright.train.data.batches.samples import Mixture, Window
@@ -178,18 +186,11 @@ def collator(
     """Return what makes this run's batches; ``mask_seed`` in [0, 2^64) fixes what is masked."""
     ids = special_ids(prepared.tokenizer, config)
     masking = None
-    if config.objective.kind == "mlm":
+    objective = config.objective
+    if isinstance(objective, MaskedFields):
         assert ids.mask is not None, "special_ids demands one"
-        # Not a range: ids may have holes.
-        every = np.array(sorted(set(prepared.tokenizer.get_vocab().values())), dtype=np.int64)
         special = np.array(sorted(prepared.tokenizer.all_special_ids), dtype=np.int64)
-        masking = Masking(
-            objective=config.objective,
-            mask=ids.mask,
-            special=special,
-            ordinary=np.setdiff1d(every, special),
-            seed=mask_seed,
-        )
+        masking = _masking(objective, prepared, ids.mask, special, mask_seed)
     return Collator(
         config.data.tokens_per_sample,
         config.data.line_by_line,
@@ -199,6 +200,18 @@ def collator(
         bounds,
         fills=config.data.packing == "best_fit",
     )
+
+
+def _masking(
+    objective: MaskedFields, prepared: Prepared, mask: int, special: Ids, seed: int
+) -> Masking | DiffusionMasking:
+    if isinstance(objective, DiffusionObjective):
+        is_spread = seed == EVALUATION_SEED
+        return DiffusionMasking(objective, mask, special, seed, is_spread)
+    assert isinstance(objective, MlmObjective)
+    # Not a range: ids may have holes.
+    every = np.array(sorted(set(prepared.tokenizer.get_vocab().values())), dtype=np.int64)
+    return Masking(objective, mask, special, np.setdiff1d(every, special), seed)
 
 
 def _width_multiple(config: RunConfig) -> int:

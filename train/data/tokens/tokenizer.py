@@ -89,20 +89,20 @@ def content_hash(directory: Path) -> str:
 
 def special_ids(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> SpecialIds:
     """Return the ids that frame samples; raise UserError where the tokenizer lacks one."""
-    mlm = config.objective.kind == "mlm"
+    masked = config.objective.is_masked
     first = [tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
     last = [tokenizer.sep_token_id, tokenizer.eos_token_id]
-    end = _first_of(last if mlm else last[::-1])
+    end = _first_of(last if masked else last[::-1])
     if end is None:
         raise UserError(
             f"tokenizer={_name(config)}: it has neither an EOS nor a SEP token to end documents "
             f"with; {_name_an_end(tokenizer, config)}, or choose another tokenizer"
         )
-    if mlm and tokenizer.mask_token_id is None:
+    if masked and tokenizer.mask_token_id is None:
         raise UserError(
-            f"tokenizer={_name(config)}: it has no mask token, which objective=mlm needs; choose "
-            "a tokenizer of a masked model, one that is trained, such as tokenizer=byte_bpe, or "
-            "objective=clm"
+            f"tokenizer={_name(config)}: it has no mask token, which "
+            f"objective={config.objective.kind} needs; choose a tokenizer of a masked model, one "
+            "that is trained, such as tokenizer=byte_bpe, or objective=clm"
         )
     begin, pad = _first_of(first), tokenizer.pad_token_id
     return SpecialIds(
@@ -152,7 +152,7 @@ def document_frame(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Fra
         names = [tokenizer.convert_ids_to_tokens(list(part)) for part in (first, last)]
         return " + ".join([*names[0], what, *names[1]])
 
-    if config.objective.kind == "mlm":
+    if config.objective.is_masked:
         note = f"each sample is {framed('tokens', (ids.begin,), (ids.end,))}"
         if not config.data.line_by_line:
             note += f", and a document in it ends with {tokenizer.convert_ids_to_tokens(ids.end)}"
@@ -322,8 +322,8 @@ def _wrap(path: Path, config: RunConfig, settings: Trained) -> PreTrainedTokeniz
 
     tokenizer = Tokenizer.from_file(str(path))
     begin, pad, end, unknown, mask = settings.special_tokens
-    mlm = config.objective.kind == "mlm"
-    if (around := _post_processor(settings, frames=mlm)) is not None:
+    masked = config.objective.is_masked
+    if (around := _post_processor(settings, frames=masked)) is not None:
         tokenizer.post_processor = around
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -338,7 +338,7 @@ def _wrap(path: Path, config: RunConfig, settings: Trained) -> PreTrainedTokeniz
         # Token types would reach GPT-2's word embedding, and ModernBERT knows none.
         model_input_names=["input_ids", "attention_mask"],
         # Prompts of different lengths have to end together to be continued together.
-        padding_side="right" if mlm else "left",
+        padding_side="right" if masked else "left",
         clean_up_tokenization_spaces=False,
     )
 

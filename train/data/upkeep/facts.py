@@ -248,7 +248,7 @@ def _samples(
         name = names[row.source] if names else None
         trees.append(tree(row, decoder, mask, name))
         lines += ["", *described(row, decoder, mask, name, wanted.columns)]
-    if trees and config.objective.kind == "mlm":
+    if trees and config.objective.is_masked:
         legend = (
             "«mask: dove» is a masked «dove», «kept: dove» one left as it is, «cat: dove» one "
             "that another token replaces."

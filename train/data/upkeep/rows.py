@@ -132,11 +132,11 @@ class Rows:
     def _width(self, window: Window) -> int:
         """Return how many positions of its row a sample takes: for mlm with its frame."""
         tokens = len(window.tokens)
-        return max(0, tokens - 1) if self.config.objective.kind == "clm" else tokens + 2
+        return tokens + 2 if self.config.objective.is_masked else max(0, tokens - 1)
 
     def _row(self, batch: MicroBatch, row: int) -> Row:
         key, window = batch.keys[row], batch.windows[row]
-        frame = self.config.objective.kind == "mlm"
+        frame = self.config.objective.is_masked
         width = self._width(window)
         stop = None if self.is_padded else width
         ids, labels = batch.ids[row][:stop], batch.labels[row][:stop]
