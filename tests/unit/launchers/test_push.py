@@ -12,8 +12,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from shardwright.launchers.commands import push
 from shardwright.train.export.card import recovered_card
+from shardwright.train.publishing.contents import card_warnings
 from tests import own_code
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.launchers.hub import TOKEN, Hub, Repository, running
@@ -259,7 +259,7 @@ def test_a_name_that_no_hub_takes_is_refused(shardwright: Shardwright, repo: str
 
 def test_a_placeholder_is_worth_a_warning() -> None:
     readme = "---\nlicense: mit\n---\n# small\n[More Information Needed]\n"
-    (problem,) = push.card_warnings(readme)
+    (problem,) = card_warnings(readme)
     assert problem == "still has the placeholder '[More Information Needed]'; fill it in"
 
 
