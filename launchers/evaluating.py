@@ -23,6 +23,7 @@ from shardwright.launchers.ranks.environment import rank_environment
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import RunConfig, to_yaml
+from shardwright.train.config.checkpoint import without_pushes
 from shardwright.train.console import progress
 from shardwright.train.durable import write_text
 from shardwright.train.errors import BAD_INPUT, RESUMABLE, UserError
@@ -115,6 +116,7 @@ def config_of_run(config: RunConfig, weights: Path, directory: Path) -> dict[str
     tree["data"]["stages"] = []
     tree["trainer"] |= TRAINS_NOTHING
     tree["checkpoint"] |= {"keep_every_steps": None, "keep_best": 0, "export": "last"}
+    tree["checkpoint"] |= without_pushes()
     tree["checkpoint"]["best_metric"] = "eval_loss"
     remedy = "give launcher=torchrun launcher.nproc_per_node=N, and a strategy that fits so many"
     tree["launcher"] = launcher_here(config, "an evaluation", remedy) or tree["launcher"]

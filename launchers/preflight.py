@@ -21,6 +21,7 @@ from shardwright.train.data.tokens import rank_file
 from shardwright.train.errors import UserError, not_installed
 from shardwright.train.model import user_modules
 from shardwright.train.paths import not_a_directory
+from shardwright.train.publishing import requirements
 from shardwright.train.strategy import engine_of
 
 
@@ -97,7 +98,7 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
             *_missing_build_tools(config),
         ]
     # Of a job's nodes, what GPUs, disks and compilers they have, the ranks find out.
-    return [*problems, *_tracking_problems(config, machine)]
+    return [*problems, *_tracking_problems(config, machine), *_push_problems(config)]
 
 
 def _run_dir_problems(run_dir: Path) -> list[str]:
@@ -198,6 +199,13 @@ def _missing_build_tools(config: RunConfig) -> Iterator[str]:
                 f"{' and no '.join(missing)}; install what is missing, or set "
                 "strategy.cpu_adam=torch"
             )
+
+
+def _push_problems(config: RunConfig) -> list[str]:
+    if config.checkpoint.push_to is None:
+        return []
+    has_token = requirements.has_token()
+    return list(requirements.problems(config.checkpoint, os.environ, has_token=has_token))
 
 
 def _tracking_problems(config: RunConfig, machine: Machine) -> list[str]:

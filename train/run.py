@@ -41,6 +41,7 @@ from shardwright.train.loop.callbacks.full_batch import FullBatch
 from shardwright.train.loop.callbacks.held_out import HeldOut
 from shardwright.train.loop.callbacks.metrics import Metrics
 from shardwright.train.loop.callbacks.progress import Progress
+from shardwright.train.loop.callbacks.publishing import Publishing
 from shardwright.train.loop.callbacks.statistics import Statistics
 from shardwright.train.loop.callbacks.tracking import STOP_SECONDS, Tracking
 from shardwright.train.loop.resuming import Resumed
@@ -104,20 +105,20 @@ def _train_once(
         trainer.save_if_not_saved()
         heartbeat.now(Phase.ENDING)
         model_dir = finish(trainer, rank, console)
-        trainer.end_tracking("done")
+        trainer.end_companions("done")
         return model_dir
     except signals.Stop:
         heartbeat.now(Phase.ENDING)  # ends here, as the trainer must outlive no traceback
     except RolledBack:
         heartbeat.now(Phase.STARTING)
         if trainer is not None:
-            trainer.end_tracking("stopped", seconds=STOP_SECONDS)
+            trainer.end_companions("stopped", seconds=STOP_SECONDS)
             trainer.engine.clean_up()
         raise
     except BaseException:
         heartbeat.now(Phase.ENDING)
         if trainer is not None:
-            trainer.end_tracking("failed")
+            trainer.end_companions("failed")
         raise
     stopping.end(run_dir, rank, trainer, console)
     return None
@@ -287,7 +288,10 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO, sent_bytes: fl
     config = trainer.config
     trainer.saver.console = console if rank.index == 0 else None
     trainer.profiler.say = lambda text: progress.write(text, console)
-    trainer.tracking = Tracking(config, trainer.run_dir, console) if rank.index == 0 else None
+    if rank.index == 0:
+        trainer.tracking = Tracking(config, trainer.run_dir, console)
+        if config.checkpoint.push_to is not None:
+            trainer.publishing = Publishing(config.checkpoint, trainer.run_dir, console)
     device_name = flops.device_name(trainer.args.device)
     cost = flops.cost(trainer.model, config, device_name, rank.world_size)
     metrics = Metrics(trainer, cost, console, sent_bytes=sent_bytes)
@@ -308,6 +312,7 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO, sent_bytes: fl
         HeldOut(trainer, console),
         early_stopping.EarlyStopping(trainer, console),
         *([trainer.tracking] if trainer.tracking is not None else []),
+        *([trainer.publishing] if trainer.publishing is not None else []),
     ]:
         trainer.add_callback(callback)
 

@@ -22,6 +22,7 @@ from shardwright.launchers.ranks.environment import rank_environment
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import RunConfig, from_tree, to_yaml
+from shardwright.train.config.checkpoint import without_pushes
 from shardwright.train.console import progress
 from shardwright.train.durable import write_text
 from shardwright.train.errors import UserError
@@ -106,6 +107,7 @@ def replayed(config: RunConfig, directory: Path) -> RunConfig:
     tree["run_dir"] = str(directory)
     tree["tracking"] = {"kind": "none"}
     tree["checkpoint"] |= {"keep_every_steps": None, "keep_best": 0, "export": "last"}
+    tree["checkpoint"] |= without_pushes()
     looks_only: dict[str, Any] = {"trace_batches": [], "statistics_every_steps": None}
     debug = {**tree["trainer"]["debug"], **looks_only}
     tree["trainer"] |= {

@@ -106,7 +106,7 @@ def test_what_an_answer_names_is_there(program: str) -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("hub_model_id", "use `shardwright push RUN_DIR NAME` when the run is done"),
+        ("hub_model_id", "use checkpoint.push_to, or `shardwright push RUN_DIR NAME` when the run"),
         ("launcher.num_gpus", "use launcher.nproc_per_node"),
         ("trainer.ddp_find_unused_parameters", "leave it out: every parameter of these models has"),
         ("trainer.neftune_noise_alpha", "did you mean objective.neftune_noise_alpha?"),

@@ -144,8 +144,8 @@ def test_a_tracker_that_cannot_start_or_is_killed_is_told(
     console = io.StringIO()
     tracked = tracking.Tracking(config, run_dir, console)
     tracked.start()
-    assert tracked._process is not None
-    os.kill(tracked._process.pid, signal.SIGKILL)
+    assert tracked._companion is not None
+    os.kill(tracked._companion.process.pid, signal.SIGKILL)
     tracked.close("done")
     command = "later: " + program.command("sync", str(run_dir)) + "\n"
     assert console.getvalue().endswith(command)

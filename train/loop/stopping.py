@@ -35,7 +35,7 @@ def end(run_dir: Path, rank: Rank, trainer: Trainer | None, console: TextIO) -> 
     if trainer is not None:
         # Closes the progress bar.
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-        trainer.end_tracking("stopped", seconds=STOP_SECONDS)
+        trainer.end_companions("stopped", seconds=STOP_SECONDS)
         trainer.engine.clean_up()
     # Launchers kill the others as soon as one rank has left with a code that is not 0.
     from_all(None)

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
     from accelerate.utils import KwargsHandler
 
+    from shardwright.train.loop.callbacks.publishing import Publishing
     from shardwright.train.loop.callbacks.tracking import Tracking
     from shardwright.train.loop.resuming import Resumed
     from shardwright.train.model.weights import InitialValues
@@ -92,6 +93,8 @@ class Trainer(transformers.Trainer):
     """Called with what a rank hands to be averaged, where the engine shows that."""
     tracking: Tracking | None = None
     """On rank 0, what hands metrics on."""
+    publishing: Publishing | None = None
+    """On rank 0, what pushes the run to a hub."""
     weights_of_step = 0
     """Where nothing is trained, the step of the weights that are evaluated."""
     _is_on_several_meshes = False
@@ -782,10 +785,12 @@ class Trainer(transformers.Trainer):
         """Write a checkpoint of the last step, where the cadence has not written it."""
         self.saver.save_last()
 
-    def end_tracking(self, outcome: str, **options: float) -> None:
-        """Tell the tracker, where there is one, that no line of metrics comes any more."""
+    def end_companions(self, outcome: str, **options: float) -> None:
+        """Tell tracker and pushes, where there are any, that nothing comes any more."""
         if self.tracking is not None:
             self.tracking.close(outcome, **options)
+        if self.publishing is not None:
+            self.publishing.close(outcome)
 
     def last_evaluation(self) -> dict[str, float]:
         """Return the metrics of the last step; evaluate where the cadence has not done it."""

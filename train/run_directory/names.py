@@ -48,6 +48,10 @@ OBJECTIVE_KEY = "shardwright_objective"
 FINAL_EARLIER = "final-earlier"
 """What final/ is called from the first step after it until there is a new one."""
 
+PUSHES = "pushes.jsonl"
+PUBLISHING_FOLDER = ".publishing"
+"""A checkpoint while it is pushed, and the model that is made of it for that."""
+
 # --- logs/ ----------------------------------------------------------------------------------------
 
 LOGS = "logs"

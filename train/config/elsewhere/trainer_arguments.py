@@ -12,6 +12,12 @@ _ACCUMULATION = "trainer.global_batch_size: the accumulation steps follow from i
 TRAINER_ARGUMENTS = rows(
     fields={
         "output_dir": "run_dir",
+        "push_to_hub": f"checkpoint.push_to, or {_PUSH}",
+        "hub_model_id": f"checkpoint.push_to, or {_PUSH}",
+        "hub_strategy": (
+            "checkpoint.push_every: final (end), save (every_save) or checkpoints (checkpoint)"
+        ),
+        "hub_private_repo": "checkpoint.push_private, which is on by itself",
         "per_device_train_batch_size": "trainer.micro_batch_size",
         "num_train_epochs": "trainer.max_epochs",
         "max_steps": "trainer.max_steps",
@@ -75,9 +81,6 @@ TRAINER_ARGUMENTS = rows(
         "deepspeed": "strategy=zero0, zero1, zero2 or zero3",
     },
     commands={
-        "push_to_hub": _PUSH,
-        "hub_model_id": _PUSH,
-        "hub_private_repo": "`shardwright push RUN_DIR NAME`: private, but with --public",
         "hub_revision": "`shardwright push RUN_DIR NAME --revision BRANCH`",
         "resume_from_checkpoint": "`shardwright resume RUN_DIR`, with --step N for an older one",
         "enable_jit_checkpoint": "`shardwright cancel RUN_DIR`: a stopped run saves first, always",
@@ -129,8 +132,9 @@ TRAINER_ARGUMENTS = rows(
         "eval_on_start": "`shardwright evaluate` measures what a run starts from",
         "save_only_model": "a checkpoint that cannot be resumed is none",
         "hub_token": "the hub's own login is used: `hf auth login`, or HF_TOKEN",
-        "hub_strategy": "a finished run is pushed, not one that is under way",
-        "hub_always_push": "a finished run is pushed, not one that is under way",
+        "hub_always_push": (
+            "a save that comes while another is pushed waits for the next one: pushes never queue"
+        ),
         "ignore_data_skip": "a resume goes on with the samples that are due",
         "data_seed": "seed decides the order as well",
         "parallelism_config": "ranks divide data and states, not layers or samples",
