@@ -110,6 +110,7 @@ def config_of_run(config: RunConfig, weights: Path, directory: Path) -> dict[str
         "trust_remote_code": before.trusts_code,
         "import": list(before.imports),
     }
+    tree["adapter"] = {"kind": "none"}  # it is in the weights
     if tree["tokenizer"].get("vocab_size", 0) is None:  # it is there, and not trained again
         tree["tokenizer"]["vocab_size"] = before.vocabulary
     tree["objective"]["prompts"] = []

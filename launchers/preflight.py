@@ -16,6 +16,7 @@ from shardwright.launchers.machine.facts import Machine, lacking
 from shardwright.launchers.machine.names import unusable_checkpoint
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.config import OPTIMIZERS, NamedModel, PretrainedTokenizer, RunConfig
+from shardwright.train.config.adapter import PACKAGE as PEFT
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.tokens import rank_file
 from shardwright.train.errors import UserError, not_installed
@@ -155,7 +156,9 @@ def _missing_directories(config: RunConfig) -> Iterator[str]:
 def _missing_packages(config: RunConfig) -> list[str]:
     optimizer = config.trainer.optimizer
     package = OPTIMIZERS[optimizer].package
+    adapter = config.adapter.kind
     needed = {
+        f"adapter={adapter}": (PEFT, adapter != "none"),
         f"precision.fp8_recipe={config.precision.fp8_recipe}": (
             "torchao",
             config.precision.fp8_recipe is not None,

@@ -47,8 +47,8 @@ from shardwright.train.loop.callbacks.tracking import STOP_SECONDS, Tracking
 from shardwright.train.loop.resuming import Resumed
 from shardwright.train.loop.spikes.rollback import RolledBack
 from shardwright.train.loop.trainer import Trainer
-from shardwright.train.model import build as models
 from shardwright.train.model import (
+    adapter,
     compilation,
     document_attention,
     flops,
@@ -56,6 +56,7 @@ from shardwright.train.model import (
     origin,
     saved,
 )
+from shardwright.train.model import build as models
 from shardwright.train.model.blocks import check_blocks_are_not_skipped, parameter_count
 from shardwright.train.model.directory import rehearse
 from shardwright.train.model.user_modules import import_all
@@ -320,8 +321,9 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO, sent_bytes: fl
 def _note_start(trainer: Trainer, steps: int, console: TextIO) -> None:
     """Say, and leave in the metrics of the run, what starts here and from where."""
     run_dir, resumed = trainer.run_dir, trainer.resumed
-    parameters = parameter_count(trainer.model)
-    progress.write(f"{parameters:,} parameters, {steps:,} steps", console)
+    parameters, trained = parameter_count(trainer.model), adapter.trained_count(trainer.model)
+    of_them = "" if trainer.config.adapter.trains_all else f", of which {trained:,} are trained"
+    progress.write(f"{parameters:,} parameters{of_them}, {steps:,} steps", console)
     if resumed is None:
         run_directory_metrics.trim_metrics(run_dir)
         return
@@ -369,7 +371,7 @@ def _build(
     align_special_tokens(model, words)
     if rank.index == 0:
         rehearse(
-            model,
+            adapter.bare(model),
             words,
             origin.code_in(directory) if directory else {},
             config.objective.kind,

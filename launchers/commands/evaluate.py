@@ -43,6 +43,7 @@ _KEPT = Kept(
     {
         "model": "the weights have its shape",
         "model.attention": None,
+        "adapter": "it is in the weights that are evaluated",
         "tokenizer": "the model has learned its tokens",
         "objective": "the model was trained with it",
         "objective.prompts": None,

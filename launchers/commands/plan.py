@@ -238,6 +238,11 @@ def _states_only(config: RunConfig, supposed: Hardware | None, *, as_json: bool)
     launcher = config.launcher
     devices = supposed.devices if supposed else launcher.ranks_per_node
     nodes = supposed.nodes if supposed else launcher.world_size // launcher.ranks_per_node
+    if not config.adapter.trains_all:
+        raise UserError(
+            f"--states-only shows DeepSpeed's estimate, which takes all weights to be trained, but "
+            f"adapter={config.adapter.kind} trains few; leave --states-only out"
+        )
     facts = child.facts_of(config)
     rows = estimates(facts.count, facts.largest_layer, devices, nodes)
     if as_json:

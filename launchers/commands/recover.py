@@ -49,6 +49,7 @@ def recover(arguments: Sequence[str]) -> int:
                 step=asked.step,
                 section=asked.section,
                 dtype=asked.dtype,
+                adapter=asked.adapter,
                 ema=asked.ema,
                 allow_upcast=asked.allow_upcast,
                 allow_nan=asked.allow_nan,
@@ -120,6 +121,12 @@ def _add_how_it_is_written(found: argparse.ArgumentParser) -> None:
     """Add which values are written, in which dtype, in how large files and with how much memory."""
     found.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default fp32"
+    )
+    found.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a run with an adapter, that alone, as peft loads it; without, whole weights with "
+        "the adapter added to them",
     )
     found.add_argument("--ema", action="store_true", help="the moving average of the weights")
     found.add_argument(

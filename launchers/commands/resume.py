@@ -62,6 +62,8 @@ from shardwright.train.run_directory.names import (
 # What may not change, and what hangs on it. The longest prefix counts; None allows.
 _FIXED: dict[str, str | None] = {
     "model": "the weights of the checkpoint have its shape",
+    "adapter": "the weights of the checkpoint have its shape",
+    "adapter.export": None,
     "tokenizer": "the model has learned its tokens",
     "data": "the position in the data would mean another sample",
     "data.cache_dir": None,

@@ -154,7 +154,7 @@ def _what_is_traced(config: RunConfig) -> str:
     trainer = {key: value for key, value in tree["trainer"].items() if key not in fields}
     strategy = config.strategy if isinstance(config.strategy, FsdpStrategy) else _FSDP
     units = {name: getattr(strategy, name) for name in _UNIT_FIELDS}
-    sections = {name: tree[name] for name in ("model", "objective", "data", "precision")}
+    sections = {name: tree[name] for name in ("model", "adapter", "objective", "data", "precision")}
     return json.dumps([sections, trainer, units, config.launcher.device], sort_keys=True)
 
 

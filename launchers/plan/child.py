@@ -104,7 +104,7 @@ def _key(config: RunConfig, autocast: bool | None) -> str:
         *("micro_batch_size", "checkpoint_activations_every_blocks", "recompute"),
         *("offload_activations", "compile", "fused_loss", "deterministic", "optimizer"),
     )
-    sections = ("model", "objective", "data", "tokenizer", "strategy", "precision")
+    sections = ("model", "adapter", "objective", "data", "tokenizer", "strategy", "precision")
     asked = {name: tree[name] for name in sections}
     return json.dumps([asked, {name: tree["trainer"][name] for name in read}, autocast])
 

@@ -130,10 +130,14 @@ def _of_fsdp(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]
     shards = rank_layout(strategy, config.launcher.world_size).shards
     units = sorted(model.units, reverse=True)
     root = model.count - sum(units)
-    unit, last = (units[0], model.units[-1]) if units else (root, root)
+    trained = model.trained
+    # Only what is trained has gradients.
+    with_gradients = max(trained.units, default=trained.count)
+    root_with_gradients = trained.count - sum(trained.units)
+    last = model.units[-1] if units else root
     has_head = bool(units) and not getattr(config.model, "tie_word_embeddings", True)
-    largest = max(parameter.elements for parameter in model.parameters)
-    of_head = 0 if has_head else compute * (largest if largest <= root else root)
+    largest = max(parameter.elements for parameter in trained.parameters)
+    of_head = 0 if has_head else compute * min(largest, root_with_gradients)
     between = sum(units) // strategy.reshard_ranks if strategy.reshard_ranks else 0
     at_loss, at_once = (last if has_head else 0), sum(units[: 1 + strategy.prefetch_units])
     if not strategy.reshard_after_forward:
@@ -145,9 +149,9 @@ def _of_fsdp(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]
     gone = kept // max(len(units), 1)
     if config.trainer.checkpoint_activations_every_blocks is not None:
         gone = 0
-    before = reduced * unit if strategy.reduce_each_micro_batch else 0
-    of_unit = compute * unit + before + reduced * unit // shards
-    of_root = (compute + reduced) * root + reduced * root // shards
+    before = reduced * with_gradients if strategy.reduce_each_micro_batch else 0
+    of_unit = compute * with_gradients + before + reduced * with_gradients // shards
+    of_root = (compute + reduced + reduced // shards) * root_with_gradients
     of_loss = traced.forward_of_loss or traced.forward
     loss = _divided(traced, of_loss, of_loss=traced.forward_of_loss)
     return [
@@ -178,7 +182,7 @@ def _of_zero(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]
     layout = rank_layout(strategy, config.launcher.world_size)
     section = zero_settings(config, layout)["zero_optimization"]
     bucket = section["reduce_bucket_size"]
-    at_once = min(bucket, model.count)
+    at_once = min(bucket, model.trained.count)
     if strategy.stage == 3:
         most = max(strategy.max_live_elements, strategy.max_reuse_distance_elements)
         most += section["stage3_prefetch_bucket_size"]
@@ -192,7 +196,7 @@ def _of_zero(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]
             replace(_NOTHING, gathered=gathered, reducing=reduced * (at_once + output)),
         ]
     if strategy.stage == 0:
-        at_once = min(STAGE_0_BUCKET_ELEMENTS, model.count)
+        at_once = min(STAGE_0_BUCKET_ELEMENTS, model.trained.count)
     is_cast = compute != reduced
     copied = compute * at_once if is_cast or strategy.stage == 0 else 0
     cast = reduced * at_once if is_cast else 0

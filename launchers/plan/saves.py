@@ -65,13 +65,22 @@ def _bytes_of_ranks(config: RunConfig, model: ModelFacts) -> tuple[float, float]
     moments = moments_bytes(config.trainer, DTYPES[precision.moments_dtype].size_bytes)
     if OPTIMIZERS[config.trainer.optimizer].quantises:
         moments = 2 * DTYPES["fp32"].size_bytes
-    states = (master + moments) * model.count
+    trained = model.trained.count
+    states = (master + moments) * trained
+    frozen = model.count - trained
     if not isinstance(strategy, ZeroStrategy):
-        written = states + master * model.repeated_elements
+        written = states + master * (frozen + model.repeated_elements)
         return written / ranks, written / ranks
     compute = precision.computes_in.size_bytes * model.count
     if strategy.stage == 0:
-        return (states if compute == master * model.count else states + compute), 0
+        is_same = compute == master * model.count
+        return states + (master * frozen if is_same else compute), 0
     shards = rank_layout(strategy, ranks).shards
     of_first = compute if strategy.stage < 3 else 0
-    return of_first + states / shards, states / shards
+    of_each = states / shards
+    if strategy.stage == 3:
+        of_each += precision.computes_in.size_bytes * frozen / shards
+    elif frozen and config.launcher.device == "cuda":
+        # Once more, as what is copied to the host by itself shares no memory with the rest.
+        of_first += precision.computes_in.size_bytes * frozen
+    return of_first + of_each, of_each

@@ -238,7 +238,7 @@ def update_seconds(config: RunConfig, model: ModelFacts, hardware: Hardware) -> 
     2024, "Muon"), the busiest rank no more than a fair share and one matrix.
     """
     precision, strategy, trainer = config.precision, config.strategy, config.trainer
-    part = model.count / rank_layout(strategy, config.launcher.world_size).shards
+    part = model.trained.count / rank_layout(strategy, config.launcher.world_size).shards
     master = DTYPES[precision.master_dtype].size_bytes
     moments = moments_bytes(trainer, DTYPES[precision.moments_dtype].size_bytes)
     optimizer = OPTIMIZERS[trainer.optimizer]

@@ -113,8 +113,8 @@ def _replicated(config: RunConfig, model: ModelFacts) -> Held:
     to None after each step, and only a reduction makes them views again.
     """
     _, master, _, moments = _bytes(config)
-    count = model.count
-    held = States(weights=master * count, gradients=master * count, moments=moments * count)
+    count = model.trained.count
+    held = States(weights=master * model.count, gradients=master * count, moments=moments * count)
     layout = rank_layout(config.strategy, config.launcher.world_size)
     if config.strategy.kind == "ddp" and accumulation_steps(config.trainer, layout) > 1:
         held = replace(held, buckets=master * count)
@@ -131,12 +131,12 @@ def _zero_0(config: RunConfig, model: ModelFacts) -> Held:
     the weights; gradients are accumulated in the dtype of compute.
     """
     compute, master, _, moments = _bytes(config)
-    count = model.count
+    count = model.trained.count
     if compute == master:
         return _replicated(config, model)
     return Held(
         States(
-            weights=compute * count,
+            weights=compute * model.count,
             gradients=compute * count,
             master_weights=master * count,
             moments=moments * count,
@@ -169,9 +169,10 @@ def _stages_1_and_2(
     strategy = config.strategy
     assert isinstance(strategy, ZeroStrategy)
     compute, master, reduced, moments = _bytes(config)
-    groups = _groups(model)
+    trained = model.trained
+    groups = _groups(trained)
     part = sum(-(-_count(group) // (2 * ranks)) * 2 for group in groups)
-    largest = max(parameter.elements for parameter in model.parameters)
+    largest = max(parameter.elements for parameter in trained.parameters)
     is_same = config.precision.compute_dtype == config.precision.reduce_dtype
     weights = States(weights=compute * model.count)
     optimizer = States(master_weights=master * part, moments=moments * part)
@@ -181,9 +182,9 @@ def _stages_1_and_2(
         gradients = reduced * (_touched(groups, ranks) if is_same else part)
         bucket = 0
     elif is_offloaded or is_same:
-        gradients = reduced * model.count
+        gradients = reduced * trained.count
     else:
-        gradients = (reduced + compute) * model.count
+        gradients = (reduced + compute) * trained.count
         bucket = 0
     if not is_offloaded:
         return Held(_sum(weights, optimizer, States(gradients=gradients, buckets=bucket)))
@@ -204,11 +205,14 @@ def _stage_3(config: RunConfig, model: ModelFacts, ranks: int, section: dict[str
     strategy = config.strategy
     assert isinstance(strategy, ZeroStrategy)
     compute, master, reduced, moments = _bytes(config)
-    part = sum(-(-parameter.elements // ranks) for parameter in model.parameters)
+    of_weights, part = (
+        sum(-(-parameter.elements // ranks) for parameter in each.parameters)
+        for each in (model, model.trained)
+    )
     threshold = section["stage3_param_persistence_threshold"]
     whole = sum(p.elements for p in model.parameters if p.elements <= threshold)
     buckets = reduced * section["reduce_bucket_size"] if strategy.contiguous_gradients else 0
-    weights = States(weights=compute * part)
+    weights = States(weights=compute * of_weights)
     gradients = States(gradients=reduced * part)
     optimizer = States(master_weights=master * part, moments=moments * part)
     on_device = States(kept_whole=compute * whole, buckets=buckets)
@@ -278,9 +282,13 @@ def _fsdp(config: RunConfig, model: ModelFacts) -> Held:
     assert isinstance(strategy, FsdpStrategy)
     _, master, reduced, moments = _bytes(config)
     ranks = rank_layout(strategy, config.launcher.world_size).shards
-    part = sum(-(-p.rows // ranks) * (p.elements // p.rows) for p in model.parameters)
-    gradients = master * part if strategy.reduce_each_micro_batch else reduced * model.count
-    held = States(weights=master * part, gradients=gradients, moments=moments * part)
+    of_weights, part = (
+        sum(-(-p.rows // ranks) * (p.elements // p.rows) for p in each.parameters)
+        for each in (model, model.trained)
+    )
+    whole = reduced * model.trained.count
+    gradients = master * part if strategy.reduce_each_micro_batch else whole
+    held = States(weights=master * of_weights, gradients=gradients, moments=moments * part)
     return Held(host=held) if strategy.offload else Held(device=held)
 
 

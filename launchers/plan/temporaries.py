@@ -28,7 +28,7 @@ def temporaries(config: RunConfig, model: ModelFacts) -> int:
     and stage3.py (_prepare_fp32_grad_for_sub_group); stage 0 casts each as it lies, and has all
     casts together (fp16/unfused_optimizer.py, step: the optimizer is none of DeepSpeed's fused).
     """
-    strategy = config.strategy
+    strategy, model = config.strategy, model.trained
     if isinstance(strategy, FsdpStrategy) and strategy.offload:
         return 0
     own = _of_optimizer(config, model)

@@ -27,7 +27,9 @@ class Gpt2:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(flops, "matmul_parameters", lambda model: 1000)
+    monkeypatch.setattr(
+        flops, "matmul_parameters", lambda model, frozen=False: 0 if frozen else 1000
+    )
     return Gpt2()
 
 

@@ -4,6 +4,7 @@ Imports no torch, so the launcher validates in a tenth of a second, and reads no
 own ``config.yaml``.
 """
 
+from shardwright.train.config.adapter import AdapterConfig, Ia3Adapter, LowRankAdapter, NoAdapter
 from shardwright.train.config.batches import BatchSizes, batch_sizes
 from shardwright.train.config.cadence import Rhythm, rhythm
 from shardwright.train.config.checkpoint import CheckpointConfig
@@ -72,6 +73,7 @@ __all__ = [
     "DEFAULT_SEQUENCE_LENGTH",
     "OPTIMIZERS",
     "AccelerateLauncher",
+    "AdapterConfig",
     "BatchSizes",
     "ByteBpeTokenizer",
     "CheckpointConfig",
@@ -81,12 +83,15 @@ __all__ = [
     "DeepspeedLauncher",
     "DiffusionObjective",
     "FsdpStrategy",
+    "Ia3Adapter",
     "LauncherConfig",
     "LocalLauncher",
+    "LowRankAdapter",
     "MaskedFields",
     "MlmObjective",
     "ModelConfig",
     "NamedModel",
+    "NoAdapter",
     "ObjectiveConfig",
     "PrecisionConfig",
     "PretrainedModel",

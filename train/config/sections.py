@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from shardwright.train.config.adapter import AdapterConfig, NoAdapter
 from shardwright.train.config.checkpoint import CheckpointConfig
 from shardwright.train.config.data import DataConfig
 from shardwright.train.config.launcher import LauncherConfig
@@ -32,6 +33,7 @@ class Sections(Section):
     """Fixes initial weights, data order, masking and dropout."""
 
     model: ModelConfig
+    adapter: AdapterConfig = Field(default_factory=NoAdapter)
     objective: ObjectiveConfig
     data: DataConfig
     tokenizer: TokenizerConfig

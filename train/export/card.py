@@ -68,6 +68,7 @@ def model_card(
     ``checkpoint`` holds the weights, or the live engine where there is none; ``evaluation`` is
     theirs. One that only shows that it can be made need not draw its picture.
     """
+    from shardwright.train.model import adapter
     from shardwright.train.model.blocks import parameter_count
 
     step = None if checkpoint is None else checkpoint.step
@@ -75,7 +76,8 @@ def model_card(
         Facts(
             config_json=trainer.model.config.to_dict(),
             dtype="fp32",
-            parameters=parameter_count(trainer.model),
+            parameters=parameter_count(adapter.bare(trainer.model)),
+            trained=adapter.trained_count(trainer.model),
             step=trainer.state.global_step if checkpoint is None else checkpoint.step,
             samples=trainer.samples_seen if checkpoint is None else checkpoint.samples,
             tokens=trainer.tokens_seen if checkpoint is None else checkpoint.tokens,

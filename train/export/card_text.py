@@ -45,6 +45,8 @@ class Facts:
     """The checkpoint that the weights were taken out of; None for the result of a training."""
     parameters: int | None = None
     """Tied ones once."""
+    trained: int | None = None
+    """How many of the parameters that there were in training were trained; None: not known."""
     step: int | None = None
     samples: int | None = None
     tokens: int | None = None
@@ -346,6 +348,7 @@ def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
     first, over = trainer.batch_warmup_from, trainer.batch_warmup_samples
     grown = "" if first is None else f", grown from {first:,} over the first {over:,} samples"
     yield "Batch", f"{trainer.global_batch_size:,} samples{grown}"
+    yield "Adapter", _adapter(facts, run)
     yield "Optimizer", _optimizer(run)
     warmup = f", warm-up of {trainer.warmup_steps:,} steps" if trainer.warmup_steps else ""
     if trainer.warmup_fraction:
@@ -371,6 +374,28 @@ def _training_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
     yield "Seed", str(run.seed)
     yield "Resumed", f"{facts.resumes} time(s)" if facts.resumes else None
     yield "Time", _times(facts)
+
+
+def _adapter(facts: Facts, run: RunConfig) -> str | None:
+    """Return what was trained beside the weights; None where they were trained themselves."""
+    section = run.adapter
+    if section.trains_all:
+        return None
+    words = {"peft_type": "IA3" if section.kind == "ia3" else "LORA"}
+    rank, alpha = getattr(section, "rank", None), getattr(section, "alpha", None)
+    text = adapter_in_words(
+        {**words, "use_dora": section.kind == "dora", "r": rank, "lora_alpha": alpha}
+    )
+    count = f" ({facts.trained:,} parameters)" if facts.trained else ""
+    return f"{text}{count}, merged into the weights"
+
+
+def adapter_in_words(settings: Mapping[str, Any]) -> str:
+    """Return what an adapter is, by its config as peft has it. Pure."""
+    if settings.get("peft_type") != "LORA":
+        return str(settings.get("peft_type"))
+    kind = "DoRA" if settings.get("use_dora") else "LoRA"
+    return f"{kind} of rank {settings.get('r')}, alpha {settings.get('lora_alpha'):g}"
 
 
 def _optimizer(run: RunConfig) -> str:

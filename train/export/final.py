@@ -22,13 +22,14 @@ from shardwright.train.checkpoint.discovery import best_whole
 from shardwright.train.checkpoint.format import damage
 from shardwright.train.checkpoint.format import outputs as format_outputs
 from shardwright.train.checkpoint.format.layout import read_manifest, step_of
-from shardwright.train.checkpoint.read import portable
+from shardwright.train.checkpoint.format.lazy import LazyTensor
+from shardwright.train.checkpoint.read import merged, portable
 from shardwright.train.console import progress
 from shardwright.train.durable import begin_directory, publish_directory, temporary_of
-from shardwright.train.export import parts
+from shardwright.train.export import adapter_files, parts
 from shardwright.train.export import safetensors as whole
 from shardwright.train.export.card import README, Card, average_in_words
-from shardwright.train.model import origin
+from shardwright.train.model import adapter, origin
 from shardwright.train.model.conversion import CannotTrace, placed
 from shardwright.train.model.directory import (
     CONFIG,
@@ -43,7 +44,12 @@ from shardwright.train.process.agreement import (
     patiently,
     together,
 )
-from shardwright.train.run_directory.names import CHECKPOINTS, FINAL, MODEL_FOLDER
+from shardwright.train.run_directory.names import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS,
+    FINAL,
+    MODEL_FOLDER,
+)
 
 if TYPE_CHECKING:
     from shardwright.train.loop.trainer import Trainer
@@ -84,7 +90,7 @@ def export(
         with patiently(), progress.phase(f"completing {FINAL}/", comes_again=True):
             if trainer.is_world_process_zero():
                 writer.check_sizes()
-                _complete(trainer, card, final, say)
+                _complete(trainer, card, final, checkpoint, say)
     except BaseException:
         if trainer.is_world_process_zero():
             shutil.rmtree(temporary_of(final), ignore_errors=True)
@@ -93,11 +99,17 @@ def export(
 
 
 def _complete(
-    trainer: Trainer, card: Callable[[], Card], final: Path, say: Callable[[str], object]
+    trainer: Trainer,
+    card: Callable[[], Card],
+    final: Path,
+    checkpoint: Path | None,
+    say: Callable[[str], object],
 ) -> None:
     """Add to the weights what belongs beside them, and give the directory its name if it loads."""
     directory = temporary_of(final)
     failed = _write_beside_weights(trainer, card, directory)
+    if getattr(trainer.config.adapter, "export", None) == "both":
+        adapter_files.write(directory / ADAPTER_FOLDER, _adapters_checkpoint(trainer, checkpoint))
     trainer.engine.release()
     if CONFIG not in failed:
         with progress.phase(f"checking that {FINAL}/ loads", comes_again=True):
@@ -200,7 +212,7 @@ def _begin(trainer: Trainer, final: Path, max_shard_bytes: int) -> whole.Plan | 
 
 def _planned(trainer: Trainer, max_shard_bytes: int) -> whole.Plan:
     """Return the files of fp32 parameters, tied ones once, and persistent buffers as they are."""
-    model = trainer.model
+    model = adapter.bare(trainer.model)
     # ZeRO-3 leaves an empty tensor in place of a parameter and the whole shape beside it.
     shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}
     outputs = [
@@ -250,19 +262,37 @@ def _write_tensors(
             others.look()
             shown.advance(written_bytes)
 
+        if not trainer.config.adapter.trains_all:
+            checkpoint = _adapters_checkpoint(trainer, checkpoint)
         if checkpoint is not None:
-            state = portable.read(checkpoint)
-            weights = state.ema if exports_average(trainer) else state.weights
-            found = {name: weights[name] for name, _ in trainer.model.named_parameters()}
+            found = _saved(trainer, checkpoint)
             whole.stream(found, writer, _BUDGET, advance, place)
         else:
             parts.write(trainer, _own(trainer), writer, others, advance)
         if place[0] == 0:
             for name, buffer in _buffers(trainer.model).items():
-                writer.write(name, buffer.cpu())
+                writer.write(merged.whole(name) or name, buffer.cpu())
         writer.flush()
     check()
     return writer
+
+
+def _saved(trainer: Trainer, checkpoint: Path) -> dict[str, LazyTensor]:
+    """Return the weights of a checkpoint that final/ gets, by the names of the model there."""
+    state = portable.read(checkpoint)
+    if (of_adapter := read_manifest(checkpoint).adapter) is not None:
+        state = merged.merged(state, of_adapter)
+    weights = state.ema if exports_average(trainer) else state.weights
+    names = (merged.whole(name) for name, _ in trainer.model.named_parameters())
+    return {name: weights[name] for name in names if name is not None}
+
+
+def _adapters_checkpoint(trainer: Trainer, checkpoint: Path | None) -> Path:
+    """Return the checkpoint out of which an adapter is merged, where the best one is not asked for.
+
+    That of the last step, which a run has written by then.
+    """
+    return checkpoint or trainer.run_dir / CHECKPOINTS / f"checkpoint-{trainer.state.global_step}"
 
 
 def exports_average(trainer: Trainer) -> bool:

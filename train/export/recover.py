@@ -21,11 +21,14 @@ from shardwright.train.checkpoint.choose import Chosen, Step, choose
 from shardwright.train.checkpoint.format import damage
 from shardwright.train.checkpoint.format.layout import MANIFEST
 from shardwright.train.checkpoint.format.lazy import LazyTensor, Unreadable, describe
+from shardwright.train.checkpoint.read import merged
 from shardwright.train.console import progress
 from shardwright.train.durable import atomic_directory, temporary_of
 from shardwright.train.errors import UserError
+from shardwright.train.export import adapter_files
 from shardwright.train.export import safetensors as whole
 from shardwright.train.export.card import Card, average_in_words, recovered_card
+from shardwright.train.export.card_text import adapter_in_words
 from shardwright.train.export.contents import DTYPES, Contents, contents
 from shardwright.train.model import generation, remote_code
 from shardwright.train.model.directory import (
@@ -67,6 +70,8 @@ class Options:
     section: str | None = None
     """The keys that lead to the weights in another program's files, such as trainer.model."""
     dtype: str = "fp32"
+    adapter: bool = False
+    """Write the adapter of a run by itself, as peft keeps it; else it is merged."""
     ema: bool = False
     """Take the moving average of the weights."""
     allow_upcast: bool = False
@@ -97,6 +102,9 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     budget = _budget(options.max_memory_bytes)
     chosen = _chosen(options, err)
     _check_apart(options.out, chosen.path)
+    if options.adapter:
+        _write_adapter(options, chosen, out)
+        return
     config_path = _config_path(options, chosen)
     with memory.of_imports():
         import_for(chosen.run_dir, options.imports)
@@ -149,6 +157,8 @@ def _chosen(options: Options, err: TextIO) -> Chosen:
 def _contents(options: Options, chosen: Chosen, model: PreTrainedModel) -> Contents:
     """Return what of the checkpoint goes into the model directory; its files are long enough."""
     state = chosen.state
+    if chosen.manifest is not None and chosen.manifest.adapter is not None:
+        state = merged.merged(state, chosen.manifest.adapter)
     try:
         check_extents([*state.weights.values(), *state.buffers.values(), *state.ema.values()])
     except Unreadable as error:
@@ -310,6 +320,23 @@ def _check_disk(out: Path, needed_bytes: int, free_bytes: int) -> None:
             f"{out} takes {size(needed_bytes)}, and {size(free_bytes)} are free on its disk; "
             "free some space, choose another place or a narrower --dtype"
         )
+
+
+def _write_adapter(options: Options, chosen: Chosen, out: TextIO) -> None:
+    """Write the adapter of a checkpoint of a run, or with ``dry_run`` say what it is."""
+    manifest = chosen.manifest
+    if manifest is None or manifest.adapter is None:
+        raise UserError(
+            f"--adapter: {chosen.path} holds no adapter of a run (adapter=lora, dora or ia3), but "
+            "whole weights alone; leave it out"
+        )
+    words = adapter_in_words(manifest.adapter.config)
+    tensors = merged.adapters_tensors(chosen.state)
+    what = f"{words}, {len(tensors)} tensors, {sum(t.numel for t in tensors.values()):,} parameters"
+    print(f"  from    {chosen.path}\n  to      {options.out}: {what}", file=out, flush=True)
+    if not options.dry_run:
+        with _writing(options.out) as directory:
+            adapter_files.write_files(directory, manifest.adapter, chosen.state)
 
 
 # --- writing ------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from shardwright.train.errors import UserError
 from shardwright.train.model import (
     activation_checkpointing,
     activations,
+    adapter,
     fp8,
     head_loss,
 )
@@ -90,6 +91,7 @@ def build(
             kept,
             reads_weights=reads_weights,
         )
+        model, values = adapter.inject(model, values, config)
     elif isinstance(section, ConfigModel):
         model, values = from_config(section, model_config, config.objective, config.seed)
     else:

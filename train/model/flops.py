@@ -60,6 +60,7 @@ def flops_per_token(model: PreTrainedModel, config: RunConfig) -> int | None:
     layers, heads, head_dim = layout
     return training_flops_per_token(
         parameters=matmul_parameters(model),
+        frozen=matmul_parameters(model, frozen=True),
         layers=layers,
         heads=heads,
         head_dim=head_dim,
@@ -79,19 +80,26 @@ def _attention(model: PreTrainedModel) -> tuple[int, int, int] | None:
 
 
 def training_flops_per_token(
-    *, parameters: int, layers: int, heads: int, head_dim: int, sequence_length: int
+    *,
+    parameters: int,
+    layers: int,
+    heads: int,
+    head_dim: int,
+    sequence_length: int,
+    frozen: int = 0,
 ) -> int:
     """Return 6N + 12 L H Q T: forward and backward pass, nothing recomputed.
 
     Source: "PaLM: Scaling Language Modeling with Pathways" (arXiv 2204.02311), appendix B. N is
     ``parameters`` as `matmul_parameters` counts them. The attention term counts every pair of
-    tokens, for causal models and documents kept apart too, as the source does.
+    tokens, for causal models and documents kept apart too, as the source does. Those of N that are
+    ``frozen`` have no gradient of their own, which is a third of their cost.
     """
-    return 6 * parameters + 12 * layers * heads * head_dim * sequence_length
+    return 6 * parameters - 2 * frozen + 12 * layers * heads * head_dim * sequence_length
 
 
-def matmul_parameters(model: PreTrainedModel) -> int:
-    """Return how many parameters are multiplied with each token.
+def matmul_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
+    """Return how many parameters are multiplied with each token; or those of them not trained.
 
     That leaves out embedding tables, which are only looked up (token types, positions, tokens),
     except for the token embedding that is tied to the head: the head does multiply by it.
@@ -103,7 +111,13 @@ def matmul_parameters(model: PreTrainedModel) -> int:
     looked_up = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     } - used_by_head
-    return sum(_size(p) for p in model.parameters() if id(p) not in looked_up)
+    counted = (
+        parameter
+        for name, parameter in model.named_parameters()
+        # Beside an adapter, what a module was that is trained whole is not used.
+        if id(parameter) not in looked_up and ".original_module." not in name
+    )
+    return sum(_size(p) for p in counted if not (frozen and p.requires_grad))
 
 
 def _size(parameter: nn.Parameter) -> int:

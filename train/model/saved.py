@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable
-from shardwright.train.checkpoint.read import portable
+from shardwright.train.checkpoint.read import merged, portable
 from shardwright.train.errors import UserError
 from shardwright.train.model import streaming
 from shardwright.train.model.weights import InitialValue, InitialValues, initialized
@@ -115,6 +115,10 @@ def of_another_run(
         # What is trained is not what was learned, where the optimizer averages by itself.
         with refusing(checkpoint, remedy):
             state = replace(state, weights=dict(state.ema))
+    names: Collection[str] = {parameter.name for parameter in manifest.parameters}
+    if manifest.adapter is not None:
+        state = merged.merged(state, manifest.adapter)
+        names = state.weights.keys()
     model, _ = initialized(build, seed)
-    untie(model, {parameter.name for parameter in manifest.parameters})
+    untie(model, names)
     return model, first_values(model, Saved(checkpoint, state, (), remedy))

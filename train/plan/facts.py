@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -17,6 +17,8 @@ class Parameter:
     """Whether its weight decays: the optimizer's first group."""
     is_hidden_matrix: bool = False
     """Whether Muon is for it."""
+    trains: bool = True
+    """Whether it is trained: beside an adapter, weights are not."""
 
     @property
     def elements(self) -> int:
@@ -41,6 +43,8 @@ class ModelFacts:
     """Most parameters that one module has of its own."""
     units: tuple[int, ...] = ()
     """Elements of each unit that FSDP gathers by itself; the rest is its root."""
+    trained_units: tuple[int, ...] | None = None
+    """Those elements of each that are trained; None where all are."""
     fp8_elements: int = 0
     """Of the matrices whose products precision=fp8 has in fp8."""
     repeated_elements: int = 0
@@ -52,6 +56,15 @@ class ModelFacts:
     def count(self) -> int:
         return sum(parameter.elements for parameter in self.parameters)
 
+    @property
+    def trained(self) -> ModelFacts:
+        """The same of what is trained alone: what has gradients, and state of the optimizer."""
+        return replace(
+            self,
+            parameters=tuple(each for each in self.parameters if each.trains),
+            units=self.units if self.trained_units is None else self.trained_units,
+        )
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -60,7 +73,9 @@ class ModelFacts:
         parameters = tuple(
             Parameter(**{**each, "shape": tuple(each["shape"])}) for each in found["parameters"]
         )
-        return cls(**{**found, "parameters": parameters, "units": tuple(found["units"])})
+        units = {name: found.get(name) for name in ("units", "trained_units")}
+        as_tuples = {n: None if each is None else tuple(each) for n, each in units.items()}
+        return cls(**{**found, **as_tuples, "parameters": parameters})
 
 
 @dataclass(frozen=True)

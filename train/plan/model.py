@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from shardwright.train.config import FsdpStrategy, RunConfig
@@ -52,7 +53,9 @@ def facts_of(model: PreTrainedModel, config: RunConfig) -> ModelFacts:
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     hidden = hidden_matrices(model)
     parameters = tuple(
-        Parameter(name, tuple(parameter.shape), name in decayed, name in hidden)
+        Parameter(
+            name, tuple(parameter.shape), name in decayed, name in hidden, parameter.requires_grad
+        )
         for name, parameter in model.named_parameters()
     )
     own = (
@@ -62,18 +65,23 @@ def facts_of(model: PreTrainedModel, config: RunConfig) -> ModelFacts:
     has_blocks = bool(blocks_or_none(model))
     in_fp8 = [layer for layer in fp8.linear_layers(model) if fp8.fits(layer)] if has_blocks else []
     by_any_name = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False))
+    found = _units(model, config)
+    all_train = all(parameter.trains for parameter in parameters)
     return ModelFacts(
         parameters,
         max(own),
-        tuple(_units(model, config)),
+        tuple(sum(p.numel() for p in unit) for unit in found),
+        None
+        if all_train
+        else tuple(sum(p.numel() for p in unit if p.requires_grad) for unit in found),
         fp8_elements=sum(layer.weight.numel() for layer in in_fp8),
         repeated_elements=by_any_name - sum(parameter.elements for parameter in parameters),
         flops_per_token=flops_per_token(model, config),
     )
 
 
-def _units(model: PreTrainedModel, config: RunConfig) -> list[int]:
-    """Return the elements of each unit: those of the run's strategy, or of FSDP's usual ones."""
+def _units(model: PreTrainedModel, config: RunConfig) -> list[list[nn.Parameter]]:
+    """Return the parameters of each unit: those of the run's strategy, or of FSDP's usual ones."""
     if not isinstance(config.strategy, FsdpStrategy):
         config = config.model_copy(update={"strategy": FsdpStrategy(kind="fsdp")})
     if not blocks_or_none(model):
@@ -83,5 +91,5 @@ def _units(model: PreTrainedModel, config: RunConfig) -> list[int]:
     for unit in units(model, config):
         own = [p for p in unit.module.parameters() if id(p) not in taken]
         taken |= set(map(id, own))
-        found.append(sum(p.numel() for p in own))
+        found.append(own)
     return found

@@ -145,7 +145,7 @@ class _Of:
         Source: torch 2.13, nn/parallel/distributed.py; the Trainer's micro-batches before the last
         are in no_sync.
         """
-        size = self.reduced * self.model.count
+        size = self.reduced * self.model.trained.count
         calls = -(-size // strategy.bucket_size_bytes)
         yield Collective("all-reduce", self.group("replicas"), size, calls, "backward", 1, True)
 
@@ -160,7 +160,7 @@ class _Of:
         only; then they gather what was updated (runtime/zero/stage_1_and_2.py).
         """
         section = zero_settings(self.config, self.layout)["zero_optimization"]
-        count = self.model.count
+        count = self.model.trained.count
         if strategy.stage == 3:
             yield from self._zero_3(strategy, section)
             return
@@ -172,7 +172,7 @@ class _Of:
         yield Collective("all-reduce", group, size, pieces * passes, "backward", passes, overlaps)
         if strategy.stage > 0:
             # One for each of the optimizer's groups at the least.
-            groups = len({parameter.decays for parameter in self.model.parameters})
+            groups = len({parameter.decays for parameter in self.model.trained.parameters})
             pieces = max(groups, -(-count // section["allgather_bucket_size"]))
             yield Collective("all-gather", self.shards, self.compute * count, pieces, "update")
 
@@ -198,12 +198,13 @@ class _Of:
         again = large - kept
         pieces = -(-pieces * again // large) if large else 0
         yield self._each_pass("all-gather", group, each * again, pieces, "backward", overlaps)
-        count = self.model.count
+        count = self.model.trained.count
         calls = max(1, -(-count // section["reduce_bucket_size"]))
         size = (0.5 if strategy.quantized_gradients else self.reduced) * count
         yield self._each_pass("reduce-scatter", self.shards, size, calls, "backward", overlaps)
-        persistent = self.compute * (count - large)
-        yield Collective("all-gather", self.shards, persistent, min(1, count - large), "update")
+        small_ones = self.model.count - large
+        persistent = self.compute * small_ones
+        yield Collective("all-gather", self.shards, persistent, min(1, small_ones), "update")
 
     @staticmethod
     def _kept_gathered(strategy: ZeroStrategy) -> int:
@@ -240,7 +241,8 @@ class _Of:
         """
         if strategy.stage == 0:
             return ()
-        part = self.model.count / self.layout.shards
+        whole_part = self.model.count / self.layout.shards
+        part = self.model.trained.count / self.layout.shards
         found = []
         if strategy.offload_optimizer != "none":
             passes = self.passes if strategy.stage >= 2 else 1
@@ -255,7 +257,7 @@ class _Of:
             found.append(Copy("disk", 2 * numbers * part, "update"))
         if strategy.offload_parameters != "none":
             again = 1 - min(1.0, self._kept_gathered(strategy) / self.model.count)
-            of_pass = self.compute * part * self.passes
+            of_pass = self.compute * whole_part * self.passes
             links: list[Link] = ["host"]
             if strategy.offload_parameters == "nvme":
                 links.append("disk")
@@ -279,7 +281,10 @@ class _Of:
         model all-reduce their shards once a step. A matrix of fewer rows than ranks is padded.
         """
         ranks = self.layout.shards
-        whole = sum(-(-p.rows // ranks) * ranks * (p.elements // p.rows) for p in self._parameters)
+        whole, trained = (
+            sum(-(-p.rows // ranks) * ranks * (p.elements // p.rows) for p in each if p.elements)
+            for each in (self.model.parameters, self.model.trained.parameters)
+        )
         in_units = round(whole * sum(self.model.units) / max(1, self.model.count))
         units = len(self.model.units)
         size = self.compute * whole
@@ -290,13 +295,17 @@ class _Of:
             size = self.compute * in_units
             yield self._each_pass("all-gather", group, size, units, "backward", True)
         passes = self.passes if strategy.reduce_each_micro_batch else 1
-        size = self.reduced * whole
-        calls = (units + 1) * passes
+        size = self.reduced * trained
+        # Units of which nothing is trained, and a root, have no gradients.
+        reduces = [u for u in self.model.trained.units if u]
+        at_root = self.model.trained.count > sum(reduces)
+        reductions = len(reduces) + at_root
+        calls = reductions * passes
         yield Collective(
             "reduce-scatter", self.shards, size * passes, calls, "backward", passes, True
         )
         copies = self.group("replicas")
-        yield Collective("all-reduce", copies, size / ranks, units + 1, "backward", 1, True)
+        yield Collective("all-reduce", copies, size / ranks, reductions, "backward", 1, True)
 
     @property
     def _parameters(self) -> list[Parameter]:
@@ -311,12 +320,15 @@ class _Of:
         """
         if not strategy.offload:
             return ()
-        part = self.master * self.model.count / self.layout.shards
+        part, trained = (
+            self.master * each.count / self.layout.shards
+            for each in (self.model, self.model.trained)
+        )
         found = [Copy("host", part * self.passes, "forward", True)]
         if strategy.reshard_after_forward:
             found.append(Copy("host", part * self.passes, "backward", True))
         reductions = self.passes if strategy.reduce_each_micro_batch else 1
-        return (*found, Copy("host", part * reductions, "backward", True))
+        return (*found, Copy("host", trained * reductions, "backward", True))
 
     # --- whatever the engine ----------------------------------------------------------------------
 

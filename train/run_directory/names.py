@@ -45,6 +45,8 @@ ENGINE_FOLDER = "engine"
 FINAL = "final"
 OBJECTIVE_KEY = "shardwright_objective"
 """In a model's config.json, how it was trained, where its architecture does not tell."""
+ADAPTER_FOLDER = "adapter"
+"""In final/: the adapter by itself."""
 FINAL_EARLIER = "final-earlier"
 """What final/ is called from the first step after it until there is a new one."""
 

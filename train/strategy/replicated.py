@@ -118,6 +118,7 @@ class Replicated(DistributedEngine):
         from shardwright.train.strategy.state.moments import check_names, restore_whole
 
         parameters = dict(trainer.model.named_parameters())
+        parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         check_names(state, parameters)
         restore_whole(trainer.torch_optimizer(), state, parameters)
 

@@ -44,6 +44,13 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 # What an option needs besides, to be a run.
 COMPANIONS = {
+    **{
+        f"adapter/{kind}": [
+            *("model=pretrained", "model.name=some/model"),
+            *("tokenizer=pretrained", "tokenizer.name=a/b"),
+        ]
+        for kind in ("lora", "dora", "ia3")
+    },
     "data/hub": ["data.name=someone/something"],
     "data/text": ["data.paths=[corpus.txt]"],
     "data/tokens": [
@@ -62,6 +69,7 @@ COMPANIONS = {
 # What the user adds to an experiment, in this order, as its first line shows.
 OPEN = {
     "bert_base_wordpiece": ["data.name"],
+    "lora_clm": ["model.name", "data.name"],
     "modernbert_base": ["data.name"],
     "modernbert_base_long": ["model.name", "data.name"],
 }

@@ -116,6 +116,24 @@ class AverageEntry(_Part):
     """Whether it, and not the weights, is what the run has learned."""
 
 
+class AdapterEntry(_Part):
+    """The adapter that is trained beside the weights of another model."""
+
+    config: dict[str, Any]
+    """As peft's adapter_config.json has it."""
+    scaling: float = 1.0
+    """By which the product of LoRA's matrices is multiplied."""
+    transposed: list[str] = []
+    """The layers whose weight has a row for each input, as transformers' Conv1D has."""
+    feedforward: list[str] = []
+    """The layers whose inputs IA3 multiplies, not their outputs."""
+
+    @property
+    def base(self) -> str:
+        """The model whose weights it was trained beside."""
+        return str(self.config.get("base_model_name_or_path") or "")
+
+
 class ParameterEntry(_Part):
     name: str
     """By which the model has it first; tied ones have no entry of their own."""
@@ -138,6 +156,8 @@ class Manifest(_Part):
     """Likewise."""
     average: AverageEntry | None = None
     """None where no average was kept, or none had begun."""
+    adapter: AdapterEntry | None = None
+    """None where all weights are trained."""
     metrics: dict[str, float] = {}
     """What was evaluated at this step: eval_loss and so on."""
     finite: bool | None = None

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 from shardwright.train.config.precision import FP8_RECIPES
 from shardwright.train.config.rank_layout import RankLayout, rank_layout
-from shardwright.train.config.rules import fsdp, mps, noise_scale, optimizers, replicated, zero
+from shardwright.train.config.rules import (
+    adapter,
+    fsdp,
+    mps,
+    noise_scale,
+    optimizers,
+    replicated,
+    zero,
+)
 from shardwright.train.config.section import shown
 from shardwright.train.config.sections import Sections
 from shardwright.train.config.trainer import CADENCES, accumulation_steps, largest_micro_batch
@@ -18,6 +26,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     """Yield a message for each pair of values that cannot both be meant."""
     yield from _samples_contradictions(config)
     yield from config.model.contradictions()
+    yield from adapter.contradictions(config)
     yield from _vocabulary_contradictions(config)
     yield from _evaluation_contradictions(config)
     yield from _epochs_contradictions(config)

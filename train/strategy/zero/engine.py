@@ -118,7 +118,7 @@ class Zero(Engine):
         from shardwright.train.strategy.zero import swapped
 
         engine, optimizer = trainer.model_wrapped, trainer.innermost_optimizer()
-        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+        names = {p: name for name, p in engine.module.named_parameters() if p.requires_grad}
         check_names(state, names.values())
         if engine.zero_optimization_stage() == 0:
             whole = replicated_masters(engine)
