@@ -40,7 +40,9 @@ As a strategy, a file is translated while a run is composed, for any command tha
 key that is refused, or a value that contradicts one on the command line, is an error that names \
 both. `config.yaml` has the plain values, so that no resume reads the file. Accumulation steps \
 without `train_batch_size` need the number of ranks: give `launcher.nproc_per_node`, or \
-`trainer.global_batch_size`. It is an option of a command line: an experiment cannot choose it.
+`trainer.global_batch_size`. A sweep may vary it, by `strategy=zero2,deepspeed_file \
+strategy.path=FILE` or by `strategy.path=A,B`: the file is of those points alone that read it. It \
+is an option of a command line: an experiment cannot choose it.
 
 Each name for itself:
 

@@ -7,7 +7,8 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 
-from shardwright.launchers.composition.compose import CONF, compose
+from shardwright.launchers.composition import engine_file
+from shardwright.launchers.composition.compose import CONF, compose, group_options
 from shardwright.launchers.composition.errors import qualify
 from shardwright.launchers.plan import hardware
 from shardwright.launchers.plan.kept import HERE
@@ -65,9 +66,28 @@ def complete(
         return offered
     if command not in ("train", "sweep", "prepare", "plan", "inspect"):
         return []
-    settings = [word for word in words[1:] if not word.startswith("--")]
+    if offered := _of_files(words[1:], last):
+        return offered
+    settings = [word for word in words[1:] if not word.startswith("--") and not _is_of_file(word)]
     overrides = [qualify(word) for word in hardware.split(settings)[1]]
     return " ".join([program, *overrides, last])
+
+
+def _of_files(words: Sequence[str], last: str) -> list[str]:
+    """Return what a word begins that names a file of another program's as the strategy.
+
+    Hydra knows of none: they are translated before it composes.
+    """
+    if any(map(_is_of_file, words)):
+        return [path for path in (f"{engine_file.PATH}=",) if last and path.startswith(last)]
+    options = [*group_options()["strategy"], *engine_file.OPTIONS]
+    found = [f"strategy={option}" for option in sorted(options)]
+    return [word for word in found if last.startswith("strategy=") and word.startswith(last)]
+
+
+def _is_of_file(word: str) -> bool:
+    key, _, value = word.partition("=")
+    return key == engine_file.PATH or (key == "strategy" and value in engine_file.OPTIONS)
 
 
 def _of_hardware(word: str) -> list[str]:

@@ -58,6 +58,17 @@ def replaced(arguments: Sequence[str]) -> list[str]:
     return [*words, *own]
 
 
+def of_point(common: Sequence[str], own: Sequence[str], strategies: str) -> list[str]:
+    """Return what points of a sweep have in common, as one with ``own`` words takes it. Pure.
+
+    A file is of the points alone whose strategy is to read one; ``strategies`` are those of all.
+    """
+    mine = dict(_given(own)).get("strategy")
+    if mine is None or mine in OPTIONS or not any(option in strategies for option in OPTIONS):
+        return list(common)
+    return [argument for argument in common if _key(argument) != PATH]
+
+
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     for argument in arguments:
         key, equals, value = argument.partition("=")

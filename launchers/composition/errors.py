@@ -221,6 +221,8 @@ def _unknown_option(path: str, options: list[str]) -> str:
 _ELSEWHERE = {
     "model": "; a model of the hub or in a directory is model=pretrained model.name={}",
     "tokenizer": "; one of the hub or in a directory is tokenizer=pretrained tokenizer.name={}",
+    "strategy": "; a config of another program's is strategy=deepspeed_file strategy.path=FILE, or "
+    "strategy=accelerate_file",
     "data": "; files of yours are data=text data.paths=[{0}], a data set of the hub is data=hub "
     "data.name={0}",
 }

@@ -203,7 +203,7 @@ def best_command(sweep: Sweep, states: Sequence[PointState]) -> str | None:
     if not found or sweep.objectives[0].metric not in found[0][1].values:
         return None
     point, _ = found[0]
-    words = [*sweep.arguments, *point.overrides]
+    words = [*sweep.common(point), *point.overrides]
     return f"train the best one again with: {program.command('train', *words)}"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from shardwright.launchers.composition import engine_file
 from shardwright.launchers.sweep import definition
 from shardwright.launchers.sweep.definition import Objective, SweepConfig
 from shardwright.train.durable import write_text
@@ -97,6 +98,11 @@ class Sweep:
     @property
     def objectives(self) -> tuple[Objective, ...]:
         return self.definition.objectives
+
+    def common(self, point: Point) -> list[str]:
+        """Return the words that a point has in common with others."""
+        strategies = str(self.definition.grid.get("strategy", ""))
+        return engine_file.of_point(self.arguments, point.overrides, strategies)
 
     def run_dir(self, number: int) -> Path:
         """Return the run directory of a point."""

@@ -114,7 +114,7 @@ class Composer:
         """Return a point as it is composed. Raises UserError where it is not."""
         if point.number not in self._jobs:
             place = f"run_dir={quoted(str(self.sweep.run_dir(point.number)))}"
-            found = compose([*self.sweep.arguments, *point.overrides, place])
+            found = compose([*self.sweep.common(point), *point.overrides, place])
             (self._jobs[point.number],) = found
         return self._jobs[point.number]
 
@@ -129,10 +129,11 @@ class Composer:
         """Return what starts a point. Raises UserError, a line for each problem, if it cannot."""
         run_dir = self.sweep.run_dir(point.number)
         log = self.sweep.log(point.number)
+        common = tuple(self.sweep.common(point))
         if (run_dir / RUN_CONFIG).is_file():
             config = run_config.load(run_dir)
             preflight.check_machine(config, self.here)
-            return Task(point, run_dir, config, {}, self.sweep.arguments, True, log)
+            return Task(point, run_dir, config, {}, common, True, log)
         job = self.job(point)
         if self.words:
             tree = OmegaConf.merge(job.tree, _tree(self.words))
@@ -142,7 +143,7 @@ class Composer:
         config = resolved(job, self.here, self.stamp)
         if not run_dir.exists():
             preflight.check(config, self.here)
-        return Task(point, run_dir, config, dict(job.choices), self.sweep.arguments, False, log)
+        return Task(point, run_dir, config, dict(job.choices), common, False, log)
 
 
 def _tree(words: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -30,6 +30,13 @@ that say the same."""
 
 _CADENCES = {"eval": "eval", "save": "save", "logging": "log"}
 """How flags call what comes every so often, and what it is called here."""
+_PUSHED = {
+    "end": "final",
+    "every_save": "save",
+    "checkpoint": "checkpoints",
+    "all_checkpoints": "checkpoints",
+}
+"""What is pushed and when, by the Trainer's hub_strategy."""
 
 
 def arguments(words: Sequence[str]) -> dict[str, Any]:
@@ -126,6 +133,8 @@ class _Line:
             "output_dir": self._directory,
             "use_liger_kernel": self._fused,
             "cache_dir": self._cache,
+            "push_to_hub": self._push,
+            **dict.fromkeys(("hub_model_id", "hub_strategy", "hub_private_repo"), self._of_push),
             "bf16_full_eval": self._evaluated_in,
             "fp16_full_eval": self._evaluated_in,
         }
@@ -339,6 +348,30 @@ class _Line:
 
     def _directory(self, name: str, value: Any) -> None:
         self._found.sets(name, value, run_dir=str(value))
+
+    def _push(self, name: str, value: Any) -> None:
+        if not is_on(value):
+            self._found.ignores(name, value, "off")
+            return
+        # As the Trainer names it where nobody does.
+        own = str(self._flags.get("output_dir", "trainer_output")).rstrip("/").rpartition("/")[2]
+        strategy = str(self._flags.get("hub_strategy", "every_save"))
+        if strategy not in _PUSHED:
+            self._found.refuses(name, value, f"hub_strategy is one of {', '.join(_PUSHED)}")
+            return
+        given: dict[str, Any] = {
+            "checkpoint__push_to": str(self._flags.get("hub_model_id", own)),
+            "checkpoint__push_every": _PUSHED[strategy],
+        }
+        if "hub_private_repo" in self._flags:
+            given["checkpoint__push_private"] = is_on(self._flags["hub_private_repo"])
+        self._found.sets(name, value, **given)
+
+    def _of_push(self, name: str, value: Any) -> None:
+        is_pushed = is_on(self._flags.get("push_to_hub", False))
+        self._found.ignores(
+            name, value, "read with push_to_hub" if is_pushed else "push_to_hub is off"
+        )
 
     # --- of what ----------------------------------------------------------------------------------
 

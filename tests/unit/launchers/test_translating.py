@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -358,6 +359,25 @@ def test_what_comes_with_each_epoch_does_so_here() -> None:
         assert run.trainer.cadence(kind) == {f"{kind}_every_epochs": 1}
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--push_to_hub", ("out", "save", True)),
+        ("--push_to_hub --hub_model_id me/x --hub_strategy end", ("me/x", "final", True)),
+        ("--push_to_hub --hub_strategy checkpoint", ("out", "checkpoints", True)),
+        ("--push_to_hub --hub_private_repo false", ("out", "save", False)),
+        ("--hub_model_id me/x --hub_strategy end", (None, "final", True)),
+    ],
+)
+def test_a_script_that_pushes_does_so_here(flags: str, expected: tuple[Any, ...]) -> None:
+    line = f"python run_clm.py --model_type gpt2 --train_file a.txt --output_dir a/out {flags}"
+    found = source.of_line(shlex.split(line))
+    assert not found.refused
+    _, run = composed(*found.words())
+    kept = run.checkpoint
+    assert (kept.push_to, kept.push_every, kept.push_private) == expected
+
+
 SAMPLES: dict[str, Any] = {
     "eval_strategy": "steps", "save_strategy": "steps", "logging_strategy": "steps",
     "lr_scheduler_type": "cosine", "optim": "adamw_torch", "report_to": "none",
@@ -459,6 +479,32 @@ def test_a_file_that_is_of_another_program_or_not_given(ds: Path) -> None:
     _, run = composed("strategy=deepspeed_file", f"strategy.path={ds}",
                       "trainer.global_batch_size=32")  # fmt: skip
     assert run.trainer.global_batch_size == 32
+
+
+def test_a_sweep_varies_strategies_that_are_files_among_others(
+    ds: Path, shardwright: Shardwright, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**DOCUMENTED, "gradient_clipping": 0.7}))
+    common = ["--dry-run", "model=gpt2_tiny", "launcher.device=cpu", "launcher.nproc_per_node=2"]
+    mixed = ["strategy=ddp,deepspeed_file,fsdp", f"strategy.path={ds}"]
+    outcome = shardwright("sweep", *common, *mixed)
+    assert outcome.code == 0, outcome.err
+    rows = re.findall(r"^\d +not started +(\S+)$", outcome.out, re.MULTILINE)
+    assert rows == ["ddp", "deepspeed_file", "fsdp"]
+    # The first point is none of a file: its command has none either.
+    command = outcome.out.strip().splitlines()[-1]
+    assert "strategy=ddp" in command
+    assert "strategy.path" not in command
+
+    files = ["strategy=deepspeed_file", f"strategy.path={ds},{other}"]
+    outcome = shardwright("sweep", *common, *files)
+    assert outcome.code == 0, outcome.err
+    assert len(re.findall(r"^\d +not started", outcome.out, re.MULTILINE)) == 2
+
+    outcome = shardwright("sweep", *common, "strategy=ddp,fsdp", f"strategy.path={ds}")
+    assert outcome.code == 2
+    assert "unknown key strategy.path" in outcome.err
 
 
 def test_the_command_prints_overrides_and_accounts_for_keys(
