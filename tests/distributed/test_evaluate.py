@@ -50,6 +50,7 @@ def measured(place: Path, step: int | None, ranks: RanksOf, *overrides: str) -> 
     ("strategy", "objective"),
     [
         *(("zero2", "clm"), ("fsdp", "mlm")),
+        pytest.param("zero3", "diffusion", marks=pytest.mark.slow),
         *(
             pytest.param(name, "clm", marks=pytest.mark.slow)
             for name in ("ddp", "zero1", "zero3", "fsdp_offload")

@@ -25,6 +25,7 @@ from shardwright.train.config import from_tree, load, to_yaml
 from shardwright.train.model import build as models
 from shardwright.train.model.blocks import parameter_count
 from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.run_directory.names import OBJECTIVE_KEY
 from shardwright.train.sampling.sample import parser, show
 from shardwright.train.sampling.sharded import generate
 from shardwright.train.strategy import engine_of
@@ -35,9 +36,12 @@ from tests.unit.saved_models import POSITIONS, TOKENS, save
 pytestmark = pytest.mark.distributed
 
 PROMPTS = {"clm": ["def ", "a", "class Foo:"], "mlm": ["import <mask>", "<mask> b"]}
+PROMPTS["diffusion"] = ["def ", "a <mask> b<mask>"]
 
 
-@pytest.fixture(scope="module", params=["clm", "mlm"])
+@pytest.fixture(
+    scope="module", params=["clm", "mlm", pytest.param("diffusion", marks=pytest.mark.slow)]
+)
 def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a model of random weights, large enough that its tokens differ."""
     torch.manual_seed(0)
@@ -52,11 +56,13 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         vocab_size=len(TOKENS), max_position_embeddings=POSITIONS + 2, hidden_size=32,
         num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.3,
     )  # fmt: skip
+    if request.param == "diffusion":
+        setattr(masked, OBJECTIVE_KEY, "diffusion")
     return save(RobertaForMaskedLM(masked), directory)
 
 
 def arguments_of(model_dir: Path) -> list[str]:
-    prompts = PROMPTS["clm" if model_dir.name.startswith("clm") else "mlm"]
+    (prompts,) = (PROMPTS[kind] for kind in PROMPTS if model_dir.name.startswith(kind))
     options = ["--new-tokens", "12", "--top", "3", "--seed", "3"]
     return [str(model_dir), *options, *(part for p in prompts for part in ("--prompt", p))]
 

@@ -55,6 +55,8 @@ def test_the_rate_follows_the_run(fields: dict[str, Any], expected: list[float])
     found = [asked.masking_rate_at(quarter / 4) for quarter in range(5)]
     assert found == pytest.approx(expected)
     assert asked.largest_masked_share == pytest.approx(max(expected))
+    every = [asked.masking_rate_at(part / 1000) for part in range(1000)]
+    assert asked.mean_masked_share == pytest.approx(sum(every) / 1000, abs=1e-3)
     evaluated = asked.as_evaluated()
     assert {evaluated.masking_rate_at(done) for done in (0.0, 0.5, 1.0)} == {asked.masking_rate}
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardwright.train.config import DiffusionObjective, RankLayout, RunConfig
 from shardwright.train.data import prepare
@@ -185,3 +186,16 @@ def test_the_weights_are_single_precision_and_travel_with_the_batch(
     assert batch[LABEL_WEIGHTS].dtype == torch.float32
     assert batch[LABEL_WEIGHTS].min() >= 1.0
     assert batch[PREDICTABLE] <= batch["labels"].numel() - 2 * len(batch["labels"])
+
+
+def test_a_causal_model_cannot_be_switched_for_every_attention() -> None:
+    """transformers (5.23) makes other masks by the config's is_causal, and leaves its modules."""
+    settings: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "is_causal": False}
+    config = LlamaConfig(vocab_size=32, num_hidden_layers=1, num_attention_heads=1, **settings)
+    model = LlamaForCausalLM(config)
+    assert all(m.is_causal for m in model.modules() if hasattr(m, "is_causal"))
+    ids = torch.arange(8)[None]
+    other = ids.clone()
+    other[0, -1] = 9
+    first, second = (model(input_ids=each).logits[0, 0] for each in (ids, other))
+    assert not torch.equal(first, second), "its masks are bidirectional"

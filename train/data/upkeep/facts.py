@@ -249,9 +249,11 @@ def _samples(
         trees.append(tree(row, decoder, mask, name))
         lines += ["", *described(row, decoder, mask, name, wanted.columns)]
     if trees and config.objective.is_masked:
-        legend = (
-            "«mask: dove» is a masked «dove», «kept: dove» one left as it is, «cat: dove» one "
-            "that another token replaces."
-        )
+        legend = "«mask: dove» is a masked «dove»"
+        if config.objective.kind == "mlm":
+            legend += (
+                ", «kept: dove» one left as it is, «cat: dove» one that another token replaces"
+            )
+        legend += "."
         lines = ["", *textwrap.wrap(legend, min(wanted.columns, 80)), *lines]
     return trees, lines
