@@ -67,6 +67,7 @@ def header(
     rows = {
         "model": f"{choices.get('model', config.model.kind)}, {config.objective.kind}",
         "weights": config.model.name if config.model.kind == "pretrained" else "none",
+        "adapter": config.adapter.in_words,
         "data": f"{choices.get('data', config.data.kind)}, "
         f"{config.data.tokens_per_sample:,} tokens a sample, {_documents(config)}",
         "batch": f"{trainer.global_batch_size:,} samples = {trainer.samples_per_pass} x "

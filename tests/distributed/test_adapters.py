@@ -14,7 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.live_engine import held_and_peak
+from shardwright.launchers.plan.states import states
+from shardwright.train.config import load
 from shardwright.train.export.recover import Options, recover
+from shardwright.train.plan.model import facts_of, planned
 from tests.distributed.curves import curve
 from tests.distributed.interrupted import interrupted
 from tests.distributed.jobs import whole_run
@@ -55,7 +59,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_of(base: Path, tiny_tree: TreeOf, frozen_run: Freeze) -> Callable[..., Path]:
-    def freeze(adapter: str, strategy: str, **sections: Any) -> Path:
+    def freeze(adapter: str, strategy: str, /, **sections: Any) -> Path:
         tree = tiny_tree("clm")
         tree["model"] = {"kind": "pretrained", "name": str(base)}
         tree["tokenizer"] = {"kind": "pretrained", "name": str(base)}
@@ -141,3 +145,71 @@ def test_each_adapter_under_each_engine(
     tmp_path: Path,
 ) -> None:
     check(run_of(adapter, strategy), strategy, base, ranks, tmp_path)
+
+
+_USED_ONCE = {"max_live_elements": 1, "max_reuse_distance_elements": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_each_engine_learns_the_same(
+    adapter: str, run_of: Callable[..., Path], ranks: RanksOf
+) -> None:
+    runs = {
+        "ddp": run_of(adapter, "ddp"),
+        "zero2": run_of(adapter, "zero2"),
+        # Each weight is gathered for its own layer alone, beside which DoRA reads it once more.
+        "zero3": run_of(adapter, "zero3_nothing_kept", strategy=_USED_ONCE),
+        "fsdp": run_of(adapter, "fsdp"),
+    }
+    for run in runs.values():
+        ranks(2)(whole_run, run)
+    for run in runs.values():
+        assert curve(run) == pytest.approx(curve(runs["ddp"]), rel=1e-5)
+        assert curve(run, "grad_norm") == pytest.approx(curve(runs["ddp"], "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3_nothing_kept", "fsdp", "ddp"])
+def test_in_bf16_only_what_is_trained_has_master_weights(
+    strategy: str, base: Path, run_of: Callable[..., Path], ranks: RanksOf, tmp_path: Path
+) -> None:
+    run = run_of("lora", strategy, precision={"compute_dtype": "bf16"})
+    check(run, strategy, base, ranks, tmp_path, rounded=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gradients_pass_through_blocks_that_are_computed_again(
+    strategy: str, run_of: Callable[..., Path], ranks: RanksOf
+) -> None:
+    plain = run_of("lora", strategy)
+    again = run_of("lora", strategy, trainer={"checkpoint_activations_every_blocks": 1})
+    for run in (plain, again):
+        ranks(2)(whole_run, run)
+    assert curve(again) == curve(plain)
+    assert curve(again, "grad_norm") == curve(plain, "grad_norm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp"])
+def test_a_plan_is_what_the_live_engine_holds(
+    strategy: str, run_of: Callable[..., Path], ranks: RanksOf
+) -> None:
+    precision = {} if strategy == "single" else {"compute_dtype": "bf16"}
+    run = run_of(
+        "lora",
+        strategy,
+        precision=precision,
+        data={"sequence_length": 64},
+        # Two micro-batches a step: between them the gradients are held.
+        trainer={"global_batch_size": 8 * world_size(strategy), "micro_batch_size": 4},
+    )
+    config = load(run)
+    held = ranks(world_size(strategy))(held_and_peak, run, threads_may_stay=True)
+    measured = {kind: max(rank[kind] for rank in held) for kind in held[0]}
+    found = states(config, facts_of(planned(config), config)).device
+    buckets = 0 if strategy == "ddp" else found.buckets
+    assert found.weights + found.kept_whole == pytest.approx(measured["parameters"], rel=0.02)
+    assert found.gradients + buckets == pytest.approx(measured["gradients"], rel=0.02)
+    assert found.optimizer == pytest.approx(measured["optimizer"], rel=0.02)

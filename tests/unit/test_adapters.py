@@ -94,6 +94,11 @@ def test_a_config_of_before_trains_all_weights() -> None:
             "false",
         ),
         (
+            {"adapter": {"kind": "dora"}, "strategy": {**trees.FSDP, "wrap": "size"}},
+            "adapter=dora reads each layer's weight beside the layer, which strategy.wrap=size may "
+            "gather for itself alone; set strategy.wrap=transformer, or choose adapter=lora",
+        ),
+        (
             {"adapter": {"target_modules": []}},
             "adapter.target_modules=[] leaves nothing to train; name some, or set it to null or "
             "all-linear",

@@ -22,6 +22,7 @@ class NoAdapter(Section):
 
     kind: Literal["none"] = "none"
     trains_all: ClassVar[bool] = True
+    in_words: ClassVar[str] = "none"
 
     def contradictions(self) -> Iterator[str]:
         yield from ()
@@ -71,6 +72,10 @@ class LowRankAdapter(_Adapter):
     """On what goes into the first matrix."""
 
     @property
+    def in_words(self) -> str:
+        return f"{self.kind}, rank {self.rank}, alpha {self.alpha:g}"
+
+    @property
     def scaling(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
@@ -94,6 +99,10 @@ class Ia3Adapter(_Adapter):
     feedforward_modules: Annotated[Strings, BeforeValidator(_listed)] | None = None
     """Those of target_modules whose inputs are multiplied, not their outputs; null is peft's choice
     for the architecture."""
+
+    @property
+    def in_words(self) -> str:
+        return self.kind
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()

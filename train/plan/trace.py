@@ -168,7 +168,8 @@ class _Step:
         model, live = self._model, self._live
         live.leave_out([*model.parameters(), *model.buffers()])
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(self._take)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._take)
         with live:
             live.take_in([batch["input_ids"], labels])
             live.begin()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shardwright.train.errors import UserError
 from shardwright.train.process.logs import quiet_libraries
+from shardwright.train.run_directory.names import ADAPTER_FOLDER
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,7 +65,9 @@ def choose(directory: Path) -> Chosen:
     files, left_out = [], {}
     for path in found:
         name = path.name
-        if not path.is_file():
+        if name == ADAPTER_FOLDER:
+            left_out[name] = f"for a repository of its own: `hf upload NAME {path}`"
+        elif not path.is_file():
             left_out[name] = "no file"
         elif name in wanted or (name.endswith(_ENDINGS) and not name.startswith(".")):
             files.append(path)

@@ -31,6 +31,7 @@ def contradictions(config: Sections) -> Iterator[str]:
             f"{what} with trainer.optimizer={trainer.optimizer}, which is made for all weights of "
             "a model; choose trainer.optimizer=adamw"
         )
+    yield from _gathered_contradictions(config)
     if config.precision.fp8_recipe is not None:
         yield (
             f"{what} with precision.fp8_recipe={config.precision.fp8_recipe}, which converts "
@@ -41,4 +42,18 @@ def contradictions(config: Sections) -> Iterator[str]:
             f"{what} has final/ made of a whole checkpoint, but "
             "strategy.node_local_checkpoints=true leaves it on several nodes' disks; set it to "
             "false"
+        )
+
+
+def _gathered_contradictions(config: Sections) -> Iterator[str]:
+    """Yield where a layer's weight is gathered for its own forward pass alone.
+
+    DoRA reads it once more beside that (peft 0.21, tuners/lora/dora.py, DoraLinearLayer.forward).
+    ZeRO-3 gathers what is read anywhere (deepspeed 0.19, parameter_offload.py, ZeROOrderedDict).
+    """
+    strategy = config.strategy
+    if config.adapter.kind == "dora" and getattr(strategy, "wrap", None) == "size":
+        yield (
+            "adapter=dora reads each layer's weight beside the layer, which strategy.wrap=size may "
+            "gather for itself alone; set strategy.wrap=transformer, or choose adapter=lora"
         )

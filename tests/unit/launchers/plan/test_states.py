@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ COUNT = 1310
 SMALL = ("strategy.persistence_elements=10", "strategy.reduce_bucket_elements=500")
 
 
-def held(*overrides: str, ranks: int = 4) -> Held:
+def held(*overrides: str, ranks: int = 4, model: ModelFacts = MODEL) -> Held:
     _, run = composed(
         "model=gpt2_tiny",
         f"launcher.nproc_per_node={ranks}",
@@ -31,7 +32,7 @@ def held(*overrides: str, ranks: int = 4) -> Held:
         "trainer.micro_batch_size=8",
         *overrides,
     )
-    return states(resolve(run, Machine(compute_capabilities=(9.0,) * 8), "/runs/a"), MODEL)
+    return states(resolve(run, Machine(compute_capabilities=(9.0,) * 8), "/runs/a"), model)
 
 
 def test_what_is_replicated_is_whole() -> None:
@@ -79,3 +80,25 @@ def test_what_is_offloaded_is_not_on_the_device(overrides: list[str], where: str
     place: Any = getattr(found, where)
     assert place.optimizer > 0
     assert found.device.optimizer == 0
+
+
+def test_what_is_not_trained_has_neither_gradients_nor_moments() -> None:
+    frozen = replace(MODEL.parameters[0], trains=False)
+    model = replace(MODEL, parameters=(frozen, *MODEL.parameters[1:]))
+    trained = 310
+    found = held("strategy=ddp", "precision=bf16", model=model).device
+    assert (found.weights, found.gradients) == (4 * COUNT, 4 * trained)
+    assert (found.moments, found.buckets) == (8 * trained, 4 * trained)
+
+    found = held("strategy=zero2", "precision=bf16", model=model).device
+    part = 76 + 4
+    assert (found.weights, found.optimizer) == (2 * COUNT, 12 * part)
+    assert found.gradients == 4 * part
+
+    found = held("strategy=zero3", "precision=bf16", *SMALL, model=model).device
+    assert (found.weights, found.optimizer) == (2 * (250 + 75 + 3), 12 * (75 + 3))
+    assert found.gradients == 4 * (75 + 3)
+
+    found = held("strategy=fsdp", "precision=bf16", model=model).device
+    of_weights, part = 25 * 10 + 8 * 10 + 3, 8 * 10 + 3
+    assert found == States(weights=4 * of_weights, gradients=4 * part, moments=8 * part)
