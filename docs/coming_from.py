@@ -10,6 +10,7 @@ from shardwright.train.config.elsewhere.example_scripts import EXAMPLE_SCRIPTS
 from shardwright.train.config.elsewhere.fsdp_plugin import FSDP_PLUGIN
 from shardwright.train.config.elsewhere.row import Row
 from shardwright.train.config.elsewhere.trainer_arguments import TRAINER_ARGUMENTS
+from shardwright.train.config.elsewhere.trainer_parameters import TRAINER_PARAMETERS
 from shardwright.train.config.rules import deepspeed_keys
 
 HEAD = """# Coming from the Trainer, accelerate or DeepSpeed
@@ -58,6 +59,7 @@ def chapter(command: str, prose: Callable[[str], str]) -> str:
     """Return the chapter; ``prose`` makes Markdown of a sentence, ``command`` has made it."""
     programs = {
         "Arguments of the Trainer": TRAINER_ARGUMENTS,
+        "What the Trainer is constructed with": TRAINER_PARAMETERS,
         "Arguments of run_clm.py and run_mlm.py": EXAMPLE_SCRIPTS,
         "Flags of accelerate launch": {
             **ACCELERATE_LAUNCH,

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from shardwright.launchers import messages
@@ -39,11 +39,12 @@ def new_run(
     *,
     is_generated: bool = False,
     chosen: Choice | None = None,
+    created: Callable[[Path], object] | None = None,
 ) -> int:
     """Create the run directory, prepare the data, run the ranks; return the exit code.
 
-    A directory's name that ``is_generated`` is another one where that is taken. ``chosen`` is what
-    a plan has chosen for the run.
+    A directory's name that ``is_generated`` is another one where that is taken, and ``created`` is
+    told which it is. ``chosen`` is what a plan has chosen for the run.
     """
     assert config.run_dir is not None, "resolved"
 
@@ -57,6 +58,8 @@ def new_run(
             chosen=chosen,
         )
         run_dir = Path(str(config.run_dir))
+        if created is not None:
+            created(run_dir)
         environment = rank_environment(config, here, os.environ)
         (claim,) = claims
         try:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from shardwright.launchers import own_parts
 from shardwright.launchers.machine import directories, memory
 from shardwright.launchers.machine.facts import Machine, lacking
 from shardwright.launchers.machine.names import unusable_checkpoint
@@ -88,6 +89,7 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
     problems = [
         *launcher_of(config).problems(),
         *_missing_packages(config),
+        *own_parts.problems(config),
     ]
     if not config.launcher.is_job:
         launcher = config.launcher

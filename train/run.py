@@ -316,6 +316,7 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO, sent_bytes: fl
         *([trainer.publishing] if trainer.publishing is not None else []),
     ]:
         trainer.add_callback(callback)
+    trainer.add_own_callbacks()
 
 
 def _note_start(trainer: Trainer, steps: int, console: TextIO) -> None:

@@ -201,7 +201,10 @@ def _state(row: Row, *, verified: bool) -> str:
     return state
 
 
-_NUMBERS = {"step", "ranks", "size", "age", "eval_loss", "eval_perplexity", "eval_masked_accuracy"}
+_NUMBERS = {
+    *("step", "ranks", "size", "age"),
+    *("eval_loss", "eval_perplexity", "eval_masked_accuracy", "eval_own_loss"),
+}
 
 
 def _aligned(table: list[list[str]]) -> list[str]:

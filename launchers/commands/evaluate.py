@@ -15,17 +15,17 @@ from typing import Any
 from shardwright.launchers import columns, evaluating, preflight
 from shardwright.launchers.columns import NOTHING, Column
 from shardwright.launchers.commands.recover import step as step_of
-from shardwright.launchers.commands.resume import (
-    Kept,
-    changed,
-    largest_micro_batch,
-    options_chosen,
-)
 from shardwright.launchers.composition.compose import compose, plain, quoted
 from shardwright.launchers.composition.errors import refuse_dashes, with_home_quoted
 from shardwright.launchers.evaluating import Target
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.resuming import (
+    Kept,
+    changed,
+    largest_micro_batch,
+    options_chosen,
+)
 from shardwright.train import config as run_config
 from shardwright.train.config import RunConfig, from_tree
 from shardwright.train.console import terminal

@@ -24,6 +24,7 @@ from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
 from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.config.own import with_parts_located
 from shardwright.train.data.sources.corpus import located
 from shardwright.train.errors import BAD_INPUT, UserError
 from shardwright.train.paths import absolute
@@ -183,7 +184,7 @@ def resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
     """Return a job's config, valid and with nothing left open."""
     config = from_tree(plain(job.tree))
     # Of new runs alone: by the very names in it a resume finds the tokens of one that is older.
-    config = config.model_copy(update={"data": located(config.data)})
+    config = with_parts_located(config.model_copy(update={"data": located(config.data)}))
     return machine.resolve(config, here, _run_dir(config, job.number, stamp))
 
 

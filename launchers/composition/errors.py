@@ -32,7 +32,10 @@ ROOT_GROUP = "experiment"
 """The group whose files set keys of the whole tree; Hydra knows it as ``experiment@_global_``."""
 
 
-FREE_FORM = ("strategy.extra", "data.eval_paths", "model.overrides")
+FREE_FORM = (
+    *("strategy.extra", "data.eval_paths", "data.options", "model.overrides"),
+    "trainer.custom_options",
+)
 """The sections whose keys no file lists."""
 
 

@@ -68,7 +68,7 @@ def needed(config: RunConfig, count: int) -> tuple[Parts, Parts]:
 def moments_bytes(trainer: TrainerConfig, dtype_bytes: int) -> int:
     """Return the bytes of an optimizer's state for each parameter, at the least."""
     facts = OPTIMIZERS[trainer.optimizer]
-    return facts.moments * (facts.moments_bytes or dtype_bytes)
+    return trainer.moments * (facts.moments_bytes or dtype_bytes)
 
 
 def problems(config: RunConfig, machine: Machine) -> Iterator[str]:

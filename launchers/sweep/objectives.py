@@ -14,7 +14,10 @@ OF_TRAINING = (
     *("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "peak_memory_bytes"),
     "auxiliary_loss",
 )
-OF_EVALUATIONS = (*("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_masked_accuracy"),)
+OF_EVALUATIONS = (
+    *("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_masked_accuracy"),
+    "eval_own_loss",
+)
 OF_A_SOURCE = "eval_loss/"
 """Begins the name of the held-out loss of one source, where there are several."""
 NOT_COMPARED = (
@@ -37,6 +40,8 @@ def problem(metric: str, config: RunConfig) -> str | None:
         )
     if metric == "eval_masked_accuracy" and config.objective.kind != "mlm":
         return f"{start}is for masked models, and objective={config.objective.kind}; use eval_loss"
+    if metric == "eval_own_loss" and config.objective.loss is None:
+        return f"{start}is that of objective.loss, which is null; use eval_loss"
     if metric.startswith(OF_A_SOURCE):
         return None  # which sources there are, the data tell
     known = (*OF_EVALUATIONS, *OF_TRAINING)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+PARTS = Path(__file__).parents[1] / "example_parts.py"
 HAS_COMPILER = shutil.which("c++") is not None and shutil.which("ninja") is not None
 
 
@@ -34,6 +36,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-3,
     },
     "sgd": {"optimizer": "sgd", "learning_rate": 0.3},
+    "custom": {
+        "optimizer": "custom",
+        "custom_class": f"{PARTS}:SignMomentum",
+        "custom_options": {"beta": 0.8},
+        "custom_moments": 1,
+        "learning_rate": 2e-3,
+    },
 }
 
 

@@ -22,6 +22,7 @@ from tests.distributed.jobs import (
 from tests.distributed.optimizers import (
     COMPILED_FOR_DTENSORS,
     OPTIMIZERS,
+    PARTS,
     PURE_BF16,
     needs_compiler,
     needs_torchao,
@@ -42,6 +43,7 @@ CLASSES = {
     "lion": "Lion",
     "schedule_free": "ScheduleFree",
     "sgd": "SGD",
+    "custom": f"{PARTS}:SignMomentum",
 }
 TAKEN = {
     "adafactor": ("ddp", "zero0"),
@@ -50,9 +52,11 @@ TAKEN = {
     "lion": ("zero2", "fsdp"),
     "schedule_free": ("ddp", "zero0", "zero2", "zero3", "zero3_many_groups", "fsdp"),
     "sgd": ("zero3", "fsdp"),
+    "custom": ("ddp", "zero0", "zero2", "zero3", "fsdp"),
 }
 # By default a resume of it is a run on ranks.
 SLOW = [("schedule_free", name) for name in TAKEN["schedule_free"]]
+SLOW += [("custom", name) for name in TAKEN["custom"] if name != "zero2"]
 # Compiled for each strategy anew. FSDP's curve is that of the next test as well.
 EIGHT_BIT = {strategy: [needs_torchao, pytest.mark.slow] for strategy in ("ddp", "fsdp")}
 

@@ -195,7 +195,7 @@ def test_load_names_a_damaged_file(tmp_path: Path) -> None:
             "trainer.debug.statistics_every_steps=5 reads all master weights and gradients, which "
             "strategy=zero keeps on a disk",
         ),
-        ({"checkpoint__best_metric": "loss"}, "must be eval_loss, eval_perplexity or eval_masked"),
+        ({"checkpoint__best_metric": "loss"}, "must be eval_loss, eval_perplexity, eval_masked"),
         (
             {"strategy__bucket_size_bytes": 1},
             "strategy.bucket_size_bytes is not a setting of strategy.kind=zero",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -15,11 +16,13 @@ from shardwright.train.config.elsewhere.example_scripts import EXAMPLE_SCRIPTS
 from shardwright.train.config.elsewhere.fsdp_plugin import FSDP_PLUGIN
 from shardwright.train.config.elsewhere.row import rows
 from shardwright.train.config.elsewhere.trainer_arguments import TRAINER_ARGUMENTS
+from shardwright.train.config.elsewhere.trainer_parameters import TRAINER_PARAMETERS
 from shardwright.train.config.messages import OPTIONS, known_keys, unknown_key_message
 from shardwright.train.config.rules import deepspeed_keys
 
 PROGRAMS = {
     "trainer": TRAINER_ARGUMENTS,
+    "constructor": TRAINER_PARAMETERS,
     "scripts": EXAMPLE_SCRIPTS,
     "accelerate": accelerate_launch.ACCELERATE_LAUNCH,
     "fsdp": FSDP_PLUGIN,
@@ -49,6 +52,13 @@ def test_each_argument_of_the_trainer() -> None:
     there_are = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert there_are - set(TRAINER_ARGUMENTS) == set()
     assert set(TRAINER_ARGUMENTS) - there_are == GONE_FROM_TRAINER
+
+
+def test_each_parameter_of_the_trainer() -> None:
+    from transformers import Trainer
+
+    there_are = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+    assert set(TRAINER_PARAMETERS) == there_are
 
 
 def test_each_argument_of_the_scripts() -> None:

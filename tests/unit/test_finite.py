@@ -91,6 +91,7 @@ def test_an_infinite_loss_with_finite_gradients_spoils_them_and_keeps_its_value(
         loss=Trainer.loss,
         _terms=loss_terms.NONE,
         _weighting=loss_terms.EQUAL,
+        _own_loss=None,
         auxiliary_loss=None,
         _check_head=lambda logits, labels: None,
     )

@@ -20,10 +20,12 @@ from transformers import (
 
 from shardwright.train.config.optimizers import OPTIMIZERS, OptimizerName
 from shardwright.train.errors import UserError
-from shardwright.train.optimizer.build import KINDS, asked, found
+from shardwright.train.optimizer.build import KINDS, asked, asked_class, class_of, found
 from shardwright.train.optimizer.muon import MuonWithAdamW, hidden_matrices
 from tests.unit.constants import ROOT, files_with
 from tests.unit.optimizers import built, config, decayed, give_gradients, gpt2
+
+SIGN_MOMENTUM = f"{ROOT}/tests/example_parts.py:SignMomentum"
 
 
 def roberta() -> PreTrainedModel:
@@ -309,12 +311,13 @@ def test_what_is_built_is_read_back_as_it_was_asked_for(name: OptimizerName) -> 
         "lion": {"lion_beta1": 0.8},
         "schedule_free": {"lr_scheduler": "constant"},
         "sgd": {"sgd_momentum": 0.8, "sgd_nesterov": True},
+        "custom": {"custom_class": SIGN_MOMENTUM, "custom_moments": 1},
     }
     given: dict[str, Any] = {"learning_rate": 3e-4, **of_adam, **own.get(name, {})}
     optimizer = built(roberta(), optimizer=name, **given)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)  # notes the peak rates
-    class_name = type(optimizer).__name__
-    assert class_name == KINDS[name].class_name
+    class_name = class_of(optimizer)
+    assert class_name == asked_class(config(optimizer=name, **given))
     live = dict(found(class_name, group) for group in optimizer.param_groups)
     assert live == asked(config(optimizer=name, **given))
     other = asked(config(optimizer=name, **{**given, "learning_rate": 4e-4}))

@@ -27,8 +27,11 @@ class CheckpointConfig(Section):
     keep_best: NonNegativeInt = 0
     """Also keep this many with the best best_metric, of those evaluated at their step; 0 keeps
     none for that."""
-    best_metric: Literal["eval_loss", "eval_perplexity", "eval_masked_accuracy"] = "eval_loss"
-    """What "best" means to keep_best and to early stopping: low loss or perplexity, high accuracy
+    best_metric: Literal[
+        "eval_loss", "eval_perplexity", "eval_masked_accuracy", "eval_own_loss"
+    ] = "eval_loss"
+    """What "best" means to keep_best and to early stopping: low loss (eval_own_loss: that of
+    objective.loss) or perplexity, high accuracy
     (of masked tokens)."""
     export: Literal["last", "best", "average"] = "last"
     """Whose weights final/ gets: the last step's, the best checkpoint's that is kept, or the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,7 @@ from shardwright.train.config.section import (
     Strings,
     unresolved,
 )
+from shardwright.train.own_parts import part
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """What metrics can be called by."""
@@ -273,6 +274,27 @@ class KantData(DataSection):
     """Addresses of plain text; each is downloaded once and cached."""
 
 
+class PythonData(DataSection):
+    """A function of your own that yields documents, read once and tokenised as any corpus is."""
+
+    kind: Literal["python"]
+    source: Annotated[str, Field(min_length=1)]
+    """Your own function or class, as file.py:NAME or package.module:NAME: called with options, it
+    gives what yields texts, or mappings with the key text_field, each time the same ones."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What it is called with, by name."""
+    version: str = ""
+    """Change this when what it reads has changed: that a file is another one is seen of its own
+    code alone."""
+    text_field: str = "text"
+    """Key of a mapping that holds the text."""
+
+    @model_validator(mode="after")
+    def _names_a_source(self) -> PythonData:
+        part("source", self.source)
+        return self
+
+
 class TokensData(DataSection):
     """Token ids that other programs have stored: .bin with Megatron's .idx or raw, .npy, .ds of
     datatrove, and lists in .parquet, .arrow, .feather."""
@@ -316,7 +338,8 @@ class TokensData(DataSection):
 
 
 DataConfig = Annotated[
-    StdlibData | TextData | TokensData | HubData | KantData, Field(discriminator="kind")
+    StdlibData | TextData | TokensData | HubData | KantData | PythonData,
+    Field(discriminator="kind"),
 ]
 
 

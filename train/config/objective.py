@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from shardwright.train.config.section import Fraction, NonNegativeFloat, Section, Strings
+from shardwright.train.own_parts import part
 
 
 class LossFields(Section):
@@ -21,9 +22,26 @@ class LossFields(Section):
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared logarithm of the softmax's denominator, which keeps logits small (PaLM
     trains with 1e-4)."""
+    loss: str | None = None
+    """Your own function in place of the cross entropy, as file.py:NAME or package.module:NAME: of
+    logits (positions, vocabulary) and labels (positions) it returns each position's loss. null is
+    the cross entropy."""
     neftune_noise_alpha: NonNegativeFloat = 0.0
     """Add noise to the input embeddings in training, even in +-alpha / sqrt(length x width) (arXiv
     2310.05914 takes 5 to 15); 0 adds none."""
+
+    @model_validator(mode="after")
+    def _loss_is_whole(self) -> LossFields:
+        if self.loss is None:
+            return self
+        part("loss", self.loss)
+        for name in ("label_smoothing", "z_loss"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name}={value:g} changes the cross entropy, in whose place loss={self.loss} "
+                    f"is computed; leave {name}=0 and let that function do it"
+                )
+        return self
 
 
 MaskingRate = Annotated[float, Field(gt=0, lt=1)]

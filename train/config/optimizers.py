@@ -6,7 +6,7 @@ How each is built and read back says its module in train/optimizer/.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,8 +17,11 @@ from shardwright.train.config.section import (
     PositiveFloat,
     Section,
 )
+from shardwright.train.own_parts import part
 
-OptimizerName = Literal["adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd", "schedule_free"]
+OptimizerName = Literal[
+    "adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd", "schedule_free", "custom"
+]
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class OptimizerFacts:
 
     description: str
     """What it is, for the documentation."""
-    moments: int
-    """Numbers that it keeps of each parameter, at the least."""
+    moments: int | None
+    """Numbers that it keeps of each parameter, at the least; None is what a field of it says."""
     moments_bytes: int | None = None
     """Bytes of each of them; None is those of precision.moments_dtype."""
     runs_adamw: bool = False
@@ -130,6 +133,11 @@ OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
         "moves through the momentum with it",
         moments=1,
     ),
+    "custom": OptimizerFacts(
+        description="a class of your own, `trainer.custom_class`, with `trainer.custom_options`; "
+        "under ZeRO's stages 1 to 3 one that updates each element by itself ([Python](python.md))",
+        moments=None,
+    ),
 }
 
 
@@ -217,8 +225,22 @@ class OptimizerFields(Section):
     """Decay of the sum of gradients in a step."""
     sgd_nesterov: bool = False
     """Look one step of the momentum ahead; needs a momentum."""
+    custom_class: str | None = None
+    """Your own optimizer, as file.py:NAME or package.module:NAME: a class, or a function that makes
+    one's instance, called with groups of parameters, lr=learning_rate and custom_options."""
+    custom_options: dict[str, Any] = Field(default_factory=dict)
+    """What else it is called with, by name."""
+    custom_moments: NonNegativeInt = 2
+    """Tensors of a parameter's shape that it keeps of each parameter, for the plan of a run's
+    memory; a trial of the optimizer before the run counts them."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm to this; 0 does not clip."""
+
+    @property
+    def moments(self) -> int:
+        """Numbers that the optimizer keeps of each parameter, at the least."""
+        known = OPTIMIZERS[self.optimizer].moments
+        return self.custom_moments if known is None else known
 
     @model_validator(mode="after")
     def _is_read(self) -> OptimizerFields:
@@ -243,6 +265,13 @@ class OptimizerFields(Section):
                 f"adam_beta1=0 has optimizer={self.optimizer} take gradients at its fast weights, "
                 "from which no average can be told; set it above 0, such as 0.9"
             )
+        if OPTIMIZERS[self.optimizer].moments is None and self.custom_class is None:
+            raise ValueError(
+                f"optimizer={self.optimizer} takes a class of your own, but custom_class=null; set "
+                "custom_class=file.py:NAME"
+            )
+        if self.custom_class is not None:
+            part("custom_class", self.custom_class)
         if self.sgd_nesterov and not self.sgd_momentum:
             raise ValueError(
                 "sgd_nesterov=true looks ahead along a momentum, but sgd_momentum=0; raise it or "
@@ -251,7 +280,8 @@ class OptimizerFields(Section):
         for name, field in type(self).model_fields.items():
             owner = next((o for o in OPTIMIZERS if name.startswith(f"{o}_")), None)
             value = getattr(self, name)
-            if owner not in (None, self.optimizer) and value != field.default:
+            default = field.get_default(call_default_factory=True)
+            if owner not in (None, self.optimizer) and value != default:
                 raise ValueError(
                     f"{name}={value} is read by optimizer={owner} only, but it is "
                     f"{self.optimizer}; choose optimizer={owner} or leave {name} out"

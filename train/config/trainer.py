@@ -19,10 +19,12 @@ from shardwright.train.config.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Strings,
     unresolved,
 )
 from shardwright.train.config.spikes import SpikeFields
 from shardwright.train.errors import UserError
+from shardwright.train.own_parts import part
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 """Samples that one rank passes through the model at once, at most, where nobody says."""
@@ -127,6 +129,9 @@ class TrainerConfig(AverageFields, SpikeFields, OptimizerFields, Amount):
     collect_garbage_every_steps: PositiveInt | None = 50
     """Have Python look for garbage every N steps, on all ranks at the same one, as all wait for one
     that stops; null lets each look when it happens to."""
+    callbacks: Strings = ()
+    """Your own classes of transformers' TrainerCallback, as file.py:NAME or package.module:NAME:
+    each rank makes one of each, without arguments, after the run's own."""
     debug: Debug = Debug()
     """What is looked at of the arithmetic itself, to find where it fails."""
     profile: Profile = Profile()
@@ -173,6 +178,17 @@ class TrainerConfig(AverageFields, SpikeFields, OptimizerFields, Amount):
                 raise ValueError(
                     f"{found} say twice how often; give one of {kind}_every_steps, "
                     f"{kind}_every_tokens and {kind}_every_epochs, and set the others to null"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _callbacks_are_named(self) -> TrainerConfig:
+        for text in self.callbacks:
+            part("callbacks", text)
+            if self.callbacks.count(text) > 1:
+                raise ValueError(
+                    f"callbacks has {text} twice, and what each keeps is saved by its name; leave "
+                    "one out"
                 )
         return self
 

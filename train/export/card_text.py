@@ -400,6 +400,8 @@ def adapter_in_words(settings: Mapping[str, Any]) -> str:
 
 def _optimizer(run: RunConfig) -> str:
     trainer = run.trainer
+    if trainer.custom_class is not None:
+        return code(trainer.custom_class.rpartition(":")[2])
     if not OPTIMIZERS[trainer.optimizer].runs_adamw:
         return trainer.optimizer
     betas = f"betas {trainer.adam_beta1:g} and {trainer.adam_beta2:g}"
@@ -565,6 +567,9 @@ def _task(facts: Facts) -> str | None:
     return None
 
 
+_EVALUATED = ("eval_loss", "eval_perplexity", "eval_masked_accuracy", "eval_own_loss")
+
+
 def _measured(facts: Facts) -> dict[str, float]:
     """Return what was evaluated with these weights; of a step without a note, what was logged."""
     metrics = facts.metrics
@@ -574,7 +579,7 @@ def _measured(facts: Facts) -> dict[str, float]:
     return {
         name.removeprefix("eval_").replace("_", " "): value
         for name, value in metrics.items()
-        if name in ("eval_loss", "eval_perplexity", "eval_masked_accuracy") and math.isfinite(value)
+        if name in _EVALUATED and math.isfinite(value)
     }
 
 

@@ -23,6 +23,8 @@ class Sums(NamedTuple):
     not_finite: float
     """Batches whose loss is not."""
     batches: float
+    own: float = 0.0
+    """By the loss of the user's own, of all labels."""
 
     def __add__(self, other: tuple[float, ...]) -> Sums:  # type: ignore[override]
         return Sums(*(mine + its for mine, its in zip(self, other, strict=True)))
@@ -40,12 +42,13 @@ def total(sets: Sequence[HeldOutSet], sums: Sequence[Sums]) -> Sums:
 
 
 def metrics(
-    sets: Sequence[HeldOutSet], sums: Sequence[Sums], *, masked: bool
+    sets: Sequence[HeldOutSet], sums: Sequence[Sums], *, masked: bool, has_own_loss: bool = False
 ) -> Iterator[tuple[str, float]]:
     """Yield name and value of what was measured, of all and of each set that has a name. Pure.
 
-    Bits per byte are not told of ``masked`` models: what one predicts, it has seen the surroundings
-    of, so that it is no code of the text. What masked diffusion minimises bounds one from above.
+    The loss is that of the objective, whatever function of the user's own is minimised. Bits per byte
+    are not told of ``masked`` models: what one predicts, it has seen the surroundings of, so that
+    it is no code of the text. What masked diffusion minimises bounds one from above.
     """
     whole = total(sets, sums)
     mean = whole.loss / max(whole.labels, 1)
@@ -53,6 +56,8 @@ def metrics(
     yield "perplexity", math.exp(min(mean, 700.0))
     if masked:
         yield "masked_accuracy", whole.correct / max(whole.labels, 1)
+    if has_own_loss:
+        yield "own_loss", whole.own / max(whole.labels, 1)
     its = [each for each, is_its in zip(sets, of_run(sets), strict=True) if is_its]
     if not masked and (bits := bits_per_byte(mean, its)) is not None:
         yield "bits_per_byte", bits
@@ -61,6 +66,8 @@ def metrics(
             continue
         mean = of.loss / of.labels
         yield f"loss/{each.name}", mean
+        if has_own_loss:
+            yield f"own_loss/{each.name}", of.own / of.labels
         if not masked and (bits := bits_per_byte(mean, [each])) is not None:
             yield f"bits_per_byte/{each.name}", bits
 

@@ -26,6 +26,7 @@ from shardwright.train.loop.ahead import Ahead, counted
 from shardwright.train.loop.callbacks.averages import Averages
 from shardwright.train.loop.callbacks.garbage import GarbageCollection
 from shardwright.train.loop.callbacks.handler import Callbacks
+from shardwright.train.loop.callbacks.own import OwnCallbacks
 from shardwright.train.loop.callbacks.recurring import Recurring
 from shardwright.train.loop.callbacks.schedule import EveryStepCounts
 from shardwright.train.loop.noise_scale import NoiseScale
@@ -47,6 +48,7 @@ from shardwright.train.model.loss_terms import (
     Weighting,
     summed,
 )
+from shardwright.train.model.own_loss import OwnLoss
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.process import heartbeat, numerics, signals
 from shardwright.train.process.agreement import check, from_all
@@ -71,8 +73,8 @@ if TYPE_CHECKING:
     from shardwright.train.model.weights import InitialValues
     from shardwright.train.strategy.engine import Engine
 
-METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy")
-"""What an evaluation measures, the last with masked models only."""
+METRICS = ("eval_loss", "eval_perplexity", "eval_masked_accuracy", "eval_own_loss")
+"""What an evaluation measures, the third with masked models only, the last with an own loss."""
 BATCHES_BETWEEN_CHECKS = 4
 """Of an evaluation, for a signal to stop."""
 POSITIONS = "label_positions"
@@ -184,7 +186,7 @@ class Trainer(transformers.Trainer):
         host_checks.take_padding_as_known(model)
         fuses = self.config.trainer.fused_loss
         assert fuses != "auto", "decided by the model, `models.fitted`"
-        self._terms = LossTerms.of(objective)
+        self._terms, self._own_loss = LossTerms.of(objective), OwnLoss.of(objective)
         self.head_loss = HeadLoss(model, self._terms) if fuses else None
 
     def _average(self) -> Average | Learned | None:
@@ -198,9 +200,12 @@ class Trainer(transformers.Trainer):
     def _replace_callbacks(self) -> None:
         self.step_times = step_times.StepTimes()
         before = self.callback_handler
-        self.callback_handler = Callbacks(
+        checkpoint = self.resumed.checkpoint if self.resumed else None
+        self._own_callbacks = OwnCallbacks(self.config.trainer.callbacks, checkpoint)
+        self.callback_handler: Callbacks = Callbacks(
             before.callbacks, self.model, self.processing_class, self.optimizer, self.lr_scheduler
         )
+        self.callback_handler.name_of = self._own_callbacks.name_of
         self.remove_callback(transformers.PrinterCallback)
         # The schedule advances before what saves and logs.
         callbacks = (
@@ -214,6 +219,12 @@ class Trainer(transformers.Trainer):
         )
         for callback in callbacks:
             self.add_callback(callback)
+
+    def add_own_callbacks(self) -> None:
+        """Add those of the user's own, which come after all others."""
+        for callback in self._own_callbacks.made.values():
+            self.add_callback(callback)
+            self.callback_handler.tell(callback, "on_init_end", self.args, self.state, self.control)
 
     @property
     def samples_seen(self) -> int:
@@ -404,7 +415,10 @@ class Trainer(transformers.Trainer):
         """Train; raise UserError where an operation is met that cannot be what was asked for."""
         try:
             with self.garbage.in_force():
-                return super().train(*args, **kwargs)
+                trained = super().train(*args, **kwargs)
+            if self._ahead is not None:  # a callback of the user's own has stopped it
+                self._ahead.agreed()
+            return trained
         except RuntimeError as error:
             if (problem := numerics.refused(error)) is None:
                 raise
@@ -491,7 +505,11 @@ class Trainer(transformers.Trainer):
         """
         self._check_head(outputs.logits, labels)
         weights, tokens = self._weighting
-        loss = self.loss(outputs, labels, num_items_in_batch, self._terms, weights)
+        if self._own_loss is None:
+            loss = self.loss(outputs, labels, num_items_in_batch, self._terms, weights)
+        else:
+            own = self._own_loss.summed(outputs.logits, labels, weights)
+            loss = own / num_items_in_batch
         if self.auxiliary_loss is not None:
             self._label_loss = loss.detach()
             counted = labels.ne(IGNORED).sum().to(loss.device) if tokens is None else tokens
@@ -545,8 +563,9 @@ class Trainer(transformers.Trainer):
             self.labelled_head.check(logits, labels)
 
     def _predicted(self, model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return the summed loss of a batch, and how many labels are predicted right, by how many
-        tokens the loss is divided, and how many samples have a label."""
+        """Return the summed loss of a batch, how many labels are predicted right, by how many
+        tokens the loss is divided, how many samples have a label, and what a loss of the user's own
+        sums up to, or 0."""
         batch = self._prepare_inputs(self._with_positions(batch))
         samples = batch["labels"].ne(IGNORED).any(-1).sum()
         with self._at_labels(batch, counts=True) as batch:
@@ -556,10 +575,15 @@ class Trainer(transformers.Trainer):
             logits = model(**batch).logits
             self._check_head(logits, labels)
             if self.head_loss is not None:
-                return [logits, self.head_loss.right, count, samples]
+                right = self.head_loss.right
+                return [logits, right, count, samples, torch.zeros_like(logits)]
         logits = logits.flatten(0, -2)
         loss = summed(logits, labels, weights=weights)
-        return [loss, (logits.argmax(-1).eq(labels) & kept).sum(), count, samples]
+        own = torch.zeros_like(loss)
+        if self._own_loss is not None:
+            own = self._own_loss.summed(logits, labels, weights)
+        right = (logits.argmax(-1).eq(labels) & kept).sum()
+        return [loss, right, count, samples, own]
 
     def evaluation_loop(
         self,
@@ -571,8 +595,8 @@ class Trainer(transformers.Trainer):
     ) -> EvalLoopOutput:
         """Return loss and perplexity over all held-out labels, and accuracy for masked ones.
 
-        Of each held-out set six sums are kept and reduced, never logits. Every rank makes the same
-        number of forward passes, as sharded engines need. Raises Stop where a rank was told to.
+        Of each held-out set seven sums are kept and reduced, never logits. Every rank makes as many
+        forward passes as the others, as sharded engines need. Raises Stop where a rank was told to.
         """
         dataset: Any = dataloader.dataset
         average = self.average if self.average is not None and self.average.taken else None
@@ -581,12 +605,13 @@ class Trainer(transformers.Trainer):
             reduced = self._held_out_sums(dataloader, "evaluating")
         whole = evaluation.total(dataset.sets, reduced)
         self.held_out_batches_not_finite = int(whole.not_finite), int(whole.batches)
-        masked = self.config.objective.kind == "mlm"
-        measured = dict(evaluation.metrics(dataset.sets, reduced, masked=masked))
+        objective = self.config.objective
+        kinds = {"masked": objective.kind == "mlm", "has_own_loss": objective.loss is not None}
+        measured = dict(evaluation.metrics(dataset.sets, reduced, **kinds))
         if self.config.trainer.average_evaluated and average is not None:
             with self._average_shown():
                 of_average = self._held_out_sums(dataloader, "evaluating the average of")
-            found = evaluation.metrics(dataset.sets, of_average, masked=masked)
+            found = evaluation.metrics(dataset.sets, of_average, **kinds)
             measured |= {f"average_{name}": value for name, value in found}
         return EvalLoopOutput(
             predictions=(),  # type: ignore[arg-type]
@@ -621,7 +646,7 @@ class Trainer(transformers.Trainer):
         sampler: Any = dataloader.batch_sampler
         of_sets, sets = list(sampler.sets()), dataset.sets
         device = device_of_sums(self.args.device)
-        sums = torch.zeros((len(sets), 6), dtype=torch.float64, device=device)
+        sums = torch.zeros((len(sets), 7), dtype=torch.float64, device=device)
         try:
             with torch.no_grad(), heartbeat.at(Phase.EVALUATION):
                 for number, batch in enumerate(progress.over(dataloader, **shown)):
@@ -630,9 +655,10 @@ class Trainer(transformers.Trainer):
                         check()
                     found = torch.stack([doubled(each) for each in self._predicted(model, batch)])
                     of_set = sums[of_sets[number]]
-                    of_set[:4] += found
+                    of_set[:4] += found[:4]
                     of_set[4] += ~found[0].isfinite()
                     of_set[5] += 1
+                    of_set[6] += found[4]
         finally:
             model.train()
             self.engine.after_evaluation(self)
@@ -776,7 +802,8 @@ class Trainer(transformers.Trainer):
     # --- the end ------------------------------------------------------------------------------
 
     def own_files(self) -> dict[str, str]:
-        return {} if self.spikes is None else {WINDOW: self.spikes.window.to_json()}
+        window = {} if self.spikes is None else {WINDOW: self.spikes.window.to_json()}
+        return window | self._own_callbacks.files()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.saver.save()

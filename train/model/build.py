@@ -148,7 +148,9 @@ def _with_fused_loss(config: RunConfig, model: PreTrainedModel) -> RunConfig:
     wanted = config.trainer.fused_loss
     if wanted is False:
         return config
-    problem = head_loss.why_not(model)
+    # Of an own loss alone the rules of the config say no to true.
+    problem = None if config.objective.loss is None else "objective.loss takes logits"
+    problem = problem or head_loss.why_not(model)
     if problem is not None and wanted is True:
         raise head_loss.refusal(problem)
     trainer = config.trainer.model_copy(update={"fused_loss": problem is None})

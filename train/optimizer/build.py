@@ -13,6 +13,7 @@ from shardwright.train.config.optimizers import OptimizerName
 from shardwright.train.optimizer import (
     adafactor,
     adamw,
+    custom,
     eight_bit,
     lion,
     muon,
@@ -29,6 +30,7 @@ KINDS: dict[OptimizerName, Kind] = {
     "lion": lion.KIND,
     "schedule_free": schedule_free.KIND,
     "sgd": sgd.KIND,
+    "custom": custom.KIND,
 }
 
 
@@ -49,11 +51,24 @@ def asked(config: RunConfig) -> dict[str, dict[str, Any]]:
     return {name: algorithm.asked(config.trainer) for name, algorithm in algorithms.items()}
 
 
+def asked_class(config: RunConfig) -> str:
+    """Return the class that the config asks for, or the text by which it names one. Pure."""
+    return KINDS[config.trainer.optimizer].class_name or str(config.trainer.custom_class)
+
+
+def class_of(optimizer: torch.optim.Optimizer) -> str:
+    """Return the same of a live optimizer."""
+    found: str = vars(optimizer).get(custom.NAMED_BY, type(optimizer).__name__)
+    return found
+
+
 def found(class_name: str, group: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the algorithm of a live parameter group, and its settings by our names.
 
-    A class that is none of ours is an engine's own AdamW.
+    A class that is none of ours is an engine's own AdamW, where the group does not say otherwise.
     """
     kind = next((kind for kind in KINDS.values() if kind.class_name == class_name), adamw.KIND)
+    if group.get("algorithm") == custom.ALGORITHM:
+        kind = custom.KIND
     name = group.get("algorithm", next(iter(kind.algorithms)))
     return name, kind.algorithms[name].found(group)

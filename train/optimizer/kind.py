@@ -60,8 +60,9 @@ class Learned:
 class Kind:
     """One choice of trainer.optimizer."""
 
-    class_name: str
-    """Of what `build` returns, unless the engine has an AdamW of its own."""
+    class_name: str | None
+    """Of what `build` returns, unless the engine has an AdamW of its own. None where the config
+    names the class."""
     algorithms: Mapping[str, Algorithm]
     """By name; where there are several, the ``algorithm`` of a parameter group says which."""
     build: Callable[[RunConfig, PreTrainedModel, Collection[str], AdamwOf], torch.optim.Optimizer]

@@ -51,6 +51,21 @@ def _last(path: Path, length: int) -> tuple[list[dict[str, Any]], bool]:
     return lines, size <= length
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Return what each line of a file of JSON lines says; nothing where there is no such file.
+
+    A line that cannot be read, such as one that a full disk has cut off, is left out.
+    """
+    found = []
+    # A link to a device has no end.
+    with suppress(OSError):
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError):
+                    found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
 def last_step(path: Path) -> int:
     """Return the step of the last line of a metrics.jsonl, 0 where there is none."""
     return next((line["step"] for line in reversed(tail(path)) if "step" in line), 0)
@@ -168,20 +183,14 @@ NO_CURVE = Curve((), None, None)
 def read(metrics: Path, until_step: int | None = None) -> Curve:
     """Return the curve that a metrics.jsonl holds, up to a step; an empty one where there is none.
 
-    A line that cannot be read, such as one that a full disk has cut off, is skipped.
+    Lines that cannot be read are skipped.
     """
     points: dict[int, Point] = {}
     seconds, tokens_before, logged_at = 0.0, 0, None
-    lines = []
-    # A link to a device has no end.
-    with suppress(OSError):
-        if metrics.is_file():
-            lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
+    for entry in lines(metrics):
         try:
-            entry = json.loads(line)
             step, tokens, logged_at_line = entry["step"], entry["tokens"], entry["time"]
-        except (ValueError, KeyError, TypeError):
+        except KeyError:
             continue
         if until_step is not None and step > until_step:
             continue

@@ -99,7 +99,7 @@ def _live_batches(trainer: Training) -> BatchSizes:
 def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
     trainer = config.trainer
     own_adam = "DeepSpeedCPUAdam" if config.strategy.has_own_adam else None
-    class_name = own_adam or optimizer.KINDS[trainer.optimizer].class_name
+    class_name = own_adam or optimizer.asked_class(config)
     return {
         "class": class_name,
         "fused": class_name == "AdamW",
@@ -110,7 +110,7 @@ def _expected_optimizer(config: RunConfig) -> dict[str, Any]:
 
 def _optimizer(trainer: Training) -> dict[str, Any]:
     groups = trainer.torch_optimizer().param_groups
-    class_name = type(trainer.innermost_optimizer()).__name__
+    class_name = optimizer.class_of(trainer.innermost_optimizer())
     algorithms: dict[str, dict[str, Any]] = {}
     for group in groups:
         name, settings = optimizer.found(class_name, group)

@@ -200,12 +200,15 @@ def test_what_cannot_be_imported_is_an_error(
 @pytest.mark.parametrize(
     ("filter_", "message"),
     [
-        ("own.py", "data.filter=own.py names no function; say file.py:FUNCTION or package.module"),
+        (
+            "own.py",
+            "data.filter=own.py names no function or class; say file.py:NAME or",
+        ),
         ("own.py:a b", "names no function"),
-        ("own.py:keeps", r"own.py has no keeps; name a function of it"),
+        ("own.py:keeps", r"own.py has no keeps; name a function or class of it"),
         ("none.py:keep", r"none.py is not there; give the path of a Python file"),
         ("broken.py:keep", r"broken.py, line 2: "),
-        ("no.such.module:keep", r"there is no module no.such.module; install it, or give the path"),
+        ("no.such.module:keep", r"there is no module no.such.module; install it, set PYTHONPATH"),
     ],
 )
 def test_what_shows_before_a_run_is_refused_before_it(

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shardwright.launchers import launch
-from shardwright.launchers.commands import train
+from shardwright.launchers import launch, starting
 from shardwright.launchers.composition.errors import with_home_quoted
 from shardwright.launchers.machine import directories, names
 from shardwright.launchers.machine.facts import Machine, resolve
@@ -138,14 +137,14 @@ def test_sweeps_that_begin_together_have_a_directory_each(tmp_path: Path) -> Non
 def another(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], Path]], None]:
     """Make a directory just before a run makes its own, and after it has found its name free."""
 
-    check = train._check
+    check = starting.check
 
     def before(place: Callable[[Path], Path]) -> None:
         def checked(configs: list[RunConfig], here: Machine) -> None:
             check(configs, here)
             place(Path(str(configs[0].run_dir))).mkdir(parents=True)
 
-        monkeypatch.setattr(train, "_check", checked)
+        monkeypatch.setattr(starting, "check", checked)
 
     return before
 

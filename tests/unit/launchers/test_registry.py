@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 
 import pytest
 
-from shardwright.launchers import preflight
-from shardwright.launchers.commands import dry_run
+from shardwright.launchers import dry_run, preflight
 from shardwright.launchers.commands.join import node_rank_of
 from shardwright.launchers.composition.compose import CONF
 from shardwright.launchers.kinds.launcher import UNKNOWN, Launcher, Task

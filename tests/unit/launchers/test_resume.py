@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shardwright.launchers import job_end, resumes
-from shardwright.launchers.commands import resume
+from shardwright.launchers import job_end, resumes, resuming
 from shardwright.launchers.machine.facts import Machine, resolve
 from shardwright.train import config as run_config
 from shardwright.train.checkpoint import retention
@@ -33,7 +32,7 @@ run_dir = pytest.fixture(make_ended_run)
 
 
 def test_values_change_and_the_rest_stays() -> None:
-    after = resume.changed(run(), ["trainer.max_steps=20", "launcher.nproc_per_node=2"], {})
+    after = resuming.changed(run(), ["trainer.max_steps=20", "launcher.nproc_per_node=2"], {})
     assert after.trainer.max_steps == 20
     assert after.launcher.world_size == 2
     assert after.model == run().model
@@ -43,7 +42,7 @@ def test_lines_that_were_padded_may_be_laid_end_to_end() -> None:
     lines = {"line_by_line": True, "document_attention": True, "unpad": False}
     before = run(data={**TREE["data"], **lines})
     for value, unpadded in (("true", True), ("auto", True), ("false", False)):
-        after = resume.changed(before, [f"data.unpad={value}"], {})
+        after = resuming.changed(before, [f"data.unpad={value}"], {})
         assert resolve(after, Machine(), "/run").data.is_unpadded is unpadded
 
 
@@ -64,8 +63,8 @@ def test_the_micro_batch_stays_or_shrinks_with_the_ranks(
     batch = {**TREE["trainer"], "global_batch_size": 32, "micro_batch_size": 16}
     before = run(trainer=batch, launcher={"kind": "torchrun", "nproc_per_node": 2})
     overrides = [*overrides, f"launcher.nproc_per_node={ranks}"]
-    after = resume.changed(before, overrides, {})
-    limit = resume.largest_micro_batch(before, overrides)
+    after = resuming.changed(before, overrides, {})
+    limit = resuming.largest_micro_batch(before, overrides)
     assert resolve(after, Machine(cores=2), "/run", limit).trainer.micro_batch_size == size
 
 
@@ -84,20 +83,20 @@ def test_the_micro_batch_stays_or_shrinks_with_the_ranks(
 )
 def test_keys_of_deepspeed_may_change(override: str, extra: dict[str, Any]) -> None:
     before = run(strategy={"kind": "zero", "stage": 2, "extra": {"log_level": "info"}})
-    after = resume.changed(before, [override], {})
+    after = resuming.changed(before, [override], {})
     assert after.strategy.kind == "zero"
     assert after.strategy.extra == extra
 
 
 def test_the_length_of_samples_is_not_resolved_anew() -> None:
     with pytest.raises(UserError, match="data.sequence_length=auto was 64, and a resumed run"):
-        resume.changed(run(), ["data.sequence_length=auto"], {})
+        resuming.changed(run(), ["data.sequence_length=auto"], {})
 
 
 def test_a_group_is_replaced_by_its_option_with_values_on_top() -> None:
     overrides = ["strategy=zero3", "strategy.persistence_elements=0"]
     option = {"kind": "zero", "stage": 3}
-    after = resume.changed(run(), overrides, {"strategy": option})
+    after = resuming.changed(run(), overrides, {"strategy": option})
     assert after.strategy.model_dump().items() >= {**option, "persistence_elements": 0}.items()
 
 
@@ -105,18 +104,18 @@ def test_wandb_does_what_the_environment_says_today() -> None:
     before = run(tracking={"kind": "wandb", "mode": "online"})
 
     def mode(overrides: list[str], said: str | None) -> str:
-        after = resume.with_wandb_mode(before, overrides, said)
+        after = resuming.with_wandb_mode(before, overrides, said)
         return str(after.model_dump()["tracking"]["mode"])
 
     assert mode([], None) == "online"
     assert mode([], "offline") == "offline"
     assert mode(["tracking.mode=online"], "offline") == "online"
-    assert resume.with_wandb_mode(run(), [], "offline") == run()
+    assert resuming.with_wandb_mode(run(), [], "offline") == run()
 
 
 def test_only_groups_are_chosen() -> None:
     overrides = ["strategy=fsdp", "trainer.max_steps=2", "precision=bf16"]
-    assert resume.chosen(overrides, {"strategy", "precision"}) == [
+    assert resuming.chosen(overrides, {"strategy", "precision"}) == [
         "strategy=fsdp",
         "precision=bf16",
     ]
@@ -147,17 +146,17 @@ def test_only_groups_are_chosen() -> None:
 )
 def test_what_may_not_change_is_refused_with_the_reason(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        resume.changed(run(), [override], {})
+        resuming.changed(run(), [override], {})
 
 
 def test_an_open_value_of_an_option_must_be_given() -> None:
     option = {**TREE["strategy"], "kind": "zero", "stage": 3, "nvme_path": "???"}
     with pytest.raises(UserError, match=r"strategy\.nvme_path is not set; give it with"):
-        resume.changed(run(), ["strategy=zero3_nvme"], {"strategy": option})
+        resuming.changed(run(), ["strategy=zero3_nvme"], {"strategy": option})
 
 
 def test_prompts_and_the_cache_may_move() -> None:
-    after = resume.changed(run(), ["objective.prompts=[a]", "data.cache_dir=/cache"], {})
+    after = resuming.changed(run(), ["objective.prompts=[a]", "data.cache_dir=/cache"], {})
     assert after.objective.prompts == ("a",)
     assert after.data.cache_dir == "/cache"
 
@@ -223,7 +222,7 @@ def test_each_resume_is_written_down_and_the_first_config_stays(tmp_path: Path) 
     logs.mkdir()
     (logs / "rank-1.error.json").write_text("{}")
     for number, steps in ((1, 20), (2, 30)):
-        after = resume.changed(run_config.load(tmp_path), [f"trainer.max_steps={steps}"], {})
+        after = resuming.changed(run_config.load(tmp_path), [f"trainer.max_steps={steps}"], {})
         assert resumes.write(tmp_path, after, [f"trainer.max_steps={steps}"], None) == number
         assert run_config.load(tmp_path) == after
     assert run_config.from_tree(yaml.safe_load((tmp_path / "config.yaml").read_text())) == first
@@ -302,7 +301,7 @@ def test_a_rate_that_rises_again_is_told_with_the_way_to_avoid_it(
 ) -> None:
     before = finished(tmp_path, max_steps=60, lr_scheduler=name, learning_rate=1e-3).trainer
     longer = before.model_copy(update={"max_steps": 120})
-    told = resume.rise(before, longer, None, None, at(60))
+    told = resuming.rise(before, longer, None, None, at(60))
     assert told is not None
     had = schedule_of(before, None)(59) * 1e-3
     has = schedule_of(longer, None)(60) * 1e-3
@@ -314,11 +313,11 @@ def test_a_rate_that_rises_again_is_told_with_the_way_to_avoid_it(
     # Done so, it does.
     stays = longer.model_copy(update={"lr_scheduler": "constant", "learning_rate": had})
     assert schedule_of(stays, None, at(60))(60) * had == had
-    assert resume.rise(before, stays, None, None, at(60)) is None
+    assert resuming.rise(before, stays, None, None, at(60)) is None
     # Nothing else is told: not a plain resume, a shorter run, nor the first checkpoint.
-    assert resume.rise(before, before, None, None, at(60)) is None
-    assert resume.rise(longer, before, None, None, at(40)) is None
-    assert resume.rise(before, longer, None, None, Progress()) is None
+    assert resuming.rise(before, before, None, None, at(60)) is None
+    assert resuming.rise(longer, before, None, None, at(40)) is None
+    assert resuming.rise(before, longer, None, None, Progress()) is None
 
 
 @pytest.mark.parametrize(
@@ -333,12 +332,12 @@ def test_the_way_to_stay_leaves_out_what_no_constant_rate_reads(
 ) -> None:
     before = finished(tmp_path, max_steps=60, **decays).trainer
     longer = before.model_copy(update={"max_steps": 120})
-    told = resume.rise(before, longer, None, None, at(60))
+    told = resuming.rise(before, longer, None, None, at(60))
     assert told is not None
     pairs = (pair.split("=") for pair in re.findall(r"trainer\.(\S+=\S+)", told))
     settings = {key: yaml.safe_load(value) for key, value in pairs}
     stays = TrainerConfig.model_validate({**longer.model_dump(), **settings})
-    assert resume.rise(before, stays, None, None, at(60)) is None
+    assert resuming.rise(before, stays, None, None, at(60)) is None
     assert schedule_of(stays, None, at(60))(60) * stays.learning_rate == pytest.approx(
         schedule_of(before, None)(59) * before.learning_rate
     )
@@ -348,7 +347,7 @@ def test_the_way_to_stay_names_the_rate_of_muons_matrices_too(tmp_path: Path) ->
     rates = {"optimizer": "muon", "learning_rate": 1e-3, "muon_learning_rate": 0.02}
     before = finished(tmp_path, max_steps=60, lr_scheduler="linear", **rates).trainer
     longer = before.model_copy(update={"max_steps": 120})
-    told = resume.rise(before, longer, None, None, at(60))
+    told = resuming.rise(before, longer, None, None, at(60))
     assert told is not None
     share = schedule_of(before, None)(59)
     assert f"trainer.learning_rate={share * 1e-3:.6g} trainer.muon_learning_rate=" in told
@@ -358,8 +357,8 @@ def test_the_way_to_stay_names_the_rate_of_muons_matrices_too(tmp_path: Path) ->
 def test_what_warms_up_does_not_rise_again(tmp_path: Path) -> None:
     before = finished(tmp_path, max_steps=60, warmup_steps=40).trainer
     longer = before.model_copy(update={"max_steps": 120})
-    assert resume.rise(before, longer, None, None, at(20)) is None
-    told = resume.rise(before, longer, None, None, at(60))
+    assert resuming.rise(before, longer, None, None, at(20)) is None
+    told = resuming.rise(before, longer, None, None, at(60))
     assert told is not None
     assert told.endswith("trainer.warmup_steps=0")
 

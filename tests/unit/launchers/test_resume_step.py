@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwright.launchers import requeue, resumes
-from shardwright.launchers.commands import resume
+from shardwright.launchers import requeue, resumes, resuming
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.errors import UserError
 from shardwright.train.run_directory import history, rollbacks, set_aside
@@ -116,7 +115,7 @@ def test_what_was_set_aside_is_found_again_by_its_name(branched: Path) -> None:
     with pytest.raises(UserError, match="any more: an earlier resume has set it aside in .*-1; mo"):
         resumes.check(branched, config, 60)
     with pytest.raises(UserError, match="was set aside by an earlier resume; to resume from it"):
-        resume.asked(branched / "set-aside/resume-1/checkpoint-60", None)
+        resuming.asked(branched / "set-aside/resume-1/checkpoint-60", None)
     assert set_aside.found(branched) == [(branched / "set-aside/resume-1", 2)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shardwright.launchers.commands import resume
+from shardwright.launchers import resuming
 from shardwright.launchers.composition import settled
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
@@ -268,7 +268,7 @@ def test_a_frozen_config_leaves_nothing_open() -> None:
 def test_a_resumed_run_keeps_what_it_has(override: str) -> None:
     options = {"strategy": {"kind": "auto"}} if override == "strategy=auto" else {}
     with pytest.raises(UserError, match=f"{override}: what is planned is chosen once"):
-        resume.changed(resolved("torchrun", nproc_per_node=1), [override], options)
+        resuming.changed(resolved("torchrun", nproc_per_node=1), [override], options)
 
 
 def test_a_plan_compares_the_best_of_each_strategy_and_says_what_auto_is(

@@ -52,6 +52,7 @@ COMPANIONS = {
         for kind in ("lora", "dora", "ia3")
     },
     "data/hub": ["data.name=someone/something"],
+    "data/python": ["data.source=corpus.py:documents"],
     "data/text": ["data.paths=[corpus.txt]"],
     "data/tokens": [
         "data.paths=[corpus.npy]",

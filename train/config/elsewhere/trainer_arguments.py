@@ -29,8 +29,10 @@ TRAINER_ARGUMENTS = rows(
         ),
         "warmup_steps": "trainer.warmup_steps or, for a share of the run, trainer.warmup_fraction",
         "warmup_ratio": "trainer.warmup_fraction",
-        "optim": "trainer.optimizer",
-        "optim_args": "trainer.adam_beta1 and its neighbours, each a key of its own",
+        "optim": "trainer.optimizer; custom is a class of your own",
+        "optim_args": (
+            "trainer.adam_beta1 and its neighbours, each a key of its own; trainer.custom_options"
+        ),
         "weight_decay": "trainer.weight_decay",
         "adam_beta1": "trainer.adam_beta1",
         "adam_beta2": "trainer.adam_beta2",

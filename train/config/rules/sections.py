@@ -35,6 +35,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     yield from _export_contradictions(config)
     yield from _average_contradictions(config)
     yield from _best_metric_contradictions(config)
+    yield from _loss_contradictions(config)
     yield from optimizers.contradictions(config)
     yield from _activations_contradictions(config)
     yield from _statistics_contradictions(config)
@@ -239,6 +240,21 @@ def _best_metric_contradictions(config: Sections) -> Iterator[str]:
             f"checkpoint.best_metric={metric} is read by checkpoint.keep_best and "
             "trainer.early_stopping_patience, but neither is set; set one or leave "
             "checkpoint.best_metric out"
+        )
+
+
+def _loss_contradictions(config: Sections) -> Iterator[str]:
+    """Yield why a loss of the user's own cannot be computed, or evaluated."""
+    loss = config.objective.loss
+    if loss is not None and config.trainer.fused_loss is True:
+        yield (
+            f"trainer.fused_loss=true never has all logits at once, which objective.loss={loss} "
+            "takes; set trainer.fused_loss=auto"
+        )
+    if loss is None and config.checkpoint.best_metric == "eval_own_loss":
+        yield (
+            "checkpoint.best_metric=eval_own_loss is measured with objective.loss, which is null; "
+            "set checkpoint.best_metric=eval_loss"
         )
 
 

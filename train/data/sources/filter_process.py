@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from shardwright.train.data.sources.filtering import Failed, Function, function
+from shardwright.train import own_parts
+from shardwright.train.data.sources.filtering import KEY, Failed
 from shardwright.train.process.frames import read, write
 from shardwright.train.process.parent import end_with
 
@@ -28,30 +26,18 @@ def main(name: str, parent: int) -> None:
     os.dup2(2, 1)  # what the function prints is no answer
     with suppress(EOFError, BrokenPipeError):
         try:
-            call = imported(function(name))
+            call = imported(own_parts.part(KEY, name))
         except BaseException as error:
-            write(answers, f"it cannot be imported: {_said(error)}")
+            write(answers, f"it cannot be imported: {own_parts.said(error)}")
             return
         write(answers, takes_fields(call))
         while True:
             write(answers, [answered(call, *document) for document in read(given)])
 
 
-def imported(found: Function) -> Callable[..., Any]:
+def imported(found: own_parts.Part) -> Callable[..., Any]:
     """Return the function; raise what its module raises, or AttributeError, or TypeError."""
-    if found.is_path:
-        spec = importlib.util.spec_from_file_location("shardwright_filter", found.module)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        sys.path.insert(0, os.path.dirname(found.module))  # for what lies beside it
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(found.module)
-    call = getattr(module, found.name)
-    if not callable(call):
-        raise TypeError(f"{found.name} is {type(call).__name__}, and is not called")
+    call: Callable[..., Any] = own_parts.imported(found)
     if (count := _required(call)) > 2:
         raise TypeError(
             f"{found.name} takes {count} arguments, and is called with a document's text, or with "
@@ -80,7 +66,7 @@ def answered(call: Callable[..., Any], *document: Any) -> bool | str | Failed:
     try:
         answer = call(*document)
     except Exception as error:
-        return Failed(_said(error))
+        return Failed(own_parts.said(error))
     if isinstance(answer, bool | str):
         return answer
     if type(answer).__name__ == "bool":  # numpy's
@@ -89,14 +75,6 @@ def answered(call: Callable[..., Any], *document: Any) -> bool | str | Failed:
         f"it returned {type(answer).__name__}; return True to keep a document, False to drop it, "
         "or its new text"
     )
-
-
-def _said(error: BaseException) -> str:
-    """Return an error in a line, and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "importlib" not in frame.filename][-1:]
-    text = traceback.format_exception_only(error)[-1].strip()
-    return text + "".join(f" ({frame.filename}, line {frame.lineno})" for frame in own)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import atexit
-import hashlib
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from shardwright.train import own_parts
 from shardwright.train.data.sources.files.pieces import Text, pieces
 from shardwright.train.data.sources.source import Reading
 from shardwright.train.errors import UserError
-from shardwright.train.paths import absolute
 from shardwright.train.process.frames import read, write
 from shardwright.train.program import package_environment
 
@@ -34,92 +30,20 @@ class Document(NamedTuple):
     """What else there is in its row; nothing where it is in none."""
 
 
-class Function(NamedTuple):
-    """Where a function is, by a config's text of it."""
-
-    module: str
-    """A path that ends in .py, or the name of an installed module."""
-    name: str
-
-    @property
-    def is_path(self) -> bool:
-        return self.module.endswith(".py")
-
-    def __str__(self) -> str:
-        return f"{self.module}:{self.name}"
-
-
-def function(text: str) -> Function:
-    """Return what "package.module:function" or "path/file.py:function" names."""
-    module, colon, name = text.rpartition(":")
-    if not colon or not name.isidentifier():
-        raise UserError(
-            f"{KEY}={text} names no function; say file.py:FUNCTION or package.module:FUNCTION"
-        )
-    return Function(module, name)
-
-
 def located(text: str | None) -> str | None:
     """Return the same function by a path that means it from any directory."""
-    if text is None:
-        return None
-    found = function(text)
-    return str(found._replace(module=absolute(found.module))) if found.is_path else text
-
-
-def file_of(found: Function) -> Path:
-    """Return the file that a function is in. Raises UserError where there is none."""
-    if found.is_path:
-        path = Path(found.module)
-        if not path.is_file():
-            raise UserError(f"{KEY}={found}: {path} is not there; give the path of a Python file")
-        return path
-    try:
-        spec = importlib.util.find_spec(found.module)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise UserError(
-            f"{KEY}={found}: there is no module {found.module}; install it, or give the path of a "
-            "Python file"
-        )
-    return Path(spec.origin)
+    return None if text is None else own_parts.located(KEY, text)
 
 
 def check(text: str | None) -> None:
     """Raise UserError where a file has no such function, as far as shows without running it."""
-    if text is None:
-        return
-    found = function(text)
-    path = file_of(found)
-    try:
-        tree = ast.parse(path.read_bytes())
-    except SyntaxError as error:
-        raise UserError(f"{KEY}={found}: {path}, line {error.lineno}: {error.msg}") from None
-    bound = {
-        name
-        for node in ast.walk(tree)
-        for name in (
-            [node.name]
-            if isinstance(node, ast.FunctionDef | ast.ClassDef)
-            else [node.id]
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-            else [(alias.asname or alias.name) for alias in node.names]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
-    if found.name not in bound and "*" not in bound:
-        raise UserError(f"{KEY}={found}: {path} has no {found.name}; name a function of it")
+    if text is not None:
+        own_parts.check(KEY, text)
 
 
 def identity(text: str | None) -> dict[str, Any]:
     """Return what changes with the function's file; nothing where there is none."""
-    if text is None:
-        return {}
-    found = function(text)
-    content = hashlib.blake2b(file_of(found).read_bytes(), digest_size=16).hexdigest()
-    return {"filter": {"name": found.name, "file": content}}
+    return {} if text is None else {"filter": own_parts.fingerprint(KEY, text)}
 
 
 def filtered(texts: Iterable[Text], name: str, reading: Reading) -> Iterator[Text]:

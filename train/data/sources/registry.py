@@ -8,12 +8,14 @@ from shardwright.train.config.data import (
     DataSection,
     HubData,
     KantData,
+    PythonData,
     StdlibData,
     TextData,
     TokensData,
 )
 from shardwright.train.data.sources.hub import Hub
 from shardwright.train.data.sources.kant import Books
+from shardwright.train.data.sources.python import PythonSource
 from shardwright.train.data.sources.source import Source
 from shardwright.train.data.sources.stdlib import Stdlib
 from shardwright.train.data.sources.text import LocalFiles
@@ -25,6 +27,7 @@ SOURCES: dict[type[DataSection], type[Source[Any]]] = {
     TokensData: TokenFiles,
     HubData: Hub,
     KantData: Books,
+    PythonData: PythonSource,
 }
 
 

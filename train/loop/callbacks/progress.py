@@ -83,6 +83,8 @@ class Progress(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}  "
                 f"held-out loss {logs['eval_loss']:.4f}  perplexity {logs['eval_perplexity']:.2f}"
             )
+            if "eval_own_loss" in logs:
+                text += f"  own loss {logs['eval_own_loss']:.4f}"
             if "eval_masked_accuracy" in logs:
                 text += f"  masked accuracy {logs['eval_masked_accuracy']:.1%}"
             if "eval_bits_per_byte" in logs:

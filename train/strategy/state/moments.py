@@ -9,7 +9,7 @@ import torch
 
 from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState
 from shardwright.train.errors import UserError
-from shardwright.train.optimizer import eight_bit
+from shardwright.train.optimizer import custom, eight_bit
 
 
 def check_names(state: PortableState, names: Iterable[str]) -> None:
@@ -47,6 +47,7 @@ def entries(
     take: Callable[[LazyTensor, torch.dtype], torch.Tensor],
 ) -> dict[str, Any]:
     """Return one parameter's optimizer state; ``take`` gives this rank's part in a dtype."""
+    custom.check_state(optimizer, name, state.moments.get(name, {}))
     scalars = {
         kind: scalar(optimizer, parameter, value)
         for kind, value in state.scalars.get(name, {}).items()
@@ -83,6 +84,7 @@ def restore_flat(
     """
     found: dict[str, Any] = {}
     for name, start, length, place in pieces:
+        custom.check_state(optimizer, name, state.moments.get(name, {}))
         for kind, value in state.scalars.get(name, {}).items():
             found[kind] = scalar(optimizer, flat, value)
         for kind, tensor in state.moments.get(name, {}).items():
