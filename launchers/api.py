@@ -75,10 +75,11 @@ class Run:
                 f"{self.run_dir} has no final/ yet ({self.status.state}); resume it, or recover "
                 "one of its checkpoints"
             )
-        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-        is_causal = self.config.objective.kind == "clm"
-        found: Any = AutoModelForCausalLM if is_causal else AutoModelForMaskedLM
+        names = AutoConfig.from_pretrained(place).architectures or []
+        is_masked = any(name.endswith("ForMaskedLM") for name in names)
+        found: Any = AutoModelForMaskedLM if is_masked else AutoModelForCausalLM
         loaded: PreTrainedModel = found.from_pretrained(place)
         return loaded
 

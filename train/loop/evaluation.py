@@ -46,9 +46,9 @@ def metrics(
 ) -> Iterator[tuple[str, float]]:
     """Yield name and value of what was measured, of all and of each set that has a name. Pure.
 
-    The loss is that of the objective, whatever function of the user's own is minimised. Bits per byte
-    are not told of ``masked`` models: what one predicts, it has seen the surroundings of, so that
-    it is no code of the text. What masked diffusion minimises bounds one from above.
+    The loss is that of the objective, whatever function of the user's own is minimised. Bits per
+    byte are not told of ``masked`` models: what one predicts, it has seen the surroundings of, so
+    that it is no code of the text. What masked diffusion minimises bounds one from above.
     """
     whole = total(sets, sums)
     mean = whole.loss / max(whole.labels, 1)
