@@ -49,6 +49,7 @@ def test_an_auxiliary_loss_counts_by_the_share_of_labels_and_is_no_label_loss(
         _auxiliary_coefficient=coefficient,
         _terms=NONE,
         _weighting=EQUAL,
+        _own_loss=None,
         _check_head=lambda logits, labels: None,
     )
     total = label_loss = torch.zeros(())
