@@ -16,7 +16,7 @@ import pytest
 from shardwright.train.program import package_environment
 from tests.unit.constants import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NOTEBOOKS = ROOT / "docs/notebooks"
 
