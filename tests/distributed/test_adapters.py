@@ -18,6 +18,7 @@ from benchmarks.live_engine import held_and_peak
 from shardwright.launchers.plan.states import states
 from shardwright.train.config import load
 from shardwright.train.export.recover import Options, recover
+from shardwright.train.model.build import fitted
 from shardwright.train.plan.model import facts_of, planned
 from tests.distributed.curves import curve
 from tests.distributed.interrupted import interrupted
@@ -210,7 +211,9 @@ def test_a_plan_is_what_the_live_engine_holds(
     config = load(run)
     held = ranks(world_size(strategy))(held_and_peak, run, threads_may_stay=True)
     measured = {kind: max(rank[kind] for rank in held) for kind in held[0]}
-    found = states(config, facts_of(planned(config), config)).device
+    model = planned(config)
+    config = fitted(config, model)  # by which engines size their buckets
+    found = states(config, facts_of(model, config)).device
     buckets = 0 if strategy == "ddp" else found.buckets
     assert found.weights == pytest.approx(measured["parameters"], rel=0.02)
     assert found.gradients + buckets == pytest.approx(measured["gradients"], rel=0.02)
