@@ -26,7 +26,8 @@ def contradictions(config: Sections) -> Iterator[str]:
             f"{what} with trainer.average_weights={trainer.average_weights} would average the "
             "weights that stay as they are, too; set it to null"
         )
-    if OPTIMIZERS[trainer.optimizer].averages_itself or trainer.optimizer == "muon":
+    facts = OPTIMIZERS[trainer.optimizer]
+    if facts.averages_itself or facts.works_on_whole_matrices:
         yield (
             f"{what} with trainer.optimizer={trainer.optimizer}, which is made for all weights of "
             "a model; choose trainer.optimizer=adamw"

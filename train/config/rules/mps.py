@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shardwright.train.config.optimizers import OPTIMIZERS
 from shardwright.train.config.sections import Sections
 
 DTYPES = ("fp32", "bf16")
@@ -37,10 +38,10 @@ def contradictions(config: Sections) -> Iterator[str]:
             "precision.allow_tf32=true needs an NVIDIA GPU, but launcher.device=mps; choose "
             "precision=fp32"
         )
-    if trainer.optimizer == "adamw_8bit":
+    if OPTIMIZERS[trainer.optimizer].quantises:
         yield (
-            "trainer.optimizer=adamw_8bit has kernels for CPUs and NVIDIA GPUs alone, but "
-            "launcher.device=mps; set trainer.optimizer=adamw"
+            f"trainer.optimizer={trainer.optimizer} has kernels for CPUs and NVIDIA GPUs alone, "
+            "but launcher.device=mps; set trainer.optimizer=adamw"
         )
     if trainer.compile is True:
         yield (
