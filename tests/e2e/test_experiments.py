@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import shutil
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.distributed
 
 STAGES = ("modernbert_base", "modernbert_base_long")
 """Of which the second begins with what the first has trained."""
+FROM_A_MODEL = ("any_architecture", "lora_clm")
 EXPERIMENTS = sorted({path.stem for path in (CONF / "experiment").glob("*.yaml")} - {*STAGES})
 
 
@@ -61,10 +63,13 @@ def trained(
 
     def train(name: str, *overrides: str) -> tuple[Path, RunConfig]:
         experiment = (CONF / "experiment" / f"{name}.yaml").read_text()
-        ranks_wanted = 1 if "nproc_per_node: 1" in experiment else 2
+        alone = "override /launcher: local" in experiment
+        ranks_wanted = 1 if alone or "nproc_per_node: 1" in experiment else 2
+        is_sized = "override /model: pretrained" not in experiment
+        is_sized = is_sized and "override /model: from_config" not in experiment
         small = [
-            *(o for o in TINY if name != STAGES[1] or not o.startswith("model.")),
-            f"launcher.nproc_per_node={ranks_wanted}",
+            *(o for o in TINY if is_sized or not o.startswith("model.")),
+            *([] if alone else [f"launcher.nproc_per_node={ranks_wanted}"]),
             "data.sequence_length=32",
             "data.eval_fraction=0.1",
             f"data.cache_dir='{cache_dir}'",
@@ -99,11 +104,29 @@ def trained(
     return train
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", sorted({*EXPERIMENTS} - {*FROM_A_MODEL}))
 def test_experiment_ends_with_a_model(
     name: str, trained: Callable[..., tuple[Path, RunConfig]]
 ) -> None:
-    run_dir, config = trained(name)
+    check(*trained(name))
+
+
+def test_experiments_that_begin_from_a_model_end_with_one(
+    trained: Callable[..., tuple[Path, RunConfig]], tmp_path: Path
+) -> None:
+    base = trained("demo")[0] / "final"
+    adapted, _ = check(*trained("lora_clm", f"model.name='{base}'"))
+    assert (adapted / "final" / "adapter" / "adapter_model.safetensors").is_file()
+
+    described = tmp_path / "described"
+    described.mkdir()
+    shutil.copy(base / "config.json", described)
+    sizes = ("model.overrides.num_hidden_layers=2", "model.vocab_size=384")
+    check(*trained("any_architecture", f"model.name='{described}'", *sizes))
+
+
+def check(run_dir: Path, config: RunConfig) -> tuple[Path, RunConfig]:
+    """Hold a run of two steps to what each experiment comes to, and return it."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert [line["step"] for line in lines if "eval_loss" in line] == [2]
@@ -113,6 +136,7 @@ def test_experiment_ends_with_a_model(
     head = "ForMaskedLM" if config.objective.is_masked else "LMHeadModel"
     assert model.architectures[0].endswith(head)
     assert (run_dir / "final" / "model.safetensors").is_file()
+    return run_dir, config
 
 
 def test_modernbert_is_trained_on_short_samples_and_then_on_long_ones(
