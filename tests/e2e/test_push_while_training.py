@@ -71,10 +71,10 @@ def test_saves_and_the_end_of_a_run_reach_the_hub(tmp_path: Path) -> None:
     assert made["model.safetensors"] == (run_dir / "final" / "model.safetensors").read_bytes()
     assert b'model="ada/small"' in made["README.md"]
     assert repository.messages[-1] == "run: final"
-    # A save that is written while another is pushed takes its place.
+    # A save that is written while another is pushed takes its place, as may the end: how many
+    # there were is chance. tests/unit/test_publisher.py has each of them pushed.
     (*steps, last) = [entry["what"] for entry in pushes(tmp_path)]
     assert last == "final"
-    assert steps
     for what in steps:
         branch = repository.branches[what.replace("checkpoint-", "step-")]
         assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(branch)
