@@ -38,16 +38,21 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
     from shardwright.train.loop.callbacks import own
     from shardwright.train.model.own_loss import OwnLoss
     from shardwright.train.model.user_modules import import_all
-    from shardwright.train.optimizer import custom, sharded_trial
 
     yield lambda: import_all(config.model.imports)
     for text in config.trainer.callbacks:
         yield lambda text=text: own.check(text)  # type: ignore[misc]
     if config.trainer.custom_class is not None:
-        yield lambda: custom.check(config)
-        yield lambda: sharded_trial.check(config)
+        yield lambda: _check_optimizer(config)
     if (loss := config.objective.loss) is not None:
         yield lambda: OwnLoss(loss).tried()
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    from shardwright.train.optimizer import custom, sharded_trial
+
+    custom.check(config)
+    sharded_trial.check(config)  # would find again what the first has found
 
 
 if __name__ == "__main__":

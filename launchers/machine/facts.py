@@ -322,7 +322,7 @@ def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machin
 
     if device == "mps":
         if machine.has_mps:
-            return problems
+            return []
         return [
             "launcher.device=mps, but this machine is no Mac with an Apple GPU "
             f"({platform.system()}, {platform.machine()}); choose launcher.device=cpu or auto"

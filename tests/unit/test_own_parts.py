@@ -352,3 +352,13 @@ def test_the_launcher_has_a_child_try_them(tmp_path: Path) -> None:
     tree["trainer"]["callbacks"] = ["gone.py:Own"]
     (text,) = of_launcher.problems(from_tree(tree))
     assert text.startswith("trainer.callbacks=gone.py:Own: ")
+
+
+def test_an_optimizer_that_cannot_be_made_is_said_once_whatever_the_engine() -> None:
+    tree = config(
+        optimizer="custom", custom_class=f"{PARTS}:SignMomentum", custom_options={"gamma": 1}
+    ).model_dump(mode="json")
+    for kind in ("ddp", "fsdp"):
+        (text,) = own_trial.problems(from_tree({**tree, "strategy": {"kind": kind}}))
+        assert "it cannot be made of groups of parameters and lr, gamma: " in text
+        assert "sharded" not in text

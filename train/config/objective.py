@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -56,14 +57,14 @@ class MaskedFields(LossFields):
     """Compute the head where a token is to be predicted alone: the same loss for less work."""
 
     @property
+    @abstractmethod
     def largest_masked_share(self) -> float:
         """Of a sample's tokens the share to predict, at most."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def mean_masked_share(self) -> float:
         """The same on average over a run."""
-        raise NotImplementedError
 
 
 class MlmObjective(MaskedFields):

@@ -39,8 +39,7 @@ class OwnLoss:
         """Return the sum over the labels, in fp32.
 
         ``labels`` are `IGNORED` where there is none. With ``weights`` (positions,) each counts by
-        its own. Raises UserError where the function gives
-        something else than it has to.
+        its own. Raises UserError where the function gives something else than it has to.
         """
         logits, labels = logits.flatten(0, -2), labels.flatten().to(logits.device)
         kept = labels.ne(IGNORED)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from shardwright.train.config import RunConfig
 from shardwright.train.config.strategy import FsdpStrategy
+from shardwright.train.errors import UserError
 from shardwright.train.optimizer import trial
 from shardwright.train.own_parts import part, said
 
@@ -41,6 +42,8 @@ def check(config: RunConfig) -> None:
                 for parameter in parameters:
                     parameter.grad = parameter.detach().clone()
                 optimizer.step()
+        except UserError:  # it cannot be made, under any engine
+            raise
         except Exception as error:  # whatever torch, or code of the user's, raises
             raise asked.wrong(
                 "its step does not work on the sharded tensors of strategy=fsdp: "

@@ -16,7 +16,7 @@ from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import RunConfig
 from shardwright.train.errors import UserError
 from shardwright.train.publishing.upload import Pushed, Target, is_weights, upload, why_failed
-from shardwright.train.run_directory import final
+from shardwright.train.run_directory import final, metrics
 from shardwright.train.run_directory.names import CHECKPOINTS, FINAL, PUBLISHING_FOLDER, PUSHES
 
 IN_REPOSITORY = "checkpoints"
@@ -157,11 +157,4 @@ def append(run_dir: Path, entry: Mapping[str, Any]) -> None:
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """Return what a run has pushed or could not push; a line that a crash cut is left out."""
-    path = run_dir / PUSHES
-    entries = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
-    return entries
+    return metrics.lines(run_dir / PUSHES)
