@@ -194,8 +194,8 @@ INTRODUCTION = f"""\
 
 A run is composed of one option of each group below, `group=option`, and of single keys,
 `group.key=value`. Every key is on this page, with what it may be, its default
-and its effect. An unknown key, a wrong type, or two values that contradict each other are an error
-before anything starts.
+and its effect. An unknown key, a wrong type, two values that contradict each other, or one that
+nothing reads are an error before anything starts.
 
 ```bash
 shardwright train model=gpt2_small strategy=zero2 trainer.max_steps=2000

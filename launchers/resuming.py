@@ -42,6 +42,7 @@ from shardwright.train.config import (
 )
 from shardwright.train.config.optimizers import FALLING, READ_BY
 from shardwright.train.config.own import FIELDS, same_part, with_parts_located
+from shardwright.train.config.rules import unread
 from shardwright.train.config.tree import leaves
 from shardwright.train.console import terminal
 from shardwright.train.data.prepare import noted_samples_wanted
@@ -126,6 +127,7 @@ def resume(place: Asked) -> int:
     after = with_parts_located(after.model_copy(update={"data": with_sets_located(after.data)}))
     limit = largest_micro_batch(before, overrides)
     config = machine.resolve(after, here, str(run_dir), limit)
+    check_read(before, after, config)
     if place.dry_run:
         show([config], here)
     preflight.check_machine(config, here)
@@ -354,6 +356,17 @@ def changed(
     if problems := list(refused(before, after, kept or _BY_A_RESUME)):
         raise UserError("\n".join(problems))
     return after
+
+
+def check_read(before: RunConfig, after: RunConfig, settled: RunConfig) -> None:
+    """Raise UserError where a setting is new and nothing reads it. Pure.
+
+    What the run has had may have been begun when nothing was said of it.
+    """
+    old, new = (leaves(each.model_dump(mode="json", by_alias=True)) for each in (before, after))
+    kept = {key for key, value in new.items() if key in old and old[key] == value}
+    if problems := list(unread.problems(after, settled, kept)):
+        raise UserError("\n".join(problems))
 
 
 def with_wandb_mode(config: RunConfig, overrides: Sequence[str], mode: str | None) -> RunConfig:

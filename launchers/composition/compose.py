@@ -25,6 +25,7 @@ from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
 from shardwright.train.config import RunConfig, from_tree
 from shardwright.train.config.own import with_parts_located
+from shardwright.train.config.rules import unread
 from shardwright.train.data.sources.corpus import located
 from shardwright.train.errors import BAD_INPUT, UserError
 from shardwright.train.paths import absolute
@@ -181,11 +182,17 @@ def _with_the_tokenizer_of_its_run(tree: dict[str, Any]) -> None:
 
 
 def resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
-    """Return a job's config, valid and with nothing left open."""
+    """Return a job's config, valid, with nothing left open and nothing set that nothing reads.
+
+    Raises UserError.
+    """
     config = from_tree(plain(job.tree))
     # Of new runs alone: by the very names in it a resume finds the tokens of one that is older.
     config = with_parts_located(config.model_copy(update={"data": located(config.data)}))
-    return machine.resolve(config, here, _run_dir(config, job.number, stamp))
+    found = machine.resolve(config, here, _run_dir(config, job.number, stamp))
+    if problems := list(unread.problems(config, found)):
+        raise UserError("\n".join(problems))
+    return found
 
 
 def _run_dir(config: RunConfig, number: int | None, stamp: str) -> str:

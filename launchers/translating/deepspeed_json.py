@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardwright.launchers.translating.translation import Translation, is_on
+from shardwright.train.config import OPTIMIZERS
 from shardwright.train.config.elsewhere.deepspeed_json import DEEPSPEED_JSON
 from shardwright.train.config.rules import deepspeed_keys
 from shardwright.train.config.rules.deepspeed_keys import FREE, OWNED, REFUSED
+from shardwright.train.config.rules.unread import STAGES
 
 _AUTO = "auto is filled by the run's own values, here"
 _A_FIELD = re.compile(r"(strategy|trainer|precision)\.[a-z0-9_]+")
@@ -72,6 +74,10 @@ def _leaf(
     elif path in _FLAGS:
         word = _FLAGS[path]
         found.sets(path, value, word) if value else found.ignores(path, value, "off")
+    elif stage not in STAGES.get(OWNED.get(path, ""), (stage,)):
+        *first, last = map(str, STAGES[OWNED[path]])
+        reading = f"stages {', '.join(first)} and {last}" if first else f"stage {last}"
+        found.ignores(path, value, f"read at {reading} alone, and this is {stage}")
     elif (field := OWNED.get(path)) is not None and _A_FIELD.fullmatch(field):
         found.sets(path, value, **{field.replace(".", "__"): _as_the_field_has_it(path, value)})
     elif isinstance(kind := known.get(name), dict) and isinstance(value, Mapping):
@@ -327,9 +333,7 @@ def _optimizer(found: Translation, key: str, section: Mapping[str, Any]) -> None
             prefix = "lion_beta" if name == "lion" else "adam_beta"
             pair = {f"trainer__{prefix}{i}": float(b) for i, b in enumerate(value, 1)}
             found.sets(path, value, **pair)
-        elif (field := _PARAMETERS.get(parameter, "")) and (
-            not field.startswith(_OWN) or field.startswith(name)
-        ):
+        elif (field := _PARAMETERS.get(parameter, "")) and _reads(name, field):
             of_field = value if isinstance(value, bool) else float(value)
             found.sets(path, value, **{f"trainer__{field}": of_field})
         else:
@@ -352,7 +356,13 @@ _PARAMETERS = {
     "momentum": "sgd_momentum",
     "nesterov": "sgd_nesterov",
 }
-_OWN = ("sgd_",)
+
+
+def _reads(optimizer: str, field: str) -> bool:
+    """Return whether an optimizer reads a field of `_PARAMETERS`. Pure."""
+    if field.startswith("adam_"):
+        return OPTIMIZERS[optimizer].runs_adamw  # type: ignore[index]
+    return not field.startswith("sgd_") or optimizer == "sgd"
 
 
 def _scheduler(found: Translation, key: str, section: Mapping[str, Any]) -> None:

@@ -37,7 +37,14 @@ def translate(found: Translation, fields: Mapping[str, Any], prefix: str = "") -
         for key, value in fields.items():
             found.ignores(f"{prefix}{key}", value, "nothing is sharded under strategy=ddp")
         return
+    is_one_unit = any(
+        str(fields.get(name)).lower() == "no_wrap"
+        for name in ("fsdp_auto_wrap_policy", "auto_wrap_policy")
+    )
     for key, value in fields.items():
+        if is_one_unit and key.endswith("prefetch"):
+            found.ignores(f"{prefix}{key}", value, "one unit has none to be gathered ahead")
+            continue
         _field(found, f"{prefix}{key}", key.removeprefix("fsdp_"), value)
 
 

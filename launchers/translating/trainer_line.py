@@ -13,6 +13,7 @@ from shardwright.launchers.translating.starting import Started
 from shardwright.launchers.translating.translation import Translation, is_on
 from shardwright.train.config.elsewhere.example_scripts import EXAMPLE_SCRIPTS
 from shardwright.train.config.elsewhere.trainer_arguments import TRAINER_ARGUMENTS
+from shardwright.train.config.optimizers import OPTIMIZERS, OptimizerName
 from shardwright.train.errors import UserError
 
 _OF_THE_TRAINER = {
@@ -37,6 +38,22 @@ _PUSHED = {
     "all_checkpoints": "checkpoints",
 }
 """What is pushed and when, by the Trainer's hub_strategy."""
+
+_OPTIMIZERS: dict[str, OptimizerName] = {
+    r"adamw_(torch|hf|apex|anyprecision).*": "adamw",
+    r"adafactor": "adafactor",
+    r"adamw_(bnb_8bit|8bit|torch_8bit)|paged_adamw_8bit": "adamw_8bit",
+    r"(paged_)?lion.*": "lion",
+    r"sgd": "sgd",
+    r"muon": "muon",
+}
+
+
+def _optimizer_of(optim: Any) -> OptimizerName | None:
+    """Return what the Trainer's --optim is called here. Pure."""
+    return next(
+        (k for pattern, k in _OPTIMIZERS.items() if re.fullmatch(pattern, str(optim))), None
+    )
 
 
 def arguments(words: Sequence[str]) -> dict[str, Any]:
@@ -105,6 +122,7 @@ class _Line:
             "lr_scheduler_type": self._schedule,
             "warmup_steps": self._warmup,
             "optim": self._optimizer,
+            **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), self._adam),
             "num_train_epochs": self._epochs,
             "max_steps": self._steps,
             "report_to": self._trackers,
@@ -270,19 +288,21 @@ class _Line:
             self._found.sets(name, value, trainer__warmup_steps=int(value))
 
     def _optimizer(self, name: str, value: Any) -> None:
-        kinds = {
-            r"adamw_(torch|hf|apex|anyprecision).*": "adamw",
-            r"adafactor": "adafactor",
-            r"adamw_(bnb_8bit|8bit|torch_8bit)|paged_adamw_8bit": "adamw_8bit",
-            r"(paged_)?lion.*": "lion",
-            r"sgd": "sgd",
-            r"muon": "muon",
-        }
-        kind = next((k for pattern, k in kinds.items() if re.fullmatch(pattern, str(value))), None)
+        kind = _optimizer_of(value)
         if kind is None:
-            self._found.refuses(name, value, f"there are {', '.join(kinds.values())}")
+            there_are = ", ".join(dict.fromkeys(_OPTIMIZERS.values()))
+            self._found.refuses(name, value, f"there are {there_are}")
         else:
             self._found.sets(name, value, f"trainer.optimizer={kind}")
+
+    def _adam(self, name: str, value: Any) -> None:
+        kind = _optimizer_of(self._flags.get("optim", "adamw_torch")) or "adamw"
+        if OPTIMIZERS[kind].runs_adamw:
+            self._found.sets(name, value, **{f"trainer__{name}": value})
+        elif kind == "lion" and name != "adam_epsilon":  # the Trainer hands it the same betas
+            self._found.sets(name, value, **{f"trainer__{name.replace('adam', 'lion')}": value})
+        else:
+            self._found.ignores(name, value, f"trainer.optimizer={kind} has no such setting")
 
     def _epochs(self, name: str, value: Any) -> None:
         if self.has_steps:

@@ -100,6 +100,18 @@ def test_a_group_is_replaced_by_its_option_with_values_on_top() -> None:
     assert after.strategy.model_dump().items() >= {**option, "persistence_elements": 0}.items()
 
 
+def test_a_resume_may_keep_what_nothing_reads_and_not_set_it() -> None:
+    trainer = {**TREE["trainer"], "decay_fraction": 0.3}
+    before = run(trainer=trainer)
+    after = resuming.changed(before, ["trainer.max_steps=20"], {})
+    resuming.check_read(before, after, after)
+    after = resuming.changed(before, ["trainer.decay_fraction=0.2"], {})
+    with pytest.raises(
+        UserError, match=r"^trainer\.decay_fraction=0\.2 is read with trainer\.lr_s"
+    ):
+        resuming.check_read(before, after, after)
+
+
 def test_wandb_does_what_the_environment_says_today() -> None:
     before = run(tracking={"kind": "wandb", "mode": "online"})
 

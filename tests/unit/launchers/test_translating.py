@@ -24,6 +24,7 @@ from shardwright.train.config import from_tree, rank_layout, to_yaml
 from shardwright.train.config.elsewhere.deepspeed_json import DEEPSPEED_JSON
 from shardwright.train.config.elsewhere.example_scripts import EXAMPLE_SCRIPTS
 from shardwright.train.config.elsewhere.trainer_arguments import TRAINER_ARGUMENTS
+from shardwright.train.config.rules import unread
 from shardwright.train.config.rules.deepspeed_keys import FREE, OWNED, REFUSED
 from shardwright.train.errors import UserError
 from shardwright.train.strategy.zero.settings import settings as engine_settings
@@ -80,7 +81,9 @@ def outcomes(found: Translation) -> dict[str, str]:
 def engine_of(words: list[str]) -> dict[str, Any]:
     """Return the engine's settings of a run that is composed as a user's is."""
     _, run = composed(*words, f"launcher.nproc_per_node={RANKS}", "data.sequence_length=64")
+    given = run
     run = resolve(run, Machine(compute_capabilities=(9.0,) * 8, cores=64), "/runs/a")
+    assert not list(unread.problems(given, run))
     return engine_settings(run, rank_layout(run.strategy, RANKS))
 
 
@@ -212,6 +215,21 @@ def test_each_documented_key_is_accounted_for(path: str) -> None:
         ({"curriculum_learning": {"enabled": False}}, "curriculum_learning", "ignored: off"),
         ({"zero_optimization": {"cpu_offload": True, "stage": 2}},
          "zero_optimization.cpu_offload", "set: strategy.offload_optimizer=cpu"),
+        (
+            {"zero_optimization": {"stage": 2, "sub_group_size": 1000}},
+            "zero_optimization.sub_group_size",
+            "ignored: read at stage 3 alone, and this is 2",
+        ),
+        (
+            {"zero_optimization": {"stage": 0, "reduce_bucket_size": 1000}},
+            "zero_optimization.reduce_bucket_size",
+            "ignored: read at stages 1, 2 and 3 alone, and this is 0",
+        ),
+        (
+            {"optimizer": {"type": "Lion", "params": {"lr": 1e-4, "eps": 1e-6}}},
+            "optimizer.params.eps",
+            "ignored: trainer.optimizer=lion has no such setting",
+        ),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3}},
              "optimizer": {"type": "Adam", "params": {"lr": 1e-4}}},
@@ -347,6 +365,17 @@ def test_what_the_trainer_does_by_itself_is_said() -> None:
     assert (trainer.weight_decay, trainer.adam_beta2, run.seed) == (0.0, 0.999, 42)
     assert trainer.global_batch_size == trainer.micro_batch_size == 8
     assert outcomes(found)["seed"] == "set: seed=42 (the Trainer's default)"
+
+
+def test_an_optimizer_without_adamw_gets_none_of_its_settings() -> None:
+    line = "python run_clm.py --model_type gpt2 --train_file a.txt --adam_epsilon 1e-6 --optim "
+    found = source.of_line(shlex.split(f"{line} adafactor"))
+    _, run = composed(*found.words())
+    assert (run.trainer.optimizer, run.trainer.adam_beta2) == ("adafactor", 0.95)
+    assert outcomes(found)["adam_epsilon"].startswith("ignored: trainer.optimizer=adafactor has no")
+    assert not list(unread.problems(run, run))
+    _, run = composed(*source.of_line(shlex.split(f"{line} lion_32bit")).words())
+    assert (run.trainer.optimizer, run.trainer.lion_beta2) == ("lion", 0.999)
 
 
 def test_what_comes_with_each_epoch_does_so_here() -> None:

@@ -130,6 +130,12 @@ BAD = {
         ["seed=1,2", "launcher=torchrun", "launcher.nodes=2", "launcher.head_address=a"],
         "launcher.nodes=2, but with launcher=torchrun the other nodes of each point would have",
     ),
+    "what one of its points does not read": (
+        ["trainer.optimizer=adamw,adafactor", "trainer.adam_beta2=0.98"],
+        "trainer.adam_beta2=0.98 is read with trainer.optimizer=adamw, muon, adamw_8bit or "
+        "schedule_free only, but trainer.optimizer=adafactor, which has no AdamW; set "
+        "trainer.optimizer=adamw, or leave trainer.adam_beta2=0.95 (point 1)",
+    ),
     "no such hostfile": (
         ["seed=1,2", "launcher=deepspeed", "launcher.hostfile=none"],
         "launcher.hostfile=none cannot be read",
