@@ -18,6 +18,7 @@ from shardwright.launchers.machine.names import unusable_checkpoint
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.config import OPTIMIZERS, NamedModel, PretrainedTokenizer, RunConfig
 from shardwright.train.config.adapter import PACKAGE as PEFT
+from shardwright.train.config.model import NOT_QUANTIZED, QUANTIZER, quantization_of
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.tokens import rank_file
 from shardwright.train.errors import UserError, not_installed
@@ -159,8 +160,10 @@ def _missing_packages(config: RunConfig) -> list[str]:
     optimizer = config.trainer.optimizer
     package = OPTIMIZERS[optimizer].package
     adapter = config.adapter.kind
+    bits = quantization_of(config.model)
     needed = {
         f"adapter={adapter}": (PEFT, adapter != "none"),
+        f"model.quantization={bits}": (QUANTIZER, bits != NOT_QUANTIZED),
         f"precision.fp8_recipe={config.precision.fp8_recipe}": (
             "torchao",
             config.precision.fp8_recipe is not None,

@@ -25,6 +25,7 @@ from shardwright.train.config import (
     why_too_short,
 )
 from shardwright.train.config import rhythm as rhythm_of
+from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.console import progress
 from shardwright.train.data.batches.loader import eval_loader, train_loader
 from shardwright.train.data.tokens import tokenizer
@@ -180,7 +181,7 @@ def assemble(
     steps = replays.last_step(run_dir, steps)
     if resumed is not None:
         resuming.untie(model, resumed)
-        values = resuming.values(model, resumed)
+        values = resuming.values(model, resumed, values)
         if early_stopping.is_due(config, resuming.history(resumed)):
             steps = resumed.step  # killed between the stop and the end: what is left is final/
     rhythm = rhythm_of(config, prepared.samples_per_epoch)
@@ -190,6 +191,8 @@ def assemble(
     )
     progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
     model = engine.shard(model, values)
+    if resumed is not None:
+        resuming.check_base(model, resumed)
     bounds = document_attention.bounds_of(model, config)
     of_rank: Any = {"rank": rank.index, "layout": layout, "bounds": bounds}
     trainer = Trainer(
@@ -363,7 +366,9 @@ def _build(
         if resumed is None and saved.is_checkpoint(config.model.name):
             _check_source(Path(config.model.name), rank)
     directory = kept.directory if kept else None
-    model, values = models.build(config, words, directory, reads_weights=resumed is None)
+    # Those of a quantised base are in no checkpoint.
+    reads_weights = resumed is None or quantization_of(config.model) != NOT_QUANTIZED
+    model, values = models.build(config, words, directory, reads_weights=reads_weights)
     if config.data.has_bounds:
         document_attention.enable(model, config)
     check_blocks_are_not_skipped(model, rank.world_size)

@@ -50,6 +50,7 @@ def recover(arguments: Sequence[str]) -> int:
                 section=asked.section,
                 dtype=asked.dtype,
                 adapter=asked.adapter,
+                base=asked.base,
                 ema=asked.ema,
                 allow_upcast=asked.allow_upcast,
                 allow_nan=asked.allow_nan,
@@ -127,6 +128,13 @@ def _add_how_it_is_written(found: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a run with an adapter, that alone, as peft loads it; without, whole weights with "
         "the adapter added to them",
+    )
+    found.add_argument(
+        "--base",
+        type=path_of,
+        metavar="DIR",
+        help="where the model lies now beside whose weights the adapter was trained, of a run with "
+        "model.quantization; by default where it lay",
     )
     found.add_argument("--ema", action="store_true", help="the moving average of the weights")
     found.add_argument(

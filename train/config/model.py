@@ -17,6 +17,10 @@ from shardwright.train.config.section import (
 )
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Quantization = Literal["none", "8bit", "4bit"]
+NOT_QUANTIZED = "none"
+QUANTIZER = "bitsandbytes"
+"""The package that quantises weights."""
 
 
 class ScratchModel(Section):
@@ -378,6 +382,9 @@ class PretrainedModel(NamedModel):
     """The same of the layers that attend to a window."""
     max_position_embeddings: PositiveInt | None = None
     """Longest sequence in tokens, of a model with rotary embeddings; null keeps its own."""
+    quantization: Quantization = "none"
+    """How linear layers but the head are held beside an adapter: 8bit is LLM.int8(), 4bit is NF4 in
+    blocks of 64 (QLoRA). Checkpoints then hold what is trained alone, and need ``name`` again."""
 
     @property
     def other_positions(self) -> bool:
@@ -419,6 +426,11 @@ class ConfigModel(NamedModel):
                 "model.vocab_size up, which is not known here by the model's config.json; set "
                 "model.vocab_size too"
             )
+
+
+def quantization_of(model: Section) -> str:
+    """Return in how many bits a model's frozen weights are to be held, or none. Pure."""
+    return getattr(model, "quantization", NOT_QUANTIZED)
 
 
 def _padded(model: ScratchModel | ConfigModel, rows: int) -> int:

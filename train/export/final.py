@@ -29,7 +29,7 @@ from shardwright.train.durable import begin_directory, publish_directory, tempor
 from shardwright.train.export import adapter_files, parts
 from shardwright.train.export import safetensors as whole
 from shardwright.train.export.card import README, Card, average_in_words
-from shardwright.train.model import adapter, origin
+from shardwright.train.model import adapter, base, origin
 from shardwright.train.model.conversion import CannotTrace, placed
 from shardwright.train.model.directory import (
     CONFIG,
@@ -279,8 +279,15 @@ def _write_tensors(
 
 def _saved(trainer: Trainer, checkpoint: Path) -> dict[str, LazyTensor]:
     """Return the weights of a checkpoint that final/ gets, by the names of the model there."""
-    state = portable.read(checkpoint)
-    if (of_adapter := read_manifest(checkpoint).adapter) is not None:
+    manifest = read_manifest(checkpoint)
+    state = base.completed(
+        portable.read(checkpoint),
+        manifest,
+        trainer.model,
+        checkpoint,
+        checks=trainer.is_world_process_zero(),
+    )
+    if (of_adapter := manifest.adapter) is not None:
         state = merged.merged(state, of_adapter)
     weights = state.ema if exports_average(trainer) else state.weights
     names = (merged.whole(name) for name, _ in trainer.model.named_parameters())

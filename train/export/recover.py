@@ -30,7 +30,7 @@ from shardwright.train.export import safetensors as whole
 from shardwright.train.export.card import Card, average_in_words, recovered_card
 from shardwright.train.export.card_text import adapter_in_words
 from shardwright.train.export.contents import DTYPES, Contents, contents
-from shardwright.train.model import generation, remote_code
+from shardwright.train.model import base, generation, remote_code
 from shardwright.train.model.directory import (
     CONFIG,
     GENERATION_CONFIG,
@@ -72,6 +72,8 @@ class Options:
     dtype: str = "fp32"
     adapter: bool = False
     """Write the adapter of a run by itself, as peft keeps it; else it is merged."""
+    base: Path | None = None
+    """Where the model lies now beside which an adapter was trained, if its checkpoints lack it."""
     ema: bool = False
     """Take the moving average of the weights."""
     allow_upcast: bool = False
@@ -157,6 +159,13 @@ def _chosen(options: Options, err: TextIO) -> Chosen:
 def _contents(options: Options, chosen: Chosen, model: PreTrainedModel) -> Contents:
     """Return what of the checkpoint goes into the model directory; its files are long enough."""
     state = chosen.state
+    if chosen.manifest is not None:
+        if options.base is not None and chosen.manifest.base is None:
+            raise UserError(
+                f"--base: {chosen.path} holds all weights and reads none of {options.base}; leave "
+                "it out"
+            )
+        state = base.completed(state, chosen.manifest, model, chosen.path, options.base)
     if chosen.manifest is not None and chosen.manifest.adapter is not None:
         state = merged.merged(state, chosen.manifest.adapter)
     try:

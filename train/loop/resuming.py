@@ -24,7 +24,7 @@ from shardwright.train.config.cadence import Cadence
 from shardwright.train.console import progress
 from shardwright.train.errors import UserError
 from shardwright.train.loop import random_numbers
-from shardwright.train.model import saved
+from shardwright.train.model import base, quantised, saved
 from shardwright.train.model.saved import Saved
 from shardwright.train.model.weights import InitialValues
 from shardwright.train.process.agreement import from_all, from_all_patiently
@@ -55,6 +55,8 @@ class Resumed:
     """The first name of each, as its manifest says."""
     average: layout.AverageEntry | None = None
     """The average of the weights that it holds beside them."""
+    base: layout.BaseEntry | None = None
+    """The model whose weights it leaves out."""
 
     @property
     def step(self) -> int:
@@ -132,6 +134,7 @@ def _opened(path: Path) -> Resumed:
         state=state,
         parameters=frozenset(parameter.name for parameter in manifest.parameters),
         average=manifest.average,
+        base=manifest.base,
     )
 
 
@@ -177,13 +180,21 @@ def untie(model: PreTrainedModel, resumed: Resumed) -> None:
     saved.untie(model, resumed.parameters)
 
 
-def values(model: PreTrainedModel, resumed: Resumed) -> InitialValues:
+def values(model: PreTrainedModel, resumed: Resumed, of_source: InitialValues) -> InitialValues:
     """Return each parameter's master weight as its first value; set the persistent buffers.
 
-    Raises UserError where the checkpoint holds another model.
+    Where the checkpoint leaves its base out, that has the values ``of_source``, which the run began
+    with. Raises UserError where the checkpoint holds another model.
     """
     of = Saved(resumed.checkpoint, resumed.state, resumed.parameters, _CANNOT_BE_RESUMED)
-    return saved.first_values(model, of)
+    return saved.first_values(model, of, of_source if resumed.base is not None else saved.NOTHING)
+
+
+def check_base(model: PreTrainedModel, resumed: Resumed) -> None:
+    """Raise UserError where what a model was quantised from is not what it was before."""
+    digest = quantised.digest_of(model)
+    if resumed.base is not None and digest is not None:
+        base.check(digest, resumed.base, resumed.checkpoint)
 
 
 # --- everything else, once the engine is built --------------------------------------------------

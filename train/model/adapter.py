@@ -212,9 +212,14 @@ def entry(model: PreTrainedModel) -> AdapterEntry | None:
     return AdapterEntry(
         config={key: _plain(value) for key, value in described.items()},
         scaling=float(scalings.pop()) if scalings else 1.0,
-        transposed=[name for name, m in layers.items() if isinstance(m.base_layer, Conv1D)],
+        transposed=[name for name, m in layers.items() if _is_transposed(m.base_layer)],
         feedforward=[name for name, m in layers.items() if getattr(m, "is_feedforward", False)],
     )
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    """Return whether a weight has a row for each input, or had before it was quantised."""
+    return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
 
 
 def _plain(value: Any) -> Any:

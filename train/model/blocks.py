@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -9,9 +12,17 @@ from shardwright.train.errors import UserError
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones counted once, partitioned ones whole."""
+    """Return the number of parameters: tied ones once, packed and partitioned ones whole."""
+    return sum(whole_elements(parameter) for parameter in model.parameters())
+
+
+def whole_elements(parameter: torch.Tensor) -> int:
+    """Return how many elements a parameter has, be it packed into 4 bits or divided among ranks."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return math.prod(state.shape)
     # ZeRO-3 leaves an empty tensor in place and the whole size in ds_numel.
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    found: int = getattr(parameter, "ds_numel", parameter.numel())
+    return found
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:

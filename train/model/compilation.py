@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.errors import UserError
 from shardwright.train.model.blocks import blocks, blocks_or_none
 from shardwright.train.process import heartbeat
@@ -36,7 +37,8 @@ def settled(config: RunConfig, model: PreTrainedModel) -> tuple[RunConfig, str |
     Raises UserError where it is to compile and cannot.
     """
     wanted, on_gpu = config.trainer.compile, config.launcher.device == "cuda"
-    if wanted == "auto" and (not on_gpu or config.trainer.offload_activations):
+    is_packed = quantization_of(config.model) != NOT_QUANTIZED
+    if wanted == "auto" and (not on_gpu or config.trainer.offload_activations or is_packed):
         return _with(config, compiles=False), None
     if wanted is False:
         return config, None

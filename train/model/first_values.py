@@ -6,7 +6,7 @@ parameters. What each value is does not depend on who makes it, nor on how many 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -54,17 +54,21 @@ def materialize(
     values: InitialValues,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    take: Callable[[str, torch.Tensor], bool] | None = None,
 ) -> None:
     """Replace the meta parameters by real ones on ``device``, one after the other.
 
     Collective. The host holds no more than two whole parameters at a time, beside
-    what stays there.
+    what stays there. ``take`` is given each by its name, flat and in fp32, and returns whether it
+    has put it in place itself.
     """
     owners = Owners(model)
     parameters = dict(model.named_parameters())
     elements = {name: parameter.numel() for name, parameter in parameters.items()}
     wholes = whole_in_turn(elements, values, device)
-    for parameter, whole in zip(parameters.values(), wholes, strict=True):
+    for (name, parameter), whole in zip(parameters.items(), wholes, strict=True):
+        if take is not None and take(name, whole):
+            continue
         real = torch.empty(parameter.shape, dtype=dtype, device=device)
         owners.replace(parameter, real.copy_(whole.view(real.shape)))
 

@@ -10,7 +10,6 @@ from shardwright.train.config.devices import peak_flops
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -106,6 +105,8 @@ def matmul_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
     """
     from torch import nn
 
+    from shardwright.train.model.blocks import whole_elements
+
     head = model.get_output_embeddings()
     used_by_head = {id(parameter) for parameter in head.parameters()}
     looked_up = {
@@ -117,10 +118,4 @@ def matmul_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
         # Beside an adapter, what a module was that is trained whole is not used.
         if id(parameter) not in looked_up and ".original_module." not in name
     )
-    return sum(_size(p) for p in counted if not (frozen and p.requires_grad))
-
-
-def _size(parameter: nn.Parameter) -> int:
-    # ZeRO-3 leaves an empty tensor in place and the whole size in ds_numel.
-    size: int = getattr(parameter, "ds_numel", parameter.numel())
-    return size
+    return sum(whole_elements(p) for p in counted if not (frozen and p.requires_grad))

@@ -24,6 +24,7 @@ from shardwright.train.config import (
     PretrainedModel,
     ScratchModel,
 )
+from shardwright.train.config.model import NOT_QUANTIZED
 from shardwright.train.config.section import shown
 from shardwright.train.errors import UserError
 from shardwright.train.model import rotary, saved
@@ -110,7 +111,10 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, InitialValues]:
     build, auto_class = _builder(model, config, objective), _auto_class(objective)
     is_quantised = getattr(config, "quantization_config", None) is not None
+    is_packed = model.quantization != NOT_QUANTIZED
     with loading(model):
+        if is_packed:
+            _check_can_be_read_again(model, is_quantised=is_quantised)
         if model.overrides:
             _check_shapes(model, build, objective, kept)
         if not reads_weights and not is_quantised:
@@ -122,6 +126,8 @@ def load_pretrained(
                 files = weight_files(model.name, model.revision, config)
                 built, values = streamed(build, files, seed)
             except CannotStream as reason:
+                if is_packed:
+                    raise UserError(_not_read_again(model, str(reason))) from None
                 logger.warning(
                     "model.name=%s is loaded whole on every rank, not one tensor at a time: %s",
                     model.name,
@@ -134,6 +140,24 @@ def load_pretrained(
         if built.can_generate():
             built.generation_config = pretrained_generation_config(model, kept)
     return built, values
+
+
+def _check_can_be_read_again(model: PretrainedModel, *, is_quantised: bool) -> None:
+    """Raise UserError where checkpoints without the weights could not find them again."""
+    if is_quantised:
+        raise UserError(_not_read_again(model, "they are quantised already"))
+    if saved.is_checkpoint(model.name):
+        raise UserError(
+            _not_read_again(model, "it is a checkpoint of a run, which may be deleted; give final/")
+        )
+
+
+def _not_read_again(model: PretrainedModel, reason: str) -> str:
+    return (
+        f"model.quantization={model.quantization}: checkpoints hold what is trained alone, and the "
+        f"weights of model.name={model.name} cannot be read one tensor at a time: {reason}. Save "
+        "them in safetensors as `from_pretrained` loads them, or set model.quantization=none"
+    )
 
 
 def _auto_class(objective: ObjectiveConfig) -> Any:

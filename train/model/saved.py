@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +15,13 @@ from shardwright.train.checkpoint.format import layout
 from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable
 from shardwright.train.checkpoint.read import merged, portable
 from shardwright.train.errors import UserError
-from shardwright.train.model import streaming
+from shardwright.train.model import base, streaming
 from shardwright.train.model.weights import InitialValue, InitialValues, initialized
 
 logger = logging.getLogger(__name__)
+
+
+NOTHING: Mapping[str, InitialValue] = {}
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,13 @@ def untie(model: PreTrainedModel, parameters: Collection[str]) -> None:
             streaming.untie(model, target)
 
 
-def first_values(model: torch.nn.Module, saved: Saved) -> InitialValues:
+def first_values(
+    model: torch.nn.Module, saved: Saved, beside: Mapping[str, InitialValue] = NOTHING
+) -> InitialValues:
     """Return each parameter's master weight as its first value; set the persistent buffers.
 
-    Raises UserError where the checkpoint holds another model.
+    ``beside`` are values of what the checkpoint leaves out. Raises UserError where it holds another
+    model.
     """
     found = saved.state.weights
     persistent = model.state_dict().keys()
@@ -74,6 +80,8 @@ def first_values(model: torch.nn.Module, saved: Saved) -> InitialValues:
                 buffer.copy_(kept.whole())
     problems = []
     for name, parameter in model.named_parameters():
+        if name in beside and name not in found:
+            continue
         if name not in found:
             problems.append(f"{name} is missing")
         elif found[name].shape != tuple(parameter.shape):
@@ -83,7 +91,8 @@ def first_values(model: torch.nn.Module, saved: Saved) -> InitialValues:
             f"{saved.checkpoint} holds another model than the config describes: "
             f"{'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}"
         )
-    return {name: SavedValue(found[name], saved) for name, _ in model.named_parameters()}
+    names = [name for name, _ in model.named_parameters()]
+    return {n: SavedValue(found[n], saved) if n in found else beside[n] for n in names}
 
 
 @dataclass(frozen=True)
@@ -116,9 +125,10 @@ def of_another_run(
         with refusing(checkpoint, remedy):
             state = replace(state, weights=dict(state.ema))
     names: Collection[str] = {parameter.name for parameter in manifest.parameters}
+    model, _ = initialized(build, seed)
+    state = base.completed(state, manifest, model, checkpoint)
     if manifest.adapter is not None:
         state = merged.merged(state, manifest.adapter)
         names = state.weights.keys()
-    model, _ = initialized(build, seed)
     untie(model, names)
     return model, first_values(model, Saved(checkpoint, state, (), remedy))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from shardwright.train.model import quantised
+
 if TYPE_CHECKING:
     from shardwright.train.strategy.training import Training
 
@@ -30,6 +32,7 @@ def held(
     """
     gc.collect()
     parameters = storages(local(p) for p in training.model.parameters())
+    parameters |= storages(quantised.scales(training.model))
     optimizer = storages(_of_optimizer(training))
     # In fp32 the optimizer updates the parameters themselves.
     optimizer = {k: v for k, v in optimizer.items() if k not in parameters}

@@ -124,7 +124,8 @@ class Engine(Stateful, ABC):
 
         That is a parameter's name, the place of the first element in the flattened parameter, and
         consecutive elements as they lie, on any device. Over all ranks each element of each
-        parameter comes once; tied ones come under their first name. There is no communication.
+        parameter comes once, but for quantised layers, which are none of the training's; tied ones
+        come under their first name. There is no communication.
         """
 
     @abstractmethod

@@ -15,7 +15,7 @@ from shardwright.train.config import (
     batch_sizes,
     rank_layout,
 )
-from shardwright.train.model import adapter, rotary
+from shardwright.train.model import adapter, quantised, rotary
 from shardwright.train.optimizer import build as optimizer
 from shardwright.train.optimizer.schedule import DECAYS
 from shardwright.train.process import numerics
@@ -41,6 +41,7 @@ def expected(config: RunConfig, layout: RankLayout, schedule: Schedule) -> dict[
         **_blocks_run_as(config),
         **rotary.expected(config.model),
         **adapter.expected(config),
+        **quantised.expected(config),
         **_numerics(config),
     }
 
@@ -77,6 +78,7 @@ def read_back(trainer: Training) -> dict[str, Any]:
         **rotary.read_back(trainer.model, trainer.config.model),
         **fp8.read_back(trainer.model),
         **adapter.read_back(trainer.model),
+        **quantised.read_back(trainer.model),
         # Of the names that it has, the one that torch prefers (2.13).
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
         "deterministic": numerics.deterministic_parts(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import DdpStrategy
+from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.strategy.dtypes import TORCH_DTYPES
 from shardwright.train.strategy.engine import divided
 from shardwright.train.strategy.state.engine import DistributedEngine
@@ -42,10 +43,19 @@ class Replicated(DistributedEngine):
     def shard(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
         import torch
 
+        from shardwright.train.model import quantised
         from shardwright.train.model.first_values import materialize
 
-        dtype = getattr(torch, TORCH_DTYPES[self.config.precision.master_dtype])
-        materialize(model, values, dtype, self.config.launcher.device)
+        precision, device = self.config.precision, self.config.launcher.device
+        dtype = getattr(torch, TORCH_DTYPES[precision.master_dtype])
+        bits = quantization_of(self.config.model)
+        if bits == NOT_QUANTIZED:
+            materialize(model, values, dtype, device)
+            return model
+        compute = getattr(torch, TORCH_DTYPES[precision.compute_dtype])
+        quantiser = quantised.Quantiser(model, bits, compute, device)
+        materialize(model, values, dtype, device, quantiser.take)
+        quantiser.finish(model)
         return model
 
     def serve(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
@@ -91,7 +101,8 @@ class Replicated(DistributedEngine):
 
         model = trainer.model_wrapped
         is_ddp = isinstance(model, DistributedDataParallel)
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+        # Quantised layers are facts of their own.
+        dtypes = {str(p.dtype).removeprefix("torch.") for _, p in _whole_parameters(trainer.model)}
         facts: dict[str, Any] = {
             "engine": "DistributedDataParallel" if is_ddp else "none",
             "world_size": model.process_group.size() if is_ddp else 1,
@@ -123,7 +134,7 @@ class Replicated(DistributedEngine):
         restore_whole(trainer.torch_optimizer(), state, parameters)
 
     def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
-        held = [(name, 0, parameter) for name, parameter in trainer.model.named_parameters()]
+        held = [(name, 0, parameter) for name, parameter in _whole_parameters(trainer.model)]
         return divided(held, trainer.args.process_index, trainer.args.world_size)
 
     def own_moments(
@@ -139,7 +150,21 @@ class Replicated(DistributedEngine):
         return divided(held, trainer.args.process_index, trainer.args.world_size)
 
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
-        return trainer.model.parameters()
+        from shardwright.train.model import quantised
+
+        yield from (parameter for _, parameter in _whole_parameters(trainer.model))
+        # Of packed weights it is the scales that may be no numbers.
+        yield from quantised.scales(trainer.model)
+
+
+def _whole_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters that are not the packed weight, or the bias, of a quantised layer."""
+    from shardwright.train.model import quantised
+
+    packed = {
+        parameter for layer in quantised.layers(model).values() for parameter in layer.parameters()
+    }
+    yield from ((name, p) for name, p in model.named_parameters() if p not in packed)
 
 
 def _seen(hook: Any, see: Callable[[torch.Tensor], object]) -> Any:

@@ -134,6 +134,18 @@ class AdapterEntry(_Part):
         return str(self.config.get("base_model_name_or_path") or "")
 
 
+class BaseEntry(_Part):
+    """The model whose weights a checkpoint leaves out, as they were quantised for training."""
+
+    name: str
+    """Its directory, or what the hub calls it."""
+    revision: str | None = None
+    seed: int = 0
+    """From which is drawn what its files lack."""
+    digest: str = Field(pattern=r"^[0-9a-f]{32}$")
+    """Of its values in fp32."""
+
+
 class ParameterEntry(_Part):
     name: str
     """By which the model has it first; tied ones have no entry of their own."""
@@ -158,6 +170,8 @@ class Manifest(_Part):
     """None where no average was kept, or none had begun."""
     adapter: AdapterEntry | None = None
     """None where all weights are trained."""
+    base: BaseEntry | None = None
+    """None where the checkpoint holds all weights."""
     metrics: dict[str, float] = {}
     """What was evaluated at this step: eval_loss and so on."""
     finite: bool | None = None

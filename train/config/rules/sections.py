@@ -13,6 +13,7 @@ from shardwright.train.config.rules import (
     mps,
     noise_scale,
     optimizers,
+    quantization,
     replicated,
     zero,
 )
@@ -27,6 +28,7 @@ def contradictions(config: Sections) -> Iterator[str]:
     yield from _samples_contradictions(config)
     yield from config.model.contradictions()
     yield from adapter.contradictions(config)
+    yield from quantization.contradictions(config)
     yield from _vocabulary_contradictions(config)
     yield from _evaluation_contradictions(config)
     yield from _epochs_contradictions(config)

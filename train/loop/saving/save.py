@@ -26,7 +26,7 @@ from shardwright.train.checkpoint.listing import Listing
 from shardwright.train.checkpoint.read import average as average_files
 from shardwright.train.config import CheckpointConfig
 from shardwright.train.loop.saving.peers import Peers, SaveFailed
-from shardwright.train.model import adapter, origin
+from shardwright.train.model import adapter, base, origin, quantised
 from shardwright.train.model.directory import config_texts
 from shardwright.train.run_directory.names import CHECKPOINTS, MODEL_FOLDER
 from shardwright.train.strategy.loss_scale import loss_scale_state
@@ -113,6 +113,7 @@ def draft(trainer: Training, peers: Peers, into: HostMemory | None = None) -> Dr
             "finite": True,
             "parameters": _parameters(trainer),
             **_described_adapter(trainer),
+            **_described_base(trainer),
             **_described_average(trainer),
         },
         rule=trainer.config.checkpoint,
@@ -246,6 +247,14 @@ def _described_adapter(trainer: Training) -> dict[str, Any]:
     """Return what a manifest says of the model's adapter; nothing where there is none."""
     found = adapter.entry(trainer.model)
     return {} if found is None else {"adapter": found.model_dump(mode="json")}
+
+
+def _described_base(trainer: Training) -> dict[str, Any]:
+    """Return what a manifest says of weights that are not there; nothing where all of them are."""
+    digest = quantised.digest_of(trainer.model)
+    if digest is None:
+        return {}
+    return {"base": base.entry(trainer.config, digest).model_dump(mode="json")}
 
 
 def _parameters(trainer: Training) -> list[dict[str, Any]]:

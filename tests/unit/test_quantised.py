@@ -1,0 +1,422 @@
+"""Quantised bases without ranks: what is refused, packed as transformers does, and read again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from shardwright.launchers import preflight
+from shardwright.train.checkpoint.format.layout import BaseEntry, Manifest
+from shardwright.train.checkpoint.format.lazy import PortableState
+from shardwright.train.checkpoint.read import merged, portable
+from shardwright.train.config import LowRankAdapter, PretrainedModel, from_tree
+from shardwright.train.config.adapter import LoraAdapter
+from shardwright.train.errors import UserError
+from shardwright.train.model import adapter, base, pretrained, quantised, saved
+from shardwright.train.model.blocks import parameter_count
+from shardwright.train.model.first_values import materialize
+from shardwright.train.model.streaming import streamed, weight_files
+from shardwright.train.model.weights import InitialValues, InMemory
+from shardwright.train.plan.held import local
+from tests.unit import test_adapters as adapters
+from tests.unit import trees
+
+BITS = ("8bit", "4bit")
+MODELS = ("llama", "gpt2", "roberta")
+LORA = LoraAdapter(kind="lora", rank=3, alpha=5.0, target_modules=("all-linear",))
+
+
+def quantised_tree(bits: str = "4bit", /, **sections: Any) -> dict[str, Any]:
+    tree = {**adapters.PRETRAINED}
+    tree["model"] = {**tree["model"], "quantization": bits}
+    return {**tree, **sections}
+
+
+def test_a_config_of_before_quantises_nothing() -> None:
+    config = from_tree(adapters.PRETRAINED)
+    assert isinstance(config.model, PretrainedModel)
+    assert config.model.quantization == "none"
+    assert quantised.expected(config)["quantized_weights"] == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"adapter": {"kind": "none"}},
+            "model.quantization=4bit with adapter=none would train quantised weights, which have "
+            "no gradients; choose adapter=lora, or model.quantization=none",
+        ),
+        (
+            {"adapter": {"kind": "dora"}},
+            "model.quantization=4bit with adapter=dora, which divides by the lengths of weights "
+            "that it would find rounded and export whole; choose adapter=lora",
+        ),
+        (
+            {"strategy": trees.ZERO3},
+            "model.quantization=4bit with strategy=zero3, whose handling of quantised weights in "
+            "its own dtypes and checkpoints is not proven; choose strategy=single or ddp, or "
+            "model.quantization=none",
+        ),
+        (
+            {"strategy": {**trees.ZERO3, "stage": 2}},
+            "model.quantization=4bit with strategy=zero2, whose handling",
+        ),
+        (
+            {"strategy": trees.FSDP},
+            "model.quantization=4bit with strategy=fsdp, which cuts each weight along its rows, "
+            "and quantised ones have none to cut along; choose strategy=single or ddp, or",
+        ),
+        (
+            {"trainer": {**trees.TREE["trainer"], "compile": True}},
+            "model.quantization=4bit with trainer.compile=true, which has not been tried on "
+            "quantised layers; set trainer.compile=false, or auto, which then compiles nothing",
+        ),
+    ],
+)
+def test_what_a_quantised_base_does_not_allow(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as told:
+        from_tree(quantised_tree(**sections))
+    assert message in str(told.value)
+
+
+def test_a_mac_has_no_kernels_for_it() -> None:
+    launcher = {"kind": "local", "device": "mps"}
+    with pytest.raises(UserError) as told:
+        from_tree(quantised_tree("8bit", launcher=launcher, strategy={"kind": "ddp"}))
+    assert (
+        "model.quantization=8bit needs kernels that are tried on CUDA GPUs and CPUs alone, but "
+        "launcher.device=mps; set model.quantization=none" in str(told.value)
+    )
+
+
+def test_a_package_that_is_not_installed_is_said_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    message = (
+        "model.quantization=4bit needs the package bitsandbytes, which is not installed; "
+        "`pip install bitsandbytes`"
+    )
+    config = from_tree(quantised_tree(strategy={"kind": "ddp"}))
+    assert message in preflight._missing_packages(config)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model, _ = adapters.injected("llama", adapters.saved("llama", tmp_path / "base"), LORA)
+    with pytest.raises(UserError) as told:
+        quantised.Quantiser(model, "4bit", torch.float32, "cpu")
+    assert str(told.value) == message
+
+
+# --- in a model -----------------------------------------------------------------------------------
+
+
+def filled(
+    name: str,
+    directory: Path,
+    bits: str,
+    compute: torch.dtype = torch.float32,
+    section: LowRankAdapter = LORA,
+) -> tuple[PreTrainedModel, InitialValues]:
+    """Return a model with an adapter beside quantised weights, and the values of all."""
+    model, values = adapters.injected(name, directory, section)
+    quantiser = quantised.Quantiser(model, bits, compute, "cpu")
+    materialize(model, values, torch.float32, "cpu", quantiser.take)
+    quantiser.finish(model)
+    return model, values
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_packed_as_transformers_packs_them(name: str, bits: str, tmp_path: Path) -> None:
+    directory = adapters.saved(name, tmp_path / "base")
+    model, _ = filled(name, directory, bits)
+    settings = BitsAndBytesConfig(
+        load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit", bnb_4bit_quant_type="nf4"
+    )
+    expected = adapters.auto(name).from_pretrained(
+        directory, quantization_config=settings, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    found, wanted = quantised.layers(model), quantised.layers(expected)
+    assert {n.removesuffix(".base_layer") for n in found} == wanted.keys()
+    for layer_name, layer in found.items():
+        other = wanted[layer_name.removesuffix(".base_layer")]
+        assert torch.equal(layer.weight, other.weight)
+        assert not layer.weight.requires_grad
+    for mine, theirs in zip(quantised.scales(model), quantised.scales(expected), strict=True):
+        assert torch.equal(mine, theirs)
+    facts = quantised.read_back(model)
+    config = from_tree(quantised_tree(bits, strategy={"kind": "ddp"}))
+    assert facts == quantised.expected(config)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_only_the_adapter_has_gradients_and_the_loss_falls(bits: str, tmp_path: Path) -> None:
+    model, _ = filled("llama", adapters.saved("llama", tmp_path / "base"), bits)
+    ids = torch.arange(5, 25)[None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    before = [layer.weight.clone() for layer in quantised.layers(model).values()]
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        with torch.no_grad():  # an evaluation leaves no trace in what is trained next
+            model.eval()(ids)
+            model.train()
+    assert losses[-1] < losses[0]
+    after = [layer.weight for layer in quantised.layers(model).values()]
+    assert all(map(torch.equal, before, after))
+
+
+def test_layers_compute_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    directory = adapters.saved("roberta", tmp_path / "base")
+    for bits in BITS:
+        model, _ = filled("roberta", directory, bits, torch.bfloat16)
+        layer = next(iter(quantised.layers(model).values()))
+        given = torch.randn(2, layer.in_features)
+        assert layer(given).dtype == torch.bfloat16
+        # It would be cast in place at the first use.
+        assert {layer.bias.dtype for layer in quantised.layers(model).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_packed_weights_are_counted_whole_and_measured_packed(bits: str, tmp_path: Path) -> None:
+    directory = adapters.saved("llama", tmp_path / "base")
+    plain, _ = adapters.injected("llama", directory, LORA)
+    names = quantised.to_be_quantised(plain)
+    count = parameter_count(plain)
+    model, _ = filled("llama", directory, bits)
+    assert parameter_count(model) == count
+    assert names.keys() == quantised.layers(model).keys()
+    held = [layer.weight for layer in quantised.layers(model).values()]
+    measured = sum(local(t).nbytes for t in [*held, *quantised.scales(model)])
+    planned = sum(
+        quantised.packed_bytes(layer.in_features * layer.out_features, layer.out_features, bits)
+        for layer in quantised.layers(model).values()
+    )
+    assert planned == measured
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_state_dicts_have_no_packed_weight(bits: str, tmp_path: Path) -> None:
+    model, _ = filled("roberta", adapters.saved("roberta", tmp_path / "base"), bits)
+    state = model.state_dict()
+    for name in quantised.layers(model):
+        assert {key for key in state if key.startswith(f"{name}.")} == {f"{name}.bias"}
+
+
+# --- the base, read again -------------------------------------------------------------------------
+
+
+def values_of(name: str, directory: Path) -> tuple[PreTrainedModel, InitialValues]:
+    model = adapters.auto(name).from_pretrained(directory)
+    built, values = streamed(
+        lambda: type(model)(model.config), weight_files(str(directory), None, model.config), 0
+    )
+    return built, values
+
+
+def checkpoint_of(
+    model: PreTrainedModel, place: Path, base_directory: Path
+) -> tuple[PortableState, Manifest]:
+    """Return the state and the manifest of a checkpoint that leaves the base out."""
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, place)
+    digest = quantised.digest_of(model)
+    assert digest is not None
+    manifest: dict[str, Any] = {
+        "step": 1,
+        "files": {},
+        "parameters": [{"name": name} for name, _ in model.named_parameters()],
+        "adapter": adapter.entry(model),
+        "base": BaseEntry(name=str(base_directory), digest=digest),
+    }
+    return portable.read(place), Manifest(**manifest)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_merged_is_the_base_as_it_was_with_the_adapter_added(
+    name: str, tmp_path: Path
+) -> None:
+    directory = adapters.saved(name, tmp_path / "base")
+    section = LORA
+    if name == "llama":
+        section = LORA.model_copy(update={"modules_to_save": ("lm_head",)})
+    model, _ = filled(name, directory, "4bit", section=section)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    state, manifest = checkpoint_of(model, tmp_path / "trained.safetensors", directory)
+    plain = adapter.bare(model)
+    found = base.completed(state, manifest, plain, tmp_path / "checkpoint-1")
+    assert manifest.adapter is not None
+    whole = merged.merged(found, manifest.adapter).weights
+    assert whole.keys() == {n for n, _ in plain.named_parameters()}
+
+    # The same as of an adapter beside weights that were never quantised.
+    unpacked, values = adapters.injected(name, directory, section)
+    materialize(unpacked, values, torch.float32, "cpu")
+    tensors = {n: p.detach() for n, p in unpacked.named_parameters()} | load_file(
+        tmp_path / "trained.safetensors"
+    )
+    save_file({n: t.clone() for n, t in tensors.items()}, tmp_path / "all.safetensors")
+    entry = adapter.entry(unpacked)
+    assert entry is not None
+    assert entry == manifest.adapter
+    expected = merged.merged(portable.read(tmp_path / "all.safetensors"), entry).weights
+    for parameter, tensor in expected.items():
+        assert torch.equal(whole[parameter].whole(), tensor.whole())
+        start, stop = tensor.numel // 3, tensor.numel - 1
+        buffer = torch.empty((stop - start) * 4, dtype=torch.uint8)
+        part = whole[parameter].read(start, stop, buffer)
+        assert torch.equal(part, tensor.read(start, stop))
+
+
+def test_a_base_that_has_changed_is_told_by_its_hash(tmp_path: Path) -> None:
+    directory = adapters.saved("llama", tmp_path / "base")
+    model, _ = filled("llama", directory, "8bit")
+    state, manifest = checkpoint_of(model, tmp_path / "trained.safetensors", directory)
+    plain, checkpoint = adapter.bare(model), tmp_path / "checkpoint-1"
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as told:
+        base.completed(state, manifest, plain, checkpoint)
+    assert str(told.value) == (
+        f"{checkpoint} holds an adapter alone, and the weights of {directory} are not those that "
+        "it was trained beside: their values have another hash. Give those again: on the hub by "
+        "model.revision, else under the same name, or to `shardwright recover` by --base"
+    )
+    # Who does not look finds no fault.
+    assert base.completed(state, manifest, plain, checkpoint, checks=False).weights
+
+
+def test_a_base_that_is_gone_is_found_where_it_lies_now(tmp_path: Path) -> None:
+    directory = adapters.saved("llama", tmp_path / "base")
+    model, _ = filled("llama", directory, "4bit")
+    state, manifest = checkpoint_of(model, tmp_path / "trained.safetensors", directory)
+    moved = directory.rename(tmp_path / "moved")
+    plain, checkpoint = adapter.bare(model), tmp_path / "checkpoint-1"
+    with pytest.raises(UserError) as told:
+        base.completed(state, manifest, plain, checkpoint)
+    text = str(told.value)
+    assert f"{checkpoint} holds an adapter alone, and the weights of {directory}, which" in text
+    assert text.endswith(
+        "bring them back, or give `shardwright recover` the directory that holds them by --base, "
+        "or --adapter to take the adapter alone"
+    )
+    found = base.completed(state, manifest, plain, checkpoint, moved)
+    assert {n for n, _ in model.named_parameters()} == found.weights.keys()
+
+
+def test_another_architecture_is_told_by_the_names_that_it_lacks(tmp_path: Path) -> None:
+    directory = adapters.saved("llama", tmp_path / "base")
+    model, _ = filled("llama", directory, "4bit")
+    state, manifest = checkpoint_of(model, tmp_path / "trained.safetensors", directory)
+    other = adapters.saved("gpt2", tmp_path / "other")
+    another, _ = values_of("gpt2", other)
+    with pytest.raises(UserError, match=r"was trained beside a model that has model\.\S+, and"):
+        base.completed(state, manifest, another, tmp_path / "checkpoint-1", other)
+
+
+def test_a_whole_checkpoint_is_left_as_it_is() -> None:
+    state = PortableState({}, {}, {})
+    manifest = Manifest(step=1, files={})
+    model: Any = None
+    assert base.completed(state, manifest, model, Path("/c")) is state
+
+
+def test_a_digest_is_the_same_whole_and_in_parts_and_in_any_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base, "_READ_ELEMENTS", 7)
+    tensors = {"a": torch.randn(5, 8), "b": torch.randn(3)}
+    whole, parts = base.Digest(), base.Digest()
+    for name, tensor in tensors.items():
+        whole.add(name, tensor)
+    for name, tensor in reversed(tensors.items()):
+        parts.add_read(name, InMemory(tensor), tensor.numel())
+    assert whole.hexdigest() == parts.hexdigest()
+    tensors["b"][0] += 1
+    changed = base.Digest()
+    for name, tensor in tensors.items():
+        changed.add(name, tensor)
+    assert changed.hexdigest() != whole.hexdigest()
+
+
+def test_a_resume_takes_what_is_left_out_from_the_base(tmp_path: Path) -> None:
+    directory = adapters.saved("llama", tmp_path / "base")
+    model, values = filled("llama", directory, "4bit")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    state, _ = checkpoint_of(model, tmp_path / "trained.safetensors", directory)
+    fresh, _ = adapters.injected("llama", directory, LORA)
+    of = saved.Saved(tmp_path, state, (), "cannot be read: {error}")
+    found = saved.first_values(fresh, of, values)
+    quantiser = quantised.Quantiser(fresh, "4bit", torch.float32, "cpu")
+    materialize(fresh, found, torch.float32, "cpu", quantiser.take)
+    quantiser.finish(fresh)
+    assert quantised.digest_of(fresh) == quantised.digest_of(model)
+    for (name, one), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    with pytest.raises(UserError, match="holds another model than the config describes"):
+        saved.first_values(adapters.injected("llama", directory, LORA)[0], of)
+
+
+@pytest.mark.parametrize(
+    ("is_quantised", "has_manifest", "reason"),
+    [
+        (True, False, "they are quantised already"),
+        (False, True, "it is a checkpoint of a run, which may be deleted; give final/"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_quantised(
+    is_quantised: bool, has_manifest: bool, reason: str, tmp_path: Path
+) -> None:
+    if has_manifest:
+        (tmp_path / "manifest.json").write_text("{}")
+    section = PretrainedModel(kind="pretrained", name=str(tmp_path), quantization="4bit")
+    with pytest.raises(UserError) as told:
+        pretrained._check_can_be_read_again(section, is_quantised=is_quantised)
+    assert str(told.value) == (
+        "model.quantization=4bit: checkpoints hold what is trained alone, and the weights of "
+        f"model.name={tmp_path} cannot be read one tensor at a time: {reason}. Save them in "
+        "safetensors as `from_pretrained` loads them, or set model.quantization=none"
+    )
+
+
+def test_a_base_is_named_by_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config: Any = SimpleNamespace(
+        model=PretrainedModel(kind="pretrained", name="base", revision="v1"), seed=7
+    )
+    found = base.entry(config, "0" * 32)
+    assert (found.name, found.revision, found.seed) == (str(tmp_path / "base"), "v1", 7)
+    config.model = PretrainedModel(kind="pretrained", name="some/model")
+    assert base.entry(config, "0" * 32).name == "some/model"
+
+
+def test_a_weight_of_a_base_is_what_from_pretrained_loads(tmp_path: Path) -> None:
+    directory = adapters.saved("llama", tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    built, values = values_of("llama", directory)
+    state = {
+        name: base.OfBase(tuple(p.shape), torch.float32, (), values[name])
+        for name, p in built.named_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        assert torch.equal(state[name].whole(), parameter)

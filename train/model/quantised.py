@@ -1,0 +1,214 @@
+"""Frozen linear layers in 8 or 4 bits, by bitsandbytes: which, and how each gets its weight."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shardwright.train.checkpoint.read.merged import NAME
+from shardwright.train.config import RunConfig
+from shardwright.train.config.model import NOT_QUANTIZED, QUANTIZER, quantization_of
+from shardwright.train.errors import UserError, not_installed
+from shardwright.train.model import adapter, base
+
+BLOCK_ELEMENTS = 64
+"""Of 4-bit weights, those that share a scale in fp32."""
+
+
+def is_quantised(parameter: torch.Tensor) -> bool:
+    """Return whether a parameter is the packed weight of a quantised layer."""
+    return type(parameter).__name__ in ("Params4bit", "Int8Params")
+
+
+def _is_layer(module: nn.Module) -> bool:
+    # An adapter's layer shows the weight of the one within as an attribute.
+    weight = module._parameters.get("weight")
+    return weight is not None and is_quantised(weight)
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    """Return a model's quantised layers by their names."""
+    return {name: module for name, module in model.named_modules() if _is_layer(module)}
+
+
+def to_be_quantised(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the layers of a model on the meta device that are to be quantised, by their names.
+
+    They are those that transformers' `from_pretrained` quantises (5.23): linear ones but for the
+    head and what is tied to the embedding. What an adapter trains is not among them.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = _kept_whole(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is nn.Linear)
+        and should_convert_module(name, kept)
+    }
+
+
+def _kept_whole(model: PreTrainedModel) -> list[str]:
+    """Return patterns of the names of layers that stay as they are."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    of_adapter = [f"lora_A.{NAME}", f"lora_B.{NAME}"]
+    unused = [r".*\.modules_to_save", r".*\.original_module", "modules_to_save", "original_module"]
+    return [*get_keys_to_not_convert(adapter.bare(model)), *of_adapter, *unused]
+
+
+def packed_bytes(elements: int, rows: int, bits: str) -> int:
+    """Return what a quantised weight takes, its scales included. Pure.
+
+    Source: bitsandbytes 0.50, functional.py: in 4 bits a scale of fp32 for each block, and the 16
+    values that codes mean; in 8 bits one for each output.
+    """
+    if bits == "4bit":
+        return -(-elements // 2) + 4 * -(-elements // BLOCK_ELEMENTS) + 4 * 16
+    return elements + 4 * rows
+
+
+class Quantiser:
+    """Takes the first values of a model's base one by one, and packs those that are quantised."""
+
+    def __init__(
+        self, model: PreTrainedModel, bits: str, compute: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Put layers without values in the place of those that are to be quantised."""
+        self._compute, self._device = compute, device
+        _lay_out(model, bits, compute)
+        self._layers = {f"{name}.weight": layer for name, layer in layers(model).items()}
+        self._plain = {name: plain for plain, name in base.left_out(model).items()}
+        self._digest = base.Digest()
+
+    def take(self, name: str, values: torch.Tensor) -> bool:
+        """Take a parameter's values, flat and in fp32; return whether they have found their place.
+
+        They may be overwritten from then on.
+        """
+        if (plain := self._plain.get(name)) is not None:
+            self._digest.add(plain, values)
+        if (layer := self._layers.get(name)) is None:
+            return False
+        layer.weight = _packed(layer, values, self._compute, self._device)
+        return True
+
+    def finish(self, model: nn.Module) -> None:
+        """Note what the base was; bring the layers' biases to the dtype in which they compute.
+
+        bitsandbytes does so itself in the first forward pass, and in place (0.50, nn/modules.py).
+        """
+        for layer in self._layers.values():
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.to(self._compute)
+        model._base_digest = self._digest.hexdigest()  # type: ignore[assignment]
+
+
+def _lay_out(model: PreTrainedModel, bits: str, compute: torch.dtype) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError(not_installed(f"model.quantization={bits}", QUANTIZER)) from None
+    # In 8 bits it says in every forward pass that what goes in is cast to fp16 (0.50).
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    settings = BitsAndBytesConfig(
+        load_in_8bit=bits == "8bit",
+        load_in_4bit=bits == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+    )
+    names = to_be_quantised(model)
+    replace_with_bnb_linear(model, _kept_whole(model), settings)
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        layer.register_forward_pre_hook(functools.partial(_in_dtype, compute))
+        # Its packed weight and scales are made of the base again, and in no checkpoint.
+        layer.register_state_dict_post_hook(_drop_packed)
+        # In an evaluation it would repack a weight in place for inference alone (bitsandbytes
+        # 0.50, nn/modules.py, Linear4bit.forward), on CPUs that have such instructions.
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _in_dtype(compute: torch.dtype, layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Do as autocast does, of which bitsandbytes' products know nothing."""
+    return (given[0].to(compute), *given[1:])
+
+
+def _drop_packed(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        if key != f"{prefix}bias":
+            del state[key]
+
+
+def _packed(
+    layer: Any, values: torch.Tensor, compute: torch.dtype, device: torch.device | str
+) -> nn.Parameter:
+    """Return a layer's quantised weight, as transformers makes it of values in ``compute``."""
+    import bitsandbytes as bnb
+
+    rows, columns = layer.out_features, layer.in_features
+    if issubclass(layer.source_cls, Conv1D):
+        weight = values.view(columns, rows).T.contiguous()
+    else:
+        weight = values.view(rows, columns)
+    weight = weight.to(compute)
+    if isinstance(layer, bnb.nn.Linear4bit):
+        settings = dict(vars(layer.weight))
+        packed = bnb.nn.Params4bit(weight, requires_grad=False, **settings).to(device)
+    else:
+        # It is quantised on its way from the host.
+        host = weight.cpu()
+        packed = bnb.nn.Int8Params(host, requires_grad=False, has_fp16_weights=False).to(device)
+    found: nn.Parameter = packed
+    return found
+
+
+# --- what is in a live model ----------------------------------------------------------------------
+
+
+def digest_of(model: nn.Module) -> str | None:
+    """Return the hash of what a model's base was quantised from; None where it is not."""
+    return getattr(model, "_base_digest", None)
+
+
+def scales(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield what lies beside the packed weights of quantised layers, each with its values."""
+    for layer in layers(model).values():
+        state = getattr(layer.weight, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code)
+            continue
+        found = (getattr(layer.weight, "SCB", None), layer.state.SCB)
+        yield from (tensor for tensor in found if tensor is not None)
+
+
+def expected(config: RunConfig) -> dict[str, Any]:
+    """Return what must be found of quantised layers in the live model. Pure."""
+    kinds = {NOT_QUANTIZED: [], "8bit": ["int8 by rows"], "4bit": [f"nf4 by {BLOCK_ELEMENTS}"]}
+    return {"quantized_weights": kinds[quantization_of(config.model)], "trained_quantized": []}
+
+
+def read_back(model: nn.Module) -> dict[str, Any]:
+    """Return the same, read off the live model."""
+    found = layers(model)
+    return {
+        "quantized_weights": sorted({_kind(layer.weight) for layer in found.values()}),
+        "trained_quantized": [n for n, layer in found.items() if layer.weight.requires_grad][:3],
+    }
+
+
+def _kind(weight: Any) -> str:
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return f"{str(weight.dtype).removeprefix('torch.')} by rows"
+    return f"{state.quant_type} by {state.blocksize}"
