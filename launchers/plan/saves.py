@@ -34,7 +34,8 @@ def checkpoint(config: RunConfig, model: ModelFacts, hardware: Hardware) -> Chec
 
     DDP and FSDP write master weights and moments once, equally divided among all ranks (torch
     2.13, distributed/checkpoint/default_planner.py, which deduplicates what ranks have alike, but
-    not a weight that goes by two names); moments of 8 bits in fp32.
+    not a weight that goes by two names); moments of 8 bits in fp32. Beside a quantised base they
+    write what is trained alone.
     DeepSpeed's ranks write what they update; below stage 3 the first one also the weights of
     compute, at stage 0 everything (deepspeed 0.19.8, runtime/engine.py, save_checkpoint). The disks
     of all nodes take their ranks' parts at their speed, and no rank is faster than it hashes; in a
@@ -69,7 +70,8 @@ def _bytes_of_ranks(config: RunConfig, model: ModelFacts) -> tuple[float, float]
     states = (master + moments) * trained
     frozen = model.count - trained
     if not isinstance(strategy, ZeroStrategy):
-        written = states + master * (frozen + model.repeated_elements)
+        kept = 0 if model.is_packed else frozen + model.repeated_elements
+        written = states + master * kept
         return written / ranks, written / ranks
     compute = precision.computes_in.size_bytes * model.count
     if strategy.stage == 0:

@@ -20,6 +20,7 @@ from shardwright.train.config import (
     samples_wanted,
     total_steps,
 )
+from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.config.optimizers import OPTIMIZERS
 from shardwright.train.config.precision import DTYPES
 from shardwright.train.plan.facts import ModelFacts, Traced
@@ -197,7 +198,14 @@ def product_dtype(config: RunConfig) -> str:
 
 
 def lacking(config: RunConfig, hardware: Hardware) -> str | None:
-    """Return why a run's products are none of this hardware's; None where they are. Pure."""
+    """Return why nothing is known of a run's products on this hardware; None where it is. Pure."""
+    if (bits := quantization_of(config.model)) != NOT_QUANTIZED:
+        return (
+            f"model.quantization={bits}: how long weights take to be unpacked for each product is "
+            "not known here, and what is left to a plan is chosen by its speed; choose "
+            "strategy=single or ddp and a trainer.micro_batch_size, and look at the report of a "
+            "few steps (trainer.max_steps=20)"
+        )
     dtypes = [product_dtype(config), *(["fp8"] if config.precision.fp8_recipe else [])]
     there_are = [name for name, value in hardware.peak_teraflops if value is not None]
     for dtype in dtypes:

@@ -110,11 +110,13 @@ def _replicated(config: RunConfig, model: ModelFacts) -> Held:
 
     Source: torch 2.13, DistributedDataParallel: with gradient_as_bucket_view the gradients are the
     buckets. Those of micro-batches that are not reduced lie beside them: the Trainer sets gradients
-    to None after each step, and only a reduction makes them views again.
+    to None after each step, and only a reduction makes them views again. Quantised layers are
+    packed (train/model/quantised.py).
     """
     _, master, _, moments = _bytes(config)
     count = model.trained.count
-    held = States(weights=master * model.count, gradients=master * count, moments=moments * count)
+    weights = model.weights_bytes(master)
+    held = States(weights=weights, gradients=master * count, moments=moments * count)
     layout = rank_layout(config.strategy, config.launcher.world_size)
     if config.strategy.kind == "ddp" and accumulation_steps(config.trainer, layout) > 1:
         held = replace(held, buckets=master * count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from shardwright.launchers import preflight
+from shardwright.launchers.plan import saves, speed
+from shardwright.launchers.plan.states import states
 from shardwright.train.checkpoint.format.layout import BaseEntry, Manifest
 from shardwright.train.checkpoint.format.lazy import PortableState
 from shardwright.train.checkpoint.read import merged, portable
@@ -24,7 +28,10 @@ from shardwright.train.model.blocks import parameter_count
 from shardwright.train.model.first_values import materialize
 from shardwright.train.model.streaming import streamed, weight_files
 from shardwright.train.model.weights import InitialValues, InMemory
+from shardwright.train.plan.facts import ModelFacts
 from shardwright.train.plan.held import local
+from shardwright.train.plan.model import facts_of
+from shardwright.train.plan.trace import traced
 from tests.unit import test_adapters as adapters
 from tests.unit import trees
 
@@ -213,6 +220,76 @@ def test_state_dicts_have_no_packed_weight(bits: str, tmp_path: Path) -> None:
     state = model.state_dict()
     for name in quantised.layers(model):
         assert {key for key in state if key.startswith(f"{name}.")} == {f"{name}.bias"}
+    # And torch's checkpoints find their way through it.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    assert of_model.keys() == state.keys()
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(of_optimizer["state"]) == names
+
+
+# --- in a plan ------------------------------------------------------------------------------------
+
+
+def planned_config(name: str, directory: Path, bits: str, **sections: Any) -> Any:
+    tree = quantised_tree(bits, strategy={"kind": "ddp"}, **sections)
+    tree["model"] = {**tree["model"], "name": str(directory)}
+    tree["adapter"] = {**LORA.model_dump(mode="json")}
+    tree["data"] = {**tree["data"], "sequence_length": 32}
+    tree["objective"] = {"kind": "mlm" if name == "roberta" else "clm"}
+    return from_tree(tree)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_counts_what_a_rank_holds(name: str, bits: str, tmp_path: Path) -> None:
+    directory = adapters.saved(name, tmp_path / "base")
+    config = planned_config(name, directory, bits, precision=trees.BF16)
+    plain, _ = adapters.injected(name, directory, LORA)
+    facts = facts_of(plain, config)
+    model, _ = filled(name, directory, bits, torch.bfloat16)
+    held = [*model.parameters(), *quantised.scales(model)]
+    assert facts.is_packed
+    assert states(config, facts).device.weights == sum(tensor.nbytes for tensor in held)
+    assert states(config, facts).device.gradients == 4 * facts.trained.count
+    assert facts == ModelFacts.of_json(json.loads(json.dumps(facts.as_json())))
+    # A checkpoint has the adapter in fp32, with two moments, and nothing else.
+    parts = saves._bytes_of_ranks(config, facts)
+    assert sum(parts) / 2 * config.launcher.world_size == 12 * facts.trained.count
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_trace_keeps_no_copy_of_what_is_unpacked(name: str, tmp_path: Path) -> None:
+    directory = adapters.saved(name, tmp_path / "base")
+    kept = {}
+    for bits in ("none", *BITS):
+        found = traced(planned_config(name, directory, bits, precision=trees.BF16), autocast=True)
+        kept[bits] = found.kept
+        assert found.flops > 0
+        assert found.backward > 0
+    plain, _ = adapters.injected(name, directory, LORA)
+    packed = sum(layer.weight.numel() for layer in quantised.to_be_quantised(plain).values())  # type: ignore[operator, union-attr]
+    # Autocast keeps its copies of weights for the backward pass; packed ones are unpacked again.
+    # Nothing flows back through what the first block's attention takes in: three of 16 by 16.
+    assert kept["none"] - kept["4bit"] == 2 * (packed - 3 * 16 * 16)
+    # Of 8 bits what went into each layer is kept.
+    assert kept["8bit"] > kept["4bit"]
+
+
+def test_a_plan_of_speeds_is_refused(tmp_path: Path) -> None:
+    directory = adapters.saved("llama", tmp_path / "base")
+    config = planned_config("llama", directory, "4bit", precision=trees.BF16)
+    device: Any = None
+    assert speed.lacking(config, device) == (
+        "model.quantization=4bit: how long weights take to be unpacked for each product is not "
+        "known here, and what is left to a plan is chosen by its speed; choose strategy=single or "
+        "ddp and a trainer.micro_batch_size, and look at the report of a few steps "
+        "(trainer.max_steps=20)"
+    )
 
 
 # --- the base, read again -------------------------------------------------------------------------

@@ -19,6 +19,8 @@ class Parameter:
     """Whether Muon is for it."""
     trains: bool = True
     """Whether it is trained: beside an adapter, weights are not."""
+    packed_bytes: int | None = None
+    """What it takes where it is of a quantised layer, its scales included."""
 
     @property
     def elements(self) -> int:
@@ -55,6 +57,18 @@ class ModelFacts:
     @property
     def count(self) -> int:
         return sum(parameter.elements for parameter in self.parameters)
+
+    def weights_bytes(self, of_element: int) -> int:
+        """Return what the weights take where those that are not quantised have such elements."""
+        return sum(
+            of_element * each.elements if each.packed_bytes is None else each.packed_bytes
+            for each in self.parameters
+        )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether some of it is quantised."""
+        return any(each.packed_bytes is not None for each in self.parameters)
 
     @property
     def trained(self) -> ModelFacts:

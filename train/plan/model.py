@@ -13,6 +13,7 @@ from shardwright.train.model.blocks import blocks_or_none
 from shardwright.train.model.flops import flops_per_token
 from shardwright.train.optimizer.muon import hidden_matrices
 from shardwright.train.plan.facts import ModelFacts, Parameter
+from shardwright.train.plan.packed import packed_sizes
 from shardwright.train.strategy.fsdp.units import units
 
 
@@ -51,10 +52,15 @@ def stand_in() -> PreTrainedTokenizerFast:
 def facts_of(model: PreTrainedModel, config: RunConfig) -> ModelFacts:
     """Return what a run's model is made of."""
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    hidden = hidden_matrices(model)
+    hidden, packed = hidden_matrices(model), packed_sizes(model, config)
     parameters = tuple(
         Parameter(
-            name, tuple(parameter.shape), name in decayed, name in hidden, parameter.requires_grad
+            name,
+            tuple(parameter.shape),
+            name in decayed,
+            name in hidden,
+            parameter.requires_grad,
+            packed.get(name),
         )
         for name, parameter in model.named_parameters()
     )

@@ -28,6 +28,7 @@ from shardwright.train.model.loss_terms import LossTerms
 from shardwright.train.plan.facts import Traced
 from shardwright.train.plan.live import LiveBytes
 from shardwright.train.plan.model import stand_in
+from shardwright.train.plan.packed import pack
 from shardwright.train.strategy.dtypes import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def _at(config: RunConfig, *, autocast: bool) -> Traced:
         document_attention.enable(model, config)
     dtype = config.precision.master_dtype if autocast else config.precision.compute_dtype
     config = models.fitted(config, model)
+    pack(model, config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialize(model, getattr(torch, TORCH_DTYPES[dtype]))
         batch, labels = _batch(config, model)
