@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from shardwright.train.config.elsewhere.accelerate_launch import ACCELERATE_LAUNCH, EACH_ELSE
+from shardwright.train.config.elsewhere.bitsandbytes_config import BITSANDBYTES
 from shardwright.train.config.elsewhere.deepspeed_json import DEEPSPEED_JSON
 from shardwright.train.config.elsewhere.example_scripts import EXAMPLE_SCRIPTS
 from shardwright.train.config.elsewhere.fsdp_plugin import FSDP_PLUGIN
@@ -67,6 +68,7 @@ def chapter(command: str, prose: Callable[[str], str]) -> str:
         },
         "Keys of DeepSpeed's JSON": deepspeed(),
         "Fields of FSDP, as accelerate has them": FSDP_PLUGIN,
+        "Settings of BitsAndBytesConfig": BITSANDBYTES,
     }
     parts = [HEAD.format(command=command)]
     for title, program in programs.items():

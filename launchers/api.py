@@ -154,7 +154,7 @@ def recover(
     if unknown := sorted(set(options) - known):
         raise UserError(f"recover has no option {unknown[0]}; there are {', '.join(sorted(known))}")
     given: dict[str, Any] = {
-        name: Path(absolute(value)) if name in ("config", "tokenizer") and value else value
+        name: Path(absolute(value)) if name in ("base", "config", "tokenizer") and value else value
         for name, value in options.items()
     }
     place = Path(absolute(out))

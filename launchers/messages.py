@@ -16,6 +16,7 @@ from shardwright.launchers.machine.facts import Machine
 from shardwright.train import program
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import RunConfig, TrainerConfig, accumulation_steps, rank_layout
+from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.console import terminal
 from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, Diverged, Hang
 from shardwright.train.process import exhausted, inherited, signals
@@ -67,7 +68,7 @@ def header(
     rows = {
         "model": f"{choices.get('model', config.model.kind)}, {config.objective.kind}",
         "weights": config.model.name if config.model.kind == "pretrained" else "none",
-        "adapter": config.adapter.in_words,
+        "adapter": _adapter(config),
         "data": f"{choices.get('data', config.data.kind)}, "
         f"{config.data.tokens_per_sample:,} tokens a sample, {_documents(config)}",
         "batch": f"{trainer.global_batch_size:,} samples = {trainer.samples_per_pass} x "
@@ -102,6 +103,12 @@ def aligned(rows: Mapping[str, str], name_width: int, width: int | None) -> Iter
                 break_on_hyphens=False,
             )
         )
+
+
+def _adapter(config: RunConfig) -> str:
+    bits = quantization_of(config.model)
+    beside = "" if bits == NOT_QUANTIZED else f", beside weights in {bits.removesuffix('bit')} bits"
+    return f"{config.adapter.in_words}{beside}"
 
 
 def _batch_warmup(trainer: TrainerConfig) -> str:

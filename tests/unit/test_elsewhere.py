@@ -11,6 +11,7 @@ import pytest
 from shardwright.launchers.__main__ import COMMANDS
 from shardwright.train.config import elsewhere
 from shardwright.train.config.elsewhere import accelerate_launch
+from shardwright.train.config.elsewhere.bitsandbytes_config import BITSANDBYTES
 from shardwright.train.config.elsewhere.deepspeed_json import DEEPSPEED_JSON
 from shardwright.train.config.elsewhere.example_scripts import EXAMPLE_SCRIPTS
 from shardwright.train.config.elsewhere.fsdp_plugin import FSDP_PLUGIN
@@ -27,6 +28,7 @@ PROGRAMS = {
     "accelerate": accelerate_launch.ACCELERATE_LAUNCH,
     "fsdp": FSDP_PLUGIN,
     "deepspeed": DEEPSPEED_JSON,
+    "bitsandbytes": BITSANDBYTES,
 }
 GONE_FROM_TRAINER = {
     "include_tokens_per_second",
@@ -82,6 +84,14 @@ def test_each_field_of_accelerates_fsdp() -> None:
     assert set(FSDP_PLUGIN) - there_are == {"transformer_layer_cls_to_wrap"}
 
 
+def test_each_setting_of_bitsandbytes() -> None:
+    from transformers import BitsAndBytesConfig
+
+    there_are = set(inspect.signature(BitsAndBytesConfig.__init__).parameters)
+    # What `from_pretrained` calls the whole of it.
+    assert set(BITSANDBYTES) == there_are - {"self", "kwargs"} | {"quantization_config"}
+
+
 def test_each_key_of_deepspeeds_zero() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -121,6 +131,7 @@ def test_what_an_answer_names_is_there(program: str) -> None:
         ("trainer.ddp_find_unused_parameters", "leave it out: every parameter of these models has"),
         ("trainer.neftune_noise_alpha", "did you mean objective.neftune_noise_alpha?"),
         ("trainer.liger_kernel_config", "leave it out, it is not included: the fused loss here is"),
+        ("model.load_in_4bit", "use model.quantization=4bit"),
         ("megatron_lm_tp_degree", "leave it out, it is not included: ranks divide data and states"),
         ("strategy.fsdp_sharding_strategy", "use strategy=fsdp, fsdp_grad_op, fsdp_hybrid or ddp"),
         ("autotuning", "use `shardwright plan hardware=...`, which compares the strategies"),

@@ -272,7 +272,8 @@ def test_a_trace_keeps_no_copy_of_what_is_unpacked(name: str, tmp_path: Path) ->
         assert found.flops > 0
         assert found.backward > 0
     plain, _ = adapters.injected(name, directory, LORA)
-    packed = sum(layer.weight.numel() for layer in quantised.to_be_quantised(plain).values())  # type: ignore[operator, union-attr]
+    to_be: dict[str, Any] = {**quantised.to_be_quantised(plain)}
+    packed = sum(layer.weight.numel() for layer in to_be.values())
     # Autocast keeps its copies of weights for the backward pass; packed ones are unpacked again.
     # Nothing flows back through what the first block's attention takes in: three of 16 by 16.
     assert kept["none"] - kept["4bit"] == 2 * (packed - 3 * 16 * 16)
@@ -352,11 +353,11 @@ def test_what_is_merged_is_the_base_as_it_was_with_the_adapter_added(
     assert entry is not None
     assert entry == manifest.adapter
     expected = merged.merged(portable.read(tmp_path / "all.safetensors"), entry).weights
-    for parameter, tensor in expected.items():
-        assert torch.equal(whole[parameter].whole(), tensor.whole())
+    for key, tensor in expected.items():
+        assert torch.equal(whole[key].whole(), tensor.whole())
         start, stop = tensor.numel // 3, tensor.numel - 1
         buffer = torch.empty((stop - start) * 4, dtype=torch.uint8)
-        part = whole[parameter].read(start, stop, buffer)
+        part = whole[key].read(start, stop, buffer)
         assert torch.equal(part, tensor.read(start, stop))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwright.train.config import OPTIMIZERS, RunConfig, ScratchModel
+from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.config.positions import GLOBAL, LOCAL, longest_sample, rotary_bases
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.sources.source import code
@@ -387,7 +388,11 @@ def _adapter(facts: Facts, run: RunConfig) -> str | None:
         {**words, "use_dora": section.kind == "dora", "r": rank, "lora_alpha": alpha}
     )
     count = f" ({facts.trained:,} parameters)" if facts.trained else ""
-    return f"{text}{count}, merged into the weights"
+    bits = quantization_of(run.model)
+    if bits == NOT_QUANTIZED:
+        return f"{text}{count}, merged into the weights"
+    packed = f"beside weights in {bits.removesuffix('bit')} bits"
+    return f"{text}{count}, trained {packed}, merged into them as they were before"
 
 
 def adapter_in_words(settings: Mapping[str, Any]) -> str:

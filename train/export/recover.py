@@ -104,6 +104,8 @@ def recover(options: Options, out: TextIO, err: TextIO) -> None:
     budget = _budget(options.max_memory_bytes)
     chosen = _chosen(options, err)
     _check_apart(options.out, chosen.path)
+    if options.adapter and options.base is not None:
+        raise UserError(f"--adapter reads nothing of --base={options.base}; leave one of them out")
     if options.adapter:
         _write_adapter(options, chosen, out)
         return

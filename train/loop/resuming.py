@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from shardwright.train.errors import UserError
 from shardwright.train.loop import random_numbers
 from shardwright.train.model import base, quantised, saved
 from shardwright.train.model.saved import Saved
-from shardwright.train.model.weights import InitialValues
+from shardwright.train.model.weights import InitialValue, InitialValues
 from shardwright.train.process.agreement import from_all, from_all_patiently
 from shardwright.train.process.rank import Rank
 from shardwright.train.run_directory import rollbacks
@@ -180,7 +180,11 @@ def untie(model: PreTrainedModel, resumed: Resumed) -> None:
     saved.untie(model, resumed.parameters)
 
 
-def values(model: PreTrainedModel, resumed: Resumed, of_source: InitialValues) -> InitialValues:
+def values(
+    model: PreTrainedModel,
+    resumed: Resumed,
+    of_source: Mapping[str, InitialValue] = saved.NOTHING,
+) -> InitialValues:
     """Return each parameter's master weight as its first value; set the persistent buffers.
 
     Where the checkpoint leaves its base out, that has the values ``of_source``, which the run began

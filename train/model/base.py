@@ -51,7 +51,7 @@ class Digest:
     def add(self, name: str, values: torch.Tensor) -> None:
         """Take in all of a tensor by the name that the base has for it."""
         flat = values.detach().reshape(-1).float().cpu().contiguous()
-        self._of[name] = xxhash.xxh3_128_hexdigest(flat.numpy())
+        self._of[name] = xxhash.xxh3_128_hexdigest(_bytes(flat))
 
     def add_read(self, name: str, value: InitialValue, elements: int) -> None:
         """Do the same a part at a time."""
@@ -61,11 +61,16 @@ class Digest:
         for start in range(0, elements, step):
             part = buffer[: min(step, elements - start)]
             value.write(part, start)
-            digest.update(part.numpy())
+            digest.update(_bytes(part))
         self._of[name] = digest.hexdigest()
 
     def hexdigest(self) -> str:
         return xxhash.xxh3_128_hexdigest(json.dumps(self._of, sort_keys=True).encode())
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    found: memoryview = values.view(torch.uint8).numpy().data
+    return found
 
 
 def entry(config: RunConfig, digest: str) -> BaseEntry:

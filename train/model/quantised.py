@@ -162,14 +162,14 @@ def _packed(
     else:
         weight = values.view(rows, columns)
     weight = weight.to(compute)
+    packed: Any
     if isinstance(layer, bnb.nn.Linear4bit):
         settings = dict(vars(layer.weight))
-        packed = bnb.nn.Params4bit(weight, requires_grad=False, **settings).to(device)
+        packed = bnb.nn.Params4bit(weight, requires_grad=False, **settings)
     else:
         # It is quantised on its way from the host.
-        host = weight.cpu()
-        packed = bnb.nn.Int8Params(host, requires_grad=False, has_fp16_weights=False).to(device)
-    found: nn.Parameter = packed
+        packed = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    found: nn.Parameter = packed.to(device)
     return found
 
 

@@ -64,19 +64,20 @@ class _Packed(nn.Module):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, given: torch.Tensor, bias: Any, shape: tuple[int, int], bits: str
     ) -> torch.Tensor:
         ctx.shape, ctx.dtype = shape, given.dtype
         if bits == "8bit":
-            # What goes in is kept, and on a GPU the product is of whole numbers.
-            ctx.save_for_backward(given)
+            # What goes in is kept, where blocks are computed again too: not by torch's own means,
+            # of which that would let go. On a GPU the product is of whole numbers.
+            ctx.given = given
             codes = torch.empty_like(given, dtype=torch.int8)
             sums = given.new_empty((*given.shape[:-1], shape[0]), dtype=torch.int32)
             del codes, sums
         return functional.linear(given, given.new_empty(shape), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         gradient = gradient.to(ctx.dtype)
         return gradient @ gradient.new_empty(ctx.shape), None, None, None
