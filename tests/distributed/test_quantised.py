@@ -88,7 +88,7 @@ def check(run: Path, bits: str, strategy: str, base: Path, ranks: RanksOf, tmp_p
     losses, final = curve(run), run / "final"
     assert losses[-1] < losses[0]
     facts = json.loads((run / "engine.json").read_text())
-    assert (facts["quantized_weights"], facts["trained_quantized"]) == (KINDS[bits], [])
+    assert (facts["packed_weights"], facts["trained_packed_weights"]) == (KINDS[bits], [])
 
     # Of the base there is nothing in a checkpoint but what it is called, and its hash.
     checkpoint = run / "checkpoints" / "checkpoint-6"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,21 +11,28 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from shardwright.launchers import preflight
+from shardwright.launchers import messages, preflight
 from shardwright.launchers.plan import saves, speed
 from shardwright.launchers.plan.states import states
+from shardwright.train.checkpoint.format import layout
+from shardwright.train.checkpoint.format.hashed import HashedFolder
 from shardwright.train.checkpoint.format.layout import BaseEntry, Manifest
 from shardwright.train.checkpoint.format.lazy import PortableState
 from shardwright.train.checkpoint.read import merged, portable
 from shardwright.train.config import LowRankAdapter, PretrainedModel, from_tree
 from shardwright.train.config.adapter import LoraAdapter
 from shardwright.train.errors import UserError
+from shardwright.train.export import card_text
+from shardwright.train.export.recover import Options, recover
+from shardwright.train.loop.saving import save
 from shardwright.train.model import adapter, base, pretrained, quantised, saved
 from shardwright.train.model.blocks import parameter_count
+from shardwright.train.model.directory import config_texts
 from shardwright.train.model.first_values import materialize
 from shardwright.train.model.streaming import streamed, weight_files
 from shardwright.train.model.weights import InitialValues, InMemory
@@ -32,6 +40,8 @@ from shardwright.train.plan.facts import ModelFacts
 from shardwright.train.plan.held import local
 from shardwright.train.plan.model import facts_of
 from shardwright.train.plan.trace import traced
+from shardwright.train.strategy.state.dcp import DistributedState
+from shardwright.train.strategy.state.plans import Plans
 from tests.unit import test_adapters as adapters
 from tests.unit import trees
 
@@ -50,7 +60,7 @@ def test_a_config_of_before_quantises_nothing() -> None:
     config = from_tree(adapters.PRETRAINED)
     assert isinstance(config.model, PretrainedModel)
     assert config.model.quantization == "none"
-    assert quantised.expected(config)["quantized_weights"] == []
+    assert quantised.expected(config)["packed_weights"] == []
 
 
 @pytest.mark.parametrize(
@@ -498,3 +508,131 @@ def test_a_weight_of_a_base_is_what_from_pretrained_loads(tmp_path: Path) -> Non
     }
     for name, parameter in model.named_parameters():
         assert torch.equal(state[name].whole(), parameter)
+
+
+# --- a checkpoint, and what is made of it ---------------------------------------------------------
+
+
+def written(model: PreTrainedModel, base_directory: Path, path: Path) -> Path:
+    """Write a checkpoint of one rank after a step, as a run does."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    trainer: Any = SimpleNamespace(
+        model=model,
+        torch_optimizer=lambda: optimizer,
+        args=SimpleNamespace(process_index=0, world_size=1),
+        config=SimpleNamespace(
+            model=PretrainedModel(kind="pretrained", name=str(base_directory)), seed=0
+        ),
+    )
+    path.mkdir()
+    folder = HashedFolder(path)
+    state = DistributedState(trainer, Plans(), into=None)
+    state.finish(folder, [state.write(folder)])
+    for name, text in config_texts(model, {}).items():
+        folder.write(name, text)
+    described = {
+        "step": 1,
+        "finite": True,
+        "parameters": save._parameters(trainer),
+        **save._described_adapter(trainer),
+        **save._described_base(trainer),
+        "files": folder.files,
+    }
+    layout.write_manifest(path, described)
+    return path
+
+
+@pytest.mark.parametrize(("name", "bits"), [("llama", "4bit"), ("gpt2", "8bit")])
+def test_a_checkpoint_holds_the_adapter_alone_and_whole_weights_come_of_it(
+    name: str, bits: str, tmp_path: Path
+) -> None:
+    directory = adapters.saved(name, tmp_path / "base")
+    model, values = filled(name, directory, bits)
+    checkpoint = written(model, directory, tmp_path / "checkpoint-1")
+    state, manifest = portable.read(checkpoint), layout.read_manifest(checkpoint)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert state.weights.keys() == state.moments.keys() == trained.keys()
+    assert {p.name for p in manifest.parameters} == {n for n, _ in model.named_parameters()}
+    assert manifest.base is not None
+    assert (manifest.base.name, manifest.base.digest) == (
+        str(directory),
+        quantised.digest_of(model),
+    )
+
+    # Resumed, the model has the same bits.
+    again, _ = adapters.injected(name, directory, LORA)
+    of = saved.Saved(checkpoint, state, (), "cannot be read: {error}")
+    quantiser = quantised.Quantiser(again, bits, torch.float32, "cpu")
+    found = saved.first_values(again, of, values)
+    materialize(again, found, torch.float32, "cpu", quantiser.take)
+    quantiser.finish(again)
+    for (key, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other), key
+
+    # Recovered, it is what peft makes of the base and of the adapter alone.
+    out, told = tmp_path / "out", io.StringIO()
+    recover(Options(source=checkpoint, out=out), told, told)
+    recover(Options(source=checkpoint, out=tmp_path / "adapter", adapter=True), told, told)
+    plain = AutoModelForCausalLM.from_pretrained(directory)
+    expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    whole = AutoModelForCausalLM.from_pretrained(out)
+    for key, tensor in expected.state_dict().items():
+        torch.testing.assert_close(whole.state_dict()[key], tensor, atol=1e-6, rtol=1e-5)
+
+    # And another run can begin with it.
+    built, first = saved.of_another_run(lambda: type(plain)(plain.config), checkpoint, 0)
+    materialize(built, first, torch.float32, "cpu")
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(built.state_dict()[key], tensor), key
+
+    moved = directory.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="or --adapter to take the adapter alone"):
+        recover(Options(source=checkpoint, out=tmp_path / "a"), told, told)
+    recover(Options(source=checkpoint, out=tmp_path / "b", base=moved), told, told)
+    files = [(place / "model.safetensors").read_bytes() for place in (out, tmp_path / "b")]
+    assert files[0] == files[1]
+    asked = Options(source=checkpoint, out=tmp_path / "c", adapter=True, base=moved)
+    with pytest.raises(UserError) as refused:
+        recover(asked, told, told)
+    assert str(refused.value) == (
+        f"--adapter reads nothing of --base={moved}; leave one of them out"
+    )
+
+
+def test_a_base_is_asked_for_in_vain_where_a_checkpoint_is_whole(tmp_path: Path) -> None:
+    directory = adapters.saved("llama", tmp_path / "base")
+    model, values = adapters.injected("llama", directory, LORA)
+    materialize(model, values, torch.float32, "cpu")
+    checkpoint = written(model, directory, tmp_path / "checkpoint-1")
+    assert layout.read_manifest(checkpoint).base is None
+    told = io.StringIO()
+    with pytest.raises(UserError) as refused:
+        recover(Options(source=checkpoint, out=tmp_path / "a", base=directory), told, told)
+    assert str(refused.value) == (
+        f"--base: {checkpoint} holds all weights and reads none of {directory}; leave it out"
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_model_that_is_moved_to_where_it_is_stays_as_it_is(bits: str, tmp_path: Path) -> None:
+    model, _ = filled("llama", adapters.saved("llama", tmp_path / "base"), bits)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        after = model.to("cpu").train()(ids).logits
+    assert torch.equal(before, after)
+
+
+def test_a_header_and_a_card_say_what_the_adapter_is_beside() -> None:
+    config = from_tree(quantised_tree(strategy={"kind": "ddp"}))
+    assert messages._adapter(config) == "lora, rank 8, alpha 16, beside weights in 4 bits"
+    assert messages._adapter(from_tree(adapters.PRETRAINED)) == "lora, rank 8, alpha 16"
+    facts: Any = SimpleNamespace(trained=7)
+    assert card_text._adapter(facts, config) == (
+        "LoRA of rank 8, alpha 16 (7 parameters), trained beside weights in 4 bits, merged into "
+        "them as they were before"
+    )

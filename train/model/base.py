@@ -42,6 +42,12 @@ def left_out(model: nn.Module) -> dict[str, str]:
     return {plain: name for plain, name in names if plain is not None}
 
 
+def frozen_names(model: nn.Module) -> set[str]:
+    """Return each name of each parameter that is not trained: tied ones have several."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
+
+
 class Digest:
     """A hash of a base's values in fp32 and of their names, in whatever order they come."""
 

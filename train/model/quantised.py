@@ -195,15 +195,15 @@ def scales(model: nn.Module) -> Iterator[torch.Tensor]:
 def expected(config: RunConfig) -> dict[str, Any]:
     """Return what must be found of quantised layers in the live model. Pure."""
     kinds = {NOT_QUANTIZED: [], "8bit": ["int8 by rows"], "4bit": [f"nf4 by {BLOCK_ELEMENTS}"]}
-    return {"quantized_weights": kinds[quantization_of(config.model)], "trained_quantized": []}
+    return {"packed_weights": kinds[quantization_of(config.model)], "trained_packed_weights": []}
 
 
 def read_back(model: nn.Module) -> dict[str, Any]:
     """Return the same, read off the live model."""
     found = layers(model)
     return {
-        "quantized_weights": sorted({_kind(layer.weight) for layer in found.values()}),
-        "trained_quantized": [n for n, layer in found.items() if layer.weight.requires_grad][:3],
+        "packed_weights": sorted({_kind(layer.weight) for layer in found.values()}),
+        "trained_packed_weights": [n for n, each in found.items() if each.weight.requires_grad][:3],
     }
 
 

@@ -40,8 +40,8 @@ class DistributedState:
         optimizer = trainer.torch_optimizer()
         model_state, optimizer_state = get_state_dict(trainer.model, optimizer)
         if quantised.digest_of(trainer.model) is not None:
-            of_base = base.left_out(trainer.model).values()
-            model_state = {n: value for n, value in model_state.items() if n not in of_base}
+            frozen = base.frozen_names(trainer.model)
+            model_state = {n: value for n, value in model_state.items() if n not in frozen}
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         if eight_bit.in_use(optimizer):
             state["optimizer"] = eight_bit.appearing_in_fp32(optimizer_state)
