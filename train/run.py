@@ -25,7 +25,6 @@ from shardwright.train.config import (
     why_too_short,
 )
 from shardwright.train.config import rhythm as rhythm_of
-from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.console import progress
 from shardwright.train.data.batches.loader import eval_loader, train_loader
 from shardwright.train.data.tokens import tokenizer
@@ -50,6 +49,7 @@ from shardwright.train.loop.spikes.rollback import RolledBack
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import (
     adapter,
+    base,
     compilation,
     document_attention,
     flops,
@@ -366,9 +366,11 @@ def _build(
         if resumed is None and saved.is_checkpoint(config.model.name):
             _check_source(Path(config.model.name), rank)
     directory = kept.directory if kept else None
-    # Those of a quantised base are in no checkpoint.
-    reads_weights = resumed is None or quantization_of(config.model) != NOT_QUANTIZED
-    model, values = models.build(config, words, directory, reads_weights=reads_weights)
+    # A checkpoint may leave its base out, which is read again as it was.
+    left_out = None if resumed is None else resumed.base
+    reads_weights = resumed is None or left_out is not None
+    began_with = base.as_it_was(config, left_out)
+    model, values = models.build(began_with, words, directory, reads_weights=reads_weights)
     if config.data.has_bounds:
         document_attention.enable(model, config)
     check_blocks_are_not_skipped(model, rank.world_size)

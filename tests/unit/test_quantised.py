@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -383,8 +384,8 @@ def test_a_base_that_has_changed_is_told_by_its_hash(tmp_path: Path) -> None:
         base.completed(state, manifest, plain, checkpoint)
     assert str(told.value) == (
         f"{checkpoint} holds an adapter alone, and the weights of {directory} are not those that "
-        "it was trained beside: their values have another hash. Give those again: on the hub by "
-        "model.revision, else under the same name, or to `shardwright recover` by --base"
+        "it was trained beside: their values have another hash. Give those again: under the same "
+        "name, or to `shardwright recover` by --base"
     )
     # Who does not look finds no fault.
     assert base.completed(state, manifest, plain, checkpoint, checks=False).weights
@@ -462,6 +463,11 @@ def test_a_resume_takes_what_is_left_out_from_the_base(tmp_path: Path) -> None:
         assert torch.equal(one, other), name
     with pytest.raises(UserError, match="holds another model than the config describes"):
         saved.first_values(adapters.injected("llama", directory, LORA)[0], of)
+    # What is trained is never taken from the base.
+    fewer = replace(state, weights=dict(list(state.weights.items())[1:]))
+    of = replace(of, state=fewer)
+    with pytest.raises(UserError, match="holds another model than the config describes"):
+        saved.first_values(adapters.injected("llama", directory, LORA)[0], of, values)
 
 
 @pytest.mark.parametrize(
@@ -492,10 +498,20 @@ def test_a_base_is_named_by_where_it_lies(tmp_path: Path, monkeypatch: pytest.Mo
     config: Any = SimpleNamespace(
         model=PretrainedModel(kind="pretrained", name="base", revision="v1"), seed=7
     )
-    found = base.entry(config, "0" * 32)
+    model = torch.nn.Linear(1, 1)
+    base.note_revision(model, [str(tmp_path / "base" / "model.safetensors")])
+    found = base.entry(config, model, "0" * 32)
     assert (found.name, found.revision, found.seed) == (str(tmp_path / "base"), "v1", 7)
     config.model = PretrainedModel(kind="pretrained", name="some/model")
-    assert base.entry(config, "0" * 32).name == "some/model"
+    assert base.entry(config, model, "0" * 32).name == "some/model"
+    # Of the hub, by its commit, whatever its branch comes to.
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    base.note_revision(model, [f"/hub/models--some--model/snapshots/{commit}/model.safetensors"])
+    found = base.entry(config, model, "0" * 32)
+    assert found.revision == commit
+    again = base.as_it_was(from_tree(quantised_tree(strategy={"kind": "ddp"})), found)
+    assert isinstance(again.model, PretrainedModel)
+    assert again.model.revision == commit
 
 
 def test_a_weight_of_a_base_is_what_from_pretrained_loads(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import extract_commit_hash
 
 from shardwright.train.checkpoint.format import damage
 from shardwright.train.checkpoint.format.layout import BaseEntry, Manifest
@@ -79,13 +80,29 @@ def _bytes(values: torch.Tensor) -> memoryview:
     return found
 
 
-def entry(config: RunConfig, digest: str) -> BaseEntry:
+def note_revision(model: nn.Module, files: Sequence[str]) -> None:
+    """Note on a model the commit of the hub that the files of its weights are of, if any."""
+    model._weights_revision = extract_commit_hash(files[0], None)  # type: ignore[assignment]
+
+
+def entry(config: RunConfig, model: nn.Module, digest: str) -> BaseEntry:
     """Return what a checkpoint says of the base that it leaves out."""
     section = config.model
     assert isinstance(section, PretrainedModel)
     directory = Path(section.name)
     name = str(directory.resolve()) if directory.is_dir() else section.name
-    return BaseEntry(name=name, revision=section.revision, seed=config.seed, digest=digest)
+    # A branch may lead to other weights by the time that they are read again.
+    revision: str | None = getattr(model, "_weights_revision", None) or section.revision
+    return BaseEntry(name=name, revision=revision, seed=config.seed, digest=digest)
+
+
+def as_it_was(config: RunConfig, left_out: BaseEntry | None) -> RunConfig:
+    """Return a config that names the commit of its model that a checkpoint was written beside."""
+    section = config.model
+    if left_out is None or not isinstance(section, PretrainedModel) or left_out.revision is None:
+        return config
+    model = section.model_copy(update={"revision": left_out.revision})
+    return config.model_copy(update={"model": model})
 
 
 def check(found: str, expected: BaseEntry, checkpoint: Path) -> None:
@@ -94,8 +111,7 @@ def check(found: str, expected: BaseEntry, checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} holds an adapter alone, and the weights of {expected.name} are not "
             "those that it was trained beside: their values have another hash. Give those again: "
-            "on the hub by model.revision, else under the same name, or to `shardwright recover` "
-            "by --base"
+            "under the same name, or to `shardwright recover` by --base"
         )
 
 

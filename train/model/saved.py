@@ -68,10 +68,15 @@ def first_values(
 ) -> InitialValues:
     """Return each parameter's master weight as its first value; set the persistent buffers.
 
-    ``beside`` are values of what the checkpoint leaves out. Raises UserError where it holds another
-    model.
+    ``beside`` are values of what is not trained, which the checkpoint may leave out. Raises
+    UserError where it holds another model.
     """
     found = saved.state.weights
+    left_out = {
+        name
+        for name, parameter in model.named_parameters()
+        if name not in found and name in beside and not parameter.requires_grad
+    }
     persistent = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         kept = saved.state.buffers.get(name, found.get(name))
@@ -80,7 +85,7 @@ def first_values(
                 buffer.copy_(kept.whole())
     problems = []
     for name, parameter in model.named_parameters():
-        if name in beside and name not in found:
+        if name in left_out:
             continue
         if name not in found:
             problems.append(f"{name} is missing")
@@ -92,7 +97,7 @@ def first_values(
             f"{'; '.join(problems[:3])}{' and more' if len(problems) > 3 else ''}"
         )
     names = [name for name, _ in model.named_parameters()]
-    return {n: SavedValue(found[n], saved) if n in found else beside[n] for n in names}
+    return {n: beside[n] if n in left_out else SavedValue(found[n], saved) for n in names}
 
 
 @dataclass(frozen=True)

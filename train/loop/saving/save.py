@@ -254,7 +254,7 @@ def _described_base(trainer: Training) -> dict[str, Any]:
     digest = quantised.digest_of(trainer.model)
     if digest is None:
         return {}
-    return {"base": base.entry(trainer.config, digest).model_dump(mode="json")}
+    return {"base": base.entry(trainer.config, trainer.model, digest).model_dump(mode="json")}
 
 
 def _parameters(trainer: Training) -> list[dict[str, Any]]:
