@@ -45,6 +45,9 @@ from shardwright.train.strategy.state.dcp import DistributedState
 from shardwright.train.strategy.state.plans import Plans
 from tests.unit import test_adapters as adapters
 from tests.unit import trees
+from tests.unit.launchers.fakes import Shardwright, make_shardwright
+
+shardwright = pytest.fixture(make_shardwright)
 
 BITS = ("8bit", "4bit")
 MODELS = ("llama", "gpt2", "roberta")
@@ -130,6 +133,21 @@ def test_a_package_that_is_not_installed_is_said_before_anything_starts(
     with pytest.raises(UserError) as told:
         quantised.Quantiser(model, "4bit", torch.float32, "cpu")
     assert str(told.value) == message
+
+
+OF_A_RUN = (
+    *("model=pretrained", "model.name=some/model", "model.quantization=4bit", "adapter=lora"),
+    *("tokenizer=pretrained", "tokenizer.name=a/b", "data.sequence_length=64"),
+)
+
+
+def test_a_command_line_composes_one_and_plans_no_speed_of_it(shardwright: Shardwright) -> None:
+    outcome = shardwright("train", "--dry-run", *OF_A_RUN, "strategy=single")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "quantization: 4bit" in outcome.out
+    outcome = shardwright("plan", *OF_A_RUN, "strategy=ddp", "hardware=h100", "precision=bf16")
+    assert outcome.code == 2
+    assert "how long weights take to be unpacked" in outcome.err
 
 
 # --- in a model -----------------------------------------------------------------------------------
