@@ -82,18 +82,18 @@ def test_a_config_of_before_quantises_nothing() -> None:
         ),
         (
             {"strategy": trees.ZERO3},
-            "model.quantization=4bit with strategy=zero3, whose handling of quantised weights in "
-            "its own dtypes and checkpoints is not proven; choose strategy=single or ddp, or "
+            "model.quantization=4bit with strategy=zero3, whose dtypes, partitions and checkpoints "
+            "have not been tried with packed weights; choose strategy=single or ddp, or "
             "model.quantization=none",
         ),
         (
             {"strategy": {**trees.ZERO3, "stage": 2}},
-            "model.quantization=4bit with strategy=zero2, whose handling",
+            "model.quantization=4bit with strategy=zero2, whose dtypes",
         ),
         (
             {"strategy": trees.FSDP},
-            "model.quantization=4bit with strategy=fsdp, which cuts each weight along its rows, "
-            "and quantised ones have none to cut along; choose strategy=single or ddp, or",
+            "model.quantization=4bit with strategy=fsdp, which makes plain tensors of packed "
+            "weights, without what it takes to unpack them; choose strategy=single or ddp, or",
         ),
         (
             {"trainer": {**trees.TREE["trainer"], "compile": True}},

@@ -43,9 +43,9 @@ def contradictions(config: Sections) -> Iterator[str]:
         )
 
 
-# Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param.py: each parameter is cut along its
-# first dimension and made anew from its part, as a plain tensor.
+# Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param.py, makes each parameter anew as an
+# nn.Parameter when it is sharded and when it is gathered, without what bitsandbytes keeps on it.
 _NOT_UNDER = {
-    "zero": "whose handling of quantised weights in its own dtypes and checkpoints is not proven",
-    "fsdp": "which cuts each weight along its rows, and quantised ones have none to cut along",
+    "zero": "whose dtypes, partitions and checkpoints have not been tried with packed weights",
+    "fsdp": "which makes plain tensors of packed weights, without what it takes to unpack them",
 }
