@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks.live_engine import held_and_peak
 from shardwright.launchers.plan.states import states
 from shardwright.train.checkpoint.format.layout import read_manifest
+from shardwright.train.checkpoint.read import portable
 from shardwright.train.config import load
 from shardwright.train.errors import UserError
 from shardwright.train.export.recover import Options, recover
@@ -40,6 +41,7 @@ LORA: dict[str, Any] = {
 }
 IA3: dict[str, Any] = {"kind": "ia3"}
 BF16 = {"compute_dtype": "bf16"}
+TRAINED = (".lora_", ".ia3_", ".modules_to_save.")
 KINDS = {"4bit": ["nf4 by 64"], "8bit": ["int8 by rows"]}
 
 
@@ -95,8 +97,9 @@ def check(run: Path, bits: str, strategy: str, base: Path, ranks: RanksOf, tmp_p
     manifest = read_manifest(checkpoint)
     assert manifest.base is not None
     assert manifest.base.name == str(base)
-    held = sum(file.bytes for name, file in manifest.files.items() if name.startswith("engine/"))
-    assert held < (base / "model.safetensors").stat().st_size
+    held = portable.read(checkpoint).weights
+    assert held
+    assert [name for name in held if not any(part in name for part in TRAINED)] == []
 
     # What peft makes of the base as it was and of its own files is what is merged here.
     merged = load_file(final / "model.safetensors")
