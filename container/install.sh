@@ -8,9 +8,10 @@ extras=$(printf '%s\n' "$@" | paste -sd, -)
 
 # Compilers for what torch, Triton and DeepSpeed compile on first use; libaio for NVMe; ssh and pdsh
 # for hostfiles; numactl's library for the binding of ranks.
+export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
 apt-get install -qq --no-install-recommends \
-    g++ ca-certificates libaio-dev libnuma1 openssh-client pdsh python3-dev python3-venv
+    g++ ca-certificates libaio-dev libnuma1 openssh-client pdsh python3-dev python3-venv >/dev/null
 rm -rf /var/lib/apt/lists/*
 
 # From the package index alone, in the versions that are tested together; torch brings CUDA's

@@ -1,22 +1,24 @@
-"""The story of one rank of an evaluation by itself: the loop's own, before its first step."""
+"""The story of one rank of an evaluation by itself: the loop's own, on weights and no more."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, TextIO
-
-from transformers import TrainerCallback
+from typing import TextIO
 
 from shardwright.train.config import RunConfig
+from shardwright.train.console import progress
 from shardwright.train.data.batches.held_out import portions
 from shardwright.train.errors import UserError
+from shardwright.train.loop import isolation
 from shardwright.train.loop.evaluation import of_run
 from shardwright.train.loop.trainer import Trainer
-from shardwright.train.process import signals
+from shardwright.train.process import numerics, signals
 from shardwright.train.process.rank import Rank
 from shardwright.train.run import assemble
 from shardwright.train.run_directory import evaluations
 from shardwright.train.run_directory.evaluations import Evaluated
+from shardwright.train.strategy.verify import verify_forward_only
 
 _OF_THE_CLOCK = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
@@ -24,31 +26,29 @@ _OF_THE_CLOCK = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_seco
 def evaluate(run_dir: Path, config: RunConfig, rank: Rank, console: TextIO) -> Path | None:
     """Measure what evaluation.json asks for; return the directory, None where told to stop."""
     try:
-        measure(assemble(run_dir, config, rank, console))
+        measure(assemble(run_dir, config, rank, console, trains=False), console)
     except signals.Stop:
         return None
     return run_dir
 
 
-def measure(trainer: Trainer) -> None:
-    """Evaluate the weights that the engine begins with, and write down what came of it."""
+def measure(trainer: Trainer, console: TextIO) -> None:
+    """Evaluate the weights that the engine has placed, and write down what came of it."""
     if trainer.eval_dataset is None:
         raise UserError(
             "there are no held-out documents to evaluate on; give some with "
             "data.eval_paths='{NAME: PATH}'"
         )
     trainer.weights_of_step = evaluations.asked(trainer.run_dir) or 0
-    trainer.args.eval_on_start = True
-    trainer.add_callback(_NoStep())
-    trainer.train()
+    verify_forward_only(trainer.engine, trainer)
+    isolation.check(trainer)
+    metrics = _metrics(trainer)
     if not trainer.is_world_process_zero():
         return
-    entry = next(e for e in reversed(trainer.state.log_history) if "eval_loss" in e)
-    metrics = {
-        name: value
-        for name, value in entry.items()
-        if name.startswith("eval_") and name not in _OF_THE_CLOCK
-    }
+    if not math.isfinite(metrics["eval_loss"]):
+        bad, count = trainer.held_out_batches_not_finite
+        where = f"in {bad} of {count} batches" if bad else "in their sum"
+        progress.write(f"warning: the held-out loss is not finite, {where}", console)
     sets = trainer.get_eval_dataloader().dataset.sets  # type: ignore[attr-defined]
     limit = trainer.config.trainer.eval_max_samples
     counts = [part.samples for part in portions(sets, limit)]
@@ -57,8 +57,15 @@ def measure(trainer: Trainer) -> None:
     evaluations.conclude(trainer.run_dir, Evaluated(metrics, sum(own), named))
 
 
-class _NoStep(TrainerCallback):
-    """Ends the training with its first evaluation, as one does that stops early."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = True
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    try:
+        found = trainer.evaluate()
+    except RuntimeError as error:
+        if (problem := numerics.refused(error)) is None:
+            raise
+        raise UserError(problem) from error
+    return {
+        name: value
+        for name, value in found.items()
+        if name.startswith("eval_") and name not in _OF_THE_CLOCK
+    }

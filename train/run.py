@@ -158,11 +158,18 @@ def finish(trainer: Trainer, rank: Rank, console: TextIO) -> Path:
 
 
 def assemble(
-    run_dir: Path, config: RunConfig, rank: Rank, console: TextIO, *, is_a_start: bool = True
+    run_dir: Path,
+    config: RunConfig,
+    rank: Rank,
+    console: TextIO,
+    *,
+    is_a_start: bool = True,
+    trains: bool = True,
 ) -> Trainer:
     """Build data, model, engine settings and callbacks into a trainer that is ready to train.
 
-    ``is_a_start`` is false where these ranks have begun already, and have gone back.
+    ``is_a_start`` is false where these ranks have begun already, and have gone back. One that never
+    ``trains`` has nothing but its weights, and is ready to evaluate.
     """
     import_all(config.model.imports)
     prepared = _open_data(config, run_dir, rank)
@@ -190,7 +197,7 @@ def assemble(
         resumed, config, rhythm.evaluate, steps
     )
     progress.now("dividing the model" if rank.world_size > 1 else "filling the model")
-    model = engine.shard(model, values)
+    model = engine.shard(model, values) if trains else engine.place(model, values)
     if resumed is not None:
         resuming.check_base(model, resumed)
     bounds = document_attention.bounds_of(model, config)
@@ -214,19 +221,29 @@ def assemble(
         rhythm,
         resumed,
     )
+    if not trains:
+        trainer.forward_only()
+        return trainer
     _add_callbacks(trainer, rank, console, sent_bytes)
+    _begin(trainer, rank, console, is_a_start=is_a_start)
+    return trainer
+
+
+def _begin(trainer: Trainer, rank: Rank, console: TextIO, *, is_a_start: bool) -> None:
+    """Note what begins here, and try out what its end will take. Collective."""
     # The most that any node's agent counts: that of a node which has come back begins at 0. Ranks
     # come here from reading weights, each as fast as its disk is.
     restarts = max(from_all_patiently(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
-    if rank.index == 0:
-        if restarts and is_a_start:
-            _note_restart(run_dir, restarts, resumed, rank.world_size)
-        if is_a_start:
-            parameters = parameter_count(trainer.model)
-            write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
-        _note_start(trainer, steps, console)
-        _rehearse_card(trainer)
-    return trainer
+    if rank.index > 0:
+        return
+    run_dir = trainer.run_dir
+    if restarts and is_a_start:
+        _note_restart(run_dir, restarts, trainer.resumed, rank.world_size)
+    if is_a_start:
+        parameters = parameter_count(trainer.model)
+        write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
+    _note_start(trainer, trainer.args.max_steps, console)
+    _rehearse_card(trainer)
 
 
 def _compiling(config: RunConfig, model: PreTrainedModel, rank: Rank, console: TextIO) -> RunConfig:

@@ -84,7 +84,9 @@ def argv(
     meets = [*rendezvous]
     return [
         *(python, "-m", "torch.distributed.run"),
-        *([] if meets else ["--standalone"]),
+        # Left to itself, its ranks meet at the machine's own name, and wait without end where that
+        # does not resolve, as in a container (elastic/rendezvous/api.py, torch 2.13).
+        *([] if meets else ["--standalone", "--local-addr=127.0.0.1"]),
         *(f"--nnodes={nodes}", f"--nproc-per-node={ranks_per_node}"),
         *options,
         *meets,

@@ -1,7 +1,8 @@
-"""An evaluation by itself gives the very number that the run has logged at that step."""
+"""An evaluation by itself gives the very number that the run has logged, and holds no more."""
 
 from __future__ import annotations
 
+import gc
 import io
 import shutil
 from pathlib import Path
@@ -12,8 +13,10 @@ from shardwright.launchers import evaluating
 from shardwright.launchers.commands import evaluate as command
 from shardwright.launchers.machine import facts as machine
 from shardwright.train import config as run_config
-from shardwright.train.evaluate import evaluate
-from shardwright.train.process.rank import rank_from_environment
+from shardwright.train.evaluate import measure
+from shardwright.train.plan.held import alive
+from shardwright.train.process.rank import Rank, rank_from_environment
+from shardwright.train.run import assemble
 from shardwright.train.run_directory import evaluations
 from shardwright.train.strategy.group import join
 from tests.distributed.curves import lines
@@ -24,11 +27,34 @@ from tests.strategies import STRATEGIES
 pytestmark = pytest.mark.distributed
 
 
-def evaluated(directory: Path) -> None:
-    """Do what `shardwright rank` does in the directory of an evaluation."""
+def evaluated(directory: Path) -> float:
+    """Do what `shardwright rank` does in the directory of an evaluation.
+
+    Return what is held of floats then, in bytes for each parameter of the model.
+    """
     rank, config = rank_from_environment(), run_config.load(directory)
     with join(config, rank):
-        evaluate(directory, config, rank, io.StringIO())
+        return _evaluated_and_weighed(directory, config, rank)
+
+
+def _evaluated_and_weighed(directory: Path, config: run_config.RunConfig, rank: Rank) -> float:
+    gc.collect()
+    before = alive()
+    trainer = assemble(directory, config, rank, io.StringIO(), trains=False)
+    measure(trainer, io.StringIO())
+    gc.collect()
+    held = sum(size for storage, size in alive().items() if storage not in before)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
+    return held / parameters
+
+
+def bytes_wanted(config: run_config.RunConfig) -> float:
+    """Return what weights alone take, for each of the model's parameters."""
+    precision, strategy = config.precision, config.strategy
+    by_autocast = strategy.kind in ("single", "ddp")
+    dtype = precision.master_dtype if by_autocast else precision.compute_dtype
+    is_sharded = strategy.kind == "fsdp" or getattr(strategy, "stage", 0) == 3
+    return {"fp32": 4, "bf16": 2}[dtype] / (config.launcher.world_size if is_sharded else 1)
 
 
 def measured(place: Path, step: int | None, ranks: RanksOf, *overrides: str) -> dict[str, float]:
@@ -38,7 +64,9 @@ def measured(place: Path, step: int | None, ranks: RanksOf, *overrides: str) -> 
         config, has_own_data = command._config(of, overrides, None, here, directory)
         assert has_own_data
         evaluating.lay_out(directory, config, of, has_own_data=has_own_data)
-        ranks(config.launcher.world_size)(evaluated, directory)
+        held = ranks(config.launcher.world_size)(evaluated, directory)
+        # Of a model as small, its smallest parameters and a few constants are whole on each rank.
+        assert held == pytest.approx([bytes_wanted(config)] * len(held), rel=0.15)
         found = evaluations.outcome(directory)
         assert found is not None
         assert not (directory / "checkpoints").exists()
@@ -53,7 +81,7 @@ def measured(place: Path, step: int | None, ranks: RanksOf, *overrides: str) -> 
         pytest.param("zero3", "diffusion", marks=pytest.mark.slow),
         *(
             pytest.param(name, "clm", marks=pytest.mark.slow)
-            for name in ("ddp", "zero1", "zero3", "fsdp_offload")
+            for name in ("ddp", "zero1", "zero3", "zero3_offload", "fsdp_offload")
         ),
     ],
 )

@@ -47,6 +47,17 @@ def test_both_have_the_same_extras_which_there_are() -> None:
     assert set(extras.split()) <= project["optional-dependencies"].keys()
 
 
+def test_both_are_made_and_run_by_the_same_commands() -> None:
+    (steps,) = re.findall(r"^RUN (.+)$", DOCKERFILE, re.MULTILINE)
+    (extras,) = re.findall(r'^ARG EXTRAS="(.+)"$', DOCKERFILE, re.MULTILINE)
+    section = APPTAINER.split("%post\n")[1].split("\n\n")[0]
+    assert [*map(str.strip, section.splitlines())] == steps.replace("$EXTRAS", extras).split(" && ")
+    (path,) = re.findall(r"^ENV (PATH=\S+)", DOCKERFILE, re.MULTILINE)
+    assert f"    export {path}\n" in APPTAINER
+    (command,) = re.findall(r'^ENTRYPOINT \["(.+)"\]$', DOCKERFILE, re.MULTILINE)
+    assert f'    exec {command} "$@"\n' in APPTAINER
+
+
 def test_what_is_copied_is_all_that_a_wheel_is_built_of(tmp_path: Path) -> None:
     source = tmp_path / "src"
     for name in of_docker():

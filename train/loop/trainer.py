@@ -727,6 +727,15 @@ class Trainer(transformers.Trainer):
             self._is_on_several_meshes = len(meshes) > 1
         return model, loader
 
+    def forward_only(self) -> None:
+        """Make forward passes of what the engine has placed, in place of a training. Collective."""
+        self.initial_values = {}  # they may hold the whole model
+        model = self.engine.forward_only(self.model)
+        if not self.is_deepspeed_enabled:
+            # With autocast, where a training has it, and without DDP.
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.model_wrapped = model
+
     def torch_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer behind accelerate's wrapper."""
         optimizer: Any = self.optimizer

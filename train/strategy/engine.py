@@ -62,12 +62,35 @@ class Engine(Stateful, ABC):
         left to `complete` where the engine takes them with its master weights.
         """
 
-    def serve(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
-        """Give a model its values as `shard` does, and return it ready for inference alone.
+    def place(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
+        """Give a model its values as `shard` does, for forward passes alone.
 
-        Its forward passes are collective.
+        What only a training needs is not there: no master weights beside those that forward passes
+        take, nothing for gradients or an optimizer. Collective.
         """
         return self.shard(model, values).eval()
+
+    def forward_only(self, model: PreTrainedModel) -> Any:
+        """Return what makes forward passes of a model that `place` has placed: it or a wrapper.
+
+        They are collective, and the very same that a training's are of the same weights, but for
+        autocast, which is the caller's. Collective.
+        """
+        return model
+
+    def serve(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
+        """Return a model ready to be called by itself, as `place` and `forward_only` make it."""
+        model = self.place(model, values)
+        self.forward_only(model)
+        return model
+
+    @abstractmethod
+    def expected_forward_only(self) -> dict[str, Any]:
+        """Return the facts that `read_back_forward_only` must find. Pure."""
+
+    @abstractmethod
+    def read_back_forward_only(self, trainer: Training) -> dict[str, Any]:
+        """Return facts read off what `forward_only` has returned."""
 
     def adamw(
         self, groups: list[dict[str, Any]], settings: dict[str, Any]

@@ -35,28 +35,28 @@ def expected(config: RunConfig, layout: RankLayout, schedule: Schedule) -> dict[
         "clip": trainer.max_grad_norm,
         "optimizer": _expected_optimizer(config),
         "schedule": _facts_of(schedule),
-        "fused_loss": trainer.fused_loss,
         "neftune_noise_alpha": config.objective.neftune_noise_alpha,
         **_recomputed(config),
-        **_blocks_run_as(config),
-        **rotary.expected(config.model),
         **adapter.expected(config),
         **quantised.expected(config),
-        **_numerics(config),
+        **_precision(config),
+        **expected_of_model(config),
+    }
+
+
+def expected_of_model(config: RunConfig) -> dict[str, Any]:
+    """Return those facts on which forward passes without a training depend. Pure."""
+    return {
+        "fused_loss": config.trainer.fused_loss,
+        **_blocks_run_as(config),
+        **rotary.expected(config.model),
+        **_products(config),
     }
 
 
 def read_back(trainer: Training) -> dict[str, Any]:
     """Return facts read off the live loop."""
-    import torch
-
-    from shardwright.train.model import (
-        activation_checkpointing,
-        activations,
-        fp8,
-        head_loss,
-        neftune,
-    )
+    from shardwright.train.model import activation_checkpointing, neftune
 
     args = trainer.args
     layout = rank_layout(trainer.config.strategy, args.world_size)
@@ -70,15 +70,26 @@ def read_back(trainer: Training) -> dict[str, Any]:
         "clip": args.max_grad_norm,
         "optimizer": _optimizer(trainer),
         "schedule": _facts_of(_live_schedule(trainer)),
-        "fused_loss": head_loss.is_in(trainer.model),
         "neftune_noise_alpha": neftune.read_back(trainer.model),
         **activation_checkpointing.read_back(trainer.model),
+        **adapter.read_back(trainer.model),
+        **quantised.read_back(trainer.model),
+        **read_back_of_model(trainer),
+    }
+
+
+def read_back_of_model(trainer: Training) -> dict[str, Any]:
+    """Return those facts on which forward passes without a training depend."""
+    import torch
+
+    from shardwright.train.model import activations, fp8, head_loss
+
+    return {
+        "fused_loss": head_loss.is_in(trainer.model),
         **_how_blocks_run(trainer),
         "unfused_gelus": activations.unfused(trainer.model),
         **rotary.read_back(trainer.model, trainer.config.model),
         **fp8.read_back(trainer.model),
-        **adapter.read_back(trainer.model),
-        **quantised.read_back(trainer.model),
         # Of the names that it has, the one that torch prefers (2.13).
         "tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
         "deterministic": numerics.deterministic_parts(),
@@ -178,9 +189,21 @@ def _how_blocks_run(trainer: Training) -> dict[str, Any]:
     }
 
 
-def _numerics(config: RunConfig) -> dict[str, Any]:
+def _products(config: RunConfig) -> dict[str, Any]:
     precision = config.precision
     recipe = precision.fp8_recipe
+    facts: dict[str, Any] = {
+        "tf32": precision.allow_tf32 and config.launcher.device == "cuda",
+        "deterministic": list(numerics.DETERMINISTIC) if config.trainer.deterministic else [],
+        "fp8_recipe": recipe,
+    }
+    if recipe is not None:
+        facts["fp8_layers_missed"] = 0
+    return facts
+
+
+def _precision(config: RunConfig) -> dict[str, Any]:
+    precision = config.precision
     own_bytes = OPTIMIZERS[config.trainer.optimizer].moments_bytes
     facts: dict[str, Any] = {
         "precision": {
@@ -189,14 +212,9 @@ def _numerics(config: RunConfig) -> dict[str, Any]:
             "master": precision.master_dtype,
             "moments": precision.moments_dtype if own_bytes is None else f"{8 * own_bytes}-bit",
         },
-        "tf32": precision.allow_tf32 and config.launcher.device == "cuda",
-        "deterministic": list(numerics.DETERMINISTIC) if config.trainer.deterministic else [],
-        "fp8_recipe": recipe,
         "loss_scale_growth_steps": None,
         "initial_loss_scale": None,
     }
-    if recipe is not None:
-        facts["fp8_layers_missed"] = 0
     if precision.computes_in.scales_losses:
         facts["loss_scale_growth_steps"] = precision.loss_scale_growth_steps
         facts["initial_loss_scale"] = precision.initial_loss_scale

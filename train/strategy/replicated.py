@@ -58,7 +58,8 @@ class Replicated(DistributedEngine):
         quantiser.finish(model)
         return model
 
-    def serve(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
+    def place(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
+        # Autocast rounds its operands anew each time, so that it is the master weights it wants.
         return self.shard(model, values).eval().to(self.config.launcher.device)
 
     def complete(self, trainer: Training) -> None:
@@ -77,14 +78,24 @@ class Replicated(DistributedEngine):
             )
         super().complete(trainer)
 
-    def expected(self) -> dict[str, Any]:
-        strategy, precision = self.config.strategy, self.config.precision
+    def expected_forward_only(self) -> dict[str, Any]:
+        precision = self.config.precision
         autocast = precision.compute_dtype != "fp32" and precision.master_dtype == "fp32"
-        facts: dict[str, Any] = {
-            "engine": "DistributedDataParallel" if strategy.kind == "ddp" else "none",
-            "world_size": self.layout.replicas,
+        return {
+            "engine": "none",
             "parameter_dtypes": [TORCH_DTYPES[precision.master_dtype]],
             "autocast_dtype": precision.compute_dtype if autocast else "no",
+        }
+
+    def read_back_forward_only(self, trainer: Training) -> dict[str, Any]:
+        return whole_model(trainer) | {"autocast_dtype": trainer.accelerator.mixed_precision}
+
+    def expected(self) -> dict[str, Any]:
+        strategy, precision = self.config.strategy, self.config.precision
+        facts: dict[str, Any] = {
+            **self.expected_forward_only(),
+            "engine": "DistributedDataParallel" if strategy.kind == "ddp" else "none",
+            "world_size": self.layout.replicas,
         }
         if isinstance(strategy, DdpStrategy):
             facts["bucket_size_bytes"] = strategy.bucket_size_bytes
@@ -165,6 +176,17 @@ def _whole_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Pa
         parameter for layer in quantised.layers(model).values() for parameter in layer.parameters()
     }
     yield from ((name, p) for name, p in model.named_parameters() if p not in packed)
+
+
+def whole_model(trainer: Training) -> dict[str, Any]:
+    """Return facts read off a model that each rank holds whole, in no engine."""
+    wrapped = trainer.model_wrapped
+    return {
+        "engine": "none" if wrapped is trainer.model else type(wrapped).__name__,
+        "parameter_dtypes": sorted(
+            {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}
+        ),
+    }
 
 
 def _seen(hook: Any, see: Callable[[torch.Tensor], object]) -> Any:

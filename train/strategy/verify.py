@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from shardwright.train.strategy import loop_facts
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shardwright.train.strategy.engine import Engine
     from shardwright.train.strategy.training import Training
 
@@ -24,6 +26,25 @@ def verify(engine: Engine, trainer: Training) -> dict[str, Any]:
         # A resumed run keeps the loss scale that it had reached.
         del expected["initial_loss_scale"]
     live = {**engine.read_back(trainer), **loop_facts.read_back(trainer)}
+    _check(engine, expected, live, "trained")
+    return live
+
+
+def verify_forward_only(engine: Engine, trainer: Training) -> dict[str, Any]:
+    """Do the same with what makes forward passes alone."""
+    expected = {
+        **engine.expected_forward_only(),
+        **loop_facts.expected_of_model(engine.config),
+    }
+    live = {
+        **engine.read_back_forward_only(trainer),
+        **loop_facts.read_back_of_model(trainer),
+    }
+    _check(engine, expected, live, "evaluated")
+    return live
+
+
+def _check(engine: Engine, expected: Mapping[str, Any], live: Mapping[str, Any], done: str) -> None:
     differences = [
         f"{fact}: the config requires {value!r}, the live engine has {live.get(fact)!r}"
         for fact, value in expected.items()
@@ -31,10 +52,9 @@ def verify(engine: Engine, trainer: Training) -> dict[str, Any]:
     ]
     if differences:
         raise EngineMismatch(
-            f"strategy={engine.config.strategy.kind} is not what is running; nothing was trained\n"
+            f"strategy={engine.config.strategy.kind} is not what is running; nothing was {done}\n"
             + "\n".join(differences)
         )
-    return live
 
 
 class EngineMismatch(RuntimeError):

@@ -33,7 +33,7 @@ def test_torchrun_on_one_node() -> None:
     run = resolved("torchrun", nproc_per_node=4)
     assert rank_command(run, Path("/runs/a"), python="/usr/bin/python3") == [
         *("/usr/bin/python3", "-m", "torch.distributed.run"),
-        *("--standalone", "--nnodes=1", "--nproc-per-node=4"),
+        *("--standalone", "--local-addr=127.0.0.1", "--nnodes=1", "--nproc-per-node=4"),
         *("-m", "shardwright.train", "/runs/a"),
     ]
 

@@ -36,7 +36,18 @@ class Fsdp(DistributedEngine):
         return {"bf16": self.config.precision.compute_dtype == "bf16"}
 
     def shard(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
-        return sharded(model, values, self.config, self.layout)
+        return sharded(model, values, self.config, self.layout, self.config.precision.master_dtype)
+
+    def place(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
+        # What is gathered is rounded to the dtype of compute as a whole: shards may be as well.
+        dtype = self.config.precision.compute_dtype
+        return sharded(model, values, self.config, self.layout, dtype).eval()
+
+    def expected_forward_only(self) -> dict[str, Any]:
+        return facts.expected_forward_only(self.config, self.layout)
+
+    def read_back_forward_only(self, trainer: Training) -> dict[str, Any]:
+        return facts.read_back_forward_only(trainer)
 
     def expected(self) -> dict[str, Any]:
         return facts.expected(self.config, self.layout)

@@ -38,13 +38,30 @@ def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
     return facts
 
 
+def expected_forward_only(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
+    compute_dtype = TORCH_DTYPES[config.precision.compute_dtype]
+    return expected(config, layout) | {"master_dtypes": [compute_dtype]}
+
+
 def read_back(trainer: Training) -> dict[str, Any]:
+    from shardwright.train.strategy.dtypes import dtype_names, moments_dtypes
+    from shardwright.train.strategy.loss_scale import loss_scaling
+
+    facts = read_back_forward_only(trainer)
+    masters = {parameter.dtype for parameter in trainer.model.parameters()}
+    precision = {
+        "compute": dtype_names(facts["compute_dtypes"]),
+        "reduction": dtype_names(facts["reduce_dtypes"]),
+        "master": dtype_names(masters),
+        "moments": dtype_names(moments_dtypes(trainer.innermost_optimizer(), masters)),
+    }
+    return {**facts, "precision": precision, **loss_scaling(trainer.accelerator.scaler)}
+
+
+def read_back_forward_only(trainer: Training) -> dict[str, Any]:
     import torch.distributed as dist
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
     from torch.distributed.tensor import DTensor
-
-    from shardwright.train.strategy.dtypes import dtype_names, moments_dtypes
-    from shardwright.train.strategy.loss_scale import loss_scaling
 
     model = trainer.model_wrapped
     found = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -82,13 +99,6 @@ def read_back(trainer: Training) -> dict[str, Any]:
         if others
         else trainer.config.strategy.reshard_after_forward,  # type: ignore[union-attr]
         "reshard_ranks": None if resharded <= {whole} else min(resharded - {whole}),
-        "precision": {
-            "compute": dtype_names(dtypes("param_dtype")),
-            "reduction": dtype_names(dtypes("reduce_dtype")),
-            "master": dtype_names(masters),
-            "moments": dtype_names(moments_dtypes(trainer.innermost_optimizer(), masters)),
-        },
-        **loss_scaling(trainer.accelerator.scaler),
     }
 
 

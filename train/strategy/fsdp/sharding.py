@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
 
 def sharded(
-    model: PreTrainedModel, values: InitialValues, config: RunConfig, layout: RankLayout
+    model: PreTrainedModel,
+    values: InitialValues,
+    config: RunConfig,
+    layout: RankLayout,
+    dtype: str,
 ) -> PreTrainedModel:
     """Shard the parameters in place, each unit as one, then write this rank's part of each value.
 
-    Units within come first: a parent takes whatever its children have not taken. Raises UserError
-    where the wrap policy finds no unit but the whole model.
+    They are held in ``dtype``. Units within come first: a parent takes whatever its children have
+    not taken. Raises UserError where the wrap policy finds no unit but the whole model.
     """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
@@ -40,9 +44,9 @@ def sharded(
 
     wanted = settings(config, layout)
     mixed, offload = wanted["mixed_precision"], wanted["offload"]
-    master_dtype = getattr(torch, TORCH_DTYPES[config.precision.master_dtype])
+    held_in = getattr(torch, TORCH_DTYPES[dtype])
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(master_dtype)
+        parameter.data = parameter.data.to(held_in)
     inner = units(model, config)
     mesh = init_device_mesh(
         config.launcher.device,

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import RankLayout, RunConfig, ZeroStrategy
 from shardwright.train.strategy.engine import Engine, divided
-from shardwright.train.strategy.zero import facts, gradients, lean, masters, nvme
+from shardwright.train.strategy.zero import (
+    facts,
+    forward_only,
+    gradients,
+    lean,
+    masters,
+    nvme,
+)
 from shardwright.train.strategy.zero.adam import deepspeed_cpu_adam
 from shardwright.train.strategy.zero.masters import (
     Piece,
@@ -79,13 +86,26 @@ class Zero(Engine):
             values = {name: Zeros() if name in later else value for name, value in values.items()}
         return partitioned(model, values, self.config, self.layout)
 
-    def serve(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
+    def place(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
+        forward_only.check(self.strategy)
+        config = forward_only.without_optimizer(self.config)
+        placed: Any = partitioned(model, values, config, self.layout).eval()
+        return placed if self.strategy.stage == 3 else placed.to(self.config.launcher.device)
+
+    def forward_only(self, model: PreTrainedModel) -> Any:
+        if self.strategy.stage < 3:
+            return model
         import deepspeed
 
-        model = partitioned(model, values, self.config, self.layout).eval()
+        config = forward_only.without_optimizer(self.config)
         # Without an optimizer the engine only gathers what each module needs.
-        deepspeed.initialize(model=model, config=self.settings())
-        return model
+        return deepspeed.initialize(model=model, config=settings(config, self.layout))[0]
+
+    def expected_forward_only(self) -> dict[str, Any]:
+        return forward_only.expected(self.config, self.layout)
+
+    def read_back_forward_only(self, trainer: Training) -> dict[str, Any]:
+        return forward_only.read_back(trainer)
 
     def adamw(
         self, groups: list[dict[str, Any]], settings: dict[str, Any]

@@ -59,24 +59,15 @@ def read_back(trainer: Training) -> dict[str, Any]:
     zero: Any = engine.optimizer
     stage = engine.zero_optimization_stage()
 
-    def device(offload: Any) -> str:
-        return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
-
     facts = {
-        "engine": "DeepSpeedEngine",
-        "world_size": engine.dp_world_size,
-        "stage": stage,
-        "bf16": engine.bfloat16_enabled(),
-        "fp16": engine.fp16_enabled(),
+        **of_parameters(engine),
         "reduce_dtype": str(engine.communication_data_type).removeprefix("torch."),
         "engine_clip": engine.gradient_clipping(),
         "engine_global_batch_size": engine.train_batch_size(),
         "engine_micro_batch_size": engine.train_micro_batch_size_per_gpu(),
         "engine_accumulation_steps": engine.gradient_accumulation_steps(),
-        "parameters_sharded": all(hasattr(p, "ds_id") for p in engine.module.parameters()),
         "zero_optimizer": type(zero).__name__,
-        "offload_optimizer": device(engine.zero_offload_optimizer()),
-        "offload_parameters": device(engine.zero_offload_param()),
+        "offload_optimizer": _device(engine.zero_offload_optimizer()),
     }
     if stage > 1:
         facts["reduce_bucket_elements"] = int(zero.reduce_bucket_size)
@@ -86,11 +77,8 @@ def read_back(trainer: Training) -> dict[str, Any]:
         )
         # Stages 1 and 2 have a flag of their own.
         facts["overlaps_communication"] = getattr(zero, "overlap_comm", engine.zero_overlap_comm())
-    if stage == 3:
-        facts["prefetch_elements"] = engine.zero_prefetch_bucket_size()
-        facts["persistence_elements"] = engine.zero_param_persistence_threshold()
-        if facts["offload_optimizer"] == "nvme":
-            facts["optimizer_elements_on_nvme"] = swapped.elements(zero)
+    if facts["offload_optimizer"] == "nvme":
+        facts["optimizer_elements_on_nvme"] = swapped.elements(zero)
     computed = _most_common_dtype(engine.module)
     masters = facts.get("master_dtypes") or {m.dtype for m in replicated_masters(engine).values()}
     masters = masters or {computed}
@@ -101,6 +89,27 @@ def read_back(trainer: Training) -> dict[str, Any]:
         "moments": dtype_names(moments_dtypes(trainer.innermost_optimizer(), masters)),
     }
     return {**facts, **(loss_scaling(zero) if facts["fp16"] else loss_scale.loss_scaling(None))}
+
+
+def of_parameters(engine: Any) -> dict[str, Any]:
+    """Return those facts of a live engine that do not depend on its optimizer."""
+    facts = {
+        "engine": "DeepSpeedEngine",
+        "world_size": engine.dp_world_size,
+        "stage": engine.zero_optimization_stage(),
+        "bf16": engine.bfloat16_enabled(),
+        "fp16": engine.fp16_enabled(),
+        "parameters_sharded": all(hasattr(p, "ds_id") for p in engine.module.parameters()),
+        "offload_parameters": _device(engine.zero_offload_param()),
+    }
+    if facts["stage"] == 3:
+        facts["prefetch_elements"] = engine.zero_prefetch_bucket_size()
+        facts["persistence_elements"] = engine.zero_param_persistence_threshold()
+    return facts
+
+
+def _device(offload: Any) -> str:
+    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
 
 
 def _most_common_dtype(model: torch.nn.Module) -> torch.dtype:
