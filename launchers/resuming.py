@@ -32,6 +32,8 @@ from shardwright.train.checkpoint import retention
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import (
     DEFAULT_MICRO_BATCH_SIZE,
+    OPTIMIZERS,
+    PrecisionConfig,
     Progress,
     RunConfig,
     TrainerConfig,
@@ -391,6 +393,8 @@ def chosen(overrides: Sequence[str], groups: set[str]) -> list[str]:
 
 def refused(before: RunConfig, after: RunConfig, kept: Kept) -> Iterator[str]:
     """Yield a message for each setting that differs and may not. Pure."""
+    yield from _of_another_meaning(before.trainer, after.trainer, kept)
+    yield from _of_the_loss_scale(before.precision, after.precision, kept)
     old, new = leaves(before.model_dump(mode="json")), leaves(after.model_dump(mode="json"))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) == new.get(key) or (
@@ -400,10 +404,32 @@ def refused(before: RunConfig, after: RunConfig, kept: Kept) -> Iterator[str]:
         prefixes = [p for p in kept.fixed if key == p or key.startswith(f"{p}.")]
         reason = kept.fixed[max(prefixes, key=len)] if prefixes else None
         if reason is not None:
-            yield (
-                f"{key}={new.get(key)} was {old.get(key)}, and {kept.by} keeps it: {reason}; "
-                f"{kept.remedy}"
-            )
+            yield _changes(key, old.get(key), new.get(key), reason, kept)
+
+
+def _of_another_meaning(before: TrainerConfig, after: TrainerConfig, kept: Kept) -> Iterator[str]:
+    """Yield a message for each field by which the optimizer's state would mean another thing."""
+    if "trainer.optimizer" not in kept.fixed or after.optimizer != before.optimizer:
+        return  # nothing takes the state over
+    for field in OPTIMIZERS[before.optimizer].of_the_state:
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        if field.meaning(old) != field.meaning(new):
+            yield _changes(f"trainer.{field.name}", old, new, field.reason, kept)
+
+
+def _of_the_loss_scale(
+    before: PrecisionConfig, after: PrecisionConfig, kept: Kept
+) -> Iterator[str]:
+    """Yield why the factor on the loss cannot begin anew, where a resume is to."""
+    old, new = before.initial_loss_scale, after.initial_loss_scale
+    scales = before.computes_in.scales_losses and after.computes_in.scales_losses
+    if "trainer.optimizer" in kept.fixed and scales and old != new:
+        reason = "it goes on with the factor that it had come to"
+        yield _changes("precision.initial_loss_scale", old, new, reason, kept)
+
+
+def _changes(key: str, old: Any, new: Any, reason: str, kept: Kept) -> str:
+    return f"{key}={new} was {old}, and {kept.by} keeps it: {reason}; {kept.remedy}"
 
 
 def _parsed(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from shardwright.train.config import BEGINNING, Progress, RankLayout
 from shardwright.train.errors import UserError
 from shardwright.train.loop import resuming
 from shardwright.train.run_directory import metrics
+from shardwright.train.strategy.state.moments import check_names
 
 
 def at_step(step: int) -> resuming.Resumed:
@@ -41,6 +42,15 @@ def test_rng_state_follows_the_samples() -> None:
     # Ranks that divide matrices have the samples of one rank, and so draw alike.
     assert taken(RankLayout(tensor=2)) == [None] * 2
     assert taken(RankLayout(shards=2, tensor=2)) == [*["rng-0.pt"] * 2, *["rng-1.pt"] * 2]
+
+
+def test_an_optimizer_without_a_state_is_restored_from_none() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    nothing = PortableState({}, {}, {})
+    check_names(nothing, ["a"], torch.optim.SGD(weights, momentum=0.0))
+    for keeps in (torch.optim.SGD(weights, momentum=0.9), torch.optim.AdamW(weights)):
+        with pytest.raises(UserError, match="the checkpoint holds no optimizer state of a; to con"):
+            check_names(nothing, ["a"], keeps)
 
 
 def test_quantised_state_is_named(tmp_path: Path) -> None:

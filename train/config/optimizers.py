@@ -5,6 +5,7 @@ How each is built and read back says its module in train/optimizer/.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,17 @@ from shardwright.train.own_parts import part
 OptimizerName = Literal[
     "adamw", "adafactor", "muon", "adamw_8bit", "lion", "sgd", "schedule_free", "custom"
 ]
+
+
+@dataclass(frozen=True)
+class OfTheState:
+    """A field by which an optimizer's state in a checkpoint is understood."""
+
+    name: str
+    reason: str
+    """Why a resume cannot change it."""
+    meaning: Callable[[Any], Any] = lambda value: value
+    """What of its value the state depends on."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,8 @@ class OptimizerFacts:
     averages_itself: bool = False
     """Whether what it has learned is an average that it keeps, and not the weights that it
     trains."""
+    of_the_state: tuple[OfTheState, ...] = ()
+    """Fields that a resume keeps, besides the optimizer itself."""
     passes: int | None = None
     """How often its step goes over the master weights; None is once over all that it keeps."""
 
@@ -126,12 +140,25 @@ OPTIMIZERS: dict[OptimizerName, OptimizerFacts] = {
         # and writes.
         holds_all_updates=True,
         averages_itself=True,
+        of_the_state=(
+            OfTheState(
+                "adam_beta1",
+                "by it the average is told from the two sets of weights that the checkpoint has",
+            ),
+        ),
         passes=26,
     ),
     "sgd": OptimizerFacts(
         description="torch's SGD with momentum; its weight decay is added to the gradient, and "
         "moves through the momentum with it",
         moments=1,
+        of_the_state=(
+            OfTheState(
+                "sgd_momentum",
+                "with 0 there is no sum of gradients in a checkpoint, or none that goes on",
+                bool,
+            ),
+        ),
     ),
     "custom": OptimizerFacts(
         description="a class of your own, `trainer.custom_class`, with `trainer.custom_options`; "

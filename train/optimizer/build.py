@@ -62,12 +62,24 @@ def class_of(optimizer: torch.optim.Optimizer) -> str:
     return found
 
 
+def keeps_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a live optimizer has anything of its parameters for a checkpoint."""
+    if custom.NAMED_BY in vars(optimizer):
+        return custom.KIND.keeps_state(optimizer)
+    return _kind_of(type(optimizer).__name__).keeps_state(optimizer)
+
+
+def _kind_of(class_name: str) -> Kind:
+    """Return the kind of a class; one that is none of ours is an engine's own AdamW."""
+    return next((kind for kind in KINDS.values() if kind.class_name == class_name), adamw.KIND)
+
+
 def found(class_name: str, group: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the algorithm of a live parameter group, and its settings by our names.
 
     A class that is none of ours is an engine's own AdamW, where the group does not say otherwise.
     """
-    kind = next((kind for kind in KINDS.values() if kind.class_name == class_name), adamw.KIND)
+    kind = _kind_of(class_name)
     if group.get("algorithm") == custom.ALGORITHM:
         kind = custom.KIND
     name = group.get("algorithm", next(iter(kind.algorithms)))

@@ -62,4 +62,9 @@ NAMED_BY = "_shardwright_named_by"
 """Attribute of a live optimizer of the user's own: the text by which its config names it."""
 KEEPS = "_shardwright_keeps"
 """Another: what it keeps of each parameter."""
-KIND = Kind(None, {ALGORITHM: Algorithm(settings, {"lr": "peak_learning_rate"})}, _build)
+KIND = Kind(
+    None,
+    {ALGORITHM: Algorithm(settings, {"lr": "peak_learning_rate"})},
+    _build,
+    keeps_state=lambda optimizer: any(vars(optimizer)[KEEPS]),
+)

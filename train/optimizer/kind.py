@@ -69,3 +69,5 @@ class Kind:
     """Takes what `shardwright.train.optimizer.build.build` takes."""
     learned: Learned | None = None
     """None where that are the weights."""
+    keeps_state: Callable[[torch.optim.Optimizer], bool] = lambda optimizer: True
+    """Whether a live one, once it has stepped, has anything of its parameters for a checkpoint."""

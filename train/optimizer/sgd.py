@@ -29,4 +29,9 @@ def _build(
 
 
 _NAMES = {"lr": "peak_learning_rate", "momentum": "momentum", "nesterov": "nesterov"}
-KIND = Kind("SGD", {"sgd": Algorithm(settings, _NAMES)}, _build)
+KIND = Kind(
+    "SGD",
+    {"sgd": Algorithm(settings, _NAMES)},
+    _build,
+    keeps_state=lambda optimizer: any(group["momentum"] for group in optimizer.param_groups),
+)

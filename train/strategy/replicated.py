@@ -141,8 +141,9 @@ class Replicated(DistributedEngine):
 
         parameters = dict(trainer.model.named_parameters())
         parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        check_names(state, parameters)
-        restore_whole(trainer.torch_optimizer(), state, parameters)
+        optimizer = trainer.torch_optimizer()
+        check_names(state, parameters, optimizer)
+        restore_whole(optimizer, state, parameters)
 
     def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
         held = [(name, 0, parameter) for name, parameter in _whole_parameters(trainer.model)]

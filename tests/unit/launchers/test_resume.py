@@ -15,6 +15,7 @@ from shardwright.launchers.machine.facts import Machine, resolve
 from shardwright.train import config as run_config
 from shardwright.train.checkpoint import retention
 from shardwright.train.config import (
+    OPTIMIZERS,
     Progress,
     SlurmLauncher,
     TrainerConfig,
@@ -159,6 +160,59 @@ def test_only_groups_are_chosen() -> None:
 def test_what_may_not_change_is_refused_with_the_reason(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resuming.changed(run(), [override], {})
+
+
+SGD = {"optimizer": "sgd"}
+SCHEDULE_FREE = {"optimizer": "schedule_free", "lr_scheduler": "constant"}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "override", "message"),
+    [
+        (
+            SCHEDULE_FREE,
+            "trainer.adam_beta1=0.95",
+            "trainer.adam_beta1=0.95 was 0.9, and a resumed run keeps it: by it the average is "
+            "told from the two sets of weights that the checkpoint has; leave it out, or start a "
+            "new run with `shardwright train`",
+        ),
+        (SCHEDULE_FREE, "trainer.adam_beta2=0.99", None),
+        ({}, "trainer.adam_beta1=0.95", None),
+        ({"optimizer": "muon"}, "trainer.adam_beta1=0.95", None),
+        (SGD, "trainer.sgd_momentum=0.5", None),
+        (
+            SGD,
+            "trainer.sgd_momentum=0",
+            "trainer.sgd_momentum=0.0 was 0.9, and a resumed run keeps it: with 0 there is no sum "
+            "of gradients in a checkpoint, or none that goes on; leave it out, or start a new run "
+            "with `shardwright train`",
+        ),
+        ({**SGD, "sgd_momentum": 0.0}, "trainer.sgd_momentum=0.9", "sgd_momentum=0.9 was 0.0"),
+    ],
+)
+def test_a_field_by_which_the_optimizers_state_is_understood_stays(
+    trainer: dict[str, Any], override: str, message: str | None
+) -> None:
+    before = run(trainer={**TREE["trainer"], **trainer})
+    if message is None:
+        resuming.changed(before, [override], {})
+        return
+    with pytest.raises(UserError, match=re.escape(message)):
+        resuming.changed(before, [override], {})
+
+
+def test_every_field_that_a_resume_keeps_of_an_optimizer_is_one() -> None:
+    named = [field.name for facts in OPTIMIZERS.values() for field in facts.of_the_state]
+    assert named == ["adam_beta1", "sgd_momentum"]
+    assert {*named} <= TrainerConfig.model_fields.keys()
+
+
+def test_the_factor_on_a_loss_does_not_begin_anew() -> None:
+    before = run(precision={"compute_dtype": "fp16"})
+    with pytest.raises(UserError, match="initial_loss_scale=1024.0 was 65536.0, and a resumed run"):
+        resuming.changed(before, ["precision.initial_loss_scale=1024"], {})
+    fp16 = {"precision": {"compute_dtype": "fp16", "initial_loss_scale": 1024.0}}
+    assert resuming.changed(run(), ["precision=fp16"], fp16).precision.initial_loss_scale == 1024
 
 
 def test_an_open_value_of_an_option_must_be_given() -> None:

@@ -61,7 +61,7 @@ class Fsdp(DistributedEngine):
         optimizer = trainer.torch_optimizer()
         parameters: dict[str, Any] = dict(trainer.model.named_parameters())
         parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        check_names(state, parameters)
+        check_names(state, parameters, optimizer)
         for name, parameter in parameters.items():
             take = functools.partial(sharded_as, parameter)
             optimizer.state[parameter] = entries(optimizer, parameter, state, name, take)

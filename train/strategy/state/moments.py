@@ -10,10 +10,15 @@ import torch
 from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState
 from shardwright.train.errors import UserError
 from shardwright.train.optimizer import custom, eight_bit
+from shardwright.train.optimizer.build import keeps_state
 
 
-def check_names(state: PortableState, names: Iterable[str]) -> None:
-    """Raise UserError where the checkpoint has no optimizer state of some parameter."""
+def check_names(
+    state: PortableState, names: Iterable[str], optimizer: torch.optim.Optimizer
+) -> None:
+    """Raise UserError where the checkpoint has no state of some parameter, and there is one."""
+    if not keeps_state(optimizer):
+        return
     missing = [name for name in names if name not in state.moments and name not in state.scalars]
     if missing:
         others = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -139,7 +139,7 @@ class Zero(Engine):
 
         engine, optimizer = trainer.model_wrapped, trainer.innermost_optimizer()
         names = {p: name for name, p in engine.module.named_parameters() if p.requires_grad}
-        check_names(state, names.values())
+        check_names(state, names.values(), optimizer)
         if engine.zero_optimization_stage() == 0:
             whole = replicated_masters(engine)
             restore_whole(optimizer, state, {name: whole.get(p, p) for p, name in names.items()})
