@@ -51,7 +51,7 @@ from shardwright.train.data.prepare import noted_samples_wanted
 from shardwright.train.data.sources.corpus import with_sets_located
 from shardwright.train.errors import BAD_INPUT, UserError
 from shardwright.train.paths import absolute
-from shardwright.train.run_directory import set_aside
+from shardwright.train.run_directory import own_code, set_aside
 from shardwright.train.run_directory.names import (
     CHECKPOINTS,
     DATA_JSON,
@@ -252,6 +252,9 @@ def _start(before: RunConfig, after: RunConfig, checkpoint: Path | None, *, is_c
     """
     where = checkpoint.name if checkpoint else "the beginning: there is no checkpoint yet"
     rows = {"resumes": f"from {where}"}
+    own = own_code.changes(own_code.noted(Path(str(after.run_dir))), own_code.of(after))
+    if changed := "; ".join(own):
+        rows["own code"] = changed
     if checkpoint is not None:
         run_dir = checkpoint.parent.parent
         newer = set_aside.newer(run_dir, layout.step_of(checkpoint) or 0) if is_chosen else []

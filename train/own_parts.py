@@ -98,8 +98,12 @@ def check(key: str, text: str) -> None:
 def fingerprint(key: str, text: str) -> dict[str, str]:
     """Return what changes when the file of a part does, or another part of it is named."""
     found = part(key, text)
-    content = hashlib.blake2b(file_of(found).read_bytes(), digest_size=16).hexdigest()
-    return {"name": found.name, "file": content}
+    return {"name": found.name, "file": hash_of(file_of(found))}
+
+
+def hash_of(path: Path) -> str:
+    """Return what changes when a file does."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def imported(found: Part) -> Any:

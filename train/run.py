@@ -71,7 +71,7 @@ from shardwright.train.process.heartbeat import Phase
 from shardwright.train.process.leave import forget_training
 from shardwright.train.process.provenance import write_provenance
 from shardwright.train.process.rank import Rank
-from shardwright.train.run_directory import final, history, replays
+from shardwright.train.run_directory import final, history, own_code, replays
 from shardwright.train.run_directory import metrics as run_directory_metrics
 from shardwright.train.run_directory.names import TOKENIZER_FOLDER
 from shardwright.train.sampling import sample
@@ -239,10 +239,9 @@ def _begin(trainer: Trainer, rank: Rank, console: TextIO, *, is_a_start: bool) -
     run_dir = trainer.run_dir
     if restarts and is_a_start:
         _note_restart(run_dir, restarts, trainer.resumed, rank.world_size)
-    if is_a_start:
-        parameters = parameter_count(trainer.model)
-        write_provenance(run_dir, world_size=rank.world_size, parameters=parameters)
+    changed = _note_provenance(trainer, rank) if is_a_start else []
     _note_start(trainer, trainer.args.max_steps, console)
+    _tell_of_changed_code(trainer, changed, console)
     _rehearse_card(trainer)
 
 
@@ -337,6 +336,28 @@ def _add_callbacks(trainer: Trainer, rank: Rank, console: TextIO, sent_bytes: fl
     ]:
         trainer.add_callback(callback)
     trainer.add_own_callbacks()
+
+
+def _note_provenance(trainer: Trainer, rank: Rank) -> list[str]:
+    """Leave what starts here; return what of the user's own code is not what it was before."""
+    own = own_code.of(trainer.config)
+    changed = list(own_code.changes(own_code.noted(trainer.run_dir), own))
+    write_provenance(
+        trainer.run_dir,
+        world_size=rank.world_size,
+        parameters=parameter_count(trainer.model),
+        own=own,
+    )
+    return changed
+
+
+def _tell_of_changed_code(trainer: Trainer, changed: list[str], console: TextIO) -> None:
+    """Say it of a run that is resumed, and leave a line in its metrics."""
+    if trainer.resumed is None:
+        return
+    for text in changed:
+        progress.write(f"warning: {text}", console)
+        run_directory_metrics.note_changed_code(trainer.run_dir, trainer.resumed.step, text)
 
 
 def _note_start(trainer: Trainer, steps: int, console: TextIO) -> None:

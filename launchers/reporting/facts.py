@@ -193,7 +193,9 @@ def _marks(run_dir: Path, curves: Mapping[str, Series]) -> Iterator[Mark]:
     if longest is None or not longest.steps:
         return
     spikes = (Mark(SPIKE, each.at_step, each.text) for each in metrics.spikes(run_dir / METRICS))
-    for mark in (*_restarts(run_dir), *_checkpoints(run_dir), *_not_finite(curves), *spikes):
+    codes = (Mark("restart", *each) for each in metrics.changed_code(run_dir / METRICS))
+    steps = (*_restarts(run_dir), *codes, *_checkpoints(run_dir), *_not_finite(curves))
+    for mark in (*steps, *spikes):
         if mark.step <= longest.steps[-1]:
             place = min(bisect_left(longest.steps, mark.step), len(longest.steps) - 1)
             yield Mark(mark.kind, mark.step, mark.text, longest.tokens[place], longest.times[place])

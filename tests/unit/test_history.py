@@ -10,7 +10,7 @@ from shardwright.train.run_directory import history
 
 
 def started(run_dir: Path, world_size: int) -> None:
-    write_provenance(run_dir, world_size=world_size, parameters=1)
+    write_provenance(run_dir, world_size=world_size, parameters=1, own={})
 
 
 def test_each_start_keeps_its_provenance(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from shardwright.train.durable import write_text
 from shardwright.train.process.cores import usable_cores
-from shardwright.train.run_directory import history
+from shardwright.train.run_directory import history, own_code
 
 _PACKAGES = (
     "shardwright",
@@ -31,8 +31,13 @@ _PACKAGES = (
 )
 
 
-def write_provenance(run_dir: Path, *, world_size: int, parameters: int) -> None:
-    """Describe what runs, beside what earlier starts have left; call it on rank 0."""
+def write_provenance(
+    run_dir: Path, *, world_size: int, parameters: int, own: own_code.Code
+) -> None:
+    """Describe what runs, beside what earlier starts have left; call it on rank 0.
+
+    ``own`` is what `own_code.of` returns.
+    """
     facts: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "argv": sys.orig_argv,
@@ -41,6 +46,7 @@ def write_provenance(run_dir: Path, *, world_size: int, parameters: int) -> None
         "versions": {name: _version(name) for name in _PACKAGES},
         "world_size": world_size,
         "parameters": parameters,
+        **({own_code.FIELD: own} if own else {}),
         "hardware": {
             "host": platform.node(),
             "system": platform.platform(),

@@ -18,6 +18,9 @@ TAIL_BYTES = 2**16
 MOST_TAIL_BYTES = 2**25
 """Of what is searched for a loss: lines of statistics may lie behind it."""
 
+CHANGED_CODE = "changed_code"
+"""Key of a line of metrics.jsonl: a part of the user's own has changed since the start before."""
+
 
 def tail(path: Path) -> list[dict[str, Any]]:
     """Return the last lines of a file of JSON lines; one that is being written is left out.
@@ -113,6 +116,21 @@ def spikes(path: Path) -> list[SpikeLine]:
             elif line["spike"] == "skip_update":
                 text += "; its update was left out"
             found.append(SpikeLine(int(line["step"]), text))
+    return found
+
+
+def note_changed_code(run_dir: Path, step: int, text: str) -> None:
+    """Leave a line that says which code of the user's own is another one behind a step."""
+    with (run_dir / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, CHANGED_CODE: text}) + "\n")
+
+
+def changed_code(path: Path) -> list[tuple[int, str]]:
+    """Return step and text of these lines."""
+    found = []
+    for line in _with(f'"{CHANGED_CODE}":'.encode(), path):
+        with suppress(ValueError, KeyError, TypeError):
+            found.append((int(line["step"]), str(line[CHANGED_CODE])))
     return found
 
 
