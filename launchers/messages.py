@@ -75,13 +75,23 @@ def header(
         f"{accumulation_steps(trainer, layout)} x {layout.data_parallel_size} rank(s)"
         f"{_batch_warmup(trainer)}; {length}",
         "strategy": f"{choices.get('strategy', config.strategy.kind)}, {precision}",
-        "ranks": f"{ranks} x {config.launcher.device} ({config.launcher.kind})",
+        "ranks": _ranks(config, ranks),
         "tracking": _tracking(config, machine),
         "env": " ".join(f"{k}={v}" for k, v in environment.items() if not k.startswith("PYTHON")),
         "run dir": str(config.run_dir),
     }
     shown = {name: text for name, text in rows.items() if text != "none"}
     return "\n".join([f"\nshardwright {config.name}", *aligned(shown, 10, width)])
+
+
+def _ranks(config: RunConfig, count: object) -> str:
+    text, ids = (
+        f"{count} x {config.launcher.device} ({config.launcher.kind})",
+        config.launcher.gpu_ids,
+    )
+    if ids is None:
+        return text
+    return f"{text} on GPU{'s' * (len(ids) > 1)} {','.join(map(str, ids))}"
 
 
 def aligned(rows: Mapping[str, str], name_width: int, width: int | None) -> Iterator[str]:

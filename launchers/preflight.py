@@ -95,7 +95,13 @@ def _machine_problems(config: RunConfig, machine: Machine) -> list[str]:
     if not config.launcher.is_job:
         launcher = config.launcher
         problems = [
-            *lacking(launcher.device, launcher.ranks_per_node, config.precision, machine),
+            *lacking(
+                launcher.device,
+                launcher.ranks_per_node,
+                config.precision,
+                machine,
+                launcher.gpu_ids,
+            ),
             *memory.problems(config, machine),
             *problems,
             *engine_of(config).machine_problems(),

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{platform.node()}\n", flush=True)
     with progress.phase("checking this machine", console=sys.stderr):
         world_size = 1 if config is None else config.launcher.world_size
-        findings = health.look(directory, here, os.environ, world_size=world_size)
+        gpu_ids = None if config is None else config.launcher.gpu_ids
+        findings = health.look(directory, here, os.environ, world_size=world_size, gpu_ids=gpu_ids)
     print(text(findings), flush=True)
     if config is not None:
         print("\nranks\n", flush=True)

@@ -48,7 +48,7 @@ def accelerate_yaml(launcher: AccelerateLauncher, port: int) -> str:
         "main_process_port": port,
         "rdzv_backend": "static",
         "same_network": True,
-        "gpu_ids": "all",
+        "gpu_ids": ",".join(map(str, launcher.gpu_ids)) if launcher.gpu_ids else "all",
         "main_training_function": "main",
         "mixed_precision": "no",
         "use_cpu": False,

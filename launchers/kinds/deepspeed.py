@@ -68,6 +68,8 @@ class Deepspeed(Launcher[DeepspeedLauncher]):
     def _ranks_here(self, machine: Machine) -> str:
         launcher = self.section
         # Beside --num_accelerators it ignores CUDA_VISIBLE_DEVICES (launcher/runner.py, 0.19.8).
+        if launcher.gpu_ids is not None:
+            return f"--include=localhost:{','.join(map(str, launcher.gpu_ids))}"
         if launcher.device == "cuda" and machine.cuda_visible_devices:
             chosen = machine.cuda_visible_devices.split(",")[: launcher.ranks_per_node]
             return f"--include=localhost:{','.join(name.strip() for name in chosen)}"

@@ -90,7 +90,8 @@ class Launcher(Generic[SectionT]):
     def environment(
         self, machine: Machine, user: Mapping[str, str], *, packages: Path = PACKAGES
     ) -> dict[str, str]:
-        """Return the variables to add to the user's environment; none that the user has set.
+        """Return the variables to add to the user's environment; of those that the user has set
+        the chosen GPUs alone.
 
         A pure function of config, machine and user.
         """
@@ -117,7 +118,14 @@ class Launcher(Generic[SectionT]):
             if machine.has_loopback and launcher.nodes == 1:
                 # Gloo takes the address of the host's name otherwise, which need not be reachable.
                 wanted["GLOO_SOCKET_IFNAME"] = "lo"
-        return not_set_by(user, wanted)
+        chosen = {}
+        if launcher.gpu_ids is not None:
+            # By nvidia-smi's numbers, whatever the user's own environment says of their order.
+            chosen = {
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, launcher.gpu_ids)),
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            }
+        return {**not_set_by(user, wanted), **chosen}
 
     def files(
         self, environment: Mapping[str, str], machine: Machine = UNKNOWN

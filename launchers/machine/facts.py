@@ -13,7 +13,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,6 +47,8 @@ class Machine:
 
     compute_capabilities: tuple[float | None, ...] = ()
     """One for each GPU that this process may use, in its order; None where it is not known."""
+    gpu_indices: tuple[int | None, ...] | None = None
+    """What nvidia-smi numbers each of them; None is a part of one (MIG). None in all: from 0 on."""
     cores: int = 1
     """CPU cores that this process may use."""
     has_loopback: bool = True
@@ -78,6 +80,23 @@ class Machine:
     def gpus(self) -> int:
         return len(self.compute_capabilities)
 
+    @property
+    def numbers(self) -> tuple[int | None, ...]:
+        """``gpu_indices``, where these are told or not."""
+        return tuple(range(self.gpus)) if self.gpu_indices is None else self.gpu_indices
+
+    def with_gpus(self, places: Sequence[int]) -> Machine:
+        """Return it with some of its GPUs alone, by their places among them."""
+        names = self.gpu_names
+        if len(names) == self.gpus:
+            names = tuple(names[place] for place in places)
+        return replace(
+            self,
+            compute_capabilities=tuple(self.compute_capabilities[place] for place in places),
+            gpu_names=names,
+            gpu_indices=tuple(self.numbers[place] for place in places),
+        )
+
 
 def detect(environment: Mapping[str, str]) -> Machine:
     """Look at this machine, within what the environment lets a process see of it."""
@@ -85,6 +104,7 @@ def detect(environment: Mapping[str, str]) -> Machine:
     names_of = [(gpu.uuid, gpu.name) for gpu in seen]
     return Machine(
         compute_capabilities=visible([(gpu.uuid, gpu.capability) for gpu in seen], asked),
+        gpu_indices=visible([(gpu.uuid, index) for index, gpu in enumerate(seen)], asked),
         gpu_names=tuple(name for name in visible(names_of, asked) if name),
         cores=len(usable_cores()),
         has_loopback="lo" in (name for _, name in socket.if_nameindex()),
@@ -127,6 +147,19 @@ def visible(
         else:
             break
     return tuple(chosen)
+
+
+def given_to(machine: Machine, launcher: LauncherConfig) -> Machine:
+    """Return a machine with the GPUs alone that a run chooses among its own. Pure.
+
+    One that is not there is left out; `lacking` says so.
+    """
+    if launcher.gpu_ids is None:
+        return machine
+    numbers = machine.numbers
+    places = [numbers.index(number) for number in launcher.gpu_ids if number in numbers]
+    shown = ",".join(map(str, (numbers[place] for place in places)))
+    return replace(machine.with_gpus(places), cuda_visible_devices=shown)
 
 
 def resolve(
@@ -186,6 +219,8 @@ def resolve(
 def resolve_launcher(launcher: dict[str, Any], config: RunConfig, machine: Machine) -> None:
     """Replace what is open in a config's section "launcher" by what it comes to here."""
     gpus = config.launcher.gpus_of_node(machine.gpus if machine.torch_has_cuda else 0)
+    if gpus and config.launcher.gpu_ids is not None:
+        gpus = len(config.launcher.gpu_ids)
     for path in config.launcher.paths:
         launcher[path] = launcher[path] and absolute(launcher[path])
     if launcher["device"] == "auto":
@@ -299,7 +334,27 @@ def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
     return {**decided, "hostfile": path, "head_address": head}
 
 
-def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machine) -> list[str]:
+def not_there(gpu_ids: Sequence[int], machine: Machine) -> list[str]:
+    """Return a message where a GPU is chosen that this machine does not show. Pure."""
+    if not (missing := [number for number in gpu_ids if number not in machine.numbers]):
+        return []
+    numbers = ", ".join(str(number) for number in machine.numbers if number is not None)
+    hides = machine.cuda_visible_devices and (
+        f" (CUDA_VISIBLE_DEVICES={machine.cuda_visible_devices} hides any other)"
+    )
+    return [
+        f"launcher.gpu_ids={list(gpu_ids)}: this machine shows no GPU {missing[0]}, but "
+        f"{numbers or 'none by a number'}{hides}; choose among these, or leave it out"
+    ]
+
+
+def lacking(
+    device: str,
+    ranks: int,
+    precision: PrecisionConfig,
+    machine: Machine,
+    gpu_ids: Sequence[int] | None = None,
+) -> list[str]:
     """Return a message for each thing asked for that this machine does not have."""
     problems = []
     if device == "cpu":
@@ -337,6 +392,10 @@ def lacking(device: str, ranks: int, precision: PrecisionConfig, machine: Machin
             "launcher.device=cuda, but the installed torch is a CPU build; install one with CUDA "
             "or choose launcher.device=cpu"
         ]
+    if gpu_ids is not None and (problems := not_there(gpu_ids, machine)):
+        return problems
+    if gpu_ids is not None:
+        machine = machine.with_gpus([machine.numbers.index(number) for number in gpu_ids])
     if ranks > machine.gpus:
         problems.append(
             f"launcher.nproc_per_node={ranks} is more than the {machine.gpus} GPU(s) of this "

@@ -20,7 +20,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -59,15 +59,21 @@ class Finding:
 
 
 def look(
-    directory: Path, machine: Machine, environment: Mapping[str, str], *, world_size: int = 1
+    directory: Path,
+    machine: Machine,
+    environment: Mapping[str, str],
+    *,
+    world_size: int = 1,
+    gpu_ids: Sequence[int] | None = None,
 ) -> list[Finding]:
     """Return all findings about this machine.
 
-    ``directory`` is where runs are to go, ``world_size`` how many ranks a run is to have.
+    ``directory`` is where runs are to go, ``world_size`` how many ranks a run is to have, and
+    ``gpu_ids`` which GPUs, by nvidia-smi's numbers; None is all.
     """
     return [
         *python_and_packages(installed()),
-        *gpus(_nvidia_smi()),
+        *gpus(chosen(_nvidia_smi(), gpu_ids)),
         *build_tools(),
         *operators(_deepspeed_operators(environment), _abandoned_locks()),
         *cores(machine.cores, _cpu_quota()),
@@ -160,6 +166,21 @@ class Gpus:
     """The CUDA that torch was built with; None for a CPU build."""
 
 
+def chosen(seen: Gpus | None, gpu_ids: Sequence[int] | None) -> Gpus | None:
+    """Return what is told of some GPUs alone, but for how they are linked. Pure."""
+    if seen is None or gpu_ids is None or max(gpu_ids) >= len(seen.names):
+        return seen
+    memory = seen.memory_bytes
+    return replace(
+        seen,
+        names=tuple(seen.names[number] for number in gpu_ids),
+        memory_bytes=tuple(memory[number] for number in gpu_ids)
+        if len(memory) == len(seen.names)
+        else memory,
+        links=seen.links if len(gpu_ids) > 1 else (),
+    )
+
+
 def gpus(seen: Gpus | None) -> Iterator[Finding]:
     """Judge the GPUs; None stands for a machine without nvidia-smi."""
     if seen is None or not seen.names:
@@ -175,7 +196,7 @@ def gpus(seen: Gpus | None) -> Iterator[Finding]:
             "gpus",
             "note",
             f"{text}: not all alike, the slowest sets the pace",
-            "choose some of one kind with CUDA_VISIBLE_DEVICES",
+            "choose some of one kind with launcher.gpu_ids",
         )
     else:
         yield Finding("gpus", "ok", text)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.machine.facts import Machine, given_to
 from shardwright.launchers.plan import hardware, kept
 from shardwright.launchers.plan.hardware import GIB, GROUP, MIB, Hardware
 from shardwright.train.config import devices
@@ -36,7 +36,7 @@ def at_hand(
             f"{asking}=auto: what the hosts of launcher.hostfile have is not known here; {SAY}"
         )
     elif launcher.device == "cuda":
-        found, how = _of_gpus(launcher.ranks_per_node, here, asking)
+        found, how = _of_gpus(launcher.ranks_per_node, given_to(here, launcher), asking)
     else:
         found, how = _of_cores(launcher.ranks_per_node, here)
     return _sized(found, sizes), how

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from shardwright.launchers.machine.facts import Machine
+from shardwright.launchers.machine.facts import Machine, not_there
 from shardwright.launchers.registry import launcher_of
 from shardwright.launchers.sweep import hosts, locally, ray_tasks
 from shardwright.launchers.sweep.definition import SweepConfig
@@ -74,6 +74,13 @@ def check_launchers(configs: Sequence[RunConfig], backend: str = "here") -> None
             "this launcher does as well; choose launcher=torchrun or local, or leave "
             "sweep.backend out"
         )
+    if backend == "ray" and (
+        ids := next(filter(None, (c.launcher.gpu_ids for c in configs)), None)
+    ):
+        raise UserError(
+            f"sweep.backend=ray with launcher.gpu_ids={list(ids)}: Ray says which GPUs a point "
+            "has; leave it out, and start Ray with those that it may give"
+        )
     if len(queues) > 1:
         raise UserError(
             f"launcher={','.join(kinds)}: the points of a sweep are started here or as jobs, not "
@@ -96,6 +103,10 @@ def slots_of(config: SweepConfig, points: Sequence[RunConfig], here: Machine) ->
         return hosts.slots(config, Path(hostfile), first, ranks)
     on_gpus = any(each.launcher.device != "cpu" for each in points)
     devices = locally.devices_of(here) if on_gpus else []
+    if devices and (chosen := gpus_of(points)) is not None:
+        if problems := not_there(chosen, here):
+            raise UserError(problems[0])
+        devices = [devices[here.numbers.index(number)] for number in chosen]
     return locally.slots(config, devices, sorted(usable_cores()), ranks)
 
 
@@ -106,6 +117,26 @@ def ranks_of(points: Sequence[RunConfig]) -> int | None:
     return max(each.launcher.ranks_per_node for each in points)
 
 
+def gpus_of(points: Sequence[RunConfig]) -> tuple[int, ...] | None:
+    """Return the GPUs that all points choose; None where none chooses any. Pure.
+
+    Raises UserError where they choose several.
+    """
+    chosen = {each.launcher.gpu_ids for each in points}
+    if len(chosen) > 1:
+        first, second = sorted(map(_shown, chosen))[:2]
+        raise UserError(
+            f"launcher.gpu_ids is {first} of one point and {second} of another, but a sweep gives "
+            "its points what is free; leave it out, and set CUDA_VISIBLE_DEVICES to those GPUs "
+            "that the sweep may take"
+        )
+    return next(iter(chosen))
+
+
+def _shown(gpu_ids: tuple[int, ...] | None) -> str:
+    return "null" if gpu_ids is None else str(list(gpu_ids))
+
+
 def _hostfile(config: RunConfig) -> str | None:
     return getattr(config.launcher, "hostfile", None)
 
@@ -114,9 +145,9 @@ def machine_of(slot: Slot, here: Machine) -> Machine:
     """Return this machine as a point in a slot sees it. Pure."""
     if slot.words:  # on another
         return here
+    devices = locally.devices_of(here)
     return dataclasses.replace(
-        here,
-        compute_capabilities=here.compute_capabilities[: len(slot.devices)],
+        here.with_gpus([devices.index(device) for device in slot.devices]),
         cores=len(slot.cores) or here.cores,
         cuda_visible_devices=",".join(slot.devices),
     )

@@ -87,7 +87,7 @@ def _key(found: Translation, key: str, value: Any, machines: int) -> None:
         else:
             found.ignores(key, value, "off")
     elif key == "gpu_ids":
-        found.ignores(key, value, "CUDA_VISIBLE_DEVICES in the environment says it")
+        _gpus(found, key, value, machines)
     elif key == "rdzv_backend" and str(value) in ("static", "c10d"):
         found.ignores(key, value, "nodes meet at launcher.head_address")
     elif key == "compute_environment":
@@ -99,6 +99,18 @@ def _key(found: Translation, key: str, value: Any, machines: int) -> None:
     else:
         row = accelerate_launch.row(key)
         found.by_row(key, value, row, "accelerate documents no such key")
+
+
+def _gpus(found: Translation, key: str, value: Any, machines: int) -> None:
+    numbers = [word.strip() for word in str(value).split(",")]
+    if value in (None, "", "all"):
+        found.ignores(key, value, "all is the default")
+    elif not all(map(str.isdecimal, numbers)):
+        found.refuses(key, value, "give the numbers of GPUs, such as 0,1")
+    elif machines > 1:
+        found.refuses(key, value, "of several nodes each has its own CUDA_VISIBLE_DEVICES; set it")
+    else:
+        found.sets(key, value, launcher__gpu_ids=[int(number) for number in numbers])
 
 
 def _unused(

@@ -134,10 +134,14 @@ _OF_TORCHRUN = (
 def _deepspeed(started: Started, flags: dict[str, Any], read: Reader) -> None:
     found = started.found
     each, nodes = _number(flags, "num_gpus"), _number(flags, "num_nodes")
-    started.ranks = each * nodes
+    has_hosts = bool({"hostfile", "H"} & flags.keys())
+    here = None if has_hosts else _gpus_here(flags.get("include", flags.get("i")))
+    started.ranks = each * nodes if here is None else len(here)
     found.sets("program", "deepspeed", "launcher=deepspeed")
     for name, value in flags.items():
-        if name == "num_gpus":
+        if name in ("include", "i") and here is not None:
+            found.sets(name, value, launcher__gpu_ids=here)
+        elif name == "num_gpus":
             found.sets(name, value, launcher__nproc_per_node=each)
         elif name == "num_nodes":
             found.sets(name, value, launcher__nodes=nodes)
@@ -152,6 +156,12 @@ def _deepspeed(started: Started, flags: dict[str, Any], read: Reader) -> None:
             found.sets(name, value, **{f"launcher__{key}": number})
         else:
             found.ignores(name, value, "ranks find each other by themselves")
+
+
+def _gpus_here(include: Any) -> list[int] | None:
+    """Return the GPUs that a filter of DeepSpeed's chooses of this machine alone; else None."""
+    found = re.fullmatch(r"(?:localhost|127\.0\.0\.1):(\d+(?:,\d+)*)", str(include))
+    return [int(number) for number in found[1].split(",")] if found else None
 
 
 def _accelerate(started: Started, flags: dict[str, Any], read: Reader) -> None:

@@ -224,13 +224,13 @@ ALWAYS = {
     # How a cluster is asked stands in a site's own option, for jobs with GPUs and without, alone or
     # of a sweep: array_limit, gpu_request.
     "launcher": "account array array_limit bind bind_cores_to_rank constraint cpus_per_rank "
-    "dependency device exclusive extra_sbatch gpu_request gpus_per_node grace_seconds hostfile "
-    "kind log_level mail_type max_restarts memory_per_node min_nodes nodes nproc_per_node "
+    "dependency device exclusive extra_sbatch gpu_ids gpu_request gpus_per_node grace_seconds "
+    "hostfile kind log_level mail_type max_restarts memory_per_node min_nodes nodes nproc_per_node "
     "partition qos requeue site starts time_limit wait",
     "model": "attention attention_dropout dropout fused_gelu global_attention_every_layers "
     "head_dim hidden_size import initializer_range intermediate_size kind layer_norm_epsilon "
     "local_attention_window local_rope_theta max_position_embeddings name num_attention_heads "
-    "num_hidden_layers num_key_value_heads overrides rms_norm_epsilon rope_theta step "
+    "num_hidden_layers num_key_value_heads overrides quantization rms_norm_epsilon rope_theta step "
     "tie_word_embeddings trust_remote_code type_vocab_size vocab_size",
     "objective": "head_on_labels_only kind least_masking_rate loss mask_token_share masking_rate "
     "masking_rate_final neftune_noise_alpha prompts random_token_share whole_word",

@@ -24,6 +24,10 @@ class LauncherSection(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto is cuda where this machine has an NVIDIA GPU, else cpu; resolved before config.yaml is
     written. mps is an Apple GPU, for strategy=single (not tried on hardware)."""
+    gpu_ids: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] | None = None
+    """GPUs of this machine to take, one for each rank, by the numbers that nvidia-smi gives them,
+    such as [2,3]; null takes the first ones. Where CUDA_VISIBLE_DEVICES is set they have to be
+    among those that it shows."""
     grace_seconds: PositiveFloat = 30.0
     """Seconds from a signal to stop until the ranks are killed: SLURM's KillWait, Kubernetes'
     terminationGracePeriodSeconds or the time that --signal gives. A last checkpoint that would not
@@ -71,6 +75,30 @@ class LauncherSection(Section):
         """Host memory of each node that a job asks for, with its unit, or all; None: no word."""
         return None
 
+    @model_validator(mode="after")
+    def _gpus_are_chosen_once(self) -> Self:
+        ids = self.gpu_ids
+        if ids is None:
+            return self
+        given = f"gpu_ids={shown(list(ids))}"
+        if not ids:
+            raise ValueError(f"{given} leaves no GPU; name some, or set gpu_ids=null")
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{given} names a GPU twice; name each once")
+        if self.device in ("cpu", "mps"):
+            raise ValueError(
+                f"{given} chooses among NVIDIA GPUs, but device={self.device}; set device=cuda, "
+                "or leave gpu_ids out"
+            )
+        ranks = getattr(self, "nproc_per_node", 1)
+        if ranks not in ("auto", len(ids)):
+            raise ValueError(
+                f"{given} is one GPU for each rank, but there are {len(ids)} of them and {ranks} "
+                f"rank(s); name {ranks}, or choose launcher=torchrun with nproc_per_node="
+                f"{len(ids)}"
+            )
+        return self
+
     def log_level_of(self, rank: int) -> LogLevel | None:
         """Return from which level on a rank keeps what libraries say; None: as they come."""
         own = self.log_level_other_ranks if rank > 0 else None
@@ -110,6 +138,16 @@ class SeveralRanks(LauncherSection):
     """Ranks on each node; auto is one for each GPU (of the job's, under SLURM), or 1 on a CPU."""
     nodes: PositiveInt = 1
     """Nodes of the run; the maximum where they may be lost and come back."""
+
+    @model_validator(mode="after")
+    def _gpus_are_of_one_machine(self) -> Self:
+        if self.gpu_ids is not None and self.nodes > 1:
+            raise ValueError(
+                f"gpu_ids={shown(list(self.gpu_ids))} are GPUs of one machine, but nodes="
+                f"{self.nodes}, of which each may have others free; leave it out, and set "
+                "CUDA_VISIBLE_DEVICES on each node"
+            )
+        return self
 
     @property
     def knows_ranks(self) -> bool:
@@ -275,6 +313,12 @@ class DeepspeedLauncher(MeetingRanks):
             raise ValueError(
                 f"include={shown(self.include)} and exclude={shown(self.exclude)} exclude each "
                 "other; give one of them"
+            )
+        if self.gpu_ids is not None and self.hostfile is not None:
+            raise ValueError(
+                f"gpu_ids={shown(list(self.gpu_ids))} are GPUs of this machine, but hostfile="
+                f"{shown(self.hostfile)} names hosts with slots of their own; choose those with "
+                "include=host@host:0,1, and leave gpu_ids out"
             )
         if self.nodes > 1 and self.hostfile is None:
             raise ValueError(
@@ -482,6 +526,12 @@ class SlurmLauncher(SeveralRanks):
 
     @model_validator(mode="after")
     def _gpus_are_asked_for(self) -> SlurmLauncher:
+        if self.gpu_ids is not None:
+            raise ValueError(
+                f"gpu_ids={shown(list(self.gpu_ids))} chooses among a machine's GPUs, but SLURM "
+                "gives a job those that are free, and shows it no others; say how many with "
+                "gpus_per_node and which with gpu_type or constraint, and leave gpu_ids out"
+            )
         if self.device == "cuda" and not self.gpus_per_node:
             raise ValueError(
                 "device=cuda needs GPUs, but gpus_per_node=0 requests none; set gpus_per_node "

@@ -23,7 +23,7 @@ ACCELERATE_LAUNCH = rows(
         "mixed_precision": "precision=bf16, fp16 or fp8",
         "num_processes": "launcher.nproc_per_node, for each node",
         "num_machines": "launcher.nodes",
-        "gpu_ids": "CUDA_VISIBLE_DEVICES in the environment, in nvidia-smi's order",
+        "gpu_ids": "launcher.gpu_ids, a list; all is null",
         "main_process_ip": "launcher.head_address",
         "main_process_port": "launcher.head_port",
         "rdzv_backend": "launcher.rendezvous, under launcher=torchrun",
