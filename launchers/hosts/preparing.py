@@ -22,7 +22,7 @@ from shardwright.launchers.hosts.remote import (
     script,
 )
 from shardwright.launchers.kinds.launcher import OF_PYTHON
-from shardwright.launchers.machine import directories
+from shardwright.launchers.machine import directories, handed_on
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.config import RunConfig
 from shardwright.train.console import progress
@@ -39,11 +39,6 @@ from shardwright.train.units import counted
 
 OUTER, TOKENISING = "preparing the data", "tokenising"
 """What a preparation calls its phases: all of it, and that which nodes share."""
-HANDED_ON = (
-    *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_OFFLINE"),
-    *("TRANSFORMERS_OFFLINE", "XDG_CACHE_HOME"),
-)
-"""The user's own variables that nodes get: where files are, and no secret."""
 
 
 class Outcome(NamedTuple):
@@ -96,7 +91,7 @@ def command(
     variables = {
         **package_environment(os.environ),
         **OF_PYTHON,
-        **{name: os.environ[name] for name in HANDED_ON if name in os.environ},
+        **handed_on.places(os.environ),
         **owner.inherited(None),
     }
     what = script([*words, *([f"--part={part}"] if part else [])], Path.cwd(), variables)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shardwright.launchers.kinds.launcher import UNKNOWN, Launcher, Task
-from shardwright.launchers.machine import hostfile
+from shardwright.launchers.machine import handed_on, hostfile
 from shardwright.launchers.machine.facts import Machine
 from shardwright.train.config import DeepspeedLauncher
 from shardwright.train.process.arguments import encoded
@@ -113,6 +113,15 @@ class Deepspeed(Launcher[DeepspeedLauncher]):
                 # DeepSpeed tells the port to pdsh only.
                 wanted["OMPI_MCA_plm_rsh_args"] = f"-p {launcher.ssh_port}"
         return wanted
+
+    def environment(
+        self, machine: Machine, user: Mapping[str, str], *, packages: Path = PACKAGES
+    ) -> dict[str, str]:
+        found = super().environment(machine, user, packages=packages)
+        if self.section.hostfile is None:
+            return found
+        # Of the user's own it hands on Python's, NCCL's and MLflow's alone.
+        return {**handed_on.places(user), **found}
 
     def files(
         self, environment: Mapping[str, str], machine: Machine = UNKNOWN

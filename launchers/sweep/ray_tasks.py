@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardwright.launchers.machine import handed_on
 from shardwright.launchers.ranks import child
 from shardwright.launchers.sweep.definition import SweepConfig
 from shardwright.launchers.sweep.locally import BY_A_SIGNAL
@@ -30,8 +31,6 @@ PIP = "pip install 'shardwright[ray]'"
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a Ray that is started here: what tasks hand over is an exit code."""
 LOOK_SECONDS = 0.5
-HANDED_ON = ("PATH", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
-"""Variables that a point has from whoever starts the sweep, not from whoever started Ray."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +110,27 @@ def opened(config: SweepConfig, ranks: int | None, on_gpus: bool, cores: int) ->
 
 
 def _variables() -> dict[str, str]:
-    here = package_environment(os.environ)
-    return {name: here[name] for name in HANDED_ON if name in here}
+    """Return by what a worker finds this package.
+
+    Ray keeps and shows what it is told of workers, so that all else, keys among it, goes to a point
+    by its task's arguments.
+    """
+    return {"PYTHONPATH": package_environment(os.environ)["PYTHONPATH"]}
 
 
-def run_point(argv: Sequence[str], log: str, cwd: str) -> int:
+def variables_of_points(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a point gets of the environment of whoever starts the sweep. Pure."""
+    return {**handed_on.of_the_user(environment), **package_environment(environment)}
+
+
+def run_point(argv: Sequence[str], log: str, cwd: str, variables: Mapping[str, str]) -> int:
     """Run a point below a worker of Ray; return its exit code. It gets SIGTERM if that is killed.
 
+    ``variables`` are those of whoever has started the sweep, as for a point that is started there.
     Which GPUs are its own, Ray says in CUDA_VISIBLE_DEVICES.
     """
-    process = child.in_background(argv, dict(os.environ), Path(log), cwd=Path(cwd))
+    environment = {**os.environ, **variables}
+    process = child.in_background(argv, environment, Path(log), cwd=Path(cwd))
     return process.wait()
 
 
@@ -168,7 +178,7 @@ class Tasks:
                 num_cpus=self.share.cpus,
                 num_gpus=self.share.gpus,
                 max_retries=0,
-            ).remote(argv, str(task.log), str(self.cwd))
+            ).remote(argv, str(task.log), str(self.cwd), variables_of_points(os.environ))
             self._running[task.point.number] = (reference, task)
         return [
             f"task {self._running[t.point.number][0].task_id().hex()[:8]} of Ray" for t in tasks

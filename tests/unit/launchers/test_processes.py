@@ -141,6 +141,14 @@ def test_open_mpi_hears_the_port_of_ssh_and_binds_no_rank_to_one_core(hosts: str
     assert "DS_ENV_FILE" not in launcher_of(run).files(added)["deepspeed.env"]
 
 
+def test_other_nodes_hear_where_files_are(hosts: str) -> None:
+    user = {"HF_HOME": "/hf", "HF_TOKEN": "secret"}
+    over_hosts = rank_environment(resolved("deepspeed", hostfile=hosts), Machine(), user)
+    assert over_hosts["HF_HOME"] == "/hf"
+    assert "HF_TOKEN" not in over_hosts, "DeepSpeed writes them into a file"
+    assert "HF_HOME" not in rank_environment(resolved("deepspeed"), Machine(), user)
+
+
 def test_srun_is_told_how_many_ranks_each_node_has_and_a_script(hosts: str) -> None:
     run = resolved(
         "deepspeed", hostfile=hosts, backend="slurm", head_port=29501, backend_arguments="-c 8"

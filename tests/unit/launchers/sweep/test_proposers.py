@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shardwright.launchers.machine import handed_on
 from shardwright.launchers.machine.facts import Machine
 from shardwright.launchers.sweep import choice, directory, proposers, ray_tasks
 from shardwright.launchers.sweep.conduct import MOST_LOST, Conductor
@@ -20,6 +22,7 @@ from shardwright.launchers.sweep.places import Grid, Outcome, Proposal, Task
 from shardwright.launchers.sweep.ray_tasks import Share
 from shardwright.train.errors import RESUMABLE, UserError
 from shardwright.train.run_directory import pruned
+from tests.unit.constants import ROOT
 from tests.unit.launchers.configs import config, resolved
 from tests.unit.launchers.fakes import Shardwright, make_shardwright
 from tests.unit.launchers.run_directories import a_run
@@ -195,6 +198,36 @@ def test_a_points_share_of_a_cluster(
 def test_a_point_that_asks_for_more_than_the_cluster_has_is_refused() -> None:
     with pytest.raises(UserError, match=r"a point asks for 4 GPUs, and the cluster of Ray has 2;"):
         ray_tasks.share(SweepConfig(), 4, True, {"GPU": 2.0})
+
+
+USERS = {
+    **{"HF_TOKEN": "hf_secret", "WANDB_API_KEY": "key", "HF_HOME": "/hf", "PATH": "/bin"},
+    **{"HTTPS_PROXY": "http://proxy", "NCCL_DEBUG": "INFO", "PYTHONPATH": "/mine"},
+}
+
+
+def test_a_point_below_ray_has_what_one_has_that_is_started_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {
+        **{"CUDA_VISIBLE_DEVICES": "0", "HOME": "/home/me", "RAY_ADDRESS": "a:1", "RANK": "0"},
+        **{"SLURM_JOB_ID": "7", "SSH_TTY": "/dev/pts/0", "PWD": "/here"},
+    }
+    given = ray_tasks.variables_of_points({**USERS, **own})
+    assert given == {
+        **USERS,
+        **{"PYTHONPATH": f"{ROOT}:/mine", "PYTHONSAFEPATH": "1"},
+    }
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    log = tmp_path / "log"
+    print_both = "import os; print(os.environ['HF_TOKEN'], os.environ['CUDA_VISIBLE_DEVICES'])"
+    ended = ray_tasks.run_point([sys.executable, "-c", print_both], str(log), str(tmp_path), given)
+    assert (ended, log.read_text()) == (0, "hf_secret 3\n")
+
+
+def test_what_is_written_down_for_other_nodes_holds_no_secret() -> None:
+    assert handed_on.places(USERS) == {"HF_HOME": "/hf"}
+    assert ray_tasks._variables().keys() == {"PYTHONPATH"}, "Ray keeps and shows these"
 
 
 def test_a_hostfile_and_ray_exclude_each_other(tmp_path: Path) -> None:
