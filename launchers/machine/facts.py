@@ -401,6 +401,11 @@ def lacking(
             f"launcher.nproc_per_node={ranks} is more than the {machine.gpus} GPU(s) of this "
             f"machine; choose launcher.nproc_per_node={machine.gpus} or launcher.device=cpu"
         )
+    return [*problems, *_too_old(ranks, precision, machine)]
+
+
+def _too_old(ranks: int, precision: PrecisionConfig, machine: Machine) -> list[str]:
+    """Return a message for each thing that the oldest GPU of the ranks does not compute."""
     known = [c for c in machine.compute_capabilities[:ranks] if c is not None]
     oldest = min(known, default=math.inf)
     dtype, recipe = precision.compute_dtype, precision.fp8_recipe
@@ -414,13 +419,12 @@ def lacking(
             else []
         ),
     ]
-    problems += [
+    return [
         f"precision.{setting} needs compute capability {needed}, but a GPU here has {oldest}; "
         f"choose {' or '.join(f'precision={name}' for name in others)}"
         for setting, needed, others in asked
         if oldest < needed
     ]
-    return problems
 
 
 class _Gpu(NamedTuple):
