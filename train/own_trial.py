@@ -1,4 +1,6 @@
-"""Import what a config names of the user's own, and try it, in a process of the launcher's.
+"""Import what a config names of the user's own and try it, in a process of the launcher's.
+
+So is a model's own config with what the run overrides of it.
 
 A config on stdin, a list of what is wrong with its parts on stdout, both JSON.
 """
@@ -10,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.config import NamedModel, RunConfig, from_tree
 from shardwright.train.errors import UserError
 
 
@@ -37,6 +39,7 @@ def problems(config: RunConfig) -> Iterator[str]:
 def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
     from shardwright.train.loop.callbacks import own
     from shardwright.train.model.own_loss import OwnLoss
+    from shardwright.train.model.pretrained import check_before_data
     from shardwright.train.model.user_modules import import_all
 
     yield lambda: import_all(config.model.imports)
@@ -46,6 +49,8 @@ def _checks(config: RunConfig) -> Iterator[Callable[[], object]]:
         yield lambda: _check_optimizer(config)
     if (loss := config.objective.loss) is not None:
         yield lambda: OwnLoss(loss).tried()
+    if isinstance(model := config.model, NamedModel) and model.changes_its_config:
+        yield lambda: check_before_data(model, config.objective)
 
 
 def _check_optimizer(config: RunConfig) -> None:

@@ -340,11 +340,23 @@ def test_the_launcher_has_a_child_try_them(tmp_path: Path) -> None:
     )
     tree["objective"]["loss"] = f"{PARTS}:focal"
     tree["strategy"] = {"kind": "zero", "stage": 1}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    named = {"kind": "from_config", "name": str(tmp_path / "model"), "vocab_size": 512}
+    tree["model"] = {**named, "overrides": {"n_layers_": 3}}
     found = list(of_launcher.problems(from_tree(tree)))
     assert [text.partition(":")[0] for text in found] == [
         f"trainer.callbacks={ROOT}/tests/example_parts.py",
         f"trainer.custom_class={ROOT}/tests/example_parts.py",
+        "unknown key model.overrides.n_layers_",
     ]
+    begun = {**tree, "model": named, "run_dir": str(tmp_path)}
+    assert not of_launcher._is_model_to_try(from_tree(begun)), "it takes its config as it is"
+    begun["model"] = tree["model"]
+    assert of_launcher._is_model_to_try(from_tree(begun))
+    (tmp_path / "config.yaml").touch()
+    assert not of_launcher._is_model_to_try(from_tree(begun)), "it was looked at where it began"
+    tree["model"] = config().model_dump(mode="json")["model"]
     tree["trainer"] |= {"callbacks": [], "custom_class": whole_tensors}
     tree["strategy"] = {"kind": "fsdp"}
     (text,) = own_trial.problems(from_tree(tree))

@@ -17,6 +17,8 @@ from shardwright.train.config.section import (
 )
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+_OF_ALL = ("auto", "eager")
+"""Kinds of attention that every architecture has."""
 Quantization = Literal["none", "8bit", "4bit"]
 NOT_QUANTIZED = "none"
 QUANTIZER = "bitsandbytes"
@@ -320,6 +322,11 @@ class NamedModel(Section):
     def other_positions(self) -> bool:
         """Whether positions are to be told apart otherwise than the model's own config says."""
         return False
+
+    @property
+    def changes_its_config(self) -> bool:
+        """Whether only the architecture itself can say whether it takes what is asked for."""
+        return bool(self.overrides or self.other_positions or self.attention not in _OF_ALL)
 
     @property
     def rows_asked_for(self) -> int | None:
