@@ -100,8 +100,10 @@ def _watched(words: Sequence[str], run_dir: Path, output: IO[bytes], show: Show)
     )
     curve, drawn_at = None, -DRAW_SECONDS
     try:
-        while (code := child.poll()) is None:
-            try:
+        while True:
+            try:  # an interrupt may come at any line
+                if (code := child.poll()) is not None:
+                    return code if code >= 0 else 128 - code
                 if time.monotonic() - drawn_at >= DRAW_SECONDS:
                     curve, drawn_at = drawn(run_dir), time.monotonic()
                 show(picture(run_dir, curve))
@@ -109,7 +111,6 @@ def _watched(words: Sequence[str], run_dir: Path, output: IO[bytes], show: Show)
                     child.wait(LOOK_SECONDS)
             except KeyboardInterrupt:
                 child.send_signal(signal.SIGINT)
-        return code if code >= 0 else 128 - code
     finally:
         if child.poll() is None:
             child.terminate()

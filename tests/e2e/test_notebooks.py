@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nbclient
 import nbformat
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 from shardwright.train.program import package_environment
+from tests.e2e.cli import wait_until
 from tests.unit.constants import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -94,3 +98,73 @@ def test_the_chapters_code_runs(tmp_path: Path) -> None:
     assert "\ngpt2 checkpoint-6 " in ended.stdout
     assert (tmp_path / "recovered/model.safetensors").is_file()
     assert (tmp_path / "runs/first/checkpoints/checkpoint-8").is_dir()
+
+
+# --- a cell that is interrupted -------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """Start a kernel in the test's folder; return its manager and its client."""
+    for variable, value in package_environment(os.environ).items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / ".ipython"))
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
+    try:
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def printed(client: Any, code: str) -> str:
+    """Run a cell and return what it has printed, or the error that it has raised."""
+    texts: list[str] = []
+
+    def take(message: dict[str, Any]) -> None:
+        content = message["content"]
+        texts.append(content.get("text", "") or content.get("evalue", ""))
+
+    client.execute_interactive(code, timeout=600, output_hook=take, allow_stdin=False)
+    return "".join(texts)
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Return the processes that have a run's directory in their command line."""
+    found = []
+    for place in Path("/proc").iterdir():
+        try:
+            words = (place / "cmdline").read_bytes() if place.name.isdecimal() else b""
+        except OSError:
+            continue
+        found += [place.name] if str(run_dir).encode() in words else []
+    return found
+
+
+def test_an_interrupted_cell_saves_and_the_next_one_works(
+    kernel: tuple[Any, Any], tiny: Callable[[str], tuple[str, ...]], tmp_path: Path
+) -> None:
+    manager, client = kernel
+    assert printed(client, "import shardwright") == ""
+    words = [word for word in tiny("clm") if not word.startswith("launcher.nproc_per_node")]
+    endless = [*words, "trainer.max_steps=100000", "trainer.eval_max_samples=4"]
+    cell = client.execute(f"run = shardwright.notebook_launch(*{endless!r}, ranks=2)")
+    run_dir = tmp_path / "run"
+    metrics = run_dir / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and '"loss"' in metrics.read_text(), 600)
+    assert len(processes_of(run_dir)) >= 3, "a launcher and two ranks"
+
+    manager.interrupt_kernel()
+    while (reply := client.get_shell_msg(timeout=600))["parent_header"].get("msg_id") != cell:
+        pass
+    assert reply["content"]["status"] == "ok", "the cell returns the run"
+    assert processes_of(run_dir) == []
+    logged = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert checkpoint.name == f"checkpoint-{logged[-1]}", "nothing that was trained is lost"
+
+    told = printed(client, "print(run.status.can_resume, [p.name for p in run.checkpoints])")
+    assert told == f"True ['{checkpoint.name}']\n"
+    more = f"run = shardwright.resume(run.run_dir, 'trainer.max_steps={logged[-1] + 2}')"
+    printed(client, more)
+    assert printed(client, "print(run.status.state, run.final.name)") == "done final\n"
