@@ -7,8 +7,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from shardwright.launchers.ranks.command import rank_command
 from shardwright.launchers.ranks.environment import rank_environment
 from shardwright.launchers.registry import launcher_of
 from shardwright.train.checkpoint.format import layout
-from shardwright.train.config import RunConfig, to_yaml
+from shardwright.train.config import RunConfig, TorchrunLauncher, to_yaml
 from shardwright.train.config.checkpoint import without_pushes
 from shardwright.train.console import progress
 from shardwright.train.durable import write_text
-from shardwright.train.errors import BAD_INPUT, RESUMABLE, UserError
+from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
 from shardwright.train.run_directory import evaluations
 from shardwright.train.run_directory.evaluations import Evaluated
 from shardwright.train.run_directory.failures import rank_failures
@@ -45,7 +45,7 @@ TRAINS_NOTHING: dict[str, Any] = {
     **{"warmup_steps": 0, "warmup_fraction": 0.0},
     **{"batch_warmup_from": None, "batch_warmup_samples": 0},
     **{"early_stopping_patience": None, "early_stopping_threshold": 0.0},
-    **{"on_spike": "ignore", "debug": {}, "profile": {}},
+    **{"on_spike": "ignore", "debug": {}, "profile": {}, "callbacks": []},
     **{f"{kind}_every_{unit}": None for kind in ("eval", "save") for unit in UNITS},
 }
 """Of the section "trainer", where no step is made."""
@@ -88,10 +88,13 @@ def target(place: Path, step: int | str | None) -> Target:
     return Target(weights, run_dir, 0)
 
 
-def config_of_run(config: RunConfig, weights: Path, directory: Path) -> dict[str, Any]:
+def config_of_run(
+    config: RunConfig, weights: Path, directory: Path, *, as_job: bool = False
+) -> dict[str, Any]:
     """Return the tree by which a run's weights are evaluated: its own, but that it trains nothing.
 
-    Pure. Raises UserError where its ranks cannot all be here, and where nothing is held out.
+    Its ranks start here, or ``as_job``. Pure. Raises UserError where they cannot all be here, and
+    where nothing is held out.
     """
     if not config.data.is_evaluated:
         raise UserError(
@@ -119,9 +122,31 @@ def config_of_run(config: RunConfig, weights: Path, directory: Path) -> dict[str
     tree["checkpoint"] |= {"keep_every_steps": None, "keep_best": 0, "export": "last"}
     tree["checkpoint"] |= without_pushes()
     tree["checkpoint"]["best_metric"] = "eval_loss"
-    remedy = "give launcher=torchrun launcher.nproc_per_node=N, and a strategy that fits so many"
-    tree["launcher"] = launcher_here(config, "an evaluation", remedy) or tree["launcher"]
+    if as_job:
+        tree["launcher"] |= {"requeue": False, "wait": True}  # there is nothing to resume
+    else:
+        tree["launcher"] = launcher_here(config, "an evaluation", _REMEDY) or tree["launcher"]
     return tree
+
+
+_REMEDY = (
+    "give launcher=torchrun launcher.nproc_per_node=N, and a strategy that fits so many, or "
+    "launcher=slurm, which submits a job"
+)
+
+
+def check_starts_here(config: RunConfig, keys: Iterable[str]) -> None:
+    """Raise UserError where settings of a job are given to ranks that start here. Pure.
+
+    ``keys`` are those that the command line sets.
+    """
+    of_jobs = {f"launcher.{name}" for name in type(config.launcher).model_fields}
+    of_jobs -= {f"launcher.{name}" for name in TorchrunLauncher.model_fields}
+    if config.launcher.is_job and (found := [key for key in keys if key in of_jobs]):
+        raise UserError(
+            f"{found[0]} is a setting of a job, and this evaluation starts on this machine; add "
+            "launcher=slurm, which submits it as a job, or leave it out"
+        )
 
 
 def lay_out(directory: Path, config: RunConfig, of: Target, *, has_own_data: bool) -> None:
@@ -136,10 +161,21 @@ def lay_out(directory: Path, config: RunConfig, of: Target, *, has_own_data: boo
 
 
 @contextmanager
-def directory_of(of: Target) -> Iterator[Path]:
-    """Give a directory for the ranks of an evaluation; it stays where they have failed in it."""
-    name = of.run_dir.name if of.run_dir is not None else of.weights.name
-    directory = Path(tempfile.mkdtemp(prefix=f"{name}-evaluate-"))
+def directory_of(of: Target, *, as_job: bool = False) -> Iterator[Path]:
+    """Give a directory for the ranks of an evaluation; it stays where they have failed in it.
+
+    That of a job, whose nodes are to see it, lies beside the run or the model.
+    """
+    home = of.run_dir or of.weights
+    prefix, parent = f"{home.name}-evaluate-", home.parent if as_job else None
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=f".{prefix}" if as_job else prefix, dir=parent))
+    except OSError as error:
+        raise UserError(
+            f"{parent or tempfile.gettempdir()} cannot hold a directory for the evaluation "
+            f"({error.strerror}); "
+            + (f"evaluate a copy of {home} that lies where you may write" if as_job else "free it")
+        ) from None
     try:
         yield directory
     except BaseException:
@@ -152,43 +188,60 @@ def run(directory: Path, config: RunConfig, here: Machine) -> Evaluated | int:
 
     Or an exit code, where they have not: it is told why. Raises UserError where they refuse.
     """
+    queue = launcher_of(config).queue
     with _stdout_for_the_result():
-        if not (directory / DATA_JSON).exists() and (code := launch.prepare(config, None)):
+        if queue is not None:
+            ended = child.Ended(queue.waited(config), None)
+        elif not (directory / DATA_JSON).exists() and (code := launch.prepare(config, None)):
             return code
-        environment = {
-            **rank_environment(config, here, os.environ),
-            progress.BEGAN: f"{time.time()}",
-        }
-        launcher = launcher_of(config)
-        for name, text in launcher.files(environment, here).items():
-            write_text(directory / name, text)
-        ended = child.run(
-            rank_command(config, directory, machine=here),
-            environment,
-            stderr_file=directory / LOGS / TORCHRUN_LOG if launcher.has_pages else None,
-            grace_seconds=0,  # they have nothing to save
-            run_dir=directory,
-        )
+        else:
+            ended = _run_here(directory, config, here)
     if (found := evaluations.outcome(directory)) is not None:
         return found
     failures = rank_failures(directory)
     code = messages.exit_code(ended.code, failures, ended.stopped_by)
     if code == BAD_INPUT and failures:
         raise UserError(failures[0].message)
-    if code in (0, RESUMABLE) or ended.stopped_by is not None:
+    if ended.stopped_by is not None or (queue is None and code in (0, RESUMABLE)):
         return 128 + (ended.stopped_by or 2)
-    print(messages.failure(ended.code, failures, directory, None, config=config), file=sys.stderr)
+    if queue is not None and not failures:
+        print(
+            f"the job has ended before it had measured anything; its logs are in "
+            f"{directory / LOGS}. Where its time was up, give it more with launcher.time_limit=",
+            file=sys.stderr,
+        )
+        return code or FAILED
+    print(messages.failure(ended.code, failures, directory, None), file=sys.stderr)
     return code
+
+
+def _run_here(directory: Path, config: RunConfig, here: Machine) -> child.Ended:
+    """Start the ranks on this machine, and wait."""
+    environment = {
+        **rank_environment(config, here, os.environ),
+        progress.BEGAN: f"{time.time()}",
+    }
+    launcher = launcher_of(config)
+    for name, text in launcher.files(environment, here).items():
+        write_text(directory / name, text)
+    return child.run(
+        rank_command(config, directory, machine=here),
+        environment,
+        stderr_file=directory / LOGS / TORCHRUN_LOG if launcher.has_pages else None,
+        grace_seconds=0,  # they have nothing to save
+        run_dir=directory,
+    )
 
 
 @contextmanager
 def _stdout_for_the_result() -> Iterator[None]:
-    """Have what ranks print go to stderr, so that stdout holds what was measured and no more."""
+    """Have what ranks print, or is said of them here, go to stderr: stdout is for the result."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)

@@ -13,8 +13,8 @@ from shardwright.train import config as run_config
 from shardwright.train import program
 from shardwright.train.config import SlurmLauncher
 from shardwright.train.console import terminal
-from shardwright.train.errors import BAD_INPUT, RESUMABLE, UserError
-from shardwright.train.run_directory import stop_note
+from shardwright.train.errors import BAD_INPUT, FAILED, RESUMABLE, UserError
+from shardwright.train.run_directory import evaluations, stop_note
 from shardwright.train.run_directory.failures import rank_failures
 
 CONTINUE = 76
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str]) -> int:
         return BAD_INPUT
     launcher = config.launcher
     assert isinstance(launcher, SlurmLauncher)
+    if evaluations.asked(run_dir) is not None:
+        return _end_of_evaluation(run_dir, code)
     stopped = stop_note.read(run_dir)
     failures = rank_failures(run_dir)
     if stopped is None and code == 0:
@@ -61,6 +63,20 @@ def main(arguments: Sequence[str]) -> int:
         print(reason)
     print(f"resume with: {program.command('resume', str(run_dir))}")
     return RESUMABLE
+
+
+def _end_of_evaluation(run_dir: Path, code: int) -> int:
+    """Say how ranks ended that have only evaluated; return the job's exit code.
+
+    Nothing is resumed, and who waits for the job reads what they have left.
+    """
+    if evaluations.outcome(run_dir) is not None:
+        return 0
+    failures = rank_failures(run_dir)
+    child_code = 128 - code if code > 128 else code
+    if failures:
+        print(messages.failure(child_code, failures, run_dir, None))
+    return messages.exit_code(child_code, failures, None) or FAILED
 
 
 def why_not_continued(launcher: SlurmLauncher, *, is_ended: bool, is_cancelled: bool) -> str | None:

@@ -74,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     here = machine.detect(os.environ)
     overrides = [*map(with_home_quoted, options.overrides)]
-    with evaluating.directory_of(of) as directory:
+    as_job = AS_JOB in overrides
+    with evaluating.directory_of(of, as_job=as_job) as directory:
         config, has_own_data = _config(of, overrides, options.config_dir, here, directory)
         preflight.check_machine(config, here)
         evaluating.lay_out(directory, config, of, has_own_data=has_own_data)
@@ -102,7 +103,8 @@ def parser() -> argparse.ArgumentParser:
         "run's, but for what is overridden.",
         epilog="Examples: shardwright evaluate runs/a --step best; shardwright evaluate runs/a "
         "data.eval_paths='{mine: texts/}' trainer.eval_max_samples=null; shardwright evaluate "
-        "runs/a strategy=fsdp launcher.nproc_per_node=4. Exit codes: 0, 1 failed, 2 bad input.",
+        "runs/a strategy=fsdp launcher.nproc_per_node=4; shardwright evaluate runs/a "
+        "launcher=slurm (a job, waited for). Exit codes: 0, 1 failed, 2 bad input.",
     )
     found.add_argument("place", metavar="RUN_DIR|CHECKPOINT|MODEL_DIR")
     found.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
@@ -134,6 +136,7 @@ def _config(
 ) -> tuple[RunConfig, bool]:
     """Return the config of the ranks, and whether the run's own tokens are those to evaluate on."""
     config_dir = config_dir and os.path.expanduser(config_dir)
+    as_job = AS_JOB in overrides
     if of.run_dir is None:
         flags = [] if config_dir is None else ["--config-dir", config_dir]
         (job,) = compose([*flags, *_of_a_model(of.weights), *overrides])
@@ -142,15 +145,30 @@ def _config(
         limit = run_config.DEFAULT_MICRO_BATCH_SIZE
     else:
         before = run_config.load(of.run_dir)
+        if as_job and before.launcher.is_job:  # as the run's own was
+            before = without_dependency(before)
+            overrides = [word for word in overrides if word != AS_JOB]
         _, trees = options_chosen(overrides, config_dir)
         after = changed(before, overrides, trees, _KEPT)
         data = with_sets_located(after.data)
         has_another = "data" in trees or _corpus(after) != _corpus(before)
         after = after.model_copy(update={"data": located(data) if has_another else data})
         limit = largest_micro_batch(before, overrides)
-    tree = evaluating.config_of_run(after, of.weights, directory)
+    if not as_job:
+        evaluating.check_starts_here(after, [word.partition("=")[0] for word in overrides])
+    tree = evaluating.config_of_run(after, of.weights, directory, as_job=as_job)
     config = machine.resolve(from_tree(tree), here, str(directory), limit)
     return config, of.run_dir is not None and _corpus(config) == _corpus(before)
+
+
+AS_JOB = "launcher=slurm"
+"""The word by which an evaluation is submitted as a job, and not started here."""
+
+
+def without_dependency(config: RunConfig) -> RunConfig:
+    """Return a run's config without the jobs that its own had to wait for. Pure."""
+    launcher = config.launcher.model_copy(update={"dependency": None})
+    return config.model_copy(update={"launcher": launcher})
 
 
 def _of_a_model(weights: Path) -> list[str]:

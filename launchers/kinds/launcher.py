@@ -58,6 +58,12 @@ class Queue(Protocol):
     def again(self, config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
         """Hand a run over that has its directory already; return the exit code."""
 
+    def waited(self, config: RunConfig) -> int:
+        """Hand over what lies in a directory already, and wait; return its exit code.
+
+        It ends with this command.
+        """
+
     def show(self, configs: Sequence[RunConfig]) -> str:
         """Return what would be handed over, and by which command."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shardwright.launchers import messages
@@ -123,6 +125,34 @@ def again(config: RunConfig, choices: Mapping[str, str], here: Machine) -> int:
     print(messages.header(config, choices, here, environment, messages.terminal_width()))
     print(_submitted(run_dir, slurm_job, None), flush=True)
     return _end_of_all(config, {slurm_job: run_dir})
+
+
+def waited(config: RunConfig) -> int:
+    """Submit what lies in a directory already, and wait; return its exit code.
+
+    The job is cancelled where this command is told to end.
+    """
+    run_dir = Path(str(config.run_dir))
+    with _told_to_end_by_an_interrupt():
+        job = _submit(config, run_dir, None)
+        slurm.note(run_dir, job)
+        print(f"job {job}: submitted; its log is {run_dir / LOGS / job_log(job)}", flush=True)
+        try:
+            return wait(job, run_dir)
+        except BaseException:
+            with contextlib.suppress(UserError):
+                slurm.cancel(slurm.Job(job, "RUNNING"))
+            raise
+
+
+@contextlib.contextmanager
+def _told_to_end_by_an_interrupt() -> Iterator[None]:
+    """Have SIGTERM, within the block, do what Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_no_job(run_dir: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.curves import lines
 from tests.slurm import runs
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import STEPS, shardwright, submitted
@@ -60,6 +62,28 @@ def test_the_deepspeed_command_has_srun_start_its_ranks_in_an_allocation(
     ]
     assert runs.weights(cwd / "run") == runs.weights(uninterrupted)
     assert [path.name for path in cwd.iterdir()] == ["run"], "a name was run"
+
+
+def test_an_evaluation_is_a_job_that_gives_the_number_of_the_run(
+    cluster: Cluster, uninterrupted: Path
+) -> None:
+    beside = sorted(uninterrupted.parent.iterdir())
+    (logged,) = (line["eval_loss"] for line in lines(uninterrupted) if "eval_loss" in line)
+    settings = ("launcher.nproc_per_node=1", "launcher.device=cpu", "launcher.cpus_per_rank=1")
+    words = ("evaluate", str(uninterrupted), "--step", "latest", "--json", *TWO_NODES, *settings)
+    ended = shardwright(cluster, *words, cwd=uninterrupted.parent)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["metrics"]["eval_loss"] == logged
+    assert found["world_size"] == 2
+    assert re.search(r"job \d+: (RUNNING|COMPLETED) on node\[1-2\]", ended.stderr), ended.stderr
+    assert sorted(uninterrupted.parent.iterdir()) == beside
+
+    of_ranks = ("strategy=zero1", "strategy.extra={data_types: {keep_in_fp32_modules: auto}}")
+    refused = shardwright(cluster, *words, *of_ranks, cwd=uninterrupted.parent)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "strategy.extra.data_types={'keep_in_fp32_modules': 'auto'} is what" in refused.stderr
+    assert sorted(uninterrupted.parent.iterdir()) == beside
 
 
 def test_the_doctor_measures_the_ranks_of_a_job(cluster: Cluster, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from shardwright.launchers import evaluating
 from shardwright.launchers.commands import evaluate
 from shardwright.launchers.evaluating import Target
 from shardwright.launchers.machine.facts import Machine
+from shardwright.train.config import SlurmLauncher, from_tree, to_yaml
 from shardwright.train.errors import UserError
 from shardwright.train.run_directory import evaluations
 from shardwright.train.run_directory.evaluations import Evaluated
@@ -89,8 +91,86 @@ def test_the_ranks_train_nothing_and_see_what_the_run_sees(run_dir: Path, tmp_pa
 def test_ranks_of_several_nodes_are_not_all_here() -> None:
     several = {"kind": "torchrun", "nodes": 2, "nproc_per_node": 2, "head_address": "a"}
     config = run(launcher={**several, "head_port": 1}, strategy={"kind": "ddp"})
-    with pytest.raises(UserError, match="4 ranks on 2 nodes, and an evaluation starts all of them"):
+    with pytest.raises(UserError, match="4 ranks on 2 nodes, and an evaluation starts all .*slurm"):
         evaluating.config_of_run(config, Path("/w"), Path("/d"))
+
+
+def job_of_run(run_dir: Path, **launcher: object) -> None:
+    """Make it a run of two nodes of a cluster's."""
+    section = {"kind": "slurm", "nodes": 2, "nproc_per_node": 1, "device": "cpu", **launcher}
+    config = finished(run_dir).model_dump(mode="json", by_alias=True)
+    config |= {"launcher": section, "strategy": {"kind": "ddp"}}
+    (run_dir / "config.yaml").write_text(to_yaml(from_tree(config)))
+
+
+def test_a_job_is_as_the_runs_own_was_and_never_comes_back(run_dir: Path, tmp_path: Path) -> None:
+    job_of_run(run_dir, partition="gpu", dependency="afterok:7", wait=False)
+    of, here = evaluating.target(run_dir, None), Machine(cores=2)
+    words = ["launcher=slurm", "launcher.time_limit=5"]
+    config, _ = evaluate._config(of, words, None, here, tmp_path)
+    launcher = config.launcher
+    assert isinstance(launcher, SlurmLauncher)
+    assert (launcher.nodes, launcher.partition, launcher.time_limit) == (2, "gpu", 5)
+    assert (launcher.dependency, launcher.requeue, launcher.wait) == (None, False, True)
+    other, _ = evaluate._config(of, [*words, "launcher.nodes=1"], None, here, tmp_path)
+    assert other.launcher.world_size == 1
+
+
+def test_settings_of_a_job_do_not_go_unread_where_ranks_start_here(
+    run_dir: Path, shardwright: Shardwright
+) -> None:
+    job_of_run(run_dir, nodes=1)
+    outcome = shardwright("evaluate", str(run_dir), "launcher.partition=debug")
+    assert outcome.code == 2
+    assert "launcher.partition is a setting of a job, and this evaluation starts on" in outcome.err
+    assert "add launcher=slurm" in " ".join(outcome.err.split())
+
+
+# What a cluster's commands say, and what its job leaves; scontrol knows of one that is over.
+SBATCH = """#!/bin/sh
+for word in "$@"; do case $word in --chdir=*) cd "${word#--chdir=}";; esac; done
+grep -q -- "--no-requeue" job.sbatch || exit 1
+ls ../run/config.yaml >/dev/null || exit 1
+[ -z "$MEASURES" ] || echo '{"metrics": {"eval_loss": 1.5}, "samples": 3, "sets": {}}' \
+  >evaluated.json
+echo 7
+"""
+SCONTROL = """#!/bin/sh
+state=TIMEOUT
+[ -z "$MEASURES" ] || state=COMPLETED
+echo "JobId=7 JobState=$state Reason=None ExitCode=0:0"
+"""
+
+
+@pytest.mark.parametrize("measures", [True, False])
+def test_what_a_job_has_measured_is_shown_and_its_directory_goes(
+    measures: bool,
+    run_dir: Path,
+    tmp_path: Path,
+    shardwright: Shardwright,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"sbatch": SBATCH, "scontrol": SCONTROL}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("MEASURES", "1" if measures else "")
+    job_of_run(run_dir)
+    (run_dir / "tokenizer").mkdir()
+    before = {*tmp_path.iterdir()}
+    outcome = shardwright("evaluate", str(run_dir), "launcher=slurm", "--json")
+    left = {*tmp_path.iterdir()} - before
+    if measures:
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["metrics"] == {"eval_loss": 1.5}
+        assert json.loads(outcome.out)["world_size"] == 2
+        assert left == set()
+        return
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "the job has ended before it had measured anything; its logs are in" in outcome.err
+    assert [path.name.startswith(".run-evaluate-") for path in left] == [True]
 
 
 def test_what_was_measured_is_shown_by_set(run_dir: Path) -> None:
