@@ -64,6 +64,7 @@ def test_the_deepspeed_command_has_srun_start_its_ranks_in_an_allocation(
     assert [path.name for path in cwd.iterdir()] == ["run"], "a name was run"
 
 
+@pytest.mark.timeout(600)  # a run and two jobs
 def test_an_evaluation_is_a_job_that_gives_the_number_of_the_run(
     cluster: Cluster, uninterrupted: Path
 ) -> None:
