@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,16 @@ echo "JobId=7 JobState=$state Reason=None ExitCode=0:0"
 """
 
 
+def cluster_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **commands: str) -> None:
+    """Put a cluster's commands before all others."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in commands.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+
 @pytest.mark.parametrize("measures", [True, False])
 def test_what_a_job_has_measured_is_shown_and_its_directory_goes(
     measures: bool,
@@ -150,12 +161,7 @@ def test_what_a_job_has_measured_is_shown_and_its_directory_goes(
     shardwright: Shardwright,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in {"sbatch": SBATCH, "scontrol": SCONTROL}.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    cluster_of(tmp_path, monkeypatch, sbatch=SBATCH, scontrol=SCONTROL)
     monkeypatch.setenv("MEASURES", "1" if measures else "")
     job_of_run(run_dir)
     (run_dir / "tokenizer").mkdir()
@@ -188,3 +194,28 @@ def test_what_was_measured_is_shown_by_set(run_dir: Path) -> None:
     evaluations.record(run_dir, entry)
     kept = (run_dir / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in kept] == [entry, entry]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_ends_with_the_command_that_waits_for_it(
+    number: signal.Signals,
+    run_dir: Path,
+    tmp_path: Path,
+    shardwright: Shardwright,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = f"#!/bin/sh\nkill -{number.name[3:]} $PPID\nsleep 60\n"
+    scancel = f'#!/bin/sh\necho "$@" >>{tmp_path}/cancelled\n'
+    cluster_of(tmp_path, monkeypatch, sbatch=SBATCH, scontrol=told, scancel=scancel)
+    monkeypatch.setenv("MEASURES", "")
+    job_of_run(run_dir)
+    (run_dir / "tokenizer").mkdir()
+    before = {*tmp_path.iterdir()}
+    kept = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else it would end the tests
+    try:
+        outcome = shardwright("evaluate", str(run_dir), "launcher=slurm")
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+    assert outcome.code == 130, outcome.err
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+    assert {*tmp_path.iterdir()} - before == {tmp_path / "cancelled"}
