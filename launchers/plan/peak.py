@@ -128,13 +128,13 @@ def _of_fsdp(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]
     compute = config.precision.computes_in.size_bytes
     reduced = DTYPES[config.precision.reduce_dtype].size_bytes
     shards = rank_layout(strategy, config.launcher.world_size).shards
-    units = sorted(model.units, reverse=True)
-    root = model.count - sum(units)
+    of_units, root = model.gathered_bytes(compute)
+    units = sorted(of_units, reverse=True)
     trained = model.trained
     # Only what is trained has gradients.
     with_gradients = max(trained.units, default=trained.count)
     root_with_gradients = trained.count - sum(trained.units)
-    last = model.units[-1] if units else root
+    last = of_units[-1] if units else root
     has_head = bool(units) and not getattr(config.model, "tie_word_embeddings", True)
     largest = max(parameter.elements for parameter in trained.parameters)
     of_head = 0 if has_head else compute * min(largest, root_with_gradients)
@@ -142,7 +142,7 @@ def _of_fsdp(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]
     at_loss, at_once = (last if has_head else 0), sum(units[: 1 + strategy.prefetch_units])
     if not strategy.reshard_after_forward:
         at_loss = at_once = sum(units)
-    gathered = compute * (root + between + at_once)
+    gathered = root + between + at_once
     # Blocks are alike: what one has kept is gone when the next one's backward pass begins. Of what
     # is computed again that is hardly more than its own input.
     kept = traced.kept_by_blocks or max(min(traced.kept, traced.backward) - of_head, 0)
@@ -155,12 +155,12 @@ def _of_fsdp(config: RunConfig, model: ModelFacts, traced: Traced) -> list[Peak]
     of_loss = traced.forward_of_loss or traced.forward
     loss = _divided(traced, of_loss, of_loss=traced.forward_of_loss)
     return [
-        replace(loss, gathered=compute * (root + between + at_loss + last)),
+        replace(loss, gathered=root + between + at_loss + last),
         *([_in_forward(traced, gathered)] if traced.forward > of_loss else []),
         _in_backward(traced, gathered, of_head),
         _in_backward(traced, gathered, of_head + before, gone),
         replace(_NOTHING, activations=kept - gone, gathered=gathered, reducing=of_head + of_unit),
-        replace(_NOTHING, reducing=max(of_root, 2 * compute * root + before)),
+        replace(_NOTHING, reducing=max(of_root, 2 * root + before)),
     ]
 
 

@@ -73,9 +73,10 @@ def _bytes_of_ranks(config: RunConfig, model: ModelFacts) -> tuple[float, float]
         kept = 0 if model.is_packed else frozen + model.repeated_elements
         written = states + master * kept
         return written / ranks, written / ranks
-    compute = precision.computes_in.size_bytes * model.count
+    frozen = 0 if model.is_packed else frozen
+    compute = precision.computes_in.size_bytes * (trained + frozen)
     if strategy.stage == 0:
-        is_same = compute == master * model.count
+        is_same = precision.computes_in.size_bytes == master
         return states + (master * frozen if is_same else compute), 0
     shards = rank_layout(strategy, ranks).shards
     of_first = compute if strategy.stage < 3 else 0

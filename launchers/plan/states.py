@@ -138,7 +138,7 @@ def _zero_0(config: RunConfig, model: ModelFacts) -> Held:
         return _replicated(config, model)
     return Held(
         States(
-            weights=compute * model.count,
+            weights=model.weights_bytes(compute),
             gradients=compute * count,
             master_weights=master * count,
             moments=moments * count,
@@ -176,7 +176,7 @@ def _stages_1_and_2(
     part = sum(-(-_count(group) // (2 * ranks)) * 2 for group in groups)
     largest = max(parameter.elements for parameter in trained.parameters)
     is_same = config.precision.compute_dtype == config.precision.reduce_dtype
-    weights = States(weights=compute * model.count)
+    weights = States(weights=model.weights_bytes(compute))
     optimizer = States(master_weights=master * part, moments=moments * part)
     is_offloaded = strategy.offload_optimizer != "none"
     bucket = reduced * section["reduce_bucket_size"] * (1 + strategy.overlaps_communication)
@@ -284,13 +284,11 @@ def _fsdp(config: RunConfig, model: ModelFacts) -> Held:
     assert isinstance(strategy, FsdpStrategy)
     _, master, reduced, moments = _bytes(config)
     ranks = rank_layout(strategy, config.launcher.world_size).shards
-    of_weights, part = (
-        sum(-(-p.rows // ranks) * (p.elements // p.rows) for p in each.parameters)
-        for each in (model, model.trained)
-    )
+    of_weights = model.divided_bytes(master, ranks=ranks)
+    part = model.trained.divided_bytes(1, ranks=ranks)
     whole = reduced * model.trained.count
     gradients = master * part if strategy.reduce_each_micro_batch else whole
-    held = States(weights=master * of_weights, gradients=gradients, moments=moments * part)
+    held = States(weights=of_weights, gradients=gradients, moments=moments * part)
     return Held(host=held) if strategy.offload else Held(device=held)
 
 

@@ -41,6 +41,10 @@ LORA: dict[str, Any] = {
 }
 IA3: dict[str, Any] = {"kind": "ia3"}
 BF16 = {"compute_dtype": "bf16"}
+EVERYWHERE = (
+    *("single", "ddp", "zero0", "zero1", "zero2", "zero2_offload"),
+    *("fsdp", "fsdp_grad_op", "fsdp_offload", "fsdp_by_size"),
+)
 TRAINED = (".lora_", ".ia3_", ".modules_to_save.")
 KINDS = {"4bit": ["nf4 by 64"], "8bit": ["int8 by rows"]}
 
@@ -134,21 +138,46 @@ def test_lora_beside_four_bits_is_trained_exported_recovered_and_resumed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [{}, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("adapter", [LORA, IA3], ids=["lora", "ia3"])
-@pytest.mark.parametrize("strategy", ["single", "ddp"])
+@pytest.mark.parametrize("strategy", EVERYWHERE)
 @pytest.mark.parametrize("bits", KINDS)
-def test_each_adapter_beside_each_kind(
+def test_lora_beside_each_kind_under_each_engine(
     bits: str,
     strategy: str,
-    adapter: dict[str, Any],
     precision: dict[str, Any],
     base: Path,
     run_of: Callable[..., Path],
     ranks: RanksOf,
     tmp_path: Path,
 ) -> None:
-    run = run_of(bits, strategy, adapter, precision=precision)
+    run = run_of(bits, strategy, precision=precision)
     check(run, bits, strategy, base, ranks, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])
+@pytest.mark.parametrize("bits", KINDS)
+def test_ia3_beside_each_kind(
+    bits: str,
+    strategy: str,
+    base: Path,
+    run_of: Callable[..., Path],
+    ranks: RanksOf,
+    tmp_path: Path,
+) -> None:
+    check(run_of(bits, strategy, IA3, precision=BF16), bits, strategy, base, ranks, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", KINDS)
+def test_each_engine_learns_the_same(
+    bits: str, run_of: Callable[..., Path], ranks: RanksOf
+) -> None:
+    runs = {each: run_of(bits, each) for each in ("ddp", "zero2", "fsdp")}
+    for run in runs.values():
+        ranks(2)(whole_run, run)
+    for run in runs.values():
+        assert curve(run) == pytest.approx(curve(runs["ddp"]), rel=1e-5)
+        assert curve(run, "grad_norm") == pytest.approx(curve(runs["ddp"], "grad_norm"), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -36,10 +36,11 @@ from shardwright.train.model.blocks import parameter_count
 from shardwright.train.model.directory import config_texts
 from shardwright.train.model.first_values import materialize
 from shardwright.train.model.streaming import streamed, weight_files
-from shardwright.train.model.weights import InitialValues, InMemory
+from shardwright.train.model.weights import InitialValues, InMemory, Owners
 from shardwright.train.plan.facts import ModelFacts
 from shardwright.train.plan.held import local
 from shardwright.train.plan.model import facts_of
+from shardwright.train.plan.packed import packed_sizes
 from shardwright.train.plan.trace import traced
 from shardwright.train.strategy.state.dcp import DistributedState
 from shardwright.train.strategy.state.plans import Plans
@@ -82,18 +83,9 @@ def test_a_config_of_before_quantises_nothing() -> None:
         ),
         (
             {"strategy": trees.ZERO3},
-            "model.quantization=4bit with strategy=zero3, whose dtypes, partitions and checkpoints "
-            "have not been tried with packed weights; choose strategy=single or ddp, or "
-            "model.quantization=none",
-        ),
-        (
-            {"strategy": {**trees.ZERO3, "stage": 2}},
-            "model.quantization=4bit with strategy=zero2, whose dtypes",
-        ),
-        (
-            {"strategy": trees.FSDP},
-            "model.quantization=4bit with strategy=fsdp, which makes plain tensors of packed "
-            "weights, without what it takes to unpack them; choose strategy=single or ddp, or",
+            "model.quantization=4bit with strategy=zero3 would keep each packed weight gathered "
+            "from the forward pass to the backward pass, and so whole on every rank; choose "
+            "strategy=zero2 or fsdp, or model.quantization=none",
         ),
         (
             {"trainer": {**trees.TREE["trainer"], "compile": True}},
@@ -225,6 +217,44 @@ def test_layers_compute_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
         assert {layer.bias.dtype for layer in quantised.layers(model).values()} == {torch.bfloat16}
 
 
+def test_a_product_keeps_its_packed_weight_for_the_backward_pass(tmp_path: Path) -> None:
+    # Which is why ZeRO-3, that gives a gathered weight up by leaving it to its last user, frees
+    # nothing of it.
+    for bits in BITS:
+        model, _ = filled("llama", adapters.saved("llama", tmp_path / bits), bits)
+        layer: Any = next(iter(quantised.layers(model).values()))
+        memory = layer.weight.data_ptr()
+        product: Any = layer(torch.randn(2, layer.in_features, requires_grad=True)).grad_fn
+        kept = product.tensors[1] if bits == "4bit" else product.state.CB
+        assert kept.data_ptr() == memory
+
+
+def test_what_is_divided_is_whole_again_when_it_is_gathered(tmp_path: Path) -> None:
+    directory = adapters.saved("roberta", tmp_path / "base")
+    for bits in BITS:
+        expected, _ = filled("roberta", directory, bits)
+        model, values = adapters.injected("roberta", directory, LORA)
+        quantiser = quantised.DividingQuantiser(model, bits, torch.float32, "cpu")
+        assert parameter_count(model) == parameter_count(expected)
+        owners = Owners(model)
+        for name, parameter in list(model.named_parameters()):
+            whole = torch.empty(quantiser.elements[name])
+            values[name].write(whole)
+            found = quantiser.codes_of(name, whole).view(parameter.shape)
+            owners.replace(parameter, found.clone())
+        quantiser.finish(model)
+        assert quantised.digest_of(model) == quantised.digest_of(expected)
+        assert quantised.read_back(model) == quantised.read_back(expected)
+        ids = torch.arange(5, 25)[None]
+        for each in (model.eval(), expected.eval()):  # there is dropout
+            each(input_ids=ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected(ids).logits)
+        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None) == (not one.requires_grad)
+            assert one.grad is None or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_packed_weights_are_counted_whole_and_measured_packed(bits: str, tmp_path: Path) -> None:
     directory = adapters.saved("llama", tmp_path / "base")
@@ -236,11 +266,8 @@ def test_packed_weights_are_counted_whole_and_measured_packed(bits: str, tmp_pat
     assert names.keys() == quantised.layers(model).keys()
     held = [layer.weight for layer in quantised.layers(model).values()]
     measured = sum(local(t).nbytes for t in [*held, *quantised.scales(model)])
-    planned = sum(
-        quantised.packed_bytes(layer.in_features * layer.out_features, layer.out_features, bits)
-        for layer in quantised.layers(model).values()
-    )
-    assert planned == measured
+    sizes = packed_sizes(plain, from_tree(quantised_tree(bits, strategy={"kind": "ddp"}))).values()
+    assert sum(each.codes + each.scales for each in sizes) == measured
 
 
 @pytest.mark.parametrize("bits", BITS)

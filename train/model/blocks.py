@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,16 +10,18 @@ from shardwright.train.errors import UserError
 
 def parameter_count(model: nn.Module) -> int:
     """Return the number of parameters: tied ones once, packed and partitioned ones whole."""
-    return sum(whole_elements(parameter) for parameter in model.parameters())
+    return sum(whole_elements(model).values())
 
 
-def whole_elements(parameter: torch.Tensor) -> int:
-    """Return how many elements a parameter has, be it packed into 4 bits or divided among ranks."""
-    if (state := getattr(parameter, "quant_state", None)) is not None:
-        return math.prod(state.shape)
+def whole_elements(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Return how many elements each parameter has, be it packed or divided among ranks."""
+    from shardwright.train.model.quantised import layers
+
+    packed = {
+        layer.weight: layer.in_features * layer.out_features for layer in layers(model).values()
+    }
     # ZeRO-3 leaves an empty tensor in place and the whole size in ds_numel.
-    found: int = getattr(parameter, "ds_numel", parameter.numel())
-    return found
+    return {p: packed.get(p, getattr(p, "ds_numel", p.numel())) for p in model.parameters()}
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:

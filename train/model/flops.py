@@ -118,4 +118,5 @@ def matmul_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
         # Beside an adapter, what a module was that is trained whole is not used.
         if id(parameter) not in looked_up and ".original_module." not in name
     )
-    return sum(whole_elements(p) for p in counted if not (frozen and p.requires_grad))
+    elements = whole_elements(model)
+    return sum(elements[p] for p in counted if not (frozen and p.requires_grad))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,25 +18,27 @@ from shardwright.train.config import RunConfig
 from shardwright.train.config.model import NOT_QUANTIZED, QUANTIZER, quantization_of
 from shardwright.train.errors import UserError, not_installed
 from shardwright.train.model import adapter, base
+from shardwright.train.model.first_values import materialize
+from shardwright.train.model.weights import InitialValues
 
 BLOCK_ELEMENTS = 64
 """Of 4-bit weights, those that share a scale in fp32."""
 
 
-def is_quantised(parameter: torch.Tensor) -> bool:
-    """Return whether a parameter is the packed weight of a quantised layer."""
-    return type(parameter).__name__ in ("Params4bit", "Int8Params")
-
-
-def _is_layer(module: nn.Module) -> bool:
-    # An adapter's layer shows the weight of the one within as an attribute.
-    weight = module._parameters.get("weight")
-    return weight is not None and is_quantised(weight)
-
-
 def layers(model: nn.Module) -> dict[str, Any]:
     """Return a model's quantised layers by their names."""
-    return {name: module for name, module in model.named_modules() if _is_layer(module)}
+    if "bitsandbytes" not in sys.modules:
+        return {}
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    kinds = (Linear4bit, Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that are not the packed weight, or the bias, of a quantised layer."""
+    packed = {p for layer in layers(model).values() for p in layer.parameters()}
+    yield from ((name, p) for name, p in model.named_parameters() if p not in packed)
 
 
 def to_be_quantised(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -64,15 +67,15 @@ def _kept_whole(model: PreTrainedModel) -> list[str]:
     return [*get_keys_to_not_convert(adapter.bare(model)), *of_adapter, *unused]
 
 
-def packed_bytes(elements: int, rows: int, bits: str) -> int:
-    """Return what a quantised weight takes, its scales included. Pure.
+def scales_bytes(inputs: int, outputs: int, bits: str) -> int:
+    """Return what lies beside the codes of a quantised weight. Pure.
 
     Source: bitsandbytes 0.50, functional.py: in 4 bits a scale of fp32 for each block, and the 16
     values that codes mean; in 8 bits one for each output.
     """
     if bits == "4bit":
-        return -(-elements // 2) + 4 * -(-elements // BLOCK_ELEMENTS) + 4 * 16
-    return elements + 4 * rows
+        return 4 * -(-inputs * outputs // BLOCK_ELEMENTS) + 4 * 16
+    return 4 * outputs
 
 
 class Quantiser:
@@ -85,6 +88,7 @@ class Quantiser:
         self._compute, self._device = compute, device
         _lay_out(model, bits, compute)
         self._layers = {f"{name}.weight": layer for name, layer in layers(model).items()}
+        self._settings = {name: dict(vars(each.weight)) for name, each in self._layers.items()}
         self._plain = {name: plain for plain, name in base.left_out(model).items()}
         self._digest = base.Digest()
 
@@ -93,12 +97,17 @@ class Quantiser:
 
         They may be overwritten from then on.
         """
+        packed = self._taken(name, values)
+        if packed is not None:
+            self._layers[name].weight = packed
+        return packed is not None
+
+    def _taken(self, name: str, values: torch.Tensor) -> nn.Parameter | None:
         if (plain := self._plain.get(name)) is not None:
             self._digest.add(plain, values)
         if (layer := self._layers.get(name)) is None:
-            return False
-        layer.weight = _packed(layer, values, self._compute, self._device)
-        return True
+            return None
+        return _packed(layer, self._settings[name], values, self._compute, self._device)
 
     def finish(self, model: nn.Module) -> None:
         """Note what the base was; bring the layers' biases to the dtype in which they compute.
@@ -106,9 +115,92 @@ class Quantiser:
         bitsandbytes does so itself in the first forward pass, and in place (0.50, nn/modules.py).
         """
         for layer in self._layers.values():
-            if layer.bias is not None:
+            if layer.bias is not None and layer.bias.dtype != self._compute:
                 layer.bias.data = layer.bias.data.to(self._compute)
         model._base_digest = self._digest.hexdigest()  # type: ignore[assignment]
+
+
+class DividingQuantiser(Quantiser):
+    """The same for an engine that divides parameters: packed weights are plain ones to it.
+
+    Codes are a parameter of whole numbers; scales are beside it, whole, and a layer has both
+    together when its weight has been gathered.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, bits: str, compute: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__(model, bits, compute, device)
+        self.elements = {n: p.numel() for n, p in model.named_parameters()}
+        """Of each parameter, before it was packed."""
+        for layer in self._layers.values():
+            shape, dtype = codes(layer.in_features, layer.out_features, bits)
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            layer.weight = nn.Parameter(empty, requires_grad=False)
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.to(compute)
+            layer.register_forward_pre_hook(_gathered)
+
+    def codes_of(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Return what a parameter is to hold of its values, flat; keep the scales in its layer."""
+        packed: Any = self._taken(name, values)
+        if packed is None:
+            return values
+        layer = self._layers[name]
+        if hasattr(packed, "quant_state"):
+            layer.quant_state = packed.quant_state
+        else:
+            layer.state.SCB = packed.SCB
+        found: torch.Tensor = packed.data.view(-1)
+        return found
+
+
+def codes(inputs: int, outputs: int, bits: str) -> tuple[tuple[int, int], torch.dtype]:
+    """Return shape and dtype of a packed weight without its scales. Pure."""
+    if bits == "4bit":
+        return (-(-inputs * outputs // 2), 1), torch.uint8
+    return (outputs, inputs), torch.int8
+
+
+def _gathered(layer: Any, _: tuple[Any, ...]) -> None:
+    """Have a layer find its codes in a weight that has just been gathered.
+
+    In 4 bits it does so itself (bitsandbytes 0.50, fix_4bit_weight_quant_state_from_module). What
+    is gathered lies in the same memory in the backward pass.
+    """
+    if hasattr(layer, "state"):
+        layer.weight.CB = None
+        layer.state.CB = layer.weight.data
+
+
+def fill(
+    model: PreTrainedModel, values: InitialValues, config: RunConfig, dtype: torch.dtype
+) -> None:
+    """Give a model on the meta device its values in ``dtype``, those to be quantised packed.
+
+    Collective, as `materialize` is.
+    """
+    bits, device = quantization_of(config.model), config.launcher.device
+    if bits == NOT_QUANTIZED:
+        materialize(model, values, dtype, device)
+        return
+    quantiser = Quantiser(model, bits, compute_dtype(config), device)
+    materialize(model, values, dtype, device, quantiser.take)
+    quantiser.finish(model)
+
+
+def dividing(model: PreTrainedModel, config: RunConfig) -> DividingQuantiser | None:
+    """Return what packs a model on the meta device that is to be divided; None for no packing."""
+    bits = quantization_of(config.model)
+    if bits == NOT_QUANTIZED:
+        return None
+    return DividingQuantiser(model, bits, compute_dtype(config), config.launcher.device)
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """Return in which dtype a run's quantised layers compute."""
+    found: torch.dtype = getattr(torch, config.precision.computes_in.torch_name)
+    return found
 
 
 def _lay_out(model: PreTrainedModel, bits: str, compute: torch.dtype) -> None:
@@ -151,7 +243,11 @@ def _drop_packed(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -
 
 
 def _packed(
-    layer: Any, values: torch.Tensor, compute: torch.dtype, device: torch.device | str
+    layer: Any,
+    settings: dict[str, Any],
+    values: torch.Tensor,
+    compute: torch.dtype,
+    device: torch.device | str,
 ) -> nn.Parameter:
     """Return a layer's quantised weight, as transformers makes it of values in ``compute``."""
     import bitsandbytes as bnb
@@ -164,7 +260,6 @@ def _packed(
     weight = weight.to(compute)
     packed: Any
     if isinstance(layer, bnb.nn.Linear4bit):
-        settings = dict(vars(layer.weight))
         packed = bnb.nn.Params4bit(weight, requires_grad=False, **settings)
     else:
         # It is quantised on its way from the host.
@@ -184,8 +279,7 @@ def digest_of(model: nn.Module) -> str | None:
 def scales(model: nn.Module) -> Iterator[torch.Tensor]:
     """Yield what lies beside the packed weights of quantised layers, each with its values."""
     for layer in layers(model).values():
-        state = getattr(layer.weight, "quant_state", None)
-        if state is not None:
+        if (state := _state_of_codes(layer)) is not None:
             yield from (state.absmax, state.code)
             continue
         found = (getattr(layer.weight, "SCB", None), layer.state.SCB)
@@ -202,13 +296,18 @@ def read_back(model: nn.Module) -> dict[str, Any]:
     """Return the same, read off the live model."""
     found = layers(model)
     return {
-        "packed_weights": sorted({_kind(layer.weight) for layer in found.values()}),
+        "packed_weights": sorted({_kind(layer) for layer in found.values()}),
         "trained_packed_weights": [n for n, each in found.items() if each.weight.requires_grad][:3],
     }
 
 
-def _kind(weight: Any) -> str:
-    state = getattr(weight, "quant_state", None)
+def _state_of_codes(layer: Any) -> Any:
+    """Return what 4-bit codes mean; None of 8-bit ones. A divided weight itself does not know."""
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
+def _kind(layer: Any) -> str:
+    state = _state_of_codes(layer)
     if state is None:
-        return f"{str(weight.dtype).removeprefix('torch.')} by rows"
+        return f"{str(layer.weight.dtype).removeprefix('torch.')} by rows"
     return f"{state.quant_type} by {state.blocksize}"

@@ -8,6 +8,17 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Bytes of a parameter of a quantised layer."""
+
+    codes: int
+    rows: int
+    """In which FSDP divides them."""
+    scales: int = 0
+    """Which every rank has whole."""
+
+
+@dataclass(frozen=True)
 class Parameter:
     """A parameter, once where several modules share it."""
 
@@ -19,8 +30,8 @@ class Parameter:
     """Whether Muon is for it."""
     trains: bool = True
     """Whether it is trained: beside an adapter, weights are not."""
-    packed_bytes: int | None = None
-    """What it takes where it is of a quantised layer, its scales included."""
+    packed: Packed | None = None
+    """What it takes where it is of a quantised layer."""
 
     @property
     def elements(self) -> int:
@@ -47,6 +58,8 @@ class ModelFacts:
     """Elements of each unit that FSDP gathers by itself; the rest is its root."""
     trained_units: tuple[int, ...] | None = None
     """Those elements of each that are trained; None where all are."""
+    packed_units: tuple[tuple[int, int], ...] = ()
+    """Of each unit the elements of quantised layers, and the bytes of their codes."""
     fp8_elements: int = 0
     """Of the matrices whose products precision=fp8 has in fp8."""
     repeated_elements: int = 0
@@ -60,15 +73,35 @@ class ModelFacts:
 
     def weights_bytes(self, of_element: int) -> int:
         """Return what the weights take where those that are not quantised have such elements."""
-        return sum(
-            of_element * each.elements if each.packed_bytes is None else each.packed_bytes
+        return self.divided_bytes(of_element, ranks=1)
+
+    def divided_bytes(self, of_element: int, *, ranks: int) -> int:
+        """Return the same of one of the ranks among which FSDP divides rows; scales stay whole."""
+        total = 0
+        for each in self.parameters:
+            if each.packed is None:
+                total += of_element * -(-each.rows // ranks) * (each.elements // each.rows)
+            else:
+                codes, rows = each.packed.codes, each.packed.rows
+                total += -(-rows // ranks) * (codes // rows) + each.packed.scales
+        return total
+
+    def gathered_bytes(self, of_element: int) -> tuple[list[int], int]:
+        """Return what each unit takes gathered, where its scales are already, and the rest."""
+        less = [of_element * elements - codes for elements, codes in self.packed_units]
+        units = [of_element * e for e in self.units]
+        if less:
+            units = [size - spared for size, spared in zip(units, less, strict=True)]
+        whole = sum(
+            of_element * each.elements if each.packed is None else each.packed.codes
             for each in self.parameters
         )
+        return units, whole - sum(units)
 
     @property
     def is_packed(self) -> bool:
         """Whether some of it is quantised."""
-        return any(each.packed_bytes is not None for each in self.parameters)
+        return any(each.packed is not None for each in self.parameters)
 
     @property
     def trained(self) -> ModelFacts:
@@ -84,12 +117,22 @@ class ModelFacts:
 
     @classmethod
     def of_json(cls, found: Mapping[str, Any]) -> ModelFacts:
-        parameters = tuple(
-            Parameter(**{**each, "shape": tuple(each["shape"])}) for each in found["parameters"]
-        )
+        parameters = tuple(map(_parameter, found["parameters"]))
+        found = {**found, "packed_units": tuple(map(tuple, found.get("packed_units", ())))}
         units = {name: found.get(name) for name in ("units", "trained_units")}
         as_tuples = {n: None if each is None else tuple(each) for n, each in units.items()}
         return cls(**{**found, **as_tuples, "parameters": parameters})
+
+
+def _parameter(found: Mapping[str, Any]) -> Parameter:
+    packed = found.get("packed")
+    return Parameter(
+        **{
+            **found,
+            "shape": tuple(found["shape"]),
+            "packed": None if packed is None else Packed(**packed),
+        }
+    )
 
 
 @dataclass(frozen=True)

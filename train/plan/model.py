@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -12,7 +14,7 @@ from shardwright.train.model import fp8
 from shardwright.train.model.blocks import blocks_or_none
 from shardwright.train.model.flops import flops_per_token
 from shardwright.train.optimizer.muon import hidden_matrices
-from shardwright.train.plan.facts import ModelFacts, Parameter
+from shardwright.train.plan.facts import ModelFacts, Packed, Parameter
 from shardwright.train.plan.packed import packed_sizes
 from shardwright.train.strategy.fsdp.units import units
 
@@ -80,10 +82,21 @@ def facts_of(model: PreTrainedModel, config: RunConfig) -> ModelFacts:
         None
         if all_train
         else tuple(sum(p.numel() for p in unit if p.requires_grad) for unit in found),
+        packed_units=_packed_units(model, packed, found),
         fp8_elements=sum(layer.weight.numel() for layer in in_fp8),
         repeated_elements=by_any_name - sum(parameter.elements for parameter in parameters),
         flops_per_token=flops_per_token(model, config),
     )
+
+
+def _packed_units(
+    model: PreTrainedModel, packed: Mapping[str, Packed], found: list[list[nn.Parameter]]
+) -> tuple[tuple[int, int], ...]:
+    if not packed:
+        return ()
+    sizes = {p: packed[name] for name, p in model.named_parameters() if name in packed}
+    of_each = [[(p.numel(), sizes[p].codes) for p in unit if p in sizes] for unit in found]
+    return tuple((sum(e for e, _ in each), sum(c for _, c in each)) for each in of_each)
 
 
 def _units(model: PreTrainedModel, config: RunConfig) -> list[list[nn.Parameter]]:

@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from shardwright.train.config import RunConfig
 from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.model import quantised
-from shardwright.train.strategy.dtypes import TORCH_DTYPES
+from shardwright.train.plan.facts import Packed
 
 
-def packed_sizes(model: PreTrainedModel, config: RunConfig) -> dict[str, int]:
+def packed_sizes(model: PreTrainedModel, config: RunConfig) -> dict[str, Packed]:
     """Return the bytes of each parameter of a model's quantised layers, before it has any values.
 
     Their biases are in the dtype of compute.
@@ -24,14 +24,19 @@ def packed_sizes(model: PreTrainedModel, config: RunConfig) -> dict[str, int]:
     bits = quantization_of(config.model)
     if bits == NOT_QUANTIZED:
         return {}
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Packed] = {}
     for name, layer in quantised.to_be_quantised(model).items():
         weight: Any = layer.weight
-        rows = weight.shape[1] if isinstance(layer, Conv1D) else weight.shape[0]
-        sizes[f"{name}.weight"] = quantised.packed_bytes(weight.numel(), rows, bits)
+        outputs, inputs = tuple(weight.shape)
+        if isinstance(layer, Conv1D):
+            outputs, inputs = inputs, outputs
+        (rows, columns), dtype = quantised.codes(inputs, outputs, bits)
+        scales = quantised.scales_bytes(inputs, outputs, bits)
+        sizes[f"{name}.weight"] = Packed(rows * columns * dtype.itemsize, rows, scales)
         bias: Any = layer.bias
         if bias is not None:
-            sizes[f"{name}.bias"] = bias.numel() * config.precision.computes_in.size_bytes
+            size = bias.numel() * config.precision.computes_in.size_bytes
+            sizes[f"{name}.bias"] = Packed(size, bias.numel())
     return sizes
 
 
@@ -40,7 +45,7 @@ def pack(model: PreTrainedModel, config: RunConfig) -> None:
     bits = quantization_of(config.model)
     if bits == NOT_QUANTIZED:
         return
-    compute = getattr(torch, TORCH_DTYPES[config.precision.compute_dtype])
+    compute = quantised.compute_dtype(config)
     for name, layer in quantised.to_be_quantised(model).items():
         model.set_submodule(name, _Packed(layer, bits, compute))
 

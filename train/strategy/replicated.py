@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config import DdpStrategy
-from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.strategy.dtypes import TORCH_DTYPES
 from shardwright.train.strategy.engine import divided
 from shardwright.train.strategy.state.engine import DistributedEngine
@@ -44,18 +43,9 @@ class Replicated(DistributedEngine):
         import torch
 
         from shardwright.train.model import quantised
-        from shardwright.train.model.first_values import materialize
 
-        precision, device = self.config.precision, self.config.launcher.device
-        dtype = getattr(torch, TORCH_DTYPES[precision.master_dtype])
-        bits = quantization_of(self.config.model)
-        if bits == NOT_QUANTIZED:
-            materialize(model, values, dtype, device)
-            return model
-        compute = getattr(torch, TORCH_DTYPES[precision.compute_dtype])
-        quantiser = quantised.Quantiser(model, bits, compute, device)
-        materialize(model, values, dtype, device, quantiser.take)
-        quantiser.finish(model)
+        dtype = getattr(torch, TORCH_DTYPES[self.config.precision.master_dtype])
+        quantised.fill(model, values, self.config, dtype)
         return model
 
     def place(self, model: PreTrainedModel, values: InitialValues) -> PreTrainedModel:
@@ -107,13 +97,14 @@ class Replicated(DistributedEngine):
     def read_back(self, trainer: Training) -> dict[str, Any]:
         from torch.nn.parallel import DistributedDataParallel
 
+        from shardwright.train.model.quantised import whole_parameters
         from shardwright.train.strategy.dtypes import dtype_names, moments_dtypes
         from shardwright.train.strategy.loss_scale import loss_scaling
 
         model = trainer.model_wrapped
         is_ddp = isinstance(model, DistributedDataParallel)
         # Quantised layers are facts of their own.
-        dtypes = {str(p.dtype).removeprefix("torch.") for _, p in _whole_parameters(trainer.model)}
+        dtypes = {str(p.dtype).removeprefix("torch.") for _, p in whole_parameters(trainer.model)}
         facts: dict[str, Any] = {
             "engine": "DistributedDataParallel" if is_ddp else "none",
             "world_size": model.process_group.size() if is_ddp else 1,
@@ -146,7 +137,9 @@ class Replicated(DistributedEngine):
         restore_whole(optimizer, state, parameters)
 
     def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
-        held = [(name, 0, parameter) for name, parameter in _whole_parameters(trainer.model)]
+        from shardwright.train.model.quantised import whole_parameters
+
+        held = [(name, 0, parameter) for name, parameter in whole_parameters(trainer.model)]
         return divided(held, trainer.args.process_index, trainer.args.world_size)
 
     def own_moments(
@@ -164,28 +157,20 @@ class Replicated(DistributedEngine):
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
         from shardwright.train.model import quantised
 
-        yield from (parameter for _, parameter in _whole_parameters(trainer.model))
+        yield from (parameter for _, parameter in quantised.whole_parameters(trainer.model))
         # Of packed weights it is the scales that may be no numbers.
         yield from quantised.scales(trainer.model)
 
 
-def _whole_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield the parameters that are not the packed weight, or the bias, of a quantised layer."""
-    from shardwright.train.model import quantised
-
-    packed = {
-        parameter for layer in quantised.layers(model).values() for parameter in layer.parameters()
-    }
-    yield from ((name, p) for name, p in model.named_parameters() if p not in packed)
-
-
 def whole_model(trainer: Training) -> dict[str, Any]:
     """Return facts read off a model that each rank holds whole, in no engine."""
+    from shardwright.train.model.quantised import whole_parameters
+
     wrapped = trainer.model_wrapped
     return {
         "engine": "none" if wrapped is trainer.model else type(wrapped).__name__,
         "parameter_dtypes": sorted(
-            {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}
+            {str(p.dtype).removeprefix("torch.") for _, p in whole_parameters(trainer.model)}
         ),
     }
 

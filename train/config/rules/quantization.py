@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.config.sections import Sections
+from shardwright.train.config.strategy import ZeroStrategy
 
 
 def contradictions(config: Sections) -> Iterator[str]:
@@ -25,11 +26,13 @@ def contradictions(config: Sections) -> Iterator[str]:
             f"{what} with adapter=dora, which divides by the lengths of weights that it would find "
             "rounded and export whole; choose adapter=lora"
         )
-    if (why := _NOT_UNDER.get(strategy.kind)) is not None:
-        name = f"{strategy.kind}{getattr(strategy, 'stage', '')}"
+    if isinstance(strategy, ZeroStrategy) and strategy.stage == 3:
+        # bitsandbytes 0.50, autograd/_functions.py: MatMul4Bit keeps what was gathered for its
+        # backward pass, and Linear8bitLt for good. FSDP takes the memory itself away.
         yield (
-            f"{what} with strategy={name}, {why}; choose strategy=single or ddp, or "
-            "model.quantization=none"
+            f"{what} with strategy=zero3 would keep each packed weight gathered from the forward "
+            "pass to the backward pass, and so whole on every rank; choose strategy=zero2 or fsdp, "
+            "or model.quantization=none"
         )
     if config.launcher.device == "mps":
         yield (
@@ -41,11 +44,3 @@ def contradictions(config: Sections) -> Iterator[str]:
             f"{what} with trainer.compile=true, which has not been tried on quantised layers; set "
             "trainer.compile=false, or auto, which then compiles nothing"
         )
-
-
-# Source: torch 2.13, distributed/fsdp/_fully_shard/_fsdp_param.py, makes each parameter anew as an
-# nn.Parameter when it is sharded and when it is gathered, without what bitsandbytes keeps on it.
-_NOT_UNDER = {
-    "zero": "whose dtypes, partitions and checkpoints have not been tried with packed weights",
-    "fsdp": "which makes plain tensors of packed weights, without what it takes to unpack them",
-}

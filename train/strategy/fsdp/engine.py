@@ -87,7 +87,9 @@ class Fsdp(DistributedEngine):
         )
 
     def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
-        return self._own(trainer, dict(trainer.model.named_parameters()))
+        from shardwright.train.model.quantised import whole_parameters
+
+        return self._own(trainer, dict(whole_parameters(trainer.model)))
 
     def own_moments(
         self, trainer: Training, moment: str
@@ -112,6 +114,9 @@ class Fsdp(DistributedEngine):
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
         from torch.distributed.tensor import DTensor
 
-        for parameter in trainer.model.parameters():
+        from shardwright.train.model.quantised import scales, whole_parameters
+
+        for _, parameter in whole_parameters(trainer.model):
             assert isinstance(parameter, DTensor)
             yield parameter.to_local()
+        yield from scales(trainer.model)

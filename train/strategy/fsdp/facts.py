@@ -44,11 +44,12 @@ def expected_forward_only(config: RunConfig, layout: RankLayout) -> dict[str, An
 
 
 def read_back(trainer: Training) -> dict[str, Any]:
+    from shardwright.train.model.quantised import whole_parameters
     from shardwright.train.strategy.dtypes import dtype_names, moments_dtypes
     from shardwright.train.strategy.loss_scale import loss_scaling
 
     facts = read_back_forward_only(trainer)
-    masters = {parameter.dtype for parameter in trainer.model.parameters()}
+    masters = {parameter.dtype for _, parameter in whole_parameters(trainer.model)}
     precision = {
         "compute": dtype_names(facts["compute_dtypes"]),
         "reduction": dtype_names(facts["reduce_dtypes"]),
@@ -63,6 +64,8 @@ def read_back_forward_only(trainer: Training) -> dict[str, Any]:
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
     from torch.distributed.tensor import DTensor
 
+    from shardwright.train.model.quantised import whole_parameters
+
     model = trainer.model_wrapped
     found = [m for m in model.modules() if isinstance(m, FSDPModule)]
     kept = [unit.module for unit in units(trainer.model, trainer.config) if unit.is_last]
@@ -74,7 +77,7 @@ def read_back_forward_only(trainer: Training) -> dict[str, Any]:
     sharded = {n: p for n, p in parameters.items() if isinstance(p, DTensor)}
     meshes = [p.device_mesh for p in sharded.values()]
     whole = meshes[0].size(-1) if meshes else 1
-    masters = {p.dtype for p in sharded.values()}
+    masters = {p.dtype for _, p in whole_parameters(model)}
     policies = [group.offload_policy for group in groups]
 
     def dtypes(attribute: str) -> list[str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from shardwright.train.checkpoint.format.lazy import LazyTensor
+    from shardwright.train.model.quantised import DividingQuantiser
     from shardwright.train.model.weights import InitialValues
 
 
@@ -42,10 +43,13 @@ def sharded(
         fully_shard,
     )
 
+    from shardwright.train.model import quantised
+
     wanted = settings(config, layout)
     mixed, offload = wanted["mixed_precision"], wanted["offload"]
     held_in = getattr(torch, TORCH_DTYPES[dtype])
-    for parameter in model.parameters():
+    quantiser = quantised.dividing(model, config)
+    for _, parameter in quantised.whole_parameters(model):
         parameter.data = parameter.data.to(held_in)
     inner = units(model, config)
     mesh = init_device_mesh(
@@ -73,7 +77,12 @@ def sharded(
             made = shard(unit.module, reshard_after_forward=not unit.is_last and reshards)
             if not unit.backward_needs_parameters:
                 made.set_unshard_in_backward(False)
-    _fill(model, values, config.launcher.device, "cpu" if offload["cpu"] else None)
+    device = config.launcher.device
+    _empty(model, device, "cpu" if offload["cpu"] else None)
+    if quantiser is None:
+        _fill(model, values)
+    else:
+        _fill_packed(model, values, device, quantiser)
     _prefetch([unit.module for unit in inner], wanted["prefetch_units"])
     # accelerate enters no_sync on every micro-batch of a step but the last.
     if not wanted["reduce_each_micro_batch"]:
@@ -86,21 +95,22 @@ def sharded(
     return model
 
 
-def _fill(
-    model: PreTrainedModel, values: InitialValues, device: str, offload_to: str | None
-) -> None:
-    """Make the sharded parameters real, one value's part after the other.
+def _empty(model: PreTrainedModel, device: str, offload_to: str | None) -> None:
+    """Have the sharded parameters lie on ``device``, unless they are offloaded, and the buffers."""
+    import torch
 
-    They come to lie on ``device``, where buffers go in any case, unless they are offloaded.
-    """
+    # What `to_empty` does to parameters; buffers hold their values already.
+    parameters_on = offload_to or device
+    model._apply(lambda t: torch.empty_like(t, device=parameters_on) if t.is_meta else t.to(device))
+
+
+def _fill(model: PreTrainedModel, values: InitialValues) -> None:
+    """Give the sharded parameters their values, one value's part after the other."""
     import torch
 
     from shardwright.train.model.first_values import dealt_in_turn
     from shardwright.train.model.weights import Wanted
 
-    # What `to_empty` does to parameters; buffers hold their values already.
-    parameters_on = offload_to or device
-    model._apply(lambda t: torch.empty_like(t, device=parameters_on) if t.is_meta else t.to(device))
     parameters: dict[str, Any] = dict(model.named_parameters())
     wanted = [Wanted(name, p.numel(), *held(p)) for name, p in parameters.items()]
     shards = next(iter(parameters.values())).device_mesh.size(-1)
@@ -109,6 +119,24 @@ def _fill(
         for parameter, part in zip(parameters.values(), parts, strict=True):
             local = parameter.to_local()
             local.copy_(part.view(local.shape))
+
+
+def _fill_packed(
+    model: PreTrainedModel, values: InitialValues, device: str, quantiser: DividingQuantiser
+) -> None:
+    """Do the same where some are packed: of each value every rank sees all, for its scales."""
+    import torch
+
+    from shardwright.train.model.first_values import whole_in_turn
+
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    wholes = whole_in_turn(quantiser.elements, values, device)
+    with torch.no_grad():
+        for (name, parameter), whole in zip(parameters.items(), wholes, strict=True):
+            found, local = quantiser.codes_of(name, whole), parameter.to_local()
+            start, length = held(parameter)
+            local.copy_(found[start : start + length].view(local.shape))
+    quantiser.finish(model)
 
 
 def held(parameter: DTensor) -> tuple[int, int]:

@@ -122,11 +122,14 @@ def _big_enough(model: nn.Module, min_parameters: int) -> list[nn.Module]:
     """Return, inner ones first, each module with so many parameters outside of the units within."""
     from torch.nn import ModuleDict, ModuleList
 
+    from shardwright.train.model.blocks import whole_elements
+
     owners: dict[nn.Parameter, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, set()).add(module)
     found: list[nn.Module] = []
+    elements = whole_elements(model)
 
     def visit(module: nn.Module) -> set[nn.Parameter]:
         left = set(module.parameters(recurse=False))
@@ -136,7 +139,7 @@ def _big_enough(model: nn.Module, min_parameters: int) -> list[nn.Module]:
         # holds all its owners.
         within = set(module.modules())
         can_be = not isinstance(module, ModuleList | ModuleDict) and module is not model
-        is_big = sum(p.numel() for p in left) >= min_parameters
+        is_big = sum(elements[p] for p in left) >= min_parameters
         if can_be and is_big and all(owners[p] <= within for p in left):
             found.append(module)
             return set()

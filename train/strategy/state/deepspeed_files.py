@@ -11,6 +11,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from shardwright.train.checkpoint.format.hashed import HashedFolder
+from shardwright.train.model import base, quantised
 from shardwright.train.optimizer import eight_bit
 from shardwright.train.run_directory.names import ENGINE_FOLDER
 from shardwright.train.strategy.state.host_memory import HostMemory
@@ -41,12 +42,15 @@ class DeepSpeedState:
     ) -> None:
         """``texts`` are small files beside the state that the first rank writes, by their name."""
         collected = _Collected()
+        of_trained = quantised.digest_of(engine.module) is not None
         with _collecting(engine, collected):
             # The root is cut off again; it keeps the names relative.
             engine.save_checkpoint(
-                _ROOT, tag=TAG, save_latest=False, exclude_frozen_parameters=False
+                _ROOT, tag=TAG, save_latest=False, exclude_frozen_parameters=of_trained
             )
         self._states = collected.states
+        if of_trained:
+            _leave_out(base.frozen_names(engine.module), self._states)
         for state in self._states.values():
             if _OPTIMIZER in state and getattr(engine.optimizer, "swap_optimizer", False):
                 assert into is None, "refused as a contradiction"
@@ -69,6 +73,13 @@ class DeepSpeedState:
 
     def finish(self, folder: HashedFolder, written: list[Any]) -> None:
         pass
+
+
+def _leave_out(names: set[str], states: dict[str, Any]) -> None:
+    """Take weights out by each of their names: DeepSpeed 0.19 does so by the first alone."""
+    for state in states.values():
+        if "module" in state:
+            state["module"] = {n: t for n, t in state["module"].items() if n not in names}
 
 
 _ROOT = "/checkpoint"

@@ -149,10 +149,13 @@ class Zero(Engine):
                 restore_flat(optimizer, flat, state, pieces)
 
     def own_weights(self, trainer: Training) -> Iterator[tuple[str, int, torch.Tensor]]:
+        from shardwright.train.model.quantised import whole_parameters
+
         engine, stage = trainer.model_wrapped, self.strategy.stage
         replicated = replicated_masters(engine)
         on_all = []
-        for name, parameter in engine.module.named_parameters():
+        whole: Iterator[tuple[str, Any]] = whole_parameters(engine.module)
+        for name, parameter in whole:
             if stage == 0:
                 on_all.append((name, 0, replicated.get(parameter, parameter)))
             elif parameter.requires_grad:
@@ -210,9 +213,12 @@ class Zero(Engine):
         gradients.before_update(trainer.model_wrapped, act)
 
     def local_weights(self, trainer: Training) -> Iterator[torch.Tensor]:
+        from shardwright.train.model.quantised import whole_parameters
+
         engine = trainer.model_wrapped
         if engine.zero_optimization_stage() == 0:
-            yield from replicated_masters(engine).values() or engine.module.parameters()
+            masters = replicated_masters(engine).values()
+            yield from masters or (p for _, p in whole_parameters(engine.module))
             return
         for flat, pieces in self._partitions(engine):
             # What pads a partition is memory that nothing was ever written to, and may be NaN.

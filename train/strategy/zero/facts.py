@@ -113,9 +113,11 @@ def _device(offload: Any) -> str:
 
 
 def _most_common_dtype(model: torch.nn.Module) -> torch.dtype:
+    from shardwright.train.model.quantised import whole_parameters
+
     # strategy.extra can ask DeepSpeed to keep some modules in fp32.
     elements: Counter[torch.dtype] = Counter()
-    for parameter in model.parameters():
+    for _, parameter in whole_parameters(model):
         elements[parameter.dtype] += getattr(parameter, "ds_numel", parameter.numel())
     return elements.most_common(1)[0][0]
 

@@ -27,7 +27,8 @@ def partitioned(
     import deepspeed
     import torch
 
-    from shardwright.train.model.first_values import dealt_in_turn, materialize
+    from shardwright.train.model import quantised
+    from shardwright.train.model.first_values import dealt_in_turn
     from shardwright.train.model.weights import Owners
 
     assert isinstance(config.strategy, ZeroStrategy)
@@ -40,7 +41,7 @@ def partitioned(
     if config.strategy.stage < 3:
         # The engine would make them of this dtype, and put them there, one time later.
         dtype = getattr(torch, TORCH_DTYPES[config.precision.compute_dtype])
-        materialize(model, values, dtype, config.launcher.device)
+        quantised.fill(model, values, config, dtype)
         return model
 
     # Given a module, be it an empty one, DeepSpeed puts its own linear layer in place, without
