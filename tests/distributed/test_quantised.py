@@ -243,7 +243,7 @@ def test_blocks_that_are_computed_again_learn_the_same(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", KINDS)
-@pytest.mark.parametrize("strategy", ["single", "ddp"])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "zero0", "zero1", "zero2", "fsdp"])
 def test_a_plan_is_what_the_live_engine_holds(
     bits: str, strategy: str, run_of: Callable[..., Path], ranks: RanksOf
 ) -> None:
