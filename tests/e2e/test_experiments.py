@@ -36,7 +36,7 @@ pytestmark = pytest.mark.distributed
 
 STAGES = ("modernbert_base", "modernbert_base_long")
 """Of which the second begins with what the first has trained."""
-FROM_A_MODEL = ("any_architecture", "lora_clm")
+FROM_A_MODEL = ("any_architecture", "lora_clm", "qlora_clm")
 EXPERIMENTS = sorted({path.stem for path in (CONF / "experiment").glob("*.yaml")} - {*STAGES})
 
 
@@ -117,6 +117,8 @@ def test_experiments_that_begin_from_a_model_end_with_one(
     base = trained("demo")[0] / "final"
     adapted, _ = check(*trained("lora_clm", f"model.name='{base}'"))
     assert (adapted / "final" / "adapter" / "adapter_model.safetensors").is_file()
+    packed, _ = check(*trained("qlora_clm", f"model.name='{base}'"))
+    assert json.loads((packed / "engine.json").read_text())["packed_weights"] == ["nf4 by 64"]
 
     described = tmp_path / "described"
     described.mkdir()

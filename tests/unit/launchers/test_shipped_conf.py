@@ -74,6 +74,7 @@ OPEN = {
     "lora_clm": ["model.name", "data.name"],
     "modernbert_base": ["data.name"],
     "modernbert_base_long": ["model.name", "data.name"],
+    "qlora_clm": ["model.name", "data.name"],
 }
 MASKED = ("bert", "roberta", "modernbert", "kantaibert")
 

@@ -17,7 +17,7 @@ BITSANDBYTES = rows(
         "bnb_4bit_quant_type": "4 bits are NF4",
         "llm_int8_threshold": "it is 6, as transformers has it",
         "llm_int8_has_fp16_weight": "packed weights are not trained",
-        "bnb_4bit_quant_storage": "it is uint8, as nothing is sharded of what is packed",
+        "bnb_4bit_quant_storage": "it is uint8, which FSDP divides and gathers as it is",
     },
     left_out={
         "bnb_4bit_use_double_quant": (
