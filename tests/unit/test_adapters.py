@@ -142,6 +142,17 @@ def test_what_ia3_does_not_allow(values: dict[str, Any], message: str) -> None:
     assert message in str(told.value)
 
 
+def test_a_product_has_the_same_bits_whatever_rows_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, a = torch.randn(150, 7), torch.randn(7, 33)
+    whole = merged._product(rows, a)
+    torch.testing.assert_close(whole, rows @ a, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(merged, "_CACHED_ELEMENTS", 33 * 5)
+    for start, stop in ((0, 150), (0, 1), (13, 14), (3, 96), (149, 150)):
+        assert torch.equal(merged._product(rows[start:stop], a), whole[start:stop])
+
+
 def test_a_single_name_is_a_list_of_one() -> None:
     config = from_tree(with_(adapter={"target_modules": "all-linear"}))
     assert isinstance(config.adapter, LoraAdapter)

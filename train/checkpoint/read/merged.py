@@ -19,6 +19,8 @@ NAME = "default"
 """What the adapter is called among those that a model may have."""
 _ROWS_BYTES = 2**22
 """Of a weight whose lengths are taken, how much is read at a time."""
+_CACHED_ELEMENTS = 2**16
+"""How many elements of a product are added to at a time: so many stay in a core's cache."""
 _BASE = ".base_layer."
 _SAVED = f".modules_to_save.{NAME}."
 _ORIGINAL = ".original_module."
@@ -167,13 +169,15 @@ class _Added(_Computed):
     def _sum(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         (first, last), columns = self._rows(start, stop), self.shape[1]
         if self.transposed:  # (B A)^T has a row for each column of A
-            product = self.a.whole().float()[:, first:last].T @ self.b.whole().float().T
+            product = _product(self.a.whole().float()[:, first:last].T, self.b.whole().float().T)
         else:
             rank = self.b.shape[1]
             rows = self.b.read(first * rank, last * rank).view(-1, rank).float()
-            product = rows @ self.a.whole().float()
+            product = _product(rows, self.a.whole().float())
         offset = start - first * columns
-        return values.add_(product.view(-1)[offset : offset + stop - start], alpha=self.scaling)
+        # Apart from the addition, which else some instructions round together with it.
+        product.mul_(self.scaling)
+        return values.add_(product.view(-1)[offset : offset + stop - start])
 
     def _lengths(self) -> torch.Tensor:
         """Return the length of each output's weights with what is added, in one pass over them."""
@@ -195,3 +199,21 @@ class _Added(_Computed):
         # Of several threads each would find the same.
         self.__dict__["_kept_lengths"] = lengths = squares.sqrt_()
         return lengths
+
+
+def _product(rows: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Return the product of two thin matrices, to the same bits whatever rows are asked for. Pure.
+
+    A library's product of some rows differs in the last bit from those rows of a larger product,
+    and with the number of threads: what ranks write together would not be what one process does.
+    """
+    rank, columns = a.shape
+    found = torch.zeros(rows.shape[0], columns)
+    at_once = max(1, _CACHED_ELEMENTS // columns)
+    scratch = torch.empty(at_once, columns)
+    for of_rows, of_found in zip(rows.split(at_once), found.split(at_once), strict=True):
+        added = scratch[: of_rows.shape[0]]
+        for index in range(rank):
+            torch.mul(of_rows[:, index : index + 1], a[index], out=added)
+            of_found += added
+    return found
