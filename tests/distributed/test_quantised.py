@@ -133,7 +133,7 @@ def read(directory: Path, name: str = "model") -> bytes:
 def test_lora_beside_four_bits_is_trained_exported_recovered_and_resumed(
     base: Path, run_of: Callable[..., Path], ranks: RanksOf, tmp_path: Path
 ) -> None:
-    check(run_of("4bit", "ddp"), "4bit", "ddp", base, ranks, tmp_path)
+    check(run_of("4bit", "fsdp", precision=BF16), "4bit", "fsdp", base, ranks, tmp_path)
 
 
 @pytest.mark.slow

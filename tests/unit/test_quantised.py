@@ -292,7 +292,7 @@ def test_state_dicts_have_no_packed_weight(bits: str, tmp_path: Path) -> None:
 
 
 def planned_config(name: str, directory: Path, bits: str, **sections: Any) -> Any:
-    tree = quantised_tree(bits, strategy={"kind": "ddp"}, **sections)
+    tree = quantised_tree(bits, **{"strategy": {"kind": "ddp"}, **sections})
     tree["model"] = {**tree["model"], "name": str(directory)}
     tree["adapter"] = {**LORA.model_dump(mode="json")}
     tree["data"] = {**tree["data"], "sequence_length": 32}
@@ -316,6 +316,34 @@ def test_a_plan_counts_what_a_rank_holds(name: str, bits: str, tmp_path: Path) -
     # A checkpoint has the adapter in fp32, with two moments, and nothing else.
     parts = saves._bytes_of_ranks(config, facts)
     assert sum(parts) / 2 * config.launcher.world_size == 12 * facts.trained.count
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_plan_divides_codes_among_ranks_and_gathers_them_as_they_are(
+    bits: str, tmp_path: Path
+) -> None:
+    directory = adapters.saved("llama", tmp_path / "base")
+    config = planned_config("llama", directory, bits, strategy=trees.FSDP, precision=trees.BF16)
+    ranks = config.launcher.world_size
+    plain, _ = adapters.injected("llama", directory, LORA)
+    facts = facts_of(plain, config)
+    packed = [each.packed for each in facts.parameters if each.packed is not None]
+    codes = sum(each.codes for each in packed)
+    others = [each for each in facts.parameters if each.packed is None]
+    scales = sum(each.scales for each in packed)
+    parts = sum(4 * -(-each.rows // ranks) * (each.elements // each.rows) for each in others)
+    assert states(config, facts).device.weights == codes / ranks + scales + parts
+    units, root = facts.gathered_bytes(2)
+    assert sum(units) + root == codes + 2 * sum(each.elements for each in others)
+    assert root == 2 * plain.model.norm.weight.numel()
+    assert len(units) == len(facts.units)
+    # DeepSpeed's first rank writes the rounded copy of what is trained, too.
+    zero = planned_config("llama", directory, bits, strategy=trees.ZERO2, precision=trees.BF16)
+    first, other = saves._bytes_of_ranks(zero, facts)
+    assert first + (ranks - 1) * other == (12 + 2) * facts.trained.count
+    assert states(zero, facts).device.weights == codes + scales + 2 * sum(
+        each.elements for each in others
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
