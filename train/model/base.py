@@ -178,6 +178,8 @@ def _values(
     source: BaseEntry, model: PreTrainedModel
 ) -> tuple[Mapping[str, tuple[int, ...]], InitialValues]:
     """Return shape and value of each parameter of the base."""
+    if Path(source.name).is_absolute() and not Path(source.name).is_dir():
+        raise FileNotFoundError("there is no such directory")
     build: Callable[[], PreTrainedModel] = lambda: own_class(model)(copy.deepcopy(model.config))  # noqa: E731
     files = weight_files(source.name, source.revision, model.config)
     built, values = streamed(build, files, source.seed)
