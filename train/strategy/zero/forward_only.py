@@ -54,10 +54,12 @@ def read_back(trainer: Training) -> dict[str, Any]:
     """Return facts read off what makes the forward passes."""
     import deepspeed
 
+    from shardwright.train.model.quantised import whole_parameters
+
     engine = trainer.model_wrapped
     dtypes = {
         "parameter_dtypes": sorted(
-            {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}
+            {str(p.dtype).removeprefix("torch.") for _, p in whole_parameters(trainer.model)}
         )
     }
     if not isinstance(engine, deepspeed.DeepSpeedEngine):
