@@ -85,7 +85,7 @@ class Quantiser:
         self, model: PreTrainedModel, bits: str, compute: torch.dtype, device: torch.device | str
     ) -> None:
         """Put layers without values in the place of those that are to be quantised."""
-        self._compute, self._device = compute, device
+        self._compute, self.device = compute, device
         _lay_out(model, bits, compute)
         self._layers = {f"{name}.weight": layer for name, layer in layers(model).items()}
         self._settings = {name: dict(vars(each.weight)) for name, each in self._layers.items()}
@@ -107,7 +107,7 @@ class Quantiser:
             self._digest.add(plain, values)
         if (layer := self._layers.get(name)) is None:
             return None
-        return _packed(layer, self._settings[name], values, self._compute, self._device)
+        return _packed(layer, self._settings[name], values, self._compute, self.device)
 
     def finish(self, model: nn.Module) -> None:
         """Note what the base was; bring the layers' biases to the dtype in which they compute.

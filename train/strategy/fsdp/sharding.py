@@ -77,12 +77,11 @@ def sharded(
             made = shard(unit.module, reshard_after_forward=not unit.is_last and reshards)
             if not unit.backward_needs_parameters:
                 made.set_unshard_in_backward(False)
-    device = config.launcher.device
-    _empty(model, device, "cpu" if offload["cpu"] else None)
+    _empty(model, config.launcher.device, "cpu" if offload["cpu"] else None)
     if quantiser is None:
         _fill(model, values)
     else:
-        _fill_packed(model, values, device, quantiser)
+        _fill_packed(model, values, quantiser)
     _prefetch([unit.module for unit in inner], wanted["prefetch_units"])
     # accelerate enters no_sync on every micro-batch of a step but the last.
     if not wanted["reduce_each_micro_batch"]:
@@ -122,7 +121,7 @@ def _fill(model: PreTrainedModel, values: InitialValues) -> None:
 
 
 def _fill_packed(
-    model: PreTrainedModel, values: InitialValues, device: str, quantiser: DividingQuantiser
+    model: PreTrainedModel, values: InitialValues, quantiser: DividingQuantiser
 ) -> None:
     """Do the same where some are packed: of each value every rank sees all, for its scales."""
     import torch
@@ -130,7 +129,7 @@ def _fill_packed(
     from shardwright.train.model.first_values import whole_in_turn
 
     parameters: dict[str, Any] = dict(model.named_parameters())
-    wholes = whole_in_turn(quantiser.elements, values, device)
+    wholes = whole_in_turn(quantiser.elements, values, quantiser.device)
     with torch.no_grad():
         for (name, parameter), whole in zip(parameters.items(), wholes, strict=True):
             found, local = quantiser.codes_of(name, whole), parameter.to_local()
