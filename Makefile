@@ -12,13 +12,18 @@ DEVICES := $(if $(filter-out 0,$(GPUS)),precision=bf16 launcher.nproc_per_node=$
 # Hundreds of processes would each compile the sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-slow test-matrix test-faults test-scale test-slurm lint typecheck format docs setup clean bench
+.PHONY: run test test-wide test-slow test-matrix test-faults test-scale test-slurm lint typecheck format docs setup clean bench
 
 run: .venv/run
 	$(BIN)/shardwright train experiment=$(EXPERIMENT) $(DEVICES) $(ARGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+# What CI runs besides: whole runs, and the engines, world sizes and dtypes that `test` leaves out.
+test-wide: .venv/dev
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS) \
+		-m 'wide and not slow and not matrix and not slurm and not faults and not scale'
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import yaml
 
+from tests import variants
 from tests.distributed.pool import Ranks
 from tests.fixtures import Freeze, RanksOf, TreeOf
 
@@ -30,6 +31,11 @@ _MODULES = ("argparse", "ast", "calendar", "cmd", "csv", "dis", "enum", "glob", 
 # A busy machine takes longer than hypothesis expects.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+@pytest.hookimpl(tryfirst=True)  # before it is decided what has the marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    variants.mark(items)
 
 
 @pytest.fixture(scope="session")

@@ -181,6 +181,7 @@ def assert_same_learning(figures: Figures) -> None:
             assert stock == pytest.approx(expected, **tolerance)
 
 
+@pytest.mark.wide
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     arguments = ["--variant", "single", "--steps", "2", "--warmup-steps", "1"]
     arguments += ["--model", "kantaibert", "gpt2_small"]

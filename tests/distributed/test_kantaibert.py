@@ -143,6 +143,7 @@ def published(config: RunConfig, lines: list[str], run_dir: Path) -> tuple[int, 
     return trainer.state.global_step, {int(e["step"]): e["loss"] for e in history if "loss" in e}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("count", "overrides"),
     [

@@ -23,6 +23,7 @@ from tests.fixtures import RanksOf
 logger = logging.getLogger("shardwright.train")
 
 pytestmark = [
+    pytest.mark.wide,
     pytest.mark.distributed,
     pytest.mark.usefixtures("async_io"),
     pytest.mark.timeout(1500),  # that of a cold compiler

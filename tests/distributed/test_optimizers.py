@@ -134,6 +134,7 @@ def test_two_ranks_learn_what_one_rank_learns(
     assert rates == {OPTIMIZERS[name].get("learning_rate", 1e-3)}
 
 
+@pytest.mark.wide
 @needs_torchao
 def test_compiled_code_of_an_earlier_run_is_not_taken_for_another_rank(
     new_run: Run, ranks: RanksOf, alone: dict[tuple[str, str], list[float]]
@@ -174,6 +175,7 @@ def test_stage_0_in_bf16_stays_within_its_rounding_of_fp32(
     assert curve(run_dir) != expected, "nothing ran in bf16"
 
 
+@pytest.mark.wide
 @needs_compiler
 @pytest.mark.timeout(COLD_COMPILER_SECONDS + 300)
 @pytest.mark.parametrize("strategy", ["zero1", "zero2_offload", "zero3_offload"])
@@ -193,6 +195,7 @@ def test_deepspeeds_cpu_adam_learns_what_torchs_learns(
     assert facts["offload_optimizer"] == "cpu"
 
 
+@pytest.mark.wide
 @needs_compiler
 @pytest.mark.timeout(COLD_COMPILER_SECONDS + 300)
 @pytest.mark.parametrize("strategy", ["zero2_offload", "zero3_offload"])

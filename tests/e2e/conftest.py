@@ -61,7 +61,7 @@ def ended_runs() -> dict[str, Run]:
     return {}
 
 
-@pytest.fixture(params=["clm", "mlm"])
+@pytest.fixture(params=["clm", pytest.param("mlm", marks=pytest.mark.wide)])
 def run(
     request: pytest.FixtureRequest,
     tiny: Callable[[str], tuple[str, ...]],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from shardwright.train.config import load
 from shardwright.train.run_directory import choice
 from tests.e2e.cli import losses, shardwright
@@ -12,6 +14,7 @@ from tests.e2e.cli import losses, shardwright
 Tiny = Callable[[str], tuple[str, ...]]
 
 
+@pytest.mark.wide
 def test_what_the_plan_chose_is_trained_and_kept(tiny: Tiny, tmp_path: Path) -> None:
     given = [word for word in tiny("clm") if not word.startswith(("strategy=", "precision="))]
     ended = shardwright(

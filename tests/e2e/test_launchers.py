@@ -43,6 +43,7 @@ def test_two_ranks_on_this_machine(
 # --- over ssh -----------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 @needs_ssh
 def test_deepspeed_over_a_hostfile_until_it_is_told_to_stop(
     tiny: Tiny, tmp_path: Path, ssh_port: int, expected: list[float]
@@ -90,6 +91,7 @@ def test_a_host_that_is_not_reached_is_a_failure(tiny: Tiny, tmp_path: Path) -> 
     assert "host=127.0.0.1 was not reachable via ssh" in ended.stderr
 
 
+@pytest.mark.wide
 @needs_ssh
 @pytest.mark.skipif(
     shutil.which("mpirun.openmpi") is None or shutil.which("ompi_info") is None,
@@ -132,6 +134,7 @@ def test_open_mpi_starts_the_ranks_of_a_hostfile(
 # --- several nodes ------------------------------------------------------------------------------
 
 
+@pytest.mark.wide
 @pytest.mark.timeout(600)  # two runs of 60 steps, and every rank started three times
 def test_a_node_that_is_killed_comes_back(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

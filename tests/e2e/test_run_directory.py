@@ -363,6 +363,7 @@ def test_sample_generates_or_fills(run: Run) -> None:
         assert len(re.findall(r"\(\d+%\)", ended.stdout)) == 3
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("run", ["clm"], indirect=True)
 def test_torchrun_by_hand_on_the_frozen_config_does_the_same(run: Run, tmp_path: Path) -> None:
     tree = yaml.safe_load((run.directory / "config.yaml").read_text())
@@ -394,6 +395,7 @@ def test_tensorboard_gets_what_metrics_get(run: Run) -> None:
     assert of_tensorboard(directory) == {k: pytest.approx(v) for k, v in values.items()}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("run", ["mlm"], indirect=True)
 def test_wandb_writes_offline_and_says_how_to_send_it(run: Run) -> None:
     (offline,) = (run.directory / "wandb").glob("offline-run-*")
@@ -466,6 +468,7 @@ def test_the_last_checkpoint_is_final_bit_for_bit_and_loads_anywhere(
     assert len(spoken.stdout) > len(prompt.removesuffix("<mask>"))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("run", ["mlm"], indirect=True)
 def test_another_step_in_another_dtype(run: Run, tmp_path: Path) -> None:
     arguments = ("recover", str(run.directory), "out", "--step", "3", "--dtype", "bf16")

@@ -8,10 +8,13 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from shardwright.launchers.sweep import directory
 from tests.e2e import cli, sweeps
 
 
+@pytest.mark.wide
 def test_a_sweep_that_was_killed_trains_each_point_once_and_as_one_left_alone(
     tiny: Callable[[str], tuple[str, ...]], tmp_path: Path
 ) -> None:
@@ -77,6 +80,7 @@ def test_a_sweep_that_is_told_to_stop_saves_and_says_how_to_continue(
     assert (sweep_dir / "0" / "checkpoints" / f"checkpoint-{step}").is_dir()
 
 
+@pytest.mark.wide
 def test_a_point_that_fails_stops_no_other_and_is_tried_again_up_to_a_limit(
     tiny: Callable[[str], tuple[str, ...]], tmp_path: Path
 ) -> None:

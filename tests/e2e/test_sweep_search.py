@@ -80,6 +80,7 @@ def has_evaluations(sweep_dir: Path, number: int, count: int) -> bool:
     return len(values(sweep_dir, number)) >= count
 
 
+@pytest.mark.wide
 def test_a_search_that_is_killed_keeps_its_study_and_a_pruned_run_says_so(
     tiny: Callable[[str], tuple[str, ...]], tmp_path: Path
 ) -> None:

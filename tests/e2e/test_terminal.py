@@ -22,6 +22,7 @@ Tiny = Callable[[str], tuple[str, ...]]
 NAME = "läuft"
 
 
+@pytest.mark.wide
 def test_a_run_goes_on_when_its_terminal_is_closed(tiny: Tiny, tmp_path: Path) -> None:
     """Under nohup or disown: what it prints then fails, on each rank and in the launcher."""
     outside, inside = os.openpty()
@@ -61,6 +62,7 @@ def test_a_run_goes_on_when_its_terminal_is_closed(tiny: Tiny, tmp_path: Path) -
     assert shardwright("logs", NAME, cwd=tmp_path).stdout == seen
 
 
+@pytest.mark.wide
 def test_a_run_without_any_output_in_a_rank_of_something_else_ends_well(
     tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def test_its_modules_are_found_by_that_name_alone(binaries: Path, beside: Path) 
     assert heavy == "[]"
 
 
+@pytest.mark.wide
 def test_a_run_from_its_start_to_its_recovered_weights(
     binaries: Path, beside: Path, tiny: Callable[[str], tuple[str, ...]]
 ) -> None:

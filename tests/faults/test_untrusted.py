@@ -266,6 +266,7 @@ def test_a_state_of_the_trainer_that_is_none_is_refused(
     assert not mark.exists()
 
 
+@pytest.mark.wide
 def test_a_whole_run_refuses_code_beside_the_engines_files(run_of: RunOf, tmp_path: Path) -> None:
     run_dir, mark = run_of("ddp"), tmp_path / "mark"
     checkpoint = run_dir / "checkpoints/checkpoint-2"
@@ -287,6 +288,7 @@ def test_a_whole_run_refuses_code_beside_the_engines_files(run_of: RunOf, tmp_pa
     assert not mark.exists()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["weight", "exp_avg", "step"])
 def test_a_whole_run_refuses_code_in_a_tensor_that_a_rank_reads(
     kind: str, run_of: RunOf, tmp_path: Path
