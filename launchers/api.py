@@ -75,11 +75,12 @@ class Run:
                 f"{self.run_dir} has no final/ yet ({self.status.state}); resume it, or recover "
                 "one of its checkpoints"
             )
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+        import transformers
 
-        names = AutoConfig.from_pretrained(place).architectures or []
-        is_masked = any(name.endswith("ForMaskedLM") for name in names)
-        found: Any = AutoModelForMaskedLM if is_masked else AutoModelForCausalLM
+        from shardwright.train.model.remote_code import AUTO_CLASSES
+        from shardwright.train.sampling.sample import objective_of
+
+        found: Any = getattr(transformers, AUTO_CLASSES[objective_of(place)])
         loaded: PreTrainedModel = found.from_pretrained(place)
         return loaded
 

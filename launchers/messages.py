@@ -70,7 +70,7 @@ def header(
         "weights": config.model.name if config.model.kind == "pretrained" else "none",
         "adapter": _adapter(config),
         "data": f"{choices.get('data', config.data.kind)}, "
-        f"{config.data.tokens_per_sample:,} tokens a sample, {_documents(config)}",
+        f"{_tokens(config)} a sample, {_documents(config)}",
         "batch": f"{trainer.global_batch_size:,} samples = {trainer.samples_per_pass} x "
         f"{accumulation_steps(trainer, layout)} x {layout.data_parallel_size} rank(s)"
         f"{_batch_warmup(trainer)}; {length}",
@@ -129,6 +129,13 @@ def _batch_warmup(trainer: TrainerConfig) -> str:
 def terminal_width() -> int | None:
     """Return the columns of the terminal that this process prints to; None where it is none."""
     return terminal.columns()
+
+
+def _tokens(config: RunConfig) -> str:
+    """Return how many tokens a sample has, what a decoder writes of it by itself."""
+    read = config.data.tokens_per_sample
+    written = config.tokens_per_sample - read
+    return f"{read:,} + {written:,} tokens" if written else f"{read:,} tokens"
 
 
 def _documents(config: RunConfig) -> str:

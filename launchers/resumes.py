@@ -55,7 +55,7 @@ def check(run_dir: Path, config: RunConfig, step: int | None = None) -> Path | N
     wanted = noted_samples_wanted(config, run_dir)
     if problem := why_too_short(config.trainer, wanted, manifest.progress(), newest.name):
         raise UserError(problem)
-    tokens, length = config.trainer.max_tokens, config.data.tokens_per_sample
+    tokens, length = config.trainer.max_tokens, config.tokens_per_sample
     batch_size = manifest.progress().batch_size or 0
     if tokens is not None and tokens <= manifest.tokens - batch_size * length:
         raise UserError(

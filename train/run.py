@@ -412,6 +412,8 @@ def _build(
     if config.data.has_bounds:
         document_attention.enable(model, config)
     check_blocks_are_not_skipped(model, rank.world_size)
+    if config.objective.is_encoder_decoder:
+        models.check_decoder_start(model, words)
     # As the Trainer does before its first step (transformers 5.23), when it is too late to look
     # whether the settings can still be saved.
     align_special_tokens(model, words)

@@ -48,6 +48,8 @@ _KEPT = Kept(
         "objective": "the model was trained with it",
         "objective.prompts": None,
         "objective.eval_masking_rate": None,
+        "objective.noise_density": None,
+        "objective.mean_span_length": None,
         "run_dir": "an evaluation writes into a directory of its own",
         "sweep_dir": "an evaluation writes into a directory of its own",
     },

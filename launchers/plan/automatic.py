@@ -77,7 +77,7 @@ class Ways:
                 strategy=name,
                 place=place,
                 micro_batch_size=size,
-                tokens=size * each.data.tokens_per_sample,
+                tokens=size * each.tokens_per_sample,
                 every_blocks=each.trainer.recomputed_every_blocks,
                 seconds=pace(each, self.model, traced, self.hardware).step_seconds,
             )

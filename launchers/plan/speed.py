@@ -141,7 +141,7 @@ def pace(config: RunConfig, model: ModelFacts, traced: Traced, hardware: Hardwar
         copied += _exposed_copies(found, phase, hidden, exposed, hardware)
     update = update_seconds(config, model, hardware)
     parts = Parts(compute, sent, copied, update)
-    tokens = config.trainer.global_batch_size * config.data.tokens_per_sample
+    tokens = config.trainer.global_batch_size * config.tokens_per_sample
     steps = _steps(config)
     return Pace(
         parts=parts,
@@ -182,7 +182,7 @@ def compute_seconds(
     efficiency = hardware.compute_efficiency
     in_fp8 = 0.0
     if products := config.precision.fp8_products:
-        tokens = config.trainer.samples_per_pass * config.data.tokens_per_sample
+        tokens = config.trainer.samples_per_pass * config.tokens_per_sample
         times = products + _recomputed_share(config)
         in_fp8 = min(traced.flops, 2 * times * model.fp8_elements * tokens)
     seconds = (traced.flops - in_fp8) / (_peak(hardware, dtype) * efficiency)
@@ -353,10 +353,10 @@ def _steps(config: RunConfig) -> int | None:
 
     Samples are taken to be full.
     """
-    trainer, data = config.trainer, config.data
+    trainer = config.trainer
     wanted = samples_wanted(config, None)
     if trainer.max_tokens is not None and wanted is None:
-        wanted = math.ceil(trainer.max_tokens / data.tokens_per_sample)
+        wanted = math.ceil(trainer.max_tokens / config.tokens_per_sample)
     if trainer.max_steps is None and wanted is None:
         return None
     return total_steps(trainer, wanted)

@@ -27,12 +27,14 @@ from shardwright.train.config.model import (
     NamedModel,
     PretrainedModel,
     ScratchModel,
+    SingleStackModel,
 )
 from shardwright.train.config.objective import (
     DiffusionObjective,
     MaskedFields,
     MlmObjective,
     ObjectiveConfig,
+    SpanCorruptionObjective,
 )
 from shardwright.train.config.optimizers import OPTIMIZERS
 from shardwright.train.config.precision import PrecisionConfig
@@ -102,7 +104,9 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "ScratchModel",
+    "SingleStackModel",
     "SlurmLauncher",
+    "SpanCorruptionObjective",
     "StrategyConfig",
     "TorchrunLauncher",
     "TrainerConfig",

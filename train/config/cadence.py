@@ -74,7 +74,7 @@ def rhythm(
 
     A position is ``data.sequence_length`` tokens, in longer stages too; padding counts.
     """
-    per_sample = config.data.tokens_per_sample
+    per_sample = config.tokens_per_sample
     found = {
         kind: _cadence(config.trainer, kind, per_sample, samples_per_epoch) for kind in CADENCES
     }

@@ -42,19 +42,13 @@ class ScratchModel(Section):
     """Attention heads of each block."""
     intermediate_size: PositiveInt
     """Width of the MLP."""
-    max_position_embeddings: PositiveInt
-    """Longest sequence in tokens (RoBERTa spends two of these on its padding offset)."""
-    initializer_range: PositiveFloat = 0.02
-    """Standard deviation of the initial weights."""
-    tie_word_embeddings: bool = True
-    """The head shares the embedding's weights."""
     attention: Attention = "auto"
     """auto is sdpa where the architecture has it, else eager; engine.json says which."""
 
     @property
     def parameters(self) -> int | None:
         """How many parameters the model has; None where that is not known before it is built."""
-        matrices = 1 if self.tie_word_embeddings else 2
+        matrices = 1 if getattr(self, "tie_word_embeddings", True) else 2
         rest = self.parameters_beside_words
         return None if rest is None else matrices * self.padded_vocab_size * self.hidden_size + rest
 
@@ -92,12 +86,17 @@ class ScratchModel(Section):
 
     @property
     def max_sequence_length(self) -> int | None:
-        """Longest input in tokens, or None where only the weights' own config knows."""
-        return self.max_position_embeddings
+        """Longest input in tokens; None where there is no limit, or the weights' config knows."""
+        return None
 
     @property
     def causal(self) -> bool | None:
         """Whether the architecture predicts the next token; None where it is not known yet."""
+        return False
+
+    @property
+    def is_encoder_decoder(self) -> bool | None:
+        """Whether it has a stack that reads and one that writes; None where it is not known yet."""
         return False
 
     @property
@@ -106,7 +105,22 @@ class ScratchModel(Section):
         return False
 
 
-class BertModel(ScratchModel):
+class SingleStackModel(ScratchModel):
+    """What an encoder or a decoder by itself has besides."""
+
+    max_position_embeddings: PositiveInt
+    """Longest sequence in tokens (RoBERTa spends two of these on its padding offset)."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    tie_word_embeddings: bool = True
+    """The head shares the embedding's weights."""
+
+    @property
+    def max_sequence_length(self) -> int | None:
+        return self.max_position_embeddings
+
+
+class BertModel(SingleStackModel):
     """BERT, from scratch."""
 
     options: ClassVar[tuple[str, ...]] = ("bert_base", "bert_large")
@@ -125,7 +139,7 @@ class BertModel(ScratchModel):
         return _of_bert(self, self.type_vocab_size)
 
 
-class RobertaModel(ScratchModel):
+class RobertaModel(SingleStackModel):
     """RoBERTa, from scratch."""
 
     options: ClassVar[tuple[str, ...]] = (
@@ -154,7 +168,7 @@ class RobertaModel(ScratchModel):
         return _of_bert(self, self.type_vocab_size)
 
 
-def _of_bert(model: ScratchModel, segments: int) -> int:
+def _of_bert(model: SingleStackModel, segments: int) -> int:
     h, i = model.hidden_size, model.intermediate_size
     embeddings = (model.max_position_embeddings + segments + 2) * h
     block = 4 * (h * h + h) + 2 * h * i + i + h + 4 * h
@@ -162,7 +176,7 @@ def _of_bert(model: ScratchModel, segments: int) -> int:
     return embeddings + model.num_hidden_layers * block + head
 
 
-class ModernBertModel(ScratchModel):
+class ModernBertModel(SingleStackModel):
     """ModernBERT, from scratch."""
 
     options: ClassVar[tuple[str, ...]] = ("modernbert_base", "modernbert_large")
@@ -190,7 +204,7 @@ class ModernBertModel(ScratchModel):
         return h + blocks + h * h + h + self.padded_vocab_size
 
 
-class Gpt2Model(ScratchModel):
+class Gpt2Model(SingleStackModel):
     """GPT-2, from scratch."""
 
     options: ClassVar[tuple[str, ...]] = (
@@ -222,7 +236,7 @@ class Gpt2Model(ScratchModel):
         return self.max_position_embeddings * h + self.num_hidden_layers * block + 2 * h
 
 
-class LlamaModel(ScratchModel):
+class LlamaModel(SingleStackModel):
     """Llama, from scratch."""
 
     options: ClassVar[tuple[str, ...]] = (
@@ -265,6 +279,53 @@ class LlamaModel(ScratchModel):
             )
 
 
+class T5Model(ScratchModel):
+    """T5, from scratch: an encoder and a decoder. Its head shares the embedding's weights."""
+
+    options: ClassVar[tuple[str, ...]] = ("t5_tiny", "t5_small", "t5_base", "t5_large")
+    kind: Literal["t5"]
+    num_hidden_layers: PositiveInt
+    """Transformer blocks of the encoder, and as many of the decoder."""
+    head_dim: PositiveInt | None = None
+    """Size of one head; null is hidden_size / num_attention_heads."""
+    feed_forward: Literal["relu", "gated_gelu"] = "relu"
+    """Activation of the MLP, of T5 and of its version 1.1."""
+    relative_attention_buckets: PositiveInt = 32
+    """Distances between tokens that attention tells apart."""
+    relative_attention_max_distance: PositiveInt = 128
+    """Distance in tokens from which on all are one."""
+    initializer_factor: PositiveFloat = 1.0
+    """By what the standard deviations of the initial weights, T5's own, are multiplied."""
+    dropout: Fraction = 0.1
+    """On embeddings, residual branches and attention weights."""
+    layer_norm_epsilon: PositiveFloat = 1e-6
+    """Added to the mean square in norms."""
+    fused_gelu: bool = True
+    """Compute GELU by one kernel instead of eight: the same function, to rounding."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return True
+
+    @property
+    def parameters_beside_words(self) -> int:
+        h, heads = self.hidden_size, self.num_attention_heads
+        attention = 4 * h * heads * (self.head_dim or h // heads) + h
+        mlp = (3 if self.feed_forward == "gated_gelu" else 2) * h * self.intermediate_size + h
+        # An encoder's block has one attention, a decoder's two; each stack ends with a norm, and
+        # has one table of distances.
+        blocks = self.num_hidden_layers * (3 * attention + 2 * mlp)
+        return blocks + 2 * (h + self.relative_attention_buckets * heads)
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.attention == "flash_attention_2":
+            yield (
+                "model.attention=flash_attention_2 knows no bias of positions, which "
+                f"model.kind={self.kind} adds to attention; set model.attention=auto"
+            )
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -280,6 +341,7 @@ class NamedModel(Section):
         "attn_implementation": "model.attention",
         "bos_token_id": "the tokenizer",
         "cls_token_id": "the tokenizer",
+        "decoder_start_token_id": "the tokenizer",
         "dtype": "precision",
         "eos_token_id": "the tokenizer",
         "mask_token_id": "the tokenizer",
@@ -364,12 +426,17 @@ class NamedModel(Section):
         return None
 
     @property
+    def is_encoder_decoder(self) -> bool | None:
+        return None
+
+    @property
     def trusts_code(self) -> bool:
         return self.trust_remote_code
 
 
 class PretrainedModel(NamedModel):
-    """Weights to start from: a hub name or a local directory, any MLM or CLM architecture."""
+    """Weights to start from: a hub name or a local directory, any MLM or CLM architecture, or a
+    T5."""
 
     options: ClassVar[tuple[str, ...]] = ("pretrained",)
     decided_elsewhere: ClassVar[Mapping[str, str]] = {
@@ -451,6 +518,7 @@ ModelConfig = Annotated[
     | ModernBertModel
     | Gpt2Model
     | LlamaModel
+    | T5Model
     | PretrainedModel
     | ConfigModel,
     Field(discriminator="kind"),

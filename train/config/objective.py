@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from shardwright.train.config.section import Fraction, NonNegativeFloat, Section, Strings
+from shardwright.train.config.spans import SpanCounts, counts_of_inputs
 from shardwright.train.own_parts import part
 
 
@@ -17,6 +18,8 @@ class LossFields(Section):
 
     is_masked: ClassVar[bool] = False
     """Whether masked tokens are predicted from all around them, and not the next one."""
+    is_encoder_decoder: ClassVar[bool] = False
+    """Whether one stack of blocks reads a sample and another one writes what is to be predicted."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a label's probability that all tokens of the vocabulary get alike."""
@@ -30,6 +33,10 @@ class LossFields(Section):
     neftune_noise_alpha: NonNegativeFloat = 0.0
     """Add noise to the input embeddings in training, even in +-alpha / sqrt(length x width) (arXiv
     2310.05914 takes 5 to 15); 0 adds none."""
+
+    def positions(self, sequence_length: int) -> int:
+        """Return how many tokens the model computes of a sample of that length. Pure."""
+        return sequence_length
 
     @model_validator(mode="after")
     def _loss_is_whole(self) -> LossFields:
@@ -186,6 +193,42 @@ class ClmObjective(LossFields):
     """Texts that the trained model continues when the run ends."""
 
 
+class SpanCorruptionObjective(LossFields):
+    """Span corruption: an encoder reads a text with spans taken out, a decoder writes the spans.
+
+    As T5 is pretrained (arXiv 1910.10683). data.sequence_length is what the encoder reads.
+    """
+
+    is_encoder_decoder: ClassVar[bool] = True
+
+    kind: Literal["span_corruption"]
+    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are taken away and predicted."""
+    mean_span_length: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 3.0
+    """Tokens that a span has on average."""
+    prompts: Strings = ()
+    """Texts with <extra_id_0>, <extra_id_1> and so on, for each of which the trained model writes
+    a span when the run ends."""
+
+    @model_validator(mode="after")
+    def _spans_are_apart(self) -> SpanCorruptionObjective:
+        if self.noise_density / self.mean_span_length > 1 - self.noise_density:
+            raise ValueError(
+                f"noise_density={self.noise_density:g} with mean_span_length="
+                f"{self.mean_span_length:g} leaves fewer tokens than there are spans to be kept "
+                "apart by them; lower the density or lengthen the spans"
+            )
+        return self
+
+    def counts(self, sequence_length: int) -> SpanCounts:
+        """Return what a sample is made of whose inputs have that many tokens. Pure."""
+        return counts_of_inputs(sequence_length, self.noise_density, self.mean_span_length)
+
+    def positions(self, sequence_length: int) -> int:
+        return sequence_length + self.counts(sequence_length).targets
+
+
 ObjectiveConfig = Annotated[
-    MlmObjective | ClmObjective | DiffusionObjective, Field(discriminator="kind")
+    MlmObjective | ClmObjective | DiffusionObjective | SpanCorruptionObjective,
+    Field(discriminator="kind"),
 ]

@@ -45,6 +45,12 @@ class Sections(Section):
     launcher: LauncherConfig
 
     @property
+    def tokens_per_sample(self) -> int:
+        """Tokens that training counts of a sample: data.sequence_length, and of an encoder-decoder
+        what it predicts as well."""
+        return self.objective.positions(self.data.tokens_per_sample)
+
+    @property
     def left_to_the_plan(self) -> tuple[str, ...]:
         """The settings that say auto where a plan has to choose, as they are typed."""
         values = {

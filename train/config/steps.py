@@ -50,7 +50,7 @@ def samples_wanted(
         return None
     if config.data.samples_vary:
         return samples_of_tokens
-    return -(-trainer.max_tokens // config.data.tokens_per_sample)
+    return -(-trainer.max_tokens // config.tokens_per_sample)
 
 
 def total_steps(trainer: TrainerConfig, wanted: int | None, at: Progress = BEGINNING) -> int:

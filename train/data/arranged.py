@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardwright.train.config import RunConfig
+from shardwright.train.config import RunConfig, SpanCorruptionObjective
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,13 +37,27 @@ def arranged(
     from shardwright.train.data.tokens.fitting import Rows
     from shardwright.train.data.tokens.store import TokenStore
 
-    length, causal = length or config.data.tokens_per_sample, not config.objective.is_masked
+    length, causal = length or config.data.tokens_per_sample, _is_causal(config)
     if config.data.packing == "concatenate":
-        return lambda name: Samples(TokenStore(entry.path, name), length, causal)
+        window = _window(config, length)
+        return lambda name: Samples(TokenStore(entry.path, name), length, causal, window=window)
     rows = _rows(config, entry).path
     return lambda name: FittedSamples(
         TokenStore(entry.path, name), length, causal, Rows(rows, name)
     )
+
+
+def _is_causal(config: RunConfig) -> bool:
+    """Whether each token of a sample is predicted from those before it. Pure."""
+    return not (config.objective.is_masked or config.objective.is_encoder_decoder)
+
+
+def _window(config: RunConfig, length: int) -> int | None:
+    """Return the tokens that samples of a length are cut from, where each is some of them. Pure."""
+    objective = config.objective
+    if isinstance(objective, SpanCorruptionObjective):
+        return objective.counts(length).window
+    return None
 
 
 def share_of_cuts(
@@ -55,16 +69,17 @@ def share_of_cuts(
     sample is a line.
     """
     from shardwright.train.data.batches.fitted import room_of
-    from shardwright.train.data.tokens.fitting import Share, share_of
+    from shardwright.train.data.tokens.fitting import Room, Share, share_of
     from shardwright.train.data.tokens.store import TokenStore
 
-    length, causal = config.data.tokens_per_sample, not config.objective.is_masked
+    length, causal = config.data.tokens_per_sample, _is_causal(config)
     if config.data.line_by_line:
         return None
     if config.data.packing == "best_fit":
         details = _rows(config, entry).details
         return share_of((details[name] for name in names), length, causal=causal)
-    room = room_of(length, causal=causal)
+    window = _window(config, length)
+    room = room_of(length, causal=causal) if window is None else Room(window, 0)
     counted = [_cut(TokenStore(entry.path, name), suffix, room) for name in names]
     documents, longer, cut = (sum(numbers) for numbers in zip(*counted, strict=True))
     return Share(documents, longer, cut, padding=0.0)
@@ -77,7 +92,7 @@ def _rows(config: RunConfig, entry: Entry) -> Entry:
     from shardwright.train.data.tokens.cache import build_once, cache_root, fingerprint
     from shardwright.train.data.tokens.store import TokenStore
 
-    length, causal = config.data.tokens_per_sample, not config.objective.is_masked
+    length, causal = config.data.tokens_per_sample, _is_causal(config)
     room = room_of(length, causal=causal)
     what = {
         "format": fitting.FORMAT,

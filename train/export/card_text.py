@@ -251,6 +251,12 @@ def _objective(run: RunConfig) -> str:
             f"masked diffusion: in each sample a share of the tokens of its own, from {least:.2g} "
             "to all of them"
         )
+    if run.objective.kind == "span_corruption":
+        share, span = run.objective.noise_density, run.objective.mean_span_length
+        return (
+            f"span corruption: {share:.0%} of the tokens, in spans of {span:g} on average, are "
+            "taken from what the encoder reads and written by the decoder"
+        )
     unit = "whole words" if run.objective.whole_word else "tokens"
     first, last = run.objective.masking_rate, run.objective.masking_rate_final
     if last is None:
@@ -277,12 +283,29 @@ def _use(facts: Facts) -> str:
         lines += [f'fill = pipeline("fill-mask", model="{MODEL_PLACEHOLDER}"{trusted})']
         prompt = json.dumps(prompts[0], ensure_ascii=False) if prompts else None
         lines += [f"fill({prompt or 'fill.tokenizer.mask_token'})"]
+    elif task == _WRITES_SPANS:
+        lines = _use_of_spans(prompts, trusted)
     else:
         prompt = prompts[0] if prompts else "The"
         shown = json.dumps(prompt, ensure_ascii=False)
         lines += [f'generate = pipeline("text-generation", model="{MODEL_PLACEHOLDER}"{trusted})']
         lines += [f"generate({shown}, {_length(facts, prompt)}, do_sample=True)"]
     return "\n".join(["## Use", "", "```python", *lines, "```"])
+
+
+def _use_of_spans(prompts: Sequence[str], trusted: str) -> list[str]:
+    """Return how an encoder-decoder is asked for spans, for which there is no pipeline."""
+    shown = json.dumps(prompts[0] if prompts else "The <extra_id_0>", ensure_ascii=False)
+    names = ("AutoModelForSeq2SeqLM", "AutoTokenizer")
+    loads = [f'{name}.from_pretrained("{MODEL_PLACEHOLDER}"{trusted})' for name in names]
+    return [
+        f"from transformers import {', '.join(names)}",
+        "",
+        f"model, tokenizer = (\n    {loads[0]},\n    {loads[1]},\n)",
+        f'inputs = tokenizer({shown}, return_tensors="pt")',
+        f"written = model.generate(**inputs, max_new_tokens={EXAMPLE_TOKENS})",
+        "tokenizer.decode(written[0])  # each span behind its <extra_id_...>",
+    ]
 
 
 def _length(facts: Facts, prompt: str) -> str:
@@ -316,11 +339,17 @@ def _data_rows(facts: Facts) -> Iterator[tuple[str, str | None]]:
             yield name, _counted(counts[part])
     if data.max_documents:
         yield "Taken", f"the first {data.max_documents:,} documents"
-    yield "Sequence length", f"{data.tokens_per_sample:,} tokens"
+    yield "Sequence length", f"{data.tokens_per_sample:,} tokens{_written(run)}"
     for number, stage in enumerate(data.stages, start=1):
         length = stage.sequence_length or data.tokens_per_sample
         until = f"for {stage.tokens:,} tokens" if stage.tokens else "to the end"
         yield f"Stage {number}", f"samples of {length:,} tokens, {until}"
+
+
+def _written(run: RunConfig) -> str:
+    """Return what a decoder writes of a sample, in words; nothing where there is none."""
+    written = run.tokens_per_sample - run.data.tokens_per_sample
+    return f" read by the encoder, {written:,} written by the decoder" if written else ""
 
 
 def _counted(part: Mapping[str, Any]) -> str:
@@ -493,6 +522,12 @@ def _limits(facts: Facts) -> Iterator[str]:
                 "Its loss on held-out documents is an estimate of an upper bound of the negative "
                 "log-likelihood of a token, and the perplexity that of such a bound."
             )
+    elif task == _WRITES_SPANS:
+        yield (
+            "A base model of span corruption: it writes what is missing in a text at <extra_id_0> "
+            "and so on. It is not tuned for any task, and nothing prevents false or harmful "
+            "statements."
+        )
     elif task == "fill-mask":
         yield "A masked model: it fills single masks and gives representations; it does not write."
     if run is None:
@@ -560,8 +595,13 @@ def _name(facts: Facts) -> str:
     return f"{facts.config_json.get('model_type', 'language')} model"
 
 
+_WRITES_SPANS = "text2text-generation"
+
+
 def _task(facts: Facts) -> str | None:
     """Return the hub's name of what the model does; None for an architecture of another kind."""
+    if facts.run is not None and facts.run.objective.is_encoder_decoder:
+        return _WRITES_SPANS
     if facts.run is not None:
         return "fill-mask" if facts.run.objective.is_masked else "text-generation"
     names = [str(name) for name in facts.config_json.get("architectures") or []]
@@ -569,6 +609,8 @@ def _task(facts: Facts) -> str | None:
         return "fill-mask"
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "text-generation"
+    if any(name.endswith("ForConditionalGeneration") for name in names):
+        return _WRITES_SPANS
     return None
 
 

@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 import torch.distributed as dist
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardwright.train.checkpoint.discovery import best_whole
 from shardwright.train.checkpoint.format import damage
@@ -38,6 +33,7 @@ from shardwright.train.model.directory import (
     write_beside_weights,
     writers,
 )
+from shardwright.train.model.pretrained import auto_class_of
 from shardwright.train.process.agreement import (
     check,
     from_all_patiently,
@@ -143,8 +139,7 @@ def _write_beside_weights(
 
 
 def _check_loads(trainer: Trainer, directory: Path, failed: dict[str, Exception]) -> None:
-    causal = not trainer.config.objective.is_masked
-    auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    auto_class = auto_class_of(trainer.config.objective)
     try:
         check_loads(directory, auto_class, trusts_code=trainer.config.model.trusts_code)
     except WrongWeights:

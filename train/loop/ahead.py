@@ -86,7 +86,8 @@ class Ahead:
 def counted(batches: list[Batch], ignored: int) -> tuple[int, int]:
     """Return how many labels and how many tokens, padding left out, are in micro-batches.
 
-    Where labels have weights, instead of labels how many tokens there could be labels of.
+    Of an encoder-decoder both what is read and what is written. Where labels have weights, instead
+    of labels how many tokens there could be labels of.
     """
     labels = tokens = 0
     for batch in batches:
@@ -94,6 +95,8 @@ def counted(batches: list[Batch], ignored: int) -> tuple[int, int]:
             labels += int(batch[PREDICTABLE])
         else:
             labels += int((batch["labels"].numpy() != ignored).sum())
+        if "decoder_input_ids" in batch:
+            tokens += batch["decoder_input_ids"].numel()
         if "attention_mask" in batch:
             tokens += int(batch["attention_mask"].numpy().sum())
         else:

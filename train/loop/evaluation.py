@@ -42,14 +42,21 @@ def total(sets: Sequence[HeldOutSet], sums: Sequence[Sums]) -> Sums:
 
 
 def metrics(
-    sets: Sequence[HeldOutSet], sums: Sequence[Sums], *, masked: bool, has_own_loss: bool = False
+    sets: Sequence[HeldOutSet],
+    sums: Sequence[Sums],
+    *,
+    masked: bool,
+    has_own_loss: bool = False,
+    is_code: bool = True,
 ) -> Iterator[tuple[str, float]]:
     """Yield name and value of what was measured, of all and of each set that has a name. Pure.
 
     The loss is that of the objective, whatever function of the user's own is minimised. Bits per
-    byte are not told of ``masked`` models: what one predicts, it has seen the surroundings of, so
-    that it is no code of the text. What masked diffusion minimises bounds one from above.
+    byte are told where the loss ``is_code`` of the text, and not of ``masked`` models: what one
+    predicts, it has seen the surroundings of. What masked diffusion minimises bounds one from
+    above.
     """
+    is_code = is_code and not masked
     whole = total(sets, sums)
     mean = whole.loss / max(whole.labels, 1)
     yield "loss", mean
@@ -59,7 +66,7 @@ def metrics(
     if has_own_loss:
         yield "own_loss", whole.own / max(whole.labels, 1)
     its = [each for each, is_its in zip(sets, of_run(sets), strict=True) if is_its]
-    if not masked and (bits := bits_per_byte(mean, its)) is not None:
+    if is_code and (bits := bits_per_byte(mean, its)) is not None:
         yield "bits_per_byte", bits
     for each, of in zip(sets, sums, strict=True):
         if each.name is None or not of.labels:
@@ -68,7 +75,7 @@ def metrics(
         yield f"loss/{each.name}", mean
         if has_own_loss:
             yield f"own_loss/{each.name}", of.own / of.labels
-        if not masked and (bits := bits_per_byte(mean, [each])) is not None:
+        if is_code and (bits := bits_per_byte(mean, [each])) is not None:
             yield f"bits_per_byte/{each.name}", bits
 
 

@@ -363,7 +363,14 @@ class Trainer(transformers.Trainer):
             sequence_length=length,
             embedding_rows=rows,
             logits=getattr(head, "out_features", rows),
+            targets=self._targets(length),
         )
+
+    def _targets(self, sequence_length: int) -> int | None:
+        """Return how many tokens a decoder writes of a sample; None where there is one stack."""
+        objective = self.config.objective
+        written = objective.positions(sequence_length) - sequence_length
+        return written if objective.is_encoder_decoder else None
 
     # --- whether the step was finite ----------------------------------------------------------
 
@@ -606,7 +613,11 @@ class Trainer(transformers.Trainer):
         whole = evaluation.total(dataset.sets, reduced)
         self.held_out_batches_not_finite = int(whole.not_finite), int(whole.batches)
         objective = self.config.objective
-        kinds = {"masked": objective.kind == "mlm", "has_own_loss": objective.loss is not None}
+        kinds = {
+            "masked": objective.kind == "mlm",
+            "has_own_loss": objective.loss is not None,
+            "is_code": not objective.is_encoder_decoder,
+        }
         measured = dict(evaluation.metrics(dataset.sets, reduced, **kinds))
         if self.config.trainer.average_evaluated and average is not None:
             with self._average_shown():

@@ -28,8 +28,8 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """Return the repeated transformer blocks in order: the units to shard, compile and recompute.
 
     They are the biggest `ModuleList` (by modules within) whose members are all of one class, among
-    the classes that the model names as not to be split where it names any. Raises UserError where
-    there is none.
+    the classes that the model names as not to be split where it names any. Of an encoder-decoder
+    they are those of the encoder, then of the decoder. Raises UserError where there is none.
     """
     lists = [
         list(module)
@@ -45,6 +45,8 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
             f"{type(model).__name__} has no list of equal transformer blocks to shard or compile; "
             "choose another strategy than fsdp and trainer.compile=false, or another model"
         )
+    if model.config.is_encoder_decoder and named:
+        return [block for members in named for block in members]
     return max(named or lists, key=lambda members: sum(1 for m in members for _ in m.modules()))
 
 

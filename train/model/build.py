@@ -95,15 +95,15 @@ def build(
     elif isinstance(section, ConfigModel):
         model, values = from_config(section, model_config, config.objective, config.seed)
     else:
-        assert section.causal != config.objective.is_masked, "checked in RunConfig"
+        assert section.is_encoder_decoder == config.objective.is_encoder_decoder, "checked there"
+        assert not (section.causal and config.objective.is_masked), "in RunConfig"
         model_class = MODEL_CLASSES[section.kind]
         model, values = initialized(lambda: model_class(model_config), config.seed)
     if not config.objective.is_masked and not isinstance(section, PretrainedModel):
         model.generation_config = generation_config(model_config)
     _note_objective(model, config.objective.kind)
     auxiliary_coefficient(model)  # refuses what cannot be given
-    # A cache of keys and values is of no use to a forward pass over whole samples.
-    model.config.use_cache = False
+    _use_no_cache(model)
     if getattr(section, "fused_gelu", False):
         activations.fuse(model)
     fp8.convert(model, config)
@@ -113,6 +113,16 @@ def build(
             model, every_blocks, offload=offload, parts=config.trainer.recompute
         )
     return model.train(), values
+
+
+def _use_no_cache(model: PreTrainedModel) -> None:
+    """Keep no keys and values, which are of no use to a forward pass over whole samples.
+
+    The stacks of an encoder-decoder have copies of the config (transformers 5.23, T5).
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.use_cache = False
 
 
 def _note_objective(model: PreTrainedModel, objective: str) -> None:
@@ -194,6 +204,20 @@ def auxiliary_coefficient(model: PreTrainedModel) -> float:
                 "choose another model"
             )
     return 0.0
+
+
+def check_decoder_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError where a decoder begins with another token than it is trained to begin with.
+
+    Batches begin with the tokenizer's padding, and whoever generates with what config.json says.
+    """
+    begins, padding = model.config.decoder_start_token_id, tokenizer.pad_token_id
+    if begins != padding:
+        raise UserError(
+            f"the decoder of the model begins with token {begins} (decoder_start_token_id in its "
+            f"config.json), and the tokenizer's padding, with which it is trained to begin, is "
+            f"{padding}; choose the tokenizer that belongs to the model"
+        )
 
 
 def _check_sizes(

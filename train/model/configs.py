@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from shardwright.train.config.model import (
@@ -31,7 +33,8 @@ from shardwright.train.config.model import (
     ModernBertModel,
     PretrainedModel,
     RobertaModel,
-    ScratchModel,
+    SingleStackModel,
+    T5Model,
 )
 from shardwright.train.config.positions import GLOBAL, LOCAL, POSITIONS_START_AFTER_PADDING
 from shardwright.train.errors import UserError
@@ -43,6 +46,7 @@ MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     "modernbert": ModernBertForMaskedLM,
     "gpt2": GPT2LMHeadModel,
     "llama": LlamaForCausalLM,
+    "t5": T5ForConditionalGeneration,
 }
 
 
@@ -115,7 +119,35 @@ def transformers_config(
                 attention_dropout=model.attention_dropout,
                 **shared,
             )
+        case T5Model():
+            config = _of_t5(model, tokenizer)
     return config
+
+
+def _of_t5(model: T5Model, tokenizer: PreTrainedTokenizerBase) -> T5Config:
+    """Return a T5's config; its head is tied, as transformers (5.23) ties that of each T5."""
+    of_any_config: dict[str, Any] = {
+        "attn_implementation": attention_of(model),
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    return T5Config(
+        vocab_size=model.padded_vocab_size,
+        d_model=model.hidden_size,
+        d_kv=model.head_dim or model.hidden_size // model.num_attention_heads,
+        d_ff=model.intermediate_size,
+        num_layers=model.num_hidden_layers,
+        num_heads=model.num_attention_heads,
+        relative_attention_num_buckets=model.relative_attention_buckets,
+        relative_attention_max_distance=model.relative_attention_max_distance,
+        dropout_rate=model.dropout,
+        layer_norm_epsilon=model.layer_norm_epsilon,
+        initializer_factor=model.initializer_factor,
+        feed_forward_proj=model.feed_forward.replace("_", "-"),
+        dtype=torch.float32,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **of_any_config,
+    )
 
 
 def _follow_the_run(
@@ -133,6 +165,8 @@ def _follow_the_run(
     text.bos_token_id = tokenizer.bos_token_id
     text.eos_token_id = tokenizer.eos_token_id
     text.pad_token_id = _padding(tokenizer)
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = tokenizer.pad_token_id
     for name in ("mask_token_id", "cls_token_id", "sep_token_id"):
         if hasattr(text, name):
             setattr(text, name, getattr(tokenizer, name))
@@ -161,7 +195,7 @@ def _unscaled(rope_theta: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": rope_theta}
 
 
-def _shared(model: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _shared(model: SingleStackModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what transformers calls by one name in every architecture."""
     shared: dict[str, Any] = {
         "vocab_size": model.padded_vocab_size,

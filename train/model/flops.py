@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,10 @@ from shardwright.train.config import RunConfig
 from shardwright.train.config.devices import peak_flops
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -57,6 +61,10 @@ def flops_per_token(model: PreTrainedModel, config: RunConfig) -> int | None:
     if layout is None:
         return None
     layers, heads, head_dim = layout
+    if config.objective.is_encoder_decoder:
+        read = config.data.tokens_per_sample
+        of = {"layers": layers, "heads": heads, "head_dim": head_dim, "read": read}
+        return _of_encoder_decoder(model, **of, written=config.tokens_per_sample - read)
     return training_flops_per_token(
         parameters=matmul_parameters(model),
         frozen=matmul_parameters(model, frozen=True),
@@ -97,26 +105,54 @@ def training_flops_per_token(
     return 6 * parameters - 2 * frozen + 12 * layers * heads * head_dim * sequence_length
 
 
+def _of_encoder_decoder(
+    model: PreTrainedModel, *, layers: int, heads: int, head_dim: int, read: int, written: int
+) -> int:
+    """Return the mean over the tokens of a sample that are read and those that are written.
+
+    As `training_flops_per_token`: of matrices, those of the encoder are multiplied with what is
+    read, as are keys and values of the decoder's attention to it, and all others with what is
+    written; every pair of tokens of which one can attend to the other counts.
+    """
+    from shardwright.train.model.blocks import whole_elements
+
+    elements = whole_elements(model)
+    of_encoder = set(map(id, model.get_encoder().parameters()))
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    of_reader = of_writer = 0
+    for name, parameter in _multiplied(model):
+        of_source = re.search(r"EncDecAttention\.[kv]\.", name) is not None
+        if id(parameter) not in head and (id(parameter) in of_encoder or of_source):
+            of_reader += elements[parameter]
+        else:
+            of_writer += elements[parameter]
+    pairs = read * read + written * written + read * written
+    flops = 6 * (of_reader * read + of_writer * written) + 12 * layers * heads * head_dim * pairs
+    return round(flops / (read + written))
+
+
 def matmul_parameters(model: PreTrainedModel, *, frozen: bool = False) -> int:
     """Return how many parameters are multiplied with each token; or those of them not trained.
 
     That leaves out embedding tables, which are only looked up (token types, positions, tokens),
     except for the token embedding that is tied to the head: the head does multiply by it.
     """
-    from torch import nn
-
     from shardwright.train.model.blocks import whole_elements
+
+    elements = whole_elements(model)
+    counted = (p for _, p in _multiplied(model) if not (frozen and p.requires_grad))
+    return sum(elements[p] for p in counted)
+
+
+def _multiplied(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    from torch import nn
 
     head = model.get_output_embeddings()
     used_by_head = {id(parameter) for parameter in head.parameters()}
     looked_up = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     } - used_by_head
-    counted = (
-        parameter
-        for name, parameter in model.named_parameters()
+    for name, parameter in model.named_parameters():
         # Beside an adapter, what a module was that is trained whole is not used.
-        if id(parameter) not in looked_up and ".original_module." not in name
-    )
-    elements = whole_elements(model)
-    return sum(elements[p] for p in counted if not (frozen and p.requires_grad))
+        if id(parameter) not in looked_up and ".original_module." not in name:
+            yield name, parameter

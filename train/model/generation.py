@@ -81,8 +81,10 @@ def _quiet() -> Iterator[None]:
 
 def generation_config(config: PreTrainedConfig) -> GenerationConfig:
     text = config.get_text_config()
+    starts = getattr(config, "decoder_start_token_id", None)
     return GenerationConfig(
-        bos_token_id=text.bos_token_id,
+        bos_token_id=getattr(text, "bos_token_id", None),
+        **({} if starts is None else {"decoder_start_token_id": starts}),
         eos_token_id=text.eos_token_id,
         pad_token_id=text.eos_token_id if text.pad_token_id is None else text.pad_token_id,
         # Learned positions end here; the pipelines' default length may lie beyond.

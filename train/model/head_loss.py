@@ -168,6 +168,8 @@ def _logits_around_any_body(model: PreTrainedModel) -> Any:
     parameter = next(model.parameters())
     ids = torch.zeros(1, 2, dtype=torch.long, device=parameter.device)
     body: Any = model.base_model
+    if model.config.is_encoder_decoder:
+        return model.forward(input_ids=ids, decoder_input_ids=ids).logits
     if body is model:
         return model.forward(input_ids=ids).logits
     size = model.config.get_text_config().hidden_size

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from shardwright.train.config import (
 from shardwright.train.config.model import NOT_QUANTIZED
 from shardwright.train.config.section import shown
 from shardwright.train.errors import UserError
-from shardwright.train.model import base, rotary, saved
+from shardwright.train.model import base, remote_code, rotary, saved
 from shardwright.train.model.overrides import overridden, shape_changes
 from shardwright.train.model.streaming import (
     CannotStream,
@@ -53,7 +54,7 @@ def check_before_data(model: NamedModel, objective: ObjectiveConfig) -> None:
 
 
 def _check_attention(model: NamedModel, objective: ObjectiveConfig) -> None:
-    auto_class = AutoModelForCausalLM if not objective.is_masked else AutoModelForMaskedLM
+    auto_class = auto_class_of(objective)
     trusted = {"trust_remote_code": model.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(model.name, revision=model.revision, **trusted)
@@ -109,7 +110,7 @@ def load_pretrained(
     *,
     reads_weights: bool,
 ) -> tuple[PreTrainedModel, InitialValues]:
-    build, auto_class = _builder(model, config, objective), _auto_class(objective)
+    build, auto_class = _builder(model, config, objective), auto_class_of(objective)
     is_quantised = getattr(config, "quantization_config", None) is not None
     is_packed = model.quantization != NOT_QUANTIZED
     with loading(model):
@@ -161,8 +162,9 @@ def _not_read_again(model: PretrainedModel, reason: str) -> str:
     )
 
 
-def _auto_class(objective: ObjectiveConfig) -> Any:
-    return AutoModelForCausalLM if not objective.is_masked else AutoModelForMaskedLM
+def auto_class_of(objective: ObjectiveConfig) -> Any:
+    """Return the class of transformers whose `from_pretrained` loads what an objective trains."""
+    return getattr(transformers, remote_code.AUTO_CLASSES[objective.kind])
 
 
 def _as_asked(model: NamedModel) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def _as_asked(model: NamedModel) -> dict[str, Any]:
 def _builder(
     model: NamedModel, config: PreTrainedConfig, objective: ObjectiveConfig
 ) -> Callable[[], PreTrainedModel]:
-    auto_class = _auto_class(objective)
+    auto_class = auto_class_of(objective)
     return lambda: auto_class.from_config(config, **_as_asked(model))
 
 
@@ -221,9 +223,13 @@ def check_head(model: NamedModel, config: PreTrainedConfig, objective: Objective
     causal = _has_head(AutoModelForCausalLM, config) or "AutoModelForCausalLM" in own_code
     what = f"model.name={model.name} is of the architecture {config.model_type}"
     if config.is_encoder_decoder:
+        _check_encoder_decoder(what, config, objective)
+        return
+    if objective.is_encoder_decoder:
+        causal = causal and not masked
         raise UserError(
-            f"{what}, an encoder-decoder, which fits no objective here; choose an encoder for "
-            "objective=mlm or a decoder for objective=clm"
+            f"{what}, which is no encoder-decoder, as objective={objective.kind} needs; choose "
+            f"objective={'clm' if causal else 'mlm'}, or a T5"
         )
     if masked and causal:
         # Encoders such as BERT can be switched to a decoder; only a flag in the config tells.
@@ -233,6 +239,25 @@ def check_head(model: NamedModel, config: PreTrainedConfig, objective: Objective
     other = "mlm" if masked else "clm" if causal else None
     remedy = f"choose objective={other} or another model" if other else "choose another model"
     raise UserError(f"{what}, which has no head for objective={objective.kind}; {remedy}")
+
+
+T5S = ("mt5", "t5", "umt5")
+"""Model types of the encoder-decoders whose decoder begins with padding, as it is trained here."""
+
+
+def _check_encoder_decoder(what: str, config: PreTrainedConfig, objective: ObjectiveConfig) -> None:
+    if not objective.is_encoder_decoder:
+        fits = "objective=span_corruption" if config.model_type in T5S else "no objective here"
+        raise UserError(
+            f"{what}, an encoder-decoder, which fits {fits}, and not objective={objective.kind}; "
+            "choose an encoder for objective=mlm or a decoder for objective=clm"
+        )
+    if config.model_type not in T5S:
+        raise UserError(
+            f"{what}, and objective={objective.kind} trains those of the T5 family "
+            f"({', '.join(T5S)}): others begin to write, tell positions apart or were trained "
+            "otherwise; choose one of these"
+        )
 
 
 def _has_head(auto_class: Any, config: PreTrainedConfig) -> bool:

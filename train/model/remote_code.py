@@ -19,6 +19,7 @@ AUTO_CLASSES = {
     "clm": "AutoModelForCausalLM",
     "mlm": "AutoModelForMaskedLM",
     "diffusion": "AutoModelForMaskedLM",
+    "span_corruption": "AutoModelForSeq2SeqLM",
 }
 """Under which an objective's class stands there."""
 

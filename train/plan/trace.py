@@ -129,7 +129,16 @@ def _batch(config: RunConfig, model: PreTrainedModel) -> tuple[dict[str, Any], t
         batch |= {name: _fake(value) for name, value in told.items()}
     elif config.data.line_by_line:
         batch["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+    if config.objective.is_encoder_decoder:
+        written = config.tokens_per_sample - length
+        batch["decoder_input_ids"] = torch.zeros((rows, written), dtype=torch.int64)
+        return batch, torch.zeros(rows * written, dtype=torch.int64)
     return batch, torch.zeros(rows * length, dtype=torch.int64)
+
+
+def _body(model: PreTrainedModel) -> Any:
+    """Return what a model computes last before its head; the model itself, where nothing is."""
+    return model.get_decoder() if model.config.is_encoder_decoder else model.base_model
 
 
 def _fake(value: Any) -> Any:
@@ -173,12 +182,12 @@ class _Step:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._take)
         with live:
-            live.take_in([batch["input_ids"], labels])
+            live.take_in([v for n, v in batch.items() if n.endswith("input_ids")] + [labels])
             live.begin()
-            if model.base_model is not model:
-                at_head = model.base_model.register_forward_hook(self._begin_head)
+            if (body := _body(model)) is not model:
+                at_head = body.register_forward_hook(self._begin_head)
             loss = self._forward(batch, labels)
-            if model.base_model is not model:
+            if body is not model:
                 at_head.remove()
             forward, kept = live.peak, live.now()
             live.begin()

@@ -180,14 +180,15 @@ def card_warnings(readme: str) -> list[str]:
 def _check_loads(directory: Path, *, trusts_code: bool) -> None:
     """Let `from_pretrained` find every weight, on the meta device. Raises UserError."""
     quiet_libraries()
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    import transformers
 
     from shardwright.train.model.directory import check_loads
-    from shardwright.train.sampling.sample import check_code, is_masked
+    from shardwright.train.model.remote_code import AUTO_CLASSES
+    from shardwright.train.sampling.sample import check_code, objective_of
 
     check_code(directory, trusts_code=trusts_code)
     try:
-        auto = AutoModelForMaskedLM if is_masked(directory) else AutoModelForCausalLM
+        auto = getattr(transformers, AUTO_CLASSES[objective_of(directory)])
         check_loads(directory, auto, trusts_code=trusts_code)
     except Exception as error:  # transformers, safetensors and torch raise what they like
         text = " ".join(str(error).split())

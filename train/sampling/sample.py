@@ -50,7 +50,8 @@ def sample(
     positions end), drawn with temperature 0.7 from the 50 likeliest; a masked one the ``top``
     likeliest fillings as "token (probability)". One of masked diffusion continues a prompt, drawn
     alike, or returns it with all masks filled, as `Whole`; within ``steps`` passes, by default one
-    for each mask.
+    for each mask. One of span corruption returns it with all spans filled, as `Whole`, by at most
+    ``new_tokens`` tokens in all, drawn alike.
 
     Raises UserError where a prompt does not suit the model, or the directory's model cannot be
     loaded; Python code that comes with one is run with ``trust_remote_code`` only.
@@ -69,6 +70,8 @@ def sample(
         together = {"synced_gpus": True}
     objective = objective_of(model_dir)
     _check_steps(steps, objective)
+    if objective == "span_corruption":
+        return [[text] for text in _filled(prompts, model_dir, source, new_tokens, sharded)]
     if objective != "clm":
         fill = _loaded("fill-mask", model_dir, source)
         assert fill.tokenizer is not None
@@ -124,6 +127,46 @@ def _unmasked(prompt: str, fill: Any, new_tokens: int, steps: int | None, seed: 
     return text if continues else Whole(text)
 
 
+def _filled(
+    prompts: Sequence[str],
+    model_dir: Path,
+    source: dict[str, Any],
+    new_tokens: int,
+    sharded: tuple[PreTrainedModel, torch.device] | None,
+) -> list[Whole]:
+    """Return prompts with what an encoder-decoder writes in place of their spans."""
+    from shardwright.train.sampling import spans
+
+    model, tokenizer = _loaded(None, model_dir, source)
+    device = model.device if sharded is None else sharded[1]
+    check_prompts(prompts, tokenizer, "span_corruption")
+
+    def generate(inputs: dict[str, Any]) -> list[int]:
+        (written,) = model.generate(
+            input_ids=inputs["input_ids"].to(device),
+            attention_mask=inputs["attention_mask"].to(device),
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            temperature=0.7,
+            top_k=50,
+            synced_gpus=sharded is not None,
+        )
+        return list(map(int, written[1:]))  # behind what the decoder begins with
+
+    return [Whole(spans.completed(prompt, tokenizer, generate)) for prompt in prompts]
+
+
+def _encoder_decoder(source: dict[str, Any]) -> Any:
+    """Return model and tokenizer, for which transformers 5 has no pipeline any more."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    trusted = {"trust_remote_code": source["trust_remote_code"]}
+    tokenizer = AutoTokenizer.from_pretrained(source.get("tokenizer", source["model"]), **trusted)
+    if not isinstance(source["model"], str):
+        return source["model"], tokenizer
+    return AutoModelForSeq2SeqLM.from_pretrained(source["model"], **trusted), tokenizer
+
+
 def _check_steps(steps: int | None, objective: str) -> None:
     """Raise UserError where passes are asked for of a model that has one for each token."""
     if steps is not None and objective != "diffusion":
@@ -133,8 +176,10 @@ def _check_steps(steps: int | None, objective: str) -> None:
         )
 
 
-def _loaded(task: str, model_dir: Path, source: dict[str, Any]) -> Any:
+def _loaded(task: str | None, model_dir: Path, source: dict[str, Any]) -> Any:
     """Return transformers' pipeline of a model. Raises UserError where it cannot be loaded.
+
+    Without a task, an encoder-decoder and its tokenizer.
 
     What can be seen without loading is looked for first: libraries take some of it for another
     thing, and say so.
@@ -146,6 +191,8 @@ def _loaded(task: str, model_dir: Path, source: dict[str, Any]) -> Any:
     if problem := next(damage.problems(model_dir), None):
         raise UserError(problem)
     try:
+        if task is None:
+            return _encoder_decoder(source)
         return pipeline(task, **source)  # type: ignore[call-overload]
     except (OSError, ValueError, KeyError, ImportError, AttributeError, SafetensorError) as error:
         if exhausted.explained(error) is not None:
@@ -183,6 +230,11 @@ def check_code(model_dir: Path, *, trusts_code: bool) -> None:
 
 def objective_of(model_dir: Path) -> str:
     """Return by which objective the model in a Hugging Face directory answers."""
+    tree = _config_of(model_dir)
+    own = tree.get("auto_map")
+    is_own = isinstance(own, dict) and "AutoModelForSeq2SeqLM" in own
+    if is_own or str(tree["architectures"][0]).endswith("ForConditionalGeneration"):
+        return "span_corruption"
     if not is_masked(model_dir):
         return "clm"
     return str(_config_of(model_dir).get(OBJECTIVE_KEY, "mlm"))
@@ -219,7 +271,8 @@ def check_prompts(
 ) -> None:
     """Raise UserError for a prompt that is too long, or for a masked model without one mask.
 
-    Of diffusion it may have any number of masks, and is continued where it has none.
+    Of diffusion it may have any number of masks, and is continued where it has none; of span
+    corruption any number of spans.
     """
     for prompt in prompts:
         shown = repr(prompt if len(prompt) <= 60 else f"{prompt[:57]}...")
@@ -228,8 +281,14 @@ def check_prompts(
                 f"prompt {shown} has {prompt.count(str(tokenizer.mask_token))} masks; this model "
                 f"fills exactly one {tokenizer.mask_token}"
             )
+        if objective == "span_corruption":
+            from shardwright.train.data.tokens import sentinels
+            from shardwright.train.sampling import spans
+
+            spans.check(prompt, shown, len(sentinels.ids(tokenizer)))
         masks = objective != "clm" and str(tokenizer.mask_token) in prompt
-        length, longest = _length(prompt, tokenizer), tokenizer.model_max_length - (not masks)
+        continues = not masks and objective != "span_corruption"
+        length, longest = _length(prompt, tokenizer), tokenizer.model_max_length - continues
         if length > longest:
             raise UserError(
                 f"prompt {shown} has {length:,} tokens; this model takes at most {longest:,}, "

@@ -15,6 +15,7 @@ from shardwright.train.config.rules import (
     optimizers,
     quantization,
     replicated,
+    span_corruption,
     zero,
 )
 from shardwright.train.config.section import shown
@@ -26,6 +27,7 @@ from shardwright.train.errors import UserError
 def contradictions(config: Sections) -> Iterator[str]:
     """Yield a message for each pair of values that cannot both be meant."""
     yield from _samples_contradictions(config)
+    yield from span_corruption.contradictions(config)
     yield from config.model.contradictions()
     yield from adapter.contradictions(config)
     yield from quantization.contradictions(config)
@@ -53,8 +55,11 @@ def contradictions(config: Sections) -> Iterator[str]:
 def _samples_contradictions(config: Sections) -> Iterator[str]:
     """Yield why the model cannot learn from the samples: their kind, or their length."""
     model, objective, length = config.model, config.objective, config.data.sequence_length
-    if model.causal is not None and model.causal == objective.is_masked:
+    learns = objective.is_encoder_decoder, not objective.is_masked
+    found = model.is_encoder_decoder, model.causal or objective.is_encoder_decoder
+    if model.causal is not None and learns != found:
         fit = "clm" if model.causal else "mlm"
+        fit = "span_corruption" if model.is_encoder_decoder else fit
         yield (
             f"objective={objective.kind} does not fit model.kind={model.kind}, which is trained "
             f"with objective={fit}; choose objective={fit} or another model"

@@ -48,7 +48,7 @@ class Masking:
         on its own or, with ``whole_word``, all of a word together. A pure function of the window,
         the seed, the epoch, the sample's index and how much of the run was done before its step.
         """
-        draws = _draws(self.seed, key)
+        draws = draws_of(self.seed, key)
         tokens = window.tokens
         # A word that the window's edge cuts counts as one from the edge on.
         units = np.arange(len(tokens)) if window.word_starts is None else _words(window.word_starts)
@@ -103,14 +103,14 @@ class DiffusionMasking:
         return ids, np.where(chosen, window.tokens, IGNORED)
 
     def _drawn(self, key: SampleKey) -> tuple[float, np.random.Generator]:
-        draws = _draws(self.seed, key)
+        draws = draws_of(self.seed, key)
         place = draws.random()
         if self.is_spread:
             place = key.sample * GOLDEN % 1.0
         return self.objective.masking_rate_of(place), draws
 
 
-def _draws(seed: int, key: SampleKey) -> np.random.Generator:
+def draws_of(seed: int, key: SampleKey) -> np.random.Generator:
     """Return the random numbers of an occurrence of a sample."""
     counter = [0, key.stage, key.epoch, key.sample]
     return np.random.Generator(np.random.Philox(key=[seed, 0], counter=counter))

@@ -12,6 +12,8 @@ from shardwright.train.errors import UserError
 
 OF_TOKENS = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
 """What a batch has of each token; it may have more, of documents."""
+OF_TARGETS = frozenset({"decoder_input_ids", "labels"})
+"""What it has of each token that a decoder writes, where an encoder reads others."""
 
 
 def check(
@@ -21,17 +23,21 @@ def check(
     sequence_length: int,
     embedding_rows: int,
     logits: int,
+    targets: int | None = None,
 ) -> None:
     """Raise UserError where a model of this many rows and logits cannot be trained on them. Pure.
 
-    ``sizes`` is how many samples each of them is to have. An id beyond the embedding would
-    be an IndexError on a CPU and a crash of the whole device on a GPU, at whatever step first meets
-    it.
+    ``sizes`` is how many samples each of them is to have, ``targets`` how many tokens a decoder
+    writes of each, where there is one. An id beyond the embedding would be an IndexError on a CPU
+    and a crash of the whole device on a GPU, at whatever step first meets it.
     """
     for batch, size in zip(batches, sizes, strict=True):
         shape = _shape(batch, size, sequence_length)
-        for name in sorted(OF_TOKENS & batch.keys()):
-            tensor = batch[name]
+        shapes = dict.fromkeys(OF_TOKENS, shape)
+        if targets is not None:
+            shapes |= dict.fromkeys(OF_TARGETS, (size, targets))
+        for name in sorted(shapes.keys() & batch.keys()):
+            tensor, shape = batch[name], shapes[name]
             if tensor.dtype != torch.int64 or tuple(tensor.shape) != shape:
                 raise UserError(
                     f"the first batch has {name} of dtype {_name(tensor.dtype)} and shape "
@@ -39,7 +45,10 @@ def check(
                     "(trainer.micro_batch_size, data.sequence_length); prepare the data again "
                     "in another data.cache_dir"
                 )
-        _check_ids("input_ids", batch["input_ids"], embedding_rows, "the model's embedding", "rows")
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in batch:
+                of = (embedding_rows, "the model's embedding", "rows")
+                _check_ids(name, batch[name], *of)
         labels = batch["labels"][batch["labels"].ne(IGNORED)]
         _check_ids("labels", labels, logits, "the model's head", "logits")
         mask = batch.get("attention_mask")

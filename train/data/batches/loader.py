@@ -20,6 +20,7 @@ from shardwright.train.config import (
     RankLayout,
     RunConfig,
     Schedule,
+    SpanCorruptionObjective,
     accumulation_steps,
     batch_sizes,
 )
@@ -33,8 +34,10 @@ from shardwright.train.data.batches.collator import (
 from shardwright.train.data.batches.held_out import HeldOutSet, portions
 from shardwright.train.data.batches.sampler import EvalBatches, SampleKey, TrainBatches
 from shardwright.train.data.batches.samples import Mixture, Window
+from shardwright.train.data.batches.spans import SpanCollator
 from shardwright.train.data.batches.stages import stages_of
 from shardwright.train.data.prepare import Prepared
+from shardwright.train.data.tokens import sentinels
 from shardwright.train.data.tokens.tokenizer import special_ids
 from shardwright.train.model.documents import DocumentBounds
 from shardwright.train.process import signals
@@ -79,6 +82,7 @@ def train_loader(
     collate = collator(prepared, config, config.seed, bounds)
     if batches.stages is None:
         return _loader(config, dataset, batches, collate)
+    assert isinstance(collate, Collator), "others have no stages, as checked in RunConfig"
     lengths = batches.stages.lengths
     of_stages = tuple(replace(collate, sequence_length=length) for length in lengths)
     return _loader(config, dataset, batches, CollatorOfStages(of_stages))
@@ -142,7 +146,7 @@ def _loader(
     config: RunConfig,
     dataset: Dataset[tuple[Window, SampleKey]],
     batches: TrainBatches | EvalBatches,
-    collate: Collator | CollatorOfStages,
+    collate: Collator | CollatorOfStages | SpanCollator,
 ) -> Batches:
     return DataLoader(
         dataset,
@@ -182,11 +186,15 @@ def _obey_the_rank_alone(worker: int) -> None:
 
 def collator(
     prepared: Prepared, config: RunConfig, mask_seed: int, bounds: DocumentBounds | None = None
-) -> Collator:
+) -> Collator | SpanCollator:
     """Return what makes this run's batches; ``mask_seed`` in [0, 2^64) fixes what is masked."""
     ids = special_ids(prepared.tokenizer, config)
     masking = None
     objective = config.objective
+    if isinstance(objective, SpanCorruptionObjective):
+        counts = objective.counts(config.data.tokens_per_sample)
+        marks = np.array(sentinels.ids(prepared.tokenizer)[: counts.spans], dtype=np.int64)
+        return SpanCollator(counts, marks, ids.pad, ids.end, mask_seed)
     if isinstance(objective, MaskedFields):
         assert ids.mask is not None, "special_ids demands one"
         special = np.array(sorted(prepared.tokenizer.all_special_ids), dtype=np.int64)

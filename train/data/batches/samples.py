@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -50,14 +50,18 @@ class Samples:
     For clm a sample is ``sequence_length`` + 1 tokens at a stride of ``sequence_length``, so that
     each token is predicted once; for mlm it is the ``sequence_length`` - 2 tokens that a frame of
     two special tokens leaves room for. Of a line store a sample is a line, cut to that length.
+    Where there is a ``window``, a sample is that many tokens.
     """
 
     store: TokenStore
     sequence_length: int
     causal: bool
+    window: int | None = field(default=None, kw_only=True)
 
     @cached_property
     def _stride(self) -> int:
+        if self.window is not None:
+            return self.window
         return self.sequence_length if self.causal else self.sequence_length - 2
 
     def __len__(self) -> int:

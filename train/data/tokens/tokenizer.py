@@ -15,8 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from shardwright.train.config import ByteBpeTokenizer, PretrainedTokenizer, RunConfig
+from shardwright.train.config import (
+    ByteBpeTokenizer,
+    PretrainedTokenizer,
+    RunConfig,
+    SpanCorruptionObjective,
+)
 from shardwright.train.data.sources.corpus import read_corpus
+from shardwright.train.data.tokens import sentinels
 from shardwright.train.data.tokens.cache import build_once, cache_root, fingerprint, flush
 from shardwright.train.data.tokens.pretrained import TOKENIZER_CONFIG, pretrained
 from shardwright.train.data.tokens.spelling import Trained
@@ -168,6 +174,12 @@ def document_frame(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Fra
     elif ids.end not in after:
         end = tokenizer.convert_ids_to_tokens(ids.end)
         note += f"; none ends with {end}, at which generation stops"
+    if isinstance(config.objective, SpanCorruptionObjective):
+        counts = config.objective.counts(config.data.tokens_per_sample)
+        note += (
+            f"; a sample is {counts.window:,} tokens of these, {counts.noise:,} of them in "
+            f"{counts.spans:,} spans to be predicted"
+        )
     return Frame(before, after or (ids.end,), note)
 
 
@@ -202,6 +214,7 @@ def control_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 def check_fits(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> None:
     """Raise UserError where the tokenizer cannot serve the objective or the model's embedding."""
     special_ids(tokenizer, config)
+    sentinels.check(tokenizer, config, _name(config))
     _check_unknown(tokenizer, config)
     rows, wanted = config.model.rows_asked_for, vocabulary_size(tokenizer)
     if rows is None:
@@ -249,10 +262,17 @@ def unused(tokenizer: PreTrainedTokenizerFast, config: RunConfig) -> Iterator[st
 
 
 def wanted_vocabulary(config: RunConfig, settings: Trained) -> int:
-    """Return how many tokens a tokenizer is to be trained to; raise UserError at too few."""
+    """Return how many tokens a tokenizer is to have; raise UserError at too few."""
+    marks = len(sentinels.added_to(config))
+    smallest = settings.smallest_vocabulary + marks
     if settings.vocab_size is not None:
+        if marks and settings.vocab_size < smallest:
+            raise UserError(
+                f"tokenizer.vocab_size={settings.vocab_size}, but {_needed(settings, marks)} need "
+                f"{smallest}; raise it"
+            )
         return settings.vocab_size
-    wanted, smallest = config.model.vocabulary, settings.smallest_vocabulary
+    wanted = config.model.vocabulary
     if wanted is None:
         raise UserError(
             "tokenizer.vocab_size=null takes the model's vocabulary, which the config.json of "
@@ -262,15 +282,24 @@ def wanted_vocabulary(config: RunConfig, settings: Trained) -> int:
     if wanted < smallest:
         raise UserError(
             f"tokenizer.vocab_size=null takes model.vocab_size={wanted}, but "
-            f"{'256 bytes and ' if settings.needs_bytes else ''}the special tokens need "
-            f"{smallest}; raise model.vocab_size"
+            f"{_needed(settings, marks)} need {smallest}; raise model.vocab_size"
         )
     return wanted
 
 
+def _needed(settings: Trained, marks: int) -> str:
+    """Return in words what a vocabulary holds before anything is learned. Pure."""
+    parts = [
+        *(["256 bytes"] if settings.needs_bytes else []),
+        *([f"{marks} sentinels"] if marks else []),
+        "the special tokens",
+    ]
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
 def _trained(config: RunConfig, settings: Trained, identity: dict[str, Any]) -> Path:
     """Return the cached tokenizer.json, training it where there is none."""
-    vocab_size = wanted_vocabulary(config, settings)
+    vocab_size = wanted_vocabulary(config, settings) - len(sentinels.added_to(config))
 
     def build(directory: Path) -> dict[str, Any]:
         texts = (p.text for p in read_corpus(config.data, root) if not p.held_out)
@@ -317,14 +346,16 @@ def _first_bytes(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
 
 
 def _wrap(path: Path, config: RunConfig, settings: Trained) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer.from_file(str(path))
     begin, pad, end, unknown, mask = settings.special_tokens
-    masked = config.objective.is_masked
-    if (around := _post_processor(settings, frames=masked)) is not None:
+    masked, marks = config.objective.is_masked, sentinels.added_to(config)
+    ends = config.objective.is_encoder_decoder
+    if (around := _post_processor(settings, frames=masked, ends=ends)) is not None:
         tokenizer.post_processor = around
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in marks])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=begin,
@@ -334,25 +365,29 @@ def _wrap(path: Path, config: RunConfig, settings: Trained) -> PreTrainedTokeniz
         sep_token=end,
         unk_token=unknown,
         mask_token=mask,
+        **({"extra_special_tokens": list(marks)} if marks else {}),
         model_max_length=config.model.max_sequence_length or config.data.longest_sample,
         # Token types would reach GPT-2's word embedding, and ModernBERT knows none.
         model_input_names=["input_ids", "attention_mask"],
         # Prompts of different lengths have to end together to be continued together.
-        padding_side="right" if masked else "left",
+        padding_side="right" if masked or ends else "left",
         clean_up_tokenization_spaces=False,
     )
 
 
-def _post_processor(settings: Trained, *, frames: bool) -> Any:
+def _post_processor(settings: Trained, *, frames: bool, ends: bool) -> Any:
     """Return what is put around a text in use: as around a sample of a masked model, or nothing.
 
-    A causal model's prompt is the beginning of a document, and documents are trained on so.
+    A causal model's prompt is the beginning of a document, and documents are trained on so. What an
+    encoder reads before a decoder writes has an end alone.
     """
     from tokenizers import processors
 
     begin, _, end, *_ = settings.special_tokens
     first, last = settings.special_tokens.index(begin), settings.special_tokens.index(end)
     is_bytes = isinstance(settings, ByteBpeTokenizer)
+    if ends:
+        return processors.TemplateProcessing(single=["$A", end], special_tokens=[(end, last)])
     if not frames:
         return processors.ByteLevel(trim_offsets=True) if is_bytes else None
     if is_bytes:

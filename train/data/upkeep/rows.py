@@ -131,6 +131,8 @@ class Rows:
 
     def _width(self, window: Window) -> int:
         """Return how many positions of its row a sample takes: for mlm with its frame."""
+        if self.config.objective.is_encoder_decoder:
+            return self.config.data.tokens_per_sample
         tokens = len(window.tokens)
         return tokens + 2 if self.config.objective.is_masked else max(0, tokens - 1)
 
@@ -140,6 +142,9 @@ class Rows:
         width = self._width(window)
         stop = None if self.is_padded else width
         ids, labels = batch.ids[row][:stop], batch.labels[row][:stop]
+        if self.config.objective.is_encoder_decoder:
+            source, number = self._origin(key)
+            return Row(0, source, number, ids, batch.labels[row], width, [], False, writes=True)
         if window.document_ends is not None:
             ends = window.document_ends + frame
         elif self.between is not None and not self.config.data.line_by_line:

@@ -27,13 +27,15 @@ class Row(NamedTuple):
     ids: Ids
     """What the model sees, padding included, shape (n,)."""
     labels: Ids
-    """Shape (n,)."""
+    """Shape (n,), or that of what is written."""
     width: int
     """Tokens that are no padding."""
     document_ends: list[int]
     """Above 0 and below ``width``."""
     masked: bool
     """Labels are of masked positions."""
+    writes: bool = False
+    """Labels are another text, which a decoder writes."""
 
     @property
     def chosen(self) -> Ids:
@@ -103,6 +105,8 @@ def described(
     documents = len(row.document_ends) + 1
     head = f"sample {row.position:,}: {row.width:,} tokens of {documents:,} document"
     head += "s" if documents > 1 else ""
+    if row.writes:
+        head = f"sample {row.position:,}: {row.width:,} tokens read, {len(row.labels):,} written"
     if row.masked:
         head += f", {len(row.chosen):,} to be predicted"
     if padding := len(row.ids) - row.width:
@@ -114,6 +118,10 @@ def described(
         if number:
             yield "  ---- another document ----"
         for line in visible(text).split("\n"):
+            yield from _broken(line, columns - 4)
+    if row.writes:
+        yield "  ---- to be written ----"
+        for line in visible(decoder.part(row.labels.tolist(), None)).split("\n"):
             yield from _broken(line, columns - 4)
     if padding:
         yield f"  ---- {padding:,} of padding ----"
