@@ -136,6 +136,7 @@ def check(run_dir: Path, config: RunConfig) -> tuple[Path, RunConfig]:
     model = AutoConfig.from_pretrained(run_dir / "final")
     assert model.num_hidden_layers == 2
     head = "ForMaskedLM" if config.objective.is_masked else "LMHeadModel"
+    head = "ForConditionalGeneration" if config.objective.is_encoder_decoder else head
     assert model.architectures[0].endswith(head)
     assert (run_dir / "final" / "model.safetensors").is_file()
     return run_dir, config

@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BartConfig,
     BertConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -95,14 +96,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def objective_of(model: str) -> str:
+    if model.startswith("t5"):
+        return "span_corruption"
+    return "clm" if model.startswith(("gpt2", "llama")) else "mlm"
+
+
 def composed(model: str, *overrides: str, objective: str | None = None) -> RunConfig:
-    objective = objective or ("clm" if model.startswith(("gpt2", "llama")) else "mlm")
+    objective = objective or objective_of(model)
+    words = 361 if objective == "span_corruption" else 261
     tree = compose(
         "config",
         [
             f"model={model}",
             f"objective={objective}",
-            "tokenizer.vocab_size=261",
+            f"tokenizer.vocab_size={words}",
             "data.sequence_length=32",
             "data.document_attention=false",
             "data.unpad=false",
@@ -142,8 +150,8 @@ def test_preset_has_as_many_parameters_as_its_first_line_says(
 @pytest.mark.parametrize("preset", [*PRESETS, "pretrained"])
 def test_preset_spells_out_every_key_so_that_each_can_be_overridden(preset: str) -> None:
     overrides = [] if preset != "pretrained" else ["model.name=some/name"]
-    objective = "clm" if preset.startswith(("gpt2", "llama")) else "mlm"
-    tree = compose("config", [f"model={preset}", f"objective={objective}", *overrides])
+    objective = f"objective={objective_of(preset)}"
+    tree = compose("config", [f"model={preset}", objective, *overrides])
     section = composed(preset, *overrides).model
     fields = type(section).model_fields
     assert set(tree.model) == {field.alias or name for name, field in fields.items()}
@@ -164,6 +172,9 @@ def test_preset_spells_out_every_key_so_that_each_can_be_overridden(preset: str)
         ("llama_3b", 3_212_749_824),
         ("llama_8b", 8_030_261_248),
         ("llama_70b", 70_553_706_496),
+        ("t5_small", 60_506_624),
+        ("t5_base", 222_903_552),
+        ("t5_large", 737_668_096),
     ],
 )
 def test_preset_has_the_published_size(
@@ -515,7 +526,15 @@ def test_code_that_comes_with_weights_is_not_run_unasked(
         (GPT2Config(), "mlm", "architecture gpt2, which has no head for objective=mlm; .*=clm"),
         (BertConfig(), "clm", "architecture bert, which has no head for objective=clm; .*=mlm"),
         (BertConfig(is_decoder=True), "mlm", "no head for objective=mlm; choose objective=clm"),
-        (T5Config(), "clm", "architecture t5, an encoder-decoder"),
+        (T5Config(), "clm", "architecture t5, an encoder-decoder, which fits objective=span_corr"),
+        (
+            BartConfig(),
+            "mlm",
+            "bart, an encoder-decoder, which fits no objective here, and not .*mlm",
+        ),
+        (BartConfig(), "span_corruption", "trains those of the T5 family .mt5, t5, umt5.: others"),
+        (GPT2Config(), "span_corruption", "no encoder-decoder, as .* needs; choose objective=clm,"),
+        (RobertaConfig(), "span_corruption", "is no encoder-decoder, .* choose objective=mlm, or"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )

@@ -72,6 +72,7 @@ ALIASES = {
     "max_sequence_length": "data.sequence_length",
     "max_train_steps": "trainer.max_steps",
     "mbs": "trainer.micro_batch_size",
+    "mean_noise_span_length": "objective.mean_span_length, under objective=span_corruption",
     "mem": "launcher.memory_per_node",
     "micro_batch": "trainer.micro_batch_size",
     "mlflow_tracking_uri": "tracking=mlflow tracking.uri=...",

@@ -99,16 +99,7 @@ def transformers_config(
                 **_shared(model, tokenizer),
             )
         case Gpt2Model():
-            shared = _shared(model, tokenizer)
-            config = GPT2Config(
-                n_inner=shared.pop("intermediate_size"),
-                resid_pdrop=model.dropout,
-                embd_pdrop=model.dropout,
-                attn_pdrop=model.attention_dropout,
-                layer_norm_epsilon=model.layer_norm_epsilon,
-                activation_function="gelu_pytorch_tanh" if model.fused_gelu else "gelu_new",
-                **shared,
-            )
+            config = _of_gpt2(model, tokenizer)
         case LlamaModel():
             shared = _shared(model, tokenizer) | {"pad_token_id": _padding(tokenizer)}
             config = LlamaConfig(
@@ -122,6 +113,19 @@ def transformers_config(
         case T5Model():
             config = _of_t5(model, tokenizer)
     return config
+
+
+def _of_gpt2(model: Gpt2Model, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
+    shared = _shared(model, tokenizer)
+    return GPT2Config(
+        n_inner=shared.pop("intermediate_size"),
+        resid_pdrop=model.dropout,
+        embd_pdrop=model.dropout,
+        attn_pdrop=model.attention_dropout,
+        layer_norm_epsilon=model.layer_norm_epsilon,
+        activation_function="gelu_pytorch_tanh" if model.fused_gelu else "gelu_new",
+        **shared,
+    )
 
 
 def _of_t5(model: T5Model, tokenizer: PreTrainedTokenizerBase) -> T5Config:

@@ -63,11 +63,8 @@ def sample(
     check_code(model_dir, trusts_code=trust_remote_code)
     # Not None, for which transformers would ask on the terminal and wait.
     source: dict[str, Any] = {"model": str(model_dir), "trust_remote_code": trust_remote_code}
-    together: dict[str, Any] = {}
     if sharded is not None:
         source |= {"model": sharded[0], "tokenizer": str(model_dir)}
-        # All continue until all have ended, whatever rounding made of their tokens.
-        together = {"synced_gpus": True}
     objective = objective_of(model_dir)
     _check_steps(steps, objective)
     if objective == "span_corruption":
@@ -81,11 +78,22 @@ def sample(
         if objective == "diffusion":
             return [[_unmasked(p, fill, new_tokens, steps, seed)] for p in prompts]
         return [_fillings(prompt, fill, top) for prompt in prompts]
+    return _continued(prompts, model_dir, source, new_tokens, sharded)
+
+
+def _continued(
+    prompts: Sequence[str],
+    model_dir: Path,
+    source: dict[str, Any],
+    new_tokens: int,
+    sharded: tuple[PreTrainedModel, torch.device] | None,
+) -> list[list[str]]:
+    """Return what a causal model makes of each prompt."""
     generate = _loaded("text-generation", model_dir, source)
     assert generate.tokenizer is not None
     if sharded is not None:
         generate.device = sharded[1]  # offloaded weights are elsewhere
-    check_prompts(prompts, generate.tokenizer, objective)
+    check_prompts(prompts, generate.tokenizer, "clm")
     completions = []
     for prompt in prompts:
         room = generate.tokenizer.model_max_length - _length(prompt, generate.tokenizer)
@@ -97,7 +105,8 @@ def sample(
             temperature=0.7,
             top_k=50,
             return_full_text=False,
-            **together,
+            # All continue until all have ended, whatever rounding made of their tokens.
+            **({} if sharded is None else {"synced_gpus": True}),
         )
         completions.append([generated["generated_text"]])
     return completions

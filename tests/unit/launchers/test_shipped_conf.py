@@ -51,6 +51,7 @@ COMPANIONS = {
         ]
         for kind in ("lora", "dora", "ia3")
     },
+    "objective/span_corruption": ["model=t5_tiny"],
     "data/hub": ["data.name=someone/something"],
     "data/python": ["data.source=corpus.py:documents"],
     "data/text": ["data.paths=[corpus.txt]"],
