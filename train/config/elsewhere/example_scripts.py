@@ -28,7 +28,7 @@ EXAMPLE_SCRIPTS = rows(
         "streaming": "data=hub data.streaming=true",
         "block_size": "data.sequence_length",
         "max_seq_length": "data.sequence_length",
-        "mlm_probability": "objective.masking_rate; of run_t5_mlm_flax.py objective.noise_density",
+        "mlm_probability": "objective.masking_rate",
         "line_by_line": "data.line_by_line",
         "pad_to_max_length": "data.unpad=false; lines are laid end to end otherwise",
     },
