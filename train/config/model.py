@@ -57,6 +57,11 @@ class ScratchModel(Section):
         """Those that are in no matrix of the vocabulary's."""
         return None
 
+    @property
+    def blocks(self) -> int | None:
+        """How many blocks there are, of all stacks; None where the model's own config decides."""
+        return self.num_hidden_layers
+
     def contradictions(self) -> Iterator[str]:
         """Yield a message for each pair of its own values that cannot both be meant."""
         if self.hidden_size % self.num_attention_heads and getattr(self, "head_dim", None) is None:
@@ -308,6 +313,10 @@ class T5Model(ScratchModel):
         return True
 
     @property
+    def blocks(self) -> int:
+        return 2 * self.num_hidden_layers
+
+    @property
     def parameters_beside_words(self) -> int:
         h, heads = self.hidden_size, self.num_attention_heads
         attention = 4 * h * heads * (self.head_dim or h // heads) + h
@@ -379,6 +388,11 @@ class NamedModel(Section):
     @property
     def parameters(self) -> int | None:
         return self._parameters
+
+    @property
+    def blocks(self) -> int | None:
+        """How many blocks there are, of all stacks; None where the model's own config decides."""
+        return None
 
     @property
     def other_positions(self) -> bool:

@@ -39,7 +39,12 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
         and not isinstance(module[0], nn.ModuleList)
     ]
     unsplit = set(model._no_split_modules or ())
-    named = [members for members in lists if type(members[0]).__name__ in unsplit]
+    # `fully_shard` puts a class of another name before a module's own.
+    named = [
+        members
+        for members in lists
+        if unsplit & {each.__name__ for each in type(members[0]).__mro__}
+    ]
     if not lists:
         raise UserError(
             f"{type(model).__name__} has no list of equal transformer blocks to shard or compile; "

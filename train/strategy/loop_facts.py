@@ -148,7 +148,7 @@ def _recomputed(config: RunConfig) -> dict[str, Any]:
         "offload_activations": config.trainer.offload_activations,
     }
     # Pretrained weights bring their number of blocks along.
-    if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
+    if (layers := config.model.blocks) is not None:
         facts["recomputed_blocks"] = 0 if every_blocks is None else math.ceil(layers / every_blocks)
     return facts
 
@@ -161,7 +161,7 @@ def _blocks_run_as(config: RunConfig) -> dict[str, Any]:
     if config.model.attention != "auto":
         facts["attention"] = config.model.attention
     facts["told_of_documents"] = config.data.has_bounds
-    if (layers := getattr(config.model, "num_hidden_layers", None)) is not None:
+    if (layers := config.model.blocks) is not None:
         facts["compiled_blocks"] = layers if compiles else 0
     return facts
 

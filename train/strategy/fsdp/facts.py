@@ -29,7 +29,7 @@ def expected(config: RunConfig, layout: RankLayout) -> dict[str, Any]:
         "reshard_after_forward": values["reshard_after_forward"],
         "reshard_ranks": values["reshard_ranks"],
     }
-    layers = getattr(config.model, "num_hidden_layers", None)
+    layers = config.model.blocks
     of_words = 0 if getattr(config.model, "tie_word_embeddings", True) else 2
     if values["wrap"] == "none":
         facts["units"] = 1
