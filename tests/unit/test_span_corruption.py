@@ -228,9 +228,11 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
         model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits.square().sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     assert not torch._dynamo.utils.counters["graph_break"]
-    torch.testing.assert_close(
-        [p.grad for p in compiled.parameters()], [p.grad for p in plain.parameters()]
-    )
+    for (name, one), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        assert one.grad is not None, name
+        assert other.grad is not None, name
+        difference = (one.grad - other.grad).abs().max() / one.grad.abs().max()
+        assert difference < 1e-5, name
 
 
 def test_a_token_costs_what_the_counted_arithmetic_of_a_sample_comes_to() -> None:
