@@ -50,6 +50,7 @@ def _together(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     here = machine.detect(os.environ)
     model_dir = sample.model_directory(options.run_dir).absolute()
+    sample.check_can_be_divided(model_dir, options.strategy)
     ranks = options.nproc_per_node or max(1, here.gpus)
     trusts_code = options.trust_remote_code
     overrides = sampling_overrides(

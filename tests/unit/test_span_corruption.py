@@ -33,7 +33,7 @@ from shardwright.train.model.first_values import materialize
 from shardwright.train.model.flops import flops_per_token
 from shardwright.train.plan.model import stand_in
 from shardwright.train.plan.trace import traced
-from shardwright.train.sampling.sample import objective_of
+from shardwright.train.sampling.sample import check_can_be_divided, objective_of
 from shardwright.train.sampling.spans import check, completed, spans_of
 from tests.unit.trees import FSDP, TREE
 
@@ -339,6 +339,17 @@ def test_the_first_batch_is_held_to_both_lengths() -> None:
     batch["decoder_input_ids"][0, 0] = 9
     with pytest.raises(UserError, match="has the token id 9 in decoder_input_ids, and the model's"):
         first_batch.check([batch], **asked, targets=15)
+
+
+def test_ranks_do_not_sample_together_from_an_encoder_decoder(tmp_path: Path) -> None:
+    T5ForConditionalGeneration(T5Config(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as refused:
+        check_can_be_divided(tmp_path, "zero3")
+    assert str(refused.value) == (
+        "--strategy=zero3 gathers weights for the forward pass of a whole model, and who generates "
+        f"with an encoder-decoder, as {tmp_path} holds one, calls its encoder by itself; leave "
+        "--strategy out: one process holds the model then"
+    )
 
 
 # --- filling spans ------------------------------------------------------------------------------

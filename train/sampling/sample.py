@@ -68,7 +68,8 @@ def sample(
     objective = objective_of(model_dir)
     _check_steps(steps, objective)
     if objective == "span_corruption":
-        return [[text] for text in _filled(prompts, model_dir, source, new_tokens, sharded)]
+        assert sharded is None, "refused before ranks are started"
+        return [[text] for text in _filled(prompts, model_dir, source, new_tokens)]
     if objective != "clm":
         fill = _loaded("fill-mask", model_dir, source)
         assert fill.tokenizer is not None
@@ -141,24 +142,21 @@ def _filled(
     model_dir: Path,
     source: dict[str, Any],
     new_tokens: int,
-    sharded: tuple[PreTrainedModel, torch.device] | None,
 ) -> list[Whole]:
     """Return prompts with what an encoder-decoder writes in place of their spans."""
     from shardwright.train.sampling import spans
 
     model, tokenizer = _loaded(None, model_dir, source)
-    device = model.device if sharded is None else sharded[1]
     check_prompts(prompts, tokenizer, "span_corruption")
 
     def generate(inputs: dict[str, Any]) -> list[int]:
         (written,) = model.generate(
-            input_ids=inputs["input_ids"].to(device),
-            attention_mask=inputs["attention_mask"].to(device),
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
             max_new_tokens=new_tokens,
             do_sample=True,
             temperature=0.7,
             top_k=50,
-            synced_gpus=sharded is not None,
         )
         return list(map(int, written[1:]))  # behind what the decoder begins with
 
@@ -170,9 +168,7 @@ def _encoder_decoder(source: dict[str, Any]) -> Any:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     trusted = {"trust_remote_code": source["trust_remote_code"]}
-    tokenizer = AutoTokenizer.from_pretrained(source.get("tokenizer", source["model"]), **trusted)
-    if not isinstance(source["model"], str):
-        return source["model"], tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(source["model"], **trusted)
     return AutoModelForSeq2SeqLM.from_pretrained(source["model"], **trusted), tokenizer
 
 
@@ -410,6 +406,16 @@ def check_strategy(strategy: str | None, nproc_per_node: int | None) -> None:
         raise UserError(
             f"--strategy={strategy} does not divide the weights of a model that only generates; "
             f"choose one of {choices}, or leave it out"
+        )
+
+
+def check_can_be_divided(model_dir: Path, strategy: str) -> None:
+    """Raise UserError where ranks cannot sample together from a model."""
+    if objective_of(model_dir) == "span_corruption":
+        raise UserError(
+            f"--strategy={strategy} gathers weights for the forward pass of a whole model, and "
+            f"who generates with an encoder-decoder, as {model_dir} holds one, calls its encoder "
+            "by itself; leave --strategy out: one process holds the model then"
         )
 
 
