@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -476,3 +477,17 @@ def test_the_objective_is_told(tiny_tree: Tree) -> None:
     )
     assert "is an estimate of an upper bound of the negative log-likelihood" in diffusion
     assert "fill(fill.tokenizer.mask_token)" in diffusion
+
+
+def test_an_encoder_decoder_is_told_by_what_it_reads_and_writes(tiny_tree: Tree) -> None:
+    tree = tiny_tree("span_corruption")
+    tree["objective"]["prompts"] = ["a <extra_id_0> b"]
+    readme = card_of(facts(tree, metrics={"eval_loss": 3.0})).readme
+    assert "pipeline_tag: text2text-generation" in readme
+    assert "span corruption: 15% of the tokens, in spans of 3 on average, are taken" in readme
+    assert "32 tokens read by the encoder, 8 written by the decoder" in readme
+    assert "it writes what is missing in a text at <extra_id_0>" in readme
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    compile(example, "example", "exec")
+    assert 'tokenizer("a <extra_id_0> b", return_tensors="pt")' in example
+    assert "AutoModelForSeq2SeqLM.from_pretrained(" in example

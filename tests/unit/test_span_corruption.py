@@ -313,6 +313,17 @@ def test_weights_of_the_family_are_loaded_as_transformers_loads_them(
     torch.testing.assert_close(again(**batch).logits, expected)
 
 
+def test_any_of_the_family_begins_from_its_config_alone(tmp_path: Path) -> None:
+    UMT5Config(**SIZES).save_pretrained(tmp_path)
+    name = {"kind": "from_config", "name": str(tmp_path), "vocab_size": 400}
+    model = built(config(model=name))
+    assert type(model) is UMT5ForConditionalGeneration
+    assert model.shared.num_embeddings == 400
+    # Of the run's tokenizer.
+    assert (model.config.decoder_start_token_id, model.config.eos_token_id) == (1, 2)
+    assert model.generation_config.decoder_start_token_id == 1
+
+
 def test_a_decoder_that_begins_otherwise_is_refused() -> None:
     model = T5ForConditionalGeneration(T5Config(**SIZES))
     with pytest.raises(UserError) as refused:
