@@ -227,13 +227,16 @@ ALWAYS = {
     "dependency device exclusive extra_sbatch gpu_ids gpu_request gpus_per_node grace_seconds "
     "hostfile kind log_level mail_type max_restarts memory_per_node min_nodes nodes nproc_per_node "
     "partition qos requeue site starts time_limit wait",
-    "model": "attention attention_dropout dropout fused_gelu global_attention_every_layers "
-    "head_dim hidden_size import initializer_range intermediate_size kind layer_norm_epsilon "
+    "model": "attention attention_dropout dropout feed_forward fused_gelu "
+    "global_attention_every_layers head_dim hidden_size import initializer_factor "
+    "initializer_range intermediate_size kind layer_norm_epsilon relative_attention_buckets "
+    "relative_attention_max_distance "
     "local_attention_window local_rope_theta max_position_embeddings name num_attention_heads "
     "num_hidden_layers num_key_value_heads overrides quantization rms_norm_epsilon rope_theta step "
     "tie_word_embeddings trust_remote_code type_vocab_size vocab_size",
     "objective": "head_on_labels_only kind least_masking_rate loss mask_token_share masking_rate "
-    "masking_rate_final neftune_noise_alpha prompts random_token_share whole_word",
+    "masking_rate_final mean_span_length neftune_noise_alpha noise_density prompts "
+    "random_token_share whole_word",
     "precision": "allow_tf32 compute_dtype fp8_recipe master_dtype moments_dtype reduce_dtype",
     "strategy": "bucket_size_bytes extra kind node_local_checkpoints offload offload_optimizer "
     "offload_parameters reduce_each_micro_batch replicas reshard_after_forward stage wrap",
