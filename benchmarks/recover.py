@@ -32,7 +32,7 @@ from benchmarks import fabricated
 from benchmarks.report import Figures
 from benchmarks.train_gpu import ROOT, versions
 from shardwright.launchers.composition.compose import compose, plain
-from shardwright.train.config import ScratchModel, from_tree
+from shardwright.train.config import SingleStackModel, from_tree
 from shardwright.train.errors import FAILED
 from shardwright.train.program import package_environment
 
@@ -87,7 +87,7 @@ def model_config(preset: str) -> GPT2Config:
     """Return the config of a preset, its head untied."""
     (job,) = compose([f"model={preset}", "objective=clm", "data.sequence_length=8"])
     model = from_tree(plain(job.tree)).model
-    assert isinstance(model, ScratchModel)
+    assert isinstance(model, SingleStackModel)
     return GPT2Config(
         vocab_size=model.vocab_size,
         n_positions=model.max_position_embeddings,

@@ -24,6 +24,7 @@ from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
 from shardwright.train.config import RunConfig, from_tree, samples_wanted, total_steps
 from shardwright.train.data import prepare
+from shardwright.train.data.batches.collator import Collator
 from shardwright.train.data.batches.loader import collator
 from shardwright.train.data.batches.sampler import SampleKey, sample_at
 from shardwright.train.data.batches.samples import Window
@@ -97,7 +98,9 @@ def published(config: RunConfig, lines: list[str], run_dir: Path) -> tuple[int, 
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(run_dir / "tokenizer")
     samples = tokenizer(lines, truncation=True, max_length=128)["input_ids"]
-    masking = collator(prepare(config, run_dir), config, config.seed).masking
+    made = collator(prepare(config, run_dir), config, config.seed)
+    assert isinstance(made, Collator)
+    masking = made.masking
     assert masking is not None
 
     def masked(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

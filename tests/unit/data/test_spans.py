@@ -181,7 +181,7 @@ def test_a_step_is_the_same_on_any_ranks_by_any_workers_and_after_a_resume(
         found: list[Any] = []
         for rank in range(replicas):
             layout = RankLayout(replicas=replicas)
-            wanted = {"start_sample": 16 * done, "total_steps": 3 - done}
+            wanted: dict[str, Any] = {"start_sample": 16 * done, "total_steps": 3 - done}
             found += samples_of(train_loader(prepared, of_run, rank=rank, layout=layout, **wanted))
         return found
 
