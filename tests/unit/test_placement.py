@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from shardwright.train.model import first_values
+from shardwright.train.model import quantised
 from shardwright.train.model.first_values import materialize
 from shardwright.train.model.weights import Zeros, initialized
 from shardwright.train.strategy import engine_of
@@ -55,7 +55,7 @@ def test_engines_that_hold_all_weights_put_them_on_their_device_in_its_dtype(
     strategy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = mock.Mock()
-    monkeypatch.setattr(first_values, "materialize", given)
+    monkeypatch.setattr(quantised, "materialize", given)
     wanted = config(strategy=strategy, precision={"compute_dtype": "bf16"})
     wanted.launcher.__dict__["device"] = "cuda"
     engine_of(wanted, 4).shard(torch.nn.Linear(1, 1), {})  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from shardwright.train.errors import UserError
 from shardwright.train.run_directory import evaluations
 from shardwright.train.run_directory.evaluations import Evaluated
 from tests.unit.launchers.ended_runs import checkpoint, contents, finished, make_ended_run, run
-from tests.unit.launchers.fakes import Shardwright, make_shardwright
+from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
 
 shardwright = pytest.fixture(make_shardwright)
 run_dir = pytest.fixture(make_ended_run)
@@ -198,11 +200,7 @@ def test_what_was_measured_is_shown_by_set(run_dir: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_job_ends_with_the_command_that_waits_for_it(
-    number: signal.Signals,
-    run_dir: Path,
-    tmp_path: Path,
-    shardwright: Shardwright,
-    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = f"#!/bin/sh\nkill -{number.name[3:]} $PPID\nsleep 60\n"
     scancel = f'#!/bin/sh\necho "$@" >>{tmp_path}/cancelled\n'
@@ -211,11 +209,10 @@ def test_a_job_ends_with_the_command_that_waits_for_it(
     job_of_run(run_dir)
     (run_dir / "tokenizer").mkdir()
     before = {*tmp_path.iterdir()}
-    kept = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else it would end the tests
-    try:
-        outcome = shardwright("evaluate", str(run_dir), "launcher=slurm")
-    finally:
-        signal.signal(signal.SIGTERM, kept)
-    assert outcome.code == 130, outcome.err
+    # In a process of its own, which is the one that gets the signal.
+    command = [sys.executable, "-m", "shardwright", "evaluate", str(run_dir), "launcher=slurm"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 130, ended.stderr
     assert (tmp_path / "cancelled").read_text() == "7\n"
     assert {*tmp_path.iterdir()} - before == {tmp_path / "cancelled"}
