@@ -83,8 +83,6 @@ IN_VAIN: tuple[tuple[str, Any, Settings, Settings, str], ...] = (
         *("trainer.compile_mode", "max-autotune-no-cudagraphs", {**GPUS, **ZERO3}),
         *({"trainer.compile": True}, "strategy.stage=3"),
     ),
-    ("trainer.eval_max_samples", 5, BLIND, {}, "data.eval_fraction=0 holds out none"),
-    ("trainer.eval_micro_batch_size", 5, BLIND, {}, "data.eval_fraction=0"),
     ("objective.eval_masking_rate", 0.3, {**MLM, **BLIND}, MLM, "data.eval_fraction=0"),
     ("precision.initial_loss_scale", 1024.0, BF16, FP16, "precision.compute_dtype=bf16"),
     ("precision.loss_scale_growth_steps", 7, BF16, FP16, "precision.compute_dtype=bf16"),
@@ -247,13 +245,15 @@ ALWAYS = {
     "trainer": "average_weights callbacks checkpoint_activations_every_blocks "
     "collect_garbage_every_steps compile dataloader_workers debug.noise_scale debug.numerics "
     "debug.statistics_every_steps debug.trace_batches deterministic early_stopping_patience "
-    "eval_every_epochs eval_every_steps eval_every_tokens fused_loss global_batch_size "
+    "eval_every_epochs eval_every_steps eval_every_tokens eval_max_samples "
+    "eval_micro_batch_size fused_loss global_batch_size "
     "hang_timeout_seconds learning_rate log_every_epochs log_every_steps log_every_tokens "
     "lr_scheduler max_epochs max_grad_norm max_steps max_tokens micro_batch_size on_spike "
     "optimizer profile.at_step profile.ranks profile.steps save_every_epochs save_every_steps "
     "save_every_tokens warmup_fraction warmup_steps weight_decay",
 }
-"""Fields that are read whatever the others say."""
+"""Fields that are read whatever the others say, and limits of an evaluation: an experiment's stay
+where a command line holds nothing out."""
 
 
 def config(*settings: Settings) -> RunConfig:

@@ -216,8 +216,6 @@ READ: dict[str, When] = {
     "trainer.compile_backend": COMPILED,
     "trainer.compile_mode": COMPILED,
     "trainer.decay_fraction": _is("trainer.lr_scheduler", "warmup_stable_decay"),
-    "trainer.eval_max_samples": EVALUATED,
-    "trainer.eval_micro_batch_size": EVALUATED,
     **{key: _is("strategy.stage", *stages) for key, stages in STAGES.items()},
     **{
         f"strategy.aio.{name}": NVME
