@@ -15,6 +15,7 @@ from tests.distributed.optimizers import needs_compiler
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.wide
 @needs_compiler
 @pytest.mark.timeout(600)
 def test_both_take_the_same_steps_and_are_timed(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_a_failed_run_gives_no_figures() -> None:
     assert "failed:\nno space" in shown({"strategies": {"ddp": failed}})
 
 
+@pytest.mark.wide
 def test_it_runs_on_a_cpu(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     arguments = ["--model", "gpt2_tiny", "--strategy", "ddp", "--saves", "2"]

@@ -7,9 +7,12 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.e2e import cli
 
 
+@pytest.mark.wide
 def test_a_run_of_this_machine_is_seen_and_stopped_with_a_checkpoint(
     tiny: Callable[[str], tuple[str, ...]], tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.distributed
 Tiny = Callable[[str], tuple[str, ...]]
 
 
+@pytest.mark.wide
 def test_a_run_that_diverges_fails_in_one_line_and_keeps_what_is_finite(
     tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_killed_rank_is_named_and_takes_the_others_along(tiny: Tiny, tmp_path: P
     assert_all_gone(tmp_path)
 
 
+@pytest.mark.wide
 def test_sigterm_to_the_launcher_before_the_first_step_ends_every_rank(
     tiny: Tiny, tmp_path: Path
 ) -> None:

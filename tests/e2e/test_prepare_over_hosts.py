@@ -106,6 +106,7 @@ def of(part: int, run_dir: Path) -> Sequence[int]:
     return processes("shardwright.train.data", str(run_dir), f"--part={part}/2")
 
 
+@pytest.mark.wide
 def test_two_hosts_prepare_what_one_process_would(prepared: Prepared, tmp_path: Path) -> None:
     """Once without one of them, and then to the end."""
     run_dir = tmp_path / "prepared"

@@ -54,6 +54,7 @@ def pushes(cwd: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.wide
 def test_saves_and_the_end_of_a_run_reach_the_hub(tmp_path: Path) -> None:
     with running() as hub:
         ended = train(

@@ -43,6 +43,7 @@ def stopped_by(
     return finish(process)
 
 
+@pytest.mark.wide
 def test_a_launcher_passes_on_what_asks_for_a_profile_and_what_stops(
     tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_sweep_that_was_killed_trains_each_point_once_and_as_one_left_alone(
     ]
 
 
+@pytest.mark.wide
 def test_a_sweep_that_is_told_to_stop_saves_and_says_how_to_continue(
     tiny: Callable[[str], tuple[str, ...]], tmp_path: Path
 ) -> None:

@@ -151,6 +151,7 @@ def names(directory: Path, pattern: str) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.glob(pattern))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("strategy", "kill"), named_kills())
 def test_a_run_killed_at_the_worst_moments_ends_with_the_same_bits(
     strategy: str,
