@@ -190,7 +190,8 @@ def resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
     # Of new runs alone: by the very names in it a resume finds the tokens of one that is older.
     config = with_parts_located(config.model_copy(update={"data": located(config.data)}))
     found = machine.resolve(config, here, _run_dir(config, job.number, stamp))
-    if problems := list(unread.problems(config, found)):
+    typed = {argument.lstrip("+").partition("=")[0] for argument in job.arguments}
+    if problems := list(unread.problems(config, found, typed=typed)):
         raise UserError("\n".join(problems))
     return found
 

@@ -73,6 +73,7 @@ def optimizer(name: str) -> Settings:
 IN_VAIN: tuple[tuple[str, Any, Settings, Settings, str], ...] = (
     ("trainer.adam_beta1", 0.8, optimizer("adafactor"), optimizer("muon"), "optimizer=adafactor"),
     ("trainer.adam_beta2", 0.8, optimizer("adafactor"), {}, "optimizer=adafactor"),
+    ("trainer.adam_beta1", 0.8, optimizer("lion"), {}, "optimizer=lion, which has no AdamW"),
     ("trainer.adam_epsilon", 1e-6, optimizer("adafactor"), {}, "optimizer=adafactor"),
     (
         *("trainer.decay_fraction", 0.2, {"trainer.lr_scheduler": "cosine"}),
@@ -83,6 +84,8 @@ IN_VAIN: tuple[tuple[str, Any, Settings, Settings, str], ...] = (
         *("trainer.compile_mode", "max-autotune-no-cudagraphs", {**GPUS, **ZERO3}),
         *({"trainer.compile": True}, "strategy.stage=3"),
     ),
+    ("trainer.eval_max_samples", 5, BLIND, {}, "data.eval_fraction=0 holds out none"),
+    ("trainer.eval_micro_batch_size", 5, BLIND, {}, "data.eval_fraction=0"),
     ("objective.eval_masking_rate", 0.3, {**MLM, **BLIND}, MLM, "data.eval_fraction=0"),
     ("precision.initial_loss_scale", 1024.0, BF16, FP16, "precision.compute_dtype=bf16"),
     ("precision.loss_scale_growth_steps", 7, BF16, FP16, "precision.compute_dtype=bf16"),
@@ -245,15 +248,13 @@ ALWAYS = {
     "trainer": "average_weights callbacks checkpoint_activations_every_blocks "
     "collect_garbage_every_steps compile dataloader_workers debug.noise_scale debug.numerics "
     "debug.statistics_every_steps debug.trace_batches deterministic early_stopping_patience "
-    "eval_every_epochs eval_every_steps eval_every_tokens eval_max_samples "
-    "eval_micro_batch_size fused_loss global_batch_size "
+    "eval_every_epochs eval_every_steps eval_every_tokens fused_loss global_batch_size "
     "hang_timeout_seconds learning_rate log_every_epochs log_every_steps log_every_tokens "
     "lr_scheduler max_epochs max_grad_norm max_steps max_tokens micro_batch_size on_spike "
     "optimizer profile.at_step profile.ranks profile.steps save_every_epochs save_every_steps "
     "save_every_tokens warmup_fraction warmup_steps weight_decay",
 }
-"""Fields that are read whatever the others say, and limits of an evaluation: an experiment's stay
-where a command line holds nothing out."""
+"""Fields that are read whatever the others say."""
 
 
 def config(*settings: Settings) -> RunConfig:
@@ -341,6 +342,33 @@ def test_what_a_rule_refuses_is_refused(key: str, value: Any, settings: Settings
     with pytest.raises(UserError) as refused:
         config(settings, {key: value})
     assert key.rpartition(".")[2] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "vain", "typed", "is_told"),
+    [
+        ("trainer.adam_beta2", 0.8, {"trainer.optimizer": "lion"}, {"trainer.optimizer"}, False),
+        ("trainer.eval_max_samples", 5, BLIND, {"data.eval_fraction"}, False),
+        ("trainer.eval_max_samples", 5, BLIND, {"data.eval_fraction", "data.paths"}, False),
+        ("strategy.prefetch_elements", 5, ZERO, {"strategy.stage"}, False),
+        # Both are typed, or in one file, or nothing that is typed has to do with it.
+        (
+            "trainer.eval_max_samples",
+            5,
+            BLIND,
+            {"data.eval_fraction", "trainer.eval_max_samples"},
+            True,
+        ),
+        ("trainer.eval_max_samples", 5, BLIND, {"trainer.max_steps", "objective"}, True),
+        ("strategy.prefetch_elements", 5, ZERO, {"strategy"}, True),
+        ("trainer.adam_beta2", 0.8, {"trainer.optimizer": "lion"}, {"trainer"}, True),
+    ],
+)
+def test_what_a_command_line_switches_off_leaves_an_experiments_settings_behind(
+    key: str, value: Any, vain: Settings, typed: set[str], is_told: bool
+) -> None:
+    found = config(vain, {key: value})
+    assert bool(list(unread.problems(found, found, typed=typed))) == is_told
 
 
 def test_the_whole_message() -> None:

@@ -313,13 +313,6 @@ class OptimizerFields(Section):
                     f"{name}={value} is read by optimizer={owner} only, but it is "
                     f"{self.optimizer}; choose optimizer={owner} or leave {name} out"
                 )
-            # Runs of Adafactor may have been begun with such a field, when nothing was said of it.
-            reads_adam = OPTIMIZERS[self.optimizer].runs_adamw or self.optimizer == "adafactor"
-            if name.startswith("adam_") and not reads_adam and value != field.default:
-                raise ValueError(
-                    f"{name}={value} is read where AdamW updates something, but optimizer="
-                    f"{self.optimizer} has no AdamW; choose optimizer=adamw or leave {name} out"
-                )
         return self
 
     def _check_range_test(self) -> None:

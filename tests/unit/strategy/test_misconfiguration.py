@@ -187,10 +187,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "muon_momentum=0.9 is read by optimizer=muon only, but it is adamw; choose optimizer=muon",
     ),
     (
-        trainer(optimizer="lion", adam_beta1=0.8),
-        "adam_beta1=0.8 is read where AdamW updates something, but optimizer=lion has no AdamW",
-    ),
-    (
         trainer(optimizer="sgd", sgd_momentum=0.0, sgd_nesterov=True),
         "sgd_nesterov=true looks ahead along a momentum, but sgd_momentum=0; raise it or leave",
     ),

@@ -26,6 +26,8 @@ class When:
     """What is there in its place, where it does not hold."""
     remedy: str
     """A setting with which it does."""
+    keys: tuple[str, ...]
+    """What it asks for; a group stands for its fields."""
 
 
 def _value(config: Sections, key: str) -> Any:
@@ -53,6 +55,7 @@ def _is(key: str, *values: Any) -> When:
         words,
         lambda config: _typed(key, _value(config, key)),
         _typed(key, values[0]),
+        (key,),
     )
 
 
@@ -63,6 +66,7 @@ def _given(key: str, remedy: str) -> When:
         f"{key}=...",
         lambda config: _typed(key, _value(config, key)),
         f"{key}={remedy}",
+        (key,),
     )
 
 
@@ -75,12 +79,14 @@ ADAMW = When(
     f"trainer.optimizer={_listed([n for n, facts in OPTIMIZERS.items() if facts.runs_adamw])}",
     _has_no_adamw,
     "trainer.optimizer=adamw",
+    ("trainer.optimizer",),
 )
 EVALUATED = When(
     lambda config: config.data.is_evaluated,
     "held-out documents",
     lambda config: f"data.eval_fraction={config.data.eval_fraction:g} holds out none",
     "data.eval_fraction=0.01",
+    ("data.eval_fraction", "data.eval_paths"),
 )
 
 
@@ -109,7 +115,13 @@ def _compiles_nothing(config: Sections) -> str:
     return f"trainer.compile=auto compiles none with {why}"
 
 
-COMPILED = When(_compiles, "compiled blocks", _compiles_nothing, "trainer.compile=true")
+COMPILED = When(
+    _compiles,
+    "compiled blocks",
+    _compiles_nothing,
+    "trainer.compile=true",
+    ("trainer.compile", "trainer.debug", "trainer.offload_activations", "strategy", "launcher"),
+)
 
 
 def _offloads(config: Sections) -> bool:
@@ -121,18 +133,21 @@ OFFLOADED = When(
     "a strategy that offloads",
     lambda config: f"strategy={config.strategy.kind} offloads nothing",
     "strategy=zero2_offload, zero3_offload or fsdp_offload",
+    ("strategy",),
 )
 NVME = When(
     lambda config: config.strategy.uses_nvme,
     "offload_optimizer or offload_parameters=nvme",
     lambda config: "nothing is offloaded to nvme",
     "strategy=zero3_nvme",
+    ("strategy",),
 )
 SEVERAL_RANKS = When(
     lambda config: max(config.launcher.world_sizes) > 1,
     "several ranks",
     lambda config: "there is one",
     "launcher.nproc_per_node=2",
+    ("launcher",),
 )
 
 
@@ -143,6 +158,7 @@ def _of_the_hub(key: str) -> When:
         "a name of the hub",
         lambda config: f"{_typed(key, _value(config, key))} is a directory",
         f"{key}=OWNER/NAME",
+        (key,),
     )
 
 
@@ -160,6 +176,7 @@ def _of_files(*endings: str, remedy: str) -> When:
         "files that have one",
         lambda config: f"{_typed('data.paths', list(getattr(config.data, 'paths', ())))} has none",
         remedy,
+        ("data.paths",),
     )
 
 
@@ -186,6 +203,7 @@ _SEVERAL_NODES = When(
     "launcher.nodes=2 or more",
     lambda config: f"launcher.nodes={config.launcher.nodes}",
     "launcher.nodes=2",
+    ("launcher.nodes",),
 )
 _HOSTFILE = _given("launcher.hostfile", "FILE")
 
@@ -216,6 +234,8 @@ READ: dict[str, When] = {
     "trainer.compile_backend": COMPILED,
     "trainer.compile_mode": COMPILED,
     "trainer.decay_fraction": _is("trainer.lr_scheduler", "warmup_stable_decay"),
+    "trainer.eval_max_samples": EVALUATED,
+    "trainer.eval_micro_batch_size": EVALUATED,
     **{key: _is("strategy.stage", *stages) for key, stages in STAGES.items()},
     **{
         f"strategy.aio.{name}": NVME
@@ -243,21 +263,46 @@ def condition_of(key: str, kind: str | None) -> When | None:
     return READ.get(key) or OF_KIND.get((key, kind or ""))
 
 
-def problems(given: Sections, settled: Sections, others: Collection[str] = ()) -> Iterator[str]:
+def problems(
+    given: Sections,
+    settled: Sections,
+    others: Collection[str] = (),
+    typed: Collection[str] = (),
+) -> Iterator[str]:
     """Yield a message for each field that is set and that nothing reads. Pure.
 
     ``settled`` is the config with nothing left open, ``given`` the one before that: it has the
-    values that somebody has set. Fields of ``others`` are left alone.
+    values that somebody has set. Fields of ``others`` are left alone, and so are those of an
+    option's file where a key of the command line, ``typed``, decides that nothing reads them.
     """
     for key, value, default in _fields(given):
         section = getattr(given, key.partition(".")[0])
         when = condition_of(key, getattr(section, "kind", None))
         if when is None or value == default or key in others or when.holds(settled):
             continue
+        if _is_left_behind(key, when, typed):
+            continue
         yield (
             f"{key}={shown(value)} is read with {when.words} only, but {when.found(settled)}; "
             f"set {when.remedy}, or leave {key}={shown(default)}"
         )
+
+
+def _is_left_behind(key: str, when: When, typed: Collection[str]) -> bool:
+    """Return whether a file sets a field, which the command line has then made unread.
+
+    An option that is typed is a file as well: what it sets itself is to be read with it.
+    """
+    if any(_is_within(key, word) for word in typed if "." in word):
+        return False
+    words = [word for word in typed if "." in word or not _is_within(key, word)]
+    return any(
+        _is_within(word, asked) or _is_within(asked, word) for word in words for asked in when.keys
+    )
+
+
+def _is_within(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.")
 
 
 def _fields(config: Section, path: Sequence[str] = ()) -> Iterator[tuple[str, Any, Any]]:
