@@ -49,7 +49,7 @@ from shardwright.train.loop.spikes.rollback import RolledBack
 from shardwright.train.loop.trainer import Trainer
 from shardwright.train.model import (
     adapter,
-    base,
+    adapter_base,
     compilation,
     document_attention,
     flops,
@@ -407,7 +407,7 @@ def _build(
     # A checkpoint may leave its base out, which is read again as it was.
     left_out = None if resumed is None else resumed.base
     reads_weights = resumed is None or left_out is not None
-    began_with = base.as_it_was(config, left_out)
+    began_with = adapter_base.as_it_was(config, left_out)
     model, values = models.build(began_with, words, directory, reads_weights=reads_weights)
     if config.data.has_bounds:
         document_attention.enable(model, config)

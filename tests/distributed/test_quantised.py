@@ -29,7 +29,7 @@ from tests.distributed.interrupted import interrupted
 from tests.distributed.jobs import whole_run
 from tests.fixtures import Freeze, RanksOf, TreeOf
 from tests.strategies import STRATEGIES
-from tests.unit.saved_models import save
+from tests.unit.saved_models import save, small_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -51,18 +51,7 @@ KINDS = {"4bit": ["nf4 by 64"], "8bit": ["int8 by rows"]}
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    return save(LlamaForCausalLM(config), tmp_path / "base")
+    return save(small_llama(), tmp_path / "base")
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from shardwright.train.errors import UserError
 from shardwright.train.export import card_text
 from shardwright.train.export.recover import Options, recover
 from shardwright.train.loop.saving import save
-from shardwright.train.model import adapter, base, pretrained, quantised, saved
+from shardwright.train.model import adapter, adapter_base, pretrained, quantised, saved
 from shardwright.train.model.blocks import parameter_count
 from shardwright.train.model.directory import config_texts
 from shardwright.train.model.first_values import materialize
@@ -421,7 +421,7 @@ def test_what_is_merged_is_the_base_as_it_was_with_the_adapter_added(
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     state, manifest = checkpoint_of(model, tmp_path / "trained.safetensors", directory)
     plain = adapter.bare(model)
-    found = base.completed(state, manifest, plain, tmp_path / "checkpoint-1")
+    found = adapter_base.completed(state, manifest, plain, tmp_path / "checkpoint-1")
     assert manifest.adapter is not None
     whole = merged.merged(found, manifest.adapter).weights
     assert whole.keys() == {n for n, _ in plain.named_parameters()}
@@ -454,14 +454,14 @@ def test_a_base_that_has_changed_is_told_by_its_hash(tmp_path: Path) -> None:
     tensors["model.norm.weight"][3] += 1e-3
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as told:
-        base.completed(state, manifest, plain, checkpoint)
+        adapter_base.completed(state, manifest, plain, checkpoint)
     assert str(told.value) == (
         f"{checkpoint} holds an adapter alone, and the weights of {directory} are not those that "
         "it was trained beside: their values have another hash. Give those again: under the same "
         "name, or to `shardwright recover` by --base"
     )
     # Who does not look finds no fault.
-    assert base.completed(state, manifest, plain, checkpoint, checks=False).weights
+    assert adapter_base.completed(state, manifest, plain, checkpoint, checks=False).weights
 
 
 def test_a_base_that_is_gone_is_found_where_it_lies_now(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_a_base_that_is_gone_is_found_where_it_lies_now(tmp_path: Path) -> None:
     moved = directory.rename(tmp_path / "moved")
     plain, checkpoint = adapter.bare(model), tmp_path / "checkpoint-1"
     with pytest.raises(UserError) as told:
-        base.completed(state, manifest, plain, checkpoint)
+        adapter_base.completed(state, manifest, plain, checkpoint)
     text = str(told.value)
     assert text.startswith(
         f"{checkpoint} holds an adapter alone, and the weights of {directory}, which it was "
@@ -481,7 +481,7 @@ def test_a_base_that_is_gone_is_found_where_it_lies_now(tmp_path: Path) -> None:
         "bring them back, or give `shardwright recover` the directory that holds them by --base, "
         "or --adapter to take the adapter alone"
     )
-    found = base.completed(state, manifest, plain, checkpoint, moved)
+    found = adapter_base.completed(state, manifest, plain, checkpoint, moved)
     assert {n for n, _ in model.named_parameters()} == found.weights.keys()
 
 
@@ -492,29 +492,29 @@ def test_another_architecture_is_told_by_the_names_that_it_lacks(tmp_path: Path)
     other = adapters.saved("gpt2", tmp_path / "other")
     another, _ = values_of("gpt2", other)
     with pytest.raises(UserError, match=r"was trained beside a model that has model\.\S+, and"):
-        base.completed(state, manifest, another, tmp_path / "checkpoint-1", other)
+        adapter_base.completed(state, manifest, another, tmp_path / "checkpoint-1", other)
 
 
 def test_a_whole_checkpoint_is_left_as_it_is() -> None:
     state = PortableState({}, {}, {})
     manifest = Manifest(step=1, files={})
     model: Any = None
-    assert base.completed(state, manifest, model, Path("/c")) is state
+    assert adapter_base.completed(state, manifest, model, Path("/c")) is state
 
 
 def test_a_digest_is_the_same_whole_and_in_parts_and_in_any_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(base, "_READ_ELEMENTS", 7)
+    monkeypatch.setattr(adapter_base, "_READ_ELEMENTS", 7)
     tensors = {"a": torch.randn(5, 8), "b": torch.randn(3)}
-    whole, parts = base.Digest(), base.Digest()
+    whole, parts = adapter_base.Digest(), adapter_base.Digest()
     for name, tensor in tensors.items():
         whole.add(name, tensor)
     for name, tensor in reversed(tensors.items()):
         parts.add_read(name, InMemory(tensor), tensor.numel())
     assert whole.hexdigest() == parts.hexdigest()
     tensors["b"][0] += 1
-    changed = base.Digest()
+    changed = adapter_base.Digest()
     for name, tensor in tensors.items():
         changed.add(name, tensor)
     assert changed.hexdigest() != whole.hexdigest()
@@ -575,17 +575,19 @@ def test_a_base_is_named_by_where_it_lies(tmp_path: Path, monkeypatch: pytest.Mo
         model=PretrainedModel(kind="pretrained", name="base", revision="v1"), seed=7
     )
     model = torch.nn.Linear(1, 1)
-    base.note_revision(model, [str(tmp_path / "base" / "model.safetensors")])
-    found = base.entry(config, model, "0" * 32)
+    adapter_base.note_revision(model, [str(tmp_path / "base" / "model.safetensors")])
+    found = adapter_base.entry(config, model, "0" * 32)
     assert (found.name, found.revision, found.seed) == (str(tmp_path / "base"), "v1", 7)
     config.model = PretrainedModel(kind="pretrained", name="some/model")
-    assert base.entry(config, model, "0" * 32).name == "some/model"
+    assert adapter_base.entry(config, model, "0" * 32).name == "some/model"
     # Of the hub, by its commit, whatever its branch comes to.
     commit = "0123456789abcdef0123456789abcdef01234567"
-    base.note_revision(model, [f"/hub/models--some--model/snapshots/{commit}/model.safetensors"])
-    found = base.entry(config, model, "0" * 32)
+    adapter_base.note_revision(
+        model, [f"/hub/models--some--model/snapshots/{commit}/model.safetensors"]
+    )
+    found = adapter_base.entry(config, model, "0" * 32)
     assert found.revision == commit
-    again = base.as_it_was(from_tree(quantised_tree(strategy={"kind": "ddp"})), found)
+    again = adapter_base.as_it_was(from_tree(quantised_tree(strategy={"kind": "ddp"})), found)
     assert isinstance(again.model, PretrainedModel)
     assert again.model.revision == commit
 
@@ -595,7 +597,7 @@ def test_a_weight_of_a_base_is_what_from_pretrained_loads(tmp_path: Path) -> Non
     model = AutoModelForCausalLM.from_pretrained(directory)
     built, values = values_of("llama", directory)
     state = {
-        name: base.OfBase(tuple(p.shape), torch.float32, (), values[name])
+        name: adapter_base.OfBase(tuple(p.shape), torch.float32, (), values[name])
         for name, p in built.named_parameters()
     }
     for name, parameter in model.named_parameters():

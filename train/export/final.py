@@ -24,7 +24,7 @@ from shardwright.train.durable import begin_directory, publish_directory, tempor
 from shardwright.train.export import adapter_files, parts
 from shardwright.train.export import safetensors as whole
 from shardwright.train.export.card import README, Card, average_in_words
-from shardwright.train.model import adapter, base, origin
+from shardwright.train.model import adapter, adapter_base, origin
 from shardwright.train.model.conversion import CannotTrace, placed
 from shardwright.train.model.directory import (
     CONFIG,
@@ -275,7 +275,7 @@ def _write_tensors(
 def _saved(trainer: Trainer, checkpoint: Path) -> dict[str, LazyTensor]:
     """Return the weights of a checkpoint that final/ gets, by the names of the model there."""
     manifest = read_manifest(checkpoint)
-    state = base.completed(
+    state = adapter_base.completed(
         portable.read(checkpoint),
         manifest,
         trainer.model,

@@ -30,7 +30,7 @@ from shardwright.train.export import safetensors as whole
 from shardwright.train.export.card import Card, average_in_words, recovered_card
 from shardwright.train.export.card_text import adapter_in_words
 from shardwright.train.export.contents import DTYPES, Contents, contents
-from shardwright.train.model import base, generation, remote_code
+from shardwright.train.model import adapter_base, generation, remote_code
 from shardwright.train.model.directory import (
     CONFIG,
     GENERATION_CONFIG,
@@ -167,7 +167,7 @@ def _contents(options: Options, chosen: Chosen, model: PreTrainedModel) -> Conte
                 f"--base: {chosen.path} holds all weights and reads none of {options.base}; leave "
                 "it out"
             )
-        state = base.completed(state, chosen.manifest, model, chosen.path, options.base)
+        state = adapter_base.completed(state, chosen.manifest, model, chosen.path, options.base)
     if chosen.manifest is not None and chosen.manifest.adapter is not None:
         state = merged.merged(state, chosen.manifest.adapter)
     try:

@@ -24,7 +24,7 @@ from shardwright.train.config.cadence import Cadence
 from shardwright.train.console import progress
 from shardwright.train.errors import UserError
 from shardwright.train.loop import random_numbers
-from shardwright.train.model import base, quantised, saved
+from shardwright.train.model import adapter_base, quantised, saved
 from shardwright.train.model.saved import Saved
 from shardwright.train.model.weights import InitialValue, InitialValues
 from shardwright.train.process.agreement import from_all, from_all_patiently
@@ -198,7 +198,7 @@ def check_base(model: PreTrainedModel, resumed: Resumed) -> None:
     """Raise UserError where what a model was quantised from is not what it was before."""
     digest = quantised.digest_of(model)
     if resumed.base is not None and digest is not None:
-        base.check(digest, resumed.base, resumed.checkpoint)
+        adapter_base.check(digest, resumed.base, resumed.checkpoint)
 
 
 # --- everything else, once the engine is built --------------------------------------------------

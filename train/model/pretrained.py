@@ -28,7 +28,7 @@ from shardwright.train.config import (
 from shardwright.train.config.model import NOT_QUANTIZED
 from shardwright.train.config.section import shown
 from shardwright.train.errors import UserError
-from shardwright.train.model import base, remote_code, rotary, saved
+from shardwright.train.model import adapter_base, remote_code, rotary, saved
 from shardwright.train.model.overrides import overridden, shape_changes
 from shardwright.train.model.streaming import (
     CannotStream,
@@ -126,7 +126,7 @@ def load_pretrained(
             try:
                 files = weight_files(model.name, model.revision, config)
                 built, values = streamed(build, files, seed)
-                base.note_revision(built, files)
+                adapter_base.note_revision(built, files)
             except CannotStream as reason:
                 if is_packed:
                     raise UserError(_not_read_again(model, str(reason))) from None

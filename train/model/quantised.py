@@ -17,7 +17,7 @@ from shardwright.train.checkpoint.read.merged import NAME
 from shardwright.train.config import RunConfig
 from shardwright.train.config.model import NOT_QUANTIZED, QUANTIZER, quantization_of
 from shardwright.train.errors import UserError, not_installed
-from shardwright.train.model import adapter, base
+from shardwright.train.model import adapter, adapter_base
 from shardwright.train.model.first_values import materialize
 from shardwright.train.model.weights import InitialValues
 
@@ -89,8 +89,8 @@ class Quantiser:
         _lay_out(model, bits, compute)
         self._layers = {f"{name}.weight": layer for name, layer in layers(model).items()}
         self._settings = {name: dict(vars(each.weight)) for name, each in self._layers.items()}
-        self._plain = {name: plain for plain, name in base.left_out(model).items()}
-        self._digest = base.Digest()
+        self._plain = {name: plain for plain, name in adapter_base.left_out(model).items()}
+        self._digest = adapter_base.Digest()
 
     def take(self, name: str, values: torch.Tensor) -> bool:
         """Take a parameter's values, flat and in fp32; return whether they have found their place.

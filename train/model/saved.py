@@ -15,7 +15,7 @@ from shardwright.train.checkpoint.format import layout
 from shardwright.train.checkpoint.format.lazy import LazyTensor, PortableState, Unreadable
 from shardwright.train.checkpoint.read import merged, portable
 from shardwright.train.errors import UserError
-from shardwright.train.model import base, streaming
+from shardwright.train.model import adapter_base, streaming
 from shardwright.train.model.weights import InitialValue, InitialValues, initialized
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def of_another_run(
             state = replace(state, weights=dict(state.ema))
     names: Collection[str] = {parameter.name for parameter in manifest.parameters}
     model, _ = initialized(build, seed)
-    state = base.completed(state, manifest, model, checkpoint)
+    state = adapter_base.completed(state, manifest, model, checkpoint)
     if manifest.adapter is not None:
         state = merged.merged(state, manifest.adapter)
         names = state.weights.keys()

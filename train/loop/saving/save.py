@@ -26,7 +26,7 @@ from shardwright.train.checkpoint.listing import Listing
 from shardwright.train.checkpoint.read import average as average_files
 from shardwright.train.config import CheckpointConfig
 from shardwright.train.loop.saving.peers import Peers, SaveFailed
-from shardwright.train.model import adapter, base, origin, quantised
+from shardwright.train.model import adapter, adapter_base, origin, quantised
 from shardwright.train.model.directory import config_texts
 from shardwright.train.run_directory.names import CHECKPOINTS, MODEL_FOLDER
 from shardwright.train.strategy.loss_scale import loss_scale_state
@@ -254,7 +254,9 @@ def _described_base(trainer: Training) -> dict[str, Any]:
     digest = quantised.digest_of(trainer.model)
     if digest is None:
         return {}
-    return {"base": base.entry(trainer.config, trainer.model, digest).model_dump(mode="json")}
+    return {
+        "base": adapter_base.entry(trainer.config, trainer.model, digest).model_dump(mode="json")
+    }
 
 
 def _parameters(trainer: Training) -> list[dict[str, Any]]:

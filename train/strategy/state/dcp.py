@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from shardwright.train.checkpoint.format.hashed import HashedFolder
-from shardwright.train.model import base, quantised
+from shardwright.train.model import adapter_base, quantised
 from shardwright.train.optimizer import eight_bit
 from shardwright.train.run_directory.names import ENGINE_FOLDER
 from shardwright.train.strategy.state.host_memory import HostMemory, aligned
@@ -40,7 +40,7 @@ class DistributedState:
         optimizer = trainer.torch_optimizer()
         model_state, optimizer_state = get_state_dict(trainer.model, optimizer)
         if quantised.digest_of(trainer.model) is not None:
-            frozen = base.frozen_names(trainer.model)
+            frozen = adapter_base.frozen_names(trainer.model)
             model_state = {n: value for n, value in model_state.items() if n not in frozen}
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         if eight_bit.in_use(optimizer):

@@ -11,7 +11,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from shardwright.train.checkpoint.format.hashed import HashedFolder
-from shardwright.train.model import base, quantised
+from shardwright.train.model import adapter_base, quantised
 from shardwright.train.optimizer import eight_bit
 from shardwright.train.run_directory.names import ENGINE_FOLDER
 from shardwright.train.strategy.state.host_memory import HostMemory
@@ -50,7 +50,7 @@ class DeepSpeedState:
             )
         self._states = collected.states
         if of_trained:
-            _leave_out(base.frozen_names(engine.module), self._states)
+            _leave_out(adapter_base.frozen_names(engine.module), self._states)
         for state in self._states.values():
             if _OPTIMIZER in state and getattr(engine.optimizer, "swap_optimizer", False):
                 assert into is None, "refused as a contradiction"
