@@ -40,6 +40,7 @@ SAME = (
     "precision=fp32",
     "launcher.device=cpu",
     "data.eval_fraction=0",
+    "trainer.eval_max_samples=null",
     "trainer.max_steps=6",
     "trainer.lr_scheduler=constant",
 )

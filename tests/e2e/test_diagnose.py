@@ -14,7 +14,8 @@ from tests.e2e.cli import losses, processes, shardwright
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SETTINGS = (
-    *("strategy=zero2", "precision=fp32", "data.eval_fraction=0"),
+    *("strategy=zero2", "precision=fp32"),
+    *("data.eval_fraction=0", "trainer.eval_max_samples=null"),
     *("trainer.save_every_steps=2", "trainer.lr_scheduler=constant"),
 )
 
