@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import yaml
 
+from shardwright.train.process import signals
 from tests import variants
 from tests.distributed.pool import Ranks
 from tests.fixtures import Freeze, RanksOf, TreeOf
@@ -38,6 +39,15 @@ hypothesis.settings.load_profile("patient")
 @pytest.hookimpl(tryfirst=True)  # before it is decided what has the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     variants.mark(items)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_they_were() -> Iterator[None]:
+    """Undo what a command that a test calls does to the process: it ends with it, tests go on."""
+    before = {number: signal.getsignal(number) for number in signals.HANDLED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

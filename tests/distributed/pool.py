@@ -44,10 +44,20 @@ class Ranks:
     ) -> list[Any]:
         if not self._workers:
             self._start()
-        port = free_port()
-        for rank, (_, pipe) in enumerate(self._workers):
-            environment = _environment(rank, self.world_size, port)
-            pipe.send((function, arguments, environment, threads_may_stay))
+        try:
+            port = free_port()
+            for rank, (_, pipe) in enumerate(self._workers):
+                environment = _environment(rank, self.world_size, port)
+                pipe.send((function, arguments, environment, threads_may_stay))
+            return self._answers(timeout_seconds)
+        except RanksFailed:
+            raise
+        except BaseException:  # a test that is ended meanwhile: the next would get its answers
+            self.stop()
+            raise
+
+    def _answers(self, timeout_seconds: float) -> list[Any]:
+        """Return what the ranks return. Raises RanksFailed where some do not."""
         results: list[Any] = []
         failures: list[str] = []
         all_answered = True

@@ -22,7 +22,6 @@ import yaml
 from shardwright.launchers.__main__ import main
 from shardwright.train import __main__ as rank
 from shardwright.train.errors import BAD_INPUT, UserError
-from shardwright.train.process import signals
 from shardwright.train.run_directory.owner import FILE, Owner, inherited, look, owned
 from tests.unit.trees import TREE
 
@@ -184,16 +183,6 @@ def owner_of(run_dir: Path) -> Owner:
     return Owner(**json.loads((run_dir / FILE).read_text()))
 
 
-@pytest.fixture
-def _signals_as_before() -> Iterator[None]:
-    """Undo what a rank does to signals as it starts: it is this process here."""
-    before = {number: signal.getsignal(number) for number in signals.HANDLED}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("_signals_as_before")
 def test_neither_a_rank_nor_resume_touches_a_run_that_is_alive(
     owner: Start,
     tmp_path: Path,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from shardwright.launchers.__main__ import main
-from shardwright.train.process import signals
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -39,14 +37,10 @@ def make_shardwright(
 
     def run(*arguments: str) -> Outcome:
         capfd.readouterr()
-        before = {number: signal.getsignal(number) for number in signals.HANDLED}
         try:
             code = main(arguments)
         except SystemExit as end:  # argparse's
             code = int(end.code or 0)
-        finally:
-            for number, handler in before.items():  # a command ends with its process, tests go on
-                signal.signal(number, handler)
         return Outcome(code, *capfd.readouterr())
 
     return run
