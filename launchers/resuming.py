@@ -42,7 +42,7 @@ from shardwright.train.config import (
     total_steps,
     unknown_key_message,
 )
-from shardwright.train.config.optimizers import FALLING, READ_BY
+from shardwright.train.config.optimizers import FALLING
 from shardwright.train.config.own import FIELDS, same_part, with_parts_located
 from shardwright.train.config.rules import unread
 from shardwright.train.config.tree import leaves
@@ -304,11 +304,6 @@ def rise(
         settings.append("trainer.warmup_steps=0")
     if after.warmup_fraction:
         settings.append("trainer.warmup_fraction=0")
-    settings += [
-        f"trainer.{name}={type(after).model_fields[name].default}"
-        for name in READ_BY
-        if getattr(after, name) != type(after).model_fields[name].default
-    ]
     end = total_steps(after, wanted_after, at)
     return (
         f"rises again, from {had:.3g} at step {at.step:,} to {has:.3g} at step {at.step + 1:,}: "

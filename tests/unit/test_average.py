@@ -152,15 +152,6 @@ def test_a_missing_part_is_told(tmp_path: Path) -> None:
     ("values", "said"),
     [
         (
-            {"average_decay": 0.5},
-            "average_decay=0.5 is read by average_weights=ema only, but it is null; choose "
-            "average_weights=ema or leave average_decay=0.999",
-        ),
-        (
-            {"average_every_steps": 5},
-            "average_every_steps=5 is read by average_weights=ema or uniform only, but it is null",
-        ),
-        (
             {"average_weights": "uniform", "average_start_step": 99, "average_every_steps": 30},
             "average_weights=uniform takes weights from step 120 on (average_start_step=99, "
             "average_every_steps=30), behind the last one, max_steps=100",

@@ -111,8 +111,6 @@ def test_the_same_part_may_lie_elsewhere() -> None:
     ("trainer", "objective", "message"),
     [
         ({"optimizer": "custom"}, {}, "takes a class of your own, but custom_class=null; set cust"),
-        ({"custom_class": "a.py:B"}, {}, "is read by optimizer=custom only, but it is adamw"),
-        ({"custom_options": {"a": 1}}, {}, "choose optimizer=custom or leave custom_options out"),
         ({"callbacks": ["a.py"]}, {}, "callbacks=a.py names no function or class"),
         ({"callbacks": ["a.py:B"] * 2}, {}, "callbacks has a.py:B twice"),
         ({}, {"loss": "a.py"}, "loss=a.py names no function or class"),

@@ -229,21 +229,6 @@ def test_each_spike_is_told_beside_curves_and_has_none_of_its_own(tmp_path: Path
     ("values", "said"),
     [
         (
-            {"spike_factor": 5.0},
-            "spike_factor=5.0 is read by on_spike=warn or skip_update or rollback only, but it is "
-            "ignore; choose on_spike=warn or leave spike_factor=10.0",
-        ),
-        (
-            {"spike_window_steps": 50},
-            "spike_window_steps=50 is read by on_spike=warn or skip_update or rollback only, but "
-            "it is ignore; choose on_spike=warn or leave spike_window_steps=100",
-        ),
-        (
-            {"on_spike": "warn", "max_rollbacks": 1},
-            "max_rollbacks=1 is read by on_spike=rollback only, but it is warn; choose "
-            "on_spike=rollback or leave max_rollbacks=3",
-        ),
-        (
             {"on_spike": "rollback"},
             "on_spike=rollback goes back to a checkpoint, but save_every_steps=null writes none "
             "before the end; set save_every_steps to a number of steps, or on_spike=skip_update",

@@ -68,6 +68,16 @@ def optimizer(name: str) -> Settings:
     return {"trainer.optimizer": name, **schedule}
 
 
+def schedule(name: str) -> Settings:
+    return {"trainer.lr_scheduler": name}
+
+
+ADAFACTOR = {"trainer.optimizer": "adafactor"}
+MUON = {"trainer.optimizer": "muon"}
+OWN = {"trainer.optimizer": "custom", "trainer.custom_class": "a.py:f"}
+AVERAGED = {"trainer.average_weights": "ema"}
+CONSTANT = {"trainer.lr_scheduler": "constant"}
+ROLLBACK = {"trainer.on_spike": "rollback", "trainer.save_every_steps": 5}
 # Key, a value, with what it is in vain and with what it is read, and what the message says is there
 # in place of the condition.
 IN_VAIN: tuple[tuple[str, Any, Settings, Settings, str], ...] = (
@@ -76,8 +86,8 @@ IN_VAIN: tuple[tuple[str, Any, Settings, Settings, str], ...] = (
     ("trainer.adam_beta1", 0.8, optimizer("lion"), {}, "optimizer=lion, which has no AdamW"),
     ("trainer.adam_epsilon", 1e-6, optimizer("adafactor"), {}, "optimizer=adafactor"),
     (
-        *("trainer.decay_fraction", 0.2, {"trainer.lr_scheduler": "cosine"}),
-        *({"trainer.lr_scheduler": "warmup_stable_decay"}, "trainer.lr_scheduler=cosine"),
+        *("trainer.decay_fraction", 0.2, {}, schedule("warmup_stable_decay")),
+        "trainer.lr_scheduler=cosine",
     ),
     ("trainer.compile_backend", "eager", {"launcher.device": "cpu"}, GPUS, "launcher.device=cpu"),
     (
@@ -146,6 +156,32 @@ IN_VAIN: tuple[tuple[str, Any, Settings, Settings, str], ...] = (
     aio("threads", 2),
     aio("single_submit", True),
     aio("overlap_events", False),
+    ("trainer.adafactor_beta2_decay", -0.5, {}, ADAFACTOR, "optimizer=adamw"),
+    ("trainer.adafactor_clip_threshold", 2.0, {}, ADAFACTOR, "optimizer=adamw"),
+    ("trainer.adafactor_epsilon1", 1e-10, {}, ADAFACTOR, "optimizer=adamw"),
+    ("trainer.adafactor_epsilon2", 1e-2, {}, ADAFACTOR, "optimizer=adamw"),
+    ("trainer.average_decay", 0.5, {}, AVERAGED, "weights=null"),
+    ("trainer.average_evaluated", True, {}, AVERAGED, "weights=null"),
+    ("trainer.average_every_steps", 2, {}, AVERAGED, "weights=null"),
+    ("trainer.average_start_step", 2, {}, AVERAGED, "weights=null"),
+    ("trainer.cosine_cycles", 3, {}, schedule("cosine_with_restarts"), "lr_scheduler=cosine"),
+    ("trainer.custom_class", "a.py:f", {}, OWN, "optimizer=adamw"),
+    ("trainer.custom_moments", 3, {}, OWN, "optimizer=adamw"),
+    ("trainer.custom_options", {"a": 1}, {}, OWN, "optimizer=adamw"),
+    ("trainer.decay_shape", "sqrt", {}, schedule("warmup_stable_decay"), "lr_scheduler=cosine"),
+    ("trainer.lion_beta1", 0.5, {}, optimizer("lion"), "optimizer=adamw"),
+    ("trainer.lion_beta2", 0.5, {}, optimizer("lion"), "optimizer=adamw"),
+    ("trainer.max_rollbacks", 5, {"trainer.on_spike": "warn"}, ROLLBACK, "on_spike=warn"),
+    ("trainer.min_learning_rate_ratio", 0.1, CONSTANT, {}, "lr_scheduler=constant"),
+    ("trainer.muon_learning_rate", 0.1, {}, MUON, "optimizer=adamw"),
+    ("trainer.muon_learning_rate_scale", "original", {}, MUON, "optimizer=adamw"),
+    ("trainer.muon_momentum", 0.5, {}, MUON, "optimizer=adamw"),
+    ("trainer.muon_newton_schulz_steps", 3, {}, MUON, "optimizer=adamw"),
+    ("trainer.polynomial_power", 3.0, {}, schedule("polynomial"), "lr_scheduler=cosine"),
+    ("trainer.sgd_momentum", 0.5, {}, optimizer("sgd"), "optimizer=adamw"),
+    ("trainer.sgd_nesterov", True, {}, optimizer("sgd"), "optimizer=adamw"),
+    ("trainer.spike_factor", 3.0, {}, {"trainer.on_spike": "warn"}, "on_spike=ignore"),
+    ("trainer.spike_window_steps", 30, {}, {"trainer.on_spike": "warn"}, "on_spike=ignore"),
 )
 
 # Key, a value, and with what a section or a rule refuses it, where a config is loaded too.
@@ -178,39 +214,13 @@ REFUSED: tuple[tuple[str, Any, Settings], ...] = (
     ("strategy.reshard_ranks", 2, {"strategy": {"kind": "fsdp", "wrap": "none"}}),
     ("strategy.round_robin_gradients", True, ZERO3),
     ("tokenizer.encoding", "r50k_base", READY),
-    ("trainer.adafactor_beta2_decay", -0.5, {}),
-    ("trainer.adafactor_clip_threshold", 2.0, {}),
-    ("trainer.adafactor_epsilon1", 1e-10, {}),
-    ("trainer.adafactor_epsilon2", 1e-2, {}),
-    ("trainer.average_decay", 0.5, {}),
-    ("trainer.average_evaluated", True, {}),
-    ("trainer.average_every_steps", 2, {}),
-    ("trainer.average_start_step", 2, {}),
     ("trainer.batch_warmup_from", 4, {}),
     ("trainer.batch_warmup_samples", 4, {}),
-    ("trainer.cosine_cycles", 3, {}),
-    ("trainer.custom_class", "a.py:f", {}),
-    ("trainer.custom_moments", 3, {}),
-    ("trainer.custom_options", {"a": 1}, {}),
     ("trainer.debug.largest_magnitude", 5.0, {}),
     ("trainer.debug.smallest_magnitude", 5.0, {}),
-    ("trainer.decay_shape", "sqrt", {}),
     ("trainer.early_stopping_threshold", 0.1, {}),
-    ("trainer.lion_beta1", 0.5, {}),
-    ("trainer.lion_beta2", 0.5, {}),
-    ("trainer.max_rollbacks", 5, {}),
-    ("trainer.min_learning_rate_ratio", 0.1, {"trainer.lr_scheduler": "constant"}),
-    ("trainer.muon_learning_rate", 0.1, {}),
-    ("trainer.muon_learning_rate_scale", "original", {}),
-    ("trainer.muon_momentum", 0.5, {}),
-    ("trainer.muon_newton_schulz_steps", 3, {}),
     ("trainer.offload_activations", True, {}),
-    ("trainer.polynomial_power", 3.0, {}),
     ("trainer.recompute", "selective", {}),
-    ("trainer.sgd_momentum", 0.5, {}),
-    ("trainer.sgd_nesterov", True, {}),
-    ("trainer.spike_factor", 3.0, {}),
-    ("trainer.spike_window_steps", 30, {}),
 )
 
 ALWAYS = {
@@ -348,6 +358,9 @@ def test_what_a_rule_refuses_is_refused(key: str, value: Any, settings: Settings
     ("key", "value", "vain", "typed", "is_told"),
     [
         ("trainer.adam_beta2", 0.8, {"trainer.optimizer": "lion"}, {"trainer.optimizer"}, False),
+        ("trainer.muon_momentum", 0.8, {}, {"trainer.optimizer"}, False),
+        ("trainer.min_learning_rate_ratio", 0.1, CONSTANT, {"trainer.lr_scheduler"}, False),
+        ("trainer.max_rollbacks", 5, {}, {"trainer.on_spike"}, False),
         ("trainer.eval_max_samples", 5, BLIND, {"data.eval_fraction"}, False),
         ("trainer.eval_max_samples", 5, BLIND, {"data.eval_fraction", "data.paths"}, False),
         ("strategy.prefetch_elements", 5, ZERO, {"strategy.stage"}, False),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from shardwright.train.config.section import NonNegativeInt, PositiveInt, Section, shown
+from shardwright.train.config.section import NonNegativeInt, PositiveInt, Section
 
 AverageKind = Literal["ema", "uniform"]
 
@@ -35,22 +35,3 @@ class AverageFields(Section):
         """The first step whose weights are taken."""
         every = self.average_every_steps
         return max(-(-self.average_start_step // every), 1) * every
-
-    @model_validator(mode="after")
-    def _averages_are_kept(self) -> AverageFields:
-        readers = {
-            "average_decay": ("ema",),
-            "average_start_step": ("ema", "uniform"),
-            "average_every_steps": ("ema", "uniform"),
-            "average_evaluated": ("ema", "uniform"),
-        }
-        for name, reading in readers.items():
-            value, default = getattr(self, name), AverageFields.model_fields[name].default
-            if value != default and self.average_weights not in reading:
-                found = self.average_weights or "null"
-                value, default = shown(value), shown(default)
-                raise ValueError(
-                    f"{name}={value} is read by average_weights={' or '.join(reading)} only, but "
-                    f"it is {found}; choose average_weights={reading[0]} or leave {name}={default}"
-                )
-        return self

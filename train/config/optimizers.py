@@ -180,13 +180,6 @@ Scheduler = Literal[
 ]
 FALLING = ("cosine", "linear", "warmup_stable_decay", "cosine_with_restarts", "polynomial")
 """Schedules that fall to `min_learning_rate_ratio` by the end of a run."""
-READ_BY = {
-    "decay_shape": ("warmup_stable_decay",),
-    "cosine_cycles": ("cosine_with_restarts",),
-    "polynomial_power": ("polynomial",),
-    "min_learning_rate_ratio": (*FALLING, "range_test"),
-}
-"""Which schedules read a field."""
 
 
 class OptimizerFields(Section):
@@ -270,15 +263,7 @@ class OptimizerFields(Section):
         return self.custom_moments if known is None else known
 
     @model_validator(mode="after")
-    def _is_read(self) -> OptimizerFields:
-        for name, reading in READ_BY.items():
-            value, default = getattr(self, name), OptimizerFields.model_fields[name].default
-            if value != default and self.lr_scheduler not in reading:
-                raise ValueError(
-                    f"{name}={value} is read by lr_scheduler={' or '.join(reading)} only, but it "
-                    f"is {self.lr_scheduler}; choose lr_scheduler={reading[0]} or leave "
-                    f"{name}={default}"
-                )
+    def _fits_the_optimizer(self) -> OptimizerFields:
         if self.lr_scheduler == "range_test":
             self._check_range_test()
         if OPTIMIZERS[self.optimizer].averages_itself and self.lr_scheduler != "constant":
@@ -304,15 +289,6 @@ class OptimizerFields(Section):
                 "sgd_nesterov=true looks ahead along a momentum, but sgd_momentum=0; raise it or "
                 "leave sgd_nesterov=false"
             )
-        for name, field in type(self).model_fields.items():
-            owner = next((o for o in OPTIMIZERS if name.startswith(f"{o}_")), None)
-            value = getattr(self, name)
-            default = field.get_default(call_default_factory=True)
-            if owner not in (None, self.optimizer) and value != default:
-                raise ValueError(
-                    f"{name}={value} is read by optimizer={owner} only, but it is "
-                    f"{self.optimizer}; choose optimizer={owner} or leave {name} out"
-                )
         return self
 
     def _check_range_test(self) -> None:

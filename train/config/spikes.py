@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from shardwright.train.config.section import PositiveFloat, PositiveInt, Section
 
@@ -27,19 +27,3 @@ class SpikeFields(Section):
     spike."""
     max_rollbacks: PositiveInt = 3
     """rollback: how often the whole run goes back, at most; the next spike ends it."""
-
-    @model_validator(mode="after")
-    def _spikes_are_looked_at(self) -> SpikeFields:
-        readers = {
-            "spike_factor": ("warn", "skip_update", "rollback"),
-            "spike_window_steps": ("warn", "skip_update", "rollback"),
-            "max_rollbacks": ("rollback",),
-        }
-        for name, reading in readers.items():
-            value, default = getattr(self, name), SpikeFields.model_fields[name].default
-            if value != default and self.on_spike not in reading:
-                raise ValueError(
-                    f"{name}={value} is read by on_spike={' or '.join(reading)} only, but it is "
-                    f"{self.on_spike}; choose on_spike={reading[0]} or leave {name}={default}"
-                )
-        return self

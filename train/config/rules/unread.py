@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardwright.train.config.optimizers import OPTIMIZERS
+from shardwright.train.config.optimizers import FALLING, OPTIMIZERS, OptimizerFields
 from shardwright.train.config.section import Section, shown
 from shardwright.train.config.sections import Sections
 
@@ -206,6 +206,28 @@ _SEVERAL_NODES = When(
     ("launcher.nodes",),
 )
 _HOSTFILE = _given("launcher.hostfile", "FILE")
+_CHOICES: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
+    "trainer.average_weights": {
+        ("ema",): ("average_decay",),
+        ("ema", "uniform"): ("average_start_step", "average_every_steps", "average_evaluated"),
+    },
+    "trainer.lr_scheduler": {
+        ("warmup_stable_decay",): ("decay_fraction", "decay_shape"),
+        ("cosine_with_restarts",): ("cosine_cycles",),
+        ("polynomial",): ("polynomial_power",),
+        (*FALLING, "range_test"): ("min_learning_rate_ratio",),
+    },
+    "trainer.on_spike": {
+        ("warn", "skip_update", "rollback"): ("spike_factor", "spike_window_steps"),
+        ("rollback",): ("max_rollbacks",),
+    },
+    "trainer.optimizer": {
+        (name,): tuple(field for field in OptimizerFields.model_fields if field.startswith(begin))
+        for name in OPTIMIZERS
+        if (begin := f"{name}_")
+    },
+}
+"""Fields of the trainer that are read with some choices of another one."""
 
 READ: dict[str, When] = {
     "data.dtype": _of_files(*(".npy", *_TABLE_ENDINGS), remedy="data.paths to .bin or .ds files"),
@@ -233,7 +255,6 @@ READ: dict[str, When] = {
     "tokenizer.revision": _of_the_hub("tokenizer.name"),
     "trainer.compile_backend": COMPILED,
     "trainer.compile_mode": COMPILED,
-    "trainer.decay_fraction": _is("trainer.lr_scheduler", "warmup_stable_decay"),
     "trainer.eval_max_samples": EVALUATED,
     "trainer.eval_micro_batch_size": EVALUATED,
     **{key: _is("strategy.stage", *stages) for key, stages in STAGES.items()},
@@ -244,6 +265,12 @@ READ: dict[str, When] = {
         )
     },
     **{f"trainer.adam_{name}": ADAMW for name in ("beta1", "beta2", "epsilon")},
+    **{
+        f"trainer.{name}": _is(key, *choices)
+        for key, fields in _CHOICES.items()
+        for choices, names in fields.items()
+        for name in names
+    },
 }
 """Which fields are read under which condition, where nothing else refuses them."""
 OF_KIND: dict[tuple[str, str], When] = {
