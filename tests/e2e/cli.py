@@ -97,6 +97,20 @@ def processes(cwd: Path, **environment: str) -> Iterator[int]:
                 yield int(path.parent.name)
 
 
+def rank_process(cwd: Path, rank: int) -> int:
+    """Return a rank's pid; the programs that it calls have its environment."""
+    found = set(processes(cwd, RANK=str(rank)))
+    (pid,) = {pid for pid in found if parent_of(pid) not in {*found, None}}
+    return pid
+
+
+def parent_of(pid: int) -> int | None:
+    """Return a process' parent; None where it has ended meanwhile."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
 def losses(run_dir: Path) -> list[float]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]

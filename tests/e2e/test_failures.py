@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from shardwright.train.checkpoint.format import layout
-from tests.e2e.cli import finish, on_one_rank, processes, shardwright, start, start_python, wait_for
+from tests.e2e.cli import (
+    finish,
+    on_one_rank,
+    rank_process,
+    shardwright,
+    start,
+    start_python,
+    wait_for,
+)
 from tests.e2e.endings import assert_all_gone
 from tests.fixtures import Freeze, TreeOf
 
@@ -89,8 +97,7 @@ def test_other_number_of_ranks_than_the_config_is_refused(
 def test_killed_rank_is_named_and_takes_the_others_along(tiny: Tiny, tmp_path: Path) -> None:
     process = start("train", *tiny("clm"), "trainer.max_steps=100000", cwd=tmp_path)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    (rank_1,) = processes(tmp_path, RANK="1")
-    os.kill(rank_1, signal.SIGKILL)
+    os.kill(rank_process(tmp_path, 1), signal.SIGKILL)
     ended = finish(process)
 
     assert ended.returncode == 1
@@ -105,7 +112,7 @@ def test_sigterm_to_the_launcher_before_the_first_step_ends_every_rank(
     process = start("train", *tiny("clm"), cwd=tmp_path)
     for rank in range(2):
         wait_for(tmp_path / "run" / "logs" / f"rank-{rank}.log", process)
-    assert len(list(processes(tmp_path, WORLD_SIZE="2"))) == 2
+    assert rank_process(tmp_path, 0) != rank_process(tmp_path, 1)
     process.send_signal(signal.SIGTERM)
     ended = finish(process)
 

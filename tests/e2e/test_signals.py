@@ -19,7 +19,9 @@ from tests.e2e.cli import (
     TINY,
     finish,
     on_one_rank,
+    parent_of,
     processes,
+    rank_process,
     shardwright,
     start,
     start_python,
@@ -148,7 +150,7 @@ def test_a_signal_to_any_process_stops_all(
     )
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     ranks = [rank_process(tmp_path, rank) for rank in range(2)]
-    torchrun = _parent(ranks[0])
+    torchrun = parent_of(ranks[0])
     ended = stopped_by(number, TARGETS[target](process.pid, torchrun, ranks), process)
 
     assert ended.returncode == 75, ended
@@ -210,14 +212,3 @@ def test_a_second_ctrl_c_kills(tiny: Tiny, tmp_path: Path) -> None:
     assert ended.returncode == 128 + signal.SIGINT
     assert "stopped by Ctrl-C before the ranks could report where; resume with" in ended.stderr
     assert_all_gone(tmp_path)
-
-
-def rank_process(cwd: Path, rank: int) -> int:
-    """Return a rank's pid; its children have its environment."""
-    found = set(processes(cwd, RANK=str(rank)))
-    (pid,) = {pid for pid in found if _parent(pid) not in found}
-    return pid
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -110,7 +110,10 @@ def test_its_modules_are_found_by_that_name_alone(binaries: Path, beside: Path) 
 def test_a_run_from_its_start_to_its_recovered_weights(
     binaries: Path, beside: Path, tiny: Callable[[str], tuple[str, ...]]
 ) -> None:
-    settings = ("strategy=ddp", "precision=fp32", "trainer.max_steps=2", "data.eval_fraction=0")
+    settings = (
+        *("strategy=ddp", "precision=fp32", "trainer.max_steps=2"),
+        *("data.eval_fraction=0", "trainer.eval_max_samples=null"),
+    )
     run(beside, binaries / "shardwright", "train", *tiny("clm"), *settings, "launcher=torchrun")
     said = run(beside, binaries / "python", "-m", "shardwright", "status", "run")
     assert "done" in said

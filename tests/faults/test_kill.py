@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from shardwright.train.checkpoint.format import layout
-from tests.e2e.cli import finish, processes, start_python, wait_for
+from tests.e2e.cli import finish, processes, rank_process, start_python, wait_for
 from tests.faults.killable import WORLD_SIZE, AtEvent, AtTime, Kill, events, start
 from tests.fixtures import TreeOf
 from tests.logged import metrics
@@ -287,8 +287,7 @@ def test_a_run_of_torchrun_killed_from_outside_ends_with_the_same_bits(
     )
     killed = start_python(*command, str(run_dir), cwd=tmp_path)
     wait_for(run_dir / "checkpoints/checkpoint-2", killed)
-    (rank,) = processes(tmp_path, RANK="1")
-    os.kill(rank, signal.SIGKILL)
+    os.kill(rank_process(tmp_path, 1), signal.SIGKILL)
     assert finish(killed).returncode != 0
     assert not list(processes(tmp_path)), "ranks outlive torchrun"
     ended = finish(start_python(*command, str(run_dir), cwd=tmp_path))
