@@ -95,12 +95,6 @@ def check(key: str, text: str) -> None:
         raise found.wrong(f"{path} has no {found.name}; name a function or class of it")
 
 
-def fingerprint(key: str, text: str) -> dict[str, str]:
-    """Return what changes when the file of a part does, or another part of it is named."""
-    found = part(key, text)
-    return {"name": found.name, "file": hash_of(file_of(found))}
-
-
 def hash_of(path: Path) -> str:
     """Return what changes when a file does."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # are below `shardwright`.
 ROOMS = (
     *("train.errors", "train.units", "train.durable", "train.paths", "train.program"),
-    "train.own_parts",
+    *("train.own_parts", "train.own_files"),
     *("train.run_directory.names",),
     *("train.config", "train.console", "train.charts", "train.optimizer", "train.checkpoint"),
     *("train.run_directory", "train.process", "train.tracking", "train.model", "train.data"),

@@ -64,6 +64,20 @@ def test_a_resume_says_what_has_changed(started: RunConfig, tmp_path: Path) -> N
     assert "objective.loss" not in told
 
 
+def test_a_resume_says_which_import_of_a_part_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("import helpers, json")
+    (tmp_path / "helpers.py").write_text("one")
+    before = own_code.of(run(tmp_path))
+    (tmp_path / "helpers.py").write_text("two")
+    now = own_code.of(run(tmp_path))
+    changed = f"imports, has changed since the run's last start ({tmp_path / 'helpers.py'})"
+    assert f"helpers, which data.source: documents {changed}" in list(own_code.changes(before, now))
+    without = {
+        name: {k: v for k, v in part.items() if k != "imports"} for name, part in before.items()
+    }
+    assert not list(own_code.changes(without, now)), "an older start has noted none"
+
+
 def test_a_file_that_has_moved_is_the_same_code(started: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "own.py").rename(tmp_path / "moved.py")
     noted = own_code.noted(tmp_path / "run")

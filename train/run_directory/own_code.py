@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shardwright.train import own_parts
+from shardwright.train import own_files, own_parts
 from shardwright.train.config import RunConfig
 from shardwright.train.config.own import named
 from shardwright.train.errors import UserError
@@ -25,7 +25,8 @@ Code = Mapping[str, Mapping[str, Any]]
 def of(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return file, hash and version of each part that a config names, by field and name.
 
-    What a file imports besides is not looked at. A part that is not there is left out.
+    And file and hash of what that file imports of the user's own. A part that is not there is left
+    out.
     """
     parts = [own_parts.part(key, text) for key, text in named(config)]
     parts += [Part(IMPORTS, module, module) for module in config.model.imports]
@@ -34,11 +35,15 @@ def of(config: RunConfig) -> dict[str, dict[str, Any]]:
         with suppress(UserError, OSError):
             path = own_parts.file_of(part)
             found[f"{part.key}: {part.name}"] = {
-                "file": str(path),
-                "hash": own_parts.hash_of(path),
+                **_noted(path),
                 **({} if part.is_path else {"version": _version(part.module)}),
+                "imports": {n: _noted(p) for n, p in own_files.imported_by(part).items()},
             }
     return found
+
+
+def _noted(path: Path) -> dict[str, str]:
+    return {"file": str(path), "hash": own_parts.hash_of(path)}
 
 
 def noted(run_dir: Path) -> Code:
@@ -60,8 +65,16 @@ def changes(before: Code, now: Code) -> Iterator[str]:
             continue
         if old.get("version") != part.get("version"):
             yield f"{name} is of version {part.get('version')}, and was of {old.get('version')}"
-        elif old.get("hash") != part["hash"]:
+            continue
+        if old.get("hash") != part["hash"]:
             yield f"{name} has changed since the run's last start ({part['file']})"
+        for module, file in part["imports"].items():
+            # One that is new has come with a change of a file that imports it.
+            if (had := old.get("imports", {}).get(module)) and had["hash"] != file["hash"]:
+                yield (
+                    f"{module}, which {name} imports, has changed since the run's last start "
+                    f"({file['file']})"
+                )
 
 
 def _version(module: str) -> str | None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from shardwright.train import own_parts
+from shardwright.train import own_files, own_parts
 from shardwright.train.data.sources.files.pieces import Text, pieces
 from shardwright.train.data.sources.source import Reading
 from shardwright.train.errors import UserError
@@ -43,7 +43,7 @@ def check(text: str | None) -> None:
 
 def identity(text: str | None) -> dict[str, Any]:
     """Return what changes with the function's file; nothing where there is none."""
-    return {} if text is None else {"filter": own_parts.fingerprint(KEY, text)}
+    return {} if text is None else {"filter": own_files.fingerprint(KEY, text)}
 
 
 def filtered(texts: Iterable[Text], name: str, reading: Reading) -> Iterator[Text]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardwright.train import own_parts
+from shardwright.train import own_files, own_parts
 from shardwright.train.config.data import PythonData
 from shardwright.train.data.sources import filtering
 from shardwright.train.data.sources.documents_process import KEY
@@ -41,7 +41,7 @@ class PythonSource(Source[PythonData]):
 
     def identity(self, cache_dir: Path) -> Mapping[str, Any]:
         asked = {name: getattr(self.data, name) for name in ("options", "version", "text_field")}
-        return {"source": own_parts.fingerprint(KEY, self.data.source), **asked}
+        return {"source": own_files.fingerprint(KEY, self.data.source), **asked}
 
     def title(self) -> str:
         return f"what {code(own_parts.part(KEY, self.data.source).name)} yields"
