@@ -151,6 +151,7 @@ def test_a_signal_to_any_process_stops_all(
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     ranks = [rank_process(tmp_path, rank) for rank in range(2)]
     torchrun = parent_of(ranks[0])
+    assert torchrun is not None
     ended = stopped_by(number, TARGETS[target](process.pid, torchrun, ranks), process)
 
     assert ended.returncode == 75, ended
