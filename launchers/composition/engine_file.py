@@ -40,6 +40,11 @@ def replaced(arguments: Sequence[str]) -> list[str]:
     given = dict(_given(arguments))
     option = given.get("strategy")
     if option not in OPTIONS:
+        if option is not None and not OPTIONS.keys().isdisjoint(option.split(",")):
+            raise UserError(
+                f"strategy={option}: one run has one strategy; to vary the file of an engine, say "
+                f"shardwright sweep strategy={option} {PATH}=FILE"
+            )
         return list(arguments)
     if (path := given.get(PATH)) is None:
         raise UserError(f"strategy={option} needs the file: {PATH}=FILE")

@@ -510,6 +510,16 @@ def test_a_file_that_is_of_another_program_or_not_given(ds: Path) -> None:
     assert run.trainer.global_batch_size == 32
 
 
+@pytest.mark.parametrize("multirun", [[], ["-m"]])
+def test_one_run_takes_no_file_among_other_strategies(multirun: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        composed(*multirun, "strategy=ddp,deepspeed_file", "strategy.path=ds.json")
+    assert str(refused.value) == (
+        "strategy=ddp,deepspeed_file: one run has one strategy; to vary the file of an engine, say "
+        "shardwright sweep strategy=ddp,deepspeed_file strategy.path=FILE"
+    )
+
+
 def test_a_sweep_varies_strategies_that_are_files_among_others(
     ds: Path, shardwright: Shardwright, tmp_path: Path
 ) -> None:
