@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from shardwright.launchers import preflight
-from shardwright.launchers.composition.compose import CONF, compose
+from shardwright.launchers.composition.compose import CONF, compose, resolved
 from shardwright.launchers.machine import directories
-from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine.facts import Machine
 from shardwright.train.checkpoint.format import layout
 from shardwright.train.config import (
     PretrainedModel,
     PretrainedTokenizer,
     RunConfig,
-    from_tree,
 )
 from tests.distributed.jobs import whole_run
 from tests.e2e.cli import TINY
@@ -36,7 +33,7 @@ pytestmark = pytest.mark.distributed
 
 STAGES = ("modernbert_base", "modernbert_base_long")
 """Of which the second begins with what the first has trained."""
-FROM_A_MODEL = ("any_architecture", "lora_clm", "qlora_clm")
+FROM_A_MODEL = ("any_architecture", "continued_pretraining", "lora_clm", "qlora_clm")
 EXPERIMENTS = sorted({path.stem for path in (CONF / "experiment").glob("*.yaml")} - {*STAGES})
 
 
@@ -89,13 +86,14 @@ def trained(
             "stdlib": ["data.max_documents=40"],
             "kant": [f"data.urls=['{book_url}']", "data.max_cut_fraction=1"],
             "hub": [f"data.name='{corpus.parent}'"],
+            "text": [f"data.paths=['{corpus}']", f"data.eval_paths={{own: '{corpus}'}}"],
         }
         (kind,) = (kind for kind in source if f"override /data: {kind}" in experiment)
 
-        (job,) = compose([f"experiment={name}", *small, *source[kind], *overrides])
         here, run_dir = Machine(cores=2), tmp_path / name
-        tree = OmegaConf.to_container(job.tree, resolve=True, throw_on_missing=True)
-        config = machine.resolve(from_tree(tree), here, str(run_dir))
+        asked = [f"experiment={name}", f"run_dir='{run_dir}'", *small, *source[kind], *overrides]
+        (job,) = compose(asked)
+        config = resolved(job, here, stamp="")
         preflight.check(config, here)
         directories.create(config, run_dir)
         ranks(ranks_wanted)(whole_run, run_dir)
@@ -119,6 +117,11 @@ def test_experiments_that_begin_from_a_model_end_with_one(
     assert (adapted / "final" / "adapter" / "adapter_model.safetensors").is_file()
     packed, _ = check(*trained("qlora_clm", f"model.name='{base}'"))
     assert json.loads((packed / "engine.json").read_text())["packed_weights"] == ["nf4 by 64"]
+
+    masked = trained("demo_mlm")[0] / "final"
+    continued, _ = check(*trained("continued_pretraining", f"model.name='{masked}'"))
+    lines = (continued / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["eval_loss/own"] > 0
 
     described = tmp_path / "described"
     described.mkdir()

@@ -25,6 +25,7 @@ from shardwright.train.config import (
     schedule_of,
     to_yaml,
 )
+from shardwright.train.config.rules import unread
 from shardwright.train.errors import UserError
 from shardwright.train.strategy import engine_settings
 from tests.unit.launchers.composed import PRESETS, composed
@@ -72,6 +73,7 @@ COMPANIONS = {
 OPEN = {
     "any_architecture": ["model.name"],
     "bert_base_wordpiece": ["data.name"],
+    "continued_pretraining": ["model.name", "data.paths", "data.eval_paths"],
     "lora_clm": ["model.name", "data.name"],
     "modernbert_base": ["data.name"],
     "modernbert_base_long": ["model.name", "data.name"],
@@ -163,7 +165,9 @@ def test_a_masked_model_brings_its_objective_unless_another_is_asked_for() -> No
 
 
 def experiment(name: str) -> list[str]:
-    return [f"experiment={name}", *(f"{key}=some/thing" for key in OPEN.get(name, []))]
+    values = {"data.paths": "[some/text]", "data.eval_paths": "{held_out: some/text}"}
+    given = (f"{key}={values.get(key, 'some/thing')}" for key in OPEN.get(name, []))
+    return [f"experiment={name}", *given]
 
 
 def test_modernbert_is_trained_as_published() -> None:
@@ -198,6 +202,7 @@ def test_experiment_composes_resolves_and_derives(name: str) -> None:
     _, run = composed(*experiment(name))
     resolved = resolve(run, EIGHT_GPUS, "/runs/a")
     assert resolved.name == name
+    assert not list(unread.problems(run, resolved))
     # Without ranks there is no engine to set.
     assert engine_settings(resolved) or resolved.strategy.kind == "single"
 
