@@ -144,11 +144,6 @@ def test_killed_twice_at_random_a_search_ends_as_one_that_was_left_alone(
 # --- Ray ------------------------------------------------------------------------------------------
 
 
-def parent_of(pid: int) -> int:
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat.rpartition(")")[2].split()[1])
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_below_ray_a_killed_worker_costs_no_point(
@@ -170,7 +165,8 @@ def test_below_ray_a_killed_worker_costs_no_point(
         if b"run_dir=" + str(sweep_dir / "0").encode()
         in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"'", b"")
     )
-    worker = parent_of(launched)
+    worker = cli.parent_of(launched)
+    assert worker is not None
     assert b"ray::" in Path(f"/proc/{worker}/cmdline").read_bytes()
     os.kill(worker, signal.SIGKILL)
     ended = cli.finish(process)
