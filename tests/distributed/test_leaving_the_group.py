@@ -1,5 +1,6 @@
 """Ranks leave their process group: no gloo thread is left, no exit aborts, a new group works."""
 
+import gc
 import os
 import runpy
 import subprocess
@@ -13,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from shardwright.train.loop.trainer import Trainer
 from shardwright.train.process import leave
 from shardwright.train.process.leave import gloo_worker_count, leave_process_group
+from tests.distributed.jobs import trained
 from tests.distributed.pool import free_port
-from tests.fixtures import Freeze, TreeOf
+from tests.fixtures import Freeze, RanksOf, TreeOf
 
 pytestmark = pytest.mark.distributed
 
@@ -70,6 +74,24 @@ def two_ranks(*arguments: str) -> list[str]:
             rank.wait()
     assert [rank.returncode for rank in ranks] == [0, 0], ends
     return [out for out, _ in ends]
+
+
+def batches_held(trainer: Trainer) -> list[str]:
+    """Return what still goes through a training's batches."""
+    dataset = trainer.get_train_dataloader().dataset
+    found = [each for each in gc.get_objects() if issubclass(type(each), _BaseDataLoaderIter)]
+    return [type(each).__name__ for each in found if each._dataset is dataset]
+
+
+def test_workers_that_load_the_data_end_with_the_training(
+    tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf
+) -> None:
+    tree = tiny_tree("clm")
+    tree["trainer"] |= {"max_steps": 2}
+    tree["strategy"], tree["launcher"]["nproc_per_node"] = {"kind": "single"}, 1
+    # They do so with what goes through the batches. Held by a cycle it would wait for each of them
+    # in vain for seconds, as their queues are closed first (torch 2.13, utils/data/dataloader.py).
+    assert ranks(1)(trained, frozen_run(tree), batches_held) == [[]]
 
 
 @pytest.mark.slow  # the shared workers of other tests do so all the time, and count threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
+from shardwright.train.export.recover import Options, recover
 from tests.distributed.curves import curve
 from tests.distributed.interrupted import SAVED, STEPS, interrupted
 from tests.distributed.jobs import whole_run
@@ -146,3 +148,29 @@ def test_spans_are_learned_alike_under_each_engine(
     ranks(2)(whole_run, resumed)
     assert curve(resumed) == curve(run_dir)
     assert same_bits(resumed, run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3_nothing_kept", "fsdp"])
+def test_spans_in_bf16_are_resumed_exported_and_recovered_to_the_same_bits(
+    strategy: str, tiny_tree: TreeOf, frozen_run: Freeze, ranks: RanksOf, tmp_path: Path
+) -> None:
+    tree = of_spans(tiny_tree)
+    tree["strategy"], tree["precision"] = STRATEGIES[strategy], {"compute_dtype": "bf16"}
+    run_dir = frozen_run(tree)
+    ranks(2)(whole_run, run_dir)
+    assert curve(run_dir)[-1] < curve(run_dir)[0]
+
+    weights = load_file(run_dir / "final/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(run_dir / "final").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+    recover(Options(source=run_dir, out=tmp_path / "out"), io.StringIO(), io.StringIO())
+    resumed = interrupted(run_dir, tmp_path / "resumed")
+    ranks(2)(whole_run, resumed)
+    assert curve(resumed) == curve(run_dir)
+    assert curve(resumed, "eval_loss") == curve(run_dir, "eval_loss")
+    written = (run_dir / "final/model.safetensors").read_bytes()
+    for other in (tmp_path / "out", resumed / "final"):
+        assert (other / "model.safetensors").read_bytes() == written

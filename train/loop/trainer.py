@@ -435,6 +435,11 @@ class Trainer(transformers.Trainer):
             if self._ahead is not None:
                 self._ahead.agreed()
             raise
+        finally:
+            # A loader's workers end when nothing holds its iterator. Where the garbage collector
+            # finds that, their queues are closed before they are told (torch 2.13, dataloader.py),
+            # and each of them is waited for in vain for 5 s.
+            self._next_micro_batches = iter(()), 0
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None

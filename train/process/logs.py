@@ -84,7 +84,7 @@ def quiet_libraries() -> None:
 
     Before torch and transformers are imported: they speak of kernels for GPUs as they are.
     """
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as of_transformers
 
