@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from shardwright.train.charts import drawing
 from shardwright.train.durable import write_text
 from shardwright.train.errors import FAILED, UserError
 from shardwright.train.paths import absolute
+from shardwright.train.process import exhausted
 from shardwright.train.units import counted, size
 
 
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     report = _report(paths, again)
     try:
         library = drawing.javascript()
-        write_text(out, page.page(report, library))
+        with _writing("out", out):
+            write_text(out, page.page(report, library))
         print(f"{out}: {counted(len(report.runs), 'run')}, {size(out.stat().st_size)}")
         if options.png:
             specs = pictures.pictures(
@@ -45,7 +48,8 @@ def main(arguments: Sequence[str]) -> int:
                 report.runs,
                 report.payload["state"],
             )
-            written = pictures.write(Path(absolute(options.png)), specs)
+            with _writing("png", Path(absolute(options.png))):
+                written = pictures.write(Path(absolute(options.png)), specs)
             print(f"{absolute(options.png)}: {counted(len(written), 'picture')}")
     except drawing.CannotDraw as error:
         print(error_text(f"nothing can be drawn here: {error}"), file=sys.stderr)
@@ -86,6 +90,20 @@ def _check_out(out: Path, png: Path | None) -> None:
         raise UserError(f"--out={out}: there is no directory {out.parent}; make it first")
     if out.exists() and page.GENERATOR not in out.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{out} exists and is no report; give another name by --out")
+
+
+@contextmanager
+def _writing(flag: str, place: Path) -> Iterator[None]:
+    """Turn what a place does not allow into a UserError that names it and its flag."""
+    try:
+        yield
+    except OSError as error:
+        if exhausted.explained(error) is not None:
+            raise  # a full disk, of which all commands say the same
+        raise UserError(
+            f"--{flag}={place} cannot be written ({error.strerror}); give a place that is writable "
+            f"by --{flag}"
+        ) from None
 
 
 def _report(paths: Sequence[Path], again: str) -> Report:

@@ -252,6 +252,12 @@ def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
         list(hub.rows(other))
 
 
+@pytest.mark.parametrize("name", ["a.pdf", "a"])
+def test_a_file_that_is_not_there_is_not_asked_for_its_ending(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"/{name} does not exist \(looked in"):
+        check_file(tmp_path / name, "text")
+
+
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.parquet.gz"])
 def test_an_unknown_ending_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("text")
@@ -278,9 +284,8 @@ def test_an_empty_file_that_is_named_outright_is_refused(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(
-        UserError, match=rf"data\.paths: .*{name} is empty; fill it or leave it out"
-    ):
+    what = "holds nothing to train on" if content else "is empty"
+    with pytest.raises(UserError, match=rf"data\.paths: .*{name} {what}; fill it or leave it out"):
         check_files(str(tmp_path / name), "text")
     with pytest.raises(
         UserError, match=r"data\.paths: .*\* matches 1 files, and all of them are empty; fill them"

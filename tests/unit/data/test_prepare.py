@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -445,6 +446,17 @@ def test_a_cache_that_cannot_be_written_is_refused(
         match=r"data\.cache_dir: cannot write .* \(Not a directory\); set data\.cache_dir",
     ):
         prepare(config, run_dir)
+
+
+def test_a_cache_whose_directory_cannot_be_made_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # as below /proc, where root gets it too
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .* set data\.cache_dir to"):
+        build_once(tmp_path / "c", "name", lambda directory: {})
 
 
 def test_a_corpus_too_small_for_one_batch_is_refused(

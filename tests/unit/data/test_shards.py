@@ -163,7 +163,7 @@ def test_a_blank_file_in_ranges_counts_as_one_empty_file(
     assert_same(text_data(tmp_path / "*.txt", line_by_line=True), tmp_path)
     _, reading = in_shards(text_data(tmp_path / "*.txt", line_by_line=True), tmp_path)
     assert reading.empty_files == 1
-    with pytest.raises(UserError, match=r"blank\.txt is empty"):
+    with pytest.raises(UserError, match=r"blank\.txt holds nothing to train on"):
         in_shards(text_data(tmp_path / "blank.txt", line_by_line=True), tmp_path)
 
 

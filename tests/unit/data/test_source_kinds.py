@@ -214,8 +214,9 @@ def test_an_archive_without_a_text_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(in_zip({"a.md": b"text", "b.txt": b""}))
     (tmp_path / "b.tar").write_bytes(in_tar({"a.md": b"text"}))
     (tmp_path / "c.tar").touch()
-    for name in ("a.zip", "b.tar", "c.tar"):
-        with pytest.raises(UserError, match=rf"{name} is empty; fill it or leave it out"):
+    nothing = "holds nothing to train on"
+    for name, what in {"a.zip": nothing, "b.tar": nothing, "c.tar": "is empty"}.items():
+        with pytest.raises(UserError, match=rf"{name} {what}; fill it or leave it out"):
             check_files(str(tmp_path / name), "text")
 
 

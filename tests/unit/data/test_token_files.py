@@ -185,6 +185,11 @@ def test_what_is_no_store_is_refused(
         packed(tmp_path / name, tmp_path / "out")
 
 
+def test_a_store_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"/none does not exist \(looked in .*correct the path"):
+        packed(tmp_path / "none", tmp_path / "out")
+
+
 def test_damaged_stores_are_refused(tmp_path: Path) -> None:
     megatron(tmp_path / "a", DOCUMENTS)
     (tmp_path / "a.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-2])

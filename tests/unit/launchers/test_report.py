@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.util
 import json
 import math
@@ -17,8 +18,9 @@ from typing import Any
 import pytest
 
 from shardwright.launchers.__main__ import main
+from shardwright.launchers.commands import report
 from shardwright.launchers.commands.report import default_name
-from shardwright.launchers.reporting import differences
+from shardwright.launchers.reporting import differences, pictures
 from shardwright.launchers.reporting.importance import importance
 from shardwright.launchers.reporting.pictures import file_name
 from shardwright.launchers.reporting.scales import Scale, scale_of
@@ -125,6 +127,22 @@ def test_bad_input_is_told_before_anything_is_read(
     reports.make_run(here / "demo", tree())
     assert main(["report", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("flag", ["out", "png"])
+def test_a_place_that_cannot_be_written_is_named(
+    flag: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    reports.make_run(here / "demo", tree())
+    monkeypatch.setattr(*{"out": (report, "write_text"), "png": (pictures, "write")}[flag], refuse)
+    assert main(["report", "demo", f"--{flag}", "there"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --{flag}={here}/there cannot be written (Permission denied); give a place that is "
+        f"writable by --{flag}\n"
+    )
 
 
 def test_where_nothing_can_be_drawn_the_command_fails(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwright.train.config.data import TokensData
-from shardwright.train.data.sources.files.errors import is_empty
+from shardwright.train.data.sources.files.errors import is_empty, is_missing
 from shardwright.train.data.sources.files.file import is_url, name_of
 from shardwright.train.data.sources.files.formats import TABLES, is_note
 from shardwright.train.data.sources.files.paths import check_overlap, expand
@@ -44,10 +44,7 @@ class TokenFiles(Source[TokensData]):
         for pattern in self.data.paths:
             for path in self._files(pattern):
                 if not path.exists():
-                    raise UserError(
-                        f"data.paths: {path} does not exist (looked in {os.getcwd()}); correct "
-                        "the path"
-                    )
+                    raise is_missing(path)
                 if next(self._documents(path, None), None) is None:
                     raise is_empty(path)
 
@@ -111,6 +108,8 @@ class TokenFiles(Source[TokensData]):
             )
         wrong = [path for path in found if path.suffix not in (*ENDINGS, *COMPANIONS)]
         if wrong and not by_name:
+            if not wrong[0].exists():
+                raise is_missing(wrong[0])
             raise UserError(
                 f"data.paths: {wrong[0]} does not end in one of {', '.join(ENDINGS)}; give a store "
                 "of token ids, or read texts with data=text"

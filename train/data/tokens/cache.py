@@ -126,7 +126,7 @@ def build_once(parent: Path, name: str, build: Callable[[Path], dict[str, Any]])
         finally:
             lock.release()
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NO_ROOM and parent.is_dir():
             raise
         raise UserError(
             f"data.cache_dir: cannot write {parent / name} ({error.strerror}); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,8 +51,17 @@ class Unreachable(UserError):
 
 
 def is_empty(path: File) -> UserError:
-    """Return the error for a file that was named and holds nothing."""
-    return UserError(f"data.paths: {path} is empty; fill it or leave it out")
+    """Return the error for a file that was named and holds nothing, or blank documents alone."""
+    has_bytes = isinstance(path, Path) and path.is_file() and path.stat().st_size > 0
+    what = "holds nothing to train on" if has_bytes else "is empty"
+    return UserError(f"data.paths: {path} {what}; fill it or leave it out")
+
+
+def is_missing(path: File) -> UserError:
+    """Return the error for a path that leads nowhere."""
+    return UserError(
+        f"data.paths: {path} does not exist (looked in {os.getcwd()}); correct the path"
+    )
 
 
 def is_directory(path: Path) -> UserError:

@@ -19,6 +19,7 @@ from shardwright.train.data.sources.files.errors import (
     Unreachable,
     is_directory,
     is_empty,
+    is_missing,
     unreadable,
 )
 from shardwright.train.data.sources.files.file import File, Member, Remote, is_url
@@ -89,8 +90,8 @@ def check_file(path: Path | Remote, text_field: str, *, skips: bool = False) -> 
     """
     if isinstance(path, Path) and os.path.isdir(path):
         raise is_directory(path)
+    size_bytes = _size_bytes(path)  # before its name is blamed: it may not be there at all
     _format(path)
-    size_bytes = _size_bytes(path)
     has_content = size_bytes > 0 and _has_content(path, text_field, skips)
     return has_content or size_bytes > CHECKED_BYTES
 
@@ -113,9 +114,7 @@ def _size_bytes(path: Path | Remote) -> int:
     try:
         return path.stat().st_size
     except FileNotFoundError:
-        raise UserError(
-            f"data.paths: {path} does not exist (looked in {os.getcwd()}); correct the path"
-        ) from None
+        raise is_missing(path) from None
     except OSError as error:
         raise unreadable(path, error) from None
 
