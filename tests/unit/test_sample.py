@@ -71,6 +71,17 @@ def test_a_continuation_ends_where_the_positions_end(causal: Path) -> None:
     assert 0 <= len(text) <= 3
 
 
+def test_a_continuation_without_room_for_all_tokens_says_so(causal: Path) -> None:
+    out = io.StringIO()
+    show(causal, ["d" * (POSITIONS - 3)], out, new_tokens=1000)
+    assert out.getvalue().endswith(
+        "\n  (at most 3 of 1,000 new tokens: the model has no more positions behind this prompt)\n"
+    )
+    out = io.StringIO()
+    show(causal, ["d" * (POSITIONS - 3)], out, new_tokens=3)
+    assert "new tokens" not in out.getvalue()
+
+
 def test_likeliest_fillings_come_first_with_their_probability(masked: Path) -> None:
     ((best, *others),) = sample(masked, ["import <mask>"], top=3)
     assert best == "x (99%)"

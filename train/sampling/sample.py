@@ -95,7 +95,7 @@ def _continued(
     if sharded is not None:
         generate.device = sharded[1]  # offloaded weights are elsewhere
     check_prompts(prompts, generate.tokenizer, "clm")
-    completions = []
+    completions: list[list[str]] = []
     for prompt in prompts:
         room = generate.tokenizer.model_max_length - _length(prompt, generate.tokenizer)
         (generated,) = generate(
@@ -109,7 +109,8 @@ def _continued(
             # All continue until all have ended, whatever rounding made of their tokens.
             **({} if sharded is None else {"synced_gpus": True}),
         )
-        completions.append([generated["generated_text"]])
+        text = generated["generated_text"]
+        completions.append([text if new_tokens <= room else Cut(text, room, new_tokens)])
     return completions
 
 
@@ -124,6 +125,18 @@ class Whole(str):
     """A text that takes the prompt's place, instead of continuing it."""
 
 
+class Cut(str):
+    """A continuation for which the model has positions for fewer tokens than were asked for."""
+
+    room: int
+    asked: int
+
+    def __new__(cls, text: str, room: int, asked: int) -> Cut:
+        made = super().__new__(cls, text)
+        made.room, made.asked = room, asked
+        return made
+
+
 def _unmasked(prompt: str, fill: Any, new_tokens: int, steps: int | None, seed: int) -> str:
     """Return what masked diffusion makes of a prompt, given the pipeline of its model."""
     from shardwright.train.sampling import unmasking
@@ -134,6 +147,9 @@ def _unmasked(prompt: str, fill: Any, new_tokens: int, steps: int | None, seed: 
 
     options: dict[str, Any] = {"new_tokens": new_tokens, "steps": steps, "seed": seed}
     text, continues = unmasking.completed(prompt, forward, fill.tokenizer, **options)
+    room = fill.tokenizer.model_max_length - _length(prompt, fill.tokenizer)
+    if continues and new_tokens > room:
+        return Cut(text, room, new_tokens)
     return text if continues else Whole(text)
 
 
@@ -323,6 +339,12 @@ def print_completions(
         else:
             text = f"{prompt}\u2502{completions[0]}".strip("\n")
             print("\n" + "\n".join(f"  {line}" for line in text.splitlines()), file=out)
+        if isinstance(completion := completions[0], Cut):
+            print(
+                f"  (at most {completion.room:,} of {completion.asked:,} new tokens: the model has "
+                "no more positions behind this prompt)",
+                file=out,
+            )
     out.flush()
 
 
@@ -360,21 +382,35 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line of `shardwright sample`."""
     found = argparse.ArgumentParser(prog="shardwright sample", description=__doc__)
     found.add_argument(
-        "run_dir", type=path_of, help="run directory, or a Hugging Face model directory"
+        "run_dir",
+        type=path_of,
+        metavar="RUN_DIR",
+        help="run directory, or a Hugging Face model directory",
     )
     found.add_argument(
-        "--prompt", action="append", required=True, help="may be given several times"
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        required=True,
+        help="may be given several times",
     )
     found.add_argument(
-        "--new-tokens", type=_positive, default=40, help="of a continuation (default 40)"
+        "--new-tokens",
+        type=_positive,
+        metavar="N",
+        default=40,
+        help="of a continuation (default 40)",
     )
-    found.add_argument("--top", type=_positive, default=5, help="fillings of a mask (default 5)")
+    found.add_argument(
+        "--top", type=_positive, metavar="N", default=5, help="fillings of a mask (default 5)"
+    )
     found.add_argument(
         "--steps",
         type=_positive,
+        metavar="N",
         help="passes in which a model of diffusion fills its masks (default: one for each)",
     )
-    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--seed", type=int, metavar="N", default=0)
     found.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -389,6 +425,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--nproc-per-node",
         type=_positive,
+        metavar="N",
         help="ranks under --strategy (default: one for each GPU, or 1 on a CPU)",
     )
     return found
