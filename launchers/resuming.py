@@ -17,6 +17,7 @@ from shardwright.launchers import launch, messages, preflight, resumes
 from shardwright.launchers.composition import engine_file
 from shardwright.launchers.composition.compose import CONF, compose, group_options
 from shardwright.launchers.composition.errors import (
+    ROOT_GROUP,
     is_free_form,
     unreadable,
     with_home_quoted,
@@ -334,6 +335,11 @@ def changed(
     for key, value in _parsed(overrides):
         if key in options:
             continue
+        if key == ROOT_GROUP:
+            raise UserError(
+                f"{key}={value} is a file of settings for a new run; give those of them that are "
+                f"to change, as key=value, or begin with `shardwright train {key}={value}`"
+            )
         *path, leaf = key.split(".")
         section = tree
         for name in path:

@@ -151,7 +151,7 @@ def asked_for(overrides: Sequence[str], here: Machine, directory: Path) -> RunCo
     launcher = tree["launcher"]
     # The batch has to divide among ranks that are settled only below.
     unsettled = {name: "auto" for name in launcher if name == "nproc_per_node"}
-    asked = from_tree({**tree, "launcher": {**launcher, **unsettled}})
+    asked = from_tree({**tree, "launcher": {**launcher, **unsettled}}, job.typed)
     kind, nodes = asked.launcher.kind, asked.launcher.nodes
     if launcher_of(asked).joins and nodes > 1:
         raise UserError(
@@ -164,7 +164,7 @@ def asked_for(overrides: Sequence[str], here: Machine, directory: Path) -> RunCo
     # No step is made, but a config has a batch that divides.
     constant = {"batch_warmup_from": None, "batch_warmup_samples": 0}
     tree["trainer"] |= {"global_batch_size": ranks * launcher.get("nodes", 1), **constant}
-    return machine.resolve(from_tree(tree), here, str(directory))
+    return machine.resolve(from_tree(tree, job.typed), here, str(directory))
 
 
 def text(findings: Sequence[Finding]) -> str:

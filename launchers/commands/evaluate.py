@@ -142,7 +142,7 @@ def _config(
     if of.run_dir is None:
         flags = [] if config_dir is None else ["--config-dir", config_dir]
         (job,) = compose([*flags, *_of_a_model(of.weights), *overrides])
-        before = after = from_tree(plain(job.tree))
+        before = after = from_tree(plain(job.tree), job.typed)
         after = after.model_copy(update={"data": located(after.data)})
         limit = run_config.DEFAULT_MICRO_BATCH_SIZE
     else:

@@ -123,7 +123,7 @@ def _compared(
         is_chosen = any(word.startswith(("strategy=", "strategy.")) for word in words_of_job)
         for words, supposed in on:
             tree = on_hardware(plain(job.tree), supposed)
-            if from_tree(tree).left_to_the_plan:
+            if from_tree(tree, job.typed).left_to_the_plan:
                 chosen.append(_chosen(tree, supposed, words, own))
                 continue
             strategy = job.choices["strategy"] if is_chosen else None

@@ -47,6 +47,11 @@ class Job:
     """What asks for this run alone, but for the directories."""
 
     @property
+    def typed(self) -> frozenset[str]:
+        """The keys that the command line itself has, and no file of options or experiments."""
+        return frozenset(argument.lstrip("+").partition("=")[0] for argument in self.arguments)
+
+    @property
     def is_named_here(self) -> bool:
         """Whether its directory, or that of its sweep, has a name that nobody has asked for."""
         return self.tree.get("run_dir") is None and self.tree.get("sweep_dir") is None
@@ -186,12 +191,11 @@ def resolved(job: Job, here: Machine, stamp: str) -> RunConfig:
 
     Raises UserError.
     """
-    config = from_tree(plain(job.tree))
+    config = from_tree(plain(job.tree), job.typed)
     # Of new runs alone: by the very names in it a resume finds the tokens of one that is older.
     config = with_parts_located(config.model_copy(update={"data": located(config.data)}))
     found = machine.resolve(config, here, _run_dir(config, job.number, stamp))
-    typed = {argument.lstrip("+").partition("=")[0] for argument in job.arguments}
-    if problems := list(unread.problems(config, found, typed=typed)):
+    if problems := list(unread.problems(config, found, typed=job.typed)):
         raise UserError("\n".join(problems))
     return found
 

@@ -23,6 +23,7 @@ from omegaconf.errors import (
 )
 
 from shardwright.train.config import known_keys, unknown_key_message
+from shardwright.train.config.messages import LIST, MAPPING, takes_a_list
 from shardwright.train.errors import UserError
 
 USER_CAUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -107,6 +108,10 @@ def explain(error: Exception) -> str:
                 return f"+{found[1]}: this group has an option already; write {found[1]}=NAME"
             if found := re.search(r"Ambiguous value for argument '(.*)'\n1\. To", text, re.S):
                 return _ambiguous(found[1])
+    # OmegaConf 2.3 words it alike whichever of the two is given (basecontainer.py, merge_with).
+    if "Cannot merge DictConfig with ListConfig" in str(cause):
+        key = str(getattr(cause, "full_key", "") or "")
+        return f"{key}: must be {LIST if takes_a_list(key) else MAPPING}"
     match cause:
         case MissingMandatoryValue():
             return f"{cause.full_key} is not set; give it with {cause.full_key}=VALUE"
@@ -205,6 +210,7 @@ def _unknown_option(path: str, options: list[str]) -> str:
         )
     if not options:
         return f"{group}={option}: there is no config group {group}"
+    written, option = option, _OTHER_NAMES.get(group, {}).get(option.casefold(), option.casefold())
     likeness = {name: difflib.SequenceMatcher(None, option, name).ratio() for name in options}
     nearest_first = sorted(options, key=lambda name: (-likeness[name], name))
     begun = sorted(name for name in options if name.startswith(option.replace("-", "_")))
@@ -213,13 +219,24 @@ def _unknown_option(path: str, options: list[str]) -> str:
         f"did you mean {', '.join(near[:-1])}{' or ' * (len(near) > 1)}{near[-1]}? " if near else ""
     )
     others = [name for name in nearest_first if name not in near]
-    elsewhere = _ELSEWHERE.get(group, "").format(option)
+    elsewhere = _ELSEWHERE.get(group, "").format(written)
     return (
-        f"{group}={option}: there is no such option; {hint}there are "
+        f"{group}={written}: there is no such option; {hint}there are "
         f"{', '.join([*near, *others])}{elsewhere}"
     )
 
 
+# What other programs call some options: torch's dtypes, accelerate's words, FSDP's strategies.
+_OTHER_NAMES = {
+    "precision": {
+        **{"float32": "fp32", "full": "fp32", "no": "fp32"},
+        **{"float16": "fp16", "half": "fp16", "bfloat16": "bf16"},
+    },
+    "strategy": {
+        **{"full_shard": "fsdp", "shard_grad_op": "fsdp_grad_op", "no_shard": "ddp"},
+        **{"hybrid_shard": "fsdp_hybrid", "hybrid_shard_zero2": "fsdp_hybrid_grad_op"},
+    },
+}
 # What else a name behind a group may be meant for.
 _ELSEWHERE = {
     "model": "; a model of the hub or in a directory is model=pretrained model.name={}",

@@ -40,7 +40,7 @@ def settled(job: Job, here: Machine, said: Hardware | None = None) -> Settled:
     plan, where nothing fits, and where hardware is named and nothing is left to choose.
     """
     tree = plain(job.tree)
-    config = from_tree(tree)
+    config = from_tree(tree, job.typed)
     left = config.left_to_the_plan
     if not left:
         if said is not None:

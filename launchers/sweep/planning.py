@@ -123,7 +123,8 @@ class Composer:
         run_dir = self.sweep.run_dir(point.number)
         if (run_dir / RUN_CONFIG).is_file():
             return run_config.load(run_dir)
-        return from_tree(plain(self.job(point).tree))
+        job = self.job(point)
+        return from_tree(plain(job.tree), job.typed)
 
     def task(self, point: Point) -> Task:
         """Return what starts a point. Raises UserError, a line for each problem, if it cannot."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -97,6 +97,7 @@ ALIASES = {
     "output": "run_dir",
     "patience": "trainer.early_stopping_patience",
     "per_gpu_train_batch_size": "trainer.micro_batch_size",
+    "r": "adapter.rank, under adapter=lora or dora",
     "rampup_batch_size": "trainer.batch_warmup_from and trainer.batch_warmup_samples",
     "resume": "run_dir of a new run here; `shardwright resume RUN_DIR` continues one that is there",
     "save_path": "run_dir",
@@ -191,8 +192,33 @@ def nearest_key(key: str) -> str | None:
     for names, cutoff in ((siblings, 0.7), (by_leaf, 0.8), (siblings, 0.5)):
         if close := difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff):
             return names[close[0]]
+    if siblings:  # the name of the section alone would make all of them alike
+        return None
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return close[0] if close else None
+
+
+LIST = "a list, such as [a, b]"
+MAPPING = "a mapping, such as {key: value}"
+"""What a value of several has to be, in words that follow "must be"."""
+
+
+def takes_a_list(key: str) -> bool:
+    """Return whether a dotted key is that of a list, of a section of some kind."""
+    group, _, path = key.partition(".")
+    sections = _SECTIONS.get(group, [])
+    annotations: list[Any] = []
+    for name in path.split("."):
+        fields = [
+            (field.alias or n, field) for s in sections for n, field in s.model_fields.items()
+        ]
+        annotations = [field.annotation for found, field in fields if found == name]
+        sections = [section for found in annotations for section in _sections_of(found)]
+    return any(map(_is_list, annotations))
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple or any(map(_is_list, get_args(annotation)))
 
 
 def meant(name: str) -> str | None:
@@ -247,8 +273,11 @@ def _unknown_in_an_entry(key: str) -> str | None:
     )
 
 
-def problems(errors: list[ErrorDetails]) -> list[str]:
-    """Return one line for each problem; the branches of a union make one line together."""
+def problems(errors: list[ErrorDetails], typed: Collection[str] | None = None) -> list[str]:
+    """Return one line for each problem; the branches of a union make one line together.
+
+    ``typed`` are the keys that a command line itself has; None where nothing is known of it.
+    """
     lines: list[str] = []
     wanted: dict[str, list[str]] = {}
     paths = [tuple(error["loc"]) for error in errors]
@@ -257,7 +286,7 @@ def problems(errors: list[ErrorDetails]) -> list[str]:
         if error["type"] == "too_short" and any(p[:-1] == path for p in paths):
             continue
         key = _dotted_key(error)
-        if (line := _structural_problem(key, error)) is not None:
+        if (line := _structural_problem(key, error, typed)) is not None:
             lines.append(line)
             continue
         if key not in wanted:
@@ -286,7 +315,7 @@ def _dotted_key(error: ErrorDetails) -> str:
     return ".".join(str(part) for part in parts)
 
 
-def _structural_problem(key: str, error: ErrorDetails) -> str | None:
+def _structural_problem(key: str, error: ErrorDetails, typed: Collection[str] | None) -> str | None:
     """Explain an error of the tree's shape or of a rule; None where a value is to blame."""
     group = str(error["loc"][0]) if error["loc"] else ""
     match error["type"]:
@@ -294,9 +323,12 @@ def _structural_problem(key: str, error: ErrorDetails) -> str | None:
             if key in known_keys() and (names := owners(key)):
                 others = " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
                 remedy = f"add {group}={others}" if len(names) == 1 else "choose one of them"
+                without = f"leave {key} out"
+                if typed is not None and key not in typed:
+                    without = f"add ~{key}, which drops what an experiment has set"
                 return (
                     f"{key} is not a setting of {group}.kind={error['loc'][1]}: it belongs to "
-                    f"{group}={others}; {remedy}, or leave {key} out"
+                    f"{group}={others}; {remedy}, or {without}"
                 )
             return unknown_key_message(key)
         case "missing" if key in _SECTIONS:
@@ -309,11 +341,12 @@ def _structural_problem(key: str, error: ErrorDetails) -> str | None:
             problem = f"{key}.kind={found} is not known" if found else f"{key}.kind is not set"
             return f"{problem} (there are {kinds}); choose an option with {key}=NAME"
         case "dict_type" if key:
-            return f"{key}={shown(error['input'])}: must be a mapping, such as {{key: value}}"
+            return f"{key}={shown(error['input'])}: must be {MAPPING}"
         case "model_type" | "model_attributes_type" if key:
+            option = "" if "." in key else f"choose an option with {key}=NAME or "
             return (
-                f"{key}={shown(error['input'])}: {key} is a section, not a value; choose an "
-                f"option with {key}=NAME or set one of its keys"
+                f"{key}={shown(error['input'])}: {key} is a section, not a value; {option}set one "
+                "of its keys"
             )
         case "model_type":
             return "the config is not a mapping of sections to their settings"
@@ -340,7 +373,7 @@ def _expectation(error: ErrorDetails) -> str:
         case "string_too_short":
             return "text that is not empty"
         case "tuple_type" | "list_type":
-            return "a list, such as [a, b]"
+            return LIST
         case "too_short":
             return f"a list of at least {limits['min_length']}"
         case "too_long":
@@ -356,11 +389,18 @@ def _expectation(error: ErrorDetails) -> str:
         case "literal_error":
             allowed = limits["expected"].replace("'", "")
             names = allowed.replace(" or ", ", ").split(", ")
-            near = difflib.get_close_matches(str(error["input"]), names, n=1, cutoff=0.7)
+            near = _near(str(error["input"]).casefold(), names)
             return allowed + (f" (did you mean {near[0]}?)" if near else "")
         case "string_pattern_mismatch":
             return f"text of the form {limits['pattern']}"
     return error["msg"][0].lower() + error["msg"][1:]
+
+
+def _near(given: str, names: Sequence[str]) -> list[str]:
+    """Return the name that is meant: alike, or the beginning, as in adamw_torch_fused."""
+    if close := difflib.get_close_matches(given, names, n=1, cutoff=0.7):
+        return close
+    return sorted((n for n in names if given.startswith(f"{n}_")), key=len, reverse=True)[:1]
 
 
 def _sections_of(annotation: Any, *, of_lists: bool = False) -> list[type[BaseModel]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,15 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def from_tree(tree: Any) -> RunConfig:
-    """Validate a plain tree of values; raise UserError with one line for each problem."""
+def from_tree(tree: Any, typed: Collection[str] | None = None) -> RunConfig:
+    """Validate a plain tree of values; raise UserError with one line for each problem.
+
+    ``typed`` are the keys that a command line itself has, where the tree is composed of one.
+    """
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(problems(error.errors()))) from None
+        raise UserError("\n".join(problems(error.errors(), typed))) from None
 
 
 """Folder of a run with the config of each resume, <n>.yaml; config.yaml stays as it was."""

@@ -148,6 +148,7 @@ def test_only_groups_are_chosen() -> None:
         ("seed=1", "seed=1 was 0, .* the order of the data depends on it"),
         ("trainer.optimizer=muon", "trainer.optimizer=muon was adamw"),
         ("run_dir=/elsewhere", "the run is resumed in its own directory"),
+        ("experiment=demo", "experiment=demo is a file of settings for a new run; give those of"),
         ("trainer.max_stps=20", "unknown key trainer.max_stps: did you mean trainer.max_steps"),
         ("trainr.max_steps=20", "unknown key trainr.max_steps"),
         ("trainer.max_steps=many", "trainer.max_steps=many: must be a whole number"),

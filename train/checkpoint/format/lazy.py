@@ -350,6 +350,8 @@ def why_refused(error: Exception) -> str:
     # It begins with the advice to allow code, which is no advice for a file of unknown origin.
     telling = (line for line in lines if "GLOBAL" in line or line.startswith("Unsupported"))
     line = next(telling, lines[0] if lines else type(error).__name__)
+    if line.startswith("Unsupported operand"):  # of a pickle, which it then is not
+        return f"it is not a file that torch.save wrote, or is damaged ({line})"
     return line.partition(". Please use ")[0]
 
 
