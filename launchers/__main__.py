@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from shardwright.train import program
 from shardwright.train.console import terminal
 from shardwright.train.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
 from shardwright.train.process import garbage
@@ -157,7 +158,7 @@ def _dispatch(arguments: list[str]) -> int:
         case ["-h" | "--help" | "help", command, *_]:
             return _dispatch([command, *["--help"] * (command in COMMANDS)])
         case ["--version" | "-V"]:
-            print(f"shardwright {_version()}")
+            print(f"shardwright {program.version()}")
             return 0
         case ["-sc" | "--shell-completion" | "--shell_completion", *_]:
             from shardwright.launchers.commands import completion
@@ -187,15 +188,6 @@ def _unknown(command: str) -> str:
     there_are = f"there are {', '.join(COMMANDS[:-1])} and {COMMANDS[-1]}"
     hint = f"did you mean {near[0]}?" if near else there_are
     return f"unknown command {command}: {hint}"
-
-
-def _version() -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("shardwright")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed, running from a checkout)"
 
 
 if __name__ == "__main__":

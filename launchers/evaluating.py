@@ -51,6 +51,29 @@ TRAINS_NOTHING: dict[str, Any] = {
 """Of the section "trainer", where no step is made."""
 
 
+READ = {
+    *("global_batch_size", "micro_batch_size", "eval_micro_batch_size", "eval_max_samples"),
+    *("compile", "compile_backend", "compile_mode", "fused_loss", "deterministic"),
+    *("dataloader_workers", "hang_timeout_seconds"),
+}
+"""Of the section "trainer", what an evaluation reads."""
+
+
+def not_read(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides that an evaluation takes and does not read. Pure.
+
+    They are not refused: by one of them the run's optimizer may fit another strategy.
+    """
+    found = []
+    for word in overrides:
+        group, _, name = word.partition("=")[0].partition(".")
+        if group in ("checkpoint", "tracking") or (
+            group == "trainer" and name.partition(".")[0] not in READ
+        ):
+            found.append(word)
+    return found
+
+
 @dataclass(frozen=True)
 class Target:
     """What is to be evaluated."""

@@ -49,3 +49,13 @@ def package_environment(user: Mapping[str, str], *, packages: Path = PACKAGES) -
     """
     path = [str(packages), *filter(None, user.get("PYTHONPATH", "").split(os.pathsep))]
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
+
+
+def version() -> str:
+    """Return the installed release of the package, or that there is none."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("shardwright")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed, running from a checkout)"

@@ -19,6 +19,7 @@ from shardwright.train.config import (
     NamedModel,
     RunConfig,
     Schedule,
+    TrainerConfig,
     samples_wanted,
     schedule_of,
     total_steps,
@@ -370,8 +371,19 @@ def _note_start(trainer: Trainer, steps: int, console: TextIO) -> None:
         run_directory_metrics.trim_metrics(run_dir)
         return
     progress.write(f"resuming from {resumed.checkpoint.name}", console)
+    if (said := nothing_left(trainer.config.trainer, resumed.step, steps)) is not None:
+        progress.write(said, console)
     evaluated = resuming.is_evaluated(resumed)
     run_directory_metrics.trim_metrics(run_dir, resumed.step, is_evaluated=evaluated)
+
+
+def nothing_left(trainer: TrainerConfig, step: int, steps: int) -> str | None:
+    """Say that a resume makes no step, by which nothing that it was given could tell. Pure."""
+    if step < steps:
+        return None
+    units = ("max_steps", "max_epochs", "max_tokens")
+    limit = next(name for name in units if getattr(trainer, name) is not None)
+    return f"all {steps:,} steps are trained already; raise trainer.{limit} to train further"
 
 
 def _rehearse_card(trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,12 @@ def main(arguments: Sequence[str]) -> int:
     here = machine.detect(os.environ)
     overrides = [*map(with_home_quoted, options.overrides)]
     as_job = AS_JOB in overrides
+    if unread := evaluating.not_read(overrides):
+        print(
+            "warning: an evaluation makes no step and writes nothing to a tracker: "
+            f"{', '.join(unread)} changes nothing of it",
+            file=sys.stderr,
+        )
     with evaluating.directory_of(of, as_job=as_job) as directory:
         config, has_own_data = _config(of, overrides, options.config_dir, here, directory)
         preflight.check_machine(config, here)

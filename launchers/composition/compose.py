@@ -23,6 +23,7 @@ from shardwright.launchers.composition import engine_file, errors, quickly
 from shardwright.launchers.machine import facts as machine
 from shardwright.launchers.machine import names
 from shardwright.launchers.machine.facts import Machine
+from shardwright.train import program
 from shardwright.train.config import RunConfig, from_tree
 from shardwright.train.config.own import with_parts_located
 from shardwright.train.config.rules import unread
@@ -79,6 +80,8 @@ def command_line() -> argparse.ArgumentParser:
     for action in found._actions:
         if set(action.option_strings) & set(UNUSED_FLAGS):
             action.help = argparse.SUPPRESS
+        if "--version" in action.option_strings:
+            action.version = f"shardwright {program.version()}"  # type: ignore[attr-defined]
     return found
 
 

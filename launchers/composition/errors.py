@@ -25,6 +25,7 @@ from omegaconf.errors import (
 from shardwright.train.config import known_keys, unknown_key_message
 from shardwright.train.config.messages import LIST, MAPPING, takes_a_list
 from shardwright.train.errors import UserError
+from shardwright.train.run_directory.names import RUN_CONFIG
 
 USER_CAUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What composing raises over a wrong override, option or file."""
@@ -168,6 +169,12 @@ def _without_value(word: str, groups: Mapping[str, Collection[str]]) -> str:
             return (
                 "settings from a file are an experiment: put it into DIR/experiment/NAME.yaml and "
                 "write --config-dir DIR experiment=NAME"
+            )
+        if os.path.isfile(os.path.join(os.path.expanduser(word), RUN_CONFIG)):
+            return (
+                f"{word} is a run: `shardwright resume {word}` continues it, `shardwright data "
+                f"show {word}` shows its data, and model=pretrained model.name={word} begins from "
+                "its weights"
             )
         return f"files to train on are given as data=text data.paths=[{word}]"
     if (key := re.split(r"[:\s]", word)[0]) in known_keys():

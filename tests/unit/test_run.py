@@ -12,7 +12,7 @@ import pytest
 from shardwright.train.config import from_tree, load, samples_wanted, total_steps
 from shardwright.train.errors import UserError
 from shardwright.train.process.rank import Rank
-from shardwright.train.run import assemble
+from shardwright.train.run import assemble, nothing_left
 from tests.fixtures import Freeze, TreeOf
 
 Tree = TreeOf
@@ -42,6 +42,16 @@ def test_steps_follow_from_steps_epochs_or_tokens(
     assert tree["data"]["sequence_length"] == 32
     config = from_tree(tree)
     assert total_steps(config.trainer, samples_wanted(config, samples_per_epoch)) == steps
+
+
+@pytest.mark.parametrize("limit", ["max_steps", "max_epochs", "max_tokens"])
+def test_a_resume_that_makes_no_step_says_so(limit: str, tiny_tree: Tree) -> None:
+    tree = tiny_tree("clm")
+    tree["trainer"] |= {"max_steps": None, limit: 4}
+    trainer = from_tree(tree).trainer
+    assert nothing_left(trainer, 3, 4) is None
+    said = f"all 4 steps are trained already; raise trainer.{limit} to train further"
+    assert nothing_left(trainer, 4, 4) == said
 
 
 def test_prompts_that_cannot_be_answered_are_refused_before_the_training(

@@ -175,6 +175,18 @@ def test_config_file_that_is_no_yaml(shardwright: Shardwright, tmp_path: Path) -
     assert re.search(r"cannot read .*bad\.yaml, line \d", message)
 
 
+def test_the_version_is_the_projects_own(shardwright: Shardwright) -> None:
+    outcome = shardwright("train", "--version")
+    assert (outcome.code, outcome.out) == (0, shardwright("--version").out)
+
+
+def test_a_run_in_place_of_a_setting(shardwright: Shardwright) -> None:
+    Path("mine").mkdir()
+    Path("mine", "config.yaml").touch()
+    message = refused(shardwright, "mine")
+    assert "mine is a run: `shardwright resume mine` continues it, `shardwright data" in message
+
+
 def test_mlm_with_a_causal_model(shardwright: Shardwright) -> None:
     message = refused(shardwright, "model=gpt2_tiny", "objective=mlm", "data.sequence_length=64")
     assert message.startswith("objective=mlm does not fit model.kind=gpt2")

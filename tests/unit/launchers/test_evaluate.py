@@ -39,6 +39,18 @@ def test_a_path_means_a_run_or_its_checkpoint_or_a_model(run_dir: Path, tmp_path
     assert evaluating.target(tmp_path / "model", None) == Target(tmp_path / "model", None, 0)
 
 
+def test_what_an_evaluation_does_not_read_is_said(run_dir: Path, shardwright: Shardwright) -> None:
+    words = ["trainer.learning_rate=1", "tracking=wandb", "trainer.debug.numerics=watch"]
+    read = ["trainer.eval_max_samples=5", "data.sequence_length=32", "strategy=ddp"]
+    assert evaluating.not_read([*words, *read]) == words
+    outcome = shardwright("evaluate", str(run_dir), *words[:2], "data.eval_fraction=0")
+    assert outcome.code == 2
+    assert (
+        "warning: an evaluation makes no step and writes nothing to a tracker: "
+        "trainer.learning_rate=1, tracking=wandb changes nothing of it"
+    ) in outcome.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
