@@ -16,9 +16,13 @@ from shardwright.launchers.machine import directories, memory
 from shardwright.launchers.machine.facts import Machine, lacking
 from shardwright.launchers.machine.names import unusable_checkpoint
 from shardwright.launchers.registry import launcher_of
-from shardwright.train.config import OPTIMIZERS, NamedModel, PretrainedTokenizer, RunConfig
-from shardwright.train.config.adapter import PACKAGE as PEFT
-from shardwright.train.config.model import NOT_QUANTIZED, QUANTIZER, quantization_of
+from shardwright.train.config import (
+    OPTIMIZERS,
+    NamedModel,
+    PretrainedTokenizer,
+    RunConfig,
+    packages,
+)
 from shardwright.train.data.sources.registry import source_of
 from shardwright.train.data.tokens import rank_file
 from shardwright.train.errors import UserError, not_installed
@@ -163,27 +167,10 @@ def _missing_directories(config: RunConfig) -> Iterator[str]:
 
 
 def _missing_packages(config: RunConfig) -> list[str]:
-    optimizer = config.trainer.optimizer
-    package = OPTIMIZERS[optimizer].package
-    adapter = config.adapter.kind
-    bits = quantization_of(config.model)
-    needed = {
-        f"adapter={adapter}": (PEFT, adapter != "none"),
-        f"model.quantization={bits}": (QUANTIZER, bits != NOT_QUANTIZED),
-        f"precision.fp8_recipe={config.precision.fp8_recipe}": (
-            "torchao",
-            config.precision.fp8_recipe is not None,
-        ),
-        f"strategy.kind={config.strategy.kind}": (
-            config.strategy.package or "",
-            config.strategy.package is not None,
-        ),
-        f"trainer.optimizer={optimizer}": (package or "", package is not None),
-    }
     return [
         not_installed(setting, package)
-        for setting, (package, wanted) in needed.items()
-        if wanted and importlib.util.find_spec(package) is None
+        for setting, package in packages.needed(config).items()
+        if importlib.util.find_spec(package) is None
     ]
 
 

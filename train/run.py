@@ -20,6 +20,7 @@ from shardwright.train.config import (
     RunConfig,
     Schedule,
     TrainerConfig,
+    packages,
     samples_wanted,
     schedule_of,
     total_steps,
@@ -348,6 +349,7 @@ def _note_provenance(trainer: Trainer, rank: Rank) -> list[str]:
         world_size=rank.world_size,
         parameters=parameter_count(trainer.model),
         own=own,
+        packages=packages.needed(trainer.config).values(),
     )
     return changed
 

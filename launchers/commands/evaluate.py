@@ -29,6 +29,7 @@ from shardwright.launchers.resuming import (
 )
 from shardwright.train import config as run_config
 from shardwright.train.config import RunConfig, from_tree
+from shardwright.train.config.model import NOT_QUANTIZED, quantization_of
 from shardwright.train.console import terminal
 from shardwright.train.data.sources.corpus import located, with_sets_located
 from shardwright.train.errors import UserError
@@ -96,7 +97,22 @@ def main(arguments: Sequence[str]) -> int:
     if options.record and of.run_dir is not None:
         evaluations.record(of.run_dir, {"time": time.time(), **entry})
     print(json.dumps(entry, indent=2) if options.json else shown(entry, terminal.columns()))
+    if (note := beside_packed(of)) is not None:
+        print(note, file=sys.stderr)
     return 0
+
+
+def beside_packed(of: Target) -> str | None:
+    """Return what to say where a run has measured other weights than these: its packed ones."""
+    bits = NOT_QUANTIZED
+    if of.run_dir is not None:
+        bits = quantization_of(run_config.load(of.run_dir).model)
+    if bits == NOT_QUANTIZED:
+        return None
+    return (
+        "note: these weights are whole, as final/ has them; what the run itself has logged was "
+        f"measured beside weights in {bits.removesuffix('bit')} bits (model.quantization={bits})"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,9 +123,10 @@ def parser() -> argparse.ArgumentParser:
         "[group=option] [key=value] ...",
         description="Measure held-out loss, perplexity and, of masked models, accuracy of what a "
         "run has trained, without training, by the evaluation of the training loop: of a "
-        "checkpoint it gives the number that the run logged at its step. A run means its final/, "
-        "or its newest checkpoint where it has none. Strategy, ranks, precision and data are the "
-        "run's, but for what is overridden.",
+        "checkpoint it gives the number that the run logged at its step, but for a run beside "
+        "packed weights (model.quantization), whose weights it measures whole. A run means its "
+        "final/, or its newest checkpoint where it has none. Strategy, ranks, precision and data "
+        "are the run's, but for what is overridden.",
         epilog="Examples: shardwright evaluate runs/a --step best; shardwright evaluate runs/a "
         "data.eval_paths='{mine: texts/}' trainer.eval_max_samples=null; shardwright evaluate "
         "runs/a strategy=fsdp launcher.nproc_per_node=4; shardwright evaluate runs/a "

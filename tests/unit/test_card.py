@@ -21,6 +21,7 @@ from shardwright.train.export.card import card_of, recovered_card
 from shardwright.train.export.card_text import Facts
 from shardwright.train.run_directory import metrics
 from tests.fixtures import TreeOf
+from tests.unit.trees import PACKED
 
 GPT2 = {
     "model_type": "gpt2",
@@ -491,3 +492,11 @@ def test_an_encoder_decoder_is_told_by_what_it_reads_and_writes(tiny_tree: Tree)
     compile(example, "example", "exec")
     assert 'tokenizer("a <extra_id_0> b", return_tensors="pt")' in example
     assert "AutoModelForSeq2SeqLM.from_pretrained(" in example
+
+
+def test_what_was_measured_beside_packed_weights_is_not_said_of_whole_ones() -> None:
+    said = "Measured in training, beside weights in 4 bits. Those here are not packed"
+    measured = {"eval_loss": 3.0}
+    assert said in card_of(facts(PACKED, metrics=measured)).readme
+    whole = {**PACKED, "model": {"kind": "pretrained", "name": "some/model"}}
+    assert "Measured in training" not in card_of(facts(whole, metrics=measured)).readme

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
+from shardwright.train.config import from_tree, packages
 from shardwright.train.process.provenance import write_provenance
 from shardwright.train.run_directory import history
+from tests.unit.trees import PACKED
 
 
 def started(run_dir: Path, world_size: int) -> None:
@@ -33,6 +36,21 @@ def test_each_start_keeps_its_provenance(tmp_path: Path) -> None:
     ]
     sizes = [json.loads(path.read_text())["world_size"] for path in found]
     assert sizes == [1, 2, 3, 10, 20, 100, 101]
+
+
+def test_a_start_notes_the_versions_of_what_it_alone_needs(tmp_path: Path) -> None:
+    write_provenance(
+        tmp_path,
+        world_size=1,
+        parameters=1,
+        own={},
+        packages=packages.needed(from_tree(PACKED)).values(),
+    )
+    versions = json.loads((tmp_path / "provenance.json").read_text())["versions"]
+    assert {name: versions[name] for name in ("peft", "bitsandbytes")} == {
+        "peft": metadata.version("peft"),
+        "bitsandbytes": metadata.version("bitsandbytes"),
+    }
 
 
 def test_the_first_start_that_comes_so_far_is_the_first(tmp_path: Path) -> None:

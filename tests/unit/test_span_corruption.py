@@ -315,6 +315,12 @@ def test_weights_of_the_family_are_loaded_as_transformers_loads_them(
     torch.testing.assert_close(again(**batch).logits, expected)
 
 
+def test_a_decoder_that_sees_pictures_is_no_encoder_decoder(tmp_path: Path) -> None:
+    tree = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert objective_of(tmp_path) == "clm"
+
+
 def test_any_of_the_family_begins_from_its_config_alone(tmp_path: Path) -> None:
     UMT5Config(**SIZES).save_pretrained(tmp_path)
     name = {"kind": "from_config", "name": str(tmp_path), "vocab_size": 400}

@@ -34,3 +34,13 @@ FSDP = {"kind": "fsdp"}
 CPU3 = {**ZERO3, "offload_optimizer": "cpu"}
 BF16 = {"compute_dtype": "bf16"}
 PURE = {**BF16, "reduce_dtype": "bf16", "master_dtype": "bf16", "moments_dtype": "bf16"}
+
+PACKED: dict[str, Any] = {
+    **TREE,
+    "model": {"kind": "pretrained", "name": "some/model", "quantization": "4bit"},
+    "tokenizer": {"kind": "pretrained", "name": "some/model"},
+    "adapter": {"kind": "lora"},
+    "strategy": {"kind": "ddp"},
+    "run_dir": "/r",
+}
+"""An adapter that is trained beside weights in 4 bits."""

@@ -424,6 +424,14 @@ def _adapter(facts: Facts, run: RunConfig) -> str | None:
     return f"{text}{count}, trained {packed}, merged into them as they were before"
 
 
+def _measured_packed(run: RunConfig) -> str:
+    bits = quantization_of(run.model).removesuffix("bit")
+    return (
+        f"Measured in training, beside weights in {bits} bits. Those here are not packed, and give "
+        "somewhat other values."
+    )
+
+
 def adapter_in_words(settings: Mapping[str, Any]) -> str:
     """Return what an adapter is, by its config as peft has it. Pure."""
     if settings.get("peft_type") != "LORA":
@@ -464,6 +472,8 @@ def _results(facts: Facts, *, has_picture: bool) -> str:
     if measured := _measured(facts):
         lines += ["## On held-out documents", "", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in measured.items()]
+        if facts.run is not None and quantization_of(facts.run.model) != NOT_QUANTIZED:
+            lines += ["", _measured_packed(facts.run)]
         lines += [""]
     losses = {
         "training loss": [(p.loss, p.step) for p in points if p.loss is not None],
@@ -609,7 +619,7 @@ def _task(facts: Facts) -> str | None:
         return "fill-mask"
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "text-generation"
-    if any(name.endswith("ForConditionalGeneration") for name in names):
+    if facts.config_json.get("is_encoder_decoder"):
         return _WRITES_SPANS
     return None
 

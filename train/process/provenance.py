@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,23 @@ _PACKAGES = (
 
 
 def write_provenance(
-    run_dir: Path, *, world_size: int, parameters: int, own: own_code.Code
+    run_dir: Path,
+    *,
+    world_size: int,
+    parameters: int,
+    own: own_code.Code,
+    packages: Iterable[str] = (),
 ) -> None:
     """Describe what runs, beside what earlier starts have left; call it on rank 0.
 
-    ``own`` is what `own_code.of` returns.
+    ``own`` is what `own_code.of` returns, ``packages`` what this run needs that others do not.
     """
     facts: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "argv": sys.orig_argv,
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in dict.fromkeys((*_PACKAGES, *packages))},
         "world_size": world_size,
         "parameters": parameters,
         **({own_code.FIELD: own} if own else {}),

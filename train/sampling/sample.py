@@ -254,7 +254,8 @@ def objective_of(model_dir: Path) -> str:
     tree = _config_of(model_dir)
     own = tree.get("auto_map")
     is_own = isinstance(own, dict) and "AutoModelForSeq2SeqLM" in own
-    if is_own or str(tree["architectures"][0]).endswith("ForConditionalGeneration"):
+    # Not by its name: decoders that also see pictures are "ForConditionalGeneration" as well.
+    if is_own or tree.get("is_encoder_decoder"):
         return "span_corruption"
     if not is_masked(model_dir):
         return "clm"

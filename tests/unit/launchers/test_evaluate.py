@@ -22,6 +22,7 @@ from shardwright.train.run_directory import evaluations
 from shardwright.train.run_directory.evaluations import Evaluated
 from tests.unit.launchers.ended_runs import checkpoint, contents, finished, make_ended_run, run
 from tests.unit.launchers.fakes import ROOT, Shardwright, make_shardwright
+from tests.unit.trees import PACKED, TREE
 
 shardwright = pytest.fixture(make_shardwright)
 run_dir = pytest.fixture(make_ended_run)
@@ -228,3 +229,15 @@ def test_a_job_ends_with_the_command_that_waits_for_it(
     assert ended.returncode == 130, ended.stderr
     assert (tmp_path / "cancelled").read_text() == "7\n"
     assert {*tmp_path.iterdir()} - before == {tmp_path / "cancelled"}
+
+
+def test_weights_that_were_measured_packed_are_said_to_be_whole(tmp_path: Path) -> None:
+    for name, tree in (("plain", TREE), ("packed", PACKED)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(to_yaml(from_tree(tree)))
+    assert evaluate.beside_packed(Target(tmp_path, tmp_path / "plain", 3)) is None
+    assert evaluate.beside_packed(Target(tmp_path, None, 0)) is None
+    assert evaluate.beside_packed(Target(tmp_path, tmp_path / "packed", 3)) == (
+        "note: these weights are whole, as final/ has them; what the run itself has logged was "
+        "measured beside weights in 4 bits (model.quantization=4bit)"
+    )
