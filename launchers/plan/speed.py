@@ -202,9 +202,9 @@ def lacking(config: RunConfig, hardware: Hardware) -> str | None:
     if (bits := quantization_of(config.model)) != NOT_QUANTIZED:
         return (
             f"model.quantization={bits}: how long weights take to be unpacked for each product is "
-            "not known here, and what is left to a plan is chosen by its speed; choose "
-            "strategy=single or ddp and a trainer.micro_batch_size, and look at the report of a "
-            "few steps (trainer.max_steps=20)"
+            "not known here, and what is left to a plan is chosen by its speed; choose a strategy, "
+            "of which fsdp divides packed weights, and a trainer.micro_batch_size, and look at the "
+            "report of a few steps (trainer.max_steps=20)"
         )
     dtypes = [product_dtype(config), *(["fp8"] if config.precision.fp8_recipe else [])]
     there_are = [name for name, value in hardware.peak_teraflops if value is not None]

@@ -170,11 +170,12 @@ def test_each_engine_learns_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "zero2", "fsdp"])
 def test_a_run_follows_its_base_and_refuses_another(
-    base: Path, run_of: Callable[..., Path], ranks: RanksOf, tmp_path: Path
+    strategy: str, base: Path, run_of: Callable[..., Path], ranks: RanksOf, tmp_path: Path
 ) -> None:
-    run = run_of("4bit", "single")
-    ranks(1)(whole_run, run)
+    run = run_of("4bit", strategy)
+    ranks(world_size(strategy))(whole_run, run)
     moved = tmp_path / "moved"
     shutil.move(base, moved)
     told = io.StringIO()
@@ -196,7 +197,7 @@ def test_a_run_follows_its_base_and_refuses_another(
         recover(Options(source=run, out=tmp_path / "e"), told, told)
     again = interrupted(run, tmp_path / "resumed")
     with pytest.raises(Exception, match="their values have another hash"):
-        ranks(1)(whole_run, again)
+        ranks(world_size(strategy))(whole_run, again)
 
 
 @pytest.mark.slow

@@ -371,9 +371,9 @@ def test_a_plan_of_speeds_is_refused(tmp_path: Path) -> None:
     device: Any = None
     assert speed.lacking(config, device) == (
         "model.quantization=4bit: how long weights take to be unpacked for each product is not "
-        "known here, and what is left to a plan is chosen by its speed; choose strategy=single or "
-        "ddp and a trainer.micro_batch_size, and look at the report of a few steps "
-        "(trainer.max_steps=20)"
+        "known here, and what is left to a plan is chosen by its speed; choose a strategy, of "
+        "which fsdp divides packed weights, and a trainer.micro_batch_size, and look at the report "
+        "of a few steps (trainer.max_steps=20)"
     )
 
 

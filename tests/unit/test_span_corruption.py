@@ -33,7 +33,7 @@ from shardwright.train.model.first_values import materialize
 from shardwright.train.model.flops import flops_per_token
 from shardwright.train.plan.model import stand_in
 from shardwright.train.plan.trace import traced
-from shardwright.train.sampling.sample import check_can_be_divided, objective_of
+from shardwright.train.sampling.sample import check_can_be_divided, objective_of, smaller
 from shardwright.train.sampling.spans import check, completed, spans_of
 from tests.unit.trees import FSDP, TREE
 
@@ -319,6 +319,9 @@ def test_a_decoder_that_sees_pictures_is_no_encoder_decoder(tmp_path: Path) -> N
     tree = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     assert objective_of(tmp_path) == "clm"
+    assert "--strategy fsdp" in smaller(tmp_path)[0]
+    (tmp_path / "config.json").write_text(json.dumps({**tree, "is_encoder_decoder": True}))
+    assert smaller(tmp_path) == ("fewer --new-tokens",)
 
 
 def test_any_of_the_family_begins_from_its_config_alone(tmp_path: Path) -> None:

@@ -649,8 +649,9 @@ class Trainer(transformers.Trainer):
 
     def _held_out_sums(self, dataloader: DataLoader, what: str) -> list[evaluation.Sums]:
         """Return what all ranks together find of each held-out set. Collective."""
+        step = self.state.global_step or self.weights_of_step
         shown: dict[str, Any] = {
-            "name": f"{what} step {self.state.global_step or self.weights_of_step}",
+            "name": f"{what} step {step}" if step else what,
             "kind": "evaluating",
             "total": len(dataloader),
             "unit": "batch",

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -478,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except (MemoryError, RuntimeError, OSError) as error:
-        why = exhausted.explained(error, remedies=_SMALLER)
+        why = exhausted.explained(error, remedies=smaller(options.run_dir))
         if why is None:
             raise
         print(f"error: {why}", file=sys.stderr)
@@ -486,10 +487,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-_SMALLER = (
-    "--strategy fsdp --nproc-per-node N, which divides the model among N ranks",
-    "fewer --new-tokens",
-)
+def smaller(place: Path) -> tuple[str, ...]:
+    """Return what takes less memory of the model that a path means."""
+    with suppress(UserError):
+        if objective_of(model_directory(place)) == "span_corruption":
+            return (_FEWER_TOKENS,)  # ranks cannot divide it
+    return (
+        "--strategy fsdp --nproc-per-node N, which divides the model among N ranks",
+        _FEWER_TOKENS,
+    )
+
+
+_FEWER_TOKENS = "fewer --new-tokens"
 
 
 if __name__ == "__main__":
