@@ -317,8 +317,9 @@ def from_hostfile(launcher: dict[str, Any]) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"launcher.hostfile={path} cannot be read ({error}); give a file with lines of: "
+            f"launcher.hostfile={path} cannot be read ({reason}); give a file with lines of: "
             "host slots=8"
         ) from None
     name = f"launcher.hostfile={path}"

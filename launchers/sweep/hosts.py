@@ -21,8 +21,9 @@ def slots(config: SweepConfig, path: Path, launcher: Any, ranks: int | None) -> 
     try:
         text = Path(absolute(str(path))).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{name} cannot be read ({error}); give a file with lines of: host slots=8"
+            f"{name} cannot be read ({reason}); give a file with lines of: host slots=8"
         ) from None
     found = hostfile.hosts(text, launcher.include, launcher.exclude, name)
     return divided(config, found, ranks)

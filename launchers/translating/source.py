@@ -29,7 +29,8 @@ def read(path: str) -> dict[str, Any]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); check the name") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}); check the name") from None
     try:
         # JSON first: to YAML a number such as 1e-5 is text.
         tree = json.loads(text)

@@ -169,7 +169,9 @@ def test_what_a_hostfile_decides_contradicts_nothing(hosts: str) -> None:
     with pytest.raises(UserError) as error:
         resolved("deepspeed", hostfile=hosts, nproc_per_node=8)
     assert f"launcher.nproc_per_node=8, but launcher.hostfile={hosts} gives 2" in str(error.value)
-    with pytest.raises(UserError, match="launcher.hostfile=/nowhere cannot be read"):
+    with pytest.raises(
+        UserError, match=r"launcher.hostfile=/nowhere cannot be read \(No such file or directory\);"
+    ):
         resolved("deepspeed", hostfile="/nowhere")
 
 

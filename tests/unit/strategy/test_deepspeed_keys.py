@@ -147,6 +147,14 @@ def test_a_key_deep_within_is_checked_too() -> None:
     )
 
 
+def test_a_key_like_no_other_in_its_section_is_said_to_be_ignored() -> None:
+    (problem,) = problems({"zero_optimization": {"foo": 1}})
+    assert problem == (
+        "unknown key strategy.extra.zero_optimization.foo: DeepSpeed has no such key and would "
+        "ignore it"
+    )
+
+
 def test_every_top_level_key_is_read_by_deepspeed() -> None:
     import importlib.util
 

@@ -214,7 +214,10 @@ def _owned(path: str) -> str:
 def _unknown(path: str, known: list[str]) -> str:
     if (row := DEEPSPEED_JSON.get(path)) is not None:
         return f"strategy.extra.{path}: {row.advice}"
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    # By the last part alone: what is before it is the same, and makes all of them alike.
+    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    leaf = path.rpartition(".")[2]
+    close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
     if close and close[0] in OWNED:
         hint = f"{close[0]} is decided by {OWNED[close[0]]}"
     elif close:
