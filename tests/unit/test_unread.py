@@ -72,11 +72,10 @@ def schedule(name: str) -> Settings:
     return {"trainer.lr_scheduler": name}
 
 
-ADAFACTOR = {"trainer.optimizer": "adafactor"}
-MUON = {"trainer.optimizer": "muon"}
+ADAFACTOR, MUON = optimizer("adafactor"), optimizer("muon")
 OWN = {"trainer.optimizer": "custom", "trainer.custom_class": "a.py:f"}
 AVERAGED = {"trainer.average_weights": "ema"}
-CONSTANT = {"trainer.lr_scheduler": "constant"}
+CONSTANT = schedule("constant")
 ROLLBACK = {"trainer.on_spike": "rollback", "trainer.save_every_steps": 5}
 # Key, a value, with what it is in vain and with what it is read, and what the message says is there
 # in place of the condition.

@@ -222,9 +222,8 @@ _CHOICES: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
         ("rollback",): ("max_rollbacks",),
     },
     "trainer.optimizer": {
-        (name,): tuple(field for field in OptimizerFields.model_fields if field.startswith(begin))
+        (name,): tuple(n for n in OptimizerFields.model_fields if n.startswith(f"{name}_"))
         for name in OPTIMIZERS
-        if (begin := f"{name}_")
     },
 }
 """Fields of the trainer that are read with some choices of another one."""
